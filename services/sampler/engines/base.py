@@ -1,0 +1,78 @@
+"""What an engine is: token ids in, sampled ids with their log-probabilities out.
+
+Engines know nothing of leases, trees or streams. `tests/engines/conformance.py` holds every engine to the same
+behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from treegrpo.tree import Logprobs, PolicyVersion, TokenIds, VersionSpan
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample one completion. Top-p and top-k do not exist here: training divides by the full softmax."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy; log-probabilities are then those at temperature 1."""
+    stop: tuple[str, ...] = ()
+    """Generation ends with the token that completes one of these strings, or with an end-of-sequence token."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """What the engine sampled after a prefix."""
+
+    ids: TokenIds
+    """[n] sampled tokens, the stop token included."""
+    logprobs: Logprobs
+    """[n] log-softmax(logits / temperature) of each sampled token, from the weights named in ``spans``."""
+    finish: Finish
+    spans: tuple[VersionSpan, ...]
+    """Which policy version sampled which tokens: weights may arrive in the middle of a completion."""
+    prefilled: int
+    """Tokens that went through the model as input: the uncached part of the prefix, and what a swap made it redo."""
+    cached: int
+    """Prefix tokens whose keys and values the cache held."""
+
+
+class Engine(Protocol):
+    """Generates from the current policy version. Safe to call from many tasks of one event loop."""
+
+    @property
+    def version(self) -> PolicyVersion: ...
+
+    @property
+    def context(self) -> int:
+        """Tokens that prefix and completion may have together."""
+        ...
+
+    async def generate(self, prefix: Sequence[int], sampling: Sampling) -> Completion:
+        """Sample one completion. Cancelling the call ends the request and frees its memory.
+
+        Raises:
+            EngineError: the prefix does not fit, or the engine failed.
+        """
+        ...
+
+    async def load(self, version: PolicyVersion, path: Path) -> None:
+        """Swap in the weights of a model directory while requests run; they go on with the new weights.
+
+        No key or value of the old version is used afterwards. Raises WeightsError and keeps the old version when the
+        file does not fit the model.
+        """
+        ...
+
+    async def health(self) -> None:
+        """Return if the engine can generate. Raises EngineError with the reason."""
+        ...
+
+    async def close(self) -> None: ...

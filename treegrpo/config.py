@@ -1,0 +1,264 @@
+"""The configuration: one tree, read from a TOML file, then the environment, then flags; the later wins.
+
+    TREEGRPO_TRAIN__LR=1e-4 treegrpo up geohop.toml --train.steps 200
+
+Paths of input files in a TOML file are relative to that file, elsewhere to the current directory. An unknown key is an
+error that names the nearest known one. A limit that follows from other values is a property, not a key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from treegrpo.errors import ConfigError
+from treegrpo.lease import Plan
+
+ENV_PREFIX = "TREEGRPO_"
+
+
+class _Input:
+    """Marks a path that is read, hence relative to the file that names it."""
+
+
+InputPath = Annotated[Path, _Input()]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: str = Field(default="treegrpo", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """Names the run: the MQTT topics begin with treegrpo/NAME."""
+    dir: Path = Path("runs/treegrpo")
+    """Everything the run writes: journal, weights, checkpoints, progress, logs, plot."""
+    seed: int = Field(default=0, ge=0)
+    resume: bool = False
+    """Continue the run in `dir` from its last checkpoint; without it a used directory is refused."""
+
+
+class ModelConfig(Section):
+    path: InputPath = Path("model")
+    """A Hugging Face causal LM directory: config.json, safetensors weights, tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class DataConfig(Section):
+    train: InputPath = Path("train.jsonl")
+    """Questions to train on, JSONL or parquet, Search-R1's columns."""
+    heldout: InputPath = Path("heldout.jsonl")
+    """Questions to evaluate on."""
+
+
+class RolloutConfig(Section):
+    trees: int = Field(default=2, ge=1)
+    """M: initial chains of a question."""
+    rounds: int = Field(default=1, ge=0)
+    """L: rounds of expansions; each waits for the one before."""
+    expansions: int = Field(default=2, ge=0)
+    """N: nodes drawn in every tree in a round."""
+    max_turns: int = Field(default=4, ge=1)
+    """Turns with tools; one more follows without."""
+    max_action_tokens: int = Field(default=256, ge=1)
+    """Tokens of one turn."""
+    max_context: int = Field(default=4096, ge=16)
+    """Tokens of an episode, prompt included; one that no longer fits ends as truncated."""
+    temperature: float = Field(default=1.0, gt=0)
+
+    @property
+    def plan(self) -> Plan:
+        """The same values as a lease carries them."""
+        return Plan(**self.model_dump())
+
+
+class TrainConfig(Section):
+    steps: int = Field(default=100, ge=1)
+    batch: int = Field(default=32, ge=1)
+    """Groups (questions) of one optimiser step."""
+    max_lag: int = Field(default=1, ge=0)
+    """Staleness bound: a step trains on work at most this many versions old. Leases in flight follow from it."""
+    lr: float = Field(default=1e-6, gt=0)
+    warmup_ratio: float = Field(default=0.285, ge=0, le=1)
+    """Share of the steps over which the learning rate rises linearly; constant afterwards."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    clip_low: float = Field(default=0.2, gt=0)
+    clip_high: float = Field(default=0.2, gt=0)
+    kl_coef: float = Field(default=0.001, ge=0)
+    """β of the K3 penalty against the reference policy; 0 does without the reference model."""
+    aggregation: Literal["leaf_mean", "token_mean"] = "leaf_mean"
+    estimator: Literal["tree", "inter", "intra"] = "tree"
+    singleton: Literal["zero", "raw"] = "zero"
+    """The advantage of a lone leaf: 0, or its reward as in the reference code."""
+    std_floor: float = Field(default=0.0, ge=0)
+    """Rewards are divided by at least this much: keeps tiny format differences of all-wrong groups tiny."""
+    pack_tokens: int = Field(default=8192, ge=64)
+    """Tokens of one forward and backward pass."""
+    checkpoint_every: int = Field(default=20, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    threads: int = Field(default=1, ge=1)
+
+
+class EvalConfig(Section):
+    every: int = Field(default=0, ge=0)
+    """Evaluate every so many steps; 0: only before the first and after the last."""
+    questions: int = Field(default=0, ge=0)
+    """Held-out questions of one evaluation; 0: all."""
+
+
+class EnvironmentConfig(Section):
+    kind: Literal["search_qa"] = "search_qa"
+    reward: Literal["em", "f1"] = "em"
+    format_penalty: float = Field(default=0.2, ge=0)
+    """λ_f: taken off when the transcript breaks the protocol."""
+    topk: int = Field(default=3, ge=1)
+    """Documents of one search."""
+    max_observation_tokens: int = Field(default=512, ge=16)
+    timeout: float = Field(default=20.0, gt=0)
+    """Seconds a search may take."""
+
+
+class EngineConfig(Section):
+    kind: Literal["embedded"] = "embedded"
+    max_running: int = Field(default=64, ge=1)
+    """Generations that run at once."""
+    cache_tokens: int = Field(default=65536, ge=0)
+    """Tokens whose keys and values the prefix cache keeps."""
+    threads: int = Field(default=1, ge=1)
+
+
+class RetrieverConfig(Section):
+    corpus: InputPath = Path("corpus.jsonl")
+    """Documents, JSONL with id and contents ("Title\\ntext")."""
+    listen: str = "127.0.0.1:8765"
+    url: str = ""
+    """Where samplers find it; empty: at `listen`."""
+
+    @property
+    def endpoint(self) -> str:
+        return self.url or f"http://{self.listen}"
+
+
+class LearnerConfig(Section):
+    listen: str = "127.0.0.1:50051"
+    """gRPC address samplers connect to."""
+    metrics: str = "127.0.0.1:9400"
+    """Prometheus address of the intake; the trainer's is the next port."""
+
+
+class SamplerConfig(Section):
+    count: int = Field(default=2, ge=1)
+    """Samplers that `treegrpo up` starts."""
+    id: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]{0,64}$")
+    """Empty: the host name and process id."""
+    learner: str = ""
+    """The learner's gRPC address; empty: learner.listen."""
+    metrics: str = "127.0.0.1:0"
+    """Prometheus address; port 0 takes a free one and logs it."""
+    retries: int = Field(default=2, ge=0)
+    """Times a step is tried again after an engine or tool error."""
+
+
+class BrokerConfig(Section):
+    address: str = "127.0.0.1:1883"
+    embedded: bool = True
+    """`treegrpo up` starts a broker in a process of its own at `address`; false: one runs there already."""
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
+    engine: EngineConfig = EngineConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    broker: BrokerConfig = BrokerConfig()
+
+    @property
+    def lease_limit(self) -> int:
+        """Leases that may be out when nothing is ready: (max_lag + 1) · batch (docs/architecture.md has the proof)."""
+        return (self.train.max_lag + 1) * self.train.batch
+
+
+def load(toml: Path | None, flags: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Config:
+    """Read the configuration: ``toml``, then TREEGRPO_SECTION__KEY variables, then ``--section.key value`` flags.
+
+    Raises:
+        ConfigError: a file that is not there or not TOML, an unknown key, or a value that does not fit.
+    """
+    values: dict[str, dict[str, Any]] = {}
+    for section, key, value in [
+        *_from_toml(toml),
+        *_from_environ(os.environ if environ is None else environ),
+        *_from_flags(flags),
+    ]:
+        values.setdefault(section, {})[key] = value
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{key} = {first.get('input')!r} is not acceptable: {first['msg']}.") from error
+
+
+def _known(section: str, key: str, where: str) -> tuple[str, str]:
+    """Check the name of a key. Raises ConfigError that names the nearest one."""
+    sections = {name: cast("type[Section]", field.annotation) for name, field in Config.model_fields.items()}
+    names = [f"{s}.{k}" for s, model in sections.items() for k in model.model_fields]
+    if f"{section}.{key}" in names:
+        return section, key
+    near = difflib.get_close_matches(f"{section}.{key}", names, n=1, cutoff=0.0)[0]
+    raise ConfigError(f"{where} names {section}.{key}, which is no configuration key; the nearest is {near}.")
+
+
+def _from_toml(path: Path | None) -> Iterator[tuple[str, str, Any]]:
+    if path is None:
+        return
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The configuration file {path} cannot be read ({error.strerror}); check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {path} is not valid TOML: {error}.") from error
+    for section, keys in table.items():
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{path}: {section} must be inside a section, like [train].")
+        for key, value in cast("dict[str, Any]", keys).items():
+            _known(section, key, str(path))
+            model = cast("type[Section]", Config.model_fields[section].annotation)
+            is_input = any(isinstance(mark, _Input) for mark in model.model_fields[key].metadata)
+            yield section, key, path.parent / value if is_input and isinstance(value, str) else value
+
+
+def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
+    for name, value in environ.items():
+        section, joint, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if name.startswith(ENV_PREFIX) and joint:
+            yield (*_known(section, key, f"The environment variable {name}"), value)
+
+
+def _from_flags(flags: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    rest = list(flags)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        section, dot, key = flag.removeprefix("--").partition(".")
+        if not flag.startswith("--") or not dot:
+            raise ConfigError(f"{flag} is no flag of this command; a configuration key is written --section.key VALUE.")
+        _known(section, key, f"The flag {flag}")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"The flag {flag} needs a value.")
+            value = rest.pop(0)
+        yield section, key, value

@@ -1,0 +1,169 @@
+"""The control plane: who is there, what the run shall do, which weights are newest. Over MQTT, retained, QoS 1.
+
+    treegrpo/RUN/state            running | paused | draining, as plain text
+    treegrpo/RUN/weights          newest policy version, as plain text
+    treegrpo/RUN/members/ID       msgpack map {role, alive, incarnation, metrics}; alive=false is the last will
+
+Everything is a level, not an event: a late-comer finds the present state, and hearing it twice changes nothing. State
+and version are plain text so that a person can set the state with any MQTT client:
+
+    mosquitto_pub -r -q 1 -t treegrpo/RUN/state -m paused
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import Any, cast
+
+import aiomqtt
+import msgpack
+
+from treegrpo.errors import UnavailableError
+from treegrpo.telemetry import split_address
+from treegrpo.tree import PolicyVersion
+
+log = logging.getLogger(__name__)
+CONNECT_SECONDS = 10.0
+RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
+KEEPALIVE_SECONDS = 10
+
+
+class RunState(Enum):
+    RUNNING = "running"
+    PAUSED = "paused"
+    """Nothing new is begun; what runs is finished."""
+    DRAINING = "draining"
+    """The run ends: open groups close with the leaves they have, then a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process of the run."""
+
+    id: str
+    role: str
+    """sampler or learner."""
+    incarnation: int
+    metrics: str = ""
+    """HOST:PORT of its /metrics."""
+    alive: bool = True
+
+    def payload(self) -> bytes:
+        return cast("bytes", msgpack.packb(asdict(self)))
+
+
+class ControlPlane:
+    """One process's view of the control plane, kept up to date by a background task; see `connect`."""
+
+    def __init__(self, address: str, run: str, member: Member) -> None:
+        self._host, self._port = split_address(address, "broker.address")
+        self._address = address
+        self._prefix = f"treegrpo/{run}"
+        self._member = member
+        self._client: aiomqtt.Client | None = None
+        self._changed = asyncio.Condition()
+        self._ours: dict[str, bytes] = {}
+        self.state = RunState.RUNNING
+        self.version: PolicyVersion | None = None
+        self.members: dict[str, Member] = {}
+
+    async def set_state(self, state: RunState) -> None:
+        """Tell everybody, now and later, what the run shall do."""
+        await self._publish("state", state.value.encode())
+
+    async def announce(self, version: PolicyVersion) -> None:
+        """Tell everybody, now and later, which weights are newest."""
+        await self._publish("weights", str(version).encode())
+
+    async def wait_change(self) -> None:
+        """Return after the next change of state, version or members."""
+        async with self._changed:
+            await self._changed.wait()
+
+    async def _publish(self, topic: str, payload: bytes) -> None:
+        self._ours[topic] = payload
+        if self._client is not None:
+            with contextlib.suppress(aiomqtt.MqttError):  # lost while publishing: `_session` publishes `_ours` again
+                await self._client.publish(f"{self._prefix}/{topic}", payload, qos=1, retain=True)
+
+    async def _session(self, connected: asyncio.Event) -> None:
+        """One connection: say who we are, repeat what we own, follow the rest."""
+        mine = f"{self._prefix}/members/{self._member.id}"
+        will = aiomqtt.Will(mine, replace(self._member, alive=False).payload(), qos=1, retain=True)
+        identifier = f"{self._member.id}-{self._member.incarnation:016x}"
+        async with aiomqtt.Client(
+            self._host, self._port, identifier=identifier, will=will, keepalive=KEEPALIVE_SECONDS, timeout=CONNECT_SECONDS
+        ) as client:
+            await client.publish(mine, self._member.payload(), qos=1, retain=True)
+            await client.subscribe(f"{self._prefix}/#", qos=1)
+            for topic, payload in self._ours.items():
+                await client.publish(f"{self._prefix}/{topic}", payload, qos=1, retain=True)
+            self._client = client
+            connected.set()
+            try:
+                async for message in client.messages:
+                    await self._hear(message.topic.value.removeprefix(f"{self._prefix}/"), message.payload)
+            finally:
+                self._client = None
+                with contextlib.suppress(aiomqtt.MqttError):  # a clean goodbye; a lost connection sends the will instead
+                    await client.publish(mine, replace(self._member, alive=False).payload(), qos=1, retain=True)
+
+    async def _hear(self, topic: str, payload: bytes) -> None:
+        try:
+            if topic == "state":
+                self.state = RunState(payload.decode())
+            elif topic == "weights":
+                self.version = PolicyVersion.parse(payload.decode())
+            elif topic.startswith("members/"):
+                row = cast("dict[str, Any]", msgpack.unpackb(payload))
+                self.members[row["id"]] = Member(**row)
+        except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+            log.warning("ignored a message on %s/%s that does not follow the contract: %s", self._prefix, topic, error)
+            return
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _follow(self, connected: asyncio.Event) -> None:
+        attempt = 0
+        while True:
+            began = time.monotonic()
+            try:
+                await self._session(connected)
+            except aiomqtt.MqttError as error:
+                if not connected.is_set():
+                    raise UnavailableError(
+                        f"No MQTT broker answers at broker.address = {self._address} ({error}); "
+                        "start one, or set broker.embedded = true and use `treegrpo up`."
+                    ) from error
+                attempt = 0 if time.monotonic() - began > RETRY_SECONDS[-1] else attempt + 1
+                wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
+                log.warning("lost the MQTT broker at %s (%s); trying again in %.1f s", self._address, error, wait)
+                await asyncio.sleep(wait)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connect(cls, address: str, run: str, member: Member) -> AsyncGenerator[ControlPlane]:
+        """Join the control plane for the time of the block; reconnects by itself.
+
+        Raises:
+            UnavailableError: no broker answers at ``address`` now.
+        """
+        plane = cls(address, run, member)
+        connected = asyncio.Event()
+        task = asyncio.create_task(plane._follow(connected), name="control-plane")
+        ready = asyncio.create_task(connected.wait(), name="control-plane-connected")
+        try:
+            await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+            yield plane
+        finally:
+            ready.cancel()
+            task.cancel()
+            await asyncio.gather(ready, task, return_exceptions=True)

@@ -1,0 +1,175 @@
+"""What trainer and intake say to each other over the run's local socket.
+
+    trainer                            intake
+    Take(position, count)          ──► waits until that many groups are ready, a few seconds at most
+                                   ◄── Taken(groups, state)
+    Publish(version, path, position) ► serves and announces the weights; groups before `position` are done with
+                                   ◄── Done
+    Evaluate(version)              ──► rolls out the held-out questions once per version, however often it is asked
+                                   ◄── Evaluation(done, ...)
+    Report(values)                 ──► appends a line to the run's progress file
+                                   ◄── Done
+
+The trainer asks, the intake answers, one request at a time. A message is a msgpack map behind its length in 4
+little-endian bytes. A position counts the training groups closed since the run began: like a consumer's offset in the
+journal, it is kept by the trainer, in its checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar, cast
+
+import msgpack
+
+from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_pb
+from treegrpo.errors import ContractError, UnavailableError
+from treegrpo.tree import Group, Subtree
+from treegrpo.v1 import rollout_pb2, tree_pb2
+
+SOCKET_NAME = "intake.sock"
+MAX_FRAME_BYTES = 1 << 30
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    position: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    groups: list[bytes]
+    """`pack_group` of each, oldest first: `count` of them or none."""
+    state: str
+    """The run state: running, paused or draining. A draining run has no more groups to wait for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    version: str
+    path: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    done: bool
+    questions: int = 0
+    em: float = 0.0
+    """Share of held-out questions answered with an exact match, of those that could be rolled out."""
+    reward: float = 0.0
+    failed: int = 0
+    state: str = "running"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    values: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    pass
+
+
+Message = Take | Taken | Publish | Evaluate | Evaluation | Report | Done
+_TYPES: dict[str, type[Message]] = {t.__name__: t for t in (Take, Taken, Publish, Evaluate, Evaluation, Report, Done)}
+Answer = TypeVar("Answer", Taken, Evaluation, Done)
+
+
+def pack_group(group: Group, subtrees: list[Subtree]) -> bytes:
+    """A closed group as it crosses the socket: its question and its subtrees in the order they were accepted."""
+    return cast(
+        "bytes",
+        msgpack.packb(
+            {
+                "id": group.id,
+                "question": question_to_pb(group.question).SerializeToString(),
+                "subtrees": [subtree_to_pb(subtree).SerializeToString() for subtree in subtrees],
+            }
+        ),
+    )
+
+
+def unpack_group(data: bytes) -> Group:
+    """The inverse of `pack_group`. Raises ContractError."""
+    row = msgpack.unpackb(data)
+    group = Group(row["id"], question_from_pb(rollout_pb2.Question.FromString(row["question"])))
+    for subtree in row["subtrees"]:
+        group.add(subtree_from_pb(tree_pb2.Subtree.FromString(subtree)))
+    return group
+
+
+def encode(message: Message) -> bytes:
+    """The frame of a message."""
+    body = cast("bytes", msgpack.packb({"type": type(message).__name__, **asdict(message)}))
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode(body: bytes) -> Message:
+    """The message in a frame's body. Raises ContractError."""
+    row = cast("dict[str, Any]", msgpack.unpackb(body))
+    kind = _TYPES.get(row.pop("type", ""))
+    if kind is None:
+        raise ContractError("The local socket carried a message of an unknown type; trainer and intake must be of one version.")
+    return kind(**row)
+
+
+async def receive(reader: asyncio.StreamReader) -> Message | None:
+    """The next message of a stream; None at its end."""
+    try:
+        head = await reader.readexactly(_LENGTH.size)
+        (length,) = _LENGTH.unpack(head)
+        if length > MAX_FRAME_BYTES:
+            raise ContractError(f"The local socket carried a frame of {length} bytes; the limit is {MAX_FRAME_BYTES}.")
+        return decode(await reader.readexactly(length))
+    except asyncio.IncompleteReadError:
+        return None
+
+
+class IntakeClient:
+    """The trainer's side: blocking, one request at a time."""
+
+    def __init__(self, path: str, deadline: float = 60.0) -> None:
+        """Connect. Raises UnavailableError when nobody listens at ``path`` (a Unix socket)."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(deadline)
+        try:
+            self._socket.connect(path)
+        except OSError as error:
+            self._socket.close()
+            raise UnavailableError(f"The intake does not answer at {path}; start `treegrpo learner`, which runs both.") from error
+
+    def ask(self, request: Message, answer: type[Answer]) -> Answer:
+        """Send ``request`` and wait for its answer. Raises UnavailableError when the intake is gone."""
+        try:
+            self._socket.sendall(encode(request))
+            (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+            reply = decode(self._read(length))
+        except OSError as error:
+            raise UnavailableError("The intake went away or did not answer in time; see its log.") from error
+        if not isinstance(reply, answer):
+            raise ContractError(f"The intake answered {type(request).__name__} with {type(reply).__name__}.")
+        return reply
+
+    def _read(self, length: int) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            chunk = self._socket.recv(min(length - len(data), 1 << 20))
+            if not chunk:
+                raise ConnectionResetError
+            data += chunk
+        return bytes(data)
+
+    def close(self) -> None:
+        self._socket.close()

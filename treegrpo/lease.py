@@ -1,0 +1,87 @@
+"""A lease: the right and the duty to roll out one question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from treegrpo.budget import Budget, Cost
+from treegrpo.question import Question
+from treegrpo.tree import PolicyVersion
+
+
+class LeaseKind(Enum):
+    TRAIN = "train"
+    EVAL = "eval"
+    """Greedy, one chain, held-out question; budgeted and counted apart."""
+
+
+class LeaseEndReason(Enum):
+    COMPLETE = "complete"
+    STOPPED = "stopped"
+    """Told to stop expanding, or draining."""
+    BUDGET = "budget"
+    """The grant would not have covered another step."""
+    FAILED = "failed"
+    LOST = "lost"
+    """The sampler went away; said by the learner, never on the wire."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The shape of a group, M·(N·L + 1) leaves, and the limits of its episodes."""
+
+    trees: int
+    """M: initial chains."""
+    rounds: int
+    """L."""
+    expansions: int
+    """N: expansions of each tree in a round."""
+    max_turns: int
+    """Turns with tools; one more follows without."""
+    max_action_tokens: int
+    max_context: int
+    temperature: float
+
+    @property
+    def leaves(self) -> int:
+        """G, the size of a full group."""
+        return self.trees * (self.rounds * self.expansions + 1)
+
+    @property
+    def width(self) -> int:
+        """Branches of one group that can run at the same time."""
+        return self.trees * max(1, self.expansions if self.rounds else 1)
+
+    @property
+    def grant(self) -> Budget:
+        """The most that a group can cost, when nothing is shared and every episode is as long as it may be."""
+        return Budget(tokens=self.leaves * self.max_context, tool_calls=self.leaves * self.max_turns)
+
+    def as_eval(self) -> Plan:
+        """The same limits, one greedy chain."""
+        return Plan(1, 0, 0, self.max_turns, self.max_action_tokens, self.max_context, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    id: str
+    kind: LeaseKind
+    question: Question
+    plan: Plan
+    grant: Budget
+    seed: int
+    """Seeds the draws of nodes."""
+    min_version: PolicyVersion
+    """Work on it with this version or a later one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnd:
+    lease: str
+    reason: LeaseEndReason
+    forgone: int = 0
+    """Planned expansions that were not made."""
+    unaccounted: Cost = field(default_factory=Cost)
+    """What failed attempts cost that no step accounts for."""
+    error: str = ""

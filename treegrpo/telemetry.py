@@ -1,0 +1,148 @@
+"""The metrics of all services in one place: names, help texts, units.
+
+Base units (seconds, bytes, tokens); counters end in `_total`, shares in `_ratio`. Labels have few values (a currency,
+a lease kind, a phase, an error type), never a question or a lease. Each service builds its own set once and serves it
+with `serve`.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from contextlib import closing
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from treegrpo.errors import AddressInUseError, ConfigError
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class _Metrics:
+    """A service's own registry and shorthands to fill it."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"treegrpo_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"treegrpo_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"treegrpo_{name}", text, labels, registry=self.registry, buckets=SECONDS)
+
+
+class IntakeMetrics(_Metrics):
+    """`kind` is train or eval, `currency` tokens or tool_calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        account = ("kind", "currency")
+        self.granted = self._counter("budget_granted", "Rollout budget granted to leases", *account)
+        self.spent = self._counter("budget_spent", "Rollout budget spent by accepted work", *account)
+        self.refunded = self._counter("budget_refunded", "Rollout budget that ended leases gave back", *account)
+        self.forfeited = self._counter("budget_forfeited", "Rollout budget of lost leases, spent nobody knows how", *account)
+        self.outstanding = self._gauge("budget_outstanding", "Rollout budget of open leases not yet spent", *account)
+        self.tokens = self._counter("rollout_tokens", "Tokens of accepted steps: prefilled, cached or decoded", "kind", "how")
+        self.unique = self._counter("rollout_unique_tokens", "Tokens of closed groups, each shared prefix counted once", "kind")
+        self.chain = self._counter("rollout_chain_equivalent", "What chains to the same leaves would have cost", *account)
+        self.saving = self._gauge("rollout_saving_ratio", "1 - spent / chain equivalent, over all closed groups", *account)
+        self.leaves = self._counter("rollout_leaves", "Leaves accepted", "kind")
+        self.failed_steps = self._counter("rollout_failed_steps", "Steps left out after an error", "status")
+        self.forgone = self._counter("rollout_forgone_expansions", "Planned expansions that were not made", "kind")
+        self.groups = self._counter("groups_closed", "Groups closed, by why their lease ended", "kind", "reason")
+        self.zero_signal = self._counter("groups_zero_signal", "Training groups whose leaves all have the same reward")
+        self.leases = self._gauge("leases_outstanding", "Leases out", "kind")
+        self.lease_limit = self._gauge("leases_limit", "Training leases the staleness bound allows now")
+        self.ready = self._gauge("groups_ready", "Groups waiting for the trainer")
+        self.samplers = self._gauge("samplers_connected", "Samplers with an open stream")
+        self.lag = self._histogram("subtree_seconds", "Seconds from lease to accepted subtree")
+        self.reward = self._gauge("reward_mean", "Mean reward of the leaves of the last groups", "kind")
+        self.em = self._gauge("exact_match_ratio", "Share of leaves with an exact match in the last groups", "kind")
+        self.duplicates = self._counter("subtrees_duplicate", "Subtrees that arrived again and were not counted again")
+        self.refused = self._counter("subtrees_refused", "Subtrees refused, by reason", "reason")
+        self.weight_bytes = self._counter("weights_served_bytes", "Bytes of weight files sent to samplers")
+
+
+class TrainerMetrics(_Metrics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = self._gauge("step", "Optimiser steps done")
+        self.version = self._gauge("policy_version_step", "Step of the newest published policy version")
+        self.phase = self._histogram("step_phase_seconds", "Seconds of one step by phase", "phase")
+        self.waiting = self._counter("learner_waiting_seconds", "Seconds the trainer waited for groups")
+        self.trained_tokens = self._counter("trained_tokens", "Tokens forwarded and backwarded in training")
+        self.reward = self._gauge("train_reward_mean", "Mean reward of the leaves of the last step")
+        self.reward_std = self._gauge("train_reward_std", "Standard deviation of the reward of the last step's leaves")
+        self.loss = self._gauge("loss", "Loss of the last step")
+        self.kl = self._gauge("kl_reference", "K3 estimate of KL(policy ‖ reference), per token")
+        self.mismatch = self._gauge("kl_mismatch", "KL(sampler ‖ trainer) per sampled token, at the start of the step")
+        self.entropy = self._gauge("entropy", "Mean entropy of the policy at action tokens, nats")
+        self.clip = self._gauge("clip_ratio", "Share of action tokens whose ratio was clipped", "side")
+        self.grad_norm = self._gauge("gradient_norm", "Norm of the gradient before clipping")
+        self.lr = self._gauge("learning_rate", "Learning rate of the last step")
+        self.lag_mean = self._gauge("version_lag_mean", "Mean age of the trained tokens, in versions")
+        self.lag_max = self._gauge("version_lag_max", "Age of the oldest trained token, in versions")
+        self.mixed = self._gauge("mixed_version_siblings_ratio", "Share of sibling sets sampled from different versions")
+        self.zero_signal = self._gauge("zero_signal_groups_ratio", "Share of the step's groups without signal")
+
+
+class SamplerMetrics(_Metrics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = self._counter("engine_tokens", "Tokens of the engine by how: prefilled, cached, decoded", "how")
+        self.running = self._gauge("engine_running", "Generations running")
+        self.queued = self._gauge("engine_queued", "Generations waiting for a place")
+        self.cache_used = self._gauge("engine_cache_used_tokens", "Tokens held by the prefix cache")
+        self.cache_size = self._gauge("engine_cache_size_tokens", "Tokens the prefix cache can hold")
+        self.cache_evicted = self._counter("engine_cache_evicted_tokens", "Tokens evicted from the prefix cache")
+        self.version = self._gauge("engine_version_step", "Step of the policy version being served")
+        self.swap = self._histogram("weights_swap_seconds", "Seconds from the start of a weight swap to its end")
+        self.fetch = self._histogram("weights_fetch_seconds", "Seconds to fetch a policy version")
+        self.fetched_bytes = self._counter("weights_fetched_bytes", "Bytes of weight files fetched")
+        self.waiting = self._counter("sampler_waiting_seconds", "Seconds without any lease")
+        self.leases = self._gauge("sampler_leases", "Leases being worked on")
+        self.unacked = self._gauge("sampler_unacked_subtrees", "Subtrees sent and not yet acked")
+        self.errors = self._counter("sampler_errors", "Errors by type; each was retried, reported or ended a lease", "type")
+        self.reconnects = self._counter("sampler_reconnects", "Times the stream to the learner was opened again")
+        self.turn = self._histogram("turn_seconds", "Seconds of one agent turn by part", "part")
+
+
+class RetrieverMetrics(_Metrics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = self._counter("retriever_queries", "Queries answered")
+        self.refused = self._counter("retriever_refused", "Requests refused")
+        self.seconds = self._histogram("retriever_seconds", "Seconds to answer a request")
+        self.documents = self._gauge("retriever_documents", "Documents in the index")
+
+
+def split_address(address: str, key: str) -> tuple[str, int]:
+    """HOST:PORT in two. Raises ConfigError naming ``key``."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{key} = {address!r} is no address; write HOST:PORT, like 127.0.0.1:9400.")
+    return host.strip("[]"), int(port)
+
+
+def check_free(address: str, key: str) -> None:
+    """Raise AddressInUseError if somebody listens on ``address`` already."""
+    host, port = split_address(address, key)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = "is taken by another process" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise AddressInUseError(f"{key} = {address} {reason}; stop that process or set {key} to another address.") from error
+
+
+def serve(metrics: _Metrics, address: str, key: str) -> int:
+    """Serve /metrics from a thread until the process ends; returns the port. Raises AddressInUseError."""
+    host, port = split_address(address, key)
+    check_free(address, key)
+    server, _ = start_http_server(port, host, metrics.registry)
+    return server.server_port

@@ -1,0 +1,238 @@
+"""The vocabulary of a rollout: version, step, subtree, tree, group.
+
+A *tree* grows from a prompt (its root, node 0). Each further *node* is one agent step: think, act, observe. A
+*subtree* is what travels: the steps appended below one existing node by one expansion, down to a leaf. A *group* is
+all trees of one question; its leaves are the episodes that are compared with each other.
+
+This module is pure: no network, no clock, no torch. Token ids are uint32 and log-probabilities float32 arrays, the
+engine's own from first to last (token-in, token-out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treegrpo.budget import Cost
+from treegrpo.errors import ContractError
+from treegrpo.question import Question
+
+TokenIds = NDArray[np.uint32]
+Logprobs = NDArray[np.float32]
+ROOT = 0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PolicyVersion:
+    """Which weights: the lineage of the run and the optimiser step in it.
+
+    A restart that goes back to an older checkpoint begins a new lineage, so step 7 of lineage 1 is never mistaken for
+    step 7 of lineage 2.
+    """
+
+    lineage: int = 0
+    step: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.lineage}.{self.step}"
+
+    @classmethod
+    def parse(cls, text: str) -> PolicyVersion:
+        """The inverse of ``str``. Raises ContractError on anything else."""
+        lineage, dot, step = text.partition(".")
+        if not (dot and lineage.isdecimal() and step.isdecimal()):
+            raise ContractError(f"{text!r} is not a policy version; one is written LINEAGE.STEP, like 1.42.")
+        return cls(int(lineage), int(step))
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens ``start`` (inclusive) to ``end`` (exclusive) of an action were sampled from ``version``."""
+
+    version: PolicyVersion
+    start: int
+    end: int
+
+
+class StepStatus(Enum):
+    """How a step ended."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"
+    """The turn or the context was full: a leaf, scored as it is."""
+    ENGINE_ERROR = "engine_error"
+    TOOL_ERROR = "tool_error"
+
+    @property
+    def failed(self) -> bool:
+        """A failed step is never a leaf with a reward; its branch is left out and counted."""
+        return self in (StepStatus.ENGINE_ERROR, StepStatus.TOOL_ERROR)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One think → act → observe turn: a node of the tree."""
+
+    node: int
+    parent: int
+    action: TokenIds
+    """Tokens the policy produced, stop tokens included."""
+    logprobs: Logprobs
+    """Log-probability of each action token under the policy and temperature it was sampled with."""
+    observation: TokenIds
+    """Tokens the environment answered with; empty at a leaf."""
+    spans: tuple[VersionSpan, ...] = ()
+    status: StepStatus = StepStatus.OK
+    tool: str = ""
+    """The tool used, empty if none."""
+    tool_arguments: str = ""
+    valid: bool = True
+    """False when the action broke the environment's protocol."""
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def length(self) -> int:
+        """Tokens this node adds to its path."""
+        return len(self.action) + len(self.observation)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """The end of an episode: its rewards by name. Their sum is what the policy is trained on."""
+
+    node: int
+    rewards: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Reported, not trained on: exact match, searches, invalid actions."""
+
+    @property
+    def reward(self) -> float:
+        return sum(self.rewards.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subtree:
+    """The steps one expansion appended below node ``parent`` of a tree, root side first.
+
+    (lease, tree, index) names it once and for all: a subtree that arrives twice is accepted once. Index 0 is the
+    tree's initial chain and carries the prompt.
+    """
+
+    lease: str
+    tree: int
+    index: int
+    parent: int
+    steps: tuple[Step, ...]
+    leaves: tuple[Leaf, ...] = ()
+    """Empty when the expansion failed."""
+    prompt: TokenIds = field(default_factory=lambda: np.zeros(0, np.uint32))
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.lease, self.tree, self.index)
+
+    @property
+    def cost(self) -> Cost:
+        return sum((step.cost for step in self.steps), Cost())
+
+
+@dataclass(slots=True, eq=False)
+class Tree:
+    """All steps of one tree, by node id, and its leaves. Grows by `add`."""
+
+    prompt: TokenIds = field(default_factory=lambda: np.zeros(0, np.uint32))
+    steps: dict[int, Step] = field(default_factory=dict[int, Step])
+    leaves: dict[int, Leaf] = field(default_factory=dict[int, Leaf])
+    indices: set[int] = field(default_factory=set[int])
+
+    def add(self, subtree: Subtree) -> bool:
+        """Append a subtree; False if it was there already. Raises ContractError and changes nothing if it does not fit."""
+        if subtree.index in self.indices:
+            return False
+        self._check(subtree)
+        if subtree.index == 0:
+            self.prompt = subtree.prompt
+        self.indices.add(subtree.index)
+        self.steps.update((step.node, step) for step in subtree.steps)
+        self.leaves.update((leaf.node, leaf) for leaf in subtree.leaves)
+        return True
+
+    def _check(self, subtree: Subtree) -> None:
+        known = {ROOT, *self.steps}
+        if subtree.parent not in known:
+            raise ContractError(f"Subtree {subtree.key} hangs below node {subtree.parent}, which was not sent before.")
+        for step in subtree.steps:
+            if step.node in known:
+                raise ContractError(f"Subtree {subtree.key} has node {step.node} a second time; node ids are unique in a tree.")
+            if step.parent not in known:
+                raise ContractError(f"Step {step.node} of {subtree.key} has unknown parent {step.parent}; parents come first.")
+            if len(step.action) != len(step.logprobs):
+                raise ContractError(f"Step {step.node} of {subtree.key} needs one log-probability for each action token.")
+            known.add(step.node)
+        if not {leaf.node for leaf in subtree.leaves} <= {step.node for step in subtree.steps}:
+            raise ContractError(f"A leaf of subtree {subtree.key} is not one of its steps.")
+
+    def path(self, node: int) -> list[Step]:
+        """The steps from the root down to ``node``."""
+        steps: list[Step] = []
+        while node != ROOT:
+            steps.append(self.steps[node])
+            node = steps[-1].parent
+        return steps[::-1]
+
+    def expandable(self) -> list[int]:
+        """{root} ∪ nodes an episode can go on from, in id order: neither leaves nor failed."""
+        inner = (n for n, s in self.steps.items() if n not in self.leaves and s.status is StepStatus.OK)
+        return [ROOT, *sorted(inner)]
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens of the tree when each shared prefix counts once."""
+        return len(self.prompt) + sum(step.length for step in self.steps.values())
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """All trees of one question: what an advantage is computed over."""
+
+    id: str
+    question: Question
+    trees: dict[int, Tree] = field(default_factory=dict[int, Tree])
+
+    def add(self, subtree: Subtree) -> bool:
+        """Append a subtree to its tree; False if it was there already. Raises ContractError."""
+        return self.trees.setdefault(subtree.tree, Tree()).add(subtree)
+
+    def leaves(self) -> Iterator[tuple[Tree, Leaf]]:
+        """Every leaf with its tree, in (tree, node) order."""
+        for index in sorted(self.trees):
+            tree = self.trees[index]
+            for node in sorted(tree.leaves):
+                yield tree, tree.leaves[node]
+
+    @property
+    def cost(self) -> Cost:
+        return sum((step.cost for tree in self.trees.values() for step in tree.steps.values()), Cost())
+
+    def chain_equivalent(self) -> Cost:
+        """What independent chains to the same leaves would have computed, on an engine that also caches prefixes.
+
+        Each leaf pays its own path; the prompt is paid once, because chains of one prompt share it in a prefix cache
+        too. Charging it once per chain would flatter the tree.
+        """
+        prompt = max((len(tree.prompt) for tree in self.trees.values()), default=0)
+        paths = [tree.path(leaf.node) for tree, leaf in self.leaves()]
+        return Cost(
+            prefilled=prompt + sum(len(step.observation) for path in paths for step in path),
+            decoded=sum(len(step.action) for path in paths for step in path),
+            tool_calls=sum(step.cost.tool_calls for path in paths for step in path),
+        )
+
+    def spans(self) -> Iterator[VersionSpan]:
+        for tree in self.trees.values():
+            for step in tree.steps.values():
+                yield from step.spans
