@@ -1,0 +1,95 @@
+"""The warm start: a small Qwen2 and its supervised training on demonstrations."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from examples.geohop.demonstrations import Demonstration
+
+BATCH = 32
+_BUCKET = 16 * BATCH
+_WARM_UP_STEPS = 50
+_LAST_SHARE = 0.1
+
+
+def small_qwen2(vocabulary: int, end: int, seed: int) -> Qwen2ForCausalLM:
+    """A Qwen2 of about a million parameters, freshly initialised. ``end`` is the id of the end-of-turn token."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def train(
+    model: Qwen2ForCausalLM,
+    shown: Sequence[Demonstration],
+    steps: int,
+    peak_lr: float,
+    seed: int,
+    report: Callable[[str], None],
+) -> None:
+    """``steps`` AdamW steps of 32 demonstrations; the loss is that of the policy's own tokens."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps))
+    began = time.monotonic()
+    for step, batch in zip(range(1, steps + 1), _batches(shown, seed), strict=False):
+        loss = _loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            report(f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - began:.0f} s")
+
+
+def lr_share(step: int, steps: int) -> float:
+    """The learning rate as a share of its peak: a linear warm-up, then half a cosine down to a tenth."""
+    if step < _WARM_UP_STEPS:
+        return (step + 1) / _WARM_UP_STEPS
+    done = min(1.0, (step - _WARM_UP_STEPS) / max(1, steps - _WARM_UP_STEPS))
+    return _LAST_SHARE + 0.5 * (1 - _LAST_SHARE) * (1 + math.cos(math.pi * done))
+
+
+def _batches(shown: Sequence[Demonstration], seed: int) -> Iterator[Sequence[Demonstration]]:
+    """Batches for ever, of demonstrations of about one length, in a seeded order."""
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(range(len(shown)), len(shown))
+        batches: list[list[Demonstration]] = []
+        for start in range(0, len(order), _BUCKET):
+            bucket = sorted((shown[place] for place in order[start : start + _BUCKET]), key=lambda one: len(one.ids))
+            batches += [bucket[first : first + BATCH] for first in range(0, len(bucket), BATCH)]
+        rng.shuffle(batches)
+        yield from batches
+
+
+def _loss(model: Qwen2ForCausalLM, batch: Sequence[Demonstration]) -> Tensor:
+    """Mean cross-entropy of the trained tokens. Padding stands on the right, where causal attention never looks."""
+    longest = max(len(one.ids) for one in batch)
+    ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+    trained_BT = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for place, one in enumerate(batch):
+        ids_BT[place, : len(one.ids)] = torch.tensor(one.ids)
+        trained_BT[place, : len(one.ids)] = torch.tensor(one.trained)
+    hidden_BTH = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    logits_NV = model.lm_head(hidden_BTH[:, :-1][trained_BT[:, 1:]])
+    return torch.nn.functional.cross_entropy(logits_NV, ids_BT[:, 1:][trained_BT[:, 1:]])

@@ -1,0 +1,105 @@
+"""A corpus and its BM25 index: pure, in memory, without a server."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import bm25s
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from treegrpo.errors import DataError
+
+_WORD = re.compile(r"\w+")
+
+
+class Document(BaseModel):
+    """One row of a corpus file (Search-R1's format)."""
+
+    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
+
+    id: str
+    contents: str = Field(min_length=1)
+    """``"Title\\ntext"``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A document and its BM25 score."""
+
+    document: Document
+    score: float
+
+
+def load_corpus(path: Path) -> list[Document]:
+    """Read a corpus of JSON lines ``{"id": …, "contents": "Title\\ntext"}``.
+
+    Raises:
+        DataError: the file is missing or empty, or a row is no such object.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            documents = [_document(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the corpus {path} cannot be read ({error}); name a JSONL file with id and contents") from error
+    if not documents:
+        raise DataError(f"the corpus {path} has no documents; give one JSON object per line with id and contents")
+    return documents
+
+
+def _document(path: Path, number: int, line: str) -> Document:
+    try:
+        return Document.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the row"
+        raise DataError(
+            f'{path}, line {number}: {where}: {first["msg"].lower()}; each row is {{"id": …, "contents": "Title\\ntext"}}'
+        ) from error
+
+
+def words(text: str) -> list[str]:
+    """The terms of a text: lower case, without accents, split at everything that is no letter or digit.
+
+    Example:
+        >>> words("São Tomé-Nord")
+        ['sao', 'tome', 'nord']
+    """
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    return _WORD.findall("".join(letter for letter in plain if not unicodedata.combining(letter)))
+
+
+class Index:
+    """BM25 (Lucene's variant) over a corpus.
+
+    Example:
+        hits = Index(load_corpus(path)).search("Ghazni", topk=2)
+    """
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.documents = documents
+        self._scorer = bm25s.BM25()
+        self._scorer.index([words(document.contents) for document in documents], show_progress=False)
+
+    def search(self, query: str, topk: int) -> list[Hit]:
+        """The documents that share a term with ``query``, best first, at most ``topk``; equal scores in corpus order."""
+        known = [word for word in words(query) if word in self._scorer.vocab_dict]
+        if not known or topk < 1:
+            return []
+        score_D = self._scorer.get_scores(known)  # D = documents of the corpus
+        best = _best(score_D, topk)
+        return [Hit(self.documents[place], float(score_D[place])) for place in best if score_D[place] > 0]
+
+
+def _best(score_D: np.ndarray, topk: int) -> list[int]:
+    """Places of the ``topk`` largest scores, best first, ties by place."""
+    if topk >= len(score_D):
+        return np.argsort(-score_D, kind="stable").tolist()
+    threshold = np.partition(score_D, -topk)[-topk]
+    candidates = np.flatnonzero(score_D >= threshold) if threshold > 0 else np.flatnonzero(score_D)
+    order = np.argsort(-score_D[candidates], kind="stable")
+    return candidates[order[:topk]].tolist()
