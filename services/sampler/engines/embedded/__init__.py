@@ -1,0 +1,12 @@
+"""The engine that lives in the sampler's own process: torch on the CPU, batched, with a radix prefix cache.
+
+    generate() ─► waiting ─► admit ─► copy cached KV ─► prefill ─► decode ─► decode ─► … ─► finished ─► future
+                             scheduler  radix + memory   model      one token per running request a step
+
+Start reading at `scheduler.py`.
+"""
+
+from services.sampler.engines.embedded.engine import EmbeddedEngine
+from services.sampler.engines.embedded.scheduler import Counters
+
+__all__ = ["Counters", "EmbeddedEngine"]

@@ -1,0 +1,184 @@
+"""The embedded engine's face: asyncio outside, one worker thread that computes inside.
+
+Scheduler and event loop never run at the same time: what tasks want (a request, its cancellation, new weights) waits
+as a command until the worker has finished its current step, and is then applied on the event loop. So neither side
+needs a lock, and the loop stays free while torch computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+
+from services.sampler.engines.base import Completion, Sampling
+from services.sampler.engines.embedded.model import Model
+from services.sampler.engines.embedded.request import Request
+from services.sampler.engines.embedded.scheduler import Counters, Scheduler
+from services.sampler.tokenizer import Tokenizer
+from treegrpo.errors import EngineError
+from treegrpo.tree import PolicyVersion
+
+
+class EmbeddedEngine:
+    """An `Engine` in this process. Make it with `open`, use it as an async context manager or call `close`."""
+
+    def __init__(self, scheduler: Scheduler, threads: int) -> None:
+        self._scheduler = scheduler
+        self._worker = ThreadPoolExecutor(1, "embedded-engine", initializer=torch.set_num_threads, initargs=(threads,))
+        self._commands: list[Callable[[], None]] = []
+        self._wake = asyncio.Event()
+        self._interrupt = threading.Event()
+        self._pending: dict[Request, asyncio.Future[Completion]] = {}
+        self._swaps: set[asyncio.Future[None]] = set()
+        self._failure: EngineError | None = None
+        self._driver = asyncio.create_task(self._drive(), name="embedded-engine")
+
+    @classmethod
+    async def open(
+        cls,
+        path: Path,
+        *,
+        max_running: int,
+        max_context: int,
+        cache_tokens: int,
+        seed: int,
+        threads: int = 1,
+        version: PolicyVersion = PolicyVersion(),  # noqa: B008  # a frozen value
+    ) -> Self:
+        """Load the model directory ``path``.
+
+        Args:
+            path: a Hugging Face directory with config.json, safetensors and tokenizer.
+            max_running: requests decoded together; more wait their turn.
+            max_context: tokens a prefix and its completion may have together.
+            cache_tokens: size of the prefix cache.
+            seed: of all sampling of this engine.
+            threads: torch threads for its computations.
+            version: the policy version these weights are.
+
+        Raises:
+            ModelError: the directory cannot be used; the message says why.
+        """
+        model = await asyncio.to_thread(Model.open, path, max_context)
+        tokenizer = await asyncio.to_thread(Tokenizer.open, path)
+        return cls(Scheduler(model, version, tokenizer, max_running=max_running, cache_tokens=cache_tokens, seed=seed), threads)
+
+    @property
+    def version(self) -> PolicyVersion:
+        return self._scheduler.version
+
+    @property
+    def context(self) -> int:
+        return self._scheduler.context
+
+    @property
+    def counters(self) -> Counters:
+        """What the engine has done and holds now."""
+        return self._scheduler.counters()
+
+    async def generate(self, prefix: Sequence[int], sampling: Sampling) -> Completion:
+        """See `Engine.generate`."""
+        request = Request(self._checked(prefix, sampling), sampling)
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._pending[request] = future
+        self._command(lambda: self._scheduler.submit(request))
+        try:
+            return await future
+        finally:
+            if self._pending.pop(request, None) is not None:
+                self._command(lambda: self._scheduler.cancel(request))
+
+    async def load(self, version: PolicyVersion, path: Path) -> None:
+        """See `Engine.load`. The new weights are read and checked beside the running requests."""
+        await self.health()
+        model = await asyncio.to_thread(self._scheduler.model.reopen, path)
+        await self.health()
+        swapped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def swap() -> None:
+            self._scheduler.swap(model, version)
+            if not swapped.done():
+                swapped.set_result(None)
+
+        self._swaps.add(swapped)
+        self._command(swap)
+        try:
+            await swapped
+        finally:
+            self._swaps.discard(swapped)
+
+    async def health(self) -> None:
+        """See `Engine.health`."""
+        if self._failure is not None:
+            raise self._failure
+
+    async def close(self) -> None:
+        """End the worker; whoever still waits gets an EngineError."""
+        self._fail(EngineError("The embedded engine is closed; open another one."))
+        self._driver.cancel()
+        self._interrupt.set()
+        await asyncio.to_thread(self._worker.shutdown)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _checked(self, prefix: Sequence[int], sampling: Sampling) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+        if self._failure is not None:
+            raise self._failure
+        ids = np.asarray(prefix, np.int64)
+        vocabulary = self._scheduler.model.architecture.vocabulary
+        if not 0 < len(ids) < self.context:
+            raise EngineError(
+                f"A prefix of {len(ids)} tokens leaves no room in a context of {self.context}; give 1 to {self.context - 1}."
+            )
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise EngineError(
+                f"The prefix has an id outside the model's vocabulary 0 … {vocabulary - 1}; use the model's tokenizer."
+            )
+        if sampling.max_tokens < 1 or sampling.temperature < 0:
+            raise EngineError(f"{sampling} cannot be sampled; max_tokens is at least 1 and temperature at least 0.")
+        return ids.astype(np.uint32)
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._interrupt.set()
+        self._wake.set()
+
+    async def _drive(self) -> None:
+        """Apply commands, let the worker run until something happens, deliver; for ever."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while self._commands or self._scheduler.busy:
+                    self._interrupt.clear()
+                    commands, self._commands = self._commands, []
+                    for command in commands:
+                        command()
+                    for request in await loop.run_in_executor(self._worker, self._scheduler.run, self._interrupt):
+                        self._deliver(request)
+        except Exception as error:  # noqa: BLE001  # whatever it was, nobody may wait for ever
+            self._fail(EngineError(f"The embedded engine failed ({error!r}); restart the sampler."))
+
+    def _deliver(self, request: Request) -> None:
+        future = self._pending.pop(request, None)
+        if future is not None and not future.done():
+            future.set_result(request.completion())
+
+    def _fail(self, error: EngineError) -> None:
+        self._failure = self._failure or error
+        for future in (*self._pending.values(), *self._swaps):
+            if not future.done():
+                future.set_exception(self._failure)
+        self._pending.clear()

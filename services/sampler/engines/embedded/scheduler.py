@@ -1,0 +1,208 @@
+"""The engine's inner loop: admit → prefill → decode, one step after the other.
+
+Running requests hold rows 0 … n−1 of the memory, so a decode step works on views. A waiting request is admitted as
+soon as a row is free; the keys and values of its longest cached prefix are copied into its row and only the rest is
+computed. What it computes goes to the prefix cache at once, so that siblings share it. New weights send every running
+request back to waiting, with what it has sampled as part of its prefix: one mechanism, nothing of the old version
+survives.
+
+Nothing here is safe to call from two threads at a time; `engine.py` takes care of that.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from services.sampler.engines.embedded.attention import DecodeAttention, PrefillAttention, Stretch
+from services.sampler.engines.embedded.memory import Memory
+from services.sampler.engines.embedded.model import Model
+from services.sampler.engines.embedded.radix import RadixTree, common_prefix
+from services.sampler.engines.embedded.request import Request
+from services.sampler.engines.embedded.sampling import draw
+from services.sampler.engines.embedded.stopping import StopStrings
+from services.sampler.tokenizer import Tokenizer
+from treegrpo.tree import PolicyVersion, TokenIds
+
+_PREFILL_TOKENS = 4096
+"""New prefix tokens in one forward pass, unless one request alone has more: bounds the step's memory and duration."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the engine has done and holds, for metrics."""
+
+    prefilled: int = 0
+    """Prefix tokens computed, since the start."""
+    cached: int = 0
+    """Prefix tokens served from the cache, since the start."""
+    decoded: int = 0
+    """Tokens sampled, since the start."""
+    evicted: int = 0
+    """Tokens evicted from the cache for want of room, since the start."""
+    running: int = 0
+    waiting: int = 0
+    cache_tokens: int = 0
+    """Tokens in the cache now."""
+    cache_capacity: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    request: Request
+    sequence: TokenIds
+    cached: int
+
+
+class Scheduler:
+    """All requests of one engine and the state they share."""
+
+    def __init__(
+        self, model: Model, version: PolicyVersion, tokenizer: Tokenizer, *, max_running: int, cache_tokens: int, seed: int
+    ) -> None:
+        self.model = model
+        self.version = version
+        self.context = len(model.rope)
+        self._max_running = max_running
+        self._memory = Memory(model.architecture, max_running, self.context, cache_tokens)
+        self._cache = RadixTree(cache_tokens)
+        self._stops = StopStrings(tokenizer)
+        self._eos = tokenizer.eos
+        self._generator = torch.Generator().manual_seed(seed)
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
+        """By row."""
+        self._totals = Counters(cache_capacity=cache_tokens)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def counters(self) -> Counters:
+        """A snapshot."""
+        t = self._totals
+        evicted = t.evicted + self._cache.evicted
+        return Counters(
+            t.prefilled,
+            t.cached,
+            t.decoded,
+            evicted,
+            len(self._running),
+            len(self._waiting),
+            self._cache.used,
+            self._cache.capacity,
+        )
+
+    def submit(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget ``request``, wherever it is."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif request in self._running:
+            self._release(self._running.index(request))
+
+    def swap(self, model: Model, version: PolicyVersion) -> None:
+        """Go on with other weights: the cache starts empty and running requests are prefilled again."""
+        self.model, self.version = model, version
+        self._totals.evicted += self._cache.evicted
+        self._cache = RadixTree(self._cache.capacity)
+        self._waiting[:0] = self._running
+        self._running.clear()
+
+    @torch.inference_mode()
+    def run(self, interrupt: threading.Event) -> list[Request]:
+        """Step until a request finishes, nothing is left, or ``interrupt`` is set; returns the finished ones."""
+        finished: list[Request] = []
+        while self.busy and not finished:
+            if admitted := self._admit():
+                self._prefill(admitted)
+                finished += self._collect()
+            if self._running:
+                self._decode()
+                finished += self._collect()
+            if interrupt.is_set():
+                break
+        return finished
+
+    def _admit(self) -> list[_Admitted]:
+        """Requests to prefill together. One that shares more with another of them than the cache has waits a step."""
+        admitted: list[_Admitted] = []
+        waiting: list[Request] = []
+        tokens = 0
+        for at, request in enumerate(self._waiting):
+            if len(self._running) + len(admitted) == self._max_running or tokens > _PREFILL_TOKENS:
+                waiting += self._waiting[at:]
+                break
+            sequence = request.sequence()
+            # The last token is always computed: its logits are what is sampled from.
+            slots = self._cache.match(sequence[:-1])
+            if any(common_prefix(sequence[:-1], other.sequence) > len(slots) for other in admitted):
+                waiting.append(request)
+                continue
+            self._memory.load(len(self._running) + len(admitted), slots)
+            admitted.append(_Admitted(request, sequence, len(slots)))
+            tokens += len(sequence) - len(slots)
+        self._waiting = waiting
+        return admitted
+
+    def _prefill(self, admitted: list[_Admitted]) -> None:
+        """Compute what the cache lacks, sample each request's next token, share the new keys and values."""
+        first_row = len(self._running)
+        stretches = [Stretch(first_row + i, a.cached, len(a.sequence) - a.cached) for i, a in enumerate(admitted)]
+        ids = torch.from_numpy(np.concatenate([a.sequence[a.cached :] for a in admitted]).astype(np.int64))
+        positions = torch.cat([torch.arange(s.start, s.start + s.size) for s in stretches])
+        hidden = self.model.forward(ids, positions, PrefillAttention(self._memory.rows, stretches))
+        last = torch.tensor([s.size for s in stretches]).cumsum(0) - 1
+        for stretch, a in zip(stretches, admitted, strict=True):
+            if not a.request.ids:
+                a.request.cached = a.cached
+            a.request.prefilled += stretch.size
+            self._totals.cached += a.cached
+            self._totals.prefilled += stretch.size
+            self._share(stretch.row, a.sequence)
+            self._running.append(a.request)
+        self._sample(hidden[last], self._running[first_row:])
+
+    def _decode(self) -> None:
+        """One more token for every running request."""
+        ids = torch.tensor([request.ids[-1] for request in self._running])
+        positions = torch.tensor([request.length - 1 for request in self._running])
+        hidden = self.model.forward(ids, positions, DecodeAttention(self._memory.rows, positions))
+        self._sample(hidden, self._running)
+
+    def _sample(self, hidden: torch.Tensor, requests: list[Request]) -> None:
+        temperature = torch.tensor([request.sampling.temperature for request in requests])
+        ids, logprobs = draw(self.model.logits(hidden), temperature, self._generator)
+        for request, token, logprob in zip(requests, ids.tolist(), logprobs.tolist(), strict=True):
+            request.append(token, logprob, self.version)
+            if token in self._eos or self._stops.completed(request.ids, request.sampling.stop):
+                request.finish = "stop"
+            elif len(request.ids) == request.sampling.max_tokens or request.length == self.context:
+                request.finish = "length"
+        self._totals.decoded += len(requests)
+
+    def _collect(self) -> list[Request]:
+        """Take finished requests out of their rows; what they computed stays in the cache."""
+        finished = [request for request in self._running if request.finish]
+        for request in finished:
+            row = self._running.index(request)
+            # The last token was sampled but never an input: it has no key and value.
+            self._share(row, request.sequence()[:-1])
+            self._release(row)
+        return finished
+
+    def _share(self, row: int, sequence: TokenIds) -> None:
+        start, slots = self._cache.insert(sequence)
+        self._memory.store(row, start, slots)
+
+    def _release(self, row: int) -> None:
+        """Free a row; the last running request moves into it, so that rows stay without gaps."""
+        last = self._running.pop()
+        if row < len(self._running):
+            self._memory.move(len(self._running), row, last.length)
+            self._running[row] = last
