@@ -1,0 +1,173 @@
+"""How a group grows: M trees, each on its own, by L rounds of N expansions.
+
+    lease ─► M × ( chain ─► round 1: N branches ─► … ─► round L ) ─► lease end
+                     └──────────── every finished branch ───────────► subtree
+
+In a round the nodes to continue are drawn uniformly, with replacement, from {root} ∪ non-leaf nodes of the tree (Tree
+Search for LLM Agent Reinforcement Learning, arXiv 2509.21240). A tree never waits for another tree; its next round
+begins when its own branches are done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from services.environments.base import Environment
+from services.sampler.allowance import Allowance
+from services.sampler.engines.base import Engine
+from services.sampler.episode import Branch, Player, Text
+from services.sampler.gate import Gate
+from services.sampler.states import States
+from treegrpo.budget import Budget
+from treegrpo.errors import DataError
+from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
+from treegrpo.telemetry import SamplerMetrics
+from treegrpo.tree import ROOT, Subtree, TokenIds, Tree
+
+__all__ = ["Emit", "Expander", "Gate", "draw"]
+
+log = logging.getLogger(__name__)
+Emit = Callable[[Subtree], Awaitable[None] | None]
+
+
+def draw(nodes: Sequence[int], count: int, seed: tuple[int, int, int]) -> list[int]:
+    """``count`` of ``nodes``, uniformly, with replacement.
+
+    ``seed`` is (lease seed, tree, round): the same tree gets the same draws.
+    """
+    return [nodes[i] for i in np.random.default_rng(seed).integers(len(nodes), size=count)]
+
+
+class Expander:
+    """Turns leases into trees. Safe to use for many leases at once.
+
+    Example:
+        end = await Expander(engine, environment, tokenizer, retries=2).grow(lease, subtrees.append, Gate())
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        environment: Environment[Any],
+        tokenizer: Text,
+        *,
+        retries: int,
+        metrics: SamplerMetrics | None = None,
+    ) -> None:
+        """Join an engine and an environment.
+
+        Args:
+            engine: samples the actions.
+            environment: answers them and scores episodes.
+            tokenizer: the engine's, for prompts and observations.
+            retries: times an engine or tool call is tried again before its branch is left out.
+            metrics: where tokens, errors and seconds are counted; None counts for nobody.
+        """
+        self._metrics = metrics or SamplerMetrics()
+        self._text = tokenizer
+        self._environment = environment
+        self._player = Player(engine, environment, tokenizer, retries, self._metrics)
+
+    async def grow(self, lease: Lease, emit: Emit, gate: Gate) -> LeaseEnd:
+        """Grow the trees of ``lease`` and hand each finished subtree to ``emit`` at once.
+
+        Never raises but for cancellation: whatever went wrong ends the lease as FAILED, with its text and with what
+        its unfinished branches cost.
+        """
+        growth = _Growth(lease, self._text, emit, gate, self._player, self._environment)
+        try:
+            await growth.run()
+        except Exception as error:  # the edge of a lease: one that fails must not take the others along
+            cause = _first(error)
+            self._metrics.errors.labels(type(cause).__name__).inc()
+            log.exception("lease %s failed", lease.id, exc_info=cause)
+            return growth.end(LeaseEndReason.FAILED, f"{type(cause).__name__}: {cause}")
+        return growth.end(growth.reason)
+
+
+class _Growth:
+    """One lease being worked on."""
+
+    def __init__(self, lease: Lease, text: Text, emit: Emit, gate: Gate, player: Player, environment: Environment[Any]) -> None:
+        self._lease = lease
+        self._text = text
+        self._emit = emit
+        self._gate = gate
+        self._player = player
+        self._environment = environment
+        self._allowance = Allowance(lease.grant)
+        self._begun = 0
+        """Expansions started, chains not counted."""
+        self.reason = LeaseEndReason.COMPLETE
+
+    async def run(self) -> None:
+        plan, question = self._lease.plan, self._lease.question
+        prompt, room = self._text.render(question.prompt), self._player.context(plan)
+        if not 0 < len(prompt) < room:
+            raise DataError(
+                f"The prompt of question {question.id} has {len(prompt)} tokens, which leaves no room in a context of {room}; "
+                "raise rollout.max_context or leave the question out."
+            )
+        async with asyncio.TaskGroup() as trees:
+            for tree in range(plan.trees):
+                trees.create_task(self._tree(tree, prompt), name=f"tree {self._lease.id}/{tree}")
+
+    def end(self, reason: LeaseEndReason, error: str = "") -> LeaseEnd:
+        plan = self._lease.plan
+        forgone = plan.trees * plan.rounds * plan.expansions - self._begun
+        return LeaseEnd(self._lease.id, reason, forgone, self._allowance.unaccounted, error)
+
+    async def _tree(self, index: int, prompt: TokenIds) -> None:
+        plan = self._lease.plan
+        tree, states = Tree(prompt=prompt), States(self._environment, self._lease.question)
+        await self._play(self._branch(index, tree, states, 0, ROOT))
+        for number in range(plan.rounds):
+            await self._gate.open()
+            parents = draw(tree.expandable(), plan.expansions, (self._lease.seed, index, number))
+            async with asyncio.TaskGroup() as branches:
+                for n, parent in enumerate(parents):
+                    branch = self._branch(index, tree, states, 1 + number * plan.expansions + n, parent)
+                    step = self._player.next_step(branch)
+                    if self._may_begin(step):
+                        name = f"branch {self._lease.id}/{index}/{branch.index}"
+                        branches.create_task(self._expand(branch, step), name=name)
+
+    def _branch(self, tree_index: int, tree: Tree, states: States, index: int, parent: int) -> Branch:
+        return Branch(self._lease, tree_index, index, parent, tree, states, self._allowance.bill(), self._gate)
+
+    def _may_begin(self, step: Budget) -> bool:
+        if self._gate.stopped:
+            self.reason = LeaseEndReason.STOPPED
+        elif not self._allowance.claim(step):
+            self.reason = LeaseEndReason.BUDGET
+        else:
+            self._begun += 1
+            return True
+        return False
+
+    async def _expand(self, branch: Branch, step: Budget) -> None:
+        try:
+            await self._play(branch)
+        finally:
+            self._allowance.release(step)
+
+    async def _play(self, branch: Branch) -> None:
+        subtree = await self._player.play(branch)
+        branch.tree.add(subtree)
+        branch.bill.settled = True
+        emitted = self._emit(subtree)
+        if inspect.isawaitable(emitted):
+            await emitted
+
+
+def _first(error: Exception) -> Exception:
+    """The first error inside nested groups."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,57 @@
+"""Environment states of one tree, so that a branch can continue from any of its nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.environments.base import Environment
+from services.sampler.allowance import Bill
+from treegrpo.budget import Cost
+from treegrpo.errors import ToolError
+from treegrpo.question import Question
+from treegrpo.tree import ROOT
+
+
+class States:
+    """Hands out states to step from; each may be stepped from once, however often its node is continued.
+
+    - ``stateless``: the kept value itself, it never changes.
+    - ``fork``: a copy; the kept one stays as it is.
+    - ``replay``: the live state to the first who asks, to all others a new episode in which the path's actions are
+      performed again.
+    """
+
+    def __init__(self, environment: Environment[Any], question: Question) -> None:
+        self._environment = environment
+        self._question = question
+        self._states: dict[int, Any] = {}
+
+    def keep(self, node: int, state: Any) -> None:
+        """Remember the state after ``node``."""
+        self._states[node] = state
+
+    async def at(self, node: int, actions: list[str], bill: Bill) -> Any:
+        """A state after ``node``; ``actions`` are the texts of its path, should they have to be performed again.
+
+        Raises:
+            ToolError: the environment could not provide one.
+        """
+        if node == ROOT:
+            return await self._environment.start(self._question)
+        if self._environment.forking == "stateless":
+            return self._states[node]
+        if self._environment.forking == "fork":
+            return await self._environment.fork(self._states[node])
+        return self._states.pop(node) if node in self._states else await self._replay(actions, bill)
+
+    async def _replay(self, actions: list[str], bill: Bill) -> Any:
+        state = await self._environment.start(self._question)
+        for action in actions:
+            outcome = await self._environment.step(state, action, last=False)
+            bill.charge(Cost(tool_calls=len(outcome.tool_calls)))
+            if outcome.observation is None:
+                raise ToolError(
+                    f"The replay of {len(actions)} actions ended the episode early; the environment does not repeat itself."
+                )
+            state = outcome.state
+        return state
