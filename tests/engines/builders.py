@@ -20,27 +20,45 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from services.sampler.tokenizer import Tokenizer
 from treegrpo.tree import TokenIds
 
-KINDS = ("qwen2", "qwen3", "llama")
+VOCABULARY = 288
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+_CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": _LLAMA3_ROPE}),
+}
+KINDS = tuple(_CLASSES)
 END = "<|end|>"
-_TEXT = ["<search>which river runs through town</search> <answer>the river of the town</answer>", "search answer river town the"] * 3
+_TEXT = [
+    "<search>which river runs through town</search> <answer>the river of the town</answer>",
+    "search answer river town the",
+] * 3
 
 
-def save_tokenizer(path: Path, vocabulary: int = 320) -> None:
-    """A byte-level BPE whose tags are split over several tokens."""
+def save_tokenizer(path: Path, end: str | None = END) -> None:
+    """A byte-level BPE whose tags are split over several tokens, with or without an end-of-sequence token."""
     bpe = Bpe(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(_TEXT, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet))
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END).save_pretrained(path)
+    bpe.train_from_iterator(_TEXT, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end).save_pretrained(path)
 
 
 def make_model(kind: str, seed: int, **changes: Any) -> Any:
     """A random Hugging Face model; weights are large enough for a clear argmax."""
     shape: dict[str, Any] = {
-        "vocab_size": 320,
+        "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -51,15 +69,9 @@ def make_model(kind: str, seed: int, **changes: Any) -> Any:
         "tie_word_embeddings": kind == "qwen2",
         **changes,
     }
+    config, model_class, own = _CLASSES[kind]
     torch.manual_seed(seed)
-    if kind == "qwen2":
-        model: Any = Qwen2ForCausalLM(Qwen2Config(**shape))
-    elif kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**{"head_dim": 16, **shape}))
-    else:
-        rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        rope["original_max_position_embeddings"] = 256
-        model = LlamaForCausalLM(LlamaConfig(**{"rope_parameters": rope, **shape}))
+    model = model_class(config(**own, **shape))
     _stir(model)
     return model.eval()
 
@@ -95,6 +107,12 @@ def greedy(model: Any, prefix: TokenIds, tokens: int, end: int | None = None) ->
 
 
 @torch.no_grad()
+def next_probabilities(model: Any, prefix: TokenIds) -> np.ndarray:
+    """[V] softmax over the token after ``prefix``."""
+    return model(torch.from_numpy(prefix.astype(np.int64))[None]).logits[0, -1].softmax(-1).numpy()
+
+
+@torch.no_grad()
 def logprobs(model: Any, prefix: TokenIds, ids: TokenIds, temperature: float = 1.0) -> np.ndarray:
     """[len(ids)] log-probabilities of ``ids`` after ``prefix`` in one forward pass."""
     sequence = torch.from_numpy(np.concatenate((prefix, ids)).astype(np.int64))
@@ -102,6 +120,19 @@ def logprobs(model: Any, prefix: TokenIds, ids: TokenIds, temperature: float = 1
     return torch.log_softmax(logits / temperature, -1).gather(1, sequence[len(prefix) :, None])[:, 0].numpy()
 
 
+def stop_strings_in(tokenizer: Tokenizer, ids: TokenIds) -> list[str]:
+    """Strings that occur in the text of ``ids``: whole tokens, and from within one token to within another."""
+    texts = [tokenizer.decode(ids[first : first + size]) for size in (1, 2, 3) for first in range(4, len(ids) - size, 5)]
+    inside = [text[1:] for text in texts] + [text[:-1] for text in texts]
+    return sorted({text for text in texts + inside if text and "\ufffd" not in text})
+
+
+def until(tokenizer: Tokenizer, ids: TokenIds, stop: str) -> list[int]:
+    """The shortest beginning of ``ids`` whose text has ``stop``."""
+    size = next(n for n in range(1, len(ids) + 1) if stop in tokenizer.decode(ids[:n]))
+    return ids[:size].tolist()
+
+
 def prompt(seed: int, length: int) -> TokenIds:
     """Random ids without the special token."""
-    return np.random.default_rng(seed).integers(1, 320, length).astype(np.uint32)
+    return np.random.default_rng(seed).integers(1, VOCABULARY, length).astype(np.uint32)

@@ -55,7 +55,7 @@ class Engine(Protocol):
         """Tokens that prefix and completion may have together."""
         ...
 
-    async def generate(self, prefix: Sequence[int], sampling: Sampling) -> Completion:
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
         """Sample one completion. Cancelling the call ends the request and frees its memory.
 
         Raises:

@@ -23,7 +23,7 @@ from services.sampler.engines.embedded.request import Request
 from services.sampler.engines.embedded.scheduler import Counters, Scheduler
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.errors import EngineError
-from treegrpo.tree import PolicyVersion
+from treegrpo.tree import PolicyVersion, TokenIds
 
 
 class EmbeddedEngine:
@@ -83,7 +83,7 @@ class EmbeddedEngine:
         """What the engine has done and holds now."""
         return self._scheduler.counters()
 
-    async def generate(self, prefix: Sequence[int], sampling: Sampling) -> Completion:
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
         """See `Engine.generate`."""
         request = Request(self._checked(prefix, sampling), sampling)
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
@@ -132,7 +132,7 @@ class EmbeddedEngine:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _checked(self, prefix: Sequence[int], sampling: Sampling) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    def _checked(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> TokenIds:
         if self._failure is not None:
             raise self._failure
         ids = np.asarray(prefix, np.int64)

@@ -54,7 +54,7 @@ class Model:
         architecture = architecture_of(config, path)
         if context > architecture.context:
             raise ModelError(
-                f"{path / 'config.json'} allows {architecture.context} positions, but a context of {context} is asked for; lower it."
+                f"{path / 'config.json'} allows {architecture.context} positions, but {context} are asked for; lower the context."
             )
         try:
             weights = read_weights(path, architecture)

@@ -62,7 +62,7 @@ class RadixTree:
         return self.capacity - len(self._free)
 
     def match(self, ids: TokenIds) -> Slots:
-        """[m] slots of the longest stored prefix of ``ids``, token by token; marks it as used now."""
+        """[m] slots of the longest stored prefix of ``ids``, token by token; marks whole edges on it as used now."""
         return self._walk(ids)[2]
 
     def insert(self, ids: TokenIds) -> tuple[int, Slots]:
@@ -72,12 +72,12 @@ class RadixTree:
         """
         node, into, stored = self._walk(ids)
         start = len(stored)
+        if into < len(node.ids):
+            node = self._split(node, into)
         self._evict(len(ids) - start - len(self._free), keep=node)
         size = min(len(ids) - start, len(self._free))
         if size == 0:
             return start, self._free[:0]
-        if into < len(node.ids):
-            node = self._split(node, into)
         slots, self._free = self._free[:size], self._free[size:]
         leaf = _Node(ids[start : start + size].copy(), slots, node, self._clock)
         node.children[int(leaf.ids[0])] = leaf
@@ -90,20 +90,19 @@ class RadixTree:
         node, into, found = self._root, 0, [self._root.slots]
         depth = 0
         while depth < len(ids) and (child := node.children.get(int(ids[depth]))):
-            child.used = self._clock
             node, into = child, common_prefix(child.ids, ids[depth:])
             found.append(child.slots[:into])
             depth += into
             if into < len(child.ids):
                 break
+            child.used = self._clock
         return node, into, np.concatenate(found)
 
     def _split(self, node: _Node, at: int) -> _Node:
         """Cut ``node``'s edge in two; returns the new upper half. Slots stay where they are."""
         parent = node.parent
-        if parent is None:
-            return node
-        upper = _Node(node.ids[:at], node.slots[:at], parent, node.used)
+        assert parent is not None  # noqa: S101  # the root's edge is empty, nobody stops inside it
+        upper = _Node(node.ids[:at], node.slots[:at], parent, self._clock)
         parent.children[int(upper.ids[0])] = upper
         node.ids, node.slots, node.parent = node.ids[at:], node.slots[at:], upper
         upper.children[int(node.ids[0])] = node

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.sampler.engines.embedded.stopping import StopStrings
+from services.sampler.tokenizer import Tokenizer
+from tests.engines import builders
+
+STOP = ("</search>", "</answer>", "fin.\n", "né", "☃")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer")
+    builders.save_tokenizer(path)
+    return Tokenizer.open(path)
+
+
+PIECES = st.sampled_from(
+    [*STOP, "<search>", "search", " answer", "</", ">", "fin", ".", "\n", "é", "n", "☃", "🙂", " the river", "x"]
+)
+
+
+@given(st.lists(PIECES, max_size=12).map("".join))
+def test_it_fires_at_the_first_token_after_which_the_text_has_a_stop_string(tokenizer: Tokenizer, text: str) -> None:
+    stops = StopStrings(tokenizer)
+    ids = tokenizer.encode(text).tolist()
+    fired = next((n for n in range(1, len(ids) + 1) if stops.completed(ids[:n], STOP)), None)
+    naive = next((n for n in range(1, len(ids) + 1) if any(s in tokenizer.decode(ids[:n]) for s in STOP)), None)
+    assert fired == naive
+
+
+def test_without_stop_strings_it_never_fires(tokenizer: Tokenizer) -> None:
+    assert not StopStrings(tokenizer).completed(tokenizer.encode("</search>").tolist(), ())
