@@ -30,6 +30,7 @@ _REASON = {
     LeaseEndReason.STOPPED: rollout_pb2.LEASE_END_REASON_STOPPED,
     LeaseEndReason.BUDGET: rollout_pb2.LEASE_END_REASON_BUDGET,
     LeaseEndReason.FAILED: rollout_pb2.LEASE_END_REASON_FAILED,
+    LeaseEndReason.LOST: rollout_pb2.LEASE_END_REASON_LOST,
 }
 _STATUS_OF = {v: k for k, v in _STATUS.items()}
 _KIND_OF = {v: k for k, v in _KIND.items()}

@@ -24,6 +24,7 @@ from typing import Any, cast
 import aiomqtt
 import msgpack
 
+from treegrpo.change import Change
 from treegrpo.errors import UnavailableError
 from treegrpo.telemetry import split_address
 from treegrpo.tree import PolicyVersion
@@ -67,7 +68,7 @@ class ControlPlane:
         self._prefix = f"treegrpo/{run}"
         self._member = member
         self._client: aiomqtt.Client | None = None
-        self._changed = asyncio.Condition()
+        self._changed = Change()
         self._ours: dict[str, bytes] = {}
         self.state = RunState.RUNNING
         self.version: PolicyVersion | None = None
@@ -83,8 +84,7 @@ class ControlPlane:
 
     async def wait_change(self) -> None:
         """Return after the next change of state, version or members."""
-        async with self._changed:
-            await self._changed.wait()
+        await self._changed.wait()
 
     async def _publish(self, topic: str, payload: bytes) -> None:
         self._ours[topic] = payload
@@ -126,8 +126,7 @@ class ControlPlane:
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
             log.warning("ignored a message on %s/%s that does not follow the contract: %s", self._prefix, topic, error)
             return
-        async with self._changed:
-            self._changed.notify_all()
+        self._changed.tell()
 
     async def _follow(self, connected: asyncio.Event) -> None:
         attempt = 0
@@ -167,3 +166,13 @@ class ControlPlane:
             ready.cancel()
             task.cancel()
             await asyncio.gather(ready, task, return_exceptions=True)
+
+
+async def publish_state(address: str, run: str, state: RunState) -> None:
+    """Set the run state from outside, without joining. Raises UnavailableError when no broker answers at ``address``."""
+    host, port = split_address(address, "broker.address")
+    try:
+        async with aiomqtt.Client(host, port, timeout=CONNECT_SECONDS) as client:
+            await client.publish(f"treegrpo/{run}/state", state.value.encode(), qos=1, retain=True)
+    except aiomqtt.MqttError as error:
+        raise UnavailableError(f"No MQTT broker answers at broker.address = {address} ({error}); is the run up?") from error

@@ -3,7 +3,9 @@
     trainer                            intake
     Take(position, count)          ──► waits until that many groups are ready, a few seconds at most
                                    ◄── Taken(groups, state)
-    Publish(version, path, position) ► serves and announces the weights; groups before `position` are done with
+    Publish(version, path, position) ► serves and announces the weights; groups before `position` are trained
+                                   ◄── Done
+    Covered(position)              ──► a checkpoint covers the groups before `position`: they need not be kept
                                    ◄── Done
     Evaluate(version)              ──► rolls out the held-out questions once per version, however often it is asked
                                    ◄── Evaluation(done, ...)
@@ -18,9 +20,12 @@ journal, it is kept by the trainer, in its checkpoint.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import socket
 import struct
+import tempfile
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgpack
@@ -30,7 +35,8 @@ from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.tree import Group, Subtree
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
-SOCKET_NAME = "intake.sock"
+MAX_SOCKET_PATH = 100
+"""Bytes a Unix socket's path may have on every platform."""
 MAX_FRAME_BYTES = 1 << 30
 _LENGTH = struct.Struct("<I")
 
@@ -53,6 +59,11 @@ class Taken:
 class Publish:
     version: str
     path: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
     position: int
 
 
@@ -82,9 +93,17 @@ class Done:
     pass
 
 
-Message = Take | Taken | Publish | Evaluate | Evaluation | Report | Done
-_TYPES: dict[str, type[Message]] = {t.__name__: t for t in (Take, Taken, Publish, Evaluate, Evaluation, Report, Done)}
+Message = Take | Taken | Publish | Covered | Evaluate | Evaluation | Report | Done
+_TYPES: dict[str, type[Message]] = {t.__name__: t for t in (Take, Taken, Publish, Covered, Evaluate, Evaluation, Report, Done)}
 Answer = TypeVar("Answer", Taken, Evaluation, Done)
+
+
+def socket_path(run_dir: Path) -> str:
+    """Where the intake of a run listens: in its directory, or in the temporary one where that name would be too long."""
+    path = str(run_dir.absolute() / "intake.sock")
+    if len(path.encode()) <= MAX_SOCKET_PATH:
+        return path
+    return f"{tempfile.gettempdir()}/treegrpo-{hashlib.sha256(path.encode()).hexdigest()[:16]}.sock"
 
 
 def pack_group(group: Group, subtrees: list[Subtree]) -> bytes:

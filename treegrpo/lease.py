@@ -24,7 +24,7 @@ class LeaseEndReason(Enum):
     """The grant would not have covered another step."""
     FAILED = "failed"
     LOST = "lost"
-    """The sampler went away; said by the learner, never on the wire."""
+    """The sampler went away: the learner's own word, never a sampler's."""
 
 
 @dataclass(frozen=True, slots=True)

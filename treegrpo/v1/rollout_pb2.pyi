@@ -21,6 +21,7 @@ class LeaseEndReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LEASE_END_REASON_STOPPED: _ClassVar[LeaseEndReason]
     LEASE_END_REASON_BUDGET: _ClassVar[LeaseEndReason]
     LEASE_END_REASON_FAILED: _ClassVar[LeaseEndReason]
+    LEASE_END_REASON_LOST: _ClassVar[LeaseEndReason]
 LEASE_KIND_UNSPECIFIED: LeaseKind
 LEASE_KIND_TRAIN: LeaseKind
 LEASE_KIND_EVAL: LeaseKind
@@ -29,6 +30,7 @@ LEASE_END_REASON_COMPLETE: LeaseEndReason
 LEASE_END_REASON_STOPPED: LeaseEndReason
 LEASE_END_REASON_BUDGET: LeaseEndReason
 LEASE_END_REASON_FAILED: LeaseEndReason
+LEASE_END_REASON_LOST: LeaseEndReason
 
 class RolloutRequest(_message.Message):
     __slots__ = ("hello", "demand", "subtree", "lease_end", "heartbeat")

@@ -1,0 +1,69 @@
+"""The rollout budget's books: granted = spent + refunded + forfeited + outstanding, in tokens and in tool calls.
+
+Pure. `granted`, `spent`, `refunded` and `forfeited` only grow; `outstanding` is kept lease by lease, on its own, so
+that the equation is a check and not a definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from treegrpo.budget import Budget
+from treegrpo.lease import LeaseKind
+
+
+@dataclass(slots=True)
+class Account:
+    """The totals of one lease kind."""
+
+    granted: Budget = field(default_factory=Budget)
+    spent: Budget = field(default_factory=Budget)
+    refunded: Budget = field(default_factory=Budget)
+    forfeited: Budget = field(default_factory=Budget)
+
+
+class Ledger:
+    def __init__(self) -> None:
+        self.accounts = {kind: Account() for kind in LeaseKind}
+        self._open: dict[str, tuple[LeaseKind, Budget]] = {}
+
+    def grant(self, lease: str, kind: LeaseKind, budget: Budget) -> None:
+        """Open a lease with an allowance."""
+        self._open[lease] = (kind, budget)
+        self.accounts[kind].granted += budget
+
+    def spend(self, lease: str, budget: Budget) -> None:
+        """Charge an open lease. What goes beyond its grant (KV recomputed after a weight swap) is granted on top."""
+        kind, left = self._open[lease]
+        account = self.accounts[kind]
+        extra = Budget(max(0, budget.tokens - left.tokens), max(0, budget.tool_calls - left.tool_calls))
+        account.granted += extra
+        account.spent += budget
+        self._open[lease] = (kind, left + extra - budget)
+
+    def refund(self, lease: str) -> None:
+        """Close a lease that ended: what is left comes back."""
+        kind, left = self._open.pop(lease)
+        self.accounts[kind].refunded += left
+
+    def forfeit(self, lease: str) -> None:
+        """Close a lease that was lost: what is left was spent nobody knows how."""
+        kind, left = self._open.pop(lease)
+        self.accounts[kind].forfeited += left
+
+    def outstanding(self, kind: LeaseKind) -> Budget:
+        return sum((left for k, left in self._open.values() if k is kind), Budget())
+
+    def imbalance(self, kind: LeaseKind) -> Budget:
+        """Granted minus everything it became: zero, or there is a bug."""
+        account = self.accounts[kind]
+        return account.granted - account.spent - account.refunded - account.forfeited - self.outstanding(kind)
+
+    def summary(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Kind → currency → {granted, spent, refunded, forfeited, outstanding}, for reports."""
+        return {kind.value: {c: self._row(kind, c) for c in ("tokens", "tool_calls")} for kind in LeaseKind}
+
+    def _row(self, kind: LeaseKind, currency: str) -> dict[str, int]:
+        account = self.accounts[kind]
+        parts = {name: getattr(account, name) for name in ("granted", "spent", "refunded", "forfeited")}
+        return {name: getattr(budget, currency) for name, budget in {**parts, "outstanding": self.outstanding(kind)}.items()}

@@ -1,0 +1,107 @@
+"""The questions of a run: read from data files, drawn in a seeded order, epoch after epoch."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from treegrpo.errors import DataError
+from treegrpo.question import Message, Question
+
+
+def load_questions(path: Path) -> list[Question]:
+    """Read rows in Search-R1's format from a JSONL or parquet file.
+
+    Raises:
+        DataError: the file cannot be read, holds no question, a row lacks its prompt or its answer, or two rows share
+            an id (source, split and index); the message names file and row.
+    """
+    questions: dict[str, Question] = {}
+    for number, row in enumerate(_rows(path), start=1):
+        question = _question(row, f"{path}, row {number}", number)
+        if question.id in questions:
+            raise DataError(f"{path}, row {number} has the id {question.id} of an earlier row; make extra_info.index unique.")
+        questions[question.id] = question
+    if not questions:
+        raise DataError(f"{path} holds no question; check the data path.")
+    return list(questions.values())
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    try:
+        if path.suffix == ".parquet":
+            yield from pq.read_table(path).to_pylist()  # pyright: ignore[reportUnknownMemberType]
+            return
+        with path.open(encoding="utf-8") as lines:
+            yield from (json.loads(line) for line in lines if line.strip())
+    except OSError as error:
+        raise DataError(f"The questions {path} cannot be read ({error.strerror or error}); check the data path.") from error
+    except (ValueError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path} is not valid {path.suffix.lstrip('.') or 'JSONL'}: {error}.") from error
+
+
+def _question(row: Any, where: str, number: int) -> Question:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is no object; write one JSON object a line.")
+    fields = cast("dict[str, Any]", row)
+    try:
+        targets = fields["reward_model"]["ground_truth"]["target"]
+        prompt = tuple(Message(str(m["role"]), str(m["content"])) for m in fields["prompt"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where} lacks {error}; a row needs prompt and reward_model.ground_truth.target.") from error
+    answers = tuple(str(t) for t in ([targets] if isinstance(targets, str) else targets) if str(t).strip())
+    if not answers:
+        raise DataError(f"{where} has no answer; give at least one string in reward_model.ground_truth.target.")
+    if not any(message.content.strip() for message in prompt):
+        raise DataError(f"{where} has an empty prompt; give the question in prompt[].content.")
+    extra = cast("dict[str, Any]", fields.get("extra_info") or {})
+    source = str(fields.get("data_source", ""))
+    identity = f"{source}/{extra.get('split', '')}/{extra.get('index', number)}"
+    return Question(identity, source, prompt, answers, str(extra.get("family", "")))
+
+
+class QuestionQueue:
+    """An endless seeded sequence of draws: every question once an epoch, each epoch in an order of its own.
+
+    A draw's number says which question it is, now and after a restart. A draw whose lease was lost is put back and
+    comes next.
+    """
+
+    def __init__(self, questions: list[Question], seed: int) -> None:
+        self._questions = questions
+        self._seed = seed
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._next = 0
+        self._returned: deque[int] = deque()
+
+    def draw(self) -> int:
+        """The number of the next draw."""
+        if self._returned:
+            return self._returned.popleft()
+        self._next += 1
+        return self._next - 1
+
+    def put_back(self, draw: int) -> None:
+        self._returned.append(draw)
+
+    def taken(self, draw: int) -> None:
+        """Replay: this draw was made before the restart."""
+        self._next = max(self._next, draw + 1)
+        if draw in self._returned:
+            self._returned.remove(draw)
+
+    def __getitem__(self, draw: int) -> Question:
+        """The question of a draw."""
+        epoch, place = divmod(draw, len(self._questions))
+        if self._order[0] != epoch:
+            order = list(range(len(self._questions)))
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._questions[self._order[1][place]]

@@ -1,0 +1,118 @@
+"""What the intake tells the world: its metrics, and a line of the run's progress file for each step and evaluation."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from learner.intake.evaluation import Round
+from learner.intake.groups import OpenGroup
+from learner.intake.leases import LeaseBook
+from treegrpo.budget import Budget
+from treegrpo.lease import LeaseEnd, LeaseKind
+from treegrpo.telemetry import IntakeMetrics
+from treegrpo.tree import Subtree
+
+CURRENCIES = ("tokens", "tool_calls")
+
+
+class Reporter:
+    def __init__(self, metrics: IntakeMetrics, progress: Path, window: int) -> None:
+        """``window``: groups that a mean is taken over."""
+        self.metrics = metrics
+        self._progress = progress
+        self._recent = {kind: deque[tuple[float, float]](maxlen=window) for kind in LeaseKind}
+        self._spent = {kind: Budget() for kind in LeaseKind}
+        self._chain = {kind: Budget() for kind in LeaseKind}
+        self._samplers = 0
+        self._counted: dict[tuple[LeaseKind, str, str], int] = {}
+
+    def samplers(self, count: int) -> None:
+        """So many samplers have an open stream."""
+        self._samplers = count
+        self.metrics.samplers.set(count)
+
+    def refused(self, reason: str) -> None:
+        self.metrics.refused.labels(reason).inc()
+
+    def duplicate(self) -> None:
+        self.metrics.duplicates.inc()
+
+    def accepted(self, group: OpenGroup, subtree: Subtree) -> None:
+        """A subtree came in."""
+        kind, cost = group.lease.kind.value, subtree.cost
+        for how, tokens in (("prefilled", cost.prefilled), ("cached", cost.cached), ("decoded", cost.decoded)):
+            self.metrics.tokens.labels(kind, how).inc(tokens)
+        self.metrics.leaves.labels(kind).inc(len(subtree.leaves))
+        self.metrics.subtree_seconds.observe(time.monotonic() - group.granted_at)
+        for step in subtree.steps:
+            if step.status.failed:
+                self.metrics.failed_steps.labels(step.status.value).inc()
+
+    def ended(self, group: OpenGroup, end: LeaseEnd) -> None:
+        """A lease ended: count what its group is worth."""
+        kind = group.lease.kind
+        self.metrics.groups.labels(kind.value, end.reason.value).inc()
+        self.metrics.forgone.labels(kind.value).inc(end.forgone)
+        leaves = [leaf for _, leaf in group.group.leaves()]
+        if not leaves:
+            return
+        rewards = [leaf.reward for leaf in leaves]
+        em = sum(leaf.metrics.get("em", 0.0) for leaf in leaves) / len(leaves)
+        if kind is LeaseKind.TRAIN and max(rewards) == min(rewards):
+            self.metrics.zero_signal.inc()
+        self.metrics.unique.labels(kind.value).inc(sum(tree.unique_tokens for tree in group.group.trees.values()))
+        self._recent[kind].append((sum(rewards) / len(rewards), em))
+        self._spent[kind] += Budget.of(group.group.cost) + Budget.of(end.unaccounted)
+        chain = Budget.of(group.group.chain_equivalent())
+        self._chain[kind] += chain
+        for currency in CURRENCIES:
+            self.metrics.chain.labels(kind.value, currency).inc(getattr(chain, currency))
+            self.metrics.saving.labels(kind.value, currency).set(self.saving(kind, currency))
+        for gauge, place in ((self.metrics.reward, 0), (self.metrics.em, 1)):
+            gauge.labels(kind.value).set(sum(row[place] for row in self._recent[kind]) / len(self._recent[kind]))
+
+    def saving(self, kind: LeaseKind, currency: str) -> float:
+        """1 - spent / what chains to the same leaves would have cost, over the closed groups."""
+        chain = getattr(self._chain[kind], currency)
+        return 1.0 - getattr(self._spent[kind], currency) / chain if chain else 0.0
+
+    def book(self, book: LeaseBook) -> None:
+        """Bring the metrics of ledger and leases up to date."""
+        for kind, accounts in book.ledger.summary().items():
+            for currency, row in accounts.items():
+                self.metrics.outstanding.labels(kind, currency).set(row.pop("outstanding"))
+                for name, total in row.items():
+                    place = (LeaseKind(kind), currency, name)
+                    getattr(self.metrics, name).labels(kind, currency).inc(total - self._counted.get(place, 0))
+                    self._counted[place] = total
+        for kind in LeaseKind:
+            self.metrics.leases.labels(kind.value).set(book.out(kind))
+        self.metrics.lease_limit.set(book.limit)
+        self.metrics.ready.set(book.groups.waiting)
+
+    def step(self, values: Mapping[str, object], book: LeaseBook) -> None:
+        """A progress line of the trainer's, with the books beside it."""
+        self._write({"kind": "step", **values, **self._books(book)})
+
+    def evaluated(self, done: Round, book: LeaseBook) -> None:
+        """A progress line of a finished evaluation."""
+        result = done.result()
+        row = {"version": str(done.version), "questions": result.questions, "em": result.em, "reward": result.reward}
+        self._write({"kind": "eval", **row, "failed": result.failed, **self._books(book)})
+
+    def _books(self, book: LeaseBook) -> dict[str, object]:
+        self.book(book)
+        return {
+            "ledger": book.ledger.summary(),
+            "chain_tokens": self._chain[LeaseKind.TRAIN].tokens,
+            "saving": self.saving(LeaseKind.TRAIN, "tokens"),
+            "samplers": self._samplers,
+        }
+
+    def _write(self, row: Mapping[str, object]) -> None:
+        with self._progress.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")

@@ -1,0 +1,88 @@
+"""Serving policy versions: the trainer writes a directory, samplers fetch its files in chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from treegrpo.codec import version_from_pb, version_to_pb
+from treegrpo.telemetry import IntakeMetrics
+from treegrpo.tree import PolicyVersion
+from treegrpo.v1 import weights_pb2, weights_pb2_grpc
+
+CHUNK_BYTES = 1 << 20
+KEEP_VERSIONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    path: Path
+    size: int
+    sha256: bytes
+
+
+def manifest(directory: Path) -> dict[str, WeightFile]:
+    """The files of a version by name, with their checksums."""
+    files: dict[str, WeightFile] = {}
+    for path in sorted(p for p in directory.iterdir() if p.is_file()):
+        with path.open("rb") as file:
+            files[path.name] = WeightFile(path, path.stat().st_size, hashlib.file_digest(file, "sha256").digest())
+    return files
+
+
+class WeightsServer(weights_pb2_grpc.WeightsServiceServicer):
+    """WeightsService over the newest versions."""
+
+    def __init__(self, metrics: IntakeMetrics) -> None:
+        self._metrics = metrics
+        self._versions: dict[PolicyVersion, dict[str, WeightFile]] = {}
+
+    @property
+    def newest(self) -> PolicyVersion | None:
+        return next(reversed(self._versions), None)
+
+    async def publish(self, version: PolicyVersion, directory: Path) -> None:
+        """Serve a version from now on; it becomes the newest."""
+        self._versions[version] = await asyncio.to_thread(manifest, directory)
+        while len(self._versions) > KEEP_VERSIONS:
+            self._versions.pop(next(iter(self._versions)))
+
+    async def _files(
+        self, asked: PolicyVersion | None, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> tuple[PolicyVersion, dict[str, WeightFile]]:
+        version = asked or self.newest
+        if version is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "No policy version is published yet; try again in a moment.")
+        if version not in self._versions:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"Version {version} is no longer served; the newest is {self.newest}.")
+        return version, self._versions[version]
+
+    async def DescribeWeights(  # noqa: N802 - named by the contract
+        self, request: weights_pb2.DescribeWeightsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> weights_pb2.DescribeWeightsResponse:
+        asked = version_from_pb(request.version) if request.HasField("version") else None
+        version, files = await self._files(asked, context)
+        return weights_pb2.DescribeWeightsResponse(
+            version=version_to_pb(version),
+            files=[weights_pb2.WeightFile(name=name, bytes=f.size, sha256=f.sha256) for name, f in files.items()],
+        )
+
+    async def FetchWeights(  # noqa: N802 - named by the contract
+        self, request: weights_pb2.FetchWeightsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[weights_pb2.FetchWeightsResponse]:
+        version, files = await self._files(version_from_pb(request.version), context)
+        if request.name not in files:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"Version {version} has no file {request.name!r}.")
+        with files[request.name].path.open("rb") as file:
+            file.seek(request.offset)
+            offset = request.offset
+            while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                self._metrics.weight_bytes.inc(len(data))
+                yield weights_pb2.FetchWeightsResponse(offset=offset, data=data)
+                offset += len(data)

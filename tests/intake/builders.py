@@ -1,0 +1,61 @@
+"""Small makers of questions, leases and subtrees."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from learner.intake.leases import LeaseBook
+from learner.intake.questions import QuestionQueue
+from treegrpo.budget import Cost
+from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
+from treegrpo.question import Message, Question
+from treegrpo.tree import Leaf, PolicyVersion, Step, StepStatus, Subtree, VersionSpan
+
+PLAN = Plan(trees=2, rounds=1, expansions=2, max_turns=3, max_action_tokens=16, max_context=128, temperature=1.0)
+VERSION = PolicyVersion(1, 0)
+
+
+def question(index: int) -> Question:
+    return Question(f"made/train/{index}", "made", (Message("user", f"Question {index}?"),), (f"answer {index}",))
+
+
+def step(node: int, parent: int, *, actions: int = 4, observations: int = 3, status: StepStatus = StepStatus.OK) -> Step:
+    return Step(
+        node=node,
+        parent=parent,
+        action=np.arange(actions, dtype=np.uint32),
+        logprobs=np.full(actions, -0.5, np.float32),
+        observation=np.arange(observations, dtype=np.uint32),
+        spans=(VersionSpan(VERSION, 0, actions),) if actions else (),
+        status=status,
+        cost=Cost(prefilled=10, cached=2, decoded=actions, tool_calls=1, seconds=0.1),
+    )
+
+
+def chain(lease: str, tree: int = 0, index: int = 0, parent: int = 0, reward: float = 1.0, *, fails: bool = False) -> Subtree:
+    """Two steps below ``parent``, the second a leaf unless the expansion ``fails``."""
+    first, second = 1 + 10 * index, 2 + 10 * index
+    last = step(second, first, observations=0, status=StepStatus.TOOL_ERROR if fails else StepStatus.OK)
+    leaves = () if fails else (Leaf(second, {"em": reward}, {"em": reward}),)
+    prompt = np.arange(7, dtype=np.uint32) if index == 0 else np.zeros(0, np.uint32)
+    return Subtree(lease, tree, index, parent, (step(first, parent), last), leaves, prompt)
+
+
+def complete(lease: str) -> LeaseEnd:
+    return LeaseEnd(lease, LeaseEndReason.COMPLETE)
+
+
+def book(*, questions: int = 10, batch: int = 2, max_lag: int = 1, total: int = 100) -> LeaseBook:
+    made = LeaseBook(
+        QuestionQueue([question(i) for i in range(questions)], seed=0), PLAN, seed=0, batch=batch, max_lag=max_lag, total=total
+    )
+    made.version = VERSION
+    return made
+
+
+def grant(made: LeaseBook, holder: str = "s1/1") -> str:
+    """Grant the next lease and return its id."""
+    work = made.next_lease()
+    assert work is not None
+    made.granted(*work, holder, now=0.0)
+    return work[0].id
