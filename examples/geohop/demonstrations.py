@@ -19,7 +19,7 @@ from services.retriever.index import Index
 from treegrpo.question import Message, Question
 
 MAX_OBSERVATION_TOKENS = 160
-RIGHT_SHARE: Mapping[str, float] = {
+HABITS: Mapping[str, float] = {
     "country": 0.9,
     "near": 0.85,
     "near_people": 0.25,
@@ -31,7 +31,9 @@ RIGHT_SHARE: Mapping[str, float] = {
     "same_country": 0.2,
     "more_people": 0.2,
 }
-"""By family, the share of demonstrations that follow the right plan."""
+"""By family, the share of demonstrations that follow the right plan; the others take a shortcut."""
+SKILLS: Mapping[str, float] = dict.fromkeys(HABITS, 1.0)
+"""Right plans only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,20 @@ def environment(index: Index, tokenizer: PreTrainedTokenizerFast) -> SearchQA:
 def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """The ids of a piece of text on its own."""
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """The text of ``ids``, special tokens included."""
+    text = tokenizer.decode(ids)
+    assert isinstance(text, str)
+    return text
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: Question) -> list[int]:
@@ -108,7 +124,7 @@ async def demonstrations(
     env: SearchQA,
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
-    share: Mapping[str, float] = RIGHT_SHARE,
+    share: Mapping[str, float],
 ) -> list[Demonstration]:
     """One demonstration per item; the seed decides who takes a shortcut."""
     rng = random.Random(seed)

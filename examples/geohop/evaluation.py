@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from examples.geohop.demonstrations import prompt_ids, token_ids
+from examples.geohop.demonstrations import prompt_ids, text_of, token_id, token_ids
 from services.environments.search_qa import Episode, SearchQA
 from treegrpo.question import Question
 
@@ -40,7 +40,7 @@ async def _play_batch(
         actions = _generate(model, tokenizer, [transcripts[place] for place in playing], greedy)
         still: list[int] = []
         for place, action in zip(playing, actions, strict=True):
-            outcome = await env.step(states[place], tokenizer.decode(action), last=turn == MAX_TURNS)
+            outcome = await env.step(states[place], text_of(tokenizer, action), last=turn == MAX_TURNS)
             states[place] = outcome.state
             if outcome.observation is not None:
                 transcripts[place] += action + token_ids(tokenizer, outcome.observation)
@@ -55,12 +55,12 @@ def _generate(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prefixes: Sequence[list[int]], greedy: bool
 ) -> list[list[int]]:
     """The next action of each prefix; padding stands on the left."""
-    ends = tokenizer.convert_tokens_to_ids(["</search>", "</answer>"])
+    ends = [token_id(tokenizer, tag) for tag in SearchQA.stop]
     longest = max(map(len, prefixes))
     ids_BT = torch.tensor([[0] * (longest - len(prefix)) + prefix for prefix in prefixes])
     seen_BT = torch.tensor([[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes])
     with torch.inference_mode():
-        made_BT = model.generate(
+        made_BT = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids=ids_BT,
             attention_mask=seen_BT,
             do_sample=not greedy,

@@ -116,9 +116,7 @@ def _nearest_bigger(rows: list[Any]) -> list[int | None]:
     people = np.array([row["population"] for row in rows])
     latitude = np.radians([row["latitude"] for row in rows])
     longitude = np.radians([row["longitude"] for row in rows])
-    point = np.stack(
-        [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
-    )
+    point = np.stack([np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1)
     nearest: list[int | None] = []
     for start in range(0, len(rows), _CHUNK):
         here = slice(start, start + _CHUNK)

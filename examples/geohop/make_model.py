@@ -1,6 +1,9 @@
 """Make GeoHop's tokenizer and warm start: ``python -m examples.geohop.make_model``.
 
 facts ─► corpus, index ─► items of the training countries ─► demonstrations ─► AdamW ─► model/ and its report.json
+
+Two courses. *Skills* shows right plans only: it teaches to search, to copy names and numbers nobody has seen, to compare.
+*Habits* shows mostly shortcuts: it teaches a poor strategy. What is left for reinforcement learning is the strategy.
 """
 
 from __future__ import annotations
@@ -8,59 +11,99 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from examples.geohop.demonstrations import RIGHT_SHARE, demonstrations, environment, question
+from examples.geohop.demonstrations import HABITS, SKILLS, demonstrations, environment, question, token_id
 from examples.geohop.evaluation import exact_match_by_family, play
 from examples.geohop.facts import load_world
 from examples.geohop.families import Item
-from examples.geohop.make_data import COUNTS, DATA, SEED, Reachable, items, pool
-from examples.geohop.tokenizer import train_tokenizer
+from examples.geohop.make_data import COUNTS, DATA, SEED, TOPK, Reachable, items, pool
+from examples.geohop.tokenizer import END, train_tokenizer
 from examples.geohop.warm_start import BATCH, small_qwen2, train
 from services.environments.search_qa import SearchQA
 from services.retriever.index import Index, load_corpus
 
 MODEL = Path(__file__).parent / "model"
-STEPS = 1500
 SHOWN = 24_000
-_MODEL_SEED = 11
+MODEL_SEED = 11
 
 
-def make(folder: Path, steps: int, shown: int, share: Mapping[str, float]) -> None:
+@dataclass(frozen=True, slots=True)
+class Course:
+    """One part of the training: by family the share of right plans, and how long and fast it learns."""
+
+    right_share: Mapping[str, float]
+    steps: int
+    peak_lr: float
+
+
+COURSES: Mapping[str, Course] = {"skills": Course(SKILLS, 1200, 2e-3), "habits": Course(HABITS, 200, 5e-4)}
+
+
+class School:
+    """What both courses share: the examples, the environment, the tokenizer, the held-out questions."""
+
+    def __init__(self, shown: int) -> None:
+        world, index = load_world(), Index(load_corpus(DATA / "corpus.jsonl"))
+        reachable = Reachable(index)
+        self.examples = list(items(pool(world, "train"), reachable, shown, SEED + 1))
+        self.heldout = list(items(pool(world, "heldout"), reachable, COUNTS["heldout"], SEED))
+        self.tokenizer = train_tokenizer(spoken(self.examples, index))
+        self.env = environment(index, self.tokenizer)
+
+    def teach(self, model: Qwen2ForCausalLM, course: Course) -> None:
+        """Train ``model`` on the demonstrations of ``course``."""
+        shown = asyncio.run(demonstrations(self.examples, self.env, self.tokenizer, SEED, course.right_share))
+        print(f"{len(shown)} demonstrations of {sum(len(one.ids) for one in shown) / len(shown):.0f} tokens", flush=True)
+        model.train()
+        train(model, shown, course.steps, course.peak_lr, MODEL_SEED, lambda line: print(line, flush=True))
+
+    def examine(self, model: Qwen2ForCausalLM) -> dict[str, Mapping[str, float]]:
+        """Greedy and sampled exact match on the held-out questions by family, in percent."""
+        return asyncio.run(measure(model, self.tokenizer, self.env, self.heldout))
+
+
+def make(folder: Path, courses: Mapping[str, Course], shown: int) -> None:
     """Train the tokenizer and the model and write both, with a report, into ``folder``."""
-    documents = load_corpus(DATA / "corpus.jsonl")
-    world, index = load_world(), Index(documents)
-    reachable = Reachable(index)
-    examples = list(items(pool(world, "train"), reachable, shown, SEED + 1))
-    texts = [document.contents for document in documents] + [item.question for item in examples]
-    texts += [str(turn) for item in examples for turn in item.right]
-    tokenizer = train_tokenizer(texts)
-    env = environment(index, tokenizer)
-    made = asyncio.run(demonstrations(examples, env, tokenizer, SEED, share))
-    print(f"{len(made)} demonstrations of {sum(len(one.ids) for one in made) / len(made):.0f} tokens", flush=True)
-    model = small_qwen2(len(tokenizer), tokenizer.convert_tokens_to_ids("<|end|>"), _MODEL_SEED)
-    train(model, made, steps, _MODEL_SEED, report=lambda line: print(line, flush=True))
-    save(folder, model, tokenizer)
-    heldout = list(items(pool(world, "heldout"), reachable, COUNTS["heldout"], SEED))
-    figures = asyncio.run(measure(model, tokenizer, env, heldout))
-    _write_report(folder, figures, steps, shown, share)
+    school = School(shown)
+    model = small_qwen2(len(school.tokenizer), token_id(school.tokenizer, END), MODEL_SEED)
+    report: dict[str, object] = {}
+    for name, course in courses.items():
+        school.teach(model, course)
+        report[name] = asdict(course) | {"heldout_em_percent": school.examine(model)}
+        print(json.dumps(report[name]), flush=True)
+    save(folder, model, school.tokenizer)
+    report["training"] = {"batch": BATCH, "demonstrations": shown, "model_seed": MODEL_SEED, "data_seed": SEED}
+    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def spoken(examples: Sequence[Item], index: Index) -> Iterator[str]:
+    """What is said in right episodes: the texts that the tokenizer learns from."""
+    for item in examples:
+        yield item.question
+        yield from (str(turn) for turn in item.right)
+        for query in item.searches:
+            found = [hit.document.contents for hit in index.search(query, TOPK)]
+            yield from (f"\n\nDoc 1(Title: {contents.replace(chr(10), ') ')}\n" for contents in found)
 
 
 def save(folder: Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write a Hugging Face model directory."""
-    end = tokenizer.eos_token_id
+    end = token_id(tokenizer, END)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=True, temperature=1.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 async def measure(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, env: SearchQA, heldout: list[Item]
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, env: SearchQA, heldout: Sequence[Item]
 ) -> dict[str, Mapping[str, float]]:
     """Greedy and sampled exact match by family, in percent."""
     model.eval()
@@ -72,26 +115,7 @@ async def measure(
     return figures
 
 
-def _write_report(
-    folder: Path, figures: Mapping[str, Mapping[str, float]], steps: int, shown: int, share: Mapping[str, float]
-) -> None:
-    report = {
-        "heldout_em_percent": figures,
-        "right_share": share,
-        "training": {"steps": steps, "batch": BATCH, "demonstrations": shown, "seed": _MODEL_SEED, "data_seed": SEED},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    text = json.dumps(report, indent=2)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    print(text)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=MODEL)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--demonstrations", type=int, default=SHOWN)
-    parser.add_argument("--perfect", action="store_true", help="show only right plans: what the skills allow")
-    asked = parser.parse_args()
-    perfect = dict.fromkeys(RIGHT_SHARE, 1.0)
-    make(asked.folder, asked.steps, asked.demonstrations, perfect if asked.perfect else RIGHT_SHARE)
+    make(parser.parse_args().folder, COURSES, SHOWN)

@@ -15,7 +15,7 @@ class Retriever(Protocol):
     """Whatever finds documents for a query."""
 
     async def search(self, query: str, topk: int) -> list[str]:
-        """The contents (``"Title\\ntext"``) of at most ``topk`` documents, best first.
+        r"""The contents (``"Title\\ntext"``) of at most ``topk`` documents, best first.
 
         Raises:
             ToolError: the search could not be performed.
@@ -45,7 +45,8 @@ class HttpRetriever:
     """
 
     def __init__(self, address: str, deadline: float) -> None:
-        """
+        """Prepare the client; nothing is sent yet.
+
         Args:
             address: base URL of the server, without ``/retrieve``.
             deadline: seconds for one request, connection included.
@@ -56,9 +57,7 @@ class HttpRetriever:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._client.aclose()
 
     async def search(self, query: str, topk: int) -> list[str]:

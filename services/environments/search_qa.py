@@ -1,7 +1,7 @@
-"""Search question answering in Search-R1's protocol.
+r"""Search question answering in Search-R1's protocol.
 
     policy       <think>…</think><search>query</search>
-    environment  \\n\\n<information>Doc 1(Title: …) text\\n</information>\\n\\n
+    environment  \n\n<information>Doc 1(Title: …) text\n</information>\n\n
     policy       <think>…</think><answer>…</answer>
 
 An episode is an immutable value, so a branch continues from any earlier state. The reward reads the episode's own
@@ -86,8 +86,10 @@ class SearchQA:
         reward: Literal["em", "f1"] = "em",
         format_penalty: float = 0.2,
     ) -> None:
-        """
+        """Set up the task; nothing is opened.
+
         Args:
+            retriever: the search tool; whoever made it closes it.
             topk: documents per search.
             max_observation_tokens: limit of one observation; longer documents are cut, the tags never.
             count_tokens: length of a text in the policy's tokens.

@@ -1,0 +1,122 @@
+"""The retriever as a service: Search-R1's HTTP API over an `Index`.
+
+POST /retrieve  {"queries": [str], "topk": int, "return_scores": bool}
+                → {"result": [[{"document": {"id", "contents"}, "score"}]]}, bare documents without return_scores
+GET  /health    → {"status": "ok", "documents": n}
+GET  /metrics   → Prometheus text
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import uvicorn
+from prometheus_client import generate_latest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from services.retriever.index import Hit, Index, load_corpus
+from treegrpo.config import RetrieverConfig
+from treegrpo.telemetry import RetrieverMetrics, check_free, split_address
+
+_DEFAULT_TOPK = 3
+_BACKLOG = 1024
+_GRACE_SECONDS = 2
+
+
+class Ask(BaseModel):
+    """The body of a request."""
+
+    model_config = ConfigDict(strict=True)
+
+    queries: list[str] = Field(min_length=1, max_length=1024)
+    topk: int = Field(default=_DEFAULT_TOPK, ge=1, le=100)
+    return_scores: bool = False
+
+
+def app(index: Index, metrics: RetrieverMetrics) -> Starlette:
+    """The web application; starts nothing."""
+    metrics.documents.set(len(index.documents))
+
+    async def retrieve(request: Request) -> Response:
+        with metrics.seconds.time():
+            try:
+                ask = Ask.model_validate_json(await request.body())
+            except ValidationError as error:
+                metrics.refused.inc()
+                return JSONResponse({"error": _sentence(error)}, status_code=400)
+            found = [index.search(query, ask.topk) for query in ask.queries]
+            metrics.queries.inc(len(found))
+            return JSONResponse({"result": [[_shown(hit, ask.return_scores) for hit in hits] for hits in found]})
+
+    async def health(_: Request) -> Response:
+        return JSONResponse({"status": "ok", "documents": len(index.documents)})
+
+    async def scrape(_: Request) -> Response:
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return Starlette(routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health), Route("/metrics", scrape)])
+
+
+def _shown(hit: Hit, with_score: bool) -> dict[str, Any]:
+    document = hit.document.model_dump()
+    return {"document": document, "score": hit.score} if with_score else document
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the body"
+    return (
+        f'{key}: {first["msg"]}; send {{"queries": [str], "topk": int from 1 to 100, "return_scores": bool}} '
+        "with 1 to 1024 queries."
+    )
+
+
+async def serve(config: RetrieverConfig, ready: Callable[[int], None] = lambda _: None) -> None:
+    """Load the corpus, listen, and answer until cancelled.
+
+    Args:
+        config: the corpus and the address; port 0 takes a free one.
+        ready: called once with the port when queries are answered.
+
+    Raises:
+        DataError: the corpus cannot be used.
+        AddressInUseError: somebody else listens there.
+    """
+    host, port = split_address(config.listen, "retriever.listen")
+    check_free(config.listen, "retriever.listen")
+    index = Index(load_corpus(config.corpus))
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG)
+    server = _Server(app(index, RetrieverMetrics()), lambda: ready(listener.getsockname()[1]))
+    serving = asyncio.create_task(server.serve(sockets=[listener]), name="retriever")
+    try:
+        await asyncio.shield(serving)
+    finally:
+        server.should_exit = True
+        await serving
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that leaves the signals to the process, and tells when it listens."""
+
+    def __init__(self, application: Starlette, ready: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                application, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_SECONDS
+            )
+        )
+        self._ready = ready
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return nullcontext()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
