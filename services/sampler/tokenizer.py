@@ -33,10 +33,12 @@ class Tokenizer:
         """
         if not any((path / name).is_file() for name in _FILES):
             raise ModelError(f"{path} has no tokenizer ({', '.join(_FILES)}); save it beside the model.")
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        # AutoTokenizer picks a class by the model's type, which may split text in its own way: tokenizer.json goes first.
+        reader: Any = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = reader.from_pretrained(path, local_files_only=True)
         except Exception as error:  # a broken file surfaces as any of a dozen types
             raise ModelError(f"The tokenizer in {path} cannot be read ({error}); restore it from the model's source.") from error
         own: int | None = tokenizer.eos_token_id

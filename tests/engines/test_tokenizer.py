@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Bpe
 
 from services.sampler.tokenizer import Tokenizer
 from tests.engines import builders
@@ -19,6 +20,13 @@ def test_encoding_adds_nothing_and_decoding_drops_nothing(tmp_path: Path) -> Non
     text = f"<search>né ☃ , the river .{builders.END}\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer) == builders.VOCABULARY
+
+
+def test_tokenizer_json_is_taken_as_it_is_whatever_the_model(tmp_path: Path) -> None:
+    builders.save_model(tmp_path, "qwen2")
+    text = "the rivER's 2024 river\r\n town"
+    own = Bpe.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+    assert Tokenizer.open(tmp_path).encode(text).tolist() == own
 
 
 def test_end_of_sequence_ids_come_from_all_three_files(tmp_path: Path) -> None:
