@@ -1,33 +1,23 @@
-"""The configuration: one tree, read from a TOML file, then the environment, then flags; the later wins.
+"""The configuration: every key with its type, its bounds, its default and what it means.
 
-    TREEGRPO_TRAIN__LR=1e-4 treegrpo up geohop.toml --train.steps 200
-
-Paths of input files in a TOML file are relative to that file, elsewhere to the current directory. An unknown key is an
-error that names the nearest known one. A limit that follows from other values is a property, not a key.
+`treegrpo.settings.load` reads it. A limit that follows from other values is a property, not a key.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from treegrpo.errors import ConfigError
 from treegrpo.lease import Plan
 
-ENV_PREFIX = "TREEGRPO_"
 
-
-class _Input:
+class Input:
     """Marks a path that is read, hence relative to the file that names it."""
 
 
-InputPath = Annotated[Path, _Input()]
+InputPath = Annotated[Path, Input()]
 
 
 class Section(BaseModel):
@@ -190,75 +180,3 @@ class Config(Section):
     def lease_limit(self) -> int:
         """Leases that may be out when nothing is ready: (max_lag + 1) · batch (docs/architecture.md has the proof)."""
         return (self.train.max_lag + 1) * self.train.batch
-
-
-def load(toml: Path | None, flags: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Config:
-    """Read the configuration: ``toml``, then TREEGRPO_SECTION__KEY variables, then ``--section.key value`` flags.
-
-    Raises:
-        ConfigError: a file that is not there or not TOML, an unknown key, or a value that does not fit.
-    """
-    values: dict[str, dict[str, Any]] = {}
-    for section, key, value in [
-        *_from_toml(toml),
-        *_from_environ(os.environ if environ is None else environ),
-        *_from_flags(flags),
-    ]:
-        values.setdefault(section, {})[key] = value
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{key} = {first.get('input')!r} is not acceptable: {first['msg']}.") from error
-
-
-def _known(section: str, key: str, where: str) -> tuple[str, str]:
-    """Check the name of a key. Raises ConfigError that names the nearest one."""
-    sections = {name: cast("type[Section]", field.annotation) for name, field in Config.model_fields.items()}
-    names = [f"{s}.{k}" for s, model in sections.items() for k in model.model_fields]
-    if f"{section}.{key}" in names:
-        return section, key
-    near = difflib.get_close_matches(f"{section}.{key}", names, n=1, cutoff=0.0)[0]
-    raise ConfigError(f"{where} names {section}.{key}, which is no configuration key; the nearest is {near}.")
-
-
-def _from_toml(path: Path | None) -> Iterator[tuple[str, str, Any]]:
-    if path is None:
-        return
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"The configuration file {path} cannot be read ({error.strerror}); check the path.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration file {path} is not valid TOML: {error}.") from error
-    for section, keys in table.items():
-        if not isinstance(keys, dict):
-            raise ConfigError(f"{path}: {section} must be inside a section, like [train].")
-        for key, value in cast("dict[str, Any]", keys).items():
-            _known(section, key, str(path))
-            model = cast("type[Section]", Config.model_fields[section].annotation)
-            is_input = any(isinstance(mark, _Input) for mark in model.model_fields[key].metadata)
-            yield section, key, path.parent / value if is_input and isinstance(value, str) else value
-
-
-def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
-    for name, value in environ.items():
-        section, joint, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
-        if name.startswith(ENV_PREFIX) and joint:
-            yield (*_known(section, key, f"The environment variable {name}"), value)
-
-
-def _from_flags(flags: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    rest = list(flags)
-    while rest:
-        flag, equals, value = rest.pop(0).partition("=")
-        section, dot, key = flag.removeprefix("--").partition(".")
-        if not flag.startswith("--") or not dot:
-            raise ConfigError(f"{flag} is no flag of this command; a configuration key is written --section.key VALUE.")
-        _known(section, key, f"The flag {flag}")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"The flag {flag} needs a value.")
-            value = rest.pop(0)
-        yield section, key, value

@@ -1,0 +1,139 @@
+"""What can be wrong before anything is started: each check returns what it found, or raises with the remedy."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from treegrpo.config import Config
+from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
+from treegrpo.telemetry import check_free, split_address
+
+Check = Callable[[], str]
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+class Address(NamedTuple):
+    """An address a process of ours will listen on, and the key that says so."""
+
+    key: str
+    value: str
+
+
+def check_model(path: Path) -> str:
+    """The model directory has configuration, weights and tokenizer. Raises ModelError."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = "there is no such directory" if not path.is_dir() else "it has no config.json"
+        raise ModelError(f"model.path = {path} cannot be used: {reason}; give a Hugging Face causal LM directory.") from error
+    except ValueError as error:
+        raise ModelError(f"{path / 'config.json'} is not valid JSON ({error}); restore it from the model's source.") from error
+    for names, what in ((WEIGHTS, "safetensors weights"), (TOKENIZERS, "tokenizer")):
+        if not any((path / name).is_file() for name in names):
+            raise ModelError(f"model.path = {path} cannot be used: it has no {what} ({' or '.join(names)}); save them there.")
+    return f"{path} ({config.get('model_type', 'unknown type')})"
+
+
+def check_questions(path: Path, key: str) -> str:
+    """Every row of a question file is good. Raises DataError."""
+    from learner.intake.questions import load_questions
+
+    return f"{path} ({len(load_questions(path))} questions)" if path.is_file() else _no_file(path, key)
+
+
+def check_corpus(path: Path) -> str:
+    """Every row of the corpus is good. Raises DataError."""
+    from services.retriever.index import load_corpus
+
+    return f"{path} ({len(load_corpus(path))} documents)" if path.is_file() else _no_file(path, "retriever.corpus")
+
+
+def _no_file(path: Path, key: str) -> str:
+    raise DataError(f"{key} = {path} does not exist; check the path.")
+
+
+def check_run_dir(config: Config) -> str:
+    """The run directory is fresh, or used and to be resumed. Raises ConfigError."""
+    path = config.run.dir
+    used = path.is_dir() and any(entry.name != "logs" for entry in path.iterdir())
+    if used and not config.run.resume:
+        raise ConfigError(f"run.dir = {path} holds a run already; continue it with --resume, or give another --run.dir.")
+    if config.run.resume and not used:
+        raise ConfigError(f"run.dir = {path} holds no run to resume; leave --resume out, or check --run.dir.")
+    return f"{path} ({'to be resumed' if used else 'fresh'})"
+
+
+def learner_addresses(config: Config) -> list[Address]:
+    """Where intake and trainer will listen."""
+    host, port = split_address(config.learner.metrics, "learner.metrics")
+    metrics = {"learner.metrics": port, "learner.metrics (the trainer's, the port after it)": port + 1} if port else {}
+    return [
+        Address("learner.listen", config.learner.listen),
+        *(Address(key, f"{host}:{number}") for key, number in metrics.items()),
+    ]
+
+
+def all_addresses(config: Config) -> list[Address]:
+    """Where the processes of `treegrpo up` will listen."""
+    return [
+        *([Address("broker.address", config.broker.address)] if config.broker.embedded else []),
+        *([] if config.retriever.url else [Address("retriever.listen", config.retriever.listen)]),
+        *learner_addresses(config),
+    ]
+
+
+def check_addresses(addresses: list[Address]) -> str:
+    """Each address can be listened on, and no two are the same. Raises ConfigError and AddressInUseError."""
+    value, count = Counter(address.value for address in addresses).most_common(1)[0]
+    if count > 1:
+        first, second, *_ = (address.key for address in addresses if address.value == value)
+        raise AddressInUseError(f"{first} and {second} are both {value}; give one of them another port.")
+    for address in addresses:
+        check_free(address.value, address.key)
+    return ", ".join(address.value for address in addresses)
+
+
+def check_sampler_metrics(config: Config) -> str:
+    """Several samplers on one machine do not share a metrics port. Raises ConfigError."""
+    _, port = split_address(config.sampler.metrics, "sampler.metrics")
+    if port and config.sampler.count > 1:
+        raise ConfigError(
+            f"sampler.metrics = {config.sampler.metrics} would be shared by {config.sampler.count} samplers; "
+            "give port 0, and each takes a free one."
+        )
+    return config.sampler.metrics
+
+
+def learner_checks(config: Config) -> dict[str, Check]:
+    """What `treegrpo learner` needs, by name."""
+    return {
+        "run directory": partial(check_run_dir, config),
+        "ports": partial(check_addresses, learner_addresses(config)),
+        "model": partial(check_model, config.model.path),
+        "training questions": partial(check_questions, config.data.train, "data.train"),
+        "held-out questions": partial(check_questions, config.data.heldout, "data.heldout"),
+    }
+
+
+def up_checks(config: Config) -> dict[str, Check]:
+    """What `treegrpo up` needs, by name."""
+    corpus: dict[str, Check] = {} if config.retriever.url else {"corpus": partial(check_corpus, config.retriever.corpus)}
+    return {
+        **learner_checks(config),
+        "ports": partial(check_addresses, all_addresses(config)),
+        "sampler metrics": partial(check_sampler_metrics, config),
+        **corpus,
+    }
+
+
+def run_checks(checks: Iterable[Check]) -> None:
+    """Run all; the first that fails raises."""
+    for check in checks:
+        check()

@@ -1,0 +1,208 @@
+"""The commands: what each says of itself and what it does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from treegrpo.config import Config
+from treegrpo.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """A command line, understood."""
+
+    config: Config
+    arguments: tuple[str, ...]
+    """``[CONFIG.toml] [--section.key value …]``, as processes are told it."""
+    words: tuple[str, ...] = ()
+    """What a command takes before the configuration: the run state."""
+
+    @property
+    def toml(self) -> Path | None:
+        return Path(self.arguments[0]) if self.arguments and not self.arguments[0].startswith("-") else None
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    about: str
+    """One line."""
+    text: str
+    """What a newcomer wants to know."""
+    run: Callable[[Invocation], int]
+    words: tuple[str, ...] = ()
+    """Names of the words it takes before the configuration."""
+
+
+def run_up(call: Invocation, *, everything: bool) -> int:
+    """`up` and `learner`."""
+    from services.cli.summary import newest_checkpoint, resume_command, summary
+    from services.cli.up import Run
+    from services.cli.view import Screen
+
+    screen, run_dir = Screen(Console()), call.config.run.dir
+    code = asyncio.run(Run(call.config, call.arguments, screen, everything=everything)())
+    for line in summary(run_dir, call.toml):
+        screen.say(line)
+    if newest_checkpoint(run_dir) is not None:
+        screen.say(f"go on: {resume_command('up' if everything else 'learner', call.arguments)}")
+    return code
+
+
+def become(module: str, call: Invocation) -> int:
+    """Go on as another program; does not return."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *call.arguments])  # noqa: S606
+
+
+def run_eval(call: Invocation) -> int:
+    """`eval`."""
+    from services.cli.evaluate import evaluate, report, retriever_for
+
+    console = Console()
+
+    async def work() -> None:
+        async with retriever_for(call.config, call.arguments, console.print) as url:
+            console.print(report(await evaluate(call.config, url)))
+
+    asyncio.run(work())
+    return 0
+
+
+def run_doctor(call: Invocation) -> int:
+    """`doctor`: exit code 1 when something fails."""
+    from services.cli.doctor import examine, report
+
+    findings = asyncio.run(examine(call.config))
+    Console().print(report(findings))
+    return int(any(finding.verdict == "fail" for finding in findings))
+
+
+def run_state(call: Invocation) -> int:
+    """`state`."""
+    from services.cli.state import set_state
+
+    print(asyncio.run(set_state(call.config, call.words[0])))
+    return 0
+
+
+def run_plot(call: Invocation) -> int:
+    """`plot`."""
+    from services.cli.plot import FILE_NAME, plot
+    from services.cli.progress import read_progress
+
+    run_dir = call.config.run.dir
+    plot(read_progress(run_dir), run_dir / FILE_NAME, str(run_dir))
+    print(run_dir / FILE_NAME)
+    return 0
+
+
+COMMANDS = {
+    "up": Command(
+        "everything on this machine: broker, retriever, learner and samplers",
+        """Checks the model, the data, the ports and the run directory, starts every part as a process of its own, trains,
+and ends with the held-out exact match before and after, a plot and a checkpoint in Hugging Face format.
+
+Each process writes RUN_DIR/logs/NAME.log. Ctrl-C drains: the trainer writes a checkpoint, and the command that goes on
+is printed. Ctrl-C again stops at once. A sampler that dies is started again; if another part dies, all are stopped.
+
+  treegrpo up examples/geohop/geohop.toml
+  treegrpo up examples/geohop/geohop.toml --train.steps 200 --sampler.count 4 --run.dir runs/long
+  treegrpo up examples/geohop/geohop.toml --run.dir runs/long --resume""",
+        partial(run_up, everything=True),
+    ),
+    "learner": Command(
+        "intake and trainer; samplers come from elsewhere",
+        """Starts the learner's two processes. A broker must answer at broker.address. Samplers on any machine join with
+
+  treegrpo sampler CONFIG.toml --sampler.learner HOST:PORT --broker.address HOST:PORT --retriever.url http://HOST:PORT""",
+        partial(run_up, everything=False),
+    ),
+    "sampler": Command(
+        "one sampler: leases in, subtrees out; any number of them",
+        """Joins the learner at sampler.learner, fetches the newest weights, and rolls out questions until the run drains.
+It keeps nothing: stop it, kill it, start more at any time.
+
+  treegrpo sampler CONFIG.toml --sampler.learner 10.0.0.7:50051""",
+        partial(become, "services.sampler"),
+    ),
+    "retriever": Command(
+        "the search tool: Search-R1's HTTP API over a BM25 index",
+        """Indexes retriever.corpus and answers POST /retrieve at retriever.listen.
+
+  treegrpo retriever CONFIG.toml --retriever.listen 0.0.0.0:8765""",
+        partial(become, "services.retriever"),
+    ),
+    "intake": Command(
+        "the learner's face alone: leases, ledger, journal, weights",
+        "What `treegrpo learner` starts beside the trainer; useful where each process has its own supervisor.",
+        partial(become, "learner.intake"),
+    ),
+    "trainer": Command(
+        "the learner's engine alone: groups in, policy versions out",
+        "What `treegrpo learner` starts beside the intake, with the same run.dir.",
+        partial(become, "learner.trainer"),
+    ),
+    "broker": Command(
+        "the embedded MQTT broker alone",
+        "What `treegrpo up` starts when broker.embedded is true. A cluster wants Mosquitto instead.",
+        partial(become, "services.cli.broker"),
+    ),
+    "eval": Command(
+        "greedy exact match of a model on the held-out questions",
+        """Answers data.heldout with the model at model.path, one greedy chain each, by family. Uses the retriever that runs,
+or starts one for the time.
+
+  treegrpo eval examples/geohop/geohop.toml --model.path runs/demo/checkpoints/final""",
+        run_eval,
+    ),
+    "doctor": Command(
+        "what is missing or in the way, and the remedy",
+        "Looks at Python, packages, machine, ports, model, data, corpus and peers. Exit code 1 if something fails.",
+        run_doctor,
+    ),
+    "state": Command(
+        "tell a run to be running, paused or draining",
+        """All parts obey: paused begins nothing new, draining ends the run with a checkpoint.
+
+  treegrpo state paused CONFIG.toml""",
+        run_state,
+        words=("running|paused|draining",),
+    ),
+    "plot": Command(
+        "reward, EM, budget, saving and version lag as a PNG",
+        """Draws RUN_DIR/progress.png from RUN_DIR/progress.jsonl, also while the run goes on.
+
+  treegrpo plot --run.dir runs/demo""",
+        run_plot,
+    ),
+}
+
+
+def understand(command: Command, arguments: Sequence[str]) -> Invocation:
+    """The words, and the configuration as every process will be told it. Raises ConfigError."""
+    from treegrpo.settings import from_arguments
+
+    count = len(command.words)
+    words, rest = arguments[:count], arguments[count:]
+    if len(words) < count:
+        raise ConfigError(f"{command.words[len(words)]} is missing; see --help.")
+    told = tuple(part for flag in rest for part in (("--run.resume", "true") if flag == "--resume" else (flag,)))
+    return Invocation(from_arguments(told), told, tuple(words))
+
+
+def as_toml(config: Config) -> str:
+    """The configuration as a TOML file that says the same."""
+    lines: list[str] = []
+    for section, keys in config.model_dump(mode="json").items():
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()), ""]
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""`treegrpo doctor`: is everything there, and if not, what to do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.table import Table
+
+from services.cli.checks import Check, up_checks
+from services.cli.ready import broker_ready, learner_ready, retriever_ready
+from treegrpo.config import Config
+from treegrpo.errors import TreeGrpoError, UnavailableError
+
+PYTHON = (3, 11)
+MEMORY_GIB = 4
+DISK_GIB = 2
+PACKAGES = ("torch", "transformers", "grpcio", "protobuf", "aiomqtt", "amqtt", "bm25s", "pydantic-settings")
+INK = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One row: what was looked at, how it is, and what was found or is to be done."""
+
+    subject: str
+    verdict: str
+    """ok, warn or fail."""
+    text: str
+
+
+def machine() -> list[Finding]:
+    """Python, packages, cores, memory, disk."""
+    python = "ok" if sys.version_info >= PYTHON else "fail"
+    remedy = "" if python == "ok" else f"; install Python {PYTHON[0]}.{PYTHON[1]} or later"
+    return [
+        Finding("python", python, platform.python_version() + remedy),
+        *map(_package, PACKAGES),
+        Finding("cores", "ok", str(os.cpu_count())),
+        _at_least("memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), MEMORY_GIB, "use a machine with more"),
+        _at_least("disk", shutil.disk_usage(Path.cwd()).free, DISK_GIB, "make room for checkpoints and weights"),
+    ]
+
+
+def files(checks: dict[str, Check]) -> list[Finding]:
+    """The checks `treegrpo up` makes before it starts anything, all of them."""
+    return [_tried(subject, check) for subject, check in checks.items()]
+
+
+async def peers(config: Config) -> list[Finding]:
+    """Broker, learner and retriever: reachable now? That none runs is only a warning."""
+    learner = config.sampler.learner or config.learner.listen
+    return [
+        await _reached("broker", config.broker.address, broker_ready),
+        await _reached("learner", learner, learner_ready),
+        await _reached("retriever", config.retriever.endpoint, retriever_ready),
+    ]
+
+
+async def examine(config: Config) -> list[Finding]:
+    """All findings."""
+    return [*machine(), *files(up_checks(config)), *await peers(config)]
+
+
+def report(findings: list[Finding]) -> Table:
+    """The findings as a table."""
+    table = Table("what", "", "found, or what to do", box=None, padding=(0, 2, 0, 0))
+    for finding in findings:
+        table.add_row(finding.subject, f"[{INK[finding.verdict]}]{finding.verdict}[/]", finding.text)
+    return table
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, "ok", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, "fail", "is not installed; run `make setup`")
+
+
+def _at_least(subject: str, size: float, gib: int, remedy: str) -> Finding:
+    have = size / 2**30
+    return Finding(subject, "ok", f"{have:.1f} GiB") if have >= gib else Finding(subject, "warn", f"{have:.1f} GiB; {remedy}")
+
+
+def _tried(subject: str, check: Check) -> Finding:
+    try:
+        return Finding(subject, "ok", check())
+    except TreeGrpoError as error:  # a finding, not an end
+        return Finding(subject, "fail", str(error))
+
+
+async def _reached(subject: str, address: str, probe: Callable[[str], Awaitable[None]]) -> Finding:
+    try:
+        await probe(address)
+    except UnavailableError as error:  # a finding, not an end
+        return Finding(subject, "warn", str(error))
+    return Finding(subject, "ok", f"answers at {address}")

@@ -1,0 +1,122 @@
+"""`treegrpo eval`: a model's greedy answers to the held-out questions, in this process with the embedded engine."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.table import Table
+
+from learner.intake.questions import load_questions
+from services.cli.checks import Address, check_addresses, check_corpus, check_model
+from services.cli.crew import Crew, Say
+from services.cli.process import Program
+from services.cli.ready import retriever_ready
+from services.environments.retrieval import HttpRetriever
+from services.environments.search_qa import SearchQA
+from services.sampler.engines.embedded.engine import EmbeddedEngine
+from services.sampler.expansion import Expander, Gate
+from services.sampler.tokenizer import Tokenizer
+from treegrpo.config import Config
+from treegrpo.errors import UnavailableError
+from treegrpo.lease import Lease, LeaseKind
+from treegrpo.question import Question
+from treegrpo.tree import Leaf, PolicyVersion, Subtree
+
+ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One question and the episode's end; None when an engine or tool error left it without one."""
+
+    question: Question
+    leaf: Leaf | None
+
+
+@asynccontextmanager
+async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> AsyncGenerator[str]:
+    """The address of a retriever: the one that runs, else one started for the time of the block."""
+    try:
+        await retriever_ready(config.retriever.endpoint)
+    except UnavailableError:
+        if config.retriever.url:
+            raise
+        check_corpus(config.retriever.corpus)
+        check_addresses([Address("retriever.listen", config.retriever.listen)])
+        with tempfile.TemporaryDirectory() as logs:
+            async with Crew(arguments, Path(logs), say) as crew:
+                await crew.start(Program("retriever", "services.retriever"), partial(retriever_ready, config.retriever.endpoint))
+                yield config.retriever.endpoint
+    else:
+        yield config.retriever.endpoint
+
+
+async def evaluate(config: Config, url: str) -> list[Answered]:
+    """Greedy, one chain for each held-out question. Raises ModelError, DataError."""
+    check_model(config.model.path)
+    questions = load_questions(config.data.heldout)[: config.eval.questions or None]
+    tokenizer = Tokenizer.open(config.model.path)
+    engine = EmbeddedEngine.open(
+        config.model.path,
+        max_running=config.engine.max_running,
+        max_context=config.rollout.max_context,
+        cache_tokens=config.engine.cache_tokens,
+        seed=config.run.seed,
+        threads=config.engine.threads,
+    )
+    async with HttpRetriever(url, config.environment.timeout) as retriever, await engine as running:
+        environment = SearchQA(
+            retriever,
+            topk=config.environment.topk,
+            max_observation_tokens=config.environment.max_observation_tokens,
+            count_tokens=lambda text: len(tokenizer.encode(text)),
+            reward=config.environment.reward,
+            format_penalty=config.environment.format_penalty,
+        )
+        expander = Expander(running, environment, tokenizer, retries=config.sampler.retries)
+        places = asyncio.Semaphore(config.engine.max_running)
+        return list(await asyncio.gather(*(_answer(config, expander, question, places) for question in questions)))
+
+
+async def _answer(config: Config, expander: Expander, question: Question, places: asyncio.Semaphore) -> Answered:
+    plan = config.rollout.plan.as_eval()
+    lease = Lease(question.id, LeaseKind.EVAL, question, plan, plan.grant, config.run.seed, PolicyVersion())
+    subtrees: list[Subtree] = []
+    async with places:
+        await expander.grow(lease, subtrees.append, Gate())
+    leaves = [leaf for subtree in subtrees for leaf in subtree.leaves]
+    return Answered(question, leaves[0] if leaves else None)
+
+
+def by_family(answers: Sequence[Answered]) -> dict[str, list[Answered]]:
+    """The answers by question family, all of them last."""
+    families: dict[str, list[Answered]] = {}
+    for answer in answers:
+        families.setdefault(answer.question.family or "-", []).append(answer)
+    return {**dict(sorted(families.items())), ALL: list(answers)}
+
+
+def row(answers: Sequence[Answered]) -> tuple[str, str, str, str, str]:
+    """Questions, EM in percent, mean reward, invalid actions per episode, failed."""
+    leaves = [answer.leaf for answer in answers if answer.leaf is not None]
+    if not leaves:
+        return (str(len(answers)), "-", "-", "-", str(len(answers)))
+    em, invalid = (sum(leaf.metrics.get(name, 0.0) for leaf in leaves) / len(leaves) for name in ("em", "invalid_actions"))
+    reward = sum(leaf.reward for leaf in leaves) / len(leaves)
+    return (str(len(answers)), f"{100 * em:.1f}", f"{reward:.3f}", f"{invalid:.2f}", str(len(answers) - len(leaves)))
+
+
+def report(answers: Sequence[Answered]) -> Table:
+    """One row a family and one for all."""
+    table = Table("family", box=None, padding=(0, 2, 0, 0))
+    for heading in ("questions", "EM %", "reward", "invalid actions", "failed"):
+        table.add_column(heading, justify="right")
+    for family, members in by_family(answers).items():
+        table.add_row(family, *row(members), style="bold" if family == ALL else "")
+    return table

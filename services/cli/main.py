@@ -1,0 +1,84 @@
+"""The `treegrpo` command: `treegrpo COMMAND [CONFIG.toml] [--section.key value …] [--dry-run]`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Sequence
+
+from services.cli.commands import COMMANDS, as_toml, understand
+from treegrpo.edge import complain
+from treegrpo.errors import ConfigError
+from treegrpo.settings import flag_parser
+
+DRY_RUN = "--dry-run"
+HELP = ("-h", "--help")
+INTERRUPTED = 130
+
+CONFIGURATION = """configuration: CONFIG.toml, then the environment (TREEGRPO_TRAIN__LR=1e-4), then flags (--train.lr 1e-4); the
+later wins. --dry-run prints what comes of it, as TOML, and does nothing else. --resume is short for --run.resume true."""
+
+
+def overview() -> str:
+    """What `treegrpo --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: treegrpo COMMAND [CONFIG.toml] [--section.key value …] [--dry-run]",
+            "",
+            "Tree-GRPO for LLM agents: samplers grow trees of agent steps, one learner trains on them.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            CONFIGURATION,
+            "",
+            "Begin with: treegrpo up examples/geohop/geohop.toml",
+            "More about one: treegrpo COMMAND --help",
+        ]
+    )
+
+
+def about(name: str) -> str:
+    """What `treegrpo COMMAND --help` prints: the command, then every key."""
+    command = COMMANDS[name]
+    usage = " ".join([f"treegrpo {name}", *command.words, "[CONFIG.toml] [--section.key value …] [--dry-run]"])
+    parser = flag_parser(usage=usage, description=f"{command.text}\n\n{CONFIGURATION}", add_help=False)
+    return parser.format_help()
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what a command line says; returns the exit code. Raises TreeGrpoError."""
+    if not arguments or arguments[0] in HELP:
+        print(overview())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{name!r} is no command; the nearest is {near}, and `treegrpo --help` lists all.")
+    if any(flag in rest for flag in HELP):
+        print(about(name))
+        return 0
+    call = understand(COMMANDS[name], [flag for flag in rest if flag != DRY_RUN])
+    if DRY_RUN in rest:
+        print(as_toml(call.config))
+        return 0
+    return COMMANDS[name].run(call)
+
+
+def main() -> None:
+    """The entry point: one sentence and exit code 2 for an error of ours."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:  # noqa: BLE001  # the edge: what is not ours is raised again
+        code = complain(error)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

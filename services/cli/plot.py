@@ -1,0 +1,86 @@
+"""The run as a picture: reward, EM, budget, saving and version lag over the steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from services.cli.progress import Progress
+from treegrpo.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FILE_NAME = "progress.png"
+INK = {"reward": "#4c72b0", "train": "#8da0cb", "heldout": "#c44e52", "spent": "#55a868", "chains": "#b0b0b0", "lag": "#8172b3"}
+
+
+def plot(progress: Progress, path: Path, title: str) -> None:
+    """Write the picture to ``path`` (PNG). Raises DataError before the first step."""
+    if not progress.steps:
+        raise DataError(f"There is nothing to plot for {path.parent} yet; wait for its first step.")
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, places = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    drawings = (_reward, _em, _budget, _saving, _lag, _signal)
+    for place, draw in zip(places.flat, drawings, strict=True):
+        draw(place, progress)
+        place.set_xlabel("step")
+        place.grid(alpha=0.3)
+        place.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _reward(axes: Axes, progress: Progress) -> None:
+    axes.plot(_steps(progress), [step.reward_mean for step in progress.steps], color=INK["reward"])
+    axes.set_title("reward, mean of the step's leaves")
+
+
+def _em(axes: Axes, progress: Progress) -> None:
+    axes.plot(_steps(progress), [100 * step.em for step in progress.steps], color=INK["train"], label="training, sampled")
+    points: dict[str, Any] = {"color": INK["heldout"], "marker": "o", "label": "held-out, greedy"}
+    axes.plot([record.step for record in progress.evals], [100 * record.em for record in progress.evals], **points)
+    for record in progress.evals:
+        axes.annotate(f"{100 * record.em:.1f}", (record.step, 100 * record.em), (0, 6), textcoords="offset points", ha="center")
+    axes.set_ylim(0, 105)
+    axes.set_title("exact match, %")
+    axes.legend(loc="lower right", frameon=False)
+
+
+def _budget(axes: Axes, progress: Progress) -> None:
+    axes.plot(
+        _steps(progress), [step.chain_tokens / 1e6 for step in progress.steps], color=INK["chains"], label="chains would cost"
+    )
+    axes.plot(_steps(progress), [step.training.spent / 1e6 for step in progress.steps], color=INK["spent"], label="spent")
+    axes.set_ylim(bottom=0)
+    axes.set_title("rollout budget, million tokens")
+    axes.legend(loc="upper left", frameon=False)
+
+
+def _saving(axes: Axes, progress: Progress) -> None:
+    axes.plot(_steps(progress), [100 * step.saving for step in progress.steps], color=INK["spent"])
+    axes.set_ylim(bottom=min(0.0, *(100 * step.saving for step in progress.steps)))
+    axes.set_title("saving against chains, %")
+
+
+def _lag(axes: Axes, progress: Progress) -> None:
+    axes.plot(_steps(progress), [step.lag_max for step in progress.steps], color=INK["chains"], label="max")
+    axes.plot(_steps(progress), [step.lag_mean for step in progress.steps], color=INK["lag"], label="mean")
+    axes.set_ylim(bottom=0)
+    axes.set_title("version lag of trained tokens")
+    axes.legend(loc="upper right", frameon=False)
+
+
+def _signal(axes: Axes, progress: Progress) -> None:
+    axes.plot(_steps(progress), [100 * step.zero_signal_ratio for step in progress.steps], color=INK["chains"])
+    axes.set_ylim(0, 105)
+    axes.set_title("groups without signal, %")
+
+
+def _steps(progress: Progress) -> list[int]:
+    return [step.step for step in progress.steps]

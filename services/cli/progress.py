@@ -1,0 +1,128 @@
+"""The run's progress file, progress.jsonl: one record for each step and each evaluation, written by the intake."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from treegrpo.errors import DataError
+from treegrpo.tree import PolicyVersion
+
+FILE_NAME = "progress.jsonl"
+
+
+class Account(BaseModel):
+    """The ledger in one currency: granted = spent + refunded + forfeited + outstanding."""
+
+    granted: int = 0
+    spent: int = 0
+    refunded: int = 0
+    forfeited: int = 0
+    outstanding: int = 0
+
+
+class StepRecord(BaseModel):
+    """One optimiser step, with the books as they stood after it."""
+
+    time: float
+    """Unix seconds."""
+    step: int
+    version: str
+    reward_mean: float
+    em: float
+    """Share of the step's leaves with an exact match."""
+    lag_mean: float
+    lag_max: int
+    zero_signal_ratio: float
+    ledger: dict[str, dict[str, Account]]
+    """By lease kind, by currency."""
+    chain_tokens: int
+    """What chains to the same leaves would have cost so far."""
+    saving: float
+    """1 - spent / chain_tokens."""
+    samplers: int
+
+    @property
+    def training(self) -> Account:
+        """The tokens of training leases."""
+        return self.ledger.get("train", {}).get("tokens", Account())
+
+
+class EvalRecord(BaseModel):
+    """One evaluation on the held-out questions."""
+
+    time: float
+    version: str
+    questions: int
+    em: float
+    """Share answered with an exact match, of those that could be rolled out."""
+    reward: float
+    failed: int
+
+    @property
+    def step(self) -> int:
+        return PolicyVersion.parse(self.version).step
+
+
+Record = StepRecord | EvalRecord
+_KINDS: dict[str, type[Record]] = {"step": StepRecord, "eval": EvalRecord}
+
+
+@dataclass(slots=True)
+class Progress:
+    """The run so far, as it counts: a resumed run goes back to its checkpoint, and so does this."""
+
+    steps: list[StepRecord] = field(default_factory=list[StepRecord])
+    evals: list[EvalRecord] = field(default_factory=list[EvalRecord])
+
+    def add(self, record: Record) -> None:
+        """Append ``record``; what was recorded for its step or a later one was orphaned by a restart."""
+        if isinstance(record, StepRecord):
+            self.steps = [*(old for old in self.steps if old.step < record.step), record]
+            self.evals = [old for old in self.evals if old.step < record.step]
+        else:
+            self.evals = [*(old for old in self.evals if old.step < record.step), record]
+
+
+class Tail:
+    """Reads what was appended to a progress file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._line = 0
+
+    def new(self) -> list[Record]:
+        """The new records, none while there is no file; a line still being written waits. Raises DataError."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [record for line in whole.splitlines() if (record := self._record(line)) is not None]
+
+    def _record(self, line: bytes) -> Record | None:
+        self._line += 1
+        try:
+            row = json.loads(line)
+            kind = _KINDS.get(row["kind"])
+            return None if kind is None else kind.model_validate(row)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+            raise DataError(
+                f"{self._path}, line {self._line} is no progress record ({reason}); was it written by this version?"
+            ) from error
+
+
+def read_progress(run_dir: Path) -> Progress:
+    """The progress of the run in ``run_dir``, empty if it has none. Raises DataError."""
+    progress = Progress()
+    for record in Tail(run_dir / FILE_NAME).new():
+        progress.add(record)
+    return progress

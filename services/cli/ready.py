@@ -1,0 +1,64 @@
+"""Is it there? One probe per kind of service; each returns, or raises UnavailableError."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import aiomqtt
+import grpc
+import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from treegrpo.errors import DeadlineError, UnavailableError
+from treegrpo.telemetry import split_address
+
+PROBE_SECONDS = 2.0
+PAUSE_SECONDS = 0.1
+
+Probe = Callable[[], Awaitable[None]]
+
+
+async def broker_ready(address: str) -> None:
+    """Something speaks MQTT at ``address``."""
+    host, port = split_address(address, "broker.address")
+    try:
+        async with aiomqtt.Client(host, port, timeout=PROBE_SECONDS):
+            return
+    except aiomqtt.MqttError as error:
+        raise UnavailableError(f"No MQTT broker answers at broker.address = {address}; start one there.") from error
+
+
+async def retriever_ready(url: str) -> None:
+    """The retriever at ``url`` says it is healthy."""
+    try:
+        async with httpx.AsyncClient(timeout=PROBE_SECONDS) as client:
+            (await client.get(f"{url}/health")).raise_for_status()
+    except httpx.HTTPError as error:
+        raise UnavailableError(f"No retriever answers at {url}; start one with `treegrpo retriever`.") from error
+
+
+async def learner_ready(address: str) -> None:
+    """The intake at ``address`` serves, says gRPC's health service."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        try:
+            reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise UnavailableError(f"No learner answers at {address}; start one with `treegrpo learner`.") from error
+    if reply.status != health_pb2.HealthCheckResponse.SERVING:
+        raise UnavailableError(f"The learner at {address} does not serve yet; wait for it or see its log.")
+
+
+async def wait_ready(name: str, probe: Probe, seconds: float) -> None:
+    """Probe until it is there. Raises DeadlineError with the last reason after ``seconds``."""
+    reason = "no answer"
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                try:
+                    return await probe()
+                except UnavailableError as error:
+                    reason = str(error)
+                await asyncio.sleep(PAUSE_SECONDS)
+    except TimeoutError as error:
+        raise DeadlineError(f"The {name} was not ready within {seconds:.0f} s: {reason}") from error

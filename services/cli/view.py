@@ -1,0 +1,188 @@
+"""The run as it goes: a live panel in a terminal, plain lines in a pipe. The functions that format are pure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+
+from services.cli.progress import FILE_NAME, Account, EvalRecord, Progress, Record, StepRecord, Tail
+
+REFRESH_SECONDS = 0.5
+RATE_STEPS = 5
+"""Steps that tokens per second are taken over."""
+SCRAPE_SECONDS = 1.0
+SPARKS = "▁▂▃▄▅▆▇█"
+
+Scrape = Mapping[str, float]
+"""Samples of a /metrics page, by name and label values: ``treegrpo_budget_spent_total/train/tokens``."""
+
+
+def count(number: float) -> str:
+    """A number short enough to read: 950, 12.3 k, 4.56 M."""
+    for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def spark(values: Sequence[float], width: int = 40) -> str:
+    """The last ``width`` values as bars between their least and their greatest."""
+    shown = list(values)[-width:]
+    low, span = min(shown, default=0.0), max(shown, default=0.0) - min(shown, default=0.0)
+    return "".join(SPARKS[int((value - low) / span * (len(SPARKS) - 1)) if span else 0] for value in shown)
+
+
+def tokens_per_second(steps: Sequence[StepRecord]) -> float:
+    """Computed tokens a second over the last few steps, training leases only; 0 before two steps."""
+    recent = steps[-RATE_STEPS - 1 :]
+    if len(recent) < 2 or recent[-1].time <= recent[0].time:
+        return 0.0
+    return (recent[-1].training.spent - recent[0].training.spent) / (recent[-1].time - recent[0].time)
+
+
+def step_line(steps: Sequence[StepRecord], total: int) -> str:
+    """The last of ``steps`` as one line."""
+    step = steps[-1]
+    return (
+        f"step {step.step}/{total}  reward {step.reward_mean:.3f}  EM {percent(step.em)}  "
+        f"lag {step.lag_mean:.1f} (max {step.lag_max})  {count(tokens_per_second(steps))} tok/s  "
+        f"spent {count(step.training.spent)} of {count(step.training.granted)} tokens granted  "
+        f"saving {percent(step.saving)}  samplers {step.samplers}"
+    )
+
+
+def eval_line(record: EvalRecord) -> str:
+    """An evaluation as one line."""
+    failed = f", {record.failed} failed" if record.failed else ""
+    return (
+        f"held-out after step {record.step}: EM {percent(record.em)}, reward {record.reward:.3f} "
+        f"({record.questions} questions{failed})"
+    )
+
+
+def budget_line(account: Account) -> str:
+    """The ledger's balance in tokens."""
+    lost = f", forfeited {count(account.forfeited)}" if account.forfeited else ""
+    return (
+        f"granted {count(account.granted)} = spent {count(account.spent)}, refunded {count(account.refunded)}, "
+        f"outstanding {count(account.outstanding)}{lost}"
+    )
+
+
+def account_of(scrape: Scrape) -> Account:
+    """The training ledger in tokens as the intake's /metrics tell it."""
+    totals = {name: int(scrape.get(f"treegrpo_budget_{name}_total/train/tokens", 0)) for name in Account.model_fields}
+    return Account(**{**totals, "outstanding": int(scrape.get("treegrpo_budget_outstanding/train/tokens", 0))})
+
+
+def panel(progress: Progress, scrape: Scrape, total: int, title: str) -> Panel:
+    """Everything at a glance."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    steps, last = progress.steps, progress.steps[-1] if progress.steps else None
+    table.add_row("step", f"{last.step if last else 0}/{total}" + ("" if last else "  (waiting for the first batch)"))
+    if last is not None:
+        table.add_row("reward", f"{last.reward_mean:.3f}  {spark([step.reward_mean for step in steps])}")
+        table.add_row("EM", f"{percent(last.em)}  {spark([step.em for step in steps])}")
+        table.add_row("lag", f"{last.lag_mean:.1f} versions (max {last.lag_max})")
+        table.add_row("sampling", f"{count(tokens_per_second(steps))} tok/s")
+        table.add_row("saving", f"{percent(last.saving)} of {count(last.chain_tokens)} tokens that chains would have cost")
+    if progress.evals:
+        table.add_row("held-out", " → ".join(percent(record.em) for record in progress.evals[-4:]))
+    account = account_of(scrape) if scrape else last.training if last else Account()
+    table.add_row("budget", budget_line(account))
+    samplers = scrape.get("treegrpo_samplers_connected", last.samplers if last else 0)
+    table.add_row("samplers", f"{samplers:.0f}, {scrape.get('treegrpo_leases_outstanding/train', 0):.0f} training leases out")
+    return Panel(table, title=title, title_align="left")
+
+
+def parse_scrape(text: str) -> Scrape:
+    """The samples of a /metrics page."""
+    return {
+        "/".join((sample.name, *sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+Refresh = Callable[[list[Record]], Awaitable[None]]
+
+
+class Screen:
+    """Where the command's lines go, and the run's as they come."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @asynccontextmanager
+    async def follow(self, run_dir: Path, metrics: str, total: int) -> AsyncGenerator[None]:
+        """Show the run in ``run_dir`` for the time of the block; ``metrics`` is the intake's address.
+
+        Raises:
+            DataError: the progress file is broken.
+        """
+        tail, progress = Tail(run_dir / FILE_NAME), Progress()
+        show = self._panel(progress, metrics, total, run_dir) if self._console.is_terminal else self._lines(progress, total)
+        async with show as refresh:
+            done = asyncio.Event()
+
+            async def loop() -> None:
+                while True:
+                    await refresh(tail.new())
+                    if done.is_set():
+                        return
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(done.wait(), REFRESH_SECONDS)
+
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(loop(), name="view")
+                try:
+                    yield
+                finally:
+                    done.set()
+
+    @asynccontextmanager
+    async def _lines(self, progress: Progress, total: int) -> AsyncGenerator[Refresh]:
+        async def refresh(records: list[Record]) -> None:
+            for record in records:
+                progress.add(record)
+                self.say(eval_line(record) if isinstance(record, EvalRecord) else step_line(progress.steps, total))
+
+        yield refresh
+
+    @asynccontextmanager
+    async def _panel(self, progress: Progress, metrics: str, total: int, run_dir: Path) -> AsyncGenerator[Refresh]:
+        async with httpx.AsyncClient(timeout=SCRAPE_SECONDS) as client:
+            with Live(console=self._console, auto_refresh=False) as live:
+
+                async def refresh(records: list[Record]) -> None:
+                    for record in records:
+                        progress.add(record)
+                    live.update(panel(progress, await _scrape(client, metrics), total, str(run_dir)), refresh=True)
+
+                yield refresh
+
+
+async def _scrape(client: httpx.AsyncClient, address: str) -> Scrape:
+    """The intake's samples; nothing while it does not answer, for the panel can do without."""
+    try:
+        return parse_scrape((await client.get(f"http://{address}/metrics")).text)
+    except httpx.HTTPError:
+        return {}

@@ -1,0 +1,63 @@
+"""The edge of every process: arguments in; one sentence and an exit code out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NoReturn
+
+from treegrpo.config import Config
+from treegrpo.errors import TreeGrpoError
+from treegrpo.settings import from_arguments
+
+ERROR_MARK = "error: "
+"""What a process's last words begin with."""
+FAILED = 2
+
+
+def run_service(service: Callable[[Config], Coroutine[Any, Any, None]], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run ``service`` as this process: configuration, logging, SIGTERM and SIGINT as a cancellation, the exit code.
+
+    Example:
+        if __name__ == "__main__":
+            run_service(serve)
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
+    try:
+        config = from_arguments(sys.argv[1:] if arguments is None else arguments)
+        asyncio.run(_until_told(service(config)))
+    except BaseException as error:  # noqa: BLE001  # the edge: what is not ours is raised again
+        raise SystemExit(complain(error)) from None
+    raise SystemExit(0)
+
+
+def complain(error: BaseException) -> int:
+    """Print the sentence of an error of ours and return the exit code; raise any other again."""
+    ours = find(error)
+    if ours is None:
+        raise error
+    print(f"{ERROR_MARK}{ours}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+def find(error: BaseException) -> TreeGrpoError | None:
+    """The first error of ours in ``error``, which a task group may have wrapped."""
+    if isinstance(error, BaseExceptionGroup):
+        return next((found for inner in error.exceptions if (found := find(inner))), None)
+    return error if isinstance(error, TreeGrpoError) else None
+
+
+async def _until_told(service: Coroutine[Any, Any, None]) -> None:
+    """Await ``service``; a signal cancels it, which is a normal end."""
+    task = asyncio.ensure_future(service)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        logging.getLogger(__name__).info("told to stop")
