@@ -131,6 +131,7 @@ class Desk:
             peer.send(ack)
             return
         self._reporter.accepted(self.book.open[subtree.lease], subtree)
+        self._reporter.book(self.book)
         done = self._journal.append({"event": "accepted", "subtree": subtree_to_pb(subtree).SerializeToString()})
         done.add_done_callback(lambda future: None if future.exception() else peer.send(ack))
 

@@ -1,0 +1,163 @@
+"""A real intake process with a real broker, and the two peers it talks to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.cli.broker import embedded_broker
+from tests.intake.builders import chain, complete
+from treegrpo.codec import lease_end_to_pb, subtree_to_pb
+from treegrpo.handoff import IntakeClient, socket_path
+from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.v1 import rollout_pb2_grpc
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return cast("int", probe.getsockname()[1])
+
+
+def write_questions(path: Path, count: int, split: str) -> Path:
+    rows = [
+        {
+            "data_source": "made",
+            "prompt": [{"role": "user", "content": f"{split} {i}?"}],
+            "reward_model": {"ground_truth": {"target": [str(i)]}},
+            "extra_info": {"split": split, "index": i},
+        }
+        for i in range(count)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+class Setting:
+    """Addresses and files of one run."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.run_dir = tmp_path / "run"
+        self.broker, self.listen, self.metrics = (f"127.0.0.1:{free_port()}" for _ in range(3))
+        self._train = write_questions(tmp_path / "train.jsonl", 8, "train")
+        self._heldout = write_questions(tmp_path / "heldout.jsonl", 3, "test")
+
+    @property
+    def flags(self) -> list[str]:
+        return [
+            *("--run.name", "test", "--run.dir", str(self.run_dir), "--broker.address", self.broker),
+            *("--learner.listen", self.listen, "--learner.metrics", self.metrics),
+            *("--data.train", str(self._train), "--data.heldout", str(self._heldout)),
+            *("--train.batch", "2", "--train.max_lag", "1", "--train.steps", "10"),
+        ]
+
+    @contextlib.asynccontextmanager
+    async def intake(self, *more: str) -> AsyncGenerator[asyncio.subprocess.Process]:
+        """An intake that serves; killed at the end if it still runs."""
+        process = await self.start(*more)
+        try:
+            async with grpc.aio.insecure_channel(self.listen) as channel:
+                await asyncio.wait_for(channel.channel_ready(), 20)
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    @contextlib.asynccontextmanager
+    async def stage(self, *more: str, leases: tuple[str, ...] = ()) -> AsyncGenerator[Stage]:
+        """An intake, a sampler that says it holds ``leases``, and a trainer."""
+        async with self.intake(*more) as process, Sampler.join(self.listen, leases=leases) as sampler, self.trainer() as trainer:
+            yield Stage(process, sampler, trainer)
+
+    async def start(self, *more: str) -> asyncio.subprocess.Process:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", "learner.intake", *self.flags, *more]
+        return await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, env=environment)
+
+    @contextlib.asynccontextmanager
+    async def with_broker(self) -> AsyncGenerator[None]:
+        broker = embedded_broker(self.broker)
+        await broker.start()
+        try:
+            yield
+        finally:
+            await broker.shutdown()
+
+    @contextlib.asynccontextmanager
+    async def trainer(self) -> AsyncGenerator[IntakeClient]:
+        client = IntakeClient(socket_path(self.run_dir), deadline=20)
+        try:
+            yield client
+        finally:
+            client.close()
+
+    async def samples(self) -> dict[str, float]:
+        """The intake's metrics: name and label values, joined by slashes, to value."""
+        async with httpx.AsyncClient() as client:
+            text = (await client.get(f"http://{self.metrics}/metrics")).text
+        families = text_string_to_metric_families(text)
+        return {"/".join([s.name, *s.labels.values()]): s.value for family in families for s in family.samples}
+
+
+@dataclass
+class Stage:
+    """An intake at work with both its peers."""
+
+    intake: asyncio.subprocess.Process
+    sampler: Sampler
+    trainer: IntakeClient
+
+
+class Sampler:
+    """The sampler's side of a stream, by hand."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+        self._heard: list[Any] = []
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def join(cls, address: str, *, incarnation: int = 1, leases: tuple[str, ...] = ()) -> AsyncGenerator[Sampler]:
+        async with grpc.aio.insecure_channel(address) as channel:
+            call = rollout_pb2_grpc.RolloutServiceStub(channel).Rollout()
+            await call.write(
+                pb.RolloutRequest(hello=pb.Hello(sampler="s1", incarnation=incarnation, engine="fake", leases=leases))
+            )
+            yield cls(call)
+            call.cancel()
+
+    async def hear(self, kind: str) -> Any:
+        """The next message of ``kind``; others wait for their turn."""
+        while not any(message.WhichOneof("kind") == kind for message in self._heard):
+            message = await asyncio.wait_for(self.call.read(), 10)
+            assert message != grpc.aio.EOF, f"the stream ended before {kind}"  # pyright: ignore[reportAttributeAccessIssue]
+            self._heard.append(message)
+        found = next(message for message in self._heard if message.WhichOneof("kind") == kind)
+        self._heard.remove(found)
+        return getattr(found, kind)
+
+    async def want(self, leases: int) -> None:
+        await self.call.write(pb.RolloutRequest(demand=pb.Demand(leases=leases)))
+
+    async def send_chain(self, lease: str, **shape: Any) -> None:
+        await self.call.write(pb.RolloutRequest(subtree=subtree_to_pb(chain(lease, **shape))))
+
+    async def roll_out(self, lease: str, reward: float = 1.0) -> None:
+        """A whole small group: one chain, acked, and the end."""
+        await self.send_chain(lease, reward=reward)
+        ack = await self.hear("ack")
+        assert (ack.lease, ack.tree, ack.index) == (lease, 0, 0)
+        await self.call.write(pb.RolloutRequest(lease_end=lease_end_to_pb(complete(lease))))

@@ -1,0 +1,204 @@
+"""The intake as a process: real gRPC, a real broker, the real local socket."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.intake.harness import Sampler, Setting
+from treegrpo.handoff import Covered, Done, Evaluate, Evaluation, IntakeClient, Publish, Report, Take, Taken, unpack_group
+from treegrpo.v1 import weights_pb2, weights_pb2_grpc
+
+
+@pytest.fixture
+async def setting(tmp_path: Path) -> AsyncGenerator[Setting]:
+    made = Setting(tmp_path)
+    async with made.with_broker():
+        yield made
+
+
+def version_directory(setting: Setting, step: int) -> Path:
+    directory = setting.run_dir / "weights" / f"1.{step}"
+    directory.mkdir(parents=True)
+    (directory / "model.safetensors").write_bytes(bytes(range(256)) * 10_000)
+    (directory / "config.json").write_text("{}", encoding="utf-8")
+    return directory
+
+
+async def publish(setting: Setting, trainer: IntakeClient, step: int, position: int) -> None:
+    request = Publish(f"1.{step}", str(version_directory(setting, step)), position)
+    await asyncio.to_thread(trainer.ask, request, Done)
+
+
+async def take(trainer: IntakeClient, position: int, count: int = 2) -> list[str]:
+    taken = await asyncio.to_thread(trainer.ask, Take(position, count), Taken)
+    return [unpack_group(group).id for group in taken.groups]
+
+
+async def test_a_question_goes_out_as_a_lease_and_comes_back_as_a_group(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        sampler, trainer = stage.sampler, stage.trainer
+        assert (await sampler.hear("welcome")).plan.trees == 2
+        await sampler.want(3)
+        await publish(setting, trainer, 0, 0)
+        leases = [await sampler.hear("lease") for _ in range(3)]
+        assert len({lease.question.id for lease in leases}) == 3
+        for lease in leases[:2]:
+            await sampler.roll_out(lease.id)
+        assert await take(trainer, 0) == ["0000000", "0000001"]
+        assert await take(trainer, 0) == ["0000000", "0000001"], "a trainer that starts again gets them again"
+        samples = await setting.samples()
+        assert samples["treegrpo_budget_spent_total/tokens/train"] == 2 * 28
+        assert samples["treegrpo_leases_outstanding/train"] == 2
+
+
+async def test_work_sent_again_is_acked_again_and_counted_once(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        sampler, trainer = stage.sampler, stage.trainer
+        await publish(setting, trainer, 0, 0)
+        await sampler.hear("welcome")
+        await sampler.want(1)
+        lease = await sampler.hear("lease")
+        for _ in range(2):
+            await sampler.send_chain(lease.id)
+            await sampler.hear("ack")
+        await sampler.send_chain("train-9999999")
+        await sampler.hear("ack")
+        samples = await setting.samples()
+        assert samples["treegrpo_subtrees_duplicate_total"] == 1
+        assert samples["treegrpo_subtrees_refused_total/lease"] == 1
+        assert samples["treegrpo_budget_spent_total/tokens/train"] == 28
+
+
+async def test_a_killed_intake_resumes_with_every_acked_group(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        process, sampler, trainer = stage.intake, stage.sampler, stage.trainer
+        await publish(setting, trainer, 0, 0)
+        await sampler.hear("welcome")
+        await sampler.want(3)
+        done, also_done, open_ = [await sampler.hear("lease") for _ in range(3)]
+        await sampler.roll_out(done.id)
+        await sampler.roll_out(also_done.id)
+        await sampler.send_chain(open_.id)
+        await sampler.hear("lease")
+        await sampler.hear("ack")
+        assert await take(trainer, 0) == ["0000000", "0000001"]
+        process.kill()
+        await process.wait()
+    async with setting.stage("--run.resume", "true", leases=(open_.id,)) as stage:
+        sampler, trainer = stage.sampler, stage.trainer
+        assert list((await sampler.hear("welcome")).void_leases) == [open_.id]
+        assert await take(trainer, 0) == ["0000000", "0000001"]
+        await sampler.want(1)
+        await publish(setting, trainer, 1, 2)
+        again = await sampler.hear("lease")
+        assert again.question.id == open_.question.id, "the open question comes next"
+        samples = await setting.samples()
+        assert samples["treegrpo_budget_spent_total/tokens/train"] == 3 * 28
+        parts = ("spent", "refunded", "forfeited")
+        became = sum(samples[f"treegrpo_budget_{part}_total/tokens/train"] for part in parts)
+        outstanding = samples["treegrpo_budget_outstanding/tokens/train"]
+        assert samples["treegrpo_budget_granted_total/tokens/train"] == became + outstanding
+
+
+async def test_what_a_checkpoint_covers_is_not_kept(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        sampler, trainer = stage.sampler, stage.trainer
+        await publish(setting, trainer, 0, 0)
+        await sampler.hear("welcome")
+        await sampler.want(2)
+        for lease in [await sampler.hear("lease") for _ in range(2)]:
+            await sampler.roll_out(lease.id)
+        assert len(await take(trainer, 0)) == 2
+        await asyncio.to_thread(trainer.ask, Covered(2), Done)
+        with pytest.raises(ConnectionError):
+            await take(trainer, 0)
+
+
+async def test_evaluation_is_every_heldout_question_once(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        sampler, trainer = stage.sampler, stage.trainer
+        await publish(setting, trainer, 0, 0)
+        await sampler.hear("welcome")
+        asked = asyncio.create_task(asyncio.to_thread(trainer.ask, Evaluate("1.0"), Evaluation))
+        await sampler.want(3)
+        first = await sampler.hear("lease")
+        leases = [first, *[await sampler.hear("lease") for _ in range(2)]]
+        if any(lease.kind != 2 for lease in leases):  # demand came before the evaluation
+            await sampler.want(6)
+            leases = [lease for lease in [*leases, *[await sampler.hear("lease") for _ in range(3)]] if lease.kind == 2]
+        for lease, reward in zip(leases, (1.0, 0.0, 0.0), strict=True):
+            await sampler.roll_out(lease.id, reward)
+        result = await asked
+        assert (result.done, result.questions, result.failed) == (True, 3, 0)
+        assert result.em == pytest.approx(1 / 3)
+        await asyncio.to_thread(trainer.ask, Report({"step": 1, "reward": 0.5}), Done)
+        lines = [json.loads(line) for line in (setting.run_dir / "progress.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [line["kind"] for line in lines] == ["eval", "step"]
+        assert lines[1]["ledger"]["eval"]["tokens"]["spent"] == 3 * 28
+
+
+async def test_weights_arrive_whole_and_from_any_offset(setting: Setting) -> None:
+    async with setting.intake(), grpc.aio.insecure_channel(setting.listen) as channel, setting.trainer() as trainer:
+        await publish(setting, trainer, 0, 0)
+        stub = weights_pb2_grpc.WeightsServiceStub(channel)
+        described = await stub.DescribeWeights(weights_pb2.DescribeWeightsRequest())
+        (file,) = [f for f in described.files if f.name == "model.safetensors"]
+        request = weights_pb2.FetchWeightsRequest(version=described.version, name=file.name)
+        data = b"".join([chunk.data async for chunk in stub.FetchWeights(request)])
+        assert (len(data), hashlib.sha256(data).digest()) == (file.bytes, file.sha256)
+        request.offset = 2_000_000
+        assert b"".join([chunk.data async for chunk in stub.FetchWeights(request)]) == data[2_000_000:]
+        request.name = "../journal"
+        with pytest.raises(grpc.aio.AioRpcError, match="has no file"):
+            await anext(aiter(stub.FetchWeights(request)))
+
+
+async def test_sigterm_drains_and_ends_cleanly(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        process, sampler, trainer = stage.intake, stage.sampler, stage.trainer
+        await publish(setting, trainer, 0, 0)
+        await sampler.hear("welcome")
+        await sampler.want(1)
+        lease = await sampler.hear("lease")
+        process.terminate()
+        await sampler.hear("drain")
+        await sampler.roll_out(lease.id)
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+
+
+async def test_a_stream_that_does_not_begin_with_hello_is_refused(setting: Setting) -> None:
+    async with setting.intake(), grpc.aio.insecure_channel(setting.listen) as channel:
+        call = Sampler(channel.stream_stream("/treegrpo.v1.RolloutService/Rollout")()).call
+        await call.write(b"")
+        with pytest.raises(grpc.aio.AioRpcError, match="begins with Hello"):
+            await call.read()
+
+
+@pytest.mark.parametrize("case", ["used directory", "busy port", "no broker"])
+async def test_what_cannot_work_is_refused_in_one_sentence(setting: Setting, case: str) -> None:
+    more: list[str] = []
+    if case == "used directory":
+        async with setting.stage() as stage:
+            await publish(setting, stage.trainer, 0, 0)
+            await stage.sampler.want(1)
+            lease = await stage.sampler.hear("lease")
+            await stage.sampler.send_chain(lease.id)
+            await stage.sampler.hear("ack")
+    elif case == "busy port":
+        more = ["--learner.listen", setting.broker]
+    else:
+        more = ["--broker.address", "127.0.0.1:1"]
+    process = await setting.start(*more)
+    _, stderr = await asyncio.wait_for(process.communicate(), 30)
+    last = stderr.decode().strip().splitlines()[-1]
+    assert process.returncode == 2
+    assert last.startswith("error: ")
+    assert {"used directory": "--resume", "busy port": "learner.listen", "no broker": "127.0.0.1:1"}[case] in last
+    assert "Traceback" not in stderr.decode()
