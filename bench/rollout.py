@@ -1,0 +1,305 @@
+"""What the embedded engine's rollouts cost: speed against `model.generate`, and computed against unique tokens.
+
+    python -m bench.rollout [--threads 1 2] [--repeats 5]
+
+Speed: the same random Qwen2 of 3.7 M parameters in float32, 32 prompts of 16 tokens × 128 sampled tokens with their
+log-probabilities, once with Hugging Face's generate and once with the engine, in turns; medians of the repeats.
+Prefix reuse: trees grown by the sampler's own expander on an environment that answers each turn with about 40 tokens;
+actions have 16 to 24 tokens. *Unique* counts each token of a group once, the prompt too; *computed* is prefilled plus
+decoded. The last line is one JSON object; ``tokens_per_s`` and the like are those of the largest number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from services.environments.base import Environment, Outcome, ToolCall
+from services.sampler.engines.base import Completion, Engine, Finish, Sampling
+from services.sampler.engines.embedded import EmbeddedEngine
+from services.sampler.expansion import Expander
+from services.sampler.gate import Gate
+from services.sampler.tokenizer import Tokenizer
+from treegrpo.budget import Cost
+from treegrpo.lease import Lease, LeaseEndReason, LeaseKind, Plan
+from treegrpo.question import Message, Question
+from treegrpo.tree import Group, PolicyVersion, TokenIds
+
+REQUESTS, PROMPT, TOKENS = 32, 16, 128
+SHAPES = ((2, 2, 1), (4, 4, 2))
+"""(M, N, L): trees, expansions a round, rounds."""
+QUESTIONS = 8
+"""Groups that grow at the same time."""
+TURNS = 3
+CONFIG: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+WORDS = "river town bridge north of the old capital where a king once built and sold grain by ship".split()
+
+
+def save_model(path: Path) -> int:
+    """Write a random Qwen2 with a byte-level tokenizer that never ends a sequence; returns its parameters."""
+    from tokenizers import Tokenizer as Bpe
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = Qwen2ForCausalLM(Qwen2Config(**CONFIG))
+    model.save_pretrained(path)
+    bpe = Bpe(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [" ".join(WORDS)] * 2, trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], initial_alphabet=alphabet)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(path)
+    return sum(p.numel() for p in model.parameters())
+
+
+async def open_engine(path: Path, threads: int) -> EmbeddedEngine:
+    return await EmbeddedEngine.open(path, max_running=REQUESTS, max_context=1024, cache_tokens=1 << 16, seed=0, threads=threads)
+
+
+def prompts(seed: int) -> TokenIds:
+    """[REQUESTS, PROMPT] random ids: nothing to share between requests."""
+    return np.random.default_rng(seed).integers(0, CONFIG["vocab_size"], (REQUESTS, PROMPT)).astype(np.uint32)
+
+
+@torch.inference_mode()
+def time_generate(model: Any, prompts: TokenIds) -> float:
+    """Seconds for Hugging Face's generate, and one log-softmax over what it returns."""
+    ids = torch.from_numpy(prompts.astype(np.int64))
+    began = time.perf_counter()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=TOKENS,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    logprobs = torch.log_softmax(torch.stack(out.logits, dim=1), -1).gather(-1, out.sequences[:, PROMPT:, None])
+    assert logprobs.shape == (REQUESTS, TOKENS, 1)
+    return time.perf_counter() - began
+
+
+async def time_engine(engine: EmbeddedEngine, prompts: TokenIds) -> float:
+    """Seconds for the same work on the engine."""
+    began = time.perf_counter()
+    completions = await asyncio.gather(*(engine.generate(prompt, Sampling(TOKENS)) for prompt in prompts))
+    assert all(len(c.logprobs) == TOKENS for c in completions)
+    return time.perf_counter() - began
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens sampled per second; ``ratio`` is the median over pairs of neighbouring runs."""
+
+    threads: int
+    engine: float
+    generate: float
+    ratio: float
+
+
+async def measure_speed(path: Path, threads: int, repeats: int) -> Speed:
+    """Engine and generate in turns, so that a noisy machine is noisy for both."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    pairs: list[tuple[float, float]] = []
+    async with await open_engine(path, threads) as engine:
+        for seed in range(repeats + 1):
+            ours = await time_engine(engine, prompts(seed))
+            theirs = await asyncio.to_thread(time_generate, model, prompts(seed))
+            pairs.append((ours, theirs))
+    del pairs[0]  # the first ones warm up
+    work = REQUESTS * TOKENS
+    ours, theirs = (work / statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    return Speed(threads, ours, theirs, statistics.median(theirs / ours for ours, theirs in pairs))
+
+
+class Turns:
+    """The engine with actions of 16 to 24 tokens that count as ended by themselves: a random policy never stops."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self._engine = engine
+        self._rng = np.random.default_rng(0)
+        self.version = engine.version
+        self.context = engine.context
+
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
+        size = int(self._rng.integers(16, 25))
+        finish: Finish = "stop"
+        return replace(await self._engine.generate(prefix, replace(sampling, max_tokens=size)), finish=finish)
+
+    async def load(self, version: PolicyVersion, path: Path) -> None:
+        await self._engine.load(version, path)
+
+    async def health(self) -> None:
+        await self._engine.health()
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+class Reading:
+    """An environment that answers `TURNS` actions with some words each and ends the episode at the next one."""
+
+    forking = "stateless"
+    stop = ()
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(1)
+
+    def words(self, count: int) -> str:
+        """``count`` words, each about one token."""
+        return "".join(f" {word}" for word in self._rng.choice(WORDS, count))
+
+    async def start(self, question: Question) -> int:
+        del question
+        return 0
+
+    async def step(self, state: int, action: str, *, last: bool) -> Outcome[int]:
+        if last:
+            return Outcome(state, None)
+        return Outcome(state + 1, self.words(40), (ToolCall("read", action),))
+
+    async def fork(self, state: int) -> int:
+        return state
+
+    def score(self, state: int) -> Mapping[str, float]:
+        return {"turns": float(state)}
+
+    def metrics(self, state: int) -> Mapping[str, float]:
+        del state
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Tokens of all groups of one shape."""
+
+    shape: str
+    cost: Cost
+    unique: int
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        return self.cost.tokens / self.unique
+
+
+async def measure_reuse(path: Path, shape: tuple[int, int, int], threads: int) -> Reuse:
+    """Grow `QUESTIONS` groups at once and count."""
+    trees, expansions, rounds = shape
+    plan = Plan(trees, rounds, expansions, TURNS, max_action_tokens=24, max_context=1024, temperature=1.0)
+    reading = Reading()
+    environment: Environment[int] = reading
+    async with await open_engine(path, threads) as embedded:
+        engine: Engine = Turns(embedded)
+        expander = Expander(engine, environment, Tokenizer.open(path), retries=0)
+
+        async def grow(number: int) -> Group:
+            prompt = (Message("user", f"question {number}:" + reading.words(100)),)
+            question = Question(f"bench/all/{number}", "bench", prompt, ("none",))
+            group = Group(question.id, question)
+            lease = Lease(question.id, LeaseKind.TRAIN, question, plan, plan.grant, number, PolicyVersion())
+            end = await expander.grow(lease, lambda subtree: (group.add(subtree), None)[1], Gate())
+            assert end.reason is LeaseEndReason.COMPLETE, end
+            return group
+
+        began = time.perf_counter()
+        groups = await asyncio.gather(*(grow(number) for number in range(QUESTIONS)))
+        seconds = time.perf_counter() - began
+    return Reuse(str(shape).replace(" ", ""), sum((g.cost for g in groups), Cost()), sum(map(unique_tokens, groups)), seconds)
+
+
+def unique_tokens(group: Group) -> int:
+    """Tokens of a group when the prompt that its trees share counts once."""
+    prompt = len(group.trees[0].prompt)
+    return prompt + sum(tree.unique_tokens - prompt for tree in group.trees.values())
+
+
+def report(parameters: int, speeds: list[Speed], reuses: list[Reuse]) -> None:
+    console = Console(width=110)
+    table = Table(
+        title=f"{REQUESTS} requests × {TOKENS} tokens with log-probabilities, Qwen2 of {parameters / 1e6:.1f} M, float32"
+    )
+    for column in ("threads", "engine tokens/s", "generate tokens/s", "engine / generate"):
+        table.add_column(column, justify="right")
+    for s in speeds:
+        table.add_row(str(s.threads), f"{s.engine:.0f}", f"{s.generate:.0f}", f"{s.ratio:.2f}")
+    console.print(table)
+    table = Table(title=f"{QUESTIONS} groups of trees (M,N,L), {TURNS} turns of about 20 + 40 tokens and an answer")
+    for column in ("shape", "prefilled", "cached", "decoded", "unique", "computed / unique", "decoded/s"):
+        table.add_column(column, justify="right")
+    for r in reuses:
+        counts = (r.cost.prefilled, r.cost.cached, r.cost.decoded, r.unique)
+        table.add_row(r.shape, *map(str, counts), f"{r.ratio:.3f}", f"{r.cost.decoded / r.seconds:.0f}")
+    console.print(table)
+    best = speeds[-1]
+    summary: dict[str, Any] = {
+        "tokens_per_s": round(best.engine),
+        "generate_tokens_per_s": round(best.generate),
+        "speed_vs_generate": round(best.ratio, 3),
+        "computed_over_unique": {r.shape: round(r.ratio, 4) for r in reuses},
+        "counts": {
+            r.shape: {"prefilled": r.cost.prefilled, "cached": r.cost.cached, "decoded": r.cost.decoded, "unique": r.unique}
+            for r in reuses
+        },
+        "speed_by_threads": {s.threads: round(s.ratio, 3) for s in speeds},
+        "threads": best.threads,
+        "parameters": parameters,
+        "config": CONFIG,
+    }
+    print(json.dumps(summary))
+
+
+async def run(threads: list[int], repeats: int) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory)
+        parameters = save_model(path)
+        speeds = [await measure_speed(path, count, repeats) for count in threads]
+        reuses = [await measure_reuse(path, shape, threads[-1]) for shape in SHAPES]
+    report(parameters, speeds, reuses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.rollout", description="Speed and prefix reuse of the embedded engine.")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    asyncio.run(run(options.threads, options.repeats))
+
+
+if __name__ == "__main__":
+    main()
