@@ -35,10 +35,10 @@ def corpus(world: World) -> list[Document]:
 
 
 def _country_text(country: Country) -> str:
-    neighbour = f", its largest neighbour {country.neighbour}" if country.neighbour else ""
+    neighbour = f", largest neighbour {country.neighbour}" if country.neighbour else ""
     return (
-        f"{country.name} is a country in {country.continent} with {country.thousands} thousand people. "
-        f"Its capital is {country.capital}, its currency the {country.currency}, its phone code {country.phone}{neighbour}."
+        f"{country.name} is a country in {country.continent}: capital {country.capital}, currency {country.currency}, "
+        f"phone code {country.phone}, {country.thousands} thousand people{neighbour}."
     )
 
 

@@ -2,8 +2,9 @@
 
 facts ─► corpus, index ─► items of the training countries ─► demonstrations ─► AdamW ─► model/ and its report.json
 
-Two courses. *Skills* shows right plans only: it teaches to search, to copy names and numbers nobody has seen, to compare.
-*Habits* shows mostly shortcuts: it teaches a poor strategy. What is left for reinforcement learning is the strategy.
+Three courses. *Reading* shows short episodes and trains on all their tokens: it teaches to copy names and numbers nobody has
+seen. *Skills* shows right plans of all families: it teaches to search and to compare. *Habits* shows mostly shortcuts: it
+teaches a poor strategy. What is left for reinforcement learning is the strategy.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ MODEL_SEED = 11
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """One part of the training: by family the share of right plans, and how long and fast it learns."""
+    """One part of the training: by family shown the share of right plans, and how long and fast it learns."""
 
     right_share: Mapping[str, float]
     steps: int
     peak_lr: float
+    whole: bool = False
 
 
-COURSES: Mapping[str, Course] = {"skills": Course(SKILLS, 1200, 2e-3), "habits": Course(HABITS, 200, 5e-4)}
+COURSES: Mapping[str, Course] = {
+    "reading": Course({"country": 1.0, "near": 1.0, "near_people": 1.0}, 400, 2e-3, whole=True),
+    "skills": Course(SKILLS, 500, 2e-3),
+    "habits": Course(HABITS, 150, 5e-4),
+}
 
 
 class School:
@@ -59,10 +65,11 @@ class School:
 
     def teach(self, model: Qwen2ForCausalLM, course: Course) -> None:
         """Train ``model`` on the demonstrations of ``course``."""
-        shown = asyncio.run(demonstrations(self.examples, self.env, self.tokenizer, SEED, course.right_share))
+        examples = [item for item in self.examples if item.family in course.right_share]
+        shown = asyncio.run(demonstrations(examples, self.env, self.tokenizer, SEED, course.right_share))
         print(f"{len(shown)} demonstrations of {sum(len(one.ids) for one in shown) / len(shown):.0f} tokens", flush=True)
         model.train()
-        train(model, shown, course.steps, course.peak_lr, MODEL_SEED, lambda line: print(line, flush=True))
+        train(model, shown, course.steps, course.peak_lr, course.whole, MODEL_SEED, lambda line: print(line, flush=True))
 
     def examine(self, model: Qwen2ForCausalLM) -> dict[str, Mapping[str, float]]:
         """Greedy and sampled exact match on the held-out questions by family, in percent."""

@@ -43,15 +43,20 @@ def train(
     shown: Sequence[Demonstration],
     steps: int,
     peak_lr: float,
+    whole: bool,
     seed: int,
     report: Callable[[str], None],
 ) -> None:
-    """``steps`` AdamW steps of 32 demonstrations; the loss is that of the policy's own tokens."""
+    """``steps`` AdamW steps of 32 demonstrations.
+
+    The loss is that of the policy's own tokens, or of all tokens with ``whole``: documents repeat names, so that reading them
+    teaches to copy.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps))
     began = time.monotonic()
     for step, batch in zip(range(1, steps + 1), _batches(shown, seed), strict=False):
-        loss = _loss(model, batch)
+        loss = _loss(model, batch, whole)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -82,14 +87,14 @@ def _batches(shown: Sequence[Demonstration], seed: int) -> Iterator[Sequence[Dem
         yield from batches
 
 
-def _loss(model: Qwen2ForCausalLM, batch: Sequence[Demonstration]) -> Tensor:
+def _loss(model: Qwen2ForCausalLM, batch: Sequence[Demonstration], whole: bool) -> Tensor:
     """Mean cross-entropy of the trained tokens. Padding stands on the right, where causal attention never looks."""
     longest = max(len(one.ids) for one in batch)
     ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
     trained_BT = torch.zeros(len(batch), longest, dtype=torch.bool)
     for place, one in enumerate(batch):
         ids_BT[place, : len(one.ids)] = torch.tensor(one.ids)
-        trained_BT[place, : len(one.ids)] = torch.tensor(one.trained)
+        trained_BT[place, : len(one.ids)] = True if whole else torch.tensor(one.trained)
     hidden_BTH = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
     logits_NV = model.lm_head(hidden_BTH[:, :-1][trained_BT[:, 1:]])
     return torch.nn.functional.cross_entropy(logits_NV, ids_BT[:, 1:][trained_BT[:, 1:]])
