@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.intake.builders import chain, question
+from treegrpo.change import Change
+from treegrpo.errors import ContractError, UnavailableError
+from treegrpo.handoff import (
+    Covered,
+    Done,
+    Evaluate,
+    Evaluation,
+    IntakeClient,
+    Message,
+    Publish,
+    Report,
+    Take,
+    Taken,
+    decode,
+    encode,
+    pack_group,
+    receive,
+    socket_path,
+    unpack_group,
+)
+from treegrpo.tree import Group
+
+MESSAGES: list[Message] = [
+    Take(3, 2),
+    Taken([b"group"], "running"),
+    Publish("1.2", "weights/1.2", 4),
+    Covered(4),
+    Evaluate("1.2"),
+    Evaluation(True, 3, 0.5, 0.25, 1),
+    Report({"loss": 0.1}),
+    Done(),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_every_message_crosses_the_socket(message: Message) -> None:
+    assert decode(encode(message)[4:]) == message
+
+
+async def test_a_stream_ends_between_messages_and_inside_one() -> None:
+    reader = asyncio.StreamReader()
+    reader.feed_data(encode(Done()) + encode(Done())[:3])
+    reader.feed_eof()
+    assert await receive(reader) == Done()
+    assert await receive(reader) is None
+
+
+async def test_a_frame_beyond_the_limit_is_refused_before_it_is_read() -> None:
+    reader = asyncio.StreamReader()
+    reader.feed_data(b"\xff\xff\xff\xff")
+    with pytest.raises(ContractError, match="the limit is"):
+        await receive(reader)
+
+
+def test_a_group_crosses_with_its_question_and_subtrees() -> None:
+    group = Group("0000007", question(7))
+    subtrees = [chain("a"), chain("a", index=1, parent=1, reward=0.0)]
+    for subtree in subtrees:
+        group.add(subtree)
+    got = unpack_group(pack_group(group, subtrees))
+    assert (got.id, got.question) == (group.id, group.question)
+    assert [(leaf.node, leaf.reward) for _, leaf in got.leaves()] == [(2, 1.0), (12, 0.0)]
+
+
+def test_nobody_at_the_socket_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="does not answer"):
+        IntakeClient(str(tmp_path / "nobody.sock"))
+
+
+def test_a_long_run_directory_gets_a_short_socket(tmp_path: Path) -> None:
+    assert socket_path(Path("runs/a")).endswith("runs/a/intake.sock")
+    long = socket_path(tmp_path / ("x" * 120))
+    assert long.startswith(tempfile.gettempdir())
+    assert len(long) <= 100
+
+
+async def test_a_change_wakes_who_waits_and_not_who_comes_later() -> None:
+    change = Change()
+    waiting = asyncio.create_task(change.wait())
+    await asyncio.sleep(0)
+    change.tell()
+    assert await waiting
+    assert not await change.wait(deadline=0.0)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.intake.builders import chain, question, step
+from treegrpo.budget import Budget
+from treegrpo.errors import ContractError
+from treegrpo.lease import Plan
+from treegrpo.tree import ROOT, Group, Leaf, StepStatus, Subtree, Tree
+
+
+def test_a_tree_grows_by_subtrees_and_shares_their_prefixes() -> None:
+    tree = Tree()
+    tree.add(chain("a", index=0))
+    tree.add(chain("a", index=1, parent=1))
+    assert [s.node for s in tree.path(12)] == [1, 11, 12]
+    assert tree.expandable() == [ROOT, 1, 11]
+    assert tree.unique_tokens == 7 + 2 * (7 + 4)
+
+
+def test_failed_steps_are_no_place_to_go_on_from() -> None:
+    tree = Tree()
+    tree.add(chain("a", fails=True))
+    assert tree.expandable() == [ROOT, 1]
+    assert not tree.leaves
+
+
+def test_a_truncated_step_is_a_leaf_not_a_failure() -> None:
+    tree = Tree()
+    only = step(1, ROOT, observations=0, status=StepStatus.TRUNCATED)
+    tree.add(Subtree("a", 0, 0, ROOT, (only,), (Leaf(1, {"em": 0.0}),)))
+    assert not only.status.failed
+    assert tree.expandable() == [ROOT]
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (Subtree("a", 0, 1, 5, (step(11, 5),)), "was not sent before"),
+        (Subtree("a", 0, 1, 1, (step(2, 1),)), "a second time"),
+        (Subtree("a", 0, 1, 1, (step(11, 9),)), "unknown parent 9"),
+        (Subtree("a", 0, 1, 1, (step(11, 1),), (Leaf(1, {}),)), "not one of its steps"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(broken: Subtree, says: str) -> None:
+    tree = Tree()
+    tree.add(chain("a"))
+    before = set(tree.steps)
+    with pytest.raises(ContractError, match=says):
+        tree.add(broken)
+    assert set(tree.steps) == before
+    assert tree.add(chain("a", index=1, parent=1)), "the index is still free"
+
+
+def test_the_chain_equivalent_pays_every_path_but_the_prompt_once() -> None:
+    group = Group("g", question(0))
+    group.add(chain("a", tree=0, index=0))
+    group.add(chain("a", tree=0, index=1, parent=1))
+    group.add(chain("a", tree=1, index=0))
+    paths = [[4, 3, 4], [4, 3, 4, 3, 4], [4, 3, 4]]
+    assert group.chain_equivalent().tokens == 7 + sum(map(sum, paths))
+    assert Budget.of(group.chain_equivalent()).tool_calls == 2 + 3 + 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 50)), min_size=1, max_size=12))
+def test_every_leaf_has_one_path_and_no_step_is_counted_twice(draws: list[tuple[int, int]]) -> None:
+    tree = Tree()
+    tree.add(chain("a"))
+    for index, (_, pick) in enumerate(draws, start=1):
+        places = tree.expandable()
+        tree.add(chain("a", index=index, parent=places[pick % len(places)]))
+    assert len(tree.leaves) == len(draws) + 1
+    on_paths = {s.node for leaf in tree.leaves for s in tree.path(leaf)}
+    assert on_paths == set(tree.steps)
+    assert tree.unique_tokens == 7 + sum(s.length for s in tree.steps.values())
+
+
+@pytest.mark.parametrize(("m", "n", "rounds", "leaves"), [(2, 2, 1, 6), (4, 0, 1, 4), (4, 4, 2, 36), (3, 2, 0, 3)])
+def test_a_group_has_m_times_nl_plus_one_leaves(m: int, n: int, rounds: int, leaves: int) -> None:
+    plan = Plan(m, rounds, n, 4, 16, 128, 1.0)
+    assert plan.leaves == leaves
+    assert plan.grant.tool_calls == leaves * 4
+
+
+def test_a_step_knows_its_length_in_tokens() -> None:
+    assert step(1, 0, actions=5, observations=2).length == 7
+    assert np.zeros(0, np.uint32).dtype == step(1, 0).action.dtype
