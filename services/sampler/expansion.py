@@ -114,6 +114,9 @@ class _Growth:
                 f"The prompt of question {question.id} has {len(prompt)} tokens, which leaves no room in a context of {room}; "
                 "raise rollout.max_context or leave the question out."
             )
+        if self._gate.stopped:
+            self.reason = LeaseEndReason.STOPPED
+            return
         async with asyncio.TaskGroup() as trees:
             for tree in range(plan.trees):
                 trees.create_task(self._tree(tree, prompt), name=f"tree {self._lease.id}/{tree}")

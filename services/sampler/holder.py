@@ -1,0 +1,160 @@
+"""The leases this sampler holds: each is a task that grows its trees and says how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+from services.sampler.client import LearnerClient
+from services.sampler.engines.base import Engine
+from services.sampler.expansion import Expander
+from services.sampler.gate import Gate
+from services.sampler.weights import Follower
+from treegrpo.change import Change
+from treegrpo.codec import lease_from_pb, plan_from_pb, version_from_pb, version_to_pb
+from treegrpo.errors import ContractError, DeadlineError
+from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
+from treegrpo.telemetry import SamplerMetrics
+from treegrpo.v1 import rollout_pb2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a sampler says about itself."""
+
+    id: str
+    incarnation: int
+    engine: str
+    capacity: int
+    """Generations its engine runs at once."""
+
+
+class LeaseHolder:
+    """Works on leases as `LearnerClient` brings them. Its tasks belong to the task group it is given."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        engine: Engine,
+        expander: Expander,
+        follower: Follower,
+        client: LearnerClient,
+        metrics: SamplerMetrics,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._identity = identity
+        self._engine = engine
+        self._expander = expander
+        self._follower = follower
+        self._client = client
+        self._metrics = metrics
+        self._tasks = tasks
+        self._held: dict[str, tuple[Gate, asyncio.Task[None]]] = {}
+        self._changed = Change()
+        self._running = asyncio.Event()
+        self._running.set()
+        self._idle_since: float | None = time.monotonic()
+        self.draining = asyncio.Event()
+        """Set once nothing new may be begun here."""
+
+    # ---- what the learner says
+
+    def hello(self) -> rollout_pb2.Hello:
+        """See `Holder`."""
+        me = self._identity
+        leases = sorted({*self._held, *self._client.leases})
+        version = version_to_pb(self._engine.version)
+        return rollout_pb2.Hello(
+            sampler=me.id, incarnation=me.incarnation, engine=me.engine, capacity=me.capacity, version=version, leases=leases
+        )
+
+    def heartbeat(self) -> rollout_pb2.Heartbeat:
+        """See `Holder`."""
+        return rollout_pb2.Heartbeat(version=version_to_pb(self._engine.version))
+
+    def welcomed(self, welcome: rollout_pb2.Welcome) -> None:
+        """See `Holder`. Enough leases to fill the engine are asked for, and one more so that it never runs dry."""
+        for lease in welcome.void_leases:
+            if lease in self._held:
+                log.info("lease %s is void: its work is dropped", lease)
+                self._held[lease][1].cancel()
+        if welcome.HasField("version"):
+            self._follower.hear(version_from_pb(welcome.version))
+        enough = math.ceil(self._identity.capacity / plan_from_pb(welcome.plan).width) + 1
+        self._client.demand(0 if self.draining.is_set() else enough)
+
+    def leased(self, lease: rollout_pb2.Lease) -> None:
+        """See `Holder`. A lease that is held already changes nothing."""
+        if lease.id in self._held:
+            return
+        try:
+            granted = lease_from_pb(lease)
+        except ContractError as error:
+            self._metrics.errors.labels(type(error).__name__).inc()
+            self._client.end(LeaseEnd(lease.id, LeaseEndReason.FAILED, error=str(error)))
+            return
+        gate = Gate(self._running)
+        if self.draining.is_set():
+            gate.stop()
+        task = self._tasks.create_task(self._work(granted, gate), name=f"lease {granted.id}")
+        self._held[granted.id] = (gate, task)
+        task.add_done_callback(lambda _: self._dropped(granted.id))
+        self.count_waiting()
+        self._idle_since = None
+        self._metrics.leases.set(len(self._held))
+
+    def stop_expanding(self, lease: str) -> None:
+        """See `Holder`."""
+        if lease in self._held:
+            self._held[lease][0].stop()
+
+    # ---- what the run says
+
+    def pause(self) -> None:
+        """Begin no turn until `resume`."""
+        if not self.draining.is_set():
+            self._running.clear()
+
+    def resume(self) -> None:
+        self._running.set()
+
+    def drain(self) -> None:
+        """Finish the branches that run, begin nothing, take no more leases."""
+        self.draining.set()
+        self._running.set()
+        self._client.demand(0)
+        for gate, _ in self._held.values():
+            gate.stop()
+
+    async def drained(self) -> None:
+        """Return when no lease is held any more."""
+        while self._held:
+            await self._changed.wait()
+
+    def count_waiting(self) -> None:
+        """Bring the counter of seconds without any lease up to now."""
+        if self._idle_since is not None:
+            now = time.monotonic()
+            self._metrics.waiting.inc(now - self._idle_since)
+            self._idle_since = now
+
+    async def _work(self, lease: Lease, gate: Gate) -> None:
+        try:
+            await self._follower.serves(lease.min_version)
+            end = await self._expander.grow(lease, self._client.send, gate)
+        except DeadlineError as error:
+            self._metrics.errors.labels(type(error).__name__).inc()
+            end = LeaseEnd(lease.id, LeaseEndReason.FAILED, lease.plan.leaves - lease.plan.trees, error=str(error))
+        self._client.end(end)
+
+    def _dropped(self, lease: str) -> None:
+        del self._held[lease]
+        self._metrics.leases.set(len(self._held))
+        if not self._held:
+            self._idle_since = time.monotonic()
+        self._changed.tell()

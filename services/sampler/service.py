@@ -1,0 +1,141 @@
+"""A sampler replica from start to goodbye. It keeps nothing that matters if it dies.
+
+Start:  /metrics → broker → learner → first policy version → engine → environment → rollout stream
+Stop:   SIGTERM, SIGINT, run state "draining" or the learner's word → running branches end → every subtree is acked →
+        the stream closes → environment → engine → weights → learner → broker
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from services.sampler.client import LearnerClient, connect
+from services.sampler.engines.embedded import EmbeddedEngine
+from services.sampler.expansion import Expander
+from services.sampler.holder import Identity, LeaseHolder
+from services.sampler.parts import observe, open_engine, open_environment
+from services.sampler.tokenizer import Tokenizer
+from services.sampler.weights import Follower, WeightStore, first_version
+from treegrpo.config import Config
+from treegrpo.control import ControlPlane, Member, RunState
+from treegrpo.errors import DeadlineError
+from treegrpo.telemetry import SamplerMetrics, serve, split_address
+
+log = logging.getLogger(__name__)
+DRAIN_SECONDS = 20.0
+"""The longest goodbye; the intake waits as long for the leases that are out."""
+TICK_SECONDS = 1.0
+
+
+async def run(config: Config) -> None:
+    """Serve until told to drain; returns when all work is delivered.
+
+    Raises:
+        AddressInUseError: sampler.metrics is taken.
+        UnavailableError: broker or learner do not answer, or the learner has no policy version.
+        ModelError: the learner's model cannot be served.
+        DeadlineError: draining took too long; the learner gives the rest to another sampler.
+    """
+    name = config.sampler.id or f"{socket.gethostname()}-{os.getpid()}"
+    address = config.sampler.learner or config.learner.listen
+    metrics = SamplerMetrics()
+    host, _ = split_address(config.sampler.metrics, "sampler.metrics")
+    port = serve(metrics, config.sampler.metrics, "sampler.metrics")
+    log.info("metrics at http://%s:%d/metrics", host, port)
+    incarnation = secrets.randbits(64)
+    member = Member(name, "sampler", incarnation, metrics=f"{host}:{port}")
+    async with AsyncExitStack() as stack:
+        control = await stack.enter_async_context(ControlPlane.connect(config.broker.address, config.run.name, member))
+        channel = await connect(address)
+        stack.push_async_callback(channel.close)
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="treegrpo-sampler-")))
+        store = WeightStore(channel, root, metrics)
+        version, path = await first_version(store)
+        engine = await stack.enter_async_context(await open_engine(config, path, version, name))
+        tokenizer = await asyncio.to_thread(Tokenizer.open, path)
+        environment = await stack.enter_async_context(open_environment(config, tokenizer))
+        expander = Expander(engine, environment, tokenizer, retries=config.sampler.retries, metrics=metrics)
+        identity = Identity(name, incarnation, config.engine.kind, config.engine.max_running)
+        log.info("sampler %s serves version %s to the learner at %s", name, version, address)
+        await Sampler(identity, engine, expander, store, LearnerClient(channel, address, metrics), control, metrics).run()
+
+
+class Sampler:
+    """The parts at work together."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        engine: EmbeddedEngine,
+        expander: Expander,
+        store: WeightStore,
+        client: LearnerClient,
+        control: ControlPlane,
+        metrics: SamplerMetrics,
+    ) -> None:
+        self._identity = identity
+        self._engine = engine
+        self._expander = expander
+        self._client = client
+        self._control = control
+        self._metrics = metrics
+        self._follower = Follower(store, engine, metrics)
+
+    async def run(self) -> None:
+        """Work until told to drain, then say goodbye. Raises DeadlineError if that takes too long."""
+        async with asyncio.TaskGroup() as tasks:
+            holder = LeaseHolder(self._identity, self._engine, self._expander, self._follower, self._client, self._metrics, tasks)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, holder.drain)
+            streaming = tasks.create_task(self._client.run(holder), name="learner-stream")
+            helpers = [
+                tasks.create_task(self._follower.run(), name="weights"),
+                tasks.create_task(self._obey(holder), name="control"),
+                tasks.create_task(self._tick(holder), name="waiting-seconds"),
+                tasks.create_task(observe(self._engine, self._metrics), name="engine-gauges"),
+            ]
+            await holder.draining.wait()
+            await self._goodbye(holder, streaming)
+            for helper in helpers:
+                helper.cancel()
+
+    async def _obey(self, holder: LeaseHolder) -> None:
+        """Follow the run state and the announced version."""
+        while True:
+            self._follower.hear(self._control.version)
+            match self._control.state:
+                case RunState.RUNNING:
+                    holder.resume()
+                case RunState.PAUSED:
+                    holder.pause()
+                case RunState.DRAINING:
+                    holder.drain()
+            await self._control.wait_change()
+
+    async def _tick(self, holder: LeaseHolder) -> None:
+        while True:
+            holder.count_waiting()
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _goodbye(self, holder: LeaseHolder, streaming: asyncio.Task[None]) -> None:
+        log.info("draining: running branches are finished")
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await holder.drained()
+                await self._client.delivered()
+                self._client.close()
+                await streaming
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"Draining took more than {DRAIN_SECONDS:.0f} s; the learner gives what is unfinished to another sampler "
+                f"({self._client.unacked} subtrees were not acked)."
+            ) from error
+        log.info("drained: all work is delivered")

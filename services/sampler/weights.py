@@ -1,0 +1,219 @@
+"""Policy versions on their way into the engine: described, fetched in chunks, checked, loaded.
+
+announced ─► describe the newest ─► fetch what changed ─► SHA-256 ─► engine.load ─► served
+   ▲                                   └─ unchanged files are linked      │
+   └──────────── versions that were overtaken meanwhile are skipped ◄─────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from services.sampler.engines.base import Engine
+from treegrpo.change import Change
+from treegrpo.codec import version_from_pb
+from treegrpo.errors import DeadlineError, UnavailableError, WeightsError
+from treegrpo.telemetry import SamplerMetrics
+from treegrpo.tree import PolicyVersion
+from treegrpo.v1 import weights_pb2, weights_pb2_grpc
+
+log = logging.getLogger(__name__)
+DESCRIBE_SECONDS = 30.0
+CHUNK_SECONDS = 60.0
+"""The longest that one chunk may take."""
+FIRST_VERSION_SECONDS = 300.0
+"""The longest a sampler waits for a learner that has no version yet."""
+SERVED_SECONDS = 600.0
+"""The longest a lease waits for the version it needs."""
+RETRY_SECONDS = (0.2, 1.0, 2.0, 5.0, 10.0)
+BROKEN_STREAMS = 5
+"""Times one file is resumed from where its stream broke."""
+
+
+class WeightStore:
+    """The newest two policy versions as directories, fetched from the learner."""
+
+    def __init__(self, channel: grpc.aio.Channel, root: Path, metrics: SamplerMetrics) -> None:
+        self._stub: Any = weights_pb2_grpc.WeightsServiceStub(channel)
+        self._root = root
+        self._metrics = metrics
+        self._known: dict[bytes, Path] = {}
+        """Checked files of the newest directory by SHA-256."""
+        self._checked: set[Path] = set()
+        """Files that are complete, of versions that may not be."""
+        self._kept: list[Path] = []
+
+    async def describe(self) -> weights_pb2.DescribeWeightsResponse:
+        """The learner's newest version. Raises UnavailableError while it has none or does not answer."""
+        try:
+            return await self._stub.DescribeWeights(weights_pb2.DescribeWeightsRequest(), timeout=DESCRIBE_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise UnavailableError(f"The learner describes no policy version ({_said(error)}); see its log.") from error
+
+    async def fetch(self, described: weights_pb2.DescribeWeightsResponse) -> Path:
+        """The directory of a version, every file checked.
+
+        Raises:
+            WeightsError: a file is not what its checksum says; what was right is kept for the next attempt.
+            UnavailableError: the learner did not send it.
+        """
+        version, began = version_from_pb(described.version), time.monotonic()
+        directory = self._root / str(version)
+        directory.mkdir(exist_ok=True)
+        for file in described.files:
+            await self._file(described.version, file, _inside(directory, file.name))
+        self._known = {file.sha256: directory / file.name for file in described.files}
+        self._keep(directory)
+        self._metrics.fetch.observe(time.monotonic() - began)
+        return directory
+
+    async def _file(self, version: Any, file: weights_pb2.WeightFile, target: Path) -> None:
+        if target in self._checked:
+            return
+        if (same := self._known.get(file.sha256)) is not None:
+            os.link(same, target)
+            self._checked.add(target)
+            return
+        part = target.with_name(f".{target.name}.part")
+        digest = await self._download(version, file, part)
+        if part.stat().st_size != file.bytes or digest != file.sha256:
+            part.unlink()
+            raise WeightsError(f"{file.name} of version {version_from_pb(version)} arrived broken: its SHA-256 is another one.")
+        part.rename(target)
+        self._checked.add(target)
+
+    async def _download(self, version: Any, file: weights_pb2.WeightFile, part: Path) -> bytes:
+        """Fetch a file into ``part``, going on from where a stream broke; returns its SHA-256."""
+        digest, offset = hashlib.sha256(), 0
+        with part.open("wb") as out:
+            for attempt in range(BROKEN_STREAMS):
+                call = self._stub.FetchWeights(weights_pb2.FetchWeightsRequest(version=version, name=file.name, offset=offset))
+                try:
+                    while isinstance(
+                        chunk := await asyncio.wait_for(call.read(), CHUNK_SECONDS), weights_pb2.FetchWeightsResponse
+                    ):
+                        if chunk.offset != offset:
+                            raise WeightsError(f"{file.name} came from byte {chunk.offset}, not from {offset} as asked.")
+                        await asyncio.to_thread(_take, chunk.data, out, digest)
+                        offset += len(chunk.data)
+                        self._metrics.fetched_bytes.inc(len(chunk.data))
+                except (grpc.aio.AioRpcError, TimeoutError) as error:
+                    if attempt == BROKEN_STREAMS - 1 or _gone(error):
+                        raise UnavailableError(f"The learner did not send {file.name} ({_said(error)}); see its log.") from error
+                    await asyncio.sleep(RETRY_SECONDS[attempt])
+                else:
+                    break
+                finally:
+                    call.cancel()
+        return digest.digest()
+
+    def _keep(self, directory: Path) -> None:
+        """Keep this version and the one before, nothing else."""
+        self._kept = [*(kept for kept in self._kept if kept != directory), directory][-2:]
+        for other in self._root.iterdir():
+            if other not in self._kept:
+                shutil.rmtree(other)
+        self._checked = {file for file in self._checked if file.parent in self._kept}
+
+
+class Follower:
+    """Keeps the engine at the newest version it hears of."""
+
+    def __init__(self, store: WeightStore, engine: Engine, metrics: SamplerMetrics) -> None:
+        self._store = store
+        self._engine = engine
+        self._metrics = metrics
+        self._newest = engine.version
+        self._heard = Change()
+        self._loaded = Change()
+        metrics.version.set(engine.version.step)
+
+    def hear(self, version: PolicyVersion | None) -> None:
+        """Somebody says that ``version`` is the newest. Hearing it twice changes nothing."""
+        if version is not None and version != self._newest:
+            self._newest = version
+            self._heard.tell()
+
+    async def serves(self, version: PolicyVersion) -> None:
+        """Return once the engine serves ``version`` or a later one. Raises DeadlineError after SERVED_SECONDS."""
+        if self._engine.version < version:
+            self.hear(version)
+        deadline = time.monotonic() + SERVED_SECONDS
+        while self._engine.version < version:
+            if not await self._loaded.wait(deadline):
+                raise DeadlineError(
+                    f"The engine still serves version {self._engine.version}, not {version}, after {SERVED_SECONDS:.0f} s; "
+                    "see this sampler's log for why the weights do not arrive."
+                )
+
+    async def run(self) -> None:
+        """Follow for ever. An update that fails is counted, and tried again with whatever is newest then."""
+        attempt = 0
+        while True:
+            if self._newest == self._engine.version:
+                await self._heard.wait()
+            try:
+                await self.update()
+                attempt = 0
+            except (WeightsError, UnavailableError) as error:
+                wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
+                attempt += 1
+                self._metrics.errors.labels(type(error).__name__).inc()
+                log.warning("no new weights, trying again in %.1f s: %s", wait, error)
+                await asyncio.sleep(wait)
+
+    async def update(self) -> None:
+        """Load the learner's newest version. What was announced tells when to ask, the learner tells which it is."""
+        described = await self._store.describe()
+        version = self._newest = version_from_pb(described.version)
+        if version != self._engine.version:
+            path = await self._store.fetch(described)
+            with self._metrics.swap.time():
+                await self._engine.load(version, path)
+            self._metrics.version.set(version.step)
+            log.info("serving version %s", version)
+            self._loaded.tell()
+
+
+async def first_version(store: WeightStore) -> tuple[PolicyVersion, Path]:
+    """Wait for the learner's first version and fetch it. Raises the last error after FIRST_VERSION_SECONDS."""
+    deadline, attempt = time.monotonic() + FIRST_VERSION_SECONDS, 0
+    while True:
+        try:
+            described = await store.describe()
+            return version_from_pb(described.version), await store.fetch(described)
+        except (WeightsError, UnavailableError) as error:
+            wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
+            if time.monotonic() + wait > deadline:
+                raise
+            log.info("waiting for the first policy version: %s", error)
+            attempt += 1
+            await asyncio.sleep(wait)
+
+
+def _take(data: bytes, out: Any, digest: Any) -> None:
+    out.write(data)
+    digest.update(data)
+
+
+def _inside(directory: Path, name: str) -> Path:
+    if not name or name != Path(name).name or name.startswith("."):
+        raise WeightsError(f"The learner names a weight file {name!r}, which is no plain file name.")
+    return directory / name
+
+
+def _gone(error: Exception) -> bool:
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.NOT_FOUND
+
+
+def _said(error: Exception) -> str:
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else "it fell silent"
