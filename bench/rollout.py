@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from services.environments.base import Environment, Outcome, ToolCall
+from services.environments.base import Environment, Forking, Outcome, ToolCall
 from services.sampler.engines.base import Completion, Engine, Finish, Sampling
 from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.expansion import Expander
@@ -56,7 +56,23 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-WORDS = "river town bridge north of the old capital where a king once built and sold grain by ship".split()
+WORDS = [
+    "river",
+    "town",
+    "bridge",
+    "north",
+    "of",
+    "the",
+    "old",
+    "capital",
+    "king",
+    "once",
+    "built",
+    "sold",
+    "grain",
+    "by",
+    "ship",
+]
 
 
 def save_model(path: Path) -> int:
@@ -173,8 +189,8 @@ class Turns:
 class Reading:
     """An environment that answers `TURNS` actions with some words each and ends the episode at the next one."""
 
-    forking = "stateless"
-    stop = ()
+    forking: Forking = "stateless"
+    stop: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self._rng = np.random.default_rng(1)

@@ -265,9 +265,12 @@ async def test_a_cancelled_request_leaves_room_for_others(open_engine: OpenEngin
         assert all(isinstance(r, asyncio.CancelledError) for r in await asyncio.gather(*doomed, return_exceptions=True))
 
 
-async def test_prefixes_that_cannot_be_run_are_refused(open_engine: OpenEngine, model: Path) -> None:
+async def test_requests_that_cannot_be_run_are_refused(open_engine: OpenEngine, model: Path) -> None:
     async with open_engine(model) as engine:
         for prefix in ([], [builders.VOCABULARY], [5, 100000]):
             with pytest.raises(EngineError, match="prefix"):
                 await engine.generate(prefix, Sampling(max_tokens=5))
+        for sampling in (Sampling(max_tokens=0), Sampling(1, -1.0), Sampling(1, 1.0, ("",))):
+            with pytest.raises(EngineError, match="out of range"):
+                await engine.generate([5], sampling)
         await engine.health()

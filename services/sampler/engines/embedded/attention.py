@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-_BLOCK = 256
+_QUERIES = 256
 """Queries per attention call in a prefill: bounds the mask's memory and skips most of what is masked."""
 
 
@@ -33,36 +33,50 @@ class Stretch:
     size: int
 
 
+_Block = tuple[int, torch.Tensor]
+"""(first query, [queries, keys seen] mask to add)."""
+
+
+def _blocks(stretch: Stretch) -> list[_Block]:
+    """The queries of ``stretch`` in blocks; one sees what is before it and itself."""
+    blocks: list[_Block] = []
+    for first in range(0, stretch.size, _QUERIES):
+        size = min(_QUERIES, stretch.size - first)
+        before = stretch.start + first
+        blocks.append((first, torch.full((size, before + size), float("-inf")).triu_(before + 1)))
+    return blocks
+
+
 class PrefillAttention:
     """The stretches of several requests side by side, without padding; each sees its own row up to itself."""
 
     def __init__(self, rows: torch.Tensor, stretches: list[Stretch]) -> None:
         self._rows = rows
-        self._stretches = stretches
         self._kv_heads = rows.shape[3]
+        self._stretches = [(stretch, _blocks(stretch)) for stretch in stretches]
 
     def __call__(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(q_THD)
         at = 0
-        for stretch in self._stretches:
+        for stretch, blocks in self._stretches:
             own = slice(at, at + stretch.size)
             at += stretch.size
-            self._one(layer, stretch, q_THD[own], k_TKD[own], v_TKD[own], out[own])
+            end = stretch.start + stretch.size
+            keys, values = self._rows[layer, 0, stretch.row], self._rows[layer, 1, stretch.row]
+            keys[:, stretch.start : end] = k_TKD[own].transpose(0, 1)
+            values[:, stretch.start : end] = v_TKD[own].transpose(0, 1)
+            self._attend(q_THD[own], keys, values, blocks, out[own])
         return out.flatten(1)
 
-    def _one(self, layer: int, stretch: Stretch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-        keys, values = self._rows[layer, 0, stretch.row], self._rows[layer, 1, stretch.row]
-        end = stretch.start + stretch.size
-        keys[:, stretch.start : end] = k.transpose(0, 1)
-        values[:, stretch.start : end] = v.transpose(0, 1)
+    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: list[_Block], out: torch.Tensor) -> None:
         group = q.shape[1] // self._kv_heads
-        for first in range(0, stretch.size, _BLOCK):
-            size = min(_BLOCK, stretch.size - first)
-            seen = stretch.start + first + size
+        for first, mask in blocks:
+            size, seen = mask.shape
             # [K, group · size, D]: the query heads of one key head are further queries, so keys are not repeated.
             block = q[first : first + size].unflatten(1, (self._kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)[None]
-            mask = torch.ones(size, seen, dtype=torch.bool).tril_(seen - size).repeat(group, 1)
-            found = scaled_dot_product_attention(block, keys[None, :, :seen], values[None, :, :seen], attn_mask=mask, scale=1.0)
+            found = scaled_dot_product_attention(
+                block, keys[None, :, :seen], values[None, :, :seen], attn_mask=mask.repeat(group, 1), scale=1.0
+            )
             out[first : first + size] = found.view(self._kv_heads, group, size, -1).permute(2, 0, 1, 3).flatten(1, 2)
 
 

@@ -8,6 +8,7 @@ needs a lock, and the loop stays free while torch computes.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from services.sampler.tokenizer import Tokenizer
 from treegrpo.errors import EngineError
 from treegrpo.tree import PolicyVersion, TokenIds
 
+log = logging.getLogger(__name__)
+
 
 class EmbeddedEngine:
     """An `Engine` in this process. Make it with `open`, use it as an async context manager or call `close`."""
@@ -37,7 +40,9 @@ class EmbeddedEngine:
         self._interrupt = threading.Event()
         self._pending: dict[Request, asyncio.Future[Completion]] = {}
         self._swaps: set[asyncio.Future[None]] = set()
-        self._failure: EngineError | None = None
+        self._loading = asyncio.Lock()
+        self._failure = ""
+        """Why no request can be served any more; empty while all is well."""
         self._driver = asyncio.create_task(self._drive(), name="embedded-engine")
 
     @classmethod
@@ -97,8 +102,11 @@ class EmbeddedEngine:
 
     async def load(self, version: PolicyVersion, path: Path) -> None:
         """See `Engine.load`. The new weights are read and checked beside the running requests."""
-        await self.health()
-        model = await asyncio.to_thread(self._scheduler.model.reopen, path)
+        async with self._loading:
+            model = await asyncio.to_thread(self._scheduler.model.reopen, path)
+            await self._swap(model, version)
+
+    async def _swap(self, model: Model, version: PolicyVersion) -> None:
         await self.health()
         swapped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -116,12 +124,12 @@ class EmbeddedEngine:
 
     async def health(self) -> None:
         """See `Engine.health`."""
-        if self._failure is not None:
-            raise self._failure
+        if self._failure:
+            raise EngineError(self._failure)
 
     async def close(self) -> None:
         """End the worker; whoever still waits gets an EngineError."""
-        self._fail(EngineError("The embedded engine is closed; open another one."))
+        self._fail("The embedded engine is closed; open another one.")
         self._driver.cancel()
         self._interrupt.set()
         await asyncio.to_thread(self._worker.shutdown)
@@ -133,8 +141,8 @@ class EmbeddedEngine:
         await self.close()
 
     def _checked(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> TokenIds:
-        if self._failure is not None:
-            raise self._failure
+        if self._failure:
+            raise EngineError(self._failure)
         ids = np.asarray(prefix, np.int64)
         vocabulary = self._scheduler.model.architecture.vocabulary
         if not 0 < len(ids) < self.context:
@@ -145,8 +153,8 @@ class EmbeddedEngine:
             raise EngineError(
                 f"The prefix has an id outside the model's vocabulary 0 … {vocabulary - 1}; use the model's tokenizer."
             )
-        if sampling.max_tokens < 1 or sampling.temperature < 0:
-            raise EngineError(f"{sampling} cannot be sampled; max_tokens is at least 1 and temperature at least 0.")
+        if sampling.max_tokens < 1 or sampling.temperature < 0 or not all(sampling.stop):
+            raise EngineError(f"{sampling} is out of range; ask for a token or more, a temperature ≥ 0, no empty stop string.")
         return ids.astype(np.uint32)
 
     def _command(self, command: Callable[[], None]) -> None:
@@ -168,17 +176,18 @@ class EmbeddedEngine:
                         command()
                     for request in await loop.run_in_executor(self._worker, self._scheduler.run, self._interrupt):
                         self._deliver(request)
-        except Exception as error:  # noqa: BLE001  # whatever it was, nobody may wait for ever
-            self._fail(EngineError(f"The embedded engine failed ({error!r}); restart the sampler."))
+        except Exception as error:  # whatever it was, nobody may wait for ever
+            log.exception("the embedded engine failed")
+            self._fail(f"The embedded engine failed ({error!r}); restart the sampler.")
 
     def _deliver(self, request: Request) -> None:
         future = self._pending.pop(request, None)
         if future is not None and not future.done():
             future.set_result(request.completion())
 
-    def _fail(self, error: EngineError) -> None:
-        self._failure = self._failure or error
+    def _fail(self, why: str) -> None:
+        self._failure = self._failure or why
         for future in (*self._pending.values(), *self._swaps):
             if not future.done():
-                future.set_exception(self._failure)
+                future.set_exception(EngineError(self._failure))
         self._pending.clear()

@@ -25,6 +25,7 @@ from services.sampler.engines.embedded.request import Request
 from services.sampler.engines.embedded.sampling import draw
 from services.sampler.engines.embedded.stopping import StopStrings
 from services.sampler.tokenizer import Tokenizer
+from treegrpo.errors import EngineError
 from treegrpo.tree import PolicyVersion, TokenIds
 
 _PREFILL_TOKENS = 4096
@@ -178,6 +179,10 @@ class Scheduler:
     def _sample(self, hidden: torch.Tensor, requests: list[Request]) -> None:
         temperature = torch.tensor([request.sampling.temperature for request in requests])
         ids, logprobs = draw(self.model.logits(hidden), temperature, self._generator)
+        if not torch.isfinite(logprobs).all():
+            raise EngineError(
+                f"The weights of policy version {self.version} give no finite log-probabilities; go back to an earlier one."
+            )
         for request, token, logprob in zip(requests, ids.tolist(), logprobs.tolist(), strict=True):
             request.append(token, logprob, self.version)
             if token in self._eos or self._stops.completed(request.ids, request.sampling.stop):

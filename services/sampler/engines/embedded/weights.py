@@ -48,7 +48,8 @@ def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...], path: Path
         )
     if not torch.isfinite(tensor).all():
         raise WeightsError(f"{name} in {path} has values that are not finite; go back to an earlier policy version.")
-    return tensor.float()
+    # A copy, because what safetensors returns lies in the file, which may be replaced while the model runs.
+    return tensor.to(torch.float32, copy=True)
 
 
 def _files(path: Path) -> list[Path]:
