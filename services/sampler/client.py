@@ -1,8 +1,8 @@
 """The sampler's end of the rollout stream: opened again whenever it breaks, and nothing is lost.
 
-    holder ──subtree, lease end──► outbox ──► stream ──► learner
-      ▲                               └── kept until acked, sent again after a reconnect
-      └──── welcome, void lease, lease, stop expanding, drain ◄──── stream
+holder ──subtree, lease end──► outbox ──► stream ──► learner
+  ▲                               └── kept until acked, sent again after a reconnect
+  └──── welcome, void lease, lease, stop expanding, drain ◄──── stream
 """
 
 from __future__ import annotations

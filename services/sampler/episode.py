@@ -180,12 +180,11 @@ class Player:
     async def _generate(self, turn: _Turn) -> Completion:
         plan = turn.branch.lease.plan
         sampling = Sampling(self._max_tokens(plan, len(turn.prefix)), plan.temperature, tuple(self._environment.stop))
-        prefix = turn.prefix.tolist()
 
         async def attempt() -> Completion:
             await turn.branch.gate.open()
             with self._clock("engine", turn.branch.bill):
-                return await _within(self._engine.generate(prefix, sampling), EngineError, "The engine")
+                return await _within(self._engine.generate(turn.prefix, sampling), EngineError, "The engine")
 
         completion = await self._retried(attempt)
         cost = Cost(completion.prefilled, completion.cached, len(completion.ids))

@@ -47,7 +47,11 @@ class States:
     async def _replay(self, actions: list[str], bill: Bill) -> Any:
         state = await self._environment.start(self._question)
         for action in actions:
-            outcome = await self._environment.step(state, action, last=False)
+            try:
+                outcome = await self._environment.step(state, action, last=False)
+            except ToolError:
+                bill.charge(Cost(tool_calls=1))
+                raise
             bill.charge(Cost(tool_calls=len(outcome.tool_calls)))
             if outcome.observation is None:
                 raise ToolError(

@@ -173,8 +173,11 @@ class Follower:
 
     async def update(self) -> None:
         """Load the learner's newest version. What was announced tells when to ask, the learner tells which it is."""
+        asked = self._newest
         described = await self._store.describe()
-        version = self._newest = version_from_pb(described.version)
+        version = version_from_pb(described.version)
+        if self._newest == asked:  # else something was announced meanwhile, and is asked for next
+            self._newest = version
         if version != self._engine.version:
             path = await self._store.fetch(described)
             with self._metrics.swap.time():

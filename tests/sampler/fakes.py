@@ -50,10 +50,10 @@ class FakeEngine:
         self.loaded: list[tuple[PolicyVersion, dict[str, bytes]]] = []
         self.refused: set[PolicyVersion] = set()
 
-    async def generate(self, prefix: Sequence[int], sampling: Sampling) -> Completion:
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
         if len(prefix) + sampling.max_tokens > self.context or sampling.max_tokens < 1:
             raise EngineError(f"{len(prefix)} + {sampling.max_tokens} tokens do not fit")
-        self.prefixes.append(list(prefix))
+        self.prefixes.append([int(i) for i in prefix])
         self.samplings.append(sampling)
         before = self.version
         said = self.script(FakeText().decode(prefix))
@@ -76,7 +76,7 @@ class FakeEngine:
     async def load(self, version: PolicyVersion, path: Path) -> None:
         if version in self.refused:
             raise WeightsError(f"{path} does not fit")
-        self.loaded.append((version, {file.name: file.read_bytes() for file in path.iterdir()}))
+        self.loaded.append((version, {file.name: file.read_bytes() for file in path.iterdir()}))  # noqa: ASYNC240
         self.version = version
 
     async def health(self) -> None:

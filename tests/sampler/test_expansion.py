@@ -19,7 +19,11 @@ from treegrpo.tree import ROOT, Group, StepStatus, Subtree
 
 
 async def grown(
-    given_lease: Lease, script: Script, *, environment: FakeEnvironment | None = None, emit: Callable[[Subtree], Any] | None = None
+    given_lease: Lease,
+    script: Script,
+    *,
+    environment: FakeEnvironment | None = None,
+    emit: Callable[[Subtree], Any] | None = None,
 ) -> tuple[list[Subtree], LeaseEnd, FakeEngine]:
     engine, subtrees = FakeEngine(script), list[Subtree]()
     expander = Expander(engine, environment or FakeEnvironment(), FakeText(), retries=0)

@@ -1,0 +1,302 @@
+"""The rollout stream against a real gRPC server: delivery, reconnects, leases in and out, goodbye."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+
+from services.sampler import client as client_module
+from services.sampler.client import LearnerClient, connect
+from services.sampler.expansion import Expander
+from services.sampler.holder import Identity, LeaseHolder
+from services.sampler.outbox import Outbox
+from services.sampler.weights import Follower, WeightStore
+from tests.sampler.fake_learner import FakeLearner, serving
+from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, deep, lease, plan, turns
+from treegrpo.codec import lease_end_from_pb
+from treegrpo.errors import ContractError, UnavailableError
+from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.telemetry import SamplerMetrics
+from treegrpo.tree import PolicyVersion, Step, Subtree
+from treegrpo.v1 import rollout_pb2
+
+
+@dataclass
+class Bench:
+    learner: FakeLearner
+    client: LearnerClient
+    holder: LeaseHolder
+    engine: FakeEngine
+    metrics: SamplerMetrics
+    streaming: asyncio.Task[None]
+
+
+@asynccontextmanager
+async def sampler(script: Script, learner: FakeLearner | None = None) -> AsyncGenerator[Bench]:
+    """A sampler's lease holder on a real stream to a fake learner."""
+    learner, metrics, engine = learner or FakeLearner(), SamplerMetrics(), FakeEngine(script)
+    with TemporaryDirectory() as root:
+        async with serving(learner) as channel, asyncio.TaskGroup() as tasks:
+            client = LearnerClient(channel, "test", metrics)
+            follower = Follower(WeightStore(channel, Path(root), metrics), engine, metrics)
+            following = tasks.create_task(follower.run())
+            expander = Expander(engine, FakeEnvironment(), FakeText(), retries=0, metrics=metrics)
+            me = Identity("sampler-0", 7, "fake", 16)
+            holder = LeaseHolder(me, engine, expander, follower, client, metrics, tasks)
+            streaming = tasks.create_task(client.run(holder))
+            yield Bench(learner, client, holder, engine, metrics, streaming)
+            streaming.cancel()
+            following.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition that tells nobody when it comes true; the test's time limit ends it."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+
+def subtree(index: int, name: str = "lease-1") -> Subtree:
+    one = np.ones(1, np.uint32)
+    return Subtree(name, 0, index, 0, (Step(index + 1, 0, one, np.ones(1, np.float32), one),))
+
+
+async def test_a_stream_begins_with_hello_and_the_demand_that_fills_the_engine() -> None:
+    async with sampler(deep(1)) as bench:
+        hello = await bench.learner.hellos.get()
+        assert (hello.sampler, hello.incarnation, hello.engine, hello.capacity) == ("sampler-0", 7, "fake", 16)
+        demand = await bench.learner.next("demand")
+        assert demand.demand.leases == 16 // bench.learner.plan.width + 1
+
+
+async def test_a_lease_comes_back_as_subtrees_and_its_end() -> None:
+    async with sampler(deep(1)) as bench:
+        await bench.learner.next("demand")
+        one = lease(bench.learner.plan)
+        await bench.learner.grant(one)
+        got = [await bench.learner.next("subtree") for _ in range(one.plan.leaves)]
+        end = await bench.learner.next("lease_end")
+        assert lease_end_from_pb(end.lease_end) == LeaseEnd(one.id, LeaseEndReason.COMPLETE)
+        assert bench.client.unacked == len(got)
+        for request in got:
+            await bench.learner.ack(request)
+        await bench.client.delivered()
+        assert bench.metrics.registry.get_sample_value("treegrpo_sampler_unacked_subtrees") == 0
+
+
+async def test_after_a_broken_stream_exactly_what_was_not_acked_is_sent_again() -> None:
+    async with sampler(deep(1)) as bench:
+        await bench.learner.next("demand")
+        for index in range(4):
+            bench.client.send(subtree(index))
+        bench.client.end(LeaseEnd("lease-1", LeaseEndReason.COMPLETE))
+        got = [await bench.learner.next("subtree") for _ in range(4)]
+        await bench.learner.next("lease_end")
+        await bench.learner.ack(got[0])
+        await bench.learner.ack(got[2])
+        await until(lambda: bench.client.unacked == 2)
+        bench.learner.break_stream()
+        assert (await bench.learner.hellos.get()).leases == []
+        assert (await bench.learner.hellos.get()).leases == ["lease-1"]
+        await bench.learner.next("demand")
+        again = [await bench.learner.next("subtree") for _ in range(2)]
+        assert [request.subtree.index for request in again] == [1, 3]
+        assert again == [got[1], got[3]]
+        await bench.learner.next("lease_end")
+        for request in again:
+            await bench.learner.ack(request)
+        await bench.client.delivered()
+        assert bench.learner.requests.empty()
+        assert bench.metrics.registry.get_sample_value("treegrpo_sampler_reconnects_total") == 1
+
+
+async def test_void_leases_are_dropped_with_their_work() -> None:
+    stuck = asyncio.Event()
+
+    async def script(prefix: str) -> str:
+        if turns(prefix) == 0:
+            return "s!"
+        stuck.set()
+        await asyncio.Event().wait()
+        return ""
+
+    async with sampler(script) as bench:
+        await bench.learner.next("demand")
+        await bench.learner.grant(lease(plan(1, 0, 0), name="void"))
+        await stuck.wait()
+        bench.client.send(subtree(0, "void"))
+        bench.client.send(subtree(0, "kept"))
+        await bench.learner.next("subtree")
+        await bench.learner.next("subtree")
+        bench.learner.void = ["void"]
+        bench.learner.break_stream()
+        await bench.learner.hellos.get()
+        assert (await bench.learner.hellos.get()).leases == ["kept", "void"]
+        await bench.holder.drained()
+        await bench.learner.next("demand")
+        request = await bench.learner.next("subtree")
+        assert request.subtree.lease == "kept"
+        await bench.learner.ack(request)
+        await bench.client.delivered()
+        assert bench.client.leases == set()
+        assert bench.learner.requests.empty()
+
+
+async def test_work_goes_on_while_the_learner_is_away() -> None:
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    async def script(_prefix: str) -> str:
+        arrived.set()
+        await go_on.wait()
+        return "a!"
+
+    async with sampler(script) as bench:
+        await bench.learner.next("demand")
+        await bench.learner.grant(lease(plan(1, 0, 0)))
+        await arrived.wait()
+        bench.learner.break_stream()
+        go_on.set()
+        await bench.holder.drained()
+        await bench.learner.next("demand")
+        assert (await bench.learner.next("subtree")).subtree.leaves
+        await bench.learner.next("lease_end")
+
+
+async def test_stop_expanding_reaches_its_lease_only() -> None:
+    first, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+    async def script(_prefix: str) -> str:
+        first.release()
+        await go_on.wait()
+        return "a!"
+
+    async with sampler(script) as bench:
+        await bench.learner.next("demand")
+        for name in ("stopped", "other"):
+            await bench.learner.grant(lease(plan(1, 1, 1), name=name))
+            await first.acquire()
+        await bench.learner.say(stop_expanding=rollout_pb2.StopExpanding(lease="stopped"))
+        await bench.learner.say(stop_expanding=rollout_pb2.StopExpanding(lease="unknown"))
+        await bench.learner.grant(lease(plan(1, 0, 0), name="probe"))
+        await first.acquire()  # the stream is in order: what was said before has been heard
+        go_on.set()
+        ends: dict[str, LeaseEnd] = {}
+        while len(ends) < 3:
+            request = await bench.learner.requests.get()
+            if request.HasField("lease_end"):
+                ends[request.lease_end.lease] = lease_end_from_pb(request.lease_end)
+        assert (ends["stopped"].reason, ends["stopped"].forgone) == (LeaseEndReason.STOPPED, 1)
+        assert ends["other"].reason is LeaseEndReason.COMPLETE
+
+
+async def test_draining_delivers_everything_and_closes_the_stream() -> None:
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    async def script(_prefix: str) -> str:
+        arrived.set()
+        await go_on.wait()
+        return "a!"
+
+    async with sampler(script) as bench:
+        await bench.learner.next("demand")
+        await bench.learner.grant(lease(plan(1, 1, 2)))
+        await arrived.wait()
+        await bench.learner.say(drain=rollout_pb2.Drain())
+        assert (await bench.learner.next("demand")).demand.leases == 0
+        go_on.set()
+        request = await bench.learner.next("subtree")
+        end = await bench.learner.next("lease_end")
+        assert (end.lease_end.reason, end.lease_end.forgone) == (rollout_pb2.LEASE_END_REASON_STOPPED, 2)
+        await bench.holder.drained()
+        await bench.learner.ack(request)
+        await bench.client.delivered()
+        bench.client.close()
+        await bench.streaming
+        assert await bench.learner.goodbyes.get() == "sampler-0"
+
+
+async def test_goodbye_is_said_again_when_the_stream_breaks_meanwhile() -> None:
+    async with sampler(deep(1)) as bench:
+        await bench.learner.next("demand")
+        bench.learner.break_stream()
+        bench.client.end(LeaseEnd("lease-1", LeaseEndReason.COMPLETE))
+        bench.client.close()
+        await bench.streaming
+        kinds: list[str | None] = []
+        while not bench.learner.requests.empty():
+            kinds.append(bench.learner.requests.get_nowait().WhichOneof("kind"))
+        assert "lease_end" in kinds
+        assert bench.learner.goodbyes.qsize() == 1
+
+
+async def test_a_lease_this_sampler_cannot_read_fails_by_itself() -> None:
+    async with sampler(deep(1)) as bench:
+        await bench.learner.next("demand")
+        await bench.learner.say(lease=rollout_pb2.Lease(id="strange"))
+        end = await bench.learner.next("lease_end")
+        assert end.lease_end.reason == rollout_pb2.LEASE_END_REASON_FAILED
+        assert "strange" in end.lease_end.error
+
+
+async def test_a_lease_waits_for_the_version_it_needs() -> None:
+    async with sampler(deep(1)) as bench:
+        await bench.learner.next("demand")
+        needed = PolicyVersion(1, 3)
+        await bench.learner.grant(replace(lease(plan(1, 0, 0), name="waits"), min_version=needed))
+        await bench.learner.grant(lease(plan(1, 0, 0), name="does not"))
+        assert (await bench.learner.next("subtree")).subtree.lease == "does not"
+        assert (await bench.learner.next("lease_end")).lease_end.lease == "does not"
+        bench.learner.versions[needed] = {"model.safetensors": b"new"}
+        subtree_of_new = (await bench.learner.next("subtree")).subtree
+        assert subtree_of_new.lease == "waits"
+        assert {span.version.step for step in subtree_of_new.steps for span in step.spans} == {3}
+
+
+async def test_seconds_without_a_lease_are_counted() -> None:
+    async with sampler(deep(1)) as bench:
+        await bench.learner.next("demand")
+        bench.holder.count_waiting()
+        idle = bench.metrics.registry.get_sample_value("treegrpo_sampler_waiting_seconds_total")
+        assert idle
+        assert idle > 0
+
+
+async def test_a_learner_that_refuses_is_not_asked_again() -> None:
+    learner = FakeLearner()
+    learner.refusal = "no such contract"
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with sampler(deep(1), learner) as bench:
+            await asyncio.wait({bench.streaming})
+    assert caught.group_contains(ContractError, match="no such contract")
+
+
+async def test_a_learner_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "CONNECT_SECONDS", 0.2)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound but not listening: nobody answers
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match=rf"{address}.*sampler\.learner"):
+            await connect(address)
+
+
+def test_an_ack_confirms_the_lease_ends_that_were_sent_before_it() -> None:
+    outbox = Outbox()
+    outbox.put_subtree(subtree(0, "a"))
+    outbox.put_end(LeaseEnd("a", LeaseEndReason.COMPLETE))
+    outbox.put_subtree(subtree(0, "b"))
+    outbox.put_end(LeaseEnd("b", LeaseEndReason.COMPLETE))
+    outbox.acked("b", 0, 0)
+    assert outbox.leases == {"a", "b"}
+    assert [request.WhichOneof("kind") for request in outbox] == ["subtree", "lease_end"]
+    outbox.acked("b", 0, 0)
+    outbox.acked("a", 0, 0)
+    assert [request.lease_end.lease for request in outbox] == ["b"]
+    outbox.drop("b")
+    assert outbox.subtrees == len(outbox.leases) == 0
