@@ -126,6 +126,8 @@ class ControlPlane:
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
             log.warning("ignored a message on %s/%s that does not follow the contract: %s", self._prefix, topic, error)
             return
+        if topic in self._ours:  # somebody else has set it since: what is repeated after a reconnect is the newest word
+            self._ours[topic] = payload
         self._changed.tell()
 
     async def _follow(self, connected: asyncio.Event) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 
 from amqtt.broker import Broker
 from amqtt.contexts import BrokerConfig, ListenerConfig
@@ -11,6 +12,8 @@ from amqtt.contexts import BrokerConfig, ListenerConfig
 from treegrpo.config import Config
 from treegrpo.edge import run_service
 from treegrpo.telemetry import check_free
+
+SHUTDOWN_SECONDS = 2.0
 
 
 def embedded_broker(address: str) -> Broker:
@@ -33,7 +36,9 @@ async def serve(config: Config) -> None:
     try:
         await asyncio.get_running_loop().create_future()
     finally:
-        await broker.shutdown()
+        with suppress(TimeoutError):  # its shutdown may wait for ever for a client that stays; there is nothing to save
+            async with asyncio.timeout(SHUTDOWN_SECONDS):
+                await broker.shutdown()
 
 
 if __name__ == "__main__":

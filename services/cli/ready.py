@@ -42,7 +42,8 @@ async def learner_ready(address: str) -> None:
     """The intake at ``address`` serves, says gRPC's health service."""
     async with grpc.aio.insecure_channel(address) as channel:
         try:
-            reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
+            check = health_pb2_grpc.HealthStub(channel).Check  # pyright: ignore[reportAttributeAccessIssue] - untyped stub
+            reply = await check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise UnavailableError(f"No learner answers at {address}; start one with `treegrpo learner`.") from error
     if reply.status != health_pb2.HealthCheckResponse.SERVING:

@@ -1,0 +1,54 @@
+# make demo    set up, then train on GeoHop and print held-out exact match before and after
+# make test    set up, then run all tests
+# make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
+# make lint    style, types, import contracts, contract and stubs
+# make bench   the rollout benchmark
+# make protos  generate the stubs in treegrpo/v1 again
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint protos bench
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+BIN := .venv/bin
+READY := .venv/.ready
+RUN_DIR ?= runs/demo
+ARGS ?=
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is not Python 3.11 or later; install it, or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up .venv; the first time takes a few minutes."
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv || { \
+		echo "error: $(PYTHON) cannot make virtual environments; install its venv package (python3.11-venv on Debian)" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# A run directory is never overwritten: the last demo moves aside, unless it is to be resumed.
+demo: $(READY)
+	@if [ -e "$(RUN_DIR)" ] && [[ "$(ARGS)" != *--resume* ]]; then \
+		kept="$(RUN_DIR)-until-$$(date +%Y%m%d-%H%M%S)"; mv "$(RUN_DIR)" "$$kept"; echo "The last run is kept in $$kept."; fi
+	@$(BIN)/treegrpo up examples/geohop/geohop.toml --run.dir "$(RUN_DIR)" $(ARGS)
+
+test: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/buf lint protos
+	$(BIN)/python -m pytest tests/contract
+
+bench: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.rollout $(ARGS)
+
+protos: $(READY)
+	cd protos && ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=.. --pyi_out=.. --grpc_python_out=.. treegrpo/v1/*.proto

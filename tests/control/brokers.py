@@ -1,0 +1,60 @@
+"""The two brokers the control plane runs on, each a process of its own: start, stop, start again at the same address."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.cli.ready import broker_ready, wait_ready
+
+READY_SECONDS = 30.0
+
+
+def free_address() -> str:
+    """An address nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def mosquitto_binary() -> str | None:
+    return shutil.which("mosquitto") or shutil.which("/usr/sbin/mosquitto")
+
+
+class Broker:
+    """A broker process at ``address``."""
+
+    def __init__(self, address: str, command: Sequence[str]) -> None:
+        self.address = address
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def start(self) -> None:
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(self._command, stdin=quiet, stdout=quiet, stderr=quiet)  # noqa: ASYNC220
+        await wait_ready("broker", lambda: broker_ready(self.address), READY_SECONDS)
+
+    async def stop(self) -> None:
+        """End it at once, like a crash."""
+        if self._process is not None:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+            self._process = None
+
+
+def embedded() -> Broker:
+    """The broker of `treegrpo up`."""
+    address = free_address()
+    return Broker(address, [sys.executable, "-m", "services.cli.broker", "--broker.address", address])
+
+
+def mosquitto(binary: str, folder: Path) -> Broker:
+    address = free_address()
+    host, _, port = address.rpartition(":")
+    config = folder / "mosquitto.conf"
+    config.write_text(f"listener {port} {host}\nallow_anonymous true\n", encoding="utf-8")
+    return Broker(address, [binary, "-c", str(config)])
