@@ -45,16 +45,15 @@ class Command:
 
 def run_up(call: Invocation, *, everything: bool) -> int:
     """`up` and `learner`."""
-    from services.cli.summary import newest_checkpoint, resume_command, summary
+    from services.cli.summary import summary
     from services.cli.up import Run
     from services.cli.view import Screen
 
     screen, run_dir = Screen(Console()), call.config.run.dir
     code = asyncio.run(Run(call.config, call.arguments, screen, everything=everything)())
-    for line in summary(run_dir, call.toml):
+    again = ("up" if everything else "learner", *call.arguments)
+    for line in summary(run_dir, call.config.train.steps, call.toml, again):
         screen.say(line)
-    if newest_checkpoint(run_dir) is not None:
-        screen.say(f"go on: {resume_command('up' if everything else 'learner', call.arguments)}")
     return code
 
 
@@ -71,8 +70,8 @@ def run_eval(call: Invocation) -> int:
     console = Console()
 
     async def work() -> None:
-        async with retriever_for(call.config, call.arguments, console.print) as url:
-            console.print(report(await evaluate(call.config, url)))
+        async with retriever_for(call.config, call.arguments, console.print):
+            console.print(report(await evaluate(call.config)))
 
     asyncio.run(work())
     return 0

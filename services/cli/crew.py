@@ -41,7 +41,7 @@ class Crew:
         self._say = say
         self._children: dict[str, Child] = {}
         self._samplers: dict[str, Child] = {}
-        self._keepers: set[asyncio.Task[None]] = set()
+        self._keepers: set[asyncio.Task[bool]] = set()
         self.grace = GRACE_SECONDS
         """Seconds a process has to end in, before it is killed."""
         self.restarts = 0
@@ -85,27 +85,34 @@ class Crew:
         """Return when ``last`` has ended well.
 
         Raises:
-            UnavailableError: it, or any other process that is needed, ended otherwise; or no sampler is left.
+            UnavailableError: it, or any other process that is needed, ended otherwise; or the last sampler was given up.
         """
         ends = {child.ended for child in self._children.values()}
-        samplers = asyncio.gather(*self._keepers)
+        samplers = asyncio.create_task(self._samplers_given_up(), name="samplers-given-up")
         try:
-            await asyncio.wait({*ends, samplers} if self._keepers else ends, return_when=asyncio.FIRST_COMPLETED)
-            if last.code == 0:
-                return
-            for child in self._children.values():
-                if child.ended.done():
-                    raise UnavailableError(child.obituary())
-            raise UnavailableError(next(iter(self._samplers.values())).obituary())
+            await asyncio.wait({*ends, samplers}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             samplers.cancel()
+        if last.code == 0:
+            return
+        if samplers.done():
+            await samplers
+        gone = [child for child in self._children.values() if child.ended.done()] or list(self._samplers.values())
+        raise UnavailableError(gone[0].obituary())
+
+    async def _samplers_given_up(self) -> None:
+        """Return when none is left and not all went well; where all did, the run drains and the learner has the last word."""
+        given_up = [await asyncio.shield(keeper) for keeper in list(self._keepers)]
+        if not any(given_up):
+            await asyncio.get_running_loop().create_future()
 
     async def farewell(self, seconds: float) -> None:
         """Wait for samplers that were told to drain."""
         if self._keepers:
             await asyncio.wait(self._keepers, timeout=seconds)
 
-    async def _keep(self, program: Program) -> None:
+    async def _keep(self, program: Program) -> bool:
+        """Run ``program`` until it ends well; True if it is given up instead."""
         clock = asyncio.get_running_loop().time
         attempt = 0
         while True:
@@ -113,11 +120,11 @@ class Crew:
             child = self._samplers[program.name] = await Child.start(program, self._arguments, self._logs)
             await asyncio.shield(child.ended)
             if child.code == 0:  # told to drain
-                return
+                return False
             attempt = 0 if clock() - began > SETTLED_SECONDS else attempt
             if attempt == len(RESTART_SECONDS):
                 self._say(f"{child.obituary()}; it has been started {attempt + 1} times and is given up.")
-                return
+                return True
             self._say(f"{child.obituary()}; starting it again in {RESTART_SECONDS[attempt]:.0f} s.")
             await asyncio.sleep(RESTART_SECONDS[attempt])
             attempt += 1

@@ -17,10 +17,8 @@ from services.cli.checks import Address, check_addresses, check_corpus, check_mo
 from services.cli.crew import Crew, Say
 from services.cli.process import Program
 from services.cli.ready import retriever_ready
-from services.environments.retrieval import HttpRetriever
-from services.environments.search_qa import SearchQA
-from services.sampler.engines.embedded.engine import EmbeddedEngine
 from services.sampler.expansion import Expander, Gate
+from services.sampler.parts import open_engine, open_environment
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.config import Config
 from treegrpo.errors import UnavailableError
@@ -40,8 +38,8 @@ class Answered:
 
 
 @asynccontextmanager
-async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> AsyncGenerator[str]:
-    """The address of a retriever: the one that runs, else one started for the time of the block."""
+async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> AsyncGenerator[None]:
+    """A retriever for the time of the block: the one that runs already, or one of our own."""
     try:
         await retriever_ready(config.retriever.endpoint)
     except UnavailableError:
@@ -52,34 +50,19 @@ async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> A
         with tempfile.TemporaryDirectory() as logs:
             async with Crew(arguments, Path(logs), say) as crew:
                 await crew.start(Program("retriever", "services.retriever"), partial(retriever_ready, config.retriever.endpoint))
-                yield config.retriever.endpoint
+                yield
     else:
-        yield config.retriever.endpoint
+        yield
 
 
-async def evaluate(config: Config, url: str) -> list[Answered]:
+async def evaluate(config: Config) -> list[Answered]:
     """Greedy, one chain for each held-out question. Raises ModelError, DataError."""
     check_model(config.model.path)
     questions = load_questions(config.data.heldout)[: config.eval.questions or None]
     tokenizer = Tokenizer.open(config.model.path)
-    engine = EmbeddedEngine.open(
-        config.model.path,
-        max_running=config.engine.max_running,
-        max_context=config.rollout.max_context,
-        cache_tokens=config.engine.cache_tokens,
-        seed=config.run.seed,
-        threads=config.engine.threads,
-    )
-    async with HttpRetriever(url, config.environment.timeout) as retriever, await engine as running:
-        environment = SearchQA(
-            retriever,
-            topk=config.environment.topk,
-            max_observation_tokens=config.environment.max_observation_tokens,
-            count_tokens=lambda text: len(tokenizer.encode(text)),
-            reward=config.environment.reward,
-            format_penalty=config.environment.format_penalty,
-        )
-        expander = Expander(running, environment, tokenizer, retries=config.sampler.retries)
+    engine = await open_engine(config, config.model.path, PolicyVersion(), "eval")
+    async with engine, open_environment(config, tokenizer) as environment:
+        expander = Expander(engine, environment, tokenizer, retries=config.sampler.retries)
         places = asyncio.Semaphore(config.engine.max_running)
         return list(await asyncio.gather(*(_answer(config, expander, question, places) for question in questions)))
 

@@ -34,23 +34,34 @@ def budget_summary(progress: Progress) -> str:
     )
 
 
-def resume_command(command: str, arguments: Sequence[str]) -> str:
-    """The command that goes on with this run."""
-    return " ".join(["treegrpo", command, *arguments, *([] if "--run.resume" in arguments else ["--resume"])])
+def resume_command(again: Sequence[str]) -> str:
+    """The command that goes on with a run, from the one that began it."""
+    return " ".join(["treegrpo", *again, *([] if "--run.resume" in again else ["--resume"])])
 
 
-def summary(run_dir: Path, toml: Path | None) -> list[str]:
-    """The lines that end a run; draws the plot. Raises DataError when the progress file is broken."""
+def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) -> list[str]:
+    """The lines that end a run; draws the plot.
+
+    Args:
+        run_dir: of the run.
+        steps: it was to make.
+        toml: its configuration file.
+        again: command and arguments it was started with.
+
+    Raises:
+        DataError: the progress file is broken.
+    """
     progress = read_progress(run_dir)
     if not progress.steps:
-        return ["No step was made."]
+        return [f"No step was made; the logs are in {run_dir / 'logs'}."]
     picture = run_dir / FILE_NAME
     plot(progress, picture, str(run_dir))
-    model = newest_checkpoint(run_dir)
     lines = [em_line(progress), budget_summary(progress), f"plot: {picture}"]
+    model = newest_checkpoint(run_dir)
     if model is not None:
-        lines += [
-            f"checkpoint: {model} (Hugging Face format)",
-            f"next: treegrpo eval {toml or ''} --model.path {model}".replace("  ", " "),
-        ]
+        lines.append(f"checkpoint: {model} (Hugging Face format)")
+    if progress.steps[-1].step < steps:
+        lines.append(f"go on: {resume_command(again)}")
+    elif model is not None:
+        lines.append(" ".join(["next: treegrpo eval", *([str(toml)] if toml else []), "--model.path", str(model)]))
     return lines
