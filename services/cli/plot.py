@@ -46,7 +46,7 @@ def _em(axes: Axes, progress: Progress) -> None:
     points: dict[str, Any] = {"color": INK["heldout"], "marker": "o", "label": "held-out, greedy"}
     axes.plot([record.step for record in progress.evals], [100 * record.em for record in progress.evals], **points)
     for record in progress.evals:
-        axes.annotate(f"{100 * record.em:.1f}", (record.step, 100 * record.em), (0, 6), textcoords="offset points", ha="center")
+        axes.annotate(f"{100 * record.em:.1f}", (record.step, 100 * record.em), (0, -15), textcoords="offset points", ha="center")
     axes.set_ylim(0, 105)
     axes.set_title("exact match, %")
     axes.legend(loc="lower right", frameon=False)
@@ -73,7 +73,7 @@ def _lag(axes: Axes, progress: Progress) -> None:
     axes.plot(_steps(progress), [step.lag_mean for step in progress.steps], color=INK["lag"], label="mean")
     axes.set_ylim(bottom=0)
     axes.set_title("version lag of trained tokens")
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="lower right", frameon=False)
 
 
 def _signal(axes: Axes, progress: Progress) -> None:

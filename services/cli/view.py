@@ -23,7 +23,7 @@ SCRAPE_SECONDS = 1.0
 SPARKS = "▁▂▃▄▅▆▇█"
 
 Scrape = Mapping[str, float]
-"""Samples of a /metrics page, by name and label values: ``treegrpo_budget_spent_total/train/tokens``."""
+"""Samples of a /metrics page, by name and label values in the order of the labels' names: ``treegrpo_budget_spent_total/tokens/train``."""
 
 
 def count(number: float) -> str:
@@ -73,6 +73,12 @@ def eval_line(record: EvalRecord) -> str:
     )
 
 
+def ems_line(ems: Sequence[float], newest: int = 4) -> str:
+    """Held-out exact match: the first and the newest few."""
+    shown = [percent(em) for em in (ems if len(ems) <= newest + 1 else [ems[0], *ems[-newest:]])]
+    return " → ".join(shown if len(ems) <= newest + 1 else [shown[0], "…", *shown[1:]])
+
+
 def budget_line(account: Account) -> str:
     """The ledger's balance in tokens."""
     lost = f", forfeited {count(account.forfeited)}" if account.forfeited else ""
@@ -84,8 +90,8 @@ def budget_line(account: Account) -> str:
 
 def account_of(scrape: Scrape) -> Account:
     """The training ledger in tokens as the intake's /metrics tell it."""
-    totals = {name: int(scrape.get(f"treegrpo_budget_{name}_total/train/tokens", 0)) for name in Account.model_fields}
-    return Account(**{**totals, "outstanding": int(scrape.get("treegrpo_budget_outstanding/train/tokens", 0))})
+    totals = {name: int(scrape.get(f"treegrpo_budget_{name}_total/tokens/train", 0)) for name in Account.model_fields}
+    return Account(**{**totals, "outstanding": int(scrape.get("treegrpo_budget_outstanding/tokens/train", 0))})
 
 
 def panel(progress: Progress, scrape: Scrape, total: int, title: str) -> Panel:
@@ -102,7 +108,7 @@ def panel(progress: Progress, scrape: Scrape, total: int, title: str) -> Panel:
         table.add_row("sampling", f"{count(tokens_per_second(steps))} tok/s")
         table.add_row("saving", f"{percent(last.saving)} of {count(last.chain_tokens)} tokens that chains would have cost")
     if progress.evals:
-        table.add_row("held-out", " → ".join(percent(record.em) for record in progress.evals[-4:]))
+        table.add_row("held-out", ems_line([record.em for record in progress.evals]))
     account = account_of(scrape) if scrape else last.training if last else Account()
     table.add_row("budget", budget_line(account))
     samplers = scrape.get("treegrpo_samplers_connected", last.samplers if last else 0)
@@ -113,7 +119,7 @@ def panel(progress: Progress, scrape: Scrape, total: int, title: str) -> Panel:
 def parse_scrape(text: str) -> Scrape:
     """The samples of a /metrics page."""
     return {
-        "/".join((sample.name, *sample.labels.values())): sample.value
+        "/".join((sample.name, *(value for _, value in sorted(sample.labels.items())))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }

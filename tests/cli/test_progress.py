@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.cli.progress import EvalRecord, StepRecord, Tail, read_progress
+from tests.cli.records import eval_row, step_row, write
+from treegrpo.errors import DataError
+
+
+def test_records_are_read_by_kind_and_others_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, eval_row(0, 0.3), step_row(1), {"kind": "evaluation", "step": 1})
+    assert [type(record) for record in Tail(path).new()] == [EvalRecord, StepRecord]
+
+
+def test_a_tail_reads_each_line_once_and_waits_for_one_that_is_being_written(tmp_path: Path) -> None:
+    path = write(tmp_path, step_row(1))
+    tail = Tail(path)
+    assert [record.step for record in tail.new()] == [1]
+    write(tmp_path, step_row(2))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert tail.new() == []
+    path.write_bytes(whole)
+    assert [record.step for record in tail.new()] == [2]
+    assert tail.new() == []
+
+
+def test_a_file_that_is_not_there_yet_has_no_records(tmp_path: Path) -> None:
+    assert Tail(tmp_path / "absent.jsonl").new() == []
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"kind": "step", "step": 1}', '{"step": 1}'])
+def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
+    path = write(tmp_path, step_row(1))
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=r"progress\.jsonl, line 2"):
+        read_progress(tmp_path)
+
+
+def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, eval_row(0, 0.1), *(step_row(n) for n in (1, 2, 3)), eval_row(3, 0.9))
+    write(tmp_path, step_row(2, lineage=1, em=0.5))
+    progress = read_progress(tmp_path)
+    assert [record.version for record in progress.steps] == ["0.1", "1.2"]
+    assert [record.em for record in progress.evals] == [0.1]

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from services.cli.commands import as_toml
+from treegrpo.config import Config
+from treegrpo.errors import ConfigError
+from treegrpo.settings import flag_parser, from_arguments, load
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_flags_win_over_the_environment_which_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = toml(tmp_path, "[train]\nlr = 1e-3\nbatch = 3\nsteps = 3\n")
+    monkeypatch.setenv("TREEGRPO_TRAIN__BATCH", "4")
+    monkeypatch.setenv("TREEGRPO_TRAIN__STEPS", "4")
+    train = load(path, ["--train.steps", "5"]).train
+    assert (train.lr, train.batch, train.steps) == (1e-3, 4, 5)
+
+
+def test_without_any_source_the_defaults_stand() -> None:
+    assert load(None) == Config()
+
+
+def test_input_paths_of_a_file_are_relative_to_it_and_others_are_not(tmp_path: Path) -> None:
+    config = load(toml(tmp_path, '[model]\npath = "m"\n[run]\ndir = "r"\n'), ["--data.train", "t.jsonl"])
+    assert config.model.path == tmp_path / "m"
+    assert config.run.dir == Path("r")
+    assert config.data.train == Path("t.jsonl")
+
+
+def test_a_flag_may_be_joined_to_its_value() -> None:
+    assert load(None, ["--train.std_floor=0.1", "--run.resume=true"]).train.std_floor == 0.1
+
+
+def test_the_file_comes_first_among_a_commands_arguments(tmp_path: Path) -> None:
+    path = toml(tmp_path, "[train]\nbatch = 7\n")
+    assert from_arguments([str(path), "--train.steps", "2"]).train.batch == 7
+    assert from_arguments(["--train.steps", "2"]).train.steps == 2
+
+
+@pytest.mark.parametrize("text", ["[train]\nlrr = 1", "[trian]\nlr = 1", "lr = 1"])
+def test_an_unknown_key_of_the_file_names_the_file_and_the_nearest_key(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.toml: .*; the nearest is train\.\w+\."):
+        load(toml(tmp_path, text))
+
+
+@pytest.mark.parametrize("name", ["TREEGRPO_TRAIN__LRR", "TREEGRPO_TRIAN__LR"])
+def test_an_unknown_variable_is_named_with_the_nearest_key(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "s3cret")
+    with pytest.raises(ConfigError, match=rf"{name}.*the nearest is train\.lr\.") as caught:
+        load(None)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--train.lrr", "--trian.lr", "--train.l"])
+def test_an_unknown_flag_is_named_with_the_nearest_key(flag: str) -> None:
+    with pytest.raises(ConfigError, match=rf"the flag {flag}: .*the nearest is train\.lr\."):
+        load(None, [flag, "3"])
+
+
+def test_a_value_that_does_not_fit_names_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr = -1 \(.*run\.toml\) is not acceptable: .*greater than 0"):
+        load(toml(tmp_path, "[train]\nlr = -1"))
+    with pytest.raises(ConfigError, match=r"train\.lr = 'x' \(the flag --train\.lr\)"):
+        load(toml(tmp_path, "[train]\nlr = -1"), ["--train.lr", "x"])
+    monkeypatch.setenv("TREEGRPO_TRAIN__LR", "y")
+    with pytest.raises(ConfigError, match=r"train\.lr = 'y' \(the environment variable TREEGRPO_TRAIN__LR\)"):
+        load(toml(tmp_path, "[train]\nlr = -1"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"), [(["--train.lr"], "expected one argument"), (["word"], "unrecognized arguments: word")]
+)
+def test_flags_that_cannot_be_read_say_how_to_write_them(flags: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"{sentence}; a key is written --section.key VALUE"):
+        load(None, flags)
+
+
+def test_a_section_given_as_a_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="train is a section"):
+        load(toml(tmp_path, "train = 3"))
+
+
+def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml does not exist"):
+        load(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match=r"run\.toml is not valid TOML"):
+        load(toml(tmp_path, "train ="))
+
+
+def test_the_configuration_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(None).train.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_dry_run_prints_is_a_file_that_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load(
+        None, ["--run.name", "x", "--train.lr", "3e-5", "--run.resume", "true", "--model.path", str(tmp_path / 'a "b"')]
+    )
+    assert load(toml(Path(), as_toml(config))) == config
+
+
+def test_the_help_explains_every_key() -> None:
+    text = flag_parser().format_help()
+    keys = [f"--{section}.{key} " for section, values in tomllib.loads(as_toml(Config())).items() for key in values]
+    assert all(key in text for key in keys)

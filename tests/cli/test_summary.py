@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.cli.plot import plot
+from services.cli.progress import Progress, read_progress
+from services.cli.summary import em_line, newest_checkpoint, summary
+from tests.cli.records import eval_row, evaluation, step_row, write
+from treegrpo.errors import DataError
+
+TOML = Path("geohop.toml")
+
+
+def finished_run(folder: Path) -> Path:
+    write(folder, eval_row(0, 0.312), step_row(1), step_row(2), eval_row(2, 0.635))
+    (folder / "checkpoints" / "step-000002").mkdir(parents=True)
+    return folder
+
+
+def test_the_summary_says_before_and_after_and_what_to_do_next(tmp_path: Path) -> None:
+    model = finished_run(tmp_path) / "checkpoints" / "final"
+    model.mkdir()
+    lines = summary(tmp_path, 2, TOML, ("up", "geohop.toml"))
+    assert lines[0] == "held-out EM: 31.2 → 63.5"
+    assert lines[2:] == [
+        f"plot: {tmp_path / 'progress.png'}",
+        f"checkpoint: {model} (Hugging Face format)",
+        f"next: treegrpo eval geohop.toml --model.path {model}",
+    ]
+
+
+def test_a_run_that_was_cut_short_says_how_to_go_on(tmp_path: Path) -> None:
+    lines = summary(finished_run(tmp_path), 10, TOML, ("up", "geohop.toml", "--train.steps", "10"))
+    assert lines[-1] == "go on: treegrpo up geohop.toml --train.steps 10 --resume"
+    assert summary(tmp_path, 10, TOML, ("up", "geohop.toml", "--run.resume", "true"))[-1].endswith("--run.resume true")
+
+
+def test_a_run_without_a_step_says_where_the_logs_are(tmp_path: Path) -> None:
+    assert summary(tmp_path, 2, TOML, ("up",)) == [f"No step was made; the logs are in {tmp_path / 'logs'}."]
+
+
+def test_one_evaluation_has_no_arrow() -> None:
+    progress = Progress()
+    assert em_line(progress) == "held-out EM: not evaluated"
+    progress.add(evaluation(0, 0.5))
+    assert em_line(progress) == "held-out EM: 50.0"
+
+
+def test_the_newest_checkpoint_stands_in_for_the_final_model(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("step-000020", "step-000100"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000100"
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "progress.png"
+    plot(read_progress(finished_run(tmp_path)), picture, "a run")
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    assert width > 1000
+    assert height > 500
+
+
+def test_there_is_no_plot_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing to plot"):
+        plot(Progress(), tmp_path / "progress.png", "a run")

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+from rich.console import Console
+
+from services.cli.progress import Account, Progress
+from services.cli.view import (
+    Screen,
+    account_of,
+    budget_line,
+    count,
+    ems_line,
+    eval_line,
+    panel,
+    parse_scrape,
+    spark,
+    step_line,
+    tokens_per_second,
+)
+from tests.cli.records import eval_row, evaluation, step, step_row, write
+from treegrpo.telemetry import IntakeMetrics
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0"), (950, "950"), (1234, "1.23 k"), (4_560_000, "4.56 M"), (2e9, "2 G")])
+def test_numbers_are_short(number: float, text: str) -> None:
+    assert count(number) == text
+
+
+def test_a_step_is_one_line() -> None:
+    steps = [step(1, spent=1000, time=10.0), step(2, spent=5000, time=12.0)]
+    assert step_line(steps, 100) == (
+        "step 2/100  reward 0.125  EM 25.0 %  lag 0.5 (max 1)  2 k tok/s  "
+        "spent 5 k of 45 k tokens granted  saving 50.0 %  samplers 2"
+    )
+
+
+def test_an_evaluation_is_one_line_that_tells_of_failures() -> None:
+    assert eval_line(evaluation(20, 0.3125)) == "held-out after step 20: EM 31.2 %, reward 0.100 (20 questions)"
+    assert eval_line(evaluation(0, 0.5, failed=2)).endswith("(20 questions, 2 failed)")
+
+
+def test_the_budget_line_balances() -> None:
+    assert budget_line(Account(granted=9000, spent=4000, refunded=2000, forfeited=1000, outstanding=2000)) == (
+        "granted 9 k = spent 4 k, refunded 2 k, outstanding 2 k, forfeited 1 k"
+    )
+
+
+def test_tokens_per_second_need_two_steps() -> None:
+    assert tokens_per_second([step(1)]) == 0.0
+    assert tokens_per_second([step(1, spent=0, time=0.0), step(2, spent=300, time=3.0)]) == 100.0
+
+
+def test_only_the_first_and_the_newest_evaluations_are_shown() -> None:
+    assert ems_line([0.1, 0.2]) == "10.0 % → 20.0 %"
+    assert ems_line([0.1, 0.2, 0.3, 0.4], newest=2) == "10.0 % → … → 30.0 % → 40.0 %"
+
+
+def test_sparks_span_from_least_to_greatest() -> None:
+    assert spark([0.0, 0.5, 1.0]) == "▁▄█"
+    assert spark([1.0, 1.0]) == "▁▁"
+    assert spark([]) == ""
+
+
+def test_the_ledger_is_read_from_the_metrics_page() -> None:
+    metrics = IntakeMetrics()
+    metrics.granted.labels("train", "tokens").inc(100)
+    metrics.spent.labels("train", "tokens").inc(60)
+    metrics.granted.labels("eval", "tokens").inc(7)
+    metrics.outstanding.labels("train", "tokens").set(40)
+    account = account_of(parse_scrape(generate_latest(metrics.registry).decode()))
+    assert account == Account(granted=100, spent=60, outstanding=40)
+
+
+def test_the_panel_shows_a_run_from_its_first_moment_on() -> None:
+    empty, full = Progress(), Progress()
+    for record in (evaluation(0, 0.3), step(1), step(2)):
+        full.add(record)
+    console = Console(file=io.StringIO(), width=120)
+    with console.capture() as capture:
+        console.print(panel(empty, {}, 100, "runs/demo"))
+        console.print(
+            panel(full, {"treegrpo_samplers_connected": 3.0, "treegrpo_leases_outstanding/train": 5.0}, 100, "runs/demo")
+        )
+    text = capture.get()
+    for part in ("0/100", "waiting for the first batch", "2/100", "30.0 %", "50.0 %", "3, 5 training leases out"):
+        assert part in text
+
+
+async def test_in_a_pipe_every_record_is_a_line_also_the_last(tmp_path: Path) -> None:
+    out = io.StringIO()
+    screen = Screen(Console(file=out))
+    async with screen.follow(tmp_path, "127.0.0.1:1", 10):
+        write(tmp_path, eval_row(0, 0.3), step_row(1), step_row(2))
+    assert [line.split("  ")[0] for line in out.getvalue().splitlines()[1:]] == ["step 1/10", "step 2/10"]
+
+
+async def test_in_a_terminal_the_panel_is_drawn_without_metrics_too(tmp_path: Path) -> None:
+    write(tmp_path, step_row(3))
+    out = io.StringIO()
+    async with Screen(Console(file=out, force_terminal=True, width=120)).follow(tmp_path, "127.0.0.1:1", 10):
+        pass
+    assert "3/10" in out.getvalue()
