@@ -51,7 +51,7 @@ def score(model: PreTrainedModel, pack: Pack, temperature: float, dtype: Dtype =
     logits again instead of keeping them.
 
     Returns:
-        logprob_A, entropy_A: float32.
+        logprob_A, entropy_A: at least float32.
     """
     with torch.autocast(pack.ids_RS.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         hidden_RSH = _decoder(model)(input_ids=pack.ids_RS, use_cache=False).last_hidden_state
@@ -78,7 +78,9 @@ def _chunk(head: nn.Module, hidden: Tensor, label: Tensor, temperature: float, *
 
 
 def _score(head: nn.Module, hidden_CH: Tensor, label_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logprob_CV = torch.log_softmax(head(hidden_CH).float() / temperature, dim=-1)
+    logits_CV: Tensor = head(hidden_CH)
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    logprob_CV = torch.log_softmax(logits_CV.to(wide) / temperature, dim=-1)
     with torch.no_grad():
         entropy_C = -(logprob_CV.exp() * logprob_CV).sum(-1)
     return logprob_CV.gather(-1, label_C[:, None])[:, 0], entropy_C

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from learner.trainer import checkpoint
+from learner.trainer.checkpoint import Progress
+from learner.trainer.model import load_model
+from learner.trainer.update import Updater
+from tests.trainer.builders import CPU, configure, forked, group, tiny
+from tests.trainer.test_update import packs_of
+from treegrpo.errors import ModelError
+
+
+def saved(folder: Path, progress: Progress, keep: int = 2) -> tuple[Updater, Path]:
+    """A policy one step into its training and its checkpoint."""
+    config = configure(folder)
+    updater = Updater(config, tiny(folder / "model"), None)
+    updater.update(packs_of([group(forked())], config), 0)
+    return updater, checkpoint.save(folder / "kept", progress, updater.model, updater.optimizer, folder / "model", keep)
+
+
+def test_the_next_step_after_a_resume_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    config = configure(tmp_path)
+    first, folder = saved(tmp_path, Progress(1, 20, 640, 0.25))
+    drawn = torch.rand(3)
+    second = Updater(config, load_model(folder, CPU), None)
+    torch.manual_seed(99)
+    checkpoint.restore(folder, second.optimizer)
+    assert checkpoint.read_progress(folder) == Progress(1, 20, 640, 0.25)
+    assert torch.equal(torch.rand(3), drawn)
+    packs = packs_of([group(forked((0.3, 0.9)))], config)
+    updates = [one.update(packs, 1) for one in (first, second)]
+    assert updates[0] == updates[1]
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("broken", ["trainer.pt", "progress.json"])
+def test_a_broken_checkpoint_is_refused(tmp_path: Path, broken: str) -> None:
+    updater, folder = saved(tmp_path, Progress(0, 20, 640))
+    whole = (folder / broken).read_bytes()
+    for content in (whole[: len(whole) // 2], b"", None):
+        (folder / broken).unlink()
+        if content is not None:
+            (folder / broken).write_bytes(content)
+        with pytest.raises(ModelError, match=r"step-000020 is broken .* remove it to resume from the one before"):
+            checkpoint.read_progress(folder)
+            checkpoint.restore(folder, updater.optimizer)
+        (folder / broken).touch()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step, em in ((10, None), (20, 0.5), (30, 0.2), (40, None), (50, 0.4)):
+        saved(tmp_path, Progress(0, step, em=em))
+    assert [p.name for p in sorted((tmp_path / "kept").iterdir())] == ["step-000020", "step-000040", "step-000050"]
+    newest = checkpoint.newest(tmp_path / "kept")
+    assert newest is not None
+    assert newest.name == "step-000050"
+
+
+def test_a_half_written_checkpoint_is_never_the_newest(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "kept") is None
+    _, folder = saved(tmp_path, Progress(0, 20))
+    (tmp_path / "kept" / ".step-000040.partial").mkdir()
+    assert checkpoint.newest(tmp_path / "kept") == folder

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from learner.trainer.durable import whole
+from learner.trainer.model import load_model
+from learner.trainer.publish import export, prune, publish, published
+from tests.trainer.builders import CPU, tiny
+from treegrpo.tree import PolicyVersion
+
+
+class Crash(Exception):  # noqa: N818 - the end of a process
+    pass
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> PreTrainedModel:
+    return tiny(tmp_path / "model")
+
+
+def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_version_is_a_model_directory_with_its_tokenizer(policy: PreTrainedModel, tmp_path: Path) -> None:
+    folder = publish(policy, tmp_path / "weights", PolicyVersion(1, 42), tmp_path / "model", "float32")
+    assert folder == tmp_path / "weights" / "1.42"
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert same(load_model(folder, CPU), policy)
+
+
+def test_a_bfloat16_version_says_so(policy: PreTrainedModel, tmp_path: Path) -> None:
+    folder = publish(policy, tmp_path / "weights", PolicyVersion(), tmp_path / "model", "bfloat16")
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    sizes = [(f / "model.safetensors").stat().st_size for f in (folder, tmp_path / "model")]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert policy.dtype == torch.float32
+
+
+def test_a_crash_leaves_no_half_version(policy: PreTrainedModel, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    with pytest.raises(Crash), whole(weights / "0.1") as partial:
+        (partial / "config.json").write_text("{")
+        raise Crash
+    assert published(weights) == []
+    assert not (weights / "0.1").exists()
+    publish(policy, weights, PolicyVersion(0, 1), tmp_path / "model", "float32")
+    assert [p.name for p in weights.iterdir()] == ["0.1"]
+
+
+def test_a_crash_leaves_what_was_there_before(policy: PreTrainedModel, tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    export(policy, final, tmp_path / "model", "float32")
+    with pytest.raises(Crash), whole(final) as partial:
+        (partial / "config.json").write_text("{")
+        raise Crash
+    assert same(load_model(final, CPU), policy)
+    with torch.no_grad():
+        next(policy.parameters()).add_(1)
+    export(policy, final, tmp_path / "model", "float32")
+    assert same(load_model(final, CPU), policy)
+
+
+def test_the_newest_versions_are_kept_across_lineages(tmp_path: Path) -> None:
+    for name in ("0.9", "0.10", "1.3", "1.4", "notes", ".1.5.partial"):
+        (tmp_path / name).mkdir()
+    prune(tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".1.5.partial", "0.10", "1.3", "1.4", "notes"]
+    assert published(tmp_path) == [PolicyVersion(0, 10), PolicyVersion(1, 3), PolicyVersion(1, 4)]
