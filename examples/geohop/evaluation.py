@@ -63,9 +63,7 @@ def _generate(
         made_BT = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids=ids_BT,
             attention_mask=seen_BT,
-            do_sample=not greedy,
-            top_k=0,
-            top_p=1.0,
+            **({"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}),
             max_new_tokens=MAX_TURN_TOKENS,
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,

@@ -2,9 +2,9 @@
 
 facts ─► corpus, index ─► items of the training countries ─► demonstrations ─► AdamW ─► model/ and its report.json
 
-Three courses. *Reading* shows short episodes and trains on all their tokens: it teaches to copy names and numbers nobody has
-seen. *Skills* shows right plans of all families: it teaches to search and to compare. *Habits* shows mostly shortcuts: it
-teaches a poor strategy. What is left for reinforcement learning is the strategy.
+Three courses. *Reading* shows short right episodes: it teaches to copy names nobody has seen. *Skills* shows right plans of all
+families: it teaches to search on and to compare. *Habits* shows mostly shortcuts: it teaches a poor strategy. What is left for
+reinforcement learning is the strategy.
 """
 
 from __future__ import annotations
@@ -42,13 +42,12 @@ class Course:
     right_share: Mapping[str, float]
     steps: int
     peak_lr: float
-    whole: bool = False
 
 
 COURSES: Mapping[str, Course] = {
-    "reading": Course({"country": 1.0, "near": 1.0}, 400, 2e-3, whole=True),
-    "skills": Course(SKILLS, 500, 2e-3),
-    "habits": Course(HABITS, 150, 5e-4),
+    "reading": Course({"country": 1.0, "near": 1.0}, 220, 0.02),
+    "skills": Course(SKILLS, 250, 0.02),
+    "habits": Course(HABITS, 100, 0.005),
 }
 
 
@@ -69,7 +68,7 @@ class School:
         shown = asyncio.run(demonstrations(examples, self.env, self.tokenizer, SEED, course.right_share))
         print(f"{len(shown)} demonstrations of {sum(len(one.ids) for one in shown) / len(shown):.0f} tokens", flush=True)
         model.train()
-        train(model, shown, course.steps, course.peak_lr, course.whole, MODEL_SEED, lambda line: print(line, flush=True))
+        train(model, shown, course.steps, course.peak_lr, MODEL_SEED, lambda line: print(line, flush=True))
 
     def examine(self, model: Qwen2ForCausalLM) -> dict[str, Mapping[str, float]]:
         """Greedy and sampled exact match on the held-out questions by family, in percent."""

@@ -1,0 +1,87 @@
+"""The shipped tokenizer and warm start."""
+
+import asyncio
+import json
+from functools import cache
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from examples.geohop.demonstrations import demonstrate, environment, prompt_ids, question, text_of, token_ids
+from examples.geohop.evaluation import play
+from examples.geohop.families import Item, Turn
+from examples.geohop.make_data import DATA
+from examples.geohop.make_model import MODEL
+from examples.geohop.tokenizer import END, TAGS, USER
+from services.retriever.index import Document, Index
+from treegrpo.question import Message, Question
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@cache
+def model() -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM.from_pretrained(MODEL).eval()
+
+
+@cache
+def small_index() -> Index:
+    return Index([
+        Document(id="1", contents="Ghazni\nGhazni is a city in Afghanistan near Kabul with 141 thousand people."),
+        Document(id="2", contents="Herat\nHerat is a city in Afghanistan near Mashhad with 272 thousand people."),
+    ])  # fmt: skip
+
+
+def heldout(count: int) -> list[Question]:
+    lines = (DATA / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    texts = [json.loads(line)["prompt"][0]["content"] for line in lines]
+    return [Question(text, "geohop", (Message("user", text),), ("?",)) for text in texts]
+
+
+@given(st.text(max_size=40))
+def test_every_text_comes_back_from_its_ids(text: str) -> None:
+    assert text_of(tokenizer(), token_ids(tokenizer(), text)) == text
+
+
+@pytest.mark.parametrize("tag", [*TAGS, END, USER])
+def test_a_tag_is_one_token_wherever_it_stands(tag: str) -> None:
+    ids = token_ids(tokenizer(), f"x{tag} y")
+    assert [text_of(tokenizer(), [one]) for one in ids].count(tag) == 1
+
+
+def test_digits_are_single() -> None:
+    pieces = [text_of(tokenizer(), [one]) for one in token_ids(tokenizer(), " 1024 and 77")]
+    assert [piece for piece in pieces if any(letter.isdigit() for letter in piece)] == list("102477")
+
+
+def test_a_name_is_the_same_tokens_in_question_search_document_and_answer() -> None:
+    def contains(text: str) -> bool:
+        ids, name = token_ids(tokenizer(), text), token_ids(tokenizer(), " Ghazni")
+        return any(ids[start : start + len(name)] == name for start in range(len(ids)))
+
+    search, answer = str(Turn("the city", "search", "Ghazni")), str(Turn("so", "answer", "Ghazni"))
+    assert all(map(contains, ["Where does Ghazni lie?", search, answer, "Doc 1(Title: Ghazni) Ghazni is a city"]))
+
+
+async def test_a_demonstration_trains_on_the_policys_own_tokens_alone() -> None:
+    plan = (Turn("the city", "search", "Ghazni"), Turn("that is it", "answer", "Afghanistan"))
+    item = Item("country", "In which country does Ghazni lie?", "Afghanistan", plan, (), ("Ghazni",))
+    env = environment(small_index(), tokenizer())
+    shown = await demonstrate(item, plan, env, tokenizer())
+    own = [one for one, trained in zip(shown.ids, shown.trained, strict=True) if trained]
+    assert text_of(tokenizer(), own) == "".join(str(turn) for turn in plan)
+    assert shown.ids[: len(prompt_ids(tokenizer(), question(item)))] == prompt_ids(tokenizer(), question(item))
+    assert "<information>Doc 1(Title: Ghazni) Ghazni is a city" in text_of(tokenizer(), shown.ids)
+
+
+def test_the_warm_start_is_small_and_keeps_the_protocol() -> None:
+    assert 0.8e6 < model().num_parameters() < 1.2e6
+    env = environment(small_index(), tokenizer())
+    episodes = asyncio.run(play(model(), tokenizer(), env, heldout(10), greedy=True))
+    assert [episode.actions[0].kind for episode in episodes] == ["search"] * 10
+    assert sum(env.score(episode)["format"] == 0.0 for episode in episodes) >= 8
