@@ -42,6 +42,8 @@ async def run(config: Config) -> None:
         AddressInUseError: sampler.metrics is taken.
         UnavailableError: broker or learner do not answer, or the learner has no policy version.
         ModelError: the learner's model cannot be served.
+        EngineError: the engine died.
+        ContractError: the learner refuses this sampler.
         DeadlineError: draining took too long; the learner gives the rest to another sampler.
     """
     name = config.sampler.id or f"{socket.gethostname()}-{os.getpid()}"
@@ -90,7 +92,13 @@ class Sampler:
         self._follower = Follower(store, engine, metrics)
 
     async def run(self) -> None:
-        """Work until told to drain, then say goodbye. Raises DeadlineError if that takes too long."""
+        """Work until told to drain, then say goodbye.
+
+        Raises:
+            DeadlineError: the goodbye took too long.
+            EngineError: the engine died.
+            ContractError: the learner refuses this sampler.
+        """
         async with asyncio.TaskGroup() as tasks:
             holder = LeaseHolder(self._identity, self._engine, self._expander, self._follower, self._client, self._metrics, tasks)
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -99,7 +107,7 @@ class Sampler:
             helpers = [
                 tasks.create_task(self._follower.run(), name="weights"),
                 tasks.create_task(self._obey(holder), name="control"),
-                tasks.create_task(self._tick(holder), name="waiting-seconds"),
+                tasks.create_task(self._tick(holder), name="tick"),
                 tasks.create_task(observe(self._engine, self._metrics), name="engine-gauges"),
             ]
             await holder.draining.wait()
@@ -121,8 +129,10 @@ class Sampler:
             await self._control.wait_change()
 
     async def _tick(self, holder: LeaseHolder) -> None:
+        """Count idle seconds; a dead engine ends the process, and its leases go to another. Raises EngineError."""
         while True:
             holder.count_waiting()
+            await self._engine.health()
             await asyncio.sleep(TICK_SECONDS)
 
     async def _goodbye(self, holder: LeaseHolder, streaming: asyncio.Task[None]) -> None:

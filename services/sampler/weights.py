@@ -32,6 +32,7 @@ CHUNK_SECONDS = 60.0
 """The longest that one chunk may take."""
 FIRST_VERSION_SECONDS = 300.0
 """The longest a sampler waits for a learner that has no version yet."""
+FIRST_RETRY_SECONDS = 0.5
 SERVED_SECONDS = 600.0
 """The longest a lease waits for the version it needs."""
 RETRY_SECONDS = (0.2, 1.0, 2.0, 5.0, 10.0)
@@ -189,18 +190,16 @@ class Follower:
 
 async def first_version(store: WeightStore) -> tuple[PolicyVersion, Path]:
     """Wait for the learner's first version and fetch it. Raises the last error after FIRST_VERSION_SECONDS."""
-    deadline, attempt = time.monotonic() + FIRST_VERSION_SECONDS, 0
+    deadline = time.monotonic() + FIRST_VERSION_SECONDS
     while True:
         try:
             described = await store.describe()
             return version_from_pb(described.version), await store.fetch(described)
         except (WeightsError, UnavailableError) as error:
-            wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
-            if time.monotonic() + wait > deadline:
+            if time.monotonic() > deadline:
                 raise
             log.info("waiting for the first policy version: %s", error)
-            attempt += 1
-            await asyncio.sleep(wait)
+            await asyncio.sleep(FIRST_RETRY_SECONDS)
 
 
 def _take(data: bytes, out: Any, digest: Any) -> None:

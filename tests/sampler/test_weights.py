@@ -24,6 +24,7 @@ CONFIG = b'{"a": 1}'
 @pytest.fixture(autouse=True)
 def _retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
     monkeypatch.setattr(weights, "RETRY_SECONDS", (0.0,) * 5)
+    monkeypatch.setattr(weights, "FIRST_RETRY_SECONDS", 0.0)
 
 
 def files(step: int) -> dict[str, bytes]:

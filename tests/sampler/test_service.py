@@ -1,0 +1,129 @@
+"""The sampler as a process: a real intake, a real broker, the embedded engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.control.brokers import Broker
+from tests.engines.builders import save_model
+from tests.intake.harness import Setting, free_port
+from treegrpo.control import RunState, publish_state
+from treegrpo.handoff import Done, Evaluate, Evaluation, IntakeClient, Publish, Take, Taken, unpack_group
+from treegrpo.tree import Group, StepStatus
+
+ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", "--rollout.max_turns", "2")
+
+
+@pytest.fixture
+async def setting(tmp_path: Path) -> AsyncGenerator[Setting]:
+    made = Setting(tmp_path)
+    broker = Broker(made.broker, [sys.executable, "-m", "services.cli.broker", "--broker.address", made.broker])
+    await broker.start()
+    try:
+        yield made
+    finally:
+        await broker.stop()
+
+
+@contextlib.asynccontextmanager
+async def sampler(setting: Setting, name: str, *more: str) -> AsyncGenerator[asyncio.subprocess.Process]:
+    """A sampler process; killed at the end if it still runs."""
+    command = [sys.executable, "-m", "services.sampler", *setting.flags, *ROLLOUT, "--sampler.id", name, *more]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def publish(setting: Setting, trainer: IntakeClient, step: int) -> None:
+    directory = save_model(setting.run_dir / "weights" / f"1.{step}", seed=step)
+    await asyncio.to_thread(trainer.ask, Publish(f"1.{step}", str(directory), 2 * step), Done)
+
+
+async def take(trainer: IntakeClient, position: int) -> list[Group]:
+    while True:
+        taken = await asyncio.to_thread(trainer.ask, Take(position, 2), Taken)
+        if taken.groups:
+            return [unpack_group(group) for group in taken.groups]
+
+
+async def connected(setting: Setting, samplers: int) -> None:
+    """Wait until the intake counts so many samplers; the test's time limit ends it."""
+    while (await setting.samples())["treegrpo_samplers_connected"] != samplers:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+
+
+async def value(metrics: str, name: str) -> float:
+    """A sampler's metric."""
+    async with httpx.AsyncClient() as client:
+        text = (await client.get(f"http://{metrics}/metrics")).text
+    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
+
+
+def versions(groups: list[Group]) -> set[int]:
+    return {span.version.step for group in groups for span in group.spans()}
+
+
+async def ended(process: asyncio.subprocess.Process) -> str:
+    """What a process that ends well has said."""
+    _, said = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 0, said.decode()
+    return said.decode()
+
+
+async def test_questions_become_trees_under_the_newest_weights_until_the_run_drains(setting: Setting) -> None:
+    metrics = f"127.0.0.1:{free_port()}"
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(setting.intake(*ROLLOUT))
+        trainer = await stack.enter_async_context(setting.trainer())
+        stays = await stack.enter_async_context(sampler(setting, "stays", "--sampler.metrics", metrics))
+        leaves = await stack.enter_async_context(sampler(setting, "leaves"))
+        await publish(setting, trainer, 0)
+        groups = await take(trainer, 0)
+        assert [len(list(group.leaves())) for group in groups] == [6, 6]
+        steps = [step for group in groups for tree in group.trees.values() for step in tree.steps.values()]
+        assert {step.status for step in steps} <= {StepStatus.OK, StepStatus.TRUNCATED}
+        assert all(len(step.logprobs) == len(step.action) > 0 for step in steps)
+        assert versions(groups) == {0}
+        assert any(step.cost.cached for step in steps)
+
+        await connected(setting, 2)
+        leaves.terminate()  # which finishes and leaves; the other goes on
+        assert "all work is delivered" in await ended(leaves)
+
+        await publish(setting, trainer, 1)
+        position = 0
+        while versions(groups) != {1}:
+            position += 2
+            groups = await take(trainer, position)
+        while not (evaluation := await asyncio.to_thread(trainer.ask, Evaluate("1.1"), Evaluation)).done:
+            pass
+        assert (evaluation.questions, evaluation.failed) == (3, 0)
+        assert await value(metrics, "treegrpo_engine_version_step") == 1
+        assert await value(metrics, "treegrpo_engine_cache_used_tokens") > 0
+
+        await publish_state(setting.broker, "test", RunState.DRAINING)
+        assert "all work is delivered" in await ended(stays)
+        await connected(setting, 0)
+        samples = await setting.samples()
+        assert samples["treegrpo_leases_outstanding/train"] == 0
+        assert not any("/lost" in name for name in samples)
+
+
+async def test_a_broker_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    setting = Setting(tmp_path)
+    async with sampler(setting, "alone") as process:
+        _, errors = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 2
+    assert f"error: No MQTT broker answers at broker.address = {setting.broker}" in errors.decode().splitlines()[-1]
+    assert b"Traceback" not in errors
