@@ -110,7 +110,7 @@ async def test_questions_become_trees_under_the_newest_weights_until_the_run_dra
             pass
         assert (evaluation.questions, evaluation.failed) == (3, 0)
         assert await value(metrics, "treegrpo_engine_version_step") == 1
-        assert await value(metrics, "treegrpo_engine_cache_used_tokens") > 0
+        assert await value(metrics, "treegrpo_engine_cache_size_tokens") == 65536
 
         await publish_state(setting.broker, "test", RunState.DRAINING)
         assert "all work is delivered" in await ended(stays)
