@@ -1,6 +1,6 @@
 """What the embedded engine's rollouts cost: speed against `model.generate`, and computed against unique tokens.
 
-    python -m bench.rollout [--threads 1 2] [--repeats 5]
+    python -m bench.rollout [--threads 1 2] [--repeats 7]
 
 Speed: the same random Qwen2 of 3.7 M parameters in float32, 32 prompts of 16 tokens × 128 sampled tokens with their
 log-probabilities, once with Hugging Face's generate and once with the engine, in turns; medians of the repeats.
@@ -19,8 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from services.environments.base import Environment, Forking, Outcome, ToolCall
-from services.sampler.engines.base import Completion, Engine, Finish, Sampling
+from bench.synthetic import TURNS, WORDS, Reading, Turns
+from services.environments.base import Environment
+from services.sampler.engines.base import Engine, Sampling
 from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.expansion import Expander
 from services.sampler.gate import Gate
@@ -45,7 +45,6 @@ SHAPES = ((2, 2, 1), (4, 4, 2))
 """(M, N, L): trees, expansions a round, rounds."""
 QUESTIONS = 8
 """Groups that grow at the same time."""
-TURNS = 3
 CONFIG: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 256,
@@ -56,23 +55,6 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-WORDS = [
-    "river",
-    "town",
-    "bridge",
-    "north",
-    "of",
-    "the",
-    "old",
-    "capital",
-    "king",
-    "once",
-    "built",
-    "sold",
-    "grain",
-    "by",
-    "ship",
-]
 
 
 def save_model(path: Path) -> int:
@@ -104,11 +86,26 @@ def prompts(seed: int) -> TokenIds:
     return np.random.default_rng(seed).integers(0, CONFIG["vocab_size"], (REQUESTS, PROMPT)).astype(np.uint32)
 
 
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Wall seconds, and CPU seconds of all threads of this process: the latter mind busy neighbours less."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Clock:
+        return cls(time.perf_counter(), time.process_time())
+
+    def __sub__(self, other: Clock) -> Clock:
+        return Clock(self.wall - other.wall, self.cpu - other.cpu)
+
+
 @torch.inference_mode()
-def time_generate(model: Any, prompts: TokenIds) -> float:
-    """Seconds for Hugging Face's generate, and one log-softmax over what it returns."""
+def time_generate(model: Any, prompts: TokenIds) -> Clock:
+    """What Hugging Face's generate takes, and one log-softmax over what it returns."""
     ids = torch.from_numpy(prompts.astype(np.int64))
-    began = time.perf_counter()
+    began = Clock.now()
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -123,25 +120,26 @@ def time_generate(model: Any, prompts: TokenIds) -> float:
     )
     logprobs = torch.log_softmax(torch.stack(out.logits, dim=1), -1).gather(-1, out.sequences[:, PROMPT:, None])
     assert logprobs.shape == (REQUESTS, TOKENS, 1)
-    return time.perf_counter() - began
+    return Clock.now() - began
 
 
-async def time_engine(engine: EmbeddedEngine, prompts: TokenIds) -> float:
-    """Seconds for the same work on the engine."""
-    began = time.perf_counter()
+async def time_engine(engine: EmbeddedEngine, prompts: TokenIds) -> Clock:
+    """What the same work takes on the engine."""
+    began = Clock.now()
     completions = await asyncio.gather(*(engine.generate(prompt, Sampling(TOKENS)) for prompt in prompts))
     assert all(len(c.logprobs) == TOKENS for c in completions)
-    return time.perf_counter() - began
+    return Clock.now() - began
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens sampled per second; ``ratio`` is the median over pairs of neighbouring runs."""
+    """Tokens sampled per second; the ratios are medians over pairs of neighbouring runs."""
 
     threads: int
     engine: float
     generate: float
     ratio: float
+    cpu_ratio: float
 
 
 async def measure_speed(path: Path, threads: int, repeats: int) -> Speed:
@@ -150,7 +148,7 @@ async def measure_speed(path: Path, threads: int, repeats: int) -> Speed:
 
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    pairs: list[tuple[float, float]] = []
+    pairs: list[tuple[Clock, Clock]] = []
     async with await open_engine(path, threads) as engine:
         for seed in range(repeats + 1):
             ours = await time_engine(engine, prompts(seed))
@@ -158,65 +156,13 @@ async def measure_speed(path: Path, threads: int, repeats: int) -> Speed:
             pairs.append((ours, theirs))
     del pairs[0]  # the first ones warm up
     work = REQUESTS * TOKENS
-    ours, theirs = (work / statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-    return Speed(threads, ours, theirs, statistics.median(theirs / ours for ours, theirs in pairs))
-
-
-class Turns:
-    """The engine with actions of 16 to 24 tokens that count as ended by themselves: a random policy never stops."""
-
-    def __init__(self, engine: EmbeddedEngine) -> None:
-        self._engine = engine
-        self._rng = np.random.default_rng(0)
-        self.version = engine.version
-        self.context = engine.context
-
-    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
-        size = int(self._rng.integers(16, 25))
-        finish: Finish = "stop"
-        return replace(await self._engine.generate(prefix, replace(sampling, max_tokens=size)), finish=finish)
-
-    async def load(self, version: PolicyVersion, path: Path) -> None:
-        await self._engine.load(version, path)
-
-    async def health(self) -> None:
-        await self._engine.health()
-
-    async def close(self) -> None:
-        await self._engine.close()
-
-
-class Reading:
-    """An environment that answers `TURNS` actions with some words each and ends the episode at the next one."""
-
-    forking: Forking = "stateless"
-    stop: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        self._rng = np.random.default_rng(1)
-
-    def words(self, count: int) -> str:
-        """``count`` words, each about one token."""
-        return "".join(f" {word}" for word in self._rng.choice(WORDS, count))
-
-    async def start(self, question: Question) -> int:
-        del question
-        return 0
-
-    async def step(self, state: int, action: str, *, last: bool) -> Outcome[int]:
-        if last:
-            return Outcome(state, None)
-        return Outcome(state + 1, self.words(40), (ToolCall("read", action),))
-
-    async def fork(self, state: int) -> int:
-        return state
-
-    def score(self, state: int) -> Mapping[str, float]:
-        return {"turns": float(state)}
-
-    def metrics(self, state: int) -> Mapping[str, float]:
-        del state
-        return {}
+    return Speed(
+        threads,
+        engine=work / statistics.median(ours.wall for ours, _ in pairs),
+        generate=work / statistics.median(theirs.wall for _, theirs in pairs),
+        ratio=statistics.median(theirs.wall / ours.wall for ours, theirs in pairs),
+        cpu_ratio=statistics.median(theirs.cpu / ours.cpu for ours, theirs in pairs),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,10 +215,10 @@ def report(parameters: int, speeds: list[Speed], reuses: list[Reuse]) -> None:
     table = Table(
         title=f"{REQUESTS} requests × {TOKENS} tokens with log-probabilities, Qwen2 of {parameters / 1e6:.1f} M, float32"
     )
-    for column in ("threads", "engine tokens/s", "generate tokens/s", "engine / generate"):
+    for column in ("threads", "engine tokens/s", "generate tokens/s", "engine / generate", "in CPU time"):
         table.add_column(column, justify="right")
     for s in speeds:
-        table.add_row(str(s.threads), f"{s.engine:.0f}", f"{s.generate:.0f}", f"{s.ratio:.2f}")
+        table.add_row(str(s.threads), f"{s.engine:.0f}", f"{s.generate:.0f}", f"{s.ratio:.2f}", f"{s.cpu_ratio:.2f}")
     console.print(table)
     table = Table(title=f"{QUESTIONS} groups of trees (M,N,L), {TURNS} turns of about 20 + 40 tokens and an answer")
     for column in ("shape", "prefilled", "cached", "decoded", "unique", "computed / unique", "decoded/s"):
@@ -286,6 +232,7 @@ def report(parameters: int, speeds: list[Speed], reuses: list[Reuse]) -> None:
         "tokens_per_s": round(best.engine),
         "generate_tokens_per_s": round(best.generate),
         "speed_vs_generate": round(best.ratio, 3),
+        "cpu_speed_vs_generate": round(best.cpu_ratio, 3),
         "computed_over_unique": {r.shape: round(r.ratio, 4) for r in reuses},
         "counts": {
             r.shape: {"prefilled": r.cost.prefilled, "cached": r.cost.cached, "decoded": r.cost.decoded, "unique": r.unique}
@@ -311,7 +258,7 @@ async def run(threads: list[int], repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.rollout", description="Speed and prefix reuse of the embedded engine.")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     asyncio.run(run(options.threads, options.repeats))
