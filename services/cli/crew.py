@@ -44,7 +44,6 @@ class Crew:
         self._keepers: set[asyncio.Task[bool]] = set()
         self.grace = GRACE_SECONDS
         """Seconds a process has to end in, before it is killed."""
-        self.restarts = 0
 
     async def __aenter__(self) -> Self:
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -128,4 +127,3 @@ class Crew:
             self._say(f"{child.obituary()}; starting it again in {RESTART_SECONDS[attempt]:.0f} s.")
             await asyncio.sleep(RESTART_SECONDS[attempt])
             attempt += 1
-            self.restarts += 1

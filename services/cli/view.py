@@ -23,7 +23,7 @@ SCRAPE_SECONDS = 1.0
 SPARKS = "▁▂▃▄▅▆▇█"
 
 Scrape = Mapping[str, float]
-"""Samples of a /metrics page, by name and label values in the order of the labels' names: ``treegrpo_budget_spent_total/tokens/train``."""
+"""Samples of a /metrics page by name and labels, sorted by label: ``treegrpo_budget_spent_total/tokens/train``."""
 
 
 def count(number: float) -> str:

@@ -1,0 +1,16 @@
+"""Starts a waiting child as the command does, prints its pid, and waits to be killed."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from services.cli.process import Child, Program
+
+
+async def main() -> None:
+    child = await Child.start(Program("child", "tests.cli.programs.wait"), [], Path(sys.argv[1]))
+    print(child.pid, flush=True)
+    await child.ended
+
+
+asyncio.run(main())

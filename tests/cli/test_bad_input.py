@@ -1,0 +1,91 @@
+"""What a user can get wrong: exit code 2, one sentence, no traceback, nothing left running."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.cli.machine import Result, treegrpo
+from tests.cli.workbench import GEOHOP, Workbench, free_ports, question, write_rows
+from tests.control.brokers import embedded
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Workbench:
+    return Workbench(tmp_path)
+
+
+def refused(result: Result, *parts: str) -> None:
+    assert result.code == 2
+    assert result.left == []
+    for part in parts:
+        assert part in result.sentence
+
+
+def test_an_unknown_key(bench: Workbench) -> None:
+    refused(treegrpo("up", *bench.flags(), "--train.stepps", "3"), "train.stepps", "the nearest is train.steps")
+
+
+def test_a_bad_value(bench: Workbench) -> None:
+    refused(treegrpo("up", *bench.flags(train__steps="many")), "train.steps = 'many'", "the flag --train.steps")
+
+
+def test_an_unknown_command() -> None:
+    refused(treegrpo("upp"), "'upp' is no command; the nearest is up")
+
+
+def test_a_model_directory_without_config(bench: Workbench) -> None:
+    model = shutil.copytree(GEOHOP / "model", bench.folder / "model")
+    (model / "config.json").unlink()
+    result = treegrpo("up", *bench.flags(model__path=str(model)))
+    refused(result, str(model), "no config.json")
+    assert not bench.run_dir.exists()
+
+
+def test_a_corpus_row_without_contents(bench: Workbench) -> None:
+    write_rows(bench.corpus, [{"id": "1", "contents": "A\na"}, {"id": "2"}])
+    refused(treegrpo("up", *bench.flags()), str(bench.corpus), "line 2", "contents")
+    assert not bench.run_dir.exists()
+
+
+def test_a_question_without_an_answer(bench: Workbench) -> None:
+    write_rows(bench.train, [question(0, "Ghazni", "Laos"), question(1, "Mubi", None)])
+    refused(treegrpo("up", *bench.flags()), str(bench.train), "row 2")
+    assert not bench.run_dir.exists()
+
+
+def test_a_busy_port(bench: Workbench) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused(treegrpo("up", *bench.flags(learner__listen=address)), f"learner.listen = {address} is taken")
+    assert not bench.run_dir.exists()
+
+
+def test_a_broker_that_is_not_there(bench: Workbench) -> None:
+    address = bench.keys["broker.address"]
+    refused(treegrpo("sampler", *bench.flags()), f"No MQTT broker answers at broker.address = {address}")
+    refused(treegrpo("learner", *bench.flags()), f"No MQTT broker answers at broker.address = {address}")
+    refused(treegrpo("state", "paused", *bench.flags()), f"No MQTT broker answers at broker.address = {address}")
+
+
+async def test_a_learner_that_is_not_there(bench: Workbench) -> None:
+    broker = embedded()
+    await broker.start()
+    try:
+        (port,) = free_ports(1)
+        learner = f"127.0.0.1:{port}"
+        refused(treegrpo("sampler", *bench.flags(broker__address=broker.address, sampler__learner=learner)), learner)
+    finally:
+        await broker.stop()
+
+
+def test_a_state_that_does_not_exist(bench: Workbench) -> None:
+    refused(treegrpo("state", "asleep", *bench.flags()), "'asleep' is no run state", "paused")
+    refused(treegrpo("state"), "running|paused|draining is missing")
+
+
+def test_a_run_that_is_not_there_has_no_plot(bench: Workbench) -> None:
+    refused(treegrpo("plot", *bench.flags()), "nothing to plot")

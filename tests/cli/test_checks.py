@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from services.cli.checks import (
+    Address,
+    check_addresses,
+    check_corpus,
+    check_model,
+    check_questions,
+    check_run_dir,
+    check_sampler_metrics,
+    learner_addresses,
+    run_checks,
+    up_checks,
+)
+from services.cli.doctor import files, machine
+from tests.cli.workbench import GEOHOP, Workbench
+from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
+from treegrpo.settings import load
+
+
+def test_a_complete_run_passes_all_checks(tmp_path: Path) -> None:
+    run_checks(up_checks(load(None, Workbench(tmp_path).flags())).values())
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("config.json", "it has no config.json"),
+        ("model.safetensors", "it has no safetensors weights"),
+        ("tokenizer.json", "it has no tokenizer"),
+    ],
+)
+def test_an_incomplete_model_directory_says_what_it_lacks(tmp_path: Path, missing: str, sentence: str) -> None:
+    model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    (model / missing).unlink()
+    with pytest.raises(ModelError, match=sentence):
+        check_model(model)
+
+
+def test_a_model_that_is_not_there_or_not_json_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no such directory"):
+        check_model(tmp_path / "absent")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="is not valid JSON"):
+        check_model(tmp_path)
+
+
+def test_files_that_are_not_there_are_named_with_their_key(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.train = .*absent\.jsonl does not exist"):
+        check_questions(tmp_path / "absent.jsonl", "data.train")
+    with pytest.raises(DataError, match=r"retriever\.corpus = .*absent\.jsonl does not exist"):
+        check_corpus(tmp_path / "absent.jsonl")
+
+
+def test_a_used_run_directory_is_refused_unless_it_is_resumed(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    fresh, resumed = load(None, bench.flags()), load(None, bench.flags(run__resume="true"))
+    (bench.run_dir / "logs").mkdir(parents=True)
+    check_run_dir(fresh)
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        check_run_dir(resumed)
+    (bench.run_dir / "journal").mkdir()
+    check_run_dir(resumed)
+    with pytest.raises(ConfigError, match=r"holds a run already; continue it with --resume"):
+        check_run_dir(fresh)
+
+
+def test_a_busy_port_is_named_with_its_key() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(AddressInUseError, match=rf"learner\.listen = {address} is taken"):
+            check_addresses([Address("learner.listen", address)])
+
+
+def test_two_parts_at_one_address_are_both_named() -> None:
+    config = load(None, ["--learner.metrics", "127.0.0.1:40000", "--learner.listen", "127.0.0.1:40001"])
+    with pytest.raises(AddressInUseError, match=r"learner\.listen and learner\.metrics .* are both 127\.0\.0\.1:40001"):
+        check_addresses(learner_addresses(config))
+
+
+def test_several_samplers_cannot_share_a_metrics_port() -> None:
+    with pytest.raises(ConfigError, match="would be shared by 2 samplers"):
+        check_sampler_metrics(load(None, ["--sampler.metrics", "127.0.0.1:9500"]))
+    check_sampler_metrics(load(None, ["--sampler.metrics", "127.0.0.1:9500", "--sampler.count", "1"]))
+
+
+def test_the_doctor_finds_every_fault_and_the_machine_fit(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    bench.corpus.write_text("{}\n")
+    bench.train.unlink()
+    verdicts = {finding.subject: finding.verdict for finding in files(up_checks(load(None, bench.flags())))}
+    assert {subject for subject, verdict in verdicts.items() if verdict == "fail"} == {"corpus", "training questions"}
+    assert all(finding.verdict != "fail" for finding in machine())

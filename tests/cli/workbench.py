@@ -1,0 +1,84 @@
+"""A complete small run in a folder: the shipped warm start, a few documents and questions, free ports."""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+GEOHOP = Path(__file__).parents[2] / "examples" / "geohop"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on, all different."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+def two_ports_in_a_row() -> int:
+    """The first of two neighbouring free ports."""
+    while True:
+        (port,) = free_ports(1)
+        try:
+            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
+                return port
+        except OSError:
+            continue
+
+
+def question(index: int, city: str, answer: str | None) -> dict[str, Any]:
+    truth = {} if answer is None else {"target": [answer]}
+    return {
+        "data_source": "test",
+        "prompt": [{"role": "user", "content": f"In which country does {city} lie?"}],
+        "ability": "fact",
+        "reward_model": {"style": "rule", "ground_truth": truth},
+        "extra_info": {"split": "train", "index": index, "family": "country"},
+    }
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+class Workbench:
+    """A folder with everything `treegrpo up` needs; `flags` says where."""
+
+    def __init__(self, folder: Path) -> None:
+        cities = ["Borikhan", "Pakxan", "Ghazni", "Guelma", "Pirapora", "Mubi", "Gombi", "Thakhek"]
+        self.folder = folder
+        self.run_dir = folder / "run"
+        self.corpus = write_rows(
+            folder / "corpus.jsonl",
+            [{"id": city, "contents": f"{city}\n{city} is a city in Laos near Pakxan."} for city in cities],
+        )
+        self.train = write_rows(folder / "train.jsonl", [question(n, city, "Laos") for n, city in enumerate(cities)])
+        self.heldout = write_rows(folder / "heldout.jsonl", [question(9, "Ghazni", "Laos"), question(10, "Mubi", "Laos")])
+        broker, retriever, learner = free_ports(3)
+        self.keys: dict[str, str] = {
+            "run.name": "test",
+            "run.dir": str(self.run_dir),
+            "model.path": str(GEOHOP / "model"),
+            "data.train": str(self.train),
+            "data.heldout": str(self.heldout),
+            "retriever.corpus": str(self.corpus),
+            "retriever.listen": f"127.0.0.1:{retriever}",
+            "broker.address": f"127.0.0.1:{broker}",
+            "learner.listen": f"127.0.0.1:{learner}",
+            "learner.metrics": f"127.0.0.1:{two_ports_in_a_row()}",
+            "rollout.max_turns": "1",
+            "rollout.max_action_tokens": "8",
+            "rollout.max_context": "256",
+            "train.batch": "2",
+            "train.steps": "2",
+            "train.kl_coef": "0",
+        }
+
+    def flags(self, **changes: str) -> list[str]:
+        """Flags of the configuration; ``changes`` are written with _ for the dot, like train__steps="3"."""
+        keys = {**self.keys, **{name.replace("__", "."): value for name, value in changes.items()}}
+        return [part for key, value in keys.items() for part in (f"--{key}", value)]
