@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from services.sampler.client import LearnerClient, connect
-from services.sampler.engines.embedded import EmbeddedEngine
+from services.sampler.engines.base import Engine
 from services.sampler.expansion import Expander
 from services.sampler.holder import Identity, LeaseHolder
 from services.sampler.parts import observe, open_engine, open_environment
@@ -67,7 +67,11 @@ async def run(config: Config) -> None:
         expander = Expander(engine, environment, tokenizer, retries=config.sampler.retries, metrics=metrics)
         identity = Identity(name, incarnation, config.engine.kind, config.engine.max_running)
         log.info("sampler %s serves version %s to the learner at %s", name, version, address)
-        await Sampler(identity, engine, expander, store, LearnerClient(channel, address, metrics), control, metrics).run()
+        client = LearnerClient(channel, address, metrics)
+        async with asyncio.TaskGroup() as tasks:
+            gauges = tasks.create_task(observe(engine, metrics), name="engine-gauges")
+            await Sampler(identity, engine, expander, store, client, control, metrics).run()
+            gauges.cancel()
 
 
 class Sampler:
@@ -76,7 +80,7 @@ class Sampler:
     def __init__(
         self,
         identity: Identity,
-        engine: EmbeddedEngine,
+        engine: Engine,
         expander: Expander,
         store: WeightStore,
         client: LearnerClient,
@@ -108,7 +112,6 @@ class Sampler:
                 tasks.create_task(self._follower.run(), name="weights"),
                 tasks.create_task(self._obey(holder), name="control"),
                 tasks.create_task(self._tick(holder), name="tick"),
-                tasks.create_task(observe(self._engine, self._metrics), name="engine-gauges"),
             ]
             await holder.draining.wait()
             await self._goodbye(holder, streaming)

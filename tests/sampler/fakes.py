@@ -49,6 +49,8 @@ class FakeEngine:
         self.samplings: list[Sampling] = []
         self.loaded: list[tuple[PolicyVersion, dict[str, bytes]]] = []
         self.refused: set[PolicyVersion] = set()
+        self.dead = ""
+        """Why it can no longer generate."""
 
     async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
         if len(prefix) + sampling.max_tokens > self.context or sampling.max_tokens < 1:
@@ -80,7 +82,8 @@ class FakeEngine:
         self.version = version
 
     async def health(self) -> None:
-        return
+        if self.dead:
+            raise EngineError(self.dead)
 
     async def close(self) -> None:
         return
