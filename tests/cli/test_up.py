@@ -69,7 +69,7 @@ def bench(tmp_path: Path) -> Workbench:
 
 
 async def test_a_run_trains_to_its_end_and_sums_up(bench: Workbench) -> None:
-    run = await up(*bench.flags())
+    run = await up(*bench.flags(sampler__count="2"))
     assert await run.end() == 0
     progress = read_progress(bench.run_dir)
     assert [step.step for step in progress.steps] == [1, 2]

@@ -75,6 +75,7 @@ class Workbench:
             "rollout.max_context": "256",
             "train.batch": "2",
             "train.steps": "2",
+            "sampler.count": "1",
             "train.kl_coef": "0",
         }
 
