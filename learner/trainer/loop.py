@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from learner.trainer import checkpoint
 from learner.trainer.advantages import advantages
@@ -182,6 +183,7 @@ def main(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
     torch.set_num_threads(config.train.threads)
+    disable_progress_bar()  # of every model file written
     metrics = TrainerMetrics()
     host, port = split_address(config.learner.metrics, "learner.metrics")
     serve(metrics, f"{host}:{port + 1 if port else 0}", "learner.metrics (the port after it)")

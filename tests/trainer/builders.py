@@ -18,6 +18,7 @@ from treegrpo.tree import Group, Leaf, PolicyVersion, Step, StepStatus, Subtree,
 VOCABULARY = 64
 CPU = torch.device("cpu")
 STOP = 63
+START = PolicyVersion(0, 0)
 
 
 def write_tiny(folder: Path, seed: int = 0) -> Path:
@@ -48,9 +49,7 @@ def tiny(folder: Path) -> PreTrainedModel:
 def configure(folder: Path, **train: Any) -> Config:
     """A run in ``folder``/run with the model in ``folder``/model."""
     values = {"steps": 4, "batch": 2, "lr": 1e-2, "kl_coef": 0.0, "warmup_ratio": 0.0, "pack_tokens": 256, **train}
-    return Config.model_validate(
-        {"run": {"dir": folder / "run"}, "model": {"path": folder / "model"}, "train": values}
-    )
+    return Config.model_validate({"run": {"dir": folder / "run"}, "model": {"path": folder / "model"}, "train": values})
 
 
 def step(
@@ -61,7 +60,7 @@ def step(
     *,
     logprobs: Sequence[float] | None = None,
     status: StepStatus = StepStatus.OK,
-    version: PolicyVersion = PolicyVersion(0, 0),
+    version: PolicyVersion = START,
 ) -> Step:
     """A step sampled with ``logprobs`` (−1 each unless told) from one version."""
     return Step(
@@ -122,8 +121,6 @@ def random_group(rng: np.random.Generator, name: str = "q", trees: int = 2) -> G
                 parent = node
             seen = [step(s.node, s.parent, s.action.tolist(), [5, 6], logprobs=s.logprobs.tolist()) for s in steps[:-1]]
             prompt = rng.integers(0, VOCABULARY, 4).tolist() if number == 0 else ()
-            subtrees.append(
-                subtree([*seen, steps[-1]], {parent: float(rng.normal())}, prompt=prompt, tree=index, index=number)
-            )
+            subtrees.append(subtree([*seen, steps[-1]], {parent: float(rng.normal())}, prompt=prompt, tree=index, index=number))
             nodes += [s.node for s in seen]
     return group(subtrees, name)

@@ -38,6 +38,11 @@ def test_the_next_step_after_a_resume_is_the_same_bit_for_bit(tmp_path: Path) ->
         assert torch.equal(a, b)
 
 
+def resume(folder: Path, updater: Updater) -> None:
+    checkpoint.read_progress(folder)
+    checkpoint.restore(folder, updater.optimizer)
+
+
 @pytest.mark.parametrize("broken", ["trainer.pt", "progress.json"])
 def test_a_broken_checkpoint_is_refused(tmp_path: Path, broken: str) -> None:
     updater, folder = saved(tmp_path, Progress(0, 20, 640))
@@ -47,8 +52,7 @@ def test_a_broken_checkpoint_is_refused(tmp_path: Path, broken: str) -> None:
         if content is not None:
             (folder / broken).write_bytes(content)
         with pytest.raises(ModelError, match=r"step-000020 is broken .* remove it to resume from the one before"):
-            checkpoint.read_progress(folder)
-            checkpoint.restore(folder, updater.optimizer)
+            resume(folder, updater)
         (folder / broken).touch()
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.trainer.advantages import advantages
-from learner.trainer.episodes import CreditedTree, Credit, credit, usable
+from learner.trainer.episodes import Credit, CreditedTree, credit, usable
 from learner.trainer.packing import Pack, pack
 from tests.trainer.builders import STOP, forked, grown, random_group, step, subtree
 from treegrpo.errors import ContractError

@@ -14,8 +14,14 @@ from tests.trainer.builders import CPU, tiny
 from treegrpo.tree import PolicyVersion
 
 
-class Crash(Exception):  # noqa: N818 - the end of a process
+class Crash(Exception):  # noqa: N818  # it stands for the end of a process
     pass
+
+
+def crash_halfway(target: Path) -> None:
+    with whole(target) as partial:
+        (partial / "config.json").write_text("{")
+        raise Crash
 
 
 @pytest.fixture
@@ -45,9 +51,8 @@ def test_a_bfloat16_version_says_so(policy: PreTrainedModel, tmp_path: Path) -> 
 
 def test_a_crash_leaves_no_half_version(policy: PreTrainedModel, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
-    with pytest.raises(Crash), whole(weights / "0.1") as partial:
-        (partial / "config.json").write_text("{")
-        raise Crash
+    with pytest.raises(Crash):
+        crash_halfway(weights / "0.1")
     assert published(weights) == []
     assert not (weights / "0.1").exists()
     publish(policy, weights, PolicyVersion(0, 1), tmp_path / "model", "float32")
@@ -57,9 +62,8 @@ def test_a_crash_leaves_no_half_version(policy: PreTrainedModel, tmp_path: Path)
 def test_a_crash_leaves_what_was_there_before(policy: PreTrainedModel, tmp_path: Path) -> None:
     final = tmp_path / "final"
     export(policy, final, tmp_path / "model", "float32")
-    with pytest.raises(Crash), whole(final) as partial:
-        (partial / "config.json").write_text("{")
-        raise Crash
+    with pytest.raises(Crash):
+        crash_halfway(final)
     assert same(load_model(final, CPU), policy)
     with torch.no_grad():
         next(policy.parameters()).add_(1)

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from learner.trainer.checkpoint import Progress, newest, read_progress
+from learner.trainer.link import Link
+from learner.trainer.loop import Trainer
+from learner.trainer.model import load_model
+from learner.trainer.publish import published
+from tests.trainer.builders import CPU, configure, write_tiny
+from tests.trainer.intake import FakeIntake, sampler
+from treegrpo.config import Config
+from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.handoff import Covered, Message, Publish, Report, Take, socket_path
+from treegrpo.telemetry import TrainerMetrics
+from treegrpo.tree import PolicyVersion
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    write_tiny(tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    return configure(tmp_path, checkpoint_every=3)
+
+
+def intake_for(config: Config, **options: Any) -> FakeIntake:
+    return FakeIntake(socket_path(config.run.dir), **options)
+
+
+def train(config: Config, stop: threading.Event | None = None, metrics: TrainerMetrics | None = None) -> Trainer:
+    """Run a trainer against the intake that serves ``config`` to its end."""
+    link = Link.open(socket_path(config.run.dir), stop or threading.Event(), seconds=1.0)
+    try:
+        trainer = Trainer(config, link, metrics or TrainerMetrics())
+        trainer.run()
+    finally:
+        link.close()
+    return trainer
+
+
+def changed(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def resumed(config: Config, **values: Any) -> Config:
+    return changed(changed(config, "run", resume=True), "train", **values)
+
+
+def test_a_trivial_reward_improves_and_the_model_is_handed_over(config: Config) -> None:
+    config = changed(config, "train", steps=10, batch=6, lr=2e-2)
+    metrics = TrainerMetrics()
+    with intake_for(config) as intake:
+        train(config, metrics=metrics)
+    rewards = [report["reward_mean"] for report in intake.reports]
+    assert np.mean(rewards[:2]) < 0.65
+    assert np.mean(rewards[-2:]) > 0.85
+    assert [take.position for take in intake.of(Take)] == [6 * n for n in range(10)]
+    assert [(p.version, p.position) for p in intake.of(Publish)] == [(f"0.{n}", 6 * n) for n in range(11)]
+    assert all(report["kl_mismatch"] < 1e-6 for report in intake.reports)
+    tokens, _ = sampler(config.run.dir / "checkpoints" / "final", seed=1)(50)
+    assert (tokens < 32).mean() > 0.85
+    assert metrics.registry.get_sample_value("treegrpo_step") == 10
+    assert metrics.registry.get_sample_value("treegrpo_train_reward_mean") == rewards[-1]
+
+
+def test_evaluations_come_first_and_last_and_in_between(config: Config) -> None:
+    with intake_for(config) as intake:
+        train(changed(config, "eval", every=2))
+    assert intake.evaluations == ["0.0", "0.0", "0.2", "0.2", "0.4", "0.4"]
+    asked = [type(message).__name__ for message in intake.asked]
+    assert asked[:4] == ["Publish", "Evaluate", "Evaluate", "Take"]
+
+
+def test_checkpoints_cover_positions_and_old_versions_go(config: Config) -> None:
+    with intake_for(config) as intake:
+        train(config)
+    assert [covered.position for covered in intake.of(Covered)] == [6]
+    folder = newest(config.run.dir / "checkpoints")
+    assert folder is not None
+    assert read_progress(folder) == Progress(0, 4, 8)
+    assert published(config.run.dir / "weights") == [PolicyVersion(0, n) for n in (2, 3, 4)]
+
+
+def test_a_resumed_run_goes_on_in_a_new_lineage(config: Config) -> None:
+    with intake_for(config):
+        train(config)
+    with intake_for(config) as intake:
+        trainer = train(resumed(config, steps=6))
+    assert trainer.progress.version == PolicyVersion(1, 6)
+    assert [take.position for take in intake.of(Take)] == [8, 10]
+    assert [p.version for p in intake.of(Publish)] == ["1.4", "1.5", "1.6"]
+
+
+def test_a_lineage_that_left_no_checkpoint_is_not_used_again(config: Config) -> None:
+    (config.run.dir / "weights" / "3.7").mkdir(parents=True)
+    with intake_for(config) as intake:
+        train(resumed(config, steps=1))
+    assert [p.version for p in intake.of(Publish)] == ["4.0", "4.1"]
+
+
+def test_a_resumed_run_takes_the_same_steps_as_one_that_was_not_stopped(config: Config) -> None:
+    with intake_for(config) as through:
+        whole = train(config)
+    halves = changed(config, "run", dir=config.run.dir.with_name("halves"))
+    halves.run.dir.mkdir()
+    with intake_for(halves, steps_before_drain=2) as first:
+        train(halves)
+    with intake_for(halves) as second:
+        parts = train(resumed(halves))
+    assert [r["loss"] for r in through.reports] == [r["loss"] for r in first.reports + second.reports]
+    finals = [load_model(c.run.dir / "checkpoints" / "final", CPU) for c in (config, halves)]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in finals), strict=True))
+    assert (whole.progress.step, parts.progress.step) == (4, 4)
+
+
+def test_a_drain_ends_the_run_with_a_checkpoint(config: Config) -> None:
+    with intake_for(config, steps_before_drain=2) as intake:
+        trainer = train(config)
+    assert trainer.progress.step == 2
+    assert intake.evaluations == ["0.0", "0.0"]  # not of the version it stopped at
+    assert (config.run.dir / "checkpoints" / "step-000002" / "trainer.pt").is_file()
+    assert (config.run.dir / "checkpoints" / "final" / "model.safetensors").is_file()
+
+
+def test_a_drain_ends_the_wait_for_an_evaluation(config: Config) -> None:
+    with intake_for(config, state="draining") as intake:
+        assert train(config).progress.step == 0
+    assert intake.of(Take) == []
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_stop_lets_the_step_finish_whether_the_intake_stays_or_leaves(config: Config, stays: bool) -> None:
+    stop = threading.Event()
+
+    def stop_in_step_two(request: Message) -> bool:
+        if isinstance(request, Publish) and request.version == "0.2":
+            stop.set()
+        return stays or not stop.is_set()
+
+    with intake_for(config, answers=stop_in_step_two):
+        assert train(config, stop).progress.step == 2
+    assert (config.run.dir / "checkpoints" / "step-000002").is_dir()
+
+
+def test_an_intake_that_vanishes_costs_no_step(config: Config) -> None:
+    def until_step_three(request: Message) -> bool:
+        return not (isinstance(request, Take) and request.position == 4)
+
+    with intake_for(config, answers=until_step_three), pytest.raises(UnavailableError, match="The intake went away"):
+        train(config)
+    assert (config.run.dir / "checkpoints" / "step-000002" / "progress.json").is_file()
+
+
+def nothing_new(_tokens: np.ndarray) -> float:
+    return 0.2
+
+
+def test_a_step_without_signal_moves_on_with_the_same_policy(config: Config) -> None:
+    with intake_for(config, reward=nothing_new) as intake:
+        train(config)
+    assert [r["outcome"] for r in intake.reports] == ["no_signal"] * 4
+    assert [r["zero_signal_ratio"] for r in intake.reports] == [1.0] * 4
+    assert [p.position for p in intake.of(Publish)] == [0, 2, 4, 6, 8]
+    models = [load_model(f, CPU) for f in (config.model.path, config.run.dir / "checkpoints" / "final")]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+
+
+def test_the_reference_is_the_initial_model_also_after_a_resume(config: Config) -> None:
+    config = changed(config, "train", kl_coef=0.001)
+    with intake_for(config) as first:
+        train(config)
+    with intake_for(config) as second:
+        train(resumed(config, steps=5))
+    assert first.reports[0]["kl_reference"] == pytest.approx(0, abs=1e-9)
+    assert second.reports[0]["kl_reference"] > 1e-3
+
+
+def test_a_used_run_directory_is_refused_unless_resumed(config: Config) -> None:
+    with intake_for(config):
+        train(config)
+        with pytest.raises(ConfigError, match="holds a run already; add --resume"):
+            train(config)
+
+
+def test_nobody_at_the_socket_is_said(config: Config) -> None:
+    with pytest.raises(UnavailableError, match="The intake does not answer at"):
+        Link.open(socket_path(config.run.dir), threading.Event(), seconds=0.2)
+
+
+def test_sigterm_ends_the_process_well(config: Config) -> None:
+    asked = threading.Event()
+    flags = ["--run.dir", str(config.run.dir), "--model.path", str(config.model.path), "--train.steps", "1000"]
+    flags += ["--train.batch", "2", "--train.kl_coef", "0", "--learner.metrics", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "learner.trainer", *flags]
+
+    def trained(request: Message) -> bool:
+        if isinstance(request, Report):
+            asked.set()
+        return True
+
+    with intake_for(config, answers=trained):
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+        )
+        assert asked.wait(60)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    folder = newest(config.run.dir / "checkpoints")
+    assert folder is not None
+    assert 1 <= read_progress(folder).step < 1000
