@@ -17,7 +17,6 @@ from services.sampler import client as client_module
 from services.sampler.client import LearnerClient, connect
 from services.sampler.expansion import Expander
 from services.sampler.holder import Identity, LeaseHolder
-from services.sampler.outbox import Outbox
 from services.sampler.weights import Follower, WeightStore
 from tests.sampler.fake_learner import FakeLearner, serving
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, deep, lease, plan, turns
@@ -284,19 +283,3 @@ async def test_a_learner_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPa
         address = f"127.0.0.1:{held.getsockname()[1]}"
         with pytest.raises(UnavailableError, match=rf"{address}.*sampler\.learner"):
             await connect(address)
-
-
-def test_an_ack_confirms_the_lease_ends_that_were_sent_before_it() -> None:
-    outbox = Outbox()
-    outbox.put_subtree(subtree(0, "a"))
-    outbox.put_end(LeaseEnd("a", LeaseEndReason.COMPLETE))
-    outbox.put_subtree(subtree(0, "b"))
-    outbox.put_end(LeaseEnd("b", LeaseEndReason.COMPLETE))
-    outbox.acked("b", 0, 0)
-    assert outbox.leases == {"a", "b"}
-    assert [request.WhichOneof("kind") for request in outbox] == ["subtree", "lease_end"]
-    outbox.acked("b", 0, 0)
-    outbox.acked("a", 0, 0)
-    assert [request.lease_end.lease for request in outbox] == ["b"]
-    outbox.drop("b")
-    assert outbox.subtrees == len(outbox.leases) == 0

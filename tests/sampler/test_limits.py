@@ -1,0 +1,112 @@
+"""What holds a lease back: its budget, the word to stop, a pause, a cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from services.sampler.expansion import Expander, Gate
+from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, deep, lease, plan, turns
+from treegrpo.budget import Budget, Cost
+from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
+from treegrpo.tree import Subtree
+
+CHAIN = plan(1, 0, 0)
+
+
+async def grown(given: Lease, engine: FakeEngine, gate: Gate | None = None) -> tuple[list[Subtree], LeaseEnd]:
+    subtrees: list[Subtree] = []
+    expander = Expander(engine, FakeEnvironment(), FakeText(), retries=0)
+    return subtrees, await expander.grow(given, subtrees.append, gate or Gate())
+
+
+async def test_expansions_stop_when_the_grant_would_not_cover_another_step() -> None:
+    one = lease(plan(1, 4, 1), grant=Budget(40, 100))
+    subtrees, end = await grown(one, FakeEngine(lambda _prefix: "ok a!"))
+    assert end.reason is LeaseEndReason.BUDGET
+    assert 1 < len(subtrees) < one.plan.leaves
+    assert end.forgone == one.plan.leaves - len(subtrees)
+    assert sum((s.cost for s in subtrees), Cost()).tokens <= 40
+
+
+async def test_expansions_that_start_together_do_not_count_on_the_same_rest() -> None:
+    """A step may cost 5 prefix and 16 action tokens: 45 of 52 left after the chain cover two, not six."""
+    subtrees, end = await grown(lease(plan(1, 1, 6), grant=Budget(52, 100)), FakeEngine(lambda _prefix: "ok a!"))
+    assert [s.index for s in subtrees] == [0, 1, 2]
+    assert (end.reason, end.forgone) == (LeaseEndReason.BUDGET, 4)
+
+
+async def test_tool_calls_are_a_budget_too() -> None:
+    subtrees, end = await grown(lease(plan(1, 3, 1), grant=Budget(10_000, 1)), FakeEngine(deep(1)))
+    assert len(subtrees) == 1
+    assert end.reason is LeaseEndReason.BUDGET
+
+
+async def test_stop_expanding_finishes_what_runs_and_begins_nothing() -> None:
+    gate, one = Gate(), lease(plan(2, 3, 2))
+
+    def script(prefix: str) -> str:
+        if turns(prefix) == 1:
+            gate.stop()
+        return deep(2)(prefix)  # type: ignore[return-value]
+
+    subtrees, end = await grown(one, FakeEngine(script), gate=gate)
+    assert [(s.tree, s.index, len(s.leaves)) for s in subtrees] == [(0, 0, 1), (1, 0, 1)]
+    assert (end.reason, end.forgone) == (LeaseEndReason.STOPPED, 12)
+
+
+async def test_a_lease_that_is_stopped_before_it_began_does_nothing() -> None:
+    gate = Gate()
+    gate.stop()
+    subtrees, end = await grown(lease(plan(2, 1, 2)), FakeEngine(deep(1)), gate=gate)
+    assert not subtrees
+    assert (end.reason, end.forgone) == (LeaseEndReason.STOPPED, 4)
+
+
+async def test_a_paused_run_begins_no_turn_until_it_runs_again() -> None:
+    running, paused = asyncio.Event(), asyncio.Event()
+    running.set()
+
+    def script(prefix: str) -> str:
+        if turns(prefix) == 1:
+            running.clear()
+            paused.set()
+        return deep(3)(prefix)  # type: ignore[return-value]
+
+    engine = FakeEngine(script)
+    growing = asyncio.create_task(grown(lease(CHAIN), engine, gate=Gate(running)))
+    await paused.wait()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(engine.prefixes) == 2
+    running.set()
+    (chain,), _ = await growing
+    assert len(chain.steps) == 4
+
+
+async def test_an_evaluation_is_one_greedy_chain() -> None:
+    engine = FakeEngine(deep(1))
+    subtrees, end = await grown(lease(plan(2, 2, 2).as_eval()), engine)
+    assert [s.index for s in subtrees] == [0]
+    assert {sampling.temperature for sampling in engine.samplings} == {0.0}
+    assert end.reason is LeaseEndReason.COMPLETE
+
+
+async def test_cancelling_a_lease_ends_its_generations() -> None:
+    running, ended = asyncio.Event(), asyncio.Event()
+
+    async def script(_prefix: str) -> str:
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return ""
+
+    growing = asyncio.create_task(grown(lease(CHAIN), FakeEngine(script)))
+    await running.wait()
+    growing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await growing
+    assert ended.is_set()
