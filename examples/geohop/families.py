@@ -57,10 +57,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Pool:
-    """The part of the world that one split asks about: the cities of some countries."""
+    """The part of the world that one split asks about: some of the cities."""
 
     world: World
-    countries: tuple[Country, ...]
+    members: frozenset[str]
+    """Ids of the cities of the split."""
 
     @cached_property
     def by_name(self) -> Mapping[str, Country | City]:
@@ -70,13 +71,13 @@ class Pool:
 
     @cached_property
     def cities(self) -> Mapping[str, list[City]]:
-        """By country of the split, the cities whose names are plain and their own; at least three."""
-        names = {country.name for country in self.countries if country.name in self.by_name}
+        """By country, the cities of the split whose names are plain and their own; at least two."""
         found: dict[str, list[City]] = {}
         for city in self.world.cities:
-            if city.country in names and city.name in self.by_name and _PLAIN.fullmatch(city.name):
+            own = city.name in self.by_name and city.country in self.by_name
+            if own and city.id in self.members and _PLAIN.fullmatch(city.name):
                 found.setdefault(city.country, []).append(city)
-        return {name: cities for name, cities in found.items() if len(cities) >= 3}
+        return {name: cities for name, cities in found.items() if len(cities) >= 2}
 
     @cached_property
     def rare_currencies(self) -> frozenset[str]:
@@ -141,9 +142,9 @@ def near_city(pool: Pool, rng: random.Random) -> Item | None:
 
 def near_people(pool: Pool, rng: random.Random) -> Item | None:
     """2 hops; tempting: the people of the city itself."""
-    city, country = pool.draw(rng)
+    city, _ = pool.draw(rng)
     near = pool.city(city.near)
-    if near is None or near.country != country.name or near.thousands == city.thousands:
+    if near is None or near.id not in pool.members or near.thousands == city.thousands:
         return None
     first = _look_up("the city", city.name)
     right = (first, _look_up("the bigger city", near.name), _answer(str(near.thousands)))

@@ -1,6 +1,6 @@
 """Make GeoHop's corpus and question files: ``python -m examples.geohop.make_data``.
 
-facts ─► corpus (one document per place) ─► pools (countries of a split) ─► items ─► only those the retriever can serve ─► rows
+facts ─► corpus (one document per place) ─► pools (cities of a split) ─► items ─► only those the retriever can serve ─► rows
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 TOPK = 2
 SEED = 7
 COUNTS: Mapping[Split, int] = {"train": 4000, "heldout": 200}
-_HELDOUT_SHARE = 0.25
+_HELDOUT_SHARE = 0.15
 
 
 def corpus(world: World) -> list[Document]:
@@ -48,9 +48,9 @@ def _city_text(city: City) -> str:
 
 
 def pool(world: World, split: Split) -> Pool:
-    """The countries of a split. Held-out are the countries whose hash falls under a quarter, with all their cities."""
+    """The cities of a split. Held-out are those whose hash falls under `_HELDOUT_SHARE`."""
     heldout = split == "heldout"
-    return Pool(world, tuple(country for country in world.countries if (_hash(country.name) < _HELDOUT_SHARE) is heldout))
+    return Pool(world, frozenset(city.id for city in world.cities if (_hash(city.id) < _HELDOUT_SHARE) is heldout))
 
 
 def _hash(name: str) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 VOCABULARY = 1024
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
@@ -17,22 +17,13 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Learn the merges from ``texts``. The same texts give the same tokenizer."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    markers = [AddedToken(text, normalized=False) for text in (END, USER, ASSISTANT, *TAGS)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(markers), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.add_tokens(markers)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=END,
-        pad_token=END,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    """Learn the merges from ``texts``. The same texts give the same tokenizer.
+
+    It is a Qwen2 tokenizer with a small vocabulary: AutoTokenizer makes one of any tokenizer that lies beside a Qwen2 model.
+    """
+    markers = [AddedToken(text, normalized=False) for text in (USER, ASSISTANT, *TAGS)]
+    blank = Qwen2Tokenizer(eos_token=END)
+    tokenizer = blank.train_new_from_iterator(texts, VOCABULARY - len(markers), show_progress=False)
+    tokenizer.add_tokens(markers)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import unicodedata
 from functools import cache
 
 import pytest
@@ -14,8 +15,8 @@ from examples.geohop.evaluation import play
 from examples.geohop.families import Item, Turn
 from examples.geohop.make_data import DATA
 from examples.geohop.make_model import MODEL
-from examples.geohop.tokenizer import END, TAGS, USER
-from services.retriever.index import Document, Index
+from examples.geohop.tokenizer import END, TAGS, USER, VOCABULARY, train_tokenizer
+from services.retriever.index import Document, Index, load_corpus
 from treegrpo.question import Message, Question
 
 
@@ -43,9 +44,25 @@ def heldout(count: int) -> list[Question]:
     return [Question(text, "geohop", (Message("user", text),), ("?",)) for text in texts]
 
 
+def test_every_document_comes_back_from_its_ids() -> None:
+    for document in load_corpus(DATA / "corpus.jsonl")[::50]:
+        assert text_of(tokenizer(), token_ids(tokenizer(), document.contents)) == document.contents
+
+
 @given(st.text(max_size=40))
-def test_every_text_comes_back_from_its_ids(text: str) -> None:
-    assert text_of(tokenizer(), token_ids(tokenizer(), text)) == text
+def test_every_composed_text_comes_back_from_its_ids(text: str) -> None:
+    composed = unicodedata.normalize("NFC", text)
+    assert text_of(tokenizer(), token_ids(tokenizer(), composed)) == composed
+
+
+def test_the_vocabulary_fits_the_model() -> None:
+    assert len(tokenizer()) == model().config.vocab_size == VOCABULARY
+
+
+def test_the_training_of_the_tokenizer_is_reproducible() -> None:
+    texts = [str(turn) for turn in PLAN] * 3
+    one, other = train_tokenizer(texts), train_tokenizer(texts)
+    assert one.get_vocab() == other.get_vocab()
 
 
 @pytest.mark.parametrize("tag", [*TAGS, END, USER])
@@ -68,13 +85,15 @@ def test_a_name_is_the_same_tokens_in_question_search_document_and_answer() -> N
     assert all(map(contains, ["Where does Ghazni lie?", search, answer, "Doc 1(Title: Ghazni) Ghazni is a city"]))
 
 
+PLAN = (Turn("the city", "search", "Ghazni"), Turn("that is it", "answer", "Afghanistan"))
+
+
 async def test_a_demonstration_trains_on_the_policys_own_tokens_alone() -> None:
-    plan = (Turn("the city", "search", "Ghazni"), Turn("that is it", "answer", "Afghanistan"))
-    item = Item("country", "In which country does Ghazni lie?", "Afghanistan", plan, (), ("Ghazni",))
+    item = Item("country", "In which country does Ghazni lie?", "Afghanistan", PLAN, (), ("Ghazni",))
     env = environment(small_index(), tokenizer())
-    shown = await demonstrate(item, plan, env, tokenizer())
+    shown = await demonstrate(item, PLAN, env, tokenizer())
     own = [one for one, trained in zip(shown.ids, shown.trained, strict=True) if trained]
-    assert text_of(tokenizer(), own) == "".join(str(turn) for turn in plan)
+    assert text_of(tokenizer(), own) == "".join(str(turn) for turn in PLAN)
     assert shown.ids[: len(prompt_ids(tokenizer(), question(item)))] == prompt_ids(tokenizer(), question(item))
     assert "<information>Doc 1(Title: Ghazni) Ghazni is a city" in text_of(tokenizer(), shown.ids)
 
