@@ -64,6 +64,7 @@ class Crew:
             UnavailableError: it ended instead.
             DeadlineError: it was not ready in time.
         """
+        began = asyncio.get_running_loop().time()
         child = self._children[program.name] = await Child.start(program, self._arguments, self._logs)
         if probe is not None:
             waiting = asyncio.create_task(wait_ready(program.name, probe, READY_SECONDS), name=f"wait-for-{program.name}")
@@ -74,6 +75,7 @@ class Crew:
                 await waiting
             finally:
                 waiting.cancel()
+            self._say(f"The {program.name} is ready after {asyncio.get_running_loop().time() - began:.1f} s.")
         return child
 
     def keep(self, program: Program) -> None:

@@ -97,6 +97,7 @@ class Run:
     async def _start(self, crew: Crew) -> Child:
         """Start everything in order; returns the trainer."""
         config, broker = self._config, partial(broker_ready, self._config.broker.address)
+        self._screen.say(f"Starting the run {config.run.name}; each process writes its log to {config.run.dir / 'logs'}.")
         if self._everything and config.broker.embedded:
             await crew.start(BROKER, broker)
         else:
@@ -109,6 +110,9 @@ class Run:
         for number in range(config.sampler.count if self._everything else 0):
             name = f"sampler-{number}"
             crew.keep(Program(name, "services.sampler", ("--sampler.id", name)))
+        self._screen.say(
+            "The trainer and the samplers load the model; the first line is the held-out exact match before training."
+        )
         return trainer
 
     async def _watch(self, crew: Crew, trainer: Child) -> int:

@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from services.cli.progress import FILE_NAME, Account, EvalRecord, Progress, Record, StepRecord, Tail
+from treegrpo.errors import DataError
 
 REFRESH_SECONDS = 0.5
 RATE_STEPS = 5
@@ -141,8 +142,7 @@ class Screen:
     async def follow(self, run_dir: Path, metrics: str, total: int) -> AsyncGenerator[None]:
         """Show the run in ``run_dir`` for the time of the block; ``metrics`` is the intake's address.
 
-        Raises:
-            DataError: the progress file is broken.
+        A broken progress file ends the showing with a sentence, not the run.
         """
         tail, progress = Tail(run_dir / FILE_NAME), Progress()
         show = self._panel(progress, metrics, total, run_dir) if self._console.is_terminal else self._lines(progress, total)
@@ -151,9 +151,12 @@ class Screen:
 
             async def loop() -> None:
                 while True:
-                    await refresh(tail.new())
+                    try:
+                        await refresh(tail.new())
+                    except DataError as error:
+                        return self.say(f"The progress can no longer be shown: {error}")
                     if done.is_set():
-                        return
+                        return None
                     with suppress(TimeoutError):
                         await asyncio.wait_for(done.wait(), REFRESH_SECONDS)
 

@@ -98,6 +98,15 @@ async def test_in_a_pipe_every_record_is_a_line_also_the_last(tmp_path: Path) ->
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()[1:]] == ["step 1/10", "step 2/10"]
 
 
+async def test_a_broken_progress_file_ends_the_showing_with_a_sentence_not_the_run(tmp_path: Path) -> None:
+    (tmp_path / "progress.jsonl").write_text("nonsense\n")
+    out = io.StringIO()
+    async with Screen(Console(file=out)).follow(tmp_path, "127.0.0.1:1", 10):
+        pass
+    assert "no longer be shown" in out.getvalue()
+    assert "line 1" in out.getvalue()
+
+
 async def test_in_a_terminal_the_panel_is_drawn_without_metrics_too(tmp_path: Path) -> None:
     write(tmp_path, step_row(3))
     out = io.StringIO()
