@@ -111,7 +111,7 @@ class Run:
             name = f"sampler-{number}"
             crew.keep(Program(name, "services.sampler", ("--sampler.id", name)))
         self._screen.say(
-            "The trainer and the samplers load the model; the first line is the held-out exact match before training."
+            "The model is being loaded; the first line is the held-out exact match before training."
         )
         return trainer
 
