@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,10 @@ def test_the_reference_is_the_initial_model_also_after_a_resume(config: Config) 
 def test_a_used_run_directory_is_refused_unless_resumed(config: Config) -> None:
     with intake_for(config):
         train(config)
-        with pytest.raises(ConfigError, match="holds a run already; add --resume"):
-            train(config)
+        with closing(Link.open(socket_path(config.run.dir), threading.Event())) as link:
+            link.report({})  # the intake has taken the connection, so it also closes it
+            with pytest.raises(ConfigError, match="holds a run already; add --resume"):
+                Trainer(config, link, TrainerMetrics())
 
 
 def test_nobody_at_the_socket_is_said(config: Config) -> None:
