@@ -110,9 +110,7 @@ class Run:
         for number in range(config.sampler.count if self._everything else 0):
             name = f"sampler-{number}"
             crew.keep(Program(name, "services.sampler", ("--sampler.id", name)))
-        self._screen.say(
-            "The model is being loaded; the first line is the held-out exact match before training."
-        )
+        self._screen.say("The model is being loaded; the first line is the held-out exact match before training.")
         return trainer
 
     async def _watch(self, crew: Crew, trainer: Child) -> int:
