@@ -6,29 +6,22 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import sys
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import grpc
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.cli.broker import embedded_broker
+from tests.control.brokers import free_address
 from tests.intake.builders import chain, complete
 from treegrpo.codec import lease_end_to_pb, subtree_to_pb
 from treegrpo.handoff import IntakeClient, socket_path
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return cast("int", probe.getsockname()[1])
 
 
 def write_questions(path: Path, count: int, split: str) -> Path:
@@ -48,16 +41,17 @@ def write_questions(path: Path, count: int, split: str) -> Path:
 class Setting:
     """Addresses and files of one run."""
 
-    def __init__(self, tmp_path: Path) -> None:
+    def __init__(self, tmp_path: Path, broker: str) -> None:
         self.run_dir = tmp_path / "run"
-        self.broker, self.listen, self.metrics = (f"127.0.0.1:{free_port()}" for _ in range(3))
+        self.broker, self.listen, self.metrics = broker, free_address(), free_address()
+        self.name = tmp_path.name[-64:].strip("-_")
         self._train = write_questions(tmp_path / "train.jsonl", 8, "train")
         self._heldout = write_questions(tmp_path / "heldout.jsonl", 3, "test")
 
     @property
     def flags(self) -> list[str]:
         return [
-            *("--run.name", "test", "--run.dir", str(self.run_dir), "--broker.address", self.broker),
+            *("--run.name", self.name, "--run.dir", str(self.run_dir), "--broker.address", self.broker),
             *("--learner.listen", self.listen, "--learner.metrics", self.metrics),
             *("--data.train", str(self._train), "--data.heldout", str(self._heldout)),
             *("--train.batch", "2", "--train.max_lag", "1", "--train.steps", "10"),
@@ -86,15 +80,6 @@ class Setting:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", "learner.intake", *self.flags, *more]
         return await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, env=environment)
-
-    @contextlib.asynccontextmanager
-    async def with_broker(self) -> AsyncGenerator[None]:
-        broker = embedded_broker(self.broker)
-        await broker.start()
-        try:
-            yield
-        finally:
-            await broker.shutdown()
 
     @contextlib.asynccontextmanager
     async def trainer(self) -> AsyncGenerator[IntakeClient]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.control.brokers import Broker
+from tests.control.brokers import embedded, free_address
 from tests.engines.builders import save_model
-from tests.intake.harness import Setting, free_port
+from tests.intake.harness import Setting
 from treegrpo.control import RunState, publish_state
 from treegrpo.handoff import Done, Evaluate, Evaluation, IntakeClient, Publish, Take, Taken, unpack_group
 from treegrpo.tree import Group, StepStatus
@@ -23,11 +23,10 @@ ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", 
 
 @pytest.fixture
 async def setting(tmp_path: Path) -> AsyncGenerator[Setting]:
-    made = Setting(tmp_path)
-    broker = Broker(made.broker, [sys.executable, "-m", "services.cli.broker", "--broker.address", made.broker])
+    broker = embedded()
     await broker.start()
     try:
-        yield made
+        yield Setting(tmp_path, broker.address)
     finally:
         await broker.stop()
 
@@ -82,7 +81,7 @@ async def ended(process: asyncio.subprocess.Process) -> str:
 
 
 async def test_questions_become_trees_under_the_newest_weights_until_the_run_drains(setting: Setting) -> None:
-    metrics = f"127.0.0.1:{free_port()}"
+    metrics = free_address()
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(setting.intake(*ROLLOUT))
         trainer = await stack.enter_async_context(setting.trainer())
@@ -112,7 +111,7 @@ async def test_questions_become_trees_under_the_newest_weights_until_the_run_dra
         assert await value(metrics, "treegrpo_engine_version_step") == 1
         assert await value(metrics, "treegrpo_engine_cache_size_tokens") == 65536
 
-        await publish_state(setting.broker, "test", RunState.DRAINING)
+        await publish_state(setting.broker, setting.name, RunState.DRAINING)
         assert "all work is delivered" in await ended(stays)
         await connected(setting, 0)
         samples = await setting.samples()
@@ -121,7 +120,7 @@ async def test_questions_become_trees_under_the_newest_weights_until_the_run_dra
 
 
 async def test_a_broker_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    setting = Setting(tmp_path)
+    setting = Setting(tmp_path, free_address())
     async with sampler(setting, "alone") as process:
         _, errors = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 2
