@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.machine import Result, treegrpo
-from tests.cli.workbench import GEOHOP, Workbench, free_ports, question, write_rows
+from tests.cli.workbench import GEOHOP, Workbench, question, write_rows
 from tests.control.brokers import embedded
 
 
@@ -72,12 +72,10 @@ def test_a_broker_that_is_not_there(bench: Workbench) -> None:
 
 
 async def test_a_learner_that_is_not_there(bench: Workbench) -> None:
-    broker = embedded()
+    broker = embedded(bench.keys["broker.address"])
     await broker.start()
     try:
-        (port,) = free_ports(1)
-        learner = f"127.0.0.1:{port}"
-        refused(treegrpo("sampler", *bench.flags(broker__address=broker.address, sampler__learner=learner)), learner)
+        refused(treegrpo("sampler", *bench.flags()), bench.keys["learner.listen"])
     finally:
         await broker.stop()
 

@@ -46,9 +46,8 @@ class Broker:
             self._process = None
 
 
-def embedded() -> Broker:
+def embedded(address: str) -> Broker:
     """The broker of `treegrpo up`."""
-    address = free_address()
     return Broker(address, [sys.executable, "-m", "services.cli.broker", "--broker.address", address])
 
 

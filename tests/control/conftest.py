@@ -15,7 +15,7 @@ from tests.control.brokers import Broker
 
 def _made(kind: str, folder: Path) -> Broker:
     if kind == "embedded":
-        return brokers.embedded()
+        return brokers.embedded(brokers.free_address())
     if (binary := brokers.mosquitto_binary()) is not None:
         return brokers.mosquitto(binary, folder)
     if os.environ.get("REQUIRE_MOSQUITTO"):
