@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.control.brokers import Broker, embedded
+from tests.control.brokers import Broker, embedded, free_address
 from tests.intake.harness import Sampler, Setting
 from treegrpo.handoff import Covered, Done, Evaluate, Evaluation, IntakeClient, Publish, Report, Take, Taken, unpack_group
 from treegrpo.v1 import weights_pb2, weights_pb2_grpc
@@ -19,7 +19,7 @@ from treegrpo.v1 import weights_pb2, weights_pb2_grpc
 
 @pytest.fixture(scope="module")
 def broker() -> Generator[Broker]:
-    made = embedded()
+    made = embedded(free_address())
     asyncio.run(made.start())
     yield made
     asyncio.run(made.stop())

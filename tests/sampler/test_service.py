@@ -23,7 +23,7 @@ ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", 
 
 @pytest.fixture
 async def setting(tmp_path: Path) -> AsyncGenerator[Setting]:
-    broker = embedded()
+    broker = embedded(free_address())
     await broker.start()
     try:
         yield Setting(tmp_path, broker.address)
