@@ -45,8 +45,8 @@ class Course:
 
 
 COURSES: Mapping[str, Course] = {
-    "reading": Course({"country": 1.0, "near": 1.0}, 400, 0.02),
-    "skills": Course(SKILLS, 250, 0.02),
+    "reading": Course({"country": 1.0, "near": 1.0, "near_people": 1.0}, 400, 0.02),
+    "skills": Course(SKILLS, 550, 0.02),
     "habits": Course(HABITS, 100, 0.005),
 }
 
