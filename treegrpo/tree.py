@@ -221,16 +221,20 @@ class Group:
     def chain_equivalent(self) -> Cost:
         """What independent chains to the same leaves would have computed, on an engine that also caches prefixes.
 
-        Each leaf pays its own path; the prompt is paid once, because chains of one prompt share it in a prefix cache
-        too. Charging it once per chain would flatter the tree.
+        Each leaf samples its own actions and makes its own tool calls. What is read (prompt, observations) is computed once
+        for each distinct prefix, because a prefix cache serves chains too: chains of one question share its prompt, and
+        those that began with the same words share what these found. Charging it once per chain would flatter the tree.
         """
-        prompt = max((len(tree.prompt) for tree in self.trees.values()), default=0)
-        paths = [tree.path(leaf.node) for tree, leaf in self.leaves()]
-        return Cost(
-            prefilled=prompt + sum(len(step.observation) for path in paths for step in path),
-            decoded=sum(len(step.action) for path in paths for step in path),
-            tool_calls=sum(step.cost.tool_calls for path in paths for step in path),
-        )
+        read: dict[bytes, int] = {}
+        cost = Cost()
+        for tree, leaf in self.leaves():
+            prefix = tree.prompt.tobytes()
+            read[prefix] = len(tree.prompt)
+            for step in tree.path(leaf.node):
+                prefix += step.action.tobytes() + step.observation.tobytes()
+                read[prefix] = len(step.observation)
+                cost += Cost(decoded=len(step.action), tool_calls=step.cost.tool_calls)
+        return cost + Cost(prefilled=sum(read.values()))
 
     def spans(self) -> Iterator[VersionSpan]:
         for tree in self.trees.values():

@@ -55,13 +55,13 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(broken: Subtree, says:
     assert tree.add(chain("a", index=1, parent=1)), "the index is still free"
 
 
-def test_the_chain_equivalent_pays_every_path_but_the_prompt_once() -> None:
+def test_the_chain_equivalent_samples_every_path_and_reads_every_prefix_once() -> None:
     group = Group("g", question(0))
     group.add(chain("a", tree=0, index=0))
     group.add(chain("a", tree=0, index=1, parent=1))
-    group.add(chain("a", tree=1, index=0))
-    paths = [[4, 3, 4], [4, 3, 4, 3, 4], [4, 3, 4]]
-    assert group.chain_equivalent().tokens == 7 + sum(map(sum, paths))
+    group.add(chain("a", tree=1, index=0))  # word for word like the first chain: a prefix cache would serve what it reads
+    sampled, read = [4 + 4, 4 + 4 + 4, 4 + 4], [3, 3]
+    assert group.chain_equivalent().tokens == 7 + sum(sampled) + sum(read)
     assert Budget.of(group.chain_equivalent()).tool_calls == 2 + 3 + 2
 
 
