@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -64,8 +64,12 @@ async def peers(config: Config) -> list[Finding]:
 
 
 async def examine(config: Config) -> list[Finding]:
-    """All findings."""
-    return [*machine(), *files(up_checks(config)), *await peers(config)]
+    """All findings. Ports and run directory that are in use are no fault while a run is up."""
+    reached = await peers(config)
+    found = files(up_checks(config))
+    if any(peer.verdict == "ok" for peer in reached):
+        found = [_excused(finding) if finding.subject in ("ports", "run directory") else finding for finding in found]
+    return [*machine(), *found, *reached]
 
 
 def report(findings: list[Finding]) -> Table:
@@ -74,6 +78,10 @@ def report(findings: list[Finding]) -> Table:
     for finding in findings:
         table.add_row(finding.subject, f"[{INK[finding.verdict]}]{finding.verdict}[/]", finding.text)
     return table
+
+
+def _excused(finding: Finding) -> Finding:
+    return replace(finding, verdict="warn", text=f"a run is up: {finding.text}") if finding.verdict == "fail" else finding
 
 
 def _package(name: str) -> Finding:

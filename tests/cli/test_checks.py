@@ -18,8 +18,9 @@ from services.cli.checks import (
     run_checks,
     up_checks,
 )
-from services.cli.doctor import files, machine
+from services.cli.doctor import examine, files, machine
 from tests.cli.workbench import GEOHOP, Workbench
+from tests.control.brokers import embedded
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
 from treegrpo.settings import load
 
@@ -88,6 +89,18 @@ def test_several_samplers_cannot_share_a_metrics_port() -> None:
     with pytest.raises(ConfigError, match="would be shared by 2 samplers"):
         check_sampler_metrics(load(None, ["--sampler.metrics", "127.0.0.1:9500"]))
     check_sampler_metrics(load(None, ["--sampler.metrics", "127.0.0.1:9500", "--sampler.count", "1"]))
+
+
+async def test_the_doctor_takes_the_ports_of_a_run_that_is_up_for_no_fault(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    config = load(None, bench.flags())
+    broker = embedded(config.broker.address)
+    await broker.start()
+    try:
+        verdicts = {finding.subject: finding.verdict for finding in await examine(config)}
+    finally:
+        await broker.stop()
+    assert (verdicts["broker"], verdicts["ports"], verdicts["learner"]) == ("ok", "warn", "warn")
 
 
 def test_the_doctor_finds_every_fault_and_the_machine_fit(tmp_path: Path) -> None:
