@@ -110,6 +110,7 @@ class Reporter:
             "ledger": book.ledger.summary(),
             "chain_tokens": self._chain[LeaseKind.TRAIN].tokens,
             "saving": self.saving(LeaseKind.TRAIN, "tokens"),
+            "saving_tool_calls": self.saving(LeaseKind.TRAIN, "tool_calls"),
             "samplers": self._samplers,
         }
 

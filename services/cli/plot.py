@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILE_NAME = "progress.png"
-INK = {"reward": "#4c72b0", "train": "#8da0cb", "heldout": "#c44e52", "spent": "#55a868", "chains": "#b0b0b0", "lag": "#8172b3"}
+INK = {
+    "reward": "#4c72b0",
+    "train": "#8da0cb",
+    "heldout": "#c44e52",
+    "spent": "#55a868",
+    "calls": "#ccb974",
+    "chains": "#b0b0b0",
+    "lag": "#8172b3",
+}
 
 
 def plot(progress: Progress, path: Path, title: str) -> None:
@@ -63,9 +71,11 @@ def _budget(axes: Axes, progress: Progress) -> None:
 
 
 def _saving(axes: Axes, progress: Progress) -> None:
-    axes.plot(_steps(progress), [100 * step.saving for step in progress.steps], color=INK["spent"])
+    axes.plot(_steps(progress), [100 * step.saving_tool_calls for step in progress.steps], color=INK["calls"], label="tool calls")
+    axes.plot(_steps(progress), [100 * step.saving for step in progress.steps], color=INK["spent"], label="tokens")
     axes.set_ylim(bottom=min(0.0, *(100 * step.saving for step in progress.steps)))
-    axes.set_title("saving against chains, %")
+    axes.set_title("saved against chains to the same leaves, %")
+    axes.legend(loc="lower right", frameon=False)
 
 
 def _lag(axes: Axes, progress: Progress) -> None:

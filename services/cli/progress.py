@@ -43,6 +43,8 @@ class StepRecord(BaseModel):
     """What chains to the same leaves would have cost so far."""
     saving: float
     """1 - spent / chain_tokens."""
+    saving_tool_calls: float
+    """The same in tool calls."""
     samplers: int
 
     @property

@@ -28,9 +28,10 @@ def em_line(progress: Progress) -> str:
 def budget_summary(progress: Progress) -> str:
     """What training cost, and what chains to the same leaves would have."""
     last = progress.steps[-1]
+    calls = last.ledger["train"]["tool_calls"].spent
     return (
-        f"rollout budget: {count(last.training.spent)} tokens spent, {percent(last.saving)} saved against "
-        f"{count(last.chain_tokens)} for chains to the same leaves"
+        f"rollout budget: {count(last.training.spent)} tokens and {count(calls)} tool calls; against chains to the same leaves "
+        f"that saves {percent(last.saving)} of the tokens and {percent(last.saving_tool_calls)} of the calls"
     )
 
 

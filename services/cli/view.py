@@ -61,7 +61,7 @@ def step_line(steps: Sequence[StepRecord], total: int) -> str:
         f"step {step.step}/{total}  reward {step.reward_mean:.3f}  EM {percent(step.em)}  "
         f"lag {step.lag_mean:.1f} (max {step.lag_max})  {count(tokens_per_second(steps))} tok/s  "
         f"spent {count(step.training.spent)} of {count(step.training.granted)} tokens granted  "
-        f"saving {percent(step.saving)}  samplers {step.samplers}"
+        f"saving {percent(step.saving)} tokens, {percent(step.saving_tool_calls)} calls  samplers {step.samplers}"
     )
 
 
@@ -107,7 +107,9 @@ def panel(progress: Progress, scrape: Scrape, total: int, title: str) -> Panel:
         table.add_row("EM", f"{percent(last.em)}  {spark([step.em for step in steps])}")
         table.add_row("lag", f"{last.lag_mean:.1f} versions (max {last.lag_max})")
         table.add_row("sampling", f"{count(tokens_per_second(steps))} tok/s")
-        table.add_row("saving", f"{percent(last.saving)} of {count(last.chain_tokens)} tokens that chains would have cost")
+        table.add_row(
+            "saving", f"{percent(last.saving)} of the tokens, {percent(last.saving_tool_calls)} of the tool calls of chains"
+        )
     if progress.evals:
         table.add_row("held-out", ems_line([record.em for record in progress.evals]))
     account = account_of(scrape) if scrape else last.training if last else Account()

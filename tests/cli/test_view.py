@@ -34,7 +34,7 @@ def test_a_step_is_one_line() -> None:
     steps = [step(1, spent=1000, time=10.0), step(2, spent=5000, time=12.0)]
     assert step_line(steps, 100) == (
         "step 2/100  reward 0.125  EM 25.0 %  lag 0.5 (max 1)  2 k tok/s  "
-        "spent 5 k of 45 k tokens granted  saving 50.0 %  samplers 2"
+        "spent 5 k of 45 k tokens granted  saving 50.0 % tokens, 25.0 % calls  samplers 2"
     )
 
 
