@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from treegrpo.errors import DataError
 
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 _WORD = re.compile(r"\w+")
 
 

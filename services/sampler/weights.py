@@ -190,7 +190,7 @@ class Follower:
 
 async def first_version(store: WeightStore) -> tuple[PolicyVersion, Path]:
     """Wait for the learner's first version and fetch it. Raises the last error after FIRST_VERSION_SECONDS."""
-    deadline = time.monotonic() + FIRST_VERSION_SECONDS
+    deadline, said = time.monotonic() + FIRST_VERSION_SECONDS, ""
     while True:
         try:
             described = await store.describe()
@@ -198,7 +198,9 @@ async def first_version(store: WeightStore) -> tuple[PolicyVersion, Path]:
         except (WeightsError, UnavailableError) as error:
             if time.monotonic() > deadline:
                 raise
-            log.info("waiting for the first policy version: %s", error)
+            if str(error) != said:
+                said = str(error)
+                log.info("waiting for the first policy version: %s", said)
             await asyncio.sleep(FIRST_RETRY_SECONDS)
 
 
