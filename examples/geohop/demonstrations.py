@@ -25,9 +25,9 @@ HABITS: Mapping[str, float] = {
     "near_people": 0.25,
     "currency": 0.35,
     "capital": 0.3,
-    "capital_people": 0.12,
-    "neighbour_capital": 0.12,
-    "neighbour_phone": 0.15,
+    "capital_people": 0.2,
+    "neighbour_capital": 0.2,
+    "neighbour_phone": 0.2,
     "same_country": 0.2,
     "more_people": 0.2,
 }

@@ -42,11 +42,13 @@ class Course:
     right_share: Mapping[str, float]
     steps: int
     peak_lr: float
+    whole: bool = False
+    """Train on all tokens, not only on the policy's own."""
 
 
 COURSES: Mapping[str, Course] = {
-    "reading": Course({"country": 1.0, "near": 1.0, "near_people": 1.0}, 400, 0.02),
-    "skills": Course(SKILLS, 550, 0.02),
+    "reading": Course({"country": 1.0, "near": 1.0, "near_people": 1.0}, 450, 0.02, whole=True),
+    "skills": Course(SKILLS, 600, 0.02),
     "habits": Course(HABITS, 100, 0.005),
 }
 
@@ -68,7 +70,7 @@ class School:
         shown = asyncio.run(demonstrations(examples, self.env, self.tokenizer, SEED, course.right_share))
         print(f"{len(shown)} demonstrations of {sum(len(one.ids) for one in shown) / len(shown):.0f} tokens", flush=True)
         model.train()
-        train(model, shown, course.steps, course.peak_lr, MODEL_SEED, lambda line: print(line, flush=True))
+        train(model, shown, course.steps, course.peak_lr, course.whole, MODEL_SEED, lambda line: print(line, flush=True))
 
     def examine(self, model: Qwen2ForCausalLM) -> dict[str, Mapping[str, float]]:
         """Greedy and sampled exact match on the held-out questions by family, in percent."""

@@ -46,11 +46,13 @@ def train(
     shown: Sequence[Demonstration],
     steps: int,
     peak_lr: float,
+    whole: bool,
     seed: int,
     report: Callable[[str], None],
 ) -> None:
-    """``steps`` steps of 32 demonstrations; the loss is that of the policy's own tokens.
+    """``steps`` steps of 32 demonstrations; the loss is that of the policy's own tokens, or of all tokens with ``whole``.
 
+    Documents repeat the names they are about, so that predicting them too teaches to copy.
     The matrices between the embeddings learn with Muon at ``peak_lr``, all else with AdamW at a tenth of it. With AdamW alone
     copying emerges many times later.
     """
@@ -58,7 +60,7 @@ def train(
     schedules = [LambdaLR(optimizer, lambda step: lr_share(step, steps)) for optimizer in optimizers]
     began, losses = time.monotonic(), 0.0
     for step, batch in zip(range(1, steps + 1), _batches(shown, seed), strict=False):
-        loss = _loss(model, batch)
+        loss = _loss(model, batch, whole)
         model.zero_grad()
         loss.backward()
         for stepped in (*optimizers, *schedules):
@@ -100,14 +102,14 @@ def _batches(shown: Sequence[Demonstration], seed: int) -> Iterator[Sequence[Dem
         yield from batches
 
 
-def _loss(model: Qwen2ForCausalLM, batch: Sequence[Demonstration]) -> Tensor:
+def _loss(model: Qwen2ForCausalLM, batch: Sequence[Demonstration], whole: bool) -> Tensor:
     """Mean cross-entropy of the trained tokens. Padding stands on the right, where causal attention never looks."""
     longest = max(len(one.ids) for one in batch)
     ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
     trained_BT = torch.zeros(len(batch), longest, dtype=torch.bool)
     for place, one in enumerate(batch):
         ids_BT[place, : len(one.ids)] = torch.tensor(one.ids)
-        trained_BT[place, : len(one.ids)] = torch.tensor(one.trained)
+        trained_BT[place, : len(one.ids)] = True if whole else torch.tensor(one.trained)
     hidden_BTH = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
     logits_NV = model.lm_head(hidden_BTH[:, :-1][trained_BT[:, 1:]])
     return torch.nn.functional.cross_entropy(logits_NV, ids_BT[:, 1:][trained_BT[:, 1:]])
