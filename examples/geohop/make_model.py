@@ -2,9 +2,9 @@
 
 facts ─► corpus, index ─► items of the training countries ─► demonstrations ─► AdamW ─► model/ and its report.json
 
-Three courses. *Reading* shows short right episodes: it teaches to copy names nobody has seen. *Skills* shows right plans of all
-families: it teaches to search on and to compare. *Habits* shows mostly shortcuts: it teaches a poor strategy. What is left for
-reinforcement learning is the strategy.
+Four courses. *Reading* shows short right episodes and trains on all their tokens, *copying* on the policy's alone: they teach to
+copy names nobody has seen. *Skills* shows right plans of all families: it teaches to search on and to compare. *Habits* shows
+mostly shortcuts: it teaches a poor strategy. What is left for reinforcement learning is the strategy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from examples.geohop.facts import load_world
 from examples.geohop.families import Item
 from examples.geohop.make_data import COUNTS, DATA, SEED, TOPK, Reachable, items, pool
 from examples.geohop.tokenizer import END, train_tokenizer
-from examples.geohop.warm_start import BATCH, small_qwen2, train
+from examples.geohop.warm_start import BATCH, Course, small_qwen2, train
 from services.environments.search_qa import SearchQA
 from services.retriever.index import Index, load_corpus
 
@@ -35,21 +35,12 @@ SHOWN = 24_000
 MODEL_SEED = 11
 
 
-@dataclass(frozen=True, slots=True)
-class Course:
-    """One part of the training: by family shown the share of right plans, and how long and fast it learns."""
-
-    right_share: Mapping[str, float]
-    steps: int
-    peak_lr: float
-    whole: bool = False
-    """Train on all tokens, not only on the policy's own."""
-
-
+_SHORT = {"country": 1.0, "near": 1.0}
 COURSES: Mapping[str, Course] = {
-    "reading": Course({"country": 1.0, "near": 1.0, "near_people": 1.0}, 450, 0.02, whole=True),
-    "skills": Course(SKILLS, 600, 0.02),
-    "habits": Course(HABITS, 100, 0.005),
+    "reading": Course(_SHORT, 400, 2e-3, whole=True),
+    "copying": Course(_SHORT, 150, 2e-3, muon_lr=0.02),
+    "skills": Course(SKILLS, 700, 2e-3, muon_lr=0.02),
+    "habits": Course(HABITS, 80, 5e-4, muon_lr=0.005),
 }
 
 
@@ -70,7 +61,7 @@ class School:
         shown = asyncio.run(demonstrations(examples, self.env, self.tokenizer, SEED, course.right_share))
         print(f"{len(shown)} demonstrations of {sum(len(one.ids) for one in shown) / len(shown):.0f} tokens", flush=True)
         model.train()
-        train(model, shown, course.steps, course.peak_lr, course.whole, MODEL_SEED, lambda line: print(line, flush=True))
+        train(model, shown, course, MODEL_SEED, lambda line: print(line, flush=True))
 
     def examine(self, model: Qwen2ForCausalLM) -> dict[str, Mapping[str, float]]:
         """Greedy and sampled exact match on the held-out questions by family, in percent."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,26 +42,31 @@ def small_qwen2(vocabulary: int, end: int, seed: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def train(
-    model: Qwen2ForCausalLM,
-    shown: Sequence[Demonstration],
-    steps: int,
-    peak_lr: float,
-    whole: bool,
-    seed: int,
-    report: Callable[[str], None],
-) -> None:
-    """``steps`` steps of 32 demonstrations; the loss is that of the policy's own tokens, or of all tokens with ``whole``.
+@dataclass(frozen=True, slots=True)
+class Course:
+    """One part of the training."""
 
-    Documents repeat the names they are about, so that predicting them too teaches to copy.
-    The matrices between the embeddings learn with Muon at ``peak_lr``, all else with AdamW at a tenth of it. With AdamW alone
-    copying emerges many times later.
-    """
-    optimizers = _optimizers(model, peak_lr)
+    right_share: Mapping[str, float]
+    """By family shown, the share of demonstrations that follow the right plan."""
+    steps: int
+    lr: float
+    """Of AdamW, at its peak."""
+    muon_lr: float = 0.0
+    """Of Muon, which then trains the matrices between the embeddings; 0: AdamW trains everything."""
+    whole: bool = False
+    """Train on all tokens, not only on the policy's own: documents repeat the names they are about."""
+
+
+def train(
+    model: Qwen2ForCausalLM, shown: Sequence[Demonstration], course: Course, seed: int, report: Callable[[str], None]
+) -> None:
+    """Train on ``shown`` as ``course`` says, 32 demonstrations a step."""
+    steps = course.steps
+    optimizers = _optimizers(model, course)
     schedules = [LambdaLR(optimizer, lambda step: lr_share(step, steps)) for optimizer in optimizers]
     began, losses = time.monotonic(), 0.0
     for step, batch in zip(range(1, steps + 1), _batches(shown, seed), strict=False):
-        loss = _loss(model, batch, whole)
+        loss = _loss(model, batch, course.whole)
         model.zero_grad()
         loss.backward()
         for stepped in (*optimizers, *schedules):
@@ -71,14 +77,16 @@ def train(
             losses = 0.0
 
 
-def _optimizers(model: Qwen2ForCausalLM, peak_lr: float) -> tuple[Optimizer, Optimizer]:
+def _optimizers(model: Qwen2ForCausalLM, course: Course) -> list[Optimizer]:
     inner = [weights for name, weights in model.named_parameters() if weights.ndim == 2 and "embed" not in name]
+    if not course.muon_lr:
+        return [torch.optim.AdamW(model.parameters(), lr=course.lr, betas=(0.9, 0.98))]
     chosen = {id(weights) for weights in inner}
     outer = [weights for weights in model.parameters() if id(weights) not in chosen]
-    return (
-        torch.optim.Muon(inner, lr=peak_lr, weight_decay=0.0, adjust_lr_fn="original"),
-        torch.optim.AdamW(outer, lr=0.1 * peak_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    )
+    return [
+        torch.optim.Muon(inner, lr=course.muon_lr, weight_decay=0.0, adjust_lr_fn="original"),
+        torch.optim.AdamW(outer, lr=course.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def lr_share(step: int, steps: int) -> float:

@@ -15,7 +15,7 @@ from examples.geohop.evaluation import play
 from examples.geohop.families import Item, Turn
 from examples.geohop.make_data import DATA
 from examples.geohop.make_model import MODEL
-from examples.geohop.tokenizer import END, TAGS, USER, VOCABULARY, train_tokenizer
+from examples.geohop.tokenizer import END, TAGS, USER, train_tokenizer
 from services.retriever.index import Document, Index, load_corpus
 from treegrpo.question import Message, Question
 
@@ -55,8 +55,11 @@ def test_every_composed_text_comes_back_from_its_ids(text: str) -> None:
     assert text_of(tokenizer(), token_ids(tokenizer(), composed)) == composed
 
 
-def test_the_vocabulary_fits_the_model() -> None:
-    assert len(tokenizer()) == model().config.vocab_size == VOCABULARY
+def test_every_id_of_a_question_or_document_has_an_embedding() -> None:
+    texts = [document.contents for document in load_corpus(DATA / "corpus.jsonl")[::50]]
+    ids = [token for text in texts for token in token_ids(tokenizer(), text)]
+    ids += [token for asked in heldout(200) for token in prompt_ids(tokenizer(), asked)]
+    assert max(ids) < model().config.vocab_size
 
 
 def test_the_training_of_the_tokenizer_is_reproducible() -> None:
@@ -100,7 +103,7 @@ async def test_a_demonstration_trains_on_the_policys_own_tokens_alone() -> None:
 
 def test_the_warm_start_is_small_and_keeps_the_protocol() -> None:
     assert 0.8e6 < model().num_parameters() < 1.2e6
-    env = environment(small_index(), tokenizer())
+    env = environment(Index(load_corpus(DATA / "corpus.jsonl")), tokenizer())
     episodes = asyncio.run(play(model(), tokenizer(), env, heldout(10), greedy=True))
     assert [episode.actions[0].kind for episode in episodes] == ["search"] * 10
     assert sum(env.score(episode)["format"] == 0.0 for episode in episodes) >= 8
