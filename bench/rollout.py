@@ -201,13 +201,9 @@ async def measure_reuse(path: Path, shape: tuple[int, int, int], threads: int) -
         began = time.perf_counter()
         groups = await asyncio.gather(*(grow(number) for number in range(QUESTIONS)))
         seconds = time.perf_counter() - began
-    return Reuse(str(shape).replace(" ", ""), sum((g.cost for g in groups), Cost()), sum(map(unique_tokens, groups)), seconds)
-
-
-def unique_tokens(group: Group) -> int:
-    """Tokens of a group when the prompt that its trees share counts once."""
-    prompt = len(group.trees[0].prompt)
-    return prompt + sum(tree.unique_tokens - prompt for tree in group.trees.values())
+    return Reuse(
+        str(shape).replace(" ", ""), sum((g.cost for g in groups), Cost()), sum(g.unique_tokens for g in groups), seconds
+    )
 
 
 def report(parameters: int, speeds: list[Speed], reuses: list[Reuse]) -> None:

@@ -73,7 +73,8 @@ class TrainConfig(Section):
     batch: int = Field(default=32, ge=1)
     """Groups (questions) of one optimiser step."""
     max_lag: int = Field(default=1, ge=0)
-    """Staleness bound: a step trains on work at most this many versions old. Leases in flight follow from it."""
+    """Staleness bound in versions, from which the leases in flight follow. A slow group that others overtake is told to
+    stop expanding at the bound; the branches it still finishes can make it a version later (`version_lag_max` shows it)."""
     lr: float = Field(default=1e-6, gt=0)
     warmup_ratio: float = Field(default=0.285, ge=0, le=1)
     """Share of the steps over which the learning rate rises linearly; constant afterwards."""
@@ -175,8 +176,3 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     sampler: SamplerConfig = SamplerConfig()
     broker: BrokerConfig = BrokerConfig()
-
-    @property
-    def lease_limit(self) -> int:
-        """Leases that may be out when nothing is ready: (max_lag + 1) · batch (docs/architecture.md has the proof)."""
-        return (self.train.max_lag + 1) * self.train.batch

@@ -135,9 +135,9 @@ def _from_toml(path: Path) -> Mapping[str, Any]:
 
 def _from_environment() -> Mapping[str, Any]:
     for variable in os.environ:  # the library's source leaves out what begins with no section's name
-        section, joint, key = variable.removeprefix(ENV_PREFIX).lower().partition("__")
-        if variable.startswith(ENV_PREFIX) and joint:
-            check_name(f"{section}.{key}", f"the environment variable {variable}")
+        if variable.startswith(ENV_PREFIX):
+            name = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1)
+            check_name(name, f"the environment variable {variable} (one is written {ENV_PREFIX}SECTION__KEY)")
     try:
         return EnvSettingsSource(_Settings)()
     except SettingsError as error:

@@ -10,6 +10,7 @@ engine's own from first to last (token-in, token-out).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -165,6 +166,10 @@ class Tree:
         known = {ROOT, *self.steps}
         if subtree.parent not in known:
             raise ContractError(f"Subtree {subtree.key} hangs below node {subtree.parent}, which was not sent before.")
+        if subtree.parent not in self.expandable():
+            raise ContractError(f"Subtree {subtree.key} hangs below node {subtree.parent}, where an episode ended or failed.")
+        if subtree.index == 0 and not len(subtree.prompt):
+            raise ContractError(f"Subtree {subtree.key} is the first of its tree and lacks the prompt.")
         for step in subtree.steps:
             if step.node in known:
                 raise ContractError(f"Subtree {subtree.key} has node {step.node} a second time; node ids are unique in a tree.")
@@ -175,6 +180,8 @@ class Tree:
             known.add(step.node)
         if not {leaf.node for leaf in subtree.leaves} <= {step.node for step in subtree.steps}:
             raise ContractError(f"A leaf of subtree {subtree.key} is not one of its steps.")
+        if not all(math.isfinite(value) for leaf in subtree.leaves for value in leaf.rewards.values()):
+            raise ContractError(f"A reward of subtree {subtree.key} is not finite.")
 
     def path(self, node: int) -> list[Step]:
         """The steps from the root down to ``node``."""
@@ -213,6 +220,12 @@ class Group:
             tree = self.trees[index]
             for node in sorted(tree.leaves):
                 yield tree, tree.leaves[node]
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens of the group when each shared prefix counts once; its trees share their prompt."""
+        prompts = [len(tree.prompt) for tree in self.trees.values()]
+        return sum(tree.unique_tokens for tree in self.trees.values()) - sum(prompts) + max(prompts, default=0)
 
     @property
     def cost(self) -> Cost:

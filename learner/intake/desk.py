@@ -28,7 +28,7 @@ from learner.intake.weights import WeightsServer
 from treegrpo.change import Change
 from treegrpo.codec import lease_end_to_pb, lease_to_pb, plan_to_pb, subtree_to_pb, version_to_pb
 from treegrpo.control import ControlPlane, RunState
-from treegrpo.errors import ContractError
+from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.handoff import Evaluation, Taken, pack_group
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Question
@@ -37,6 +37,8 @@ from treegrpo.v1 import rollout_pb2 as pb
 
 log = logging.getLogger(__name__)
 LONG_POLL_SECONDS = 5.0
+BARREN_GROUPS = 64
+"""Groups in a row without a single leaf before the run is given up."""
 RECONNECT_SECONDS = 20.0
 """A sampler that lost its stream keeps its leases for so long."""
 
@@ -66,6 +68,9 @@ class Desk:
         self._round: Round | None = None
         self._departures: dict[str, asyncio.TimerHandle] = {}
         self._changed = Change()
+        self._barren = 0
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Fails with UnavailableError when rolling out on would lead nowhere."""
 
     # ---- samplers
 
@@ -74,6 +79,7 @@ class Desk:
         peer = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity)
         before = self.peers.get(peer.id)
         if before is not None and before.incarnation != peer.incarnation:
+            del self.peers[peer.id]  # first, or what it loses is granted to it again
             self.lose(before.holder)
         if (departure := self._departures.pop(peer.holder, None)) is not None:
             departure.cancel()
@@ -87,6 +93,9 @@ class Desk:
         if version is not None:
             welcome.version.CopyFrom(version_to_pb(version))
         peer.send(pb.RolloutResponse(welcome=welcome))
+        for group in self.book.of(peer.holder):
+            if group.told_to_stop:  # it may have been said to a stream that was breaking
+                self._stop(group)
         if self._control.state is RunState.DRAINING:
             peer.send(pb.RolloutResponse(drain=pb.Drain()))
         log.info("sampler %s joined (%s, %d at once)", peer.id, peer.engine, peer.capacity)
@@ -128,7 +137,7 @@ class Desk:
             return
         if not fresh:
             self._reporter.duplicate()
-            peer.send(ack)
+            self._journal.barrier().add_done_callback(lambda future: None if future.exception() else peer.send(ack))
             return
         self._reporter.accepted(self.book.open[subtree.lease], subtree)
         self._reporter.book(self.book)
@@ -149,11 +158,25 @@ class Desk:
         group = self.book.ended(end)
         self._journal.append({"event": "ended", "end": lease_end_to_pb(end).SerializeToString()})
         self._reporter.ended(group, end)
-        if self._round is not None and group.draw < 0 and end.reason is not LeaseEndReason.LOST:
-            self._round.close(group)
+        if end.reason is not LeaseEndReason.LOST:
+            self._judge(group, end)
         for late in self.book.overdue():
             self._stop(late)
         self._changed.tell()
+
+    def _judge(self, group: OpenGroup, end: LeaseEnd) -> None:
+        """Count a closed group for its evaluation, and give up when nothing leads to an answer any more."""
+        if self._round is not None and group.draw < 0 and group.lease.min_version == self._round.version:
+            self._round.close(group)
+        self._barren = 0 if any(True for _ in group.group.leaves()) else self._barren + 1
+        if self._barren >= BARREN_GROUPS and not self.broken.done():
+            reason = f" ({end.error})" if end.error else ""
+            self.broken.set_exception(
+                UnavailableError(
+                    f"The last {BARREN_GROUPS} questions led to no finished episode{reason}; see the samplers' logs. "
+                    "Does the retriever answer, and do the prompts fit rollout.max_context?"
+                )
+            )
 
     def _stop(self, group: OpenGroup) -> None:
         for peer in self.peers.values():

@@ -24,7 +24,8 @@ class OpenGroup:
     """The number of its draw in the question queue; −1 for evaluation."""
     holder: str
     """The sampler, with its incarnation."""
-    granted_at: float
+    granted_at: float | None
+    """time.monotonic of the grant; None when it is read from the journal."""
     group: Group = field(init=False)
     subtrees: list[Subtree] = field(default_factory=list[Subtree])
     told_to_stop: bool = False

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Generator
 from pathlib import Path
@@ -49,43 +50,53 @@ class Journal:
         self._file = file
         self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
         self._wake = asyncio.Event()
+        self._committing = threading.Lock()
+        self._last: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._last.set_result(None)
 
     def append(self, record: dict[str, Any]) -> asyncio.Future[None]:
         """Put a record in line; the future is done when it is durable, or fails with JournalError."""
         body = cast("bytes", msgpack.packb(record))
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._last = done
         self._pending.append((_HEAD.pack(len(body), zlib.crc32(body)) + body, done))
         self._wake.set()
         return done
 
+    def barrier(self) -> asyncio.Future[None]:
+        """A future that is done when everything appended so far is durable."""
+        return self._last
+
     async def flushed(self) -> None:
         """Return when everything appended so far is durable."""
-        if self._pending:
-            await asyncio.shield(self._pending[-1][1])
+        await asyncio.shield(self._last)
 
     async def write_forever(self) -> None:
         """The committing task. Raises JournalError when the disk refuses; then nothing is acked any more."""
         while True:
             await self._wake.wait()
             self._wake.clear()
-            batch = list(self._pending)
             try:
-                await asyncio.to_thread(self._commit, b"".join(frame for frame, _ in batch))
+                durable = await asyncio.to_thread(self._commit)
             except OSError as error:
                 failure = JournalError(
                     f"The journal {self._file.name} cannot be written ({error.strerror}); make room on the disk."
                 )
-                for _, done in batch:
+                for _, done in self._pending:
                     done.set_exception(failure)
                 raise failure from error
-            del self._pending[: len(batch)]
-            for _, done in batch:
+            for done in durable:
                 done.set_result(None)
 
-    def _commit(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def _commit(self) -> list[asyncio.Future[None]]:
+        """Make what is pending durable, once: a commit that is under way when its task is cancelled still counts."""
+        with self._committing:
+            batch = self._pending[:]
+            self._file.write(b"".join(frame for frame, _ in batch))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            del self._pending[: len(batch)]
+        return [done for _, done in batch]
 
     @classmethod
     @contextlib.contextmanager
@@ -101,4 +112,4 @@ class Journal:
                 file.truncate(size)
             journal = cls(file)
             yield journal
-            journal._commit(b"".join(frame for frame, _ in journal._pending))
+            journal._commit()

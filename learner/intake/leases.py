@@ -29,14 +29,25 @@ from treegrpo.tree import PolicyVersion, Subtree
 
 
 class LeaseBook:
-    def __init__(self, queue: QuestionQueue, plan: Plan, *, seed: int, batch: int, max_lag: int, total: int) -> None:
-        """``total``: training groups of the whole run; no more are leased than it still needs."""
+    def __init__(self, queue: QuestionQueue, plan: Plan, *, seed: int, batch: int, max_lag: int, total: int, mark: str) -> None:
+        """Begin with nothing out.
+
+        Args:
+            queue: the training questions.
+            plan: of a training lease.
+            seed: of the run.
+            batch: groups of a step.
+            max_lag: the staleness bound, in versions.
+            total: training groups of the whole run; no more are leased than it still needs.
+            mark: of this process, in every lease id: a lease that a crash kept out of the journal never shares its id.
+        """
         self._queue = queue
         self._plan = plan
         self._seed = seed
         self._batch = batch
         self._max_lag = max_lag
         self._total = total
+        self._mark = mark
         self._evaluation: deque[Question] = deque()
         self._serial = 0
         self.open: dict[str, OpenGroup] = {}
@@ -74,9 +85,9 @@ class LeaseBook:
 
     def _lease(self, kind: LeaseKind, question: Question, plan: Plan, version: PolicyVersion, draw: int = -1) -> Lease:
         seed = zlib.crc32(f"{self._seed}/{draw}/{question.id}".encode())
-        return Lease(f"{kind.value}-{self._serial:07d}", kind, question, plan, plan.grant, seed, version)
+        return Lease(f"{kind.value}-{self._serial:07d}-{self._mark}", kind, question, plan, plan.grant, seed, version)
 
-    def granted(self, lease: Lease, draw: int, holder: str, now: float) -> None:
+    def granted(self, lease: Lease, draw: int, holder: str, now: float | None) -> None:
         self._serial += 1
         self.open[lease.id] = OpenGroup(lease, draw, holder, now)
         self.ledger.grant(lease.id, lease.kind, lease.grant)
@@ -130,7 +141,7 @@ class LeaseBook:
         """A grant read from the journal: its holder is gone, its draw is taken."""
         if draw >= 0:
             self._queue.taken(draw)
-        self.granted(lease, draw, holder="", now=0.0)
+        self.granted(lease, draw, holder="", now=None)
 
     # ---- who must stop, who is gone
 

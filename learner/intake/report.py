@@ -12,7 +12,7 @@ from learner.intake.evaluation import Round
 from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
 from treegrpo.budget import Budget
-from treegrpo.lease import LeaseEnd, LeaseKind
+from treegrpo.lease import LeaseEnd, LeaseEndReason, LeaseKind
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.tree import Subtree
 
@@ -47,7 +47,8 @@ class Reporter:
         for how, tokens in (("prefilled", cost.prefilled), ("cached", cost.cached), ("decoded", cost.decoded)):
             self.metrics.tokens.labels(kind, how).inc(tokens)
         self.metrics.leaves.labels(kind).inc(len(subtree.leaves))
-        self.metrics.subtree_seconds.observe(time.monotonic() - group.granted_at)
+        if group.granted_at is not None:
+            self.metrics.subtree_seconds.observe(time.monotonic() - group.granted_at)
         for step in subtree.steps:
             if step.status.failed:
                 self.metrics.failed_steps.labels(step.status.value).inc()
@@ -58,13 +59,13 @@ class Reporter:
         self.metrics.groups.labels(kind.value, end.reason.value).inc()
         self.metrics.forgone.labels(kind.value).inc(end.forgone)
         leaves = [leaf for _, leaf in group.group.leaves()]
-        if not leaves:
+        if not leaves or end.reason is LeaseEndReason.LOST:  # a lost question is rolled out, and counted, again
             return
         rewards = [leaf.reward for leaf in leaves]
         em = sum(leaf.metrics.get("em", 0.0) for leaf in leaves) / len(leaves)
         if kind is LeaseKind.TRAIN and max(rewards) == min(rewards):
             self.metrics.zero_signal.inc()
-        self.metrics.unique.labels(kind.value).inc(sum(tree.unique_tokens for tree in group.group.trees.values()))
+        self.metrics.unique.labels(kind.value).inc(group.group.unique_tokens)
         self._recent[kind].append((sum(rewards) / len(rewards), em))
         self._spent[kind] += Budget.of(group.group.cost) + Budget.of(end.unaccounted)
         chain = Budget.of(group.group.chain_equivalent())

@@ -28,7 +28,7 @@ from learner.intake.weights import WeightsServer
 from treegrpo.codec import lease_end_from_pb, lease_end_to_pb, lease_from_pb, subtree_from_pb
 from treegrpo.config import Config
 from treegrpo.control import ControlPlane, Member, RunState
-from treegrpo.errors import ConfigError
+from treegrpo.errors import ConfigError, ContractError, JournalError
 from treegrpo.handoff import socket_path
 from treegrpo.lease import LeaseEnd, LeaseEndReason
 from treegrpo.telemetry import IntakeMetrics, check_free, serve
@@ -48,7 +48,7 @@ GRPC_OPTIONS = [
 
 
 def replay(book: LeaseBook, reporter: Reporter, records: list[dict[str, Any]]) -> None:
-    """Put the events of a journal through the book, in order."""
+    """Put the events of a journal through the book, in order. Raises ContractError if they contradict each other."""
     for record in records:
         match record["event"]:
             case "granted":
@@ -73,11 +73,15 @@ def _open_book(config: Config, reporter: Reporter, path: Path) -> tuple[LeaseBoo
         batch=train.batch,
         max_lag=train.max_lag,
         total=train.steps * train.batch,
+        mark=secrets.token_hex(2),
     )
     records, size = read(path)
     if records and not config.run.resume:
         raise ConfigError(f"run.dir = {config.run.dir} holds a run already; add --resume to continue it, or choose another.")
-    replay(book, reporter, records)
+    try:
+        replay(book, reporter, records)
+    except ContractError as error:
+        raise JournalError(f"The journal {path} contradicts itself ({error}); restore it, or begin a new run.dir.") from error
     return book, size
 
 
@@ -103,6 +107,7 @@ async def run(config: Config) -> None:
             lost = LeaseEnd(lease, LeaseEndReason.LOST)
             reporter.ended(book.ended(lost), lost)
             journal.append({"event": "ended", "end": lease_end_to_pb(lost).SerializeToString()})
+        book.evaluate([])  # whoever wants an evaluation asks for it again
         async with ControlPlane.connect(config.broker.address, config.run.name, member) as control:
             await control.set_state(RunState.RUNNING)
             weights = WeightsServer(metrics)
@@ -130,8 +135,12 @@ async def _serve(config: Config, desk: Desk, weights: WeightsServer, control: Co
         await server.start()
         await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info("the intake serves samplers at %s", config.learner.listen)
-        await asked.wait()
+        told = asyncio.create_task(asked.wait(), name="told-to-drain")
+        await asyncio.wait({told, desk.broken}, return_when=asyncio.FIRST_COMPLETED)
         await healthy.enter_graceful_shutdown()
         await control.set_state(RunState.DRAINING)
         await desk.drained(DRAIN_SECONDS)
         await server.stop(grace=1.0)
+        told.cancel()
+        if desk.broken.done():
+            desk.broken.result()

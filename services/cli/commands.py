@@ -64,17 +64,18 @@ def become(module: str, call: Invocation) -> int:
 
 
 def run_eval(call: Invocation) -> int:
-    """`eval`."""
+    """`eval`: exit code 1 when not one question could be rolled out."""
     from services.cli.evaluate import evaluate, report, retriever_for
 
     console = Console()
 
-    async def work() -> None:
+    async def work() -> int:
         async with retriever_for(call.config, call.arguments, console.print):
-            console.print(report(await evaluate(call.config)))
+            answers = await evaluate(call.config)
+        console.print(report(answers))
+        return int(all(answer.leaf is None for answer in answers))
 
-    asyncio.run(work())
-    return 0
+    return asyncio.run(work())
 
 
 def run_doctor(call: Invocation) -> int:

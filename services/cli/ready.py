@@ -30,12 +30,14 @@ async def broker_ready(address: str) -> None:
 
 
 async def retriever_ready(url: str) -> None:
-    """The retriever at ``url`` says it is healthy."""
+    """The retriever at ``url`` answers a query; asked as samplers ask, since not every server has a /health."""
     try:
         async with httpx.AsyncClient(timeout=PROBE_SECONDS) as client:
-            (await client.get(f"{url}/health")).raise_for_status()
-    except httpx.HTTPError as error:
-        raise UnavailableError(f"No retriever answers at {url}; start one with `treegrpo retriever`.") from error
+            (await client.post(f"{url}/retrieve", json={"queries": ["anything"], "topk": 1})).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UnavailableError(
+            f"No retriever answers at {url} ({type(error).__name__}); start one with `treegrpo retriever`, or mend retriever.url."
+        ) from error
 
 
 async def learner_ready(address: str) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,9 +39,15 @@ def budget_summary(progress: Progress) -> str:
     )
 
 
+def program() -> str:
+    """What to type for this command here: its name where the shell finds it, else where it lies."""
+    script = Path(sys.executable).with_name("treegrpo")
+    return os.path.relpath(script) if script.exists() and shutil.which("treegrpo") is None else "treegrpo"
+
+
 def resume_command(again: Sequence[str]) -> str:
     """The command that goes on with a run, from the one that began it."""
-    return " ".join(["treegrpo", *again, *([] if "--run.resume" in again else ["--resume"])])
+    return shlex.join([program(), *again, *([] if "--run.resume" in again else ["--resume"])])
 
 
 def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) -> list[str]:
@@ -64,5 +74,5 @@ def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) 
     if progress.steps[-1].step < steps:
         lines.append(f"go on: {resume_command(again)}")
     elif model is not None:
-        lines.append(" ".join(["next: treegrpo eval", *([str(toml)] if toml else []), "--model.path", str(model)]))
+        lines.append("next: " + shlex.join([program(), "eval", *([str(toml)] if toml else []), "--model.path", str(model)]))
     return lines

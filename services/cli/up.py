@@ -105,6 +105,8 @@ class Run:
         await publish_state(config.broker.address, config.run.name, RunState.RUNNING)
         if self._everything and not config.retriever.url:
             await crew.start(RETRIEVER, partial(retriever_ready, config.retriever.endpoint))
+        elif self._everything:
+            await retriever_ready(config.retriever.url)
         await crew.start(INTAKE, partial(learner_ready, config.learner.listen))
         trainer = await crew.start(TRAINER)
         for number in range(config.sampler.count if self._everything else 0):

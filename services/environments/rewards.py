@@ -17,11 +17,14 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def normalise(text: str) -> str:
     """Lower-case, without punctuation, without the articles a/an/the, white space collapsed.
 
+    A text of articles alone keeps them: nothing said must not equal the answer "A".
+
     Example:
         >>> normalise("The  U.S. Dollar!")
         'us dollar'
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+    plain = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split())
 
 
 def exact_match(answer: str, targets: Iterable[str]) -> float:

@@ -154,6 +154,8 @@ class LearnerClient:
                 raise ContractError(f"The learner at {self._address} did not begin with Welcome; it must be of this version.")
             for lease in first.welcome.void_leases:
                 self._outbox.drop(lease)
+            self._metrics.unacked.set(self.unacked)
+            self._acked.tell()
             holder.welcomed(first.welcome)
             return True, await self._serve(call, holder)
         except TimeoutError:

@@ -6,7 +6,7 @@ import pytest
 
 from services.cli.plot import plot
 from services.cli.progress import Progress, read_progress
-from services.cli.summary import em_line, newest_checkpoint, summary
+from services.cli.summary import em_line, newest_checkpoint, program, summary
 from tests.cli.records import eval_row, evaluation, step_row, write
 from treegrpo.errors import DataError
 
@@ -27,13 +27,13 @@ def test_the_summary_says_before_and_after_and_what_to_do_next(tmp_path: Path) -
     assert lines[2:] == [
         f"plot: {tmp_path / 'progress.png'}",
         f"checkpoint: {model} (Hugging Face format)",
-        f"next: treegrpo eval geohop.toml --model.path {model}",
+        f"next: {program()} eval geohop.toml --model.path {model}",
     ]
 
 
 def test_a_run_that_was_cut_short_says_how_to_go_on(tmp_path: Path) -> None:
     lines = summary(finished_run(tmp_path), 10, TOML, ("up", "geohop.toml", "--train.steps", "10"))
-    assert lines[-1] == "go on: treegrpo up geohop.toml --train.steps 10 --resume"
+    assert lines[-1] == f"go on: {program()} up geohop.toml --train.steps 10 --resume"
     assert summary(tmp_path, 10, TOML, ("up", "geohop.toml", "--run.resume", "true"))[-1].endswith("--run.resume true")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.progress import read_progress
+from services.cli.summary import program
 from tests.cli.machine import environment, marked
 from tests.cli.workbench import Workbench
 
@@ -76,7 +77,7 @@ async def test_a_run_trains_to_its_end_and_sums_up(bench: Workbench) -> None:
     assert [record.step for record in progress.evals] == [0, 2]
     final = bench.run_dir / "checkpoints" / "final"
     assert run.lines[-5].startswith("held-out EM: ")
-    assert run.lines[-2:] == [f"checkpoint: {final} (Hugging Face format)", f"next: treegrpo eval --model.path {final}"]
+    assert run.lines[-2:] == [f"checkpoint: {final} (Hugging Face format)", f"next: {program()} eval --model.path {final}"]
     assert (bench.run_dir / "progress.png").is_file()
     assert {log.stem for log in (bench.run_dir / "logs").iterdir()} == {
         *("broker", "retriever", "intake", "trainer", "sampler-0", "sampler-1")
@@ -91,7 +92,7 @@ async def test_a_dead_sampler_is_replaced_and_ctrl_c_leaves_a_checkpoint_to_resu
     await run.line("step ")
     run.process.send_signal(signal.SIGINT)
     assert await run.end() == 0
-    assert run.lines[-1].startswith("go on: treegrpo up ")
+    assert run.lines[-1].startswith(f"go on: {program()} up ")
     assert run.lines[-1].endswith("--resume")
 
     done = read_progress(bench.run_dir).steps[-1].step

@@ -31,7 +31,7 @@ def test_failed_steps_are_no_place_to_go_on_from() -> None:
 def test_a_truncated_step_is_a_leaf_not_a_failure() -> None:
     tree = Tree()
     only = step(1, ROOT, observations=0, status=StepStatus.TRUNCATED)
-    tree.add(Subtree("a", 0, 0, ROOT, (only,), (Leaf(1, {"em": 0.0}),)))
+    tree.add(Subtree("a", 0, 0, ROOT, (only,), (Leaf(1, {"em": 0.0}),), np.arange(3, dtype=np.uint32)))
     assert not only.status.failed
     assert tree.expandable() == [ROOT]
 
@@ -43,6 +43,8 @@ def test_a_truncated_step_is_a_leaf_not_a_failure() -> None:
         (Subtree("a", 0, 1, 1, (step(2, 1),)), "a second time"),
         (Subtree("a", 0, 1, 1, (step(11, 9),)), "unknown parent 9"),
         (Subtree("a", 0, 1, 1, (step(11, 1),), (Leaf(1, {}),)), "not one of its steps"),
+        (Subtree("a", 0, 1, 2, (step(11, 2),)), "where an episode ended"),
+        (Subtree("a", 0, 1, 1, (step(11, 1),), (Leaf(11, {"em": float("nan")}),)), "not finite"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(broken: Subtree, says: str) -> None:
@@ -53,6 +55,18 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(broken: Subtree, says:
         tree.add(broken)
     assert set(tree.steps) == before
     assert tree.add(chain("a", index=1, parent=1)), "the index is still free"
+
+
+def test_a_tree_without_its_prompt_is_refused() -> None:
+    with pytest.raises(ContractError, match="lacks the prompt"):
+        Tree().add(Subtree("a", 0, 0, ROOT, (step(1, ROOT),)))
+
+
+def test_trees_of_one_group_share_their_prompt() -> None:
+    group = Group("g", question(0))
+    group.add(chain("a", tree=0))
+    group.add(chain("a", tree=1))
+    assert group.unique_tokens == 7 + 2 * (7 + 4)
 
 
 def test_the_chain_equivalent_samples_every_path_and_reads_every_prefix_once() -> None:

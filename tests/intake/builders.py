@@ -47,7 +47,13 @@ def complete(lease: str) -> LeaseEnd:
 
 def book(*, questions: int = 10, batch: int = 2, max_lag: int = 1, total: int = 100) -> LeaseBook:
     made = LeaseBook(
-        QuestionQueue([question(i) for i in range(questions)], seed=0), PLAN, seed=0, batch=batch, max_lag=max_lag, total=total
+        QuestionQueue([question(i) for i in range(questions)], seed=0),
+        PLAN,
+        seed=0,
+        batch=batch,
+        max_lag=max_lag,
+        total=total,
+        mark="t",
     )
     made.version = VERSION
     return made

@@ -20,6 +20,7 @@ from tests.control.brokers import free_address
 from tests.intake.builders import chain, complete
 from treegrpo.codec import lease_end_to_pb, subtree_to_pb
 from treegrpo.handoff import IntakeClient, socket_path
+from treegrpo.lease import LeaseEnd, LeaseEndReason
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 
@@ -139,6 +140,11 @@ class Sampler:
 
     async def send_chain(self, lease: str, **shape: Any) -> None:
         await self.call.write(pb.RolloutRequest(subtree=subtree_to_pb(chain(lease, **shape))))
+
+    async def fail(self, lease: str, error: str) -> None:
+        """End a lease without a leaf."""
+        end = LeaseEnd(lease, LeaseEndReason.FAILED, error=error)
+        await self.call.write(pb.RolloutRequest(lease_end=lease_end_to_pb(end)))
 
     async def roll_out(self, lease: str, reward: float = 1.0) -> None:
         """A whole small group: one chain, acked, and the end."""

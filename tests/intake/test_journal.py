@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,23 @@ async def test_a_disk_that_refuses_fails_every_waiting_append(tmp_path: Path) ->
         with pytest.raises(JournalError):
             await writer
     assert read(tmp_path / "nothing") == ([], 0)
+
+
+async def test_a_commit_under_way_at_the_end_is_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, syncing, go_on = tmp_path / "journal", threading.Event(), threading.Event()
+    sync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        syncing.set()
+        go_on.wait(10)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with Journal.open(path, 0) as journal:
+        writer = asyncio.create_task(journal.write_forever())
+        journal.append({"n": 1})
+        await asyncio.to_thread(syncing.wait, 10)
+        writer.cancel()
+        journal.append({"n": 2})
+        go_on.set()
+    assert [record["n"] for record in read(path)[0]] == [1, 2]

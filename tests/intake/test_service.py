@@ -114,6 +114,45 @@ async def test_a_killed_intake_resumes_with_every_acked_group(setting: Setting) 
         assert samples["treegrpo_budget_granted_total/tokens/train"] == became + outstanding
 
 
+async def test_a_sampler_that_starts_again_takes_over_what_its_dead_self_held(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        await publish(setting, stage.trainer, 0, 0)
+        await stage.sampler.want(4)
+        before = [(await stage.sampler.hear("lease")).question.id for _ in range(4)]
+        async with Sampler.join(setting.listen, incarnation=2) as again:
+            await again.want(4)
+            assert [(await again.hear("lease")).question.id for _ in range(4)] == before
+        assert (await setting.samples())["treegrpo_groups_closed_total/train/lost"] == 4
+
+
+async def test_a_stop_that_went_to_a_broken_stream_is_said_again(setting: Setting) -> None:
+    async with setting.intake("--train.max_lag", "0"), setting.trainer() as trainer:
+        async with Sampler.join(setting.listen) as sampler:
+            await publish(setting, trainer, 0, 0)
+            await sampler.want(2)
+            slow, fast = [await sampler.hear("lease") for _ in range(2)]
+            await sampler.roll_out(fast.id)
+            await publish(setting, trainer, 1, 1)
+            third = await sampler.hear("lease")
+            await sampler.roll_out(third.id)
+            assert (await sampler.hear("stop_expanding")).lease == slow.id
+        async with Sampler.join(setting.listen, leases=(slow.id,)) as sampler:
+            assert (await sampler.hear("stop_expanding")).lease == slow.id
+
+
+async def test_a_run_that_leads_nowhere_is_given_up_with_a_sentence(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        await publish(setting, stage.trainer, 0, 0)
+        await stage.sampler.want(1)
+        for _ in range(64):
+            lease = await stage.sampler.hear("lease")
+            await stage.sampler.fail(lease.id, "ToolError: the retriever is not there")
+        _, errors = await asyncio.wait_for(stage.intake.communicate(), 30)
+        assert stage.intake.returncode == 2
+        last = errors.decode().strip().splitlines()[-1]
+        assert last.startswith("error: The last 64 questions led to no finished episode (ToolError: the retriever is not there)")
+
+
 async def test_what_a_checkpoint_covers_is_not_kept(setting: Setting) -> None:
     async with setting.stage() as stage:
         sampler, trainer = stage.sampler, stage.trainer
