@@ -105,7 +105,6 @@ class EvalConfig(Section):
 
 
 class EnvironmentConfig(Section):
-    kind: Literal["search_qa"] = "search_qa"
     reward: Literal["em", "f1"] = "em"
     format_penalty: float = Field(default=0.2, ge=0)
     """λ_f: taken off when the transcript breaks the protocol."""

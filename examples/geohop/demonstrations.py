@@ -22,14 +22,14 @@ MAX_OBSERVATION_TOKENS = 160
 HABITS: Mapping[str, float] = {
     "country": 0.9,
     "near": 0.85,
-    "near_people": 0.25,
-    "currency": 0.35,
-    "capital": 0.3,
-    "capital_people": 0.2,
-    "neighbour_capital": 0.2,
-    "neighbour_phone": 0.2,
-    "same_country": 0.2,
-    "more_people": 0.2,
+    "near_people": 0.3,
+    "currency": 0.25,
+    "capital": 0.25,
+    "capital_people": 0.3,
+    "neighbour_capital": 0.3,
+    "neighbour_phone": 0.35,
+    "same_country": 0.25,
+    "more_people": 0.25,
 }
 """By family, the share of demonstrations that follow the right plan; the others take a shortcut."""
 SKILLS: Mapping[str, float] = dict.fromkeys(HABITS, 1.0)
