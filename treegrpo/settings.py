@@ -77,6 +77,8 @@ def load(toml: Path | None, flags: Sequence[str] = ()) -> Config:
 def from_arguments(arguments: Sequence[str]) -> Config:
     """`load` for a command's arguments, ``[CONFIG.toml] [--section.key value …]``. Raises ConfigError."""
     named = bool(arguments) and not arguments[0].startswith("-")
+    if late := [word for word in arguments[1:] if word.endswith(".toml")]:
+        raise ConfigError(f"The configuration file {late[0]} goes first, before the flags.")
     return load(Path(arguments[0]), arguments[1:]) if named else load(None, arguments)
 
 

@@ -124,7 +124,7 @@ def split_address(address: str, key: str) -> tuple[str, int]:
     """HOST:PORT in two. Raises ConfigError naming ``key``."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"{key} = {address!r} is no address; write HOST:PORT, like 127.0.0.1:9400.")
+        raise ConfigError(f"{key} = {address!r} is no address; write HOST:PORT with a port below 65536, like 127.0.0.1:9400.")
     return host.strip("[]"), int(port)
 
 

@@ -7,13 +7,44 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from treegrpo.errors import DataError
 from treegrpo.question import Message, Question
+
+
+class _Message(BaseModel):
+    role: str
+    content: str
+
+
+class _Truth(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    target: list[str] | str
+
+
+class _RewardModel(BaseModel):
+    ground_truth: _Truth
+
+
+class _Extra(BaseModel):
+    split: str = ""
+    index: int | str = ""
+    family: str = ""
+
+
+class _Row(BaseModel):
+    """One row in Search-R1's format; columns we do not use are passed over."""
+
+    data_source: str = ""
+    prompt: list[_Message]
+    reward_model: _RewardModel
+    extra_info: _Extra | None = None
 
 
 def load_questions(path: Path) -> list[Question]:
@@ -40,31 +71,35 @@ def _rows(path: Path) -> Iterator[Any]:
             yield from pq.read_table(path).to_pylist()  # pyright: ignore[reportUnknownMemberType]
             return
         with path.open(encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
+            for number, line in enumerate((line for line in lines if line.strip()), start=1):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}, row {number} is not valid JSON ({error.msg}); write one object a line.") from error
     except OSError as error:
         raise DataError(f"The questions {path} cannot be read ({error.strerror or error}); check the data path.") from error
-    except (ValueError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} is not valid {path.suffix.lstrip('.') or 'JSONL'}: {error}.") from error
+    except (UnicodeDecodeError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path} is neither JSONL nor parquet ({error}); check the data path.") from error
 
 
 def _question(row: Any, where: str, number: int) -> Question:
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is no object; write one JSON object a line.")
-    fields = cast("dict[str, Any]", row)
     try:
-        targets = fields["reward_model"]["ground_truth"]["target"]
-        prompt = tuple(Message(str(m["role"]), str(m["content"])) for m in fields["prompt"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{where} lacks {error}; a row needs prompt and reward_model.ground_truth.target.") from error
-    answers = tuple(str(t) for t in ([targets] if isinstance(targets, str) else targets) if str(t).strip())
+        fields = _Row.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part not in ("list[str]", "str")) or "the row"
+        reason = first["msg"][:1].lower() + first["msg"][1:]
+        raise DataError(f"{where}: {place} is not usable ({reason}); see the data format in the README.") from error
+    targets = fields.reward_model.ground_truth.target
+    answers = tuple(t for t in ([targets] if isinstance(targets, str) else targets) if t.strip())
     if not answers:
         raise DataError(f"{where} has no answer; give at least one string in reward_model.ground_truth.target.")
+    prompt = tuple(Message(message.role, message.content) for message in fields.prompt)
     if not any(message.content.strip() for message in prompt):
         raise DataError(f"{where} has an empty prompt; give the question in prompt[].content.")
-    extra = cast("dict[str, Any]", fields.get("extra_info") or {})
-    source = str(fields.get("data_source", ""))
-    identity = f"{source}/{extra.get('split', '')}/{extra.get('index', number)}"
-    return Question(identity, source, prompt, answers, str(extra.get("family", "")))
+    extra = fields.extra_info or _Extra()
+    identity = f"{fields.data_source}/{extra.split}/{number if extra.index == '' else extra.index}"
+    return Question(identity, fields.data_source, prompt, answers, extra.family)
 
 
 class QuestionQueue:

@@ -16,6 +16,7 @@ from treegrpo.telemetry import check_free, split_address
 Check = Callable[[], str]
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+KINDS = ("qwen2", "qwen3", "llama")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -38,7 +39,29 @@ def check_model(path: Path) -> str:
     for names, what in ((WEIGHTS, "safetensors weights"), (TOKENIZERS, "tokenizer")):
         if not any((path / name).is_file() for name in names):
             raise ModelError(f"model.path = {path} cannot be used: it has no {what} ({' or '.join(names)}); save them there.")
-    return f"{path} ({config.get('model_type', 'unknown type')})"
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in KINDS:
+        raise ModelError(f"model.path = {path} has model_type {kind!r}; the embedded engine runs {', '.join(KINDS)}.")
+    _check_readable(path)
+    return f"{path} ({kind})"
+
+
+def _check_readable(path: Path) -> None:
+    """Weights and tokenizer are whole: their heads can be read. Raises ModelError."""
+    from safetensors import SafetensorError, safe_open
+    from tokenizers import Tokenizer
+
+    for part in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(part, "numpy") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{part} cannot be read ({error}); restore it from the model's source.") from error
+    if (file := path / "tokenizer.json").is_file():
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelError(f"{file} cannot be read ({error}); restore it from the model's source.") from error
 
 
 def check_questions(path: Path, key: str) -> str:
@@ -56,13 +79,16 @@ def check_corpus(path: Path) -> str:
 
 
 def _no_file(path: Path, key: str) -> str:
-    raise DataError(f"{key} = {path} does not exist; check the path.")
+    raise DataError(f"{key} = {path} {'is a directory, not a file' if path.is_dir() else 'does not exist'}; check the path.")
 
 
 def check_run_dir(config: Config) -> str:
     """The run directory is fresh, or used and to be resumed. Raises ConfigError."""
     path = config.run.dir
-    used = path.is_dir() and any(entry.name != "logs" for entry in path.iterdir())
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run.dir = {path} is a file; give a directory.")
+    journal = path / "journal" / "journal.msgpack"
+    used = any((path / "checkpoints").glob("*")) or (journal.exists() and journal.stat().st_size > 0)
     if used and not config.run.resume:
         raise ConfigError(f"run.dir = {path} holds a run already; continue it with --resume, or give another --run.dir.")
     if config.run.resume and not used:

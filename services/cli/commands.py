@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from treegrpo.config import Config
-from treegrpo.errors import ConfigError
+from treegrpo.errors import ConfigError, UnavailableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,18 @@ class Command:
 
 def run_up(call: Invocation, *, everything: bool) -> int:
     """`up` and `learner`."""
-    from services.cli.summary import summary
+    from services.cli.summary import newest_checkpoint, resume_command, summary
     from services.cli.up import Run
     from services.cli.view import Screen
 
     screen, run_dir = Screen(Console()), call.config.run.dir
-    code = asyncio.run(Run(call.config, call.arguments, screen, everything=everything)())
     again = ("up" if everything else "learner", *call.arguments)
+    try:
+        code = asyncio.run(Run(call.config, call.arguments, screen, everything=everything)())
+    except UnavailableError as error:
+        if newest_checkpoint(run_dir) is None:
+            raise
+        raise UnavailableError(f"{error}\ngo on: {resume_command(again)}") from error
     for line in summary(run_dir, call.config.train.steps, call.toml, again):
         screen.say(line)
     return code

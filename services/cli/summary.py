@@ -64,7 +64,7 @@ def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) 
     """
     progress = read_progress(run_dir)
     if not progress.steps:
-        return [f"No step was made; the logs are in {run_dir / 'logs'}."]
+        return [f"No step was made; the logs are in {run_dir / 'logs'}.", f"go on: {resume_command(again)}"]
     picture = run_dir / FILE_NAME
     plot(progress, picture, str(run_dir))
     lines = [em_line(progress), budget_summary(progress), f"plot: {picture}"]

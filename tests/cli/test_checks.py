@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.checks import (
+    KINDS,
     Address,
     check_addresses,
     check_corpus,
@@ -19,6 +20,7 @@ from services.cli.checks import (
     up_checks,
 )
 from services.cli.doctor import examine, files, machine
+from services.sampler.engines.embedded import architecture
 from tests.cli.workbench import GEOHOP, Workbench
 from tests.control.brokers import embedded
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
@@ -52,6 +54,26 @@ def test_a_model_that_is_not_there_or_not_json_is_named(tmp_path: Path) -> None:
         check_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("config.json", "[]", "has model_type None"),
+        ("config.json", '{"model_type": "gpt2"}', "the embedded engine runs qwen2, qwen3, llama"),
+        ("tokenizer.json", "{}", "tokenizer.json cannot be read"),
+        ("model.safetensors", "torn", "model.safetensors cannot be read"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_found_before_the_start(tmp_path: Path, name: str, text: str, sentence: str) -> None:
+    model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    (model / name).write_text(text)
+    with pytest.raises(ModelError, match=sentence):
+        check_model(model)
+
+
+def test_the_check_and_the_engine_agree_on_what_can_be_served() -> None:
+    assert set(KINDS) == set(architecture.KINDS)
+
+
 def test_files_that_are_not_there_are_named_with_their_key(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train = .*absent\.jsonl does not exist"):
         check_questions(tmp_path / "absent.jsonl", "data.train")
@@ -67,6 +89,10 @@ def test_a_used_run_directory_is_refused_unless_it_is_resumed(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="holds no run to resume"):
         check_run_dir(resumed)
     (bench.run_dir / "journal").mkdir()
+    journal = bench.run_dir / "journal" / "journal.msgpack"
+    journal.touch()
+    check_run_dir(fresh)  # a start that failed has left nothing to go on with
+    journal.write_bytes(b"records")
     check_run_dir(resumed)
     with pytest.raises(ConfigError, match=r"holds a run already; continue it with --resume"):
         check_run_dir(fresh)

@@ -38,7 +38,10 @@ def test_a_run_that_was_cut_short_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_step_says_where_the_logs_are(tmp_path: Path) -> None:
-    assert summary(tmp_path, 2, TOML, ("up",)) == [f"No step was made; the logs are in {tmp_path / 'logs'}."]
+    assert summary(tmp_path, 2, TOML, ("up",)) == [
+        f"No step was made; the logs are in {tmp_path / 'logs'}.",
+        f"go on: {program()} up --resume",
+    ]
 
 
 def test_one_evaluation_has_no_arrow() -> None:

@@ -24,7 +24,7 @@ def row(**changes: Any) -> dict[str, Any]:
     }
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write(path: Path, rows: list[Any]) -> Path:
     path.write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
     return path
 
@@ -48,16 +48,32 @@ def test_ids_of_merged_sources_do_not_collide(tmp_path: Path) -> None:
     ("rows", "says"),
     [
         ([row(), row(reward_model={"ground_truth": {"target": []}}, extra_info={"index": 1})], "row 2 has no answer"),
-        ([row(reward_model={})], "row 1 lacks 'ground_truth'"),
+        ([row(reward_model={})], "row 1: reward_model.ground_truth is not usable"),
+        ([row(reward_model={"ground_truth": {"target": None}})], "row 1: reward_model.ground_truth.target is not usable"),
+        ([row(prompt="Where?")], "row 1: prompt is not usable"),
+        ([row(extra_info="none")], "row 1: extra_info is not usable"),
+        ([row(), "text"], "row 2: the row is not usable"),
         ([row(prompt=[{"role": "user", "content": " "}])], "row 1 has an empty prompt"),
         ([row(), row()], "row 2 has the id geo/train/0"),
         ([], "holds no question"),
     ],
 )
-def test_a_bad_row_is_refused_with_file_and_row(tmp_path: Path, rows: list[dict[str, Any]], says: str) -> None:
+def test_a_bad_row_is_refused_with_file_and_row(tmp_path: Path, rows: list[Any], says: str) -> None:
     with pytest.raises(DataError, match=says) as caught:
         load_questions(write(tmp_path / "bad.jsonl", rows))
     assert "bad.jsonl" in str(caught.value)
+
+
+def test_a_row_that_is_no_json_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(row()) + "\n\n{broken", encoding="utf-8")
+    with pytest.raises(DataError, match=r"bad\.jsonl, row 2 is not valid JSON"):
+        load_questions(path)
+
+
+def test_a_number_is_an_answer_too(tmp_path: Path) -> None:
+    (read,) = load_questions(write(tmp_path / "q.jsonl", [row(reward_model={"ground_truth": {"target": [93]}})]))
+    assert read.targets == ("93",)
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "broken.jsonl", "broken.parquet"])
