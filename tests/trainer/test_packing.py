@@ -76,6 +76,6 @@ def test_a_path_beyond_the_budget_is_packed_alone_and_whole() -> None:
 
 
 def test_a_tree_without_prompt_is_refused() -> None:
-    bare = grown([subtree([step(1, 0, [4])], {1: 1.0})])
+    bare = grown([subtree([step(1, 0, [4])], {1: 1.0}, index=1)])  # a branch whose tree's first subtree never came
     with pytest.raises(ContractError, match="has no prompt"):
         pack([CreditedTree(bare, {1: Credit(1.0, 1.0)})], 100, keep_zero=False)
