@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-MARK = "TREEGRPO_TEST_MARK"
+MARK = "MARK_OF_THE_TEST"
 SECONDS = 60.0
 
 
