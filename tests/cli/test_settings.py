@@ -113,3 +113,19 @@ def test_the_help_explains_every_key() -> None:
     text = flag_parser().format_help()
     keys = [f"--{section}.{key} " for section, values in tomllib.loads(as_toml(Config())).items() for key in values]
     assert all(key in text for key in keys)
+
+
+def test_a_variable_with_one_underscore_is_an_error_not_a_silent_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREEGRPO_TRAIN_LR", "9")
+    with pytest.raises(ConfigError, match="TREEGRPO_SECTION__KEY.*the nearest is train.lr"):
+        load(None)
+
+
+def test_a_configuration_file_behind_flags_is_told_where_it_goes() -> None:
+    with pytest.raises(ConfigError, match="goes first"):
+        from_arguments(["--train.steps", "3", "geohop.toml"])
+
+
+def test_an_infinite_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        load(None, ["--train.lr", "inf"])
