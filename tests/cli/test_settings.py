@@ -117,7 +117,7 @@ def test_the_help_explains_every_key() -> None:
 
 def test_a_variable_with_one_underscore_is_an_error_not_a_silent_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREEGRPO_TRAIN_LR", "9")
-    with pytest.raises(ConfigError, match="TREEGRPO_SECTION__KEY.*the nearest is train.lr"):
+    with pytest.raises(ConfigError, match=r"TREEGRPO_SECTION__KEY.*the nearest is train\.lr"):
         load(None)
 
 
