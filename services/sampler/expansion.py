@@ -88,6 +88,8 @@ class Expander:
             self._metrics.errors.labels(type(cause).__name__).inc()
             log.exception("lease %s failed", lease.id, exc_info=cause)
             return growth.end(LeaseEndReason.FAILED, f"{type(cause).__name__}: {cause}")
+        if growth.leaves == 0 and growth.reason is LeaseEndReason.COMPLETE:
+            return growth.end(LeaseEndReason.FAILED, "no branch came to the end of its episode; see the errors by type")
         return growth.end(growth.reason)
 
 
@@ -104,6 +106,7 @@ class _Growth:
         self._allowance = Allowance(lease.grant)
         self._begun = 0
         """Expansions started, chains not counted."""
+        self.leaves = 0
         self.reason = LeaseEndReason.COMPLETE
 
     async def run(self) -> None:
@@ -163,6 +166,7 @@ class _Growth:
     async def _play(self, branch: Branch) -> None:
         subtree = await self._player.play(branch)
         branch.tree.add(subtree)
+        self.leaves += len(subtree.leaves)
         branch.bill.settled = True
         emitted = self._emit(subtree)
         if inspect.isawaitable(emitted):

@@ -149,7 +149,7 @@ async def test_an_engine_that_stays_broken_leaves_the_branch_without_a_reward() 
     assert [step.status for step in chain.steps] == [StepStatus.OK, StepStatus.ENGINE_ERROR]
     assert chain.steps[1].action.size == chain.steps[1].logprobs.size == 0
     assert chain.leaves == ()
-    assert end.reason is LeaseEndReason.COMPLETE
+    assert end.reason is LeaseEndReason.FAILED, "a lease without a single leaf is not complete"
     assert metrics.registry.get_sample_value("treegrpo_sampler_errors_total", {"type": "EngineError"}) == 3
 
 

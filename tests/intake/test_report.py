@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from learner.intake.report import Reporter
+from tests.intake.builders import book, chain, complete, grant
+from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.telemetry import IntakeMetrics
+
+
+def reporter(tmp_path: Path) -> Reporter:
+    return Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=4)
+
+
+def test_a_group_whose_leaves_all_earn_the_same_is_counted_as_without_signal(tmp_path: Path) -> None:
+    made, told = book(), reporter(tmp_path)
+    for rewards in ((1.0, 1.0), (0.0, 0.0), (1.0, 0.0)):
+        lease = grant(made)
+        for tree, reward in enumerate(rewards):
+            made.accept(chain(lease, tree=tree, reward=reward))
+        told.ended(made.ended(complete(lease)), complete(lease))
+    assert told.metrics.registry.get_sample_value("treegrpo_groups_zero_signal_total") == 2
+
+
+def test_a_lost_group_is_counted_as_lost_and_as_nothing_else(tmp_path: Path) -> None:
+    made, told = book(), reporter(tmp_path)
+    lease = grant(made)
+    made.accept(chain(lease))
+    lost = LeaseEnd(lease, LeaseEndReason.LOST)
+    told.ended(made.ended(lost), lost)
+    sample = told.metrics.registry.get_sample_value
+    assert sample("treegrpo_groups_closed_total", {"kind": "train", "reason": "lost"}) == 1
+    assert sample("treegrpo_rollout_unique_tokens_total", {"kind": "train"}) is None
+
+
+def test_a_progress_line_has_the_books_beside_it(tmp_path: Path) -> None:
+    made, told = book(), reporter(tmp_path)
+    lease = grant(made)
+    made.accept(chain(lease))
+    told.ended(made.ended(complete(lease)), complete(lease))
+    told.step({"step": 1}, made)
+    line = json.loads((tmp_path / "progress.jsonl").read_text(encoding="utf-8"))
+    tokens = line["ledger"]["train"]["tokens"]
+    assert tokens["granted"] == tokens["spent"] + tokens["refunded"] + tokens["forfeited"] + tokens["outstanding"]
+    assert (line["kind"], line["step"], line["saving"], line["saving_tool_calls"]) == ("step", 1, 1 - 28 / 18, 0.0)
