@@ -38,6 +38,8 @@ from treegrpo.v1 import rollout_pb2, tree_pb2
 MAX_SOCKET_PATH = 100
 """Bytes a Unix socket's path may have on every platform."""
 MAX_FRAME_BYTES = 1 << 30
+KEEP_VERSIONS = 3
+"""Newest policy versions that the trainer keeps on disk and the intake serves."""
 _LENGTH = struct.Struct("<I")
 
 

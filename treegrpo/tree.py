@@ -222,6 +222,11 @@ class Group:
                 yield tree, tree.leaves[node]
 
     @property
+    def has_leaves(self) -> bool:
+        """Whether any episode came to its end."""
+        return any(tree.leaves for tree in self.trees.values())
+
+    @property
     def unique_tokens(self) -> int:
         """Tokens of the group when each shared prefix counts once; its trees share their prompt."""
         prompts = [len(tree.prompt) for tree in self.trees.values()]

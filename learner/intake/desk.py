@@ -135,14 +135,14 @@ class Desk:
             self._reporter.refused("lease" if subtree.lease not in self.book.open else "contract")
             peer.send(ack)
             return
-        if not fresh:
+        if fresh:
+            self._reporter.accepted(self.book.open[subtree.lease], subtree)
+            self._reporter.book(self.book)
+            durable = self._journal.append({"event": "accepted", "subtree": subtree_to_pb(subtree).SerializeToString()})
+        else:
             self._reporter.duplicate()
-            self._journal.barrier().add_done_callback(lambda future: None if future.exception() else peer.send(ack))
-            return
-        self._reporter.accepted(self.book.open[subtree.lease], subtree)
-        self._reporter.book(self.book)
-        done = self._journal.append({"event": "accepted", "subtree": subtree_to_pb(subtree).SerializeToString()})
-        done.add_done_callback(lambda future: None if future.exception() else peer.send(ack))
+            durable = self._journal.barrier()
+        durable.add_done_callback(lambda future: None if future.exception() else peer.send(ack))
 
     def end(self, peer: Peer, end: LeaseEnd) -> None:
         """A sampler is done with a lease."""
@@ -168,7 +168,7 @@ class Desk:
         """Count a closed group for its evaluation, and give up when nothing leads to an answer any more."""
         if self._round is not None and group.draw < 0 and group.lease.min_version == self._round.version:
             self._round.close(group)
-        self._barren = 0 if any(True for _ in group.group.leaves()) else self._barren + 1
+        self._barren = 0 if group.group.has_leaves else self._barren + 1
         if self._barren >= BARREN_GROUPS and not self.broken.done():
             reason = f" ({end.error})" if end.error else ""
             self.broken.set_exception(

@@ -123,7 +123,7 @@ class LeaseBook:
         else:
             self.ledger.spend(end.lease, Budget.of(end.unaccounted))
             self.ledger.refund(end.lease)
-            if group.lease.kind is LeaseKind.TRAIN and any(True for _ in group.group.leaves()):
+            if group.lease.kind is LeaseKind.TRAIN and group.group.has_leaves:
                 self.groups.close(group)
         return group
 

@@ -12,12 +12,12 @@ from typing import Any
 import grpc
 
 from treegrpo.codec import version_from_pb, version_to_pb
+from treegrpo.handoff import KEEP_VERSIONS
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.tree import PolicyVersion
 from treegrpo.v1 import weights_pb2, weights_pb2_grpc
 
 CHUNK_BYTES = 1 << 20
-KEEP_VERSIONS = 3
 
 
 @dataclass(frozen=True, slots=True)

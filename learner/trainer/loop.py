@@ -47,13 +47,11 @@ from learner.trainer.report import Phases, show, step_values
 from learner.trainer.update import Updater
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError, UnavailableError
-from treegrpo.handoff import socket_path
+from treegrpo.handoff import KEEP_VERSIONS, socket_path
 from treegrpo.telemetry import TrainerMetrics, serve, split_address
 from treegrpo.tree import Group
 
 log = logging.getLogger(__name__)
-KEEP_VERSIONS = 3
-"""Versions on disk: as many as the intake serves."""
 
 
 class Trainer:

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from services.sampler import tokenizer
 from treegrpo.config import Config
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
 from treegrpo.telemetry import check_free, split_address
 
 Check = Callable[[], str]
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 KINDS = ("qwen2", "qwen3", "llama")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -36,7 +36,7 @@ def check_model(path: Path) -> str:
         raise ModelError(f"model.path = {path} cannot be used: {reason}; give a Hugging Face causal LM directory.") from error
     except ValueError as error:
         raise ModelError(f"{path / 'config.json'} is not valid JSON ({error}); restore it from the model's source.") from error
-    for names, what in ((WEIGHTS, "safetensors weights"), (TOKENIZERS, "tokenizer")):
+    for names, what in ((WEIGHTS, "safetensors weights"), (tokenizer.FILES, "tokenizer")):
         if not any((path / name).is_file() for name in names):
             raise ModelError(f"model.path = {path} cannot be used: it has no {what} ({' or '.join(names)}); save them there.")
     kind = config.get("model_type") if isinstance(config, dict) else None

@@ -13,7 +13,7 @@ from treegrpo.errors import ModelError
 from treegrpo.question import Message
 from treegrpo.tree import TokenIds
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class Tokenizer:
@@ -31,8 +31,8 @@ class Tokenizer:
         Raises:
             ModelError: its files are missing or cannot be read.
         """
-        if not any((path / name).is_file() for name in _FILES):
-            raise ModelError(f"{path} has no tokenizer ({', '.join(_FILES)}); save it beside the model.")
+        if not any((path / name).is_file() for name in FILES):
+            raise ModelError(f"{path} has no tokenizer ({', '.join(FILES)}); save it beside the model.")
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         # AutoTokenizer picks a class by the model's type, which may split text in its own way: tokenizer.json goes first.
