@@ -80,12 +80,30 @@ class TrainConfig(Section):
     """Share of the steps over which the learning rate rises linearly; constant afterwards."""
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser steps of one batch, each on its share of the groups."""
+    loss: Literal["ppo", "cispo", "gspo", "dppo"] = "ppo"
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.2, gt=0)
+    dual_clip: float = Field(default=0.0, ge=0)
+    """c > 1 bounds the ratio where the advantage is negative; 0: no bound."""
+    dppo_delta: float = Field(default=0.2, gt=0, le=1)
+    correction: Literal["none", "decoupled", "tis", "icepop", "m2po"] = "none"
+    """none: the ratio is against the policy that sampled. Otherwise it is against the policy at the start of the batch, and
+    the weight ρ between the two is used whole, capped (tis), or masked (icepop, m2po)."""
+    tis_cap: float = Field(default=2.0, gt=0)
+    icepop_low: float = Field(default=0.5, ge=0)
+    icepop_high: float = Field(default=5.0, gt=0)
+    m2po_tau: float = Field(default=0.04, gt=0)
     kl_coef: float = Field(default=0.001, ge=0)
-    """β of the K3 penalty against the reference policy; 0 does without the reference model."""
+    """β of the penalty against the reference policy; 0 does without the reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = Field(default=0.0, ge=0)
     aggregation: Literal["leaf_mean", "token_mean"] = "leaf_mean"
-    estimator: Literal["tree", "inter", "intra"] = "tree"
+    estimator: Literal["tree", "inter", "intra", "rloo", "two_norm", "treerl", "sibling_loo", "treepo", "at2po"] = "tree"
+    inter_weight: float = Field(default=1.0, ge=0)
+    """Of the estimator "tree"."""
+    intra_weight: float = Field(default=1.0, ge=0)
     singleton: Literal["zero", "raw"] = "zero"
     """The advantage of a lone leaf: 0, or its reward as in the reference code."""
     std_floor: float = Field(default=0.0, ge=0)
@@ -94,7 +112,12 @@ class TrainConfig(Section):
     """Tokens of one forward and backward pass."""
     checkpoint_every: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    gradient_checkpointing: bool = False
+    """Compute a layer again in the backward pass instead of keeping what it made: less memory, about a third more time."""
+    processes: int = Field(default=1, ge=1)
+    """Ranks of the trainer on this machine; `treegrpo up` and `treegrpo learner` start them with torchrun."""
     threads: int = Field(default=1, ge=1)
+    """Of each rank."""
 
 
 class EvalConfig(Section):
