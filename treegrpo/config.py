@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from treegrpo.lease import Plan
 
@@ -68,6 +69,21 @@ class RolloutConfig(Section):
         return Plan(**self.model_dump())
 
 
+CLIPS = {"cispo": (1.0, 0.2), "gspo": (3e-4, 4e-4)}
+"""`clip_low` and `clip_high` of the losses that need others than the fields' defaults."""
+
+ESTIMATOR_OPTIONS = {
+    "tree": {"inter_weight", "intra_weight", "singleton", "std_floor"},
+    "inter": {"singleton", "std_floor"},
+    "intra": {"singleton", "std_floor"},
+    "two_norm": {"singleton", "std_floor"},
+    "at2po": {"singleton", "std_floor"},
+    "rloo": {"singleton"},
+    "treepo": {"singleton"},
+}
+"""The options an estimator uses; the others are refused with it, not ignored."""
+
+
 class TrainConfig(Section):
     steps: int = Field(default=100, ge=1)
     batch: int = Field(default=32, ge=1)
@@ -83,24 +99,34 @@ class TrainConfig(Section):
     minibatches: int = Field(default=1, ge=1)
     """Optimiser steps of one batch, each on its share of the groups."""
     loss: Literal["ppo", "cispo", "gspo", "dppo"] = "ppo"
+    """The trust region: clipped ratio, clipped weight, clipped ratio of a whole leaf, mask by divergence. See docs/losses.md."""
     clip_low: float = Field(default=0.2, gt=0)
+    """ε_low: a ratio below 1 − ε_low no longer pushes down. 3e-4 for gspo; 1 (no bound) for cispo; dppo has none."""
     clip_high: float = Field(default=0.2, gt=0)
+    """ε_high: a ratio above 1 + ε_high no longer pulls up. 4e-4 for gspo."""
     dual_clip: float = Field(default=0.0, ge=0)
-    """c > 1 bounds the ratio where the advantage is negative; 0: no bound."""
+    """c > 1 bounds the ratio where the advantage is negative (ppo); 0: no bound."""
     dppo_delta: float = Field(default=0.2, gt=0, le=1)
+    """δ: a token whose probability moved further than this from the sampler's is not moved on."""
     correction: Literal["none", "decoupled", "tis", "icepop", "m2po"] = "none"
     """none: the ratio is against the policy that sampled. Otherwise it is against the policy at the start of the batch, and
     the weight ρ between the two is used whole, capped (tis), or masked (icepop, m2po)."""
     tis_cap: float = Field(default=2.0, gt=0)
+    """C: ρ is at most this."""
     icepop_low: float = Field(default=0.5, ge=0)
-    icepop_high: float = Field(default=5.0, gt=0)
+    icepop_high: float = Field(default=5.0, gt=0, validate_default=True)
+    """Tokens with ρ outside icepop_low to icepop_high are left out."""
     m2po_tau: float = Field(default=0.04, gt=0)
+    """τ: the tokens of largest (log ρ)² of a batch are left out until the mean of the others is at most this."""
     kl_coef: float = Field(default=0.001, ge=0)
     """β of the penalty against the reference policy; 0 does without the reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the penalty; `kl_reference` reports k3 whatever this is."""
     entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus; 0: none."""
     aggregation: Literal["leaf_mean", "token_mean"] = "leaf_mean"
     estimator: Literal["tree", "inter", "intra", "rloo", "two_norm", "treerl", "sibling_loo", "treepo", "at2po"] = "tree"
+    """From rewards to advantages, see docs/estimators.md. The four keys below are each of some estimators only."""
     inter_weight: float = Field(default=1.0, ge=0)
     """Of the estimator "tree"."""
     intra_weight: float = Field(default=1.0, ge=0)
@@ -118,6 +144,56 @@ class TrainConfig(Section):
     """Ranks of the trainer on this machine; `treegrpo up` and `treegrpo learner` start them with torchrun."""
     threads: int = Field(default=1, ge=1)
     """Of each rank."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clips_of_the_loss(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (clips := CLIPS.get(str(cast("dict[str, Any]", values).get("loss")))):
+            return {"clip_low": clips[0], "clip_high": clips[1], **values}
+        return values
+
+    @field_validator("minibatches")
+    @classmethod
+    def _minibatches_fit(cls, count: int, info: ValidationInfo) -> int:
+        if count > (batch := info.data.get("batch", count)):
+            raise PydanticCustomError("minibatches", "a batch of {batch} groups makes no more minibatches", {"batch": batch})
+        return count
+
+    @field_validator("dual_clip")
+    @classmethod
+    def _dual_clip_fits(cls, bound: float, info: ValidationInfo) -> float:
+        if 0 < bound <= 1:
+            raise PydanticCustomError("dual_clip", "a dual clip is a bound above 1, like 3; 0 does without")
+        if bound and info.data.get("loss") != "ppo":
+            raise PydanticCustomError("dual_clip", "only train.loss = ppo has a dual clip; set it to 0")
+        return bound
+
+    @field_validator("correction")
+    @classmethod
+    def _correction_fits(cls, correction: str, info: ValidationInfo) -> str:
+        if correction == "m2po" and info.data.get("loss") == "gspo":
+            raise PydanticCustomError(
+                "correction", "m2po picks single tokens where train.loss = gspo weighs whole leaves; take icepop or tis"
+            )
+        return correction
+
+    @field_validator("icepop_high")
+    @classmethod
+    def _icepop_fits(cls, high: float, info: ValidationInfo) -> float:
+        if high <= (low := info.data.get("icepop_low", 0.0)):
+            raise PydanticCustomError("icepop", "it has to be above train.icepop_low, which is {low}", {"low": low})
+        return high
+
+    @field_validator("inter_weight", "intra_weight", "singleton", "std_floor")
+    @classmethod
+    def _estimator_uses_it(cls, value: Any, info: ValidationInfo) -> Any:
+        name, estimator = str(info.field_name), info.data.get("estimator", "tree")
+        if name not in ESTIMATOR_OPTIONS.get(estimator, set()) and value != cls.model_fields[name].default:
+            fitting = ", ".join(known for known, options in ESTIMATOR_OPTIONS.items() if name in options)
+            raise PydanticCustomError("estimator", f"only {fitting} use it, and train.estimator = {estimator}; leave it out")
+        if name == "intra_weight" and value == info.data.get("inter_weight") == 0:
+            raise PydanticCustomError("estimator", "with train.inter_weight = 0 as well every advantage would be 0")
+        return value
 
 
 class EvalConfig(Section):

@@ -93,9 +93,10 @@ def _refused(error: ValidationError, sources: Sequence[_Source]) -> ConfigError:
     """The first value that does not fit, with the source it came from."""
     first = error.errors()[0]
     section, key = (*map(str, first["loc"]), "")[:2]
-    source = next((s for s in reversed(sources) if key in s.values.get(section, {})), sources[0])
+    places = [source.where(section, key) for source in sources if key in source.values.get(section, {})]
     reason = first["msg"][:1].lower() + first["msg"][1:]
-    return ConfigError(f"{section}.{key} = {first['input']!r} ({source.where(section, key)}) is not acceptable: {reason}.")
+    where = places[-1] if places else "the default"
+    return ConfigError(f"{section}.{key} = {first['input']!r} ({where}) is not acceptable: {reason}.")
 
 
 def _keys(source: _Source, section: str, keys: Any) -> Iterator[tuple[str, Any]]:

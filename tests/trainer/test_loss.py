@@ -1,71 +1,272 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.trainer.loss import Clip, k3, policy_loss, reference_penalty
+from learner.trainer.corrections import m2po_limit
+from learner.trainer.loss import Estimator, entropy_bonus, kl, policy_loss, reference_penalty
+from learner.trainer.tally import Tally
+from learner.trainer.targets import Targets
+from tests.trainer.targets import float64, lone, near, places, random_targets
+from treegrpo.config import TrainConfig
 
-CLIP = Clip(0.2, 0.3)
+CORRECTIONS = ("none", "decoupled", "tis", "icepop", "m2po")
+TOKEN_LEVEL: list[dict[str, Any]] = [{"loss": "ppo"}, {"loss": "ppo", "dual_clip": 1.4}, {"loss": "cispo"}, {"loss": "dppo"}]
+TIGHT = {"clip_low": 0.2, "clip_high": 0.3, "dppo_delta": 0.03, "tis_cap": 1.2, "icepop_low": 0.8, "icepop_high": 1.5}
+SEEDS = st.integers(0, 2**32 - 1)
 
 
-def direct(logprob: Tensor, sampled: Tensor, advantage: float, weight: float) -> Tensor:
-    """The formula as the paper has it, for one leaf."""
-    ratio = (logprob - sampled).exp()
-    clipped = ratio.clamp(1 - CLIP.low, 1 + CLIP.high)
-    return -weight * torch.minimum(ratio * advantage, clipped * advantage).sum()
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.lists(st.floats(-3, 3), min_size=1, max_size=5))
-def test_a_shared_token_loses_what_its_leaves_lose_apart(seed: int, advantages: list[float]) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    sampled = torch.randn(8, generator=rng, dtype=torch.float64) - 3
-    logprob = (sampled + 0.5 * torch.randn(8, generator=rng, dtype=torch.float64)).requires_grad_()
-    weights = torch.rand(len(advantages), generator=rng, dtype=torch.float64).tolist()
-    apart = torch.stack([direct(logprob, sampled, a, w) for a, w in zip(advantages, weights, strict=True)]).sum()
-    plus, minus = (
-        torch.full_like(sampled, sum(w * pick(a, 0.0) for a, w in zip(advantages, weights, strict=True))) for pick in (max, min)
-    )
-    shared, _ = policy_loss(logprob, sampled, plus, minus, CLIP)
+def rho_of(log_rho: float, train: TrainConfig, limit: float) -> float:
+    rho = math.exp(log_rho)
+    allowed = train.icepop_low <= rho <= train.icepop_high
+    masked = {"icepop": rho if allowed else 0.0, "m2po": rho if log_rho**2 < limit else 0.0}
+    return {"none": 1.0, "decoupled": rho, "tis": min(rho, train.tis_cap), **masked}[train.correction]
+
+
+def one_path_token(logprob: Tensor, anchor: float, sampled: float, advantage: float, train: TrainConfig) -> Tensor:
+    """The loss of one token for one leaf, as the papers write it."""
+    ratio = (logprob - anchor).exp()
+    clipped = ratio.clamp(1 - train.clip_low, 1 + train.clip_high)
+    if train.loss == "cispo":
+        return -clipped.detach() * advantage * logprob
+    if train.loss == "dppo":
+        shift = (logprob.exp() - math.exp(sampled)).item()
+        outward = abs(shift) > train.dppo_delta and shift * advantage > 0
+        return -ratio * advantage * (0.0 if outward else 1.0)
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    return -(torch.maximum(gain, float64(train.dual_clip * advantage)[0]) if train.dual_clip and advantage < 0 else gain)
+
+
+def path_by_path(logprob_A: Tensor, proximal_A: Tensor, targets: Targets, train: TrainConfig, limit: float) -> Tensor:
+    """The sum over leaves and the tokens of their paths, one at a time."""
+    total = torch.zeros((), dtype=torch.float64)
+    columns = (targets.token_P, targets.advantage_P, targets.weight_P)
+    for token, advantage, weight in zip(*(column.tolist() for column in columns), strict=True):
+        p, q = proximal_A[token].item(), targets.sampled_A[token].item()
+        anchor = q if train.correction == "none" else p
+        rho = rho_of(p - q, train, limit)
+        total = total + weight * rho * one_path_token(logprob_A[token], anchor, q, advantage, train)
+    return total
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("loss", TOKEN_LEVEL, ids=str)
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, node_level=st.booleans())
+def test_a_shared_token_loses_what_its_leaves_lose_apart(
+    loss: dict[str, Any], correction: str, seed: int, node_level: bool
+) -> None:
+    rng = seeded(seed)
+    targets = random_targets(rng, node_level=node_level)
+    train = TrainConfig.model_validate(TIGHT | loss | {"correction": correction})
+    proximal = near(rng, targets.sampled_A, 0.3)
+    logprob = near(rng, proximal, 0.5).requires_grad_()
+    limit = m2po_limit(proximal - targets.sampled_A, 0.04) if correction == "m2po" else math.inf
+    apart = path_by_path(logprob, proximal, targets, train, limit)
+    shared, _ = policy_loss(logprob, proximal, targets, train, limit)
     assert shared.item() == pytest.approx(apart.item(), abs=1e-12)
     (of_shared,), (of_apart,) = torch.autograd.grad(shared, logprob), torch.autograd.grad(apart, logprob)
-    assert torch.allclose(of_shared, of_apart, atol=1e-12)
+    assert torch.allclose(of_shared, of_apart, rtol=0, atol=1e-12)
+
+
+def test_the_shared_form_is_tested_where_everything_acts() -> None:
+    """On the spreads of the property above all clips, caps and masks happen."""
+    total = Tally()
+    for seed in range(20):
+        for loss in TOKEN_LEVEL:
+            for correction in ("tis", "icepop"):
+                rng = seeded(seed)
+                targets = random_targets(rng, node_level=True)
+                proximal = near(rng, targets.sampled_A, 0.3)
+                train = TrainConfig.model_validate(TIGHT | loss | {"correction": correction})
+                total += policy_loss(near(rng, proximal, 0.5), proximal, targets, train)[1]
+    assert all(total.per(name, "terms") > 0.02 for name in ("clip_low", "clip_high", "clip_dual", "capped", "masked"))
+
+
+def sequence_loss(logprob_A: Tensor, proximal_A: Tensor, targets: Targets, train: TrainConfig) -> Tensor:
+    """GSPO as its paper has it: one ratio for a leaf, one clip, 1/|H| in the weight; ρ is of the leaf."""
+    total = torch.zeros((), dtype=torch.float64)
+    for leaf in range(targets.leaves):
+        at = targets.leaf_P == leaf
+        token, advantage = targets.token_P[at], targets.advantage_P[at][0].item()
+        p, q = proximal_A[token], targets.sampled_A[token]
+        anchor = q if train.correction == "none" else p
+        ratio = (logprob_A[token] - anchor).mean().exp()
+        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - train.clip_low, 1 + train.clip_high) * advantage)
+        total = total - targets.weight_P[at][0] * len(token) * rho_of((p - q).mean().item(), train, math.inf) * gain
+    return total
+
+
+@pytest.mark.parametrize("correction", ["none", "decoupled", "tis", "icepop"])
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS)
+def test_gspo_is_the_clipped_loss_of_whole_leaves(correction: str, seed: int) -> None:
+    rng = seeded(seed)
+    targets = random_targets(rng, node_level=False)
+    train = TrainConfig.model_validate(
+        {"loss": "gspo", "correction": correction, "clip_low": 0.05, "clip_high": 0.08, "tis_cap": 1.02, "icepop_low": 0.95}
+    )
+    proximal = near(rng, targets.sampled_A, 0.3)
+    logprob = near(rng, proximal, 0.5).requires_grad_()
+    found, wanted = policy_loss(logprob, proximal, targets, train)[0], sequence_loss(logprob, proximal, targets, train)
+    assert found.item() == pytest.approx(wanted.item(), abs=1e-12)
+    (of_found,), (of_wanted,) = torch.autograd.grad(found, logprob), torch.autograd.grad(wanted, logprob)
+    assert torch.allclose(of_found, of_wanted, rtol=0, atol=1e-12)
+
+
+def test_gspo_takes_the_ratio_from_the_leaf_and_the_advantage_from_the_node() -> None:
+    """Token 0 is shared. Leaf 0 has s = exp((0.2 + 0.4)/2), leaf 1 s = exp((0.2 − 0.6)/2); the clip cuts at ±0.5."""
+    targets = places([-1.0, -1.0, -1.0], [[(0, 2.0), (1, 1.0)], [(0, -1.0), (2, -1.0)]], [0.5, 0.25])
+    logprob = float64(-0.8, -0.6, -1.6).requires_grad_()
+    train = TrainConfig(loss="gspo", clip_low=0.5, clip_high=0.5)
+    loss, tally = policy_loss(logprob, logprob.detach(), targets, train)
+    high, low = math.exp(0.3), math.exp(-0.2)
+    assert loss.item() == pytest.approx(-(0.5 * high * 3 - 0.25 * low * 2))
+    (gradient,) = torch.autograd.grad(loss, logprob)
+    assert gradient.tolist() == pytest.approx([-(0.5 * 2 * high - 0.25 * low), -0.5 * high, 0.25 * low])
+    assert (tally["terms"], tally["clip_low"], tally["clip_high"]) == (4, 0, 0)
+
+
+def test_gspo_clips_a_leaf_at_all_its_places() -> None:
+    targets = places([-1.0, -1.0, -1.0], [[(0, 1.0), (1, 1.0)], [(0, -1.0), (2, -1.0)]], [1.0, 1.0])
+    logprob = float64(-0.9, -1.0, -1.3).requires_grad_()
+    loss, tally = policy_loss(logprob, logprob.detach(), targets, TrainConfig(loss="gspo"))
+    assert loss.item() == pytest.approx(-2 * 1.0004 + 2 * 0.9997)
+    assert not torch.autograd.grad(loss, logprob)[0].any()
+    assert (tally.per("clip_high", "terms"), tally.per("clip_low", "terms")) == (0.5, 0.5)
 
 
 def test_the_clip_stops_the_gradient_on_its_own_side_only() -> None:
-    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.0], dtype=torch.float64)
+    ratio = float64(1.5, 1.5, 0.5, 0.5, 1.0)
     logprob = ratio.log().requires_grad_()
-    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
-    loss, tally = policy_loss(logprob, torch.zeros_like(ratio), advantage.clamp(min=0), advantage.clamp(max=0), CLIP)
+    targets = lone([0.0] * 5, [1.0, -1.0, 1.0, -1.0, 1.0])
+    loss, tally = policy_loss(logprob, logprob.detach(), targets, TrainConfig())
     (gradient,) = torch.autograd.grad(loss, logprob)
     assert gradient.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0, -1.0])
-    assert (tally.mean("clip_high"), tally.mean("clip_low")) == (0.2, 0.2)
+    assert (tally.per("clip_high", "terms"), tally.per("clip_low", "terms")) == (0.2, 0.2)
 
 
 def test_the_bounds_are_asymmetric() -> None:
-    plus, minus = torch.tensor([1.0, 0.0]), torch.tensor([0.0, -1.0])
-    loss, _ = policy_loss(torch.tensor([9.0, -9.0]), torch.zeros(2), plus, minus, Clip(low=0.1, high=0.4))
+    loss, _ = policy_loss(float64(9.0, -9.0), float64(0, 0), lone([0, 0], [1, -1]), TrainConfig(clip_low=0.1, clip_high=0.4))
     assert loss.item() == pytest.approx(-1.4 + 0.9)
+
+
+def test_the_dual_clip_bounds_what_a_bad_token_can_cost() -> None:
+    """r = 5 in all: the bound of 3 holds where the advantage is negative, and leaves the other to the upper clip."""
+    logprob = float64(5.0, 5.0).log().requires_grad_()
+    loss, tally = policy_loss(logprob, logprob.detach(), lone([0, 0], [-2, 2]), TrainConfig(dual_clip=3))
+    assert loss.item() == pytest.approx(2 * 3 - 2 * 1.2)
+    assert not torch.autograd.grad(loss, logprob)[0].any()
+    assert (tally["clip_dual"], tally["clip_high"]) == (1, 1)
+    unbounded, _ = policy_loss(logprob, logprob.detach(), lone([0, 0], [-2, 2]), TrainConfig())
+    assert unbounded.item() == pytest.approx(2 * 5 - 2 * 1.2)
+
+
+def test_cispo_clips_the_weight_and_keeps_every_gradient() -> None:
+    logprob = float64(3.0, 0.25).log().requires_grad_()
+    loss, tally = policy_loss(logprob, logprob.detach(), lone([0, 0], [1, -2]), TrainConfig(loss="cispo", clip_low=0.5))
+    assert loss.item() == pytest.approx(-1.2 * math.log(3) + 2 * 0.5 * math.log(0.25))
+    assert torch.autograd.grad(loss, logprob)[0].tolist() == pytest.approx([-1.2, 1.0])
+    assert (tally["clip_high"], tally["clip_low"]) == (1, 1)
+    unbounded, _ = policy_loss(logprob, logprob.detach(), lone([0, 0], [1, -2]), TrainConfig(loss="cispo"))
+    assert torch.autograd.grad(unbounded, logprob)[0].tolist() == pytest.approx([-1.2, 0.5])
+
+
+def test_dppo_stops_what_moves_a_probability_further_away_and_nothing_else() -> None:
+    """From 0.5 to 0.8 and to 0.2, up and down each; a rare token may grow tenfold."""
+    now = [0.8, 0.8, 0.2, 0.2, 0.01]
+    logprob = float64(*now).log().requires_grad_()
+    targets = lone([math.log(0.5)] * 4 + [math.log(0.001)], [1, -1, 1, -1, 1])
+    loss, tally = policy_loss(logprob, logprob.detach(), targets, TrainConfig(loss="dppo"))
+    assert torch.autograd.grad(loss, logprob)[0].tolist() == pytest.approx([0, 1.6, -0.4, 0, -10])
+    assert (tally["clip_high"], tally["clip_low"]) == (1, 1)
+
+
+@pytest.mark.parametrize("loss", ["ppo", "cispo", "gspo", "dppo"])
+def test_rho_is_applied_once(loss: Any) -> None:
+    """At the start of a batch θ = p: whatever the loss, the gradient of a token is π_p/π_q·A·∇log π."""
+    start = float64(-1.2, -1.2).requires_grad_()
+    targets = lone([-1.0, -1.0], [1.0, 1.0])
+    gradients = [
+        torch.autograd.grad(
+            policy_loss(start, start.detach(), targets, TrainConfig(loss=loss, correction=name, clip_low=0.5))[0], start
+        )
+        for name in ("none", "decoupled")
+    ]
+    for (gradient,) in gradients:
+        assert gradient.tolist() == pytest.approx([-math.exp(-0.2)] * 2)
+
+
+@pytest.mark.parametrize("loss", [*TOKEN_LEVEL, {"loss": "gspo"}], ids=str)
+def test_corrections_that_have_nothing_to_correct_or_no_bound_agree(loss: dict[str, Any]) -> None:
+    rng = seeded(1)
+    targets = random_targets(rng, node_level=True)
+    proximal = near(rng, targets.sampled_A, 0.3)
+    logprob = near(rng, proximal, 0.3)
+
+    def of(correction: str, proximal: Tensor, **keys: float) -> float:
+        train = TrainConfig.model_validate(loss | {"correction": correction} | keys)
+        return policy_loss(logprob, proximal, targets, train)[0].item()
+
+    assert of("decoupled", targets.sampled_A) == of("none", targets.sampled_A)
+    assert of("tis", proximal, tis_cap=1e30) == of("decoupled", proximal)
+    assert of("icepop", proximal, icepop_low=0, icepop_high=1e30) == of("decoupled", proximal)
+    assert of("tis", proximal) != of("none", proximal)
+
+
+def test_a_gspo_leaf_is_corrected_as_a_whole() -> None:
+    """ρ of the leaves: exp of the mean of log ρ over their tokens, 1.5 and 0.6; IcePop leaves the second out."""
+    targets = places([-2.0] * 3, [[(0, 1.0), (1, 1.0)], [(2, 1.0)]], [1.0, 1.0])
+    proximal = float64(-2.0, -2.0 + 2 * math.log(1.5), -2.0 + math.log(0.6))
+    loss, tally = policy_loss(proximal, proximal, targets, TrainConfig(loss="gspo", correction="icepop", icepop_low=0.7))
+    assert loss.item() == pytest.approx(-1.5 * 2)
+    assert tally.per("masked", "terms") == pytest.approx(1 / 3)
+
+
+def test_only_tokens_that_count_are_counted() -> None:
+    targets = lone([0.0] * 4, [-1.0] * 4)
+    targets.counted_A[:2] = False
+    logprob = float64(0.5, 0.5, 0.5, 1.0).log()
+    loss, tally = policy_loss(logprob, logprob, targets, TrainConfig())
+    assert loss.item() == pytest.approx(3 * 0.8 + 1)
+    assert (tally["terms"], tally["clip_low"]) == (2, 1)
 
 
 @given(st.floats(-20, 0), st.floats(-20, 0))
 def test_k3_is_never_negative_and_nothing_between_equals(logprob: float, reference: float) -> None:
-    assert k3(torch.tensor(logprob).double(), torch.tensor(reference).double()).item() >= 0
-    assert k3(torch.tensor(logprob), torch.tensor(logprob)).item() == 0
+    assert kl(torch.tensor(logprob).double(), torch.tensor(reference).double(), "k3").item() >= 0
+    assert kl(torch.tensor(logprob), torch.tensor(logprob), "k3").item() == 0
 
 
 def test_the_penalty_is_weighted_and_its_figure_is_not() -> None:
-    logprob, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0])
-    penalty, tally = reference_penalty(logprob, reference, torch.tensor([0.25, 0.25]))
-    assert penalty.item() == pytest.approx(0.25 * 0.1065307, rel=1e-5)
-    assert tally.sums["kl_reference"] == pytest.approx(0.1065307, rel=1e-5)
+    logprob, reference, targets = float64(-1.0, -2.0), float64(-1.5, -2.0), lone([-1.0, -2.0], [1.0, 1.0], weight=0.25)
+    expectations: list[tuple[Estimator, float]] = [("k1", 0.5), ("k2", 0.125), ("k3", 0.1065307)]
+    for estimator, expected in expectations:
+        penalty, tally = reference_penalty(logprob, reference, targets, estimator)
+        assert penalty.item() == pytest.approx(0.25 * expected, rel=1e-5)
+        assert tally["kl_reference"] == pytest.approx(0.1065307, rel=1e-5)
 
 
-def test_the_mismatch_is_nothing_when_sampler_and_trainer_agree() -> None:
-    same = torch.tensor([-1.0, -2.0])
-    for shift, expected in ((0.0, 0.0), (0.1, 0.0051709)):
-        _, tally = policy_loss(same + shift, same, same, same, CLIP)
-        assert tally.mean("kl_mismatch") == pytest.approx(expected, abs=1e-6)
+def test_the_entropy_bonus_is_weighted_and_its_figure_is_not() -> None:
+    entropy = float64(2.0, 1.0).requires_grad_()
+    bonus, tally = entropy_bonus(entropy, lone([-1.0, -1.0], [1.0, 1.0], weight=0.5))
+    assert (bonus.item(), tally["entropy"]) == (1.5, 3.0)
+    assert torch.autograd.grad(bonus, entropy)[0].tolist() == [0.5, 0.5]
+
+
+def test_a_pack_without_actions_loses_nothing() -> None:
+    empty = float64().requires_grad_()
+    for loss in ("ppo", "gspo"):
+        found, tally = policy_loss(empty, empty.detach(), lone([], []), TrainConfig(loss=loss, correction="tis"))
+        assert (found.item(), tally.per("masked", "terms")) == (0.0, 0.0)
+        found.backward()

@@ -1,0 +1,90 @@
+"""Learning from what another policy sampled: how much each token, or each leaf, weighs.
+
+q is the policy that sampled, p the policy at the start of the batch ("proximal"). They differ by weight updates that came
+in between and by the arithmetic of two engines. With ρ = π_p / π_q, never with a gradient, `train.correction` is
+
+    none       1                                 the ratio of the loss is π_θ/π_q, which corrects already
+    decoupled  ρ                                 2110.00641, 2505.24298
+    tis        min(ρ, C)                         truncated importance sampling, 1802.01561
+    icepop     ρ if low ≤ ρ ≤ high, else 0       2510.18855
+    m2po       ρ, or 0 for the tokens of largest (log ρ)², until the mean of the others is ≤ τ   2510.01161
+
+and the ratio of the loss is π_θ/π_p for all but the first, so that ρ enters once.
+
+Shapes: X what is weighed, action tokens (A of `targets`) or places (P); N all action tokens of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.trainer.tally import Tally
+from learner.trainer.targets import SIGNS, Targets
+from treegrpo.config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    rho_X: Tensor
+    """The weight in the loss."""
+    capped_X: Tensor
+    """bool: lowered to the cap."""
+    masked_X: Tensor
+    """bool: left out."""
+
+
+def weigh(log_rho_X: Tensor, train: TrainConfig, m2po_limit: float = math.inf) -> Weights:
+    """The weights that ``train.correction`` gives; see the top of this module. ``m2po_limit``: see there."""
+    log_rho_X = log_rho_X.detach()
+    rho_X, no_X = log_rho_X.exp(), torch.zeros_like(log_rho_X, dtype=torch.bool)
+    match train.correction:
+        case "none":
+            return Weights(torch.ones_like(rho_X), no_X, no_X)
+        case "decoupled":
+            return Weights(rho_X, no_X, no_X)
+        case "tis":
+            return Weights(rho_X.clamp(max=train.tis_cap), rho_X > train.tis_cap, no_X)
+        case "icepop":
+            masked_X = (rho_X < train.icepop_low) | (rho_X > train.icepop_high)
+        case "m2po":
+            masked_X = log_rho_X.double().square() >= m2po_limit
+    return Weights(rho_X.masked_fill(masked_X, 0), no_X, masked_X)
+
+
+def m2po_limit(log_rho_N: Tensor, tau: float) -> float:
+    """The (log ρ)² from which on tokens are dropped so that the mean of the others is ≤ ``tau``; inf: none is.
+
+    Equals share a fate: where some of them have to go, all do.
+    """
+    square_N = log_rho_N.double().square().sort().values
+    mean_N = square_N.cumsum(0) / torch.arange(1, len(square_N) + 1, device=square_N.device)
+    over = (mean_N > tau).nonzero()
+    return square_N[over[0, 0]].item() if len(over) else math.inf
+
+
+def mismatch(proximal_A: Tensor, targets: Targets) -> Tally:
+    """How far p is from q on the tokens that count.
+
+    `actions` counts them. `kl_mismatch` sums the k3 estimate of KL(q ‖ p), ρ − 1 − log ρ with tokens drawn from q;
+    `log_ratio_max` is the largest |log ρ|. `count/S`, `rho/S` and `square/S` are N, Σρ and Σρ² of each class S of
+    `SIGNS`, for `effective_sample`. ρ is that of the token, before any cap or mask.
+    """
+    log_rho_A = (proximal_A - targets.sampled_A).detach()[targets.counted_A].double()
+    rho_A = log_rho_A.exp()
+    figures_3A = torch.stack([torch.ones_like(rho_A), rho_A, rho_A.square()])
+    sums_3S = figures_3A.new_zeros(3, len(SIGNS)).index_add(1, targets.sign_A[targets.counted_A], figures_3A)
+    names = [f"{figure}/{sign}" for figure in ("count", "rho", "square") for sign in SIGNS]
+    whole = torch.stack([(rho_A - 1 - log_rho_A).sum(), torch.cat([log_rho_A.abs(), rho_A.new_zeros(1)]).max()])
+    kl, peak = whole.tolist()
+    sums = {"actions": float(len(rho_A)), "kl_mismatch": kl, **dict(zip(names, sums_3S.flatten().tolist(), strict=True))}
+    return Tally(sums, {"log_ratio_max": peak})
+
+
+def effective_sample(tally: Tally, *signs: str) -> float:
+    """(Σρ)² / (N·Σρ²) over the tokens of these classes of `SIGNS`: 1 when all weigh the same, and when there is none."""
+    count, rho, square = (sum(tally[f"{name}/{sign}"] for sign in signs) for name in ("count", "rho", "square"))
+    return rho**2 / (count * square) if count * square else 1.0

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learner.trainer.corrections import effective_sample, m2po_limit, mismatch, weigh
+from learner.trainer.tally import Tally
+from learner.trainer.targets import SIGNS
+from tests.trainer.targets import float64, lone
+from treegrpo.config import TrainConfig
+from treegrpo.errors import ConfigError
+from treegrpo.settings import load
+
+RHO = float64(0.25, 1.0, 3.0, 8.0)
+SQUARES = st.lists(st.floats(0, 3).map(lambda x: x if x > 1e-6 else 0.0), min_size=1, max_size=20)
+
+
+@pytest.mark.parametrize(
+    ("correction", "weights", "capped", "masked"),
+    [
+        ("none", [1, 1, 1, 1], 0, 0),
+        ("decoupled", [0.25, 1, 3, 8], 0, 0),
+        ("tis", [0.25, 1, 2, 2], 2, 0),
+        ("icepop", [0, 1, 3, 0], 0, 2),
+        ("m2po", [0.25, 1, 3, 0], 0, 1),
+    ],
+)
+def test_what_each_correction_makes_of_rho(correction: Any, weights: list[float], capped: int, masked: int) -> None:
+    found = weigh(RHO.log(), TrainConfig(correction=correction), m2po_limit=math.log(8) ** 2)
+    assert found.rho_X.tolist() == pytest.approx(weights)
+    assert (found.capped_X.sum().item(), found.masked_X.sum().item()) == (capped, masked)
+
+
+def test_the_bounds_of_icepop_are_allowed_themselves() -> None:
+    found = weigh(torch.zeros(1), TrainConfig(correction="icepop", icepop_low=1.0, icepop_high=2.0))
+    assert found.rho_X.tolist() == [1.0]
+
+
+def test_weights_have_no_gradient() -> None:
+    log_rho = float64(0.1).requires_grad_()
+    assert not weigh(log_rho, TrainConfig(correction="decoupled")).rho_X.requires_grad
+
+
+def test_m2po_drops_the_largest_until_the_mean_of_the_others_fits() -> None:
+    """Squares 0, .01, .04, .25, 1: the means of the first ones are 0, .005, .0167, .075, .26."""
+    log_rho = float64(0.5, -0.1, 0.0, -1.0, 0.2)
+    assert m2po_limit(log_rho, 0.04) == 0.25
+    assert m2po_limit(log_rho, 0.08) == 1.0
+    assert m2po_limit(log_rho, 0.3) == math.inf
+    kept = weigh(log_rho, TrainConfig(correction="m2po"), m2po_limit(log_rho, 0.04)).masked_X.logical_not()
+    assert kept.tolist() == [False, True, True, False, True]
+
+
+def test_m2po_lets_equals_share_a_fate() -> None:
+    log_rho = float64(0.3, -0.3, 0.0)
+    assert weigh(log_rho, TrainConfig(correction="m2po"), m2po_limit(log_rho, 0.05)).masked_X.tolist() == [True, True, False]
+
+
+def test_m2po_of_nothing_drops_nothing() -> None:
+    assert m2po_limit(torch.zeros(0), 0.04) == math.inf
+
+
+@given(SQUARES, st.floats(1e-3, 2), st.floats(1e-3, 2))
+def test_m2po_keeps_what_fits_and_no_less_with_a_larger_tau(log_rho: list[float], one: float, other: float) -> None:
+    values = float64(*log_rho)
+
+    def kept(tau: float) -> set[int]:
+        return set((values.square() < m2po_limit(values, tau)).nonzero()[:, 0].tolist())
+
+    small, large = sorted((one, other))
+    assert kept(small) <= kept(large)
+    if within := kept(small):
+        assert values[list(within)].square().mean().item() <= small * (1 + 1e-9)
+    next_up = sorted(values.square().tolist())[: len(kept(small)) + 1]
+    assert (
+        len(kept(small)) == len(values) or math.fsum(next_up) / len(next_up) > small * (1 - 1e-9) or _tied(values.tolist(), small)
+    )
+
+
+def _tied(values: list[float], tau: float) -> bool:
+    """Equal squares meet at the limit."""
+    squares = sorted(value**2 for value in values)
+    return squares.count(m2po_limit(float64(*values), tau)) > 1
+
+
+def test_m2po_compares_in_float32_what_it_measured_in_float32() -> None:
+    rng = torch.Generator().manual_seed(0)
+    log_rho = torch.randn(1000, generator=rng)
+    limit = m2po_limit(log_rho, 0.04)
+    assert 0 < weigh(log_rho, TrainConfig(correction="m2po"), limit).masked_X.sum() < 1000
+    assert limit in log_rho.double().square().tolist()
+
+
+def test_the_mismatch_is_nothing_when_sampler_and_trainer_agree() -> None:
+    targets = lone([-1.0, -2.0], [1.0, 1.0])
+    for shift, expected in ((0.0, 0.0), (0.1, 0.0051709)):
+        tally = mismatch(targets.sampled_A + shift, targets)
+        assert tally.per("kl_mismatch", "actions") == pytest.approx(expected, abs=1e-6)
+        assert tally.peak("log_ratio_max") == pytest.approx(shift)
+
+
+def test_the_effective_sample_is_put_together_from_packs_before_it_is_divided() -> None:
+    """ρ 1, 3 in one pack and 2 in the next: (1 + 3 + 2)² / (3·(1 + 9 + 4)) = 6/7; the token that does not count is 9."""
+    one, other = lone([0.0, 0.0, 0.0], [1.0] * 3), lone([0.0], [1.0])
+    one.sign_A[:], other.sign_A[:] = torch.tensor([1, 2, 2]), 1
+    one.counted_A[2] = False
+    tally = mismatch(float64(1.0, 3.0, 9.0).log(), one) + mismatch(float64(2.0).log(), other)
+    assert effective_sample(tally, *SIGNS) == pytest.approx(6 / 7)
+    assert effective_sample(tally, "up_up") == pytest.approx(9 / (2 * 5))
+    assert effective_sample(tally, "up_down") == pytest.approx(1.0)
+    assert effective_sample(tally, "down_down") == 1.0
+    assert tally["actions"] == 3
+    assert tally.peak("log_ratio_max") == pytest.approx(math.log(3))
+
+
+def test_tallies_add_up_in_any_order_and_nothing_is_neutral() -> None:
+    one, other = Tally({"a": 1.0, "b": 2.0}, {"x": 3.0}), Tally({"b": 5.0}, {"x": 1.0, "y": 4.0})
+    assert one + other == other + one == Tally({"a": 1.0, "b": 7.0}, {"x": 3.0, "y": 4.0})
+    assert one + Tally() == one
+    assert (one.per("b", "a"), one.per("a", "nothing"), one.peak("nothing")) == (2.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--train.loss", "gspo", "--train.correction", "m2po"], r"train\.correction = 'm2po'.*take icepop or tis"),
+        (["--train.dual_clip", "0.5"], r"train\.dual_clip = '0\.5'.*above 1"),
+        (["--train.dual_clip", "3", "--train.loss", "cispo"], r"train\.dual_clip.*only train\.loss = ppo"),
+        (["--train.icepop_low", "6"], r"train\.icepop_high = 5\.0 \(the default\).*above train\.icepop_low, which is 6\.0"),
+        (["--train.icepop_low", "1", "--train.icepop_high", "1"], r"train\.icepop_high.*above train\.icepop_low"),
+        (["--train.minibatches", "9", "--train.batch", "8"], r"train\.minibatches.*a batch of 8 groups"),
+    ],
+)
+def test_keys_that_make_no_sense_together_are_refused(flags: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load(None, flags)
+
+
+@pytest.mark.parametrize(("loss", "low", "high"), [("ppo", 0.2, 0.2), ("gspo", 3e-4, 4e-4), ("cispo", 1.0, 0.2)])
+def test_the_clips_follow_from_the_loss_unless_they_are_given(loss: str, low: float, high: float) -> None:
+    train = load(None, ["--train.loss", loss]).train
+    assert (train.clip_low, train.clip_high) == (low, high)
+    assert load(None, ["--train.loss", loss, "--train.clip_high", "0.3"]).train.clip_high == 0.3
