@@ -1,7 +1,8 @@
 """Between the vocabulary and the contract's messages.
 
-Decoding checks what a stranger could get wrong and raises ContractError with a sentence; encoding never fails. What
-the journal keeps of a subtree is the bytes of its message: one schema, with protobuf's rules for change.
+Decoding checks what a stranger could get wrong in the bytes and raises ContractError with a sentence; what they mean
+is checked where it is put together (`Tree.add`). Encoding never fails. What the journal keeps of a subtree is the bytes
+of its message: one schema, with protobuf's rules for change.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from treegrpo.budget import Budget, Cost
-from treegrpo.errors import ContractError
+from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Message, Question
+from treegrpo.soundness import name
 from treegrpo.tree import Leaf, Logprobs, PolicyVersion, Step, StepStatus, Subtree, TokenIds, VersionSpan
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
@@ -37,19 +39,16 @@ _KIND_OF = {v: k for k, v in _KIND.items()}
 _REASON_OF = {v: k for k, v in _REASON.items()}
 
 
-def _ids(data: bytes, what: str) -> TokenIds:
+def _ids(data: bytes, field: str, where: str) -> TokenIds:
     if len(data) % IDS.itemsize:
-        raise ContractError(f"{what} is {len(data)} bytes long, which is no whole number of uint32 ids.")
+        raise TreeError(f"{where}: {field} is {len(data)} bytes long, which is no whole number of uint32 ids.", field)
     return np.frombuffer(data, IDS).astype(np.uint32)
 
 
-def _logprobs(data: bytes, what: str) -> Logprobs:
+def _logprobs(data: bytes, where: str) -> Logprobs:
     if len(data) % LOGPROBS.itemsize:
-        raise ContractError(f"{what} is {len(data)} bytes long, which is no whole number of float32 values.")
-    values = np.frombuffer(data, LOGPROBS).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ContractError(f"{what} holds a log-probability that is not finite.")
-    return values
+        raise TreeError(f"{where}: logprobs is {len(data)} bytes long, which is no whole number of float32 values.", "logprobs")
+    return np.frombuffer(data, LOGPROBS).astype(np.float32)
 
 
 def version_to_pb(version: PolicyVersion) -> tree_pb2.PolicyVersion:
@@ -86,21 +85,18 @@ def step_to_pb(step: Step) -> tree_pb2.Step:
     )
 
 
-def step_from_pb(pb: tree_pb2.Step) -> Step:
+def step_from_pb(pb: tree_pb2.Step, tree: str) -> Step:
+    """The step as it was sent, of the ``tree`` that a refusal names. Raises TreeError."""
+    where = f"{tree}, node {pb.node}"
     if pb.status not in _STATUS_OF:
-        raise ContractError(f"Step {pb.node} has status {pb.status}, which this version of the contract does not know.")
-    action = _ids(pb.action, f"The action of step {pb.node}")
-    spans = tuple(VersionSpan(version_from_pb(s.version), s.start, s.end) for s in pb.spans)
-    bounds = [0, *(s.end for s in spans)]
-    if bounds[-1] != len(action) or any(s.start != start or s.end <= start for s, start in zip(spans, bounds, strict=False)):
-        raise ContractError(f"The version spans of step {pb.node} do not cover its {len(action)} action tokens in order.")
+        raise TreeError(f"{where}: status is {pb.status}, which this version of the contract does not know.", "status")
     return Step(
         node=pb.node,
         parent=pb.parent,
-        action=action,
-        logprobs=_logprobs(pb.logprobs, f"The log-probabilities of step {pb.node}"),
-        observation=_ids(pb.observation, f"The observation of step {pb.node}"),
-        spans=spans,
+        action=_ids(pb.action, "action", where),
+        logprobs=_logprobs(pb.logprobs, where),
+        observation=_ids(pb.observation, "observation", where),
+        spans=tuple(VersionSpan(version_from_pb(s.version), s.start, s.end) for s in pb.spans),
         status=_STATUS_OF[pb.status],
         tool=pb.tool,
         tool_arguments=pb.tool_arguments,
@@ -121,16 +117,23 @@ def subtree_to_pb(subtree: Subtree) -> tree_pb2.Subtree:
     )
 
 
-def subtree_from_pb(pb: tree_pb2.Subtree) -> Subtree:
+def subtree_from_pb(pb: tree_pb2.Subtree, group: str = "") -> Subtree:
+    """The subtree as it was sent; whether it is sound, `Tree.add` says. Raises TreeError, which names ``group`` if given."""
+    where = name(pb.lease, pb.tree, group)
     return Subtree(
         lease=pb.lease,
         tree=pb.tree,
         index=pb.index,
         parent=pb.parent,
-        steps=tuple(step_from_pb(step) for step in pb.steps),
+        steps=tuple(step_from_pb(step, where) for step in pb.steps),
         leaves=tuple(Leaf(leaf.node, dict(leaf.rewards), dict(leaf.metrics)) for leaf in pb.leaves),
-        prompt=_ids(pb.prompt, f"The prompt of tree {pb.tree}"),
+        prompt=_ids(pb.prompt, "prompt", where),
     )
+
+
+def subtree_cost(pb: tree_pb2.Subtree) -> Cost:
+    """What a subtree says it cost, also one that is refused."""
+    return sum((cost_from_pb(step.cost) for step in pb.steps), Cost())
 
 
 def question_to_pb(question: Question) -> rollout_pb2.Question:

@@ -6,6 +6,7 @@
     ├── ModelError        (ValueError)       a model directory or its weights
     ├── WeightsError      (ValueError)       a policy version that arrived broken
     ├── ContractError     (ValueError)       a message that breaks the contract between services
+    │   └── TreeError                        a tree, or a part of one, that cannot be trained on
     ├── JournalError      (OSError)          a journal that cannot be written or read
     ├── AddressInUseError (OSError)          a port that somebody else holds
     ├── UnavailableError  (ConnectionError)  a peer that is not there
@@ -40,6 +41,18 @@ class WeightsError(TreeGrpoError, ValueError):
 
 class ContractError(TreeGrpoError, ValueError):
     """A message between services breaks the contract in protos/treegrpo/v1."""
+
+
+class TreeError(ContractError):
+    """A tree, or a part of one, cannot be trained on; the sentence names group (or lease), tree, node and field."""
+
+    def __init__(self, message: str, field: str) -> None:
+        """``field`` is the part that is wrong, of `Subtree`, `Step` or `Leaf`: few values, fit for a metric's label."""
+        super().__init__(message, field)
+        self.field = field
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class JournalError(TreeGrpoError, OSError):

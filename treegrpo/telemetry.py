@@ -62,7 +62,7 @@ class IntakeMetrics(_Metrics):
         self.reward = self._gauge("reward_mean", "Mean reward of the leaves of the last groups", "kind")
         self.em = self._gauge("exact_match_ratio", "Share of leaves with an exact match in the last groups", "kind")
         self.duplicates = self._counter("subtrees_duplicate", "Subtrees that arrived again and were not counted again")
-        self.refused = self._counter("subtrees_refused", "Subtrees refused, by reason", "reason")
+        self.refused = self._counter("subtrees_refused", "Subtrees refused: lease, or what of them is wrong", "reason")
         self.weight_bytes = self._counter("weights_served_bytes", "Bytes of weight files sent to samplers")
 
 

@@ -10,7 +10,6 @@ engine's own from first to last (token-in, token-out).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treegrpo.budget import Cost
-from treegrpo.errors import ContractError
+from treegrpo.errors import ContractError, TreeError
 from treegrpo.question import Question
+from treegrpo.soundness import check_leaves, check_steps, name
 
 TokenIds = NDArray[np.uint32]
 Logprobs = NDArray[np.float32]
@@ -72,6 +72,11 @@ class StepStatus(Enum):
     def failed(self) -> bool:
         """A failed step is never a leaf with a reward; its branch is left out and counted."""
         return self in (StepStatus.ENGINE_ERROR, StepStatus.TOOL_ERROR)
+
+    @property
+    def final(self) -> bool:
+        """No step follows: the episode ended here, or failed."""
+        return self is not StepStatus.OK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,11 +155,19 @@ class Tree:
     leaves: dict[int, Leaf] = field(default_factory=dict[int, Leaf])
     indices: set[int] = field(default_factory=set[int])
 
-    def add(self, subtree: Subtree) -> bool:
-        """Append a subtree; False if it was there already. Raises ContractError and changes nothing if it does not fit."""
+    def add(self, subtree: Subtree, group: str = "") -> bool:
+        """Append a subtree; False if it was there already.
+
+        Raises:
+            TreeError: it does not fit or is not sound; nothing is changed. The sentence names ``group``, if given.
+        """
         if subtree.index in self.indices:
             return False
-        self._check(subtree)
+        where = name(subtree.lease, subtree.tree, group)
+        self._check_place(subtree, where)
+        self._check_order(subtree, where)
+        check_steps(subtree.steps, where)
+        check_leaves(subtree.leaves, {step.node: step for step in subtree.steps}, where)
         if subtree.index == 0:
             self.prompt = subtree.prompt
         self.indices.add(subtree.index)
@@ -162,26 +175,39 @@ class Tree:
         self.leaves.update((leaf.node, leaf) for leaf in subtree.leaves)
         return True
 
-    def _check(self, subtree: Subtree) -> None:
-        known = {ROOT, *self.steps}
-        if subtree.parent not in known:
-            raise ContractError(f"Subtree {subtree.key} hangs below node {subtree.parent}, which was not sent before.")
-        if subtree.parent not in self.expandable():
-            raise ContractError(f"Subtree {subtree.key} hangs below node {subtree.parent}, where an episode ended or failed.")
-        if subtree.index == 0 and not len(subtree.prompt):
-            raise ContractError(f"Subtree {subtree.key} is the first of its tree and lacks the prompt.")
+    def _check_place(self, subtree: Subtree, where: str) -> None:
+        """The tree has begun, and the node that ``subtree`` hangs below goes on."""
+        index, parent = subtree.index, subtree.parent
+        if index == 0 and not len(subtree.prompt):
+            raise TreeError(f"{where}: its first subtree lacks the prompt; subtree 0 carries it.", "prompt")
+        if index and 0 not in self.indices:
+            raise TreeError(f"{where}: subtree {index} came before subtree 0, which carries the prompt.", "prompt")
+        if not subtree.steps:
+            raise TreeError(f"{where}: subtree {index} is empty; a subtree has at least one step.", "steps")
+        if parent != ROOT and parent not in self.steps:
+            raise TreeError(f"{where}: subtree {index} hangs below unknown parent {parent}, which was not sent before.", "parent")
+        if parent in self.leaves or (parent in self.steps and self.steps[parent].status.final):
+            raise TreeError(f"{where}: subtree {index} hangs below node {parent}, where an episode ended or failed.", "parent")
+
+    def _check_order(self, subtree: Subtree, where: str) -> None:
+        """Node ids are new, and each step follows one of its own subtree's or the node it hangs below."""
+        ended = {leaf.node for leaf in subtree.leaves}
+        before: dict[int, Step] = {}
         for step in subtree.steps:
-            if step.node in known:
-                raise ContractError(f"Subtree {subtree.key} has node {step.node} a second time; node ids are unique in a tree.")
-            if step.parent not in known:
-                raise ContractError(f"Step {step.node} of {subtree.key} has unknown parent {step.parent}; parents come first.")
-            if len(step.action) != len(step.logprobs):
-                raise ContractError(f"Step {step.node} of {subtree.key} needs one log-probability for each action token.")
-            known.add(step.node)
-        if not {leaf.node for leaf in subtree.leaves} <= {step.node for step in subtree.steps}:
-            raise ContractError(f"A leaf of subtree {subtree.key} is not one of its steps.")
-        if not all(math.isfinite(value) for leaf in subtree.leaves for value in leaf.rewards.values()):
-            raise ContractError(f"A reward of subtree {subtree.key} is not finite.")
+            node, parent = step.node, step.parent
+            if node == ROOT or node in before or node in self.steps:
+                raise TreeError(f"{where}, node {node} is there a second time; node ids are unique in a tree.", "node")
+            if parent != subtree.parent and parent not in before:
+                cycle = any(other.node == parent for other in subtree.steps)
+                what = (
+                    f"parent {parent} does not come before it (a cycle, or a wrong order)"
+                    if cycle
+                    else f"unknown parent {parent}"
+                )
+                raise TreeError(f"{where}, node {node}: {what}; parents come first.", "parent")
+            if parent in ended or (parent in before and before[parent].status.final):
+                raise TreeError(f"{where}, node {node}: parent {parent} is where an episode ended or failed.", "parent")
+            before[node] = step
 
     def path(self, node: int) -> list[Step]:
         """The steps from the root down to ``node``."""
@@ -193,7 +219,7 @@ class Tree:
 
     def expandable(self) -> list[int]:
         """{root} ∪ nodes an episode can go on from, in id order: neither leaves nor failed."""
-        inner = (n for n, s in self.steps.items() if n not in self.leaves and s.status is StepStatus.OK)
+        inner = (n for n, s in self.steps.items() if n not in self.leaves and not s.status.final)
         return [ROOT, *sorted(inner)]
 
     @property
@@ -211,8 +237,11 @@ class Group:
     trees: dict[int, Tree] = field(default_factory=dict[int, Tree])
 
     def add(self, subtree: Subtree) -> bool:
-        """Append a subtree to its tree; False if it was there already. Raises ContractError."""
-        return self.trees.setdefault(subtree.tree, Tree()).add(subtree)
+        """Append a subtree to its tree; False if it was there already. Raises TreeError and changes nothing."""
+        tree = self.trees.get(subtree.tree) or Tree()
+        fresh = tree.add(subtree, self.id)
+        self.trees[subtree.tree] = tree
+        return fresh
 
     def leaves(self) -> Iterator[tuple[Tree, Leaf]]:
         """Every leaf with its tree, in (tree, node) order."""
@@ -220,11 +249,6 @@ class Group:
             tree = self.trees[index]
             for node in sorted(tree.leaves):
                 yield tree, tree.leaves[node]
-
-    @property
-    def has_leaves(self) -> bool:
-        """Whether any episode came to its end."""
-        return any(tree.leaves for tree in self.trees.values())
 
     @property
     def unique_tokens(self) -> int:

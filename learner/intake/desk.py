@@ -26,14 +26,15 @@ from learner.intake.peers import Peer
 from learner.intake.report import Reporter
 from learner.intake.weights import WeightsServer
 from treegrpo.change import Change
-from treegrpo.codec import lease_end_to_pb, lease_to_pb, plan_to_pb, subtree_to_pb, version_to_pb
+from treegrpo.codec import lease_end_to_pb, lease_to_pb, plan_to_pb, subtree_cost, subtree_from_pb, version_to_pb
 from treegrpo.control import ControlPlane, RunState
-from treegrpo.errors import ContractError, UnavailableError
+from treegrpo.errors import ContractError, TreeError, UnavailableError
 from treegrpo.handoff import Evaluation, Taken, pack_group
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Question
-from treegrpo.tree import PolicyVersion, Subtree
+from treegrpo.tree import PolicyVersion
 from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.v1 import tree_pb2
 
 log = logging.getLogger(__name__)
 LONG_POLL_SECONDS = 5.0
@@ -125,30 +126,43 @@ class Desk:
         peer.demand = leases
         self.grant()
 
-    def accept(self, peer: Peer, subtree: Subtree) -> None:
-        """Take a subtree in; acked when it is durable, or at once when it is not wanted (so that it is not sent again)."""
-        ack = pb.RolloutResponse(ack=pb.Ack(lease=subtree.lease, tree=subtree.tree, index=subtree.index))
+    def accept(self, peer: Peer, sent: tree_pb2.Subtree) -> None:
+        """Take a subtree in; acked when it is durable, or at once when it is refused (so that it is not sent again)."""
+        ack = pb.Ack(lease=sent.lease, tree=sent.tree, index=sent.index)
+        group = self.book.open.get(sent.lease)
         try:
+            subtree = subtree_from_pb(sent, group.group.id if group else "")
             fresh = self.book.accept(subtree)
         except ContractError as error:
+            ack.refusal = str(error)
+            self._refuse(group, sent, error)
             log.warning("refused a subtree of sampler %s: %s", peer.id, error)
-            self._reporter.refused("lease" if subtree.lease not in self.book.open else "contract")
-            peer.send(ack)
+            peer.send(pb.RolloutResponse(ack=ack))
             return
         if fresh:
             self._reporter.accepted(self.book.open[subtree.lease], subtree)
             self._reporter.book(self.book)
-            durable = self._journal.append({"event": "accepted", "subtree": subtree_to_pb(subtree).SerializeToString()})
+            durable = self._journal.append({"event": "accepted", "subtree": sent.SerializeToString()})
         else:
             self._reporter.duplicate()
             durable = self._journal.barrier()
-        durable.add_done_callback(lambda future: None if future.exception() else peer.send(ack))
+        durable.add_done_callback(lambda future: None if future.exception() else peer.send(pb.RolloutResponse(ack=ack)))
+
+    def _refuse(self, group: OpenGroup | None, sent: tree_pb2.Subtree, error: ContractError) -> None:
+        """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has."""
+        if group is None:
+            self._reporter.refused("lease")
+        elif group.refuse((sent.tree, sent.index), subtree_cost(sent), str(error)):
+            self._reporter.refused(error.field if isinstance(error, TreeError) else "contract")
+            group.told_to_stop = True
+            self._stop(group)
 
     def end(self, peer: Peer, end: LeaseEnd) -> None:
         """A sampler is done with a lease."""
         if end.reason is LeaseEndReason.LOST or end.lease not in self.book.open:
             log.info("sampler %s ended lease %s, which is not open", peer.id, end.lease)
             return
+        end = self.book.open[end.lease].settle(end)
         if end.error:
             log.warning("lease %s failed on sampler %s: %s", end.lease, peer.id, end.error)
         self._end(end)
@@ -168,7 +182,7 @@ class Desk:
         """Count a closed group for its evaluation, and give up when nothing leads to an answer any more."""
         if self._round is not None and group.draw < 0 and group.lease.min_version == self._round.version:
             self._round.close(group)
-        self._barren = 0 if group.group.has_leaves else self._barren + 1
+        self._barren = 0 if group.has_leaves else self._barren + 1
         if self._barren >= BARREN_GROUPS and not self.broken.done():
             reason = f" ({end.error})" if end.error else ""
             self.broken.set_exception(

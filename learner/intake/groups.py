@@ -7,11 +7,12 @@ checkpoint covers them; until then a group is kept, so a trainer that starts aga
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
+from treegrpo.budget import Cost
 from treegrpo.errors import ContractError
-from treegrpo.lease import Lease
+from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.tree import Group, Subtree
 
 
@@ -29,6 +30,10 @@ class OpenGroup:
     group: Group = field(init=False)
     subtrees: list[Subtree] = field(default_factory=list[Subtree])
     told_to_stop: bool = False
+    refused: dict[tuple[int, int], Cost] = field(default_factory=dict[tuple[int, int], Cost])
+    """By (tree, index): what subtrees cost that are no part of the group."""
+    refusal: str = ""
+    """Why the last of them is none."""
 
     def __post_init__(self) -> None:
         self.group = Group(f"{self.draw:07d}" if self.draw >= 0 else self.lease.id, self.lease.question)
@@ -39,6 +44,26 @@ class OpenGroup:
         if fresh:
             self.subtrees.append(subtree)
         return fresh
+
+    def refuse(self, key: tuple[int, int], cost: Cost, why: str) -> bool:
+        """Leave a subtree out; False if it was refused before."""
+        fresh = key not in self.refused
+        self.refused[key], self.refusal = cost, why
+        return fresh
+
+    @property
+    def has_leaves(self) -> bool:
+        """Whether any episode came to its end."""
+        return any(subtree.leaves for subtree in self.subtrees)
+
+    def settle(self, end: LeaseEnd) -> LeaseEnd:
+        """``end`` with what refused subtrees cost; a lease of which nothing else came has failed."""
+        end = replace(end, unaccounted=sum(self.refused.values(), end.unaccounted))
+        if not self.refused or self.has_leaves:
+            return end
+        return replace(
+            end, reason=LeaseEndReason.FAILED, error=f"{len(self.refused)} subtrees refused, the last so: {self.refusal}"
+        )
 
 
 class GroupQueue:

@@ -14,6 +14,7 @@ journal's events go through the same methods.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -22,14 +23,19 @@ from learner.intake.groups import GroupQueue, OpenGroup
 from learner.intake.ledger import Ledger
 from learner.intake.questions import QuestionQueue
 from treegrpo.budget import Budget
-from treegrpo.errors import ContractError
+from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Question
+from treegrpo.soundness import check_vocabulary, name
 from treegrpo.tree import PolicyVersion, Subtree
+
+log = logging.getLogger(__name__)
 
 
 class LeaseBook:
-    def __init__(self, queue: QuestionQueue, plan: Plan, *, seed: int, batch: int, max_lag: int, total: int, mark: str) -> None:
+    def __init__(
+        self, queue: QuestionQueue, plan: Plan, *, seed: int, batch: int, max_lag: int, total: int, vocabulary: int, mark: str
+    ) -> None:
         """Begin with nothing out.
 
         Args:
@@ -39,6 +45,7 @@ class LeaseBook:
             batch: groups of a step.
             max_lag: the staleness bound, in versions.
             total: training groups of the whole run; no more are leased than it still needs.
+            vocabulary: token ids of the model.
             mark: of this process, in every lease id: a lease that a crash kept out of the journal never shares its id.
         """
         self._queue = queue
@@ -47,6 +54,7 @@ class LeaseBook:
         self._batch = batch
         self._max_lag = max_lag
         self._total = total
+        self._vocabulary = vocabulary
         self._mark = mark
         self._evaluation: deque[Question] = deque()
         self._serial = 0
@@ -96,13 +104,17 @@ class LeaseBook:
         """Add a subtree to its group; False if it was there already.
 
         Raises:
-            ContractError: the lease is not open, or the subtree does not fit its tree; nothing is changed.
+            ContractError: the lease is not open.
+            TreeError: the subtree does not fit its tree or is not sound. In either case nothing is changed.
         """
         group = self.open.get(subtree.lease)
         if group is None:
             raise ContractError(f"Lease {subtree.lease} is not open; its work is no longer wanted.")
         if subtree.tree >= group.lease.plan.trees:
-            raise ContractError(f"Subtree {subtree.key} belongs to no tree of its plan.")
+            trees = group.lease.plan.trees
+            raise TreeError(f"Group {group.group.id}: tree {subtree.tree} is not one of its plan's {trees}, from 0 on.", "tree")
+        where = name(subtree.lease, subtree.tree, group.group.id)
+        check_vocabulary(subtree.prompt, subtree.steps, self._vocabulary, where)
         if not group.add(subtree):
             return False
         self.ledger.spend(subtree.lease, Budget.of(subtree.cost))
@@ -123,7 +135,7 @@ class LeaseBook:
         else:
             self.ledger.spend(end.lease, Budget.of(end.unaccounted))
             self.ledger.refund(end.lease)
-            if group.lease.kind is LeaseKind.TRAIN and group.group.has_leaves:
+            if group.lease.kind is LeaseKind.TRAIN and group.has_leaves:
                 self.groups.close(group)
         return group
 
@@ -142,6 +154,20 @@ class LeaseBook:
         if draw >= 0:
             self._queue.taken(draw)
         self.granted(lease, draw, holder="", now=None)
+
+    def replay_accepted(self, subtree: Subtree) -> bool:
+        """A subtree read from the journal; False if it was there already.
+
+        One that is refused by now was accepted once, so it stays in what the trainer gets: every group keeps its position,
+        and the trainer, which examines all of them, leaves that one out. Raises ContractError: the lease is not open.
+        """
+        try:
+            return self.accept(subtree)
+        except TreeError as error:
+            log.warning("the journal has what would be refused today: %s", error)
+        self.open[subtree.lease].subtrees.append(subtree)
+        self.ledger.spend(subtree.lease, Budget.of(subtree.cost))
+        return True
 
     # ---- who must stop, who is gone
 

@@ -36,6 +36,7 @@ class Reporter:
         self.metrics.samplers.set(count)
 
     def refused(self, reason: str) -> None:
+        """A subtree was not wanted: "lease" if its lease is not open, else what of it is wrong."""
         self.metrics.refused.labels(reason).inc()
 
     def duplicate(self) -> None:

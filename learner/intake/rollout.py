@@ -10,7 +10,7 @@ import grpc
 
 from learner.intake.desk import Desk
 from learner.intake.peers import Peer
-from treegrpo.codec import lease_end_from_pb, subtree_from_pb
+from treegrpo.codec import lease_end_from_pb
 from treegrpo.errors import ContractError
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
@@ -60,7 +60,7 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
             case "demand":
                 self._desk.demand(peer, request.demand.leases)
             case "subtree":
-                self._desk.accept(peer, subtree_from_pb(request.subtree))
+                self._desk.accept(peer, request.subtree)
             case "lease_end":
                 self._desk.end(peer, lease_end_from_pb(request.lease_end))
             case "heartbeat":

@@ -24,6 +24,7 @@ from learner.intake.questions import QuestionQueue, load_questions
 from learner.intake.report import Reporter
 from learner.intake.rollout import RolloutServer
 from learner.intake.trainer_link import listen
+from learner.intake.vocabulary import vocabulary
 from learner.intake.weights import WeightsServer
 from treegrpo.codec import lease_end_from_pb, lease_end_to_pb, lease_from_pb, subtree_from_pb
 from treegrpo.config import Config
@@ -55,7 +56,7 @@ def replay(book: LeaseBook, reporter: Reporter, records: list[dict[str, Any]]) -
                 book.replay_grant(lease_from_pb(rollout_pb2.Lease.FromString(record["lease"])), record["draw"])
             case "accepted":
                 subtree = subtree_from_pb(tree_pb2.Subtree.FromString(record["subtree"]))
-                if book.accept(subtree):
+                if book.replay_accepted(subtree):
                     reporter.accepted(book.open[subtree.lease], subtree)
             case _:
                 end = lease_end_from_pb(rollout_pb2.LeaseEnd.FromString(record["end"]))
@@ -63,7 +64,7 @@ def replay(book: LeaseBook, reporter: Reporter, records: list[dict[str, Any]]) -
 
 
 def _open_book(config: Config, reporter: Reporter, path: Path) -> tuple[LeaseBook, int]:
-    """The book as the journal tells it, and the journal's whole bytes. Raises DataError, ConfigError, JournalError."""
+    """The book as the journal tells it, and the journal's whole bytes. Raises TreeGrpoError."""
     train = config.train
     queue = QuestionQueue(load_questions(config.data.train), config.run.seed)
     book = LeaseBook(
@@ -73,6 +74,7 @@ def _open_book(config: Config, reporter: Reporter, path: Path) -> tuple[LeaseBoo
         batch=train.batch,
         max_lag=train.max_lag,
         total=train.steps * train.batch,
+        vocabulary=vocabulary(config.model.path),
         mark=secrets.token_hex(2),
     )
     records, size = read(path)
@@ -89,7 +91,7 @@ async def run(config: Config) -> None:
     """Serve until SIGTERM, SIGINT or the run state says draining.
 
     Raises:
-        ConfigError, DataError, JournalError: something given is not usable.
+        ConfigError, DataError, ModelError, JournalError: something given is not usable.
         AddressInUseError: an address to listen on is taken.
         UnavailableError: the broker does not answer.
     """

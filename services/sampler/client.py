@@ -193,6 +193,9 @@ class LearnerClient:
                 self._outbox.acked(response.ack.lease, response.ack.tree, response.ack.index)
                 self._metrics.unacked.set(self.unacked)
                 self._acked.tell()
+                if response.ack.refusal:
+                    self._metrics.errors.labels(ContractError.__name__).inc()
+                    log.warning("the learner refused a subtree of lease %s: %s", response.ack.lease, response.ack.refusal)
             case "lease":
                 holder.leased(response.lease)
             case "stop_expanding":

@@ -25,9 +25,10 @@ from services.sampler.engines.base import Completion, Engine, Sampling
 from services.sampler.gate import Gate
 from services.sampler.states import States
 from treegrpo.budget import Budget, Cost
-from treegrpo.errors import ContractError, EngineError, ToolError
+from treegrpo.errors import ContractError, EngineError, ToolError, TreeError
 from treegrpo.lease import Lease, Plan
 from treegrpo.question import Message
+from treegrpo.soundness import check_steps, name
 from treegrpo.telemetry import SamplerMetrics
 from treegrpo.tree import Leaf, Step, StepStatus, Subtree, TokenIds, Tree
 
@@ -184,14 +185,15 @@ class Player:
         async def attempt() -> Completion:
             await turn.branch.gate.open()
             with self._clock("engine", turn.branch.bill):
-                return await _within(self._engine.generate(turn.prefix, sampling), EngineError, "The engine")
+                completion = await _within(self._engine.generate(turn.prefix, sampling), EngineError, "The engine")
+            cost = Cost(completion.prefilled, completion.cached, len(completion.ids))
+            turn.branch.bill.charge(cost)
+            for how in ("prefilled", "cached", "decoded"):
+                self._metrics.tokens.labels(how).inc(getattr(cost, how))
+            _check(turn, completion)
+            return completion
 
-        completion = await self._retried(attempt)
-        cost = Cost(completion.prefilled, completion.cached, len(completion.ids))
-        turn.branch.bill.charge(cost)
-        for how in ("prefilled", "cached", "decoded"):
-            self._metrics.tokens.labels(how).inc(getattr(cost, how))
-        return completion
+        return await self._retried(attempt)
 
     async def _perform(self, turn: _Turn, action: str, *, last: bool) -> Outcome[Any]:
         bill = turn.branch.bill
@@ -254,6 +256,15 @@ async def _within(work: Awaitable[Result], error: type[EngineError | ToolError],
             return await work
     except TimeoutError as late:
         raise error(f"{who} did not answer within {ATTEMPT_SECONDS:.0f} s; see its log.") from late
+
+
+def _check(turn: _Turn, completion: Completion) -> None:
+    """An answer that could not be trained on is an engine that failed, before the learner refuses it. Raises EngineError."""
+    where = name(turn.branch.lease.id, turn.branch.tree_index)
+    try:
+        check_steps((Step(turn.node, turn.parent, completion.ids, completion.logprobs, _NONE, completion.spans),), where)
+    except TreeError as error:
+        raise EngineError(f"The engine's answer is of no use ({error}); see its log.") from error
 
 
 def _step(

@@ -13,6 +13,7 @@ from treegrpo.tree import Leaf, PolicyVersion, Step, StepStatus, Subtree, Versio
 
 PLAN = Plan(trees=2, rounds=1, expansions=2, max_turns=3, max_action_tokens=16, max_context=128, temperature=1.0)
 VERSION = PolicyVersion(1, 0)
+VOCABULARY = 50
 
 
 def question(index: int) -> Question:
@@ -53,6 +54,7 @@ def book(*, questions: int = 10, batch: int = 2, max_lag: int = 1, total: int = 
         batch=batch,
         max_lag=max_lag,
         total=total,
+        vocabulary=VOCABULARY,
         mark="t",
     )
     made.version = VERSION

@@ -48,11 +48,15 @@ class Setting:
         self.name = tmp_path.name[-64:].strip("-_")
         self._train = write_questions(tmp_path / "train.jsonl", 8, "train")
         self._heldout = write_questions(tmp_path / "heldout.jsonl", 3, "test")
+        self.model = tmp_path / "model"
+        self.model.mkdir()
+        (self.model / "config.json").write_text('{"vocab_size": 1000}', encoding="utf-8")
 
     @property
     def flags(self) -> list[str]:
         return [
             *("--run.name", self.name, "--run.dir", str(self.run_dir), "--broker.address", self.broker),
+            *("--model.path", str(self.model)),
             *("--learner.listen", self.listen, "--learner.metrics", self.metrics),
             *("--data.train", str(self._train), "--data.heldout", str(self._heldout)),
             *("--train.batch", "2", "--train.max_lag", "1", "--train.steps", "10"),

@@ -167,14 +167,16 @@ class Lease(_message.Message):
     def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[LeaseKind, str]] = ..., question: _Optional[_Union[Question, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., grant: _Optional[_Union[Budget, _Mapping]] = ..., seed: _Optional[int] = ..., min_version: _Optional[_Union[_tree_pb2.PolicyVersion, _Mapping]] = ...) -> None: ...
 
 class Ack(_message.Message):
-    __slots__ = ("lease", "tree", "index")
+    __slots__ = ("lease", "tree", "index", "refusal")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     TREE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     lease: str
     tree: int
     index: int
-    def __init__(self, lease: _Optional[str] = ..., tree: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+    refusal: str
+    def __init__(self, lease: _Optional[str] = ..., tree: _Optional[int] = ..., index: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class StopExpanding(_message.Message):
     __slots__ = ("lease",)
