@@ -78,15 +78,21 @@ class TrainerMetrics(_Metrics):
         self.reward = self._gauge("train_reward_mean", "Mean reward of the leaves of the last step")
         self.reward_std = self._gauge("train_reward_std", "Standard deviation of the reward of the last step's leaves")
         self.loss = self._gauge("loss", "Loss of the last step")
-        self.kl = self._gauge("kl_reference", "K3 estimate of KL(policy ‖ reference), per token")
-        self.mismatch = self._gauge("kl_mismatch", "KL(sampler ‖ trainer) per sampled token, at the start of the step")
+        self.kl = self._gauge("kl_reference", "K3 estimate of KL(policy ‖ reference), nats per token")
+        self.mismatch = self._gauge("kl_mismatch", "K3 estimate of KL(sampler ‖ trainer), nats per token")
+        self.log_ratio = self._gauge("log_ratio_max", "Largest |log π_trainer − log π_sampler| of a token of the last step")
+        self.effective = self._gauge(
+            "effective_sample_ratio", "Effective share of the sampled tokens, by where inter and intra advantage point", "sign"
+        )
         self.entropy = self._gauge("entropy", "Mean entropy of the policy at the trained action tokens, nats")
-        self.clip = self._gauge("clip_ratio", "Share of action tokens whose ratio was clipped", "side")
+        self.clip = self._gauge("clip_ratio", "Share of the loss's terms that the trust region holds: low, high or dual", "side")
+        self.corrected = self._gauge("corrected_ratio", "Share of the loss's terms that the correction capped or masked", "how")
         self.grad_norm = self._gauge("gradient_norm", "Norm of the gradient before clipping")
         self.lr = self._gauge("learning_rate", "Learning rate of the last step")
         self.lag_mean = self._gauge("version_lag_mean", "Mean age of the trained tokens, in versions")
         self.lag_max = self._gauge("version_lag_max", "Age of the oldest trained token, in versions")
         self.mixed = self._gauge("mixed_version_siblings_ratio", "Share of sibling sets sampled from different versions")
+        self.refused = self._counter("groups_refused", "Groups left out of training because a check refused them")
         self.zero_signal = self._gauge("zero_signal_groups_ratio", "Share of the step's groups without signal")
 
 

@@ -11,10 +11,15 @@ import numpy as np
 
 from learner.trainer.advantages import has_signal
 from learner.trainer.checkpoint import Progress
+from learner.trainer.corrections import effective_sample
 from learner.trainer.episodes import Episodes, mixed_siblings, version_lag
+from learner.trainer.targets import SIGNS
 from learner.trainer.update import Update
 from treegrpo.telemetry import TrainerMetrics
 from treegrpo.tree import Group, PolicyVersion
+
+SPLIT = SIGNS[1:]
+"""The classes of tokens where inter-tree and intra-tree advantage both say something."""
 
 
 class Phases:
@@ -50,21 +55,29 @@ def step_values(
         "reward_std": float(rewards.std()),
         "em": float(np.mean([leaf.metrics.get("em", 0.0) for leaf in leaves] or [0.0])),
         "zero_signal_ratio": sum(not has_signal(one.rewards) for one in batch) / max(len(batch), 1),
-        "outcome": update.outcome,
-        "loss": update.loss,
-        "grad_norm": update.grad_norm,
-        "lr": update.lr,
-        "kl_reference": update.tally.mean("kl_reference"),
-        "kl_mismatch": update.tally.mean("kl_mismatch"),
-        "entropy": update.tally.mean("entropy"),
-        "clip_low_ratio": update.tally.mean("clip_low"),
-        "clip_high_ratio": update.tally.mean("clip_high"),
+        **update_values(update),
         "lag_mean": lag_mean,
         "lag_max": lag_max,
         "mixed_siblings_ratio": mixed_siblings(groups),
-        "tokens": update.tokens,
         "seconds": dict(phases.seconds),
         "waiting_seconds": phases.seconds.get("wait", 0.0),
+    }
+
+
+def update_values(update: Update) -> dict[str, Any]:
+    """What the optimiser steps did: means per action token, shares of the loss's terms."""
+    tally = update.tally
+    return {
+        "outcomes": list(update.outcomes),
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "lr": update.lr,
+        "tokens": int(tally["tokens"]),
+        "log_ratio_max": tally.peak("log_ratio_max"),
+        "effective_sample_ratio": effective_sample(tally, *SIGNS),
+        **{f"effective_sample_{sign}_ratio": effective_sample(tally, sign) for sign in SPLIT},
+        **{name: tally.per(name, "actions") for name in ("kl_mismatch", "kl_reference", "entropy")},
+        **{f"{name}_ratio": tally.per(name, "terms") for name in ("clip_low", "clip_high", "clip_dual", "capped", "masked")},
     }
 
 
@@ -77,9 +90,12 @@ def show(metrics: TrainerMetrics, values: dict[str, Any]) -> None:
         "loss": metrics.loss,
         "kl_reference": metrics.kl,
         "kl_mismatch": metrics.mismatch,
+        "log_ratio_max": metrics.log_ratio,
+        "effective_sample_ratio": metrics.effective.labels("all"),
+        **{f"effective_sample_{sign}_ratio": metrics.effective.labels(sign) for sign in SPLIT},
         "entropy": metrics.entropy,
-        "clip_low_ratio": metrics.clip.labels("low"),
-        "clip_high_ratio": metrics.clip.labels("high"),
+        **{f"clip_{side}_ratio": metrics.clip.labels(side) for side in ("low", "high", "dual")},
+        **{f"{how}_ratio": metrics.corrected.labels(how) for how in ("capped", "masked")},
         "grad_norm": metrics.grad_norm,
         "lr": metrics.lr,
         "lag_mean": metrics.lag_mean,
@@ -89,8 +105,9 @@ def show(metrics: TrainerMetrics, values: dict[str, Any]) -> None:
     }
     for name, gauge in gauges.items():
         gauge.set(values[name])
-    if values["outcome"] != "applied":
-        metrics.skipped.labels(values["outcome"]).inc()
+    for outcome in values["outcomes"]:
+        if outcome != "applied":
+            metrics.skipped.labels(outcome).inc()
     metrics.trained_tokens.inc(values["tokens"])
     for phase, seconds in values["seconds"].items():
         metrics.phase.labels(phase).observe(seconds)

@@ -1,92 +1,161 @@
-"""One optimiser step over a batch of packs."""
+"""From packs to a new policy: the optimiser steps of one batch.
+
+(proximal policy) ─► for each minibatch: score ─► policy loss + β·penalty − c·entropy ─► gradients ─► clip ─► AdamW
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from learner.trainer.loss import Clip, Tally, policy_loss, reference_penalty
+from learner.trainer.corrections import m2po_limit, mismatch
+from learner.trainer.loss import entropy_bonus, policy_loss, reference_penalty
 from learner.trainer.model import Dtype, score
 from learner.trainer.packing import Pack
+from learner.trainer.tally import Tally
 from treegrpo.config import Config
 
 log = logging.getLogger(__name__)
 Outcome = Literal["applied", "no_signal", "not_finite"]
+T = TypeVar("T")
+
+
+class Gather(Protocol):
+    """Exchange between the processes that train together."""
+
+    def __call__(self, value: T, /) -> list[T]:
+        """The values of all of them, in the same order everywhere."""
+        ...
+
+
+def alone(value: T) -> list[T]:
+    """The `Gather` of one process."""
+    return [value]
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a step did."""
+    """What the steps of one batch did."""
 
-    outcome: Outcome = "no_signal"
-    loss: float = 0.0
-    grad_norm: float = 0.0
+    outcomes: tuple[Outcome, ...]
+    """One for each minibatch."""
+    loss: float
+    """Mean over the minibatches, like the norm."""
+    grad_norm: float
     """Before clipping."""
-    lr: float = 0.0
-    tokens: int = 0
-    """Tokens forwarded and backwarded."""
-    tally: Tally = field(default_factory=Tally)
+    lr: float
+    tally: Tally
+    """Of all processes: `tokens` forwarded and backwarded, and the figures of `loss` and `corrections`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Proximal:
+    """What is known of the policy at the start of the batch before its first step."""
+
+    logprob_A: list[Tensor] | None
+    """For each pack of a minibatch; None: it is the policy that is being differentiated."""
+    m2po_limit: float
 
 
 class Updater:
     """Owns the policy, its optimiser and the frozen reference policy."""
 
-    def __init__(self, config: Config, model: PreTrainedModel, reference: PreTrainedModel | None) -> None:
+    def __init__(self, config: Config, model: PreTrainedModel, reference: PreTrainedModel | None, gather: Gather = alone) -> None:
         self.model = model
         self.reference = reference
         """None if the reference penalty is off."""
         self._train, self._temperature = config.train, config.rollout.temperature
         self._dtype: Dtype = config.model.dtype
-        self._clip = Clip(config.train.clip_low, config.train.clip_high)
+        self._gather = gather
         self._device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True
         )
 
-    def update(self, packs: Sequence[Pack], step: int) -> Update:
-        """Add up the gradients of ``packs`` and step once.
+    def update(self, minibatches: Sequence[Sequence[Pack]], step: int) -> Update:
+        """For each minibatch add up the gradients of its packs and step once.
 
         A gradient that is exactly zero is not applied, or momentum and weight decay would move the policy without
         reason; nor is one that is not finite.
+
+        Args:
+            minibatches: the packs of each, with weights that are normalised within it.
+            step: batches done before this one.
         """
         lr = learning_rate(step, self._train.lr, self._train.warmup_ratio, self._train.steps)
-        self.optimizer.zero_grad()
-        total, tally = 0.0, Tally()
-        for pack in packs:
-            loss, counted = self._loss(pack.to(self._device))
-            loss.backward()
-            total, tally = total + loss.item(), tally + counted
-        norm = clip_grad_norm_(self.model.parameters(), self._train.max_grad_norm).item()
-        outcome = _outcome(total, norm)
-        if outcome == "applied":
-            for parameters in self.optimizer.param_groups:
-                parameters["lr"] = lr
-            self.optimizer.step()
-        elif outcome == "not_finite":
-            log.error(
-                "step %d is not applied: loss %s, gradient norm %s; look at kl_mismatch and train.lr", step + 1, total, norm
-            )
-        self.optimizer.zero_grad()
-        return Update(outcome, total, norm, lr, sum(pack.tokens for pack in packs), tally)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = lr
+        outcomes: list[Outcome] = []
+        total, norms = Tally(), 0.0
+        for packs, proximal in zip(minibatches, self._proximal(minibatches), strict=True):
+            tally = self._gradients(packs, proximal)
+            norm = clip_grad_norm_(self.model.parameters(), self._train.max_grad_norm).item()
+            outcomes.append(self._apply(tally["loss"], norm, step))
+            total, norms = total + tally, norms + norm
+        return Update(tuple(outcomes), total["loss"] / len(outcomes), norms / len(outcomes), lr, total)
 
-    def _loss(self, pack: Pack) -> tuple[Tensor, Tally]:
-        logprob_A, entropy_A = score(self.model, pack, self._temperature, self._dtype)
-        loss, tally = policy_loss(logprob_A, pack.sampled_A, pack.plus_A, pack.minus_A, self._clip)
-        tally += Tally(0, {"entropy": entropy_A.sum().item()})
+    def _proximal(self, minibatches: Sequence[Sequence[Pack]]) -> list[_Proximal]:
+        """Score everything once before the first step, unless the first step is the only one and sees it by itself."""
+        m2po = self._train.correction == "m2po"
+        if self._train.correction == "none" or (len(minibatches) == 1 and not m2po):
+            return [_Proximal(None, math.inf) for _ in minibatches]
+        ahead = [[self._fixed(self.model, pack.to(self._device)) for pack in packs] for packs in minibatches]
+        limit = self._m2po_limit(minibatches, ahead) if m2po else math.inf
+        return [_Proximal(scored, limit) for scored in ahead]
+
+    def _m2po_limit(self, minibatches: Sequence[Sequence[Pack]], ahead: Sequence[Sequence[Tensor]]) -> float:
+        """`m2po_limit` over the batch of all processes; a token that stands in several packs is one."""
+        log_rho = [torch.zeros(0)]
+        for packs, scored in zip(minibatches, ahead, strict=True):
+            for pack, proximal_A in zip(packs, scored, strict=True):
+                log_rho.append((proximal_A.cpu() - pack.targets.sampled_A)[pack.targets.counted_A])
+        return m2po_limit(torch.cat(self._gather(torch.cat(log_rho))), self._train.m2po_tau)
+
+    def _gradients(self, packs: Sequence[Pack], proximal: _Proximal) -> Tally:
+        """Add up the gradients of ``packs``; the tally is that of all processes."""
+        self.optimizer.zero_grad()
+        tally = Tally()
+        for number, pack in enumerate(packs):
+            known_A = proximal.logprob_A[number] if proximal.logprob_A is not None else None
+            loss, figures = self._loss(pack.to(self._device), known_A, proximal.m2po_limit)
+            loss.backward()
+            tally += figures + Tally({"loss": loss.item(), "tokens": pack.tokens})
+        return sum(self._gather(tally), Tally())
+
+    def _loss(self, pack: Pack, known_A: Tensor | None, limit: float) -> tuple[Tensor, Tally]:
+        train, targets = self._train, pack.targets
+        bonus = train.entropy_coef > 0
+        logprob_A, entropy_A = score(self.model, pack, self._temperature, self._dtype, entropy_grad=bonus)
+        proximal_A = logprob_A.detach() if known_A is None else known_A
+        loss, tally = policy_loss(logprob_A, proximal_A, targets, train, limit)
+        entropy, counted = entropy_bonus(entropy_A, targets)
+        loss, tally = loss - train.entropy_coef * entropy if bonus else loss, tally + counted + mismatch(proximal_A, targets)
         if self.reference is None:
             return loss, tally
+        penalty, counted = reference_penalty(logprob_A, self._fixed(self.reference, pack), targets, train.kl_estimator)
+        return loss + train.kl_coef * penalty, tally + counted
+
+    def _fixed(self, model: PreTrainedModel, pack: Pack) -> Tensor:
+        """logprob_A without a gradient."""
         with torch.no_grad():
-            reference_A, _ = score(self.reference, pack, self._temperature, self._dtype)
-        penalty, counted = reference_penalty(logprob_A, reference_A, pack.weight_A)
-        return loss + self._train.kl_coef * penalty, tally + counted
+            return score(model, pack, self._temperature, self._dtype)[0]
+
+    def _apply(self, loss: float, norm: float, step: int) -> Outcome:
+        outcome = _outcome(loss, norm)
+        if outcome == "applied":
+            self.optimizer.step()
+        elif outcome == "not_finite":
+            log.error("step %d is not applied: loss %s, gradient norm %s; look at kl_mismatch and train.lr", step + 1, loss, norm)
+        self.optimizer.zero_grad()
+        return outcome
 
 
 def _outcome(loss: float, norm: float) -> Outcome:
