@@ -72,6 +72,7 @@ class RolloutConfig(Section):
 CLIPS = {"cispo": (1.0, 0.2), "gspo": (3e-4, 4e-4)}
 """`clip_low` and `clip_high` of the losses that need others than the fields' defaults."""
 
+Estimator = Literal["tree", "inter", "intra", "two_norm", "rloo", "treepo", "treerl", "sibling_loo", "at2po"]
 ESTIMATOR_OPTIONS = {
     "tree": {"inter_weight", "intra_weight", "singleton", "std_floor"},
     "inter": {"singleton", "std_floor"},
@@ -125,7 +126,7 @@ class TrainConfig(Section):
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus; 0: none."""
     aggregation: Literal["leaf_mean", "token_mean"] = "leaf_mean"
-    estimator: Literal["tree", "inter", "intra", "rloo", "two_norm", "treerl", "sibling_loo", "treepo", "at2po"] = "tree"
+    estimator: Estimator = "tree"
     """From rewards to advantages, see docs/estimators.md. The four keys below are each of some estimators only."""
     inter_weight: float = Field(default=1.0, ge=0)
     """Of the estimator "tree"."""
@@ -190,7 +191,11 @@ class TrainConfig(Section):
         name, estimator = str(info.field_name), info.data.get("estimator", "tree")
         if name not in ESTIMATOR_OPTIONS.get(estimator, set()) and value != cls.model_fields[name].default:
             fitting = ", ".join(known for known, options in ESTIMATOR_OPTIONS.items() if name in options)
-            raise PydanticCustomError("estimator", f"only {fitting} use it, and train.estimator = {estimator}; leave it out")
+            raise PydanticCustomError(
+                "estimator",
+                "only {fitting} use it, and train.estimator = {estimator}; leave it out",
+                {"fitting": fitting, "estimator": estimator},
+            )
         if name == "intra_weight" and value == info.data.get("inter_weight") == 0:
             raise PydanticCustomError("estimator", "with train.inter_weight = 0 as well every advantage would be 0")
         return value

@@ -12,18 +12,24 @@ from typing import Literal
 
 import numpy as np
 
-from treegrpo.tree import Group, Leaf, PolicyVersion, Step, Tree
+from learner.trainer.branches import Advantage, Branches, Values, compare
+from treegrpo.tree import ROOT, Group, Leaf, PolicyVersion, Step, Tree
 
 Aggregation = Literal["leaf_mean", "token_mean"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Credit:
-    """What one leaf gives to every action token on its path."""
+    """What one leaf gives to the action tokens on its path."""
 
-    advantage: float
     weight: float
     """w_ℓ of `loss`: 1/(B·G·|H_ℓ|) or 1/Σ|H|."""
+    advantage_D: Values
+    """One for each step of the path, root side first; all tokens of a step carry it."""
+    inter: float
+    """The leaf's plain normalised advantage over the question, whatever the estimator: what diagnostics are split by."""
+    intra: float
+    """The same over the leaf's own tree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,32 +40,69 @@ class CreditedTree:
 
 
 @dataclass(frozen=True, slots=True)
+class UsableTree:
+    """A tree, its usable leaves, and the nodes on the paths to them."""
+
+    tree: Tree
+    leaves: list[Leaf]
+    """In the order of their nodes."""
+    branches: Branches
+    """What estimators look at; its leaves are in the same order."""
+    index: dict[int, int]
+    """Where a node of the tree is in ``branches``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Episodes:
-    """The usable leaves of one group, by tree."""
+    """The usable leaves of one group, by tree; a tree may have none."""
 
     group: Group
-    trees: list[tuple[Tree, list[Leaf]]]
+    trees: list[UsableTree]
 
     @property
     def rewards(self) -> list[list[float]]:
-        return [[leaf.reward for leaf in leaves] for _, leaves in self.trees]
+        return [[leaf.reward for leaf in one.leaves] for one in self.trees]
 
     @property
     def leaves(self) -> list[Leaf]:
-        return [leaf for _, leaves in self.trees for leaf in leaves]
+        return [leaf for one in self.trees for leaf in one.leaves]
+
+    @property
+    def branches(self) -> list[Branches]:
+        return [one.branches for one in self.trees]
 
 
 def usable(groups: Sequence[Group]) -> list[Episodes]:
     """The groups that have any usable leaf, each with those it has."""
-    found = (Episodes(group, [(tree, [*_usable(tree)]) for _, tree in sorted(group.trees.items())]) for group in groups)
+    found = (Episodes(group, [_usable_tree(tree) for _, tree in sorted(group.trees.items())]) for group in groups)
     return [episodes for episodes in found if episodes.leaves]
 
 
-def _usable(tree: Tree) -> Iterator[Leaf]:
+def _usable_tree(tree: Tree) -> UsableTree:
+    leaves = [*_usable_leaves(tree)]
+    index = {ROOT: 0}
+    for leaf in leaves:
+        for step in tree.path(leaf.node):
+            index.setdefault(step.node, len(index))
+    steps = [tree.steps[node] for node in index if node != ROOT]
+    branches = Branches(
+        parent_N=np.array([-1, *(index[step.parent] for step in steps)], np.int64),
+        leaf_L=np.array([index[leaf.node] for leaf in leaves], np.int64),
+        reward_L=np.array([leaf.reward for leaf in leaves], np.float64),
+        entropy_N=np.array([0.0, *map(_entropy, steps)]),
+    )
+    return UsableTree(tree, leaves, branches, index)
+
+
+def _usable_leaves(tree: Tree) -> Iterator[Leaf]:
     for node in sorted(tree.leaves):
         path = tree.path(node)
         if action_tokens(path) and not any(step.status.failed for step in path):
             yield tree.leaves[node]
+
+
+def _entropy(step: Step) -> float:
+    return -float(step.logprobs.mean(dtype=np.float64)) if len(step.logprobs) else 0.0
 
 
 def action_tokens(path: Sequence[Step]) -> int:
@@ -67,29 +110,29 @@ def action_tokens(path: Sequence[Step]) -> int:
     return sum(len(step.action) for step in path)
 
 
-def credit(
-    batch: Sequence[Episodes], advantages: Sequence[Sequence[Sequence[float] | np.ndarray]], how: Aggregation
-) -> list[CreditedTree]:
-    """Give every usable leaf its advantage and its weight in the loss.
+def credit(batch: Sequence[Episodes], advantages: Sequence[Sequence[Advantage]], aggregation: Aggregation) -> list[CreditedTree]:
+    """Give every usable leaf its advantages and its weight in the loss.
 
     The weights are those of the whole batch, so gradients of its parts simply add up. ``leaf_mean`` averages over the
     tokens of a leaf, then over the leaves of its group, then over the groups; ``token_mean`` over all action tokens.
 
     Args:
         batch: B groups.
-        advantages: for each group and tree one for each usable leaf, in the order of `Episodes`.
-        how: the aggregation.
+        advantages: for each group and tree those of the estimator, in the order of `Episodes`.
+        aggregation: the weights.
     """
-    total = sum(action_tokens(tree.path(leaf.node)) for one in batch for tree, leaves in one.trees for leaf in leaves)
+    total = sum(action_tokens(one.tree.path(leaf.node)) for group in batch for one in group.trees for leaf in one.leaves)
     credited: list[CreditedTree] = []
-    for one, by_tree in zip(batch, advantages, strict=True):
-        share = 1 / (len(batch) * len(one.leaves))
-        for (tree, leaves), values in zip(one.trees, by_tree, strict=True):
+    for group, by_tree in zip(batch, advantages, strict=True):
+        share = 1 / (len(batch) * len(group.leaves))
+        for one, advantage, inter_L, intra_L in zip(group.trees, by_tree, *compare(group.rewards), strict=True):
             by_leaf: dict[int, Credit] = {}
-            for leaf, value in zip(leaves, values, strict=True):
-                own = action_tokens(tree.path(leaf.node))
-                by_leaf[leaf.node] = Credit(float(value), share / own if how == "leaf_mean" else 1 / total)
-            credited.append(CreditedTree(tree, by_leaf))
+            for leaf, base, inter, intra in zip(one.leaves, advantage.leaf_L, inter_L, intra_L, strict=True):
+                path = one.tree.path(leaf.node)
+                advantage_D = base + advantage.node_N[[one.index[step.node] for step in path]]
+                weight = share / action_tokens(path) if aggregation == "leaf_mean" else 1 / total
+                by_leaf[leaf.node] = Credit(weight, advantage_D, float(inter), float(intra))
+            credited.append(CreditedTree(one.tree, by_leaf))
     return credited
 
 

@@ -3,7 +3,8 @@
     groups ─► episodes ─► advantages ─► packs ─► loss ─► step ─► weights ─► (intake ─► samplers ─► groups)
 
     ┌────────┐ Take: B groups   ┌──────────────────────────────┐
-    │        │ ───────────────► │ episodes   usable leaves     │
+    │        │ ───────────────► │ examine    sound groups      │
+    │        │                  │ episodes   usable leaves     │
     │        │                  │ advantages inter + intra     │
     │ intake │                  │ packing    rows of tensors   │
     │        │                  │ update     model, loss, AdamW│
@@ -30,15 +31,17 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from learner.trainer import checkpoint
-from learner.trainer.advantages import advantages
+from learner.trainer.advantages import Options, advantages
 from learner.trainer.checkpoint import Progress
 from learner.trainer.episodes import credit, usable
+from learner.trainer.examine import unpack
 from learner.trainer.link import Link
 from learner.trainer.model import load_model
 from learner.trainer.packing import pack
@@ -49,7 +52,6 @@ from treegrpo.config import Config
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.handoff import KEEP_VERSIONS, socket_path
 from treegrpo.telemetry import TrainerMetrics, serve, split_address
-from treegrpo.tree import Group
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ class Trainer:
         if self.progress.step >= train.steps:
             self._evaluate()
 
-    def _take(self) -> tuple[list[Group], Phases] | None:
+    def _take(self) -> tuple[list[bytes], Phases] | None:
         """The groups of the next step and its clock, which has counted the wait; None when the run drains."""
         phases = Phases()
         with phases("wait"):
@@ -115,21 +117,23 @@ class Trainer:
         self._metrics.waiting.inc(phases.seconds["wait"])
         return (groups, phases) if groups else None
 
-    def _step(self, groups: list[Group], phases: Phases) -> None:
+    def _step(self, packed: list[bytes], phases: Phases) -> None:
         train = self._config.train
         with phases("pack"):
+            groups, refused = unpack(packed, int(cast("Any", self._updater.model.config).vocab_size))
             batch = usable(groups)
-            values = [advantages(one.rewards, train.estimator, train.singleton, train.std_floor) for one in batch]
+            values = [advantages(one.branches, Options.of(train)) for one in batch]
             credited = credit(batch, values, train.aggregation)
             packs = pack(credited, train.pack_tokens, keep_zero=train.kl_coef > 0)
         with phases("update"):
             update = self._updater.update(packs, self.progress.step)
         self.progress = replace(
-            self.progress, step=self.progress.step + 1, position=self.progress.position + len(groups), em=None
+            self.progress, step=self.progress.step + 1, position=self.progress.position + len(packed), em=None
         )
         with phases("publish"):
             self._publish()
-        report = step_values(self.progress, groups, batch, update, phases)
+        report = {**step_values(self.progress, groups, batch, update, phases), "groups_refused": len(refused)}
+        self._metrics.refused.inc(len(refused))
         self._link.report(report)
         show(self._metrics, report)
 

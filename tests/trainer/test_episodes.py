@@ -3,17 +3,36 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learner.trainer.advantages import advantages
-from learner.trainer.episodes import Aggregation, action_tokens, credit, mixed_siblings, usable, version_lag
+from learner.trainer.advantages import Advantage, Options, advantages
+from learner.trainer.episodes import (
+    Aggregation,
+    Credit,
+    CreditedTree,
+    Episodes,
+    action_tokens,
+    credit,
+    mixed_siblings,
+    usable,
+    version_lag,
+)
 from tests.trainer.builders import forked, group, grown, random_group, step, subtree
-from treegrpo.tree import Group, PolicyVersion, StepStatus
+from treegrpo.tree import Group, Leaf, PolicyVersion, Step, StepStatus
+
+
+def credited(batch: list[Episodes], aggregation: Aggregation = "leaf_mean", options: Options | None = None) -> list[CreditedTree]:
+    return credit(batch, [advantages(one.branches, options or Options()) for one in batch], aggregation)
+
+
+def plain(one: Credit) -> tuple[float, list[float], float, float]:
+    return one.weight, one.advantage_D.tolist(), one.inter, one.intra
 
 
 def with_failures() -> Group:
-    """Two good leaves, a branch that failed, and a leaf below a failed step."""
-    failed = subtree([step(4, 1, [15], status=StepStatus.TOOL_ERROR)], {}, index=2)
-    below = subtree([step(5, 1, [16], status=StepStatus.ENGINE_ERROR), step(6, 5, [17])], {6: 0.0}, index=3)
-    return group([*forked((1.0, 0.5)), failed, below])
+    """Two good leaves, a branch that failed, and what no tree accepts by itself: a leaf below a failed step."""
+    made = group([*forked((1.0, 0.5)), subtree([step(4, 1, [15], status=StepStatus.TOOL_ERROR)], {}, index=2)])
+    made.trees[0].steps |= {5: step(5, 1, [16], status=StepStatus.ENGINE_ERROR), 6: step(6, 5, [17])}
+    made.trees[0].leaves[6] = Leaf(6, {"em": 0.0})
+    return made
 
 
 def test_a_failed_branch_is_neither_a_leaf_nor_a_zero_reward() -> None:
@@ -22,13 +41,64 @@ def test_a_failed_branch_is_neither_a_leaf_nor_a_zero_reward() -> None:
     assert [leaf.node for leaf in episodes.leaves] == [2, 3]
 
 
-def test_failed_branches_change_no_weight() -> None:
-    for how in ("leaf_mean", "token_mean"):
-        (whole,), (plain,) = (
-            credit(batch, [advantages(one.rewards) for one in batch], how)
-            for batch in (usable([with_failures()]), usable([group(forked((1.0, 0.5)))]))
-        )
-        assert whole.credits == plain.credits
+@pytest.mark.parametrize("how", ["leaf_mean", "token_mean"])
+def test_failed_branches_change_no_credit(how: Aggregation) -> None:
+    (failed,), (good,) = (credited(usable([one]), how) for one in (with_failures(), group(forked((1.0, 0.5)))))
+    assert {leaf: plain(c) for leaf, c in failed.credits.items()} == {leaf: plain(c) for leaf, c in good.credits.items()}
+
+
+def test_branches_have_the_nodes_on_the_way_to_usable_leaves_and_no_others() -> None:
+    (episodes,) = usable([with_failures()])
+    (one,) = episodes.trees
+    assert one.index == {0: 0, 1: 1, 2: 2, 3: 3}
+    assert one.branches.parent_N.tolist() == [-1, 0, 1, 1]
+    assert one.branches.leaf_L.tolist() == [2, 3]
+    assert one.branches.reward_L.tolist() == [1.0, 0.5]
+
+
+def test_a_step_that_only_failed_branches_went_on_from_is_in_no_branches() -> None:
+    dead = [
+        subtree([step(1, 0, [9]), step(2, 1, [10])], {2: 1.0}, prompt=[1]),
+        subtree([step(3, 0, [11]), step(4, 3, [12], status=StepStatus.TOOL_ERROR)], {}, index=1),
+    ]
+    (episodes,) = usable([group(dead)])
+    assert episodes.trees[0].index == {0: 0, 1: 1, 2: 2}
+
+
+def test_parents_come_first_whatever_the_node_ids_are() -> None:
+    chain = [step(7, 0, [9]), step(5, 7, [10]), step(6, 5, [11])]
+    (episodes,) = usable([group([subtree(chain, {6: 1.0}, prompt=[1]), subtree([step(2, 5, [12])], {2: 0.0}, index=1)])])
+    (one,) = episodes.trees
+    assert [leaf.node for leaf in one.leaves] == [2, 6]
+    assert one.index == {0: 0, 7: 1, 5: 2, 2: 3, 6: 4}
+    assert one.branches.parent_N.tolist() == [-1, 0, 1, 2, 2]
+    assert one.branches.leaf_L.tolist() == [3, 4]
+
+
+def test_entropy_is_the_mean_surprise_of_a_step() -> None:
+    nothing = Step(2, 1, np.zeros(0, np.uint32), np.zeros(0, np.float32), np.array([5], np.uint32))
+    chain = [step(1, 0, [9, 10], logprobs=[-1.0, -2.0]), nothing, step(3, 2, [11], logprobs=[-0.25])]
+    (episodes,) = usable([group([subtree(chain, {3: 1.0}, prompt=[1])])])
+    assert episodes.branches[0].entropy_N.tolist() == [0.0, 1.5, 0.0, 0.25]
+
+
+def test_each_step_of_a_path_carries_what_leaf_and_node_got() -> None:
+    batch = usable([group([*forked((1.0, 0.0)), *forked((0.5, 0.5), tree=1)])])
+    given = [Advantage(np.array([1.0, 2.0]), np.array([0, 10.0, 20.0, 30.0])), Advantage(np.array([3.0, 4.0]), np.zeros(4))]
+    first, second = credit(batch, [given], "leaf_mean")
+    assert {leaf: c.advantage_D.tolist() for leaf, c in first.credits.items()} == {2: [11, 21], 3: [12, 32]}
+    assert {leaf: c.advantage_D.tolist() for leaf, c in second.credits.items()} == {2: [3, 3], 3: [4, 4]}
+
+
+def test_inter_and_intra_are_the_plain_ones_whatever_the_estimator() -> None:
+    batch = usable([group([*forked((1.0, 0.0)), *forked((0.0, 0.0), tree=1)])])
+    for options in (Options("treerl"), Options("tree", std_floor=9.0, inter_weight=0)):
+        first, second = credited(batch, options=options)
+        assert [(c.inter, c.intra) for c in first.credits.values()] == [
+            pytest.approx((1.5, 0.7071), abs=1e-4),
+            pytest.approx((-0.5, -0.7071), abs=1e-4),
+        ]
+        assert [(c.inter, c.intra) for c in second.credits.values()] == [pytest.approx((-0.5, 0), abs=1e-4)] * 2
 
 
 def test_groups_without_any_leaf_are_left_out() -> None:
@@ -41,14 +111,14 @@ def test_groups_without_any_leaf_are_left_out() -> None:
 def test_the_weights_of_all_action_tokens_of_a_batch_sum_to_one(how: Aggregation) -> None:
     rng = np.random.default_rng(3)
     batch = usable([random_group(rng, str(n), trees=n + 1) for n in range(3)])
-    credited = credit(batch, [advantages(one.rewards) for one in batch], how)
-    parts = [c.weight * action_tokens(one.tree.path(leaf)) for one in credited for leaf, c in one.credits.items()]
+    trees = credited(batch, how)
+    parts = [c.weight * action_tokens(one.tree.path(leaf)) for one in trees for leaf, c in one.credits.items()]
     assert sum(parts) == pytest.approx(1)
 
 
 def test_leaf_mean_gives_each_group_and_each_leaf_in_it_the_same_share() -> None:
     batch = usable([group(forked(), "a"), group([*forked(), *forked(tree=1)], "b")])
-    first, second, _ = credit(batch, [advantages(one.rewards) for one in batch], "leaf_mean")
+    first, second, _ = credited(batch)
     assert first.credits[2].weight == pytest.approx(1 / (2 * 2 * 4))
     assert first.credits[3].weight == pytest.approx(1 / (2 * 2 * 5))
     assert second.credits[2].weight == pytest.approx(1 / (2 * 4 * 4))
@@ -68,9 +138,15 @@ def test_siblings_of_different_versions_are_counted() -> None:
     assert mixed_siblings([group([chain, later]), group([chain, same])]) == 0.5
 
 
+def test_siblings_count_as_mixed_also_if_one_failed() -> None:
+    failed = subtree([step(3, 1, [5], status=StepStatus.TOOL_ERROR, version=PolicyVersion(0, 1))], {}, index=1)
+    assert mixed_siblings([group([forked()[0], failed])]) == 1
+
+
 def test_a_tree_without_leaf_takes_its_place_in_the_group() -> None:
     lone = subtree([step(1, 0, [9], status=StepStatus.TOOL_ERROR)], {}, prompt=[1], tree=0)
     (episodes,) = usable([group([lone, *forked(tree=1)])])
     assert episodes.rewards == [[], [1.0, 0.0]]
-    assert [len(tree.credits) for tree in credit([episodes], [advantages(episodes.rewards)], "leaf_mean")] == [0, 2]
+    assert [len(one.branches.parent_N) for one in episodes.trees] == [1, 4]
+    assert [len(one.credits) for one in credited([episodes])] == [0, 2]
     assert grown(forked()).unique_tokens == 3 + 5 + 2 + 3
