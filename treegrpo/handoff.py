@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgpack
+from google.protobuf.message import DecodeError
 
 from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_pb
 from treegrpo.errors import ContractError, UnavailableError
@@ -123,11 +124,21 @@ def pack_group(group: Group, subtrees: list[Subtree]) -> bytes:
 
 
 def unpack_group(data: bytes) -> Group:
-    """The inverse of `pack_group`. Raises ContractError."""
-    row = msgpack.unpackb(data)
-    group = Group(row["id"], question_from_pb(rollout_pb2.Question.FromString(row["question"])))
-    for subtree in row["subtrees"]:
-        group.add(subtree_from_pb(tree_pb2.Subtree.FromString(subtree)))
+    """The inverse of `pack_group`.
+
+    Raises:
+        ContractError: the bytes are no group; or a TreeError: one of its subtrees is refused.
+    """
+    name = "of unknown id"
+    try:
+        row = msgpack.unpackb(data)
+        name = row["id"]
+        group = Group(name, question_from_pb(rollout_pb2.Question.FromString(row["question"])))
+        subtrees = [tree_pb2.Subtree.FromString(subtree) for subtree in row["subtrees"]]
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException, DecodeError) as error:
+        raise ContractError(f"Group {name}: its bytes cannot be read ({type(error).__name__}: {error}).") from error
+    for subtree in subtrees:
+        group.add(subtree_from_pb(subtree, group.id))
     return group
 
 

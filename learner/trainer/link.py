@@ -19,9 +19,8 @@ from treegrpo.handoff import (
     Report,
     Take,
     Taken,
-    unpack_group,
 )
-from treegrpo.tree import Group, PolicyVersion
+from treegrpo.tree import PolicyVersion
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 30.0
@@ -53,12 +52,12 @@ class Link:
     def draining(self) -> bool:
         return self._told or self._stop.is_set()
 
-    def take(self, position: int, count: int) -> list[Group]:
-        """The next groups after ``position``, empty when the run drains. A paused run is waited out."""
+    def take(self, position: int, count: int) -> list[bytes]:
+        """The next groups after ``position``, packed; empty when the run drains. A paused run is waited out."""
         while not self.draining:
             taken = self._client.ask(Take(position, count), Taken)
             if taken.groups:
-                return [unpack_group(data) for data in taken.groups]
+                return taken.groups
             self._told = taken.state == "draining"
         return []
 
