@@ -205,7 +205,7 @@ class Tree:
                     else f"unknown parent {parent}"
                 )
                 raise TreeError(f"{where}, node {node}: {what}; parents come first.", "parent")
-            if parent in ended or (parent in before and before[parent].status.final):
+            if parent in before and (parent in ended or before[parent].status.final):
                 raise TreeError(f"{where}, node {node}: parent {parent} is where an episode ended or failed.", "parent")
             before[node] = step
 

@@ -8,7 +8,7 @@ import pytest
 from tests.intake.builders import PLAN, chain, question, step
 from treegrpo import codec
 from treegrpo.budget import Budget
-from treegrpo.errors import ContractError
+from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind
 from treegrpo.tree import PolicyVersion, StepStatus
 from treegrpo.v1 import rollout_pb2, tree_pb2
@@ -38,7 +38,7 @@ def test_ids_travel_as_little_endian_uint32_and_logprobs_as_float32() -> None:
 
 def test_every_status_kind_and_reason_has_its_number() -> None:
     for status in StepStatus:
-        assert codec.step_from_pb(codec.step_to_pb(step(1, 0, status=status))).status is status
+        assert codec.step_from_pb(codec.step_to_pb(step(1, 0, status=status)), "tree").status is status
     for reason in LeaseEndReason:
         end = LeaseEnd("a", reason, forgone=2, error="why")
         assert codec.lease_end_from_pb(codec.lease_end_to_pb(end)) == end
@@ -47,26 +47,36 @@ def test_every_status_kind_and_reason_has_its_number() -> None:
         assert codec.lease_from_pb(codec.lease_to_pb(lease)) == lease
 
 
-def broken_step(**changes: object) -> tree_pb2.Step:
-    pb = codec.step_to_pb(step(1, 0))
-    for name, value in changes.items():
-        setattr(pb, name, value)
-    return pb
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"action": b"123"}, "no whole number of uint32"),
-        ({"logprobs": b"12345"}, "no whole number of float32"),
-        ({"logprobs": np.array([0, 0, 0, np.nan], "<f4").tobytes()}, "not finite"),
-        ({"status": 0}, "does not know"),
-        ({"action": b"1234"}, "do not cover its 1 action tokens"),
+        ({"action": b"123"}, "action is 3 bytes long, which is no whole number of uint32"),
+        ({"observation": b"1"}, "observation is 1 bytes long, which is no whole number of uint32"),
+        ({"logprobs": b"12345"}, "logprobs is 5 bytes long, which is no whole number of float32"),
+        ({"status": 0}, "status is 0, which this version of the contract does not know"),
     ],
 )
 def test_a_step_from_a_stranger_is_checked(changes: dict[str, object], says: str) -> None:
-    with pytest.raises(ContractError, match=says):
-        codec.step_from_pb(broken_step(**changes))
+    pb = codec.subtree_to_pb(chain("a", tree=1))
+    for field, value in changes.items():
+        setattr(pb.steps[1], field, value)
+    with pytest.raises(TreeError) as refusal:
+        codec.subtree_from_pb(pb, "q-17")
+    assert str(refusal.value).startswith(f"Group q-17, tree 1, node 2: {says}")
+    assert {refusal.value.field} == set(changes)
+
+
+def test_a_prompt_from_a_stranger_is_checked() -> None:
+    pb = codec.subtree_to_pb(chain("a"))
+    pb.prompt += b"1"
+    with pytest.raises(TreeError, match=r"^Lease a, tree 0: prompt is 29 bytes long"):
+        codec.subtree_from_pb(pb)
+
+
+def test_what_a_subtree_cost_is_known_also_if_it_is_refused() -> None:
+    pb = codec.subtree_to_pb(chain("a"))
+    pb.steps[0].action = b"1"
+    assert codec.subtree_cost(pb) == chain("a").cost
 
 
 def test_a_lease_of_an_unknown_kind_or_an_empty_plan_is_refused() -> None:

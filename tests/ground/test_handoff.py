@@ -4,6 +4,7 @@ import asyncio
 import tempfile
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from tests.intake.builders import chain, question
@@ -69,6 +70,30 @@ def test_a_group_crosses_with_its_question_and_subtrees() -> None:
     got = unpack_group(pack_group(group, subtrees))
     assert (got.id, got.question) == (group.id, group.question)
     assert [(leaf.node, leaf.reward) for _, leaf in got.leaves()] == [(2, 1.0), (12, 0.0)]
+
+
+def pieces(**changes: object) -> bytes:
+    row = msgpack.unpackb(pack_group(Group("q-17", question(7)), [chain("a")]))
+    return msgpack.packb({**row, **changes})
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        pieces()[:-9],
+        pieces() + b"\x00",
+        b"",
+        b"\xc1",
+        b"\x01",
+        msgpack.packb({"id": "q-17"}),
+        pieces(question=b"\xff"),
+        pieces(subtrees=[b"\xff"]),
+        pieces(subtrees=7),
+    ],
+)
+def test_torn_bytes_of_a_group_are_refused_in_a_sentence(torn: bytes) -> None:
+    with pytest.raises(ContractError, match=r"^Group (q-17|of unknown id): its bytes cannot be read \("):
+        unpack_group(torn)
 
 
 def test_nobody_at_the_socket_is_said_in_a_sentence(tmp_path: Path) -> None:

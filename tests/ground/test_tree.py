@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.ground.unsound import EVERY, NUMBERS, SHAPES
 from tests.intake.builders import chain, question, step
 from treegrpo.budget import Budget
-from treegrpo.errors import ContractError
+from treegrpo.errors import TreeError
 from treegrpo.lease import Plan
 from treegrpo.tree import ROOT, Group, Leaf, StepStatus, Subtree, Tree
+
+PROMPT = np.arange(3, dtype=np.uint32)
 
 
 def test_a_tree_grows_by_subtrees_and_shares_their_prefixes() -> None:
@@ -31,35 +37,48 @@ def test_failed_steps_are_no_place_to_go_on_from() -> None:
 def test_a_truncated_step_is_a_leaf_not_a_failure() -> None:
     tree = Tree()
     only = step(1, ROOT, observations=0, status=StepStatus.TRUNCATED)
-    tree.add(Subtree("a", 0, 0, ROOT, (only,), (Leaf(1, {"em": 0.0}),), np.arange(3, dtype=np.uint32)))
+    tree.add(Subtree("a", 0, 0, ROOT, (only,), (Leaf(1, {"em": 0.0}),), PROMPT))
     assert not only.status.failed
     assert tree.expandable() == [ROOT]
 
 
-@pytest.mark.parametrize(
-    ("broken", "says"),
-    [
-        (Subtree("a", 0, 1, 5, (step(11, 5),)), "was not sent before"),
-        (Subtree("a", 0, 1, 1, (step(2, 1),)), "a second time"),
-        (Subtree("a", 0, 1, 1, (step(11, 9),)), "unknown parent 9"),
-        (Subtree("a", 0, 1, 1, (step(11, 1),), (Leaf(1, {}),)), "not one of its steps"),
-        (Subtree("a", 0, 1, 2, (step(11, 2),)), "where an episode ended"),
-        (Subtree("a", 0, 1, 1, (step(11, 1),), (Leaf(11, {"em": float("nan")}),)), "not finite"),
-    ],
-)
-def test_what_does_not_fit_is_refused_and_changes_nothing(broken: Subtree, says: str) -> None:
+@pytest.mark.parametrize("name", {**SHAPES, **NUMBERS})
+def test_what_does_not_fit_is_refused_and_changes_nothing(name: str) -> None:
+    broken = EVERY[name]
+    group = Group("q-17", question(0))
+    group.add(chain("a"))
+    with pytest.raises(TreeError) as refusal:
+        group.add(broken.of("a"))
+    assert str(refusal.value).startswith(f"Group q-17, tree {broken.says}")
+    assert refusal.value.field == broken.field
+    assert set(group.trees) == {0}, "no empty tree is left behind"
+    assert set(group.trees[0].steps) == {1, 2}
+    assert group.add(chain("a", index=1, parent=1)), "the index is still free"
+
+
+def test_a_tree_that_knows_no_group_names_its_lease() -> None:
+    with pytest.raises(TreeError, match=r"^Lease a, tree 0: subtree 1 came before subtree 0"):
+        Tree().add(chain("a", index=1))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-7, 1e-4])
+def test_a_logprob_that_rounding_lifted_above_zero_is_kept_as_it_came(value: float) -> None:
     tree = Tree()
-    tree.add(chain("a"))
-    before = set(tree.steps)
-    with pytest.raises(ContractError, match=says):
-        tree.add(broken)
-    assert set(tree.steps) == before
-    assert tree.add(chain("a", index=1, parent=1)), "the index is still free"
+    tree.add(Subtree("a", 0, 0, ROOT, (replace(step(1, ROOT), logprobs=np.full(4, value, np.float32)),), (), PROMPT))
+    assert tree.steps[1].logprobs.tolist() == pytest.approx([value] * 4)
 
 
-def test_a_tree_without_its_prompt_is_refused() -> None:
-    with pytest.raises(ContractError, match="lacks the prompt"):
-        Tree().add(Subtree("a", 0, 0, ROOT, (step(1, ROOT),)))
+def test_a_chain_of_ten_thousand_steps_is_a_tree() -> None:
+    depth = 10_000
+    steps = tuple(step(node, node - 1) for node in range(1, depth + 1))
+    tree = Tree()
+    tree.add(Subtree("a", 0, 0, ROOT, steps, (Leaf(depth, {"em": 1.0}),), PROMPT))
+    assert len(tree.path(depth)) == depth
+
+
+def test_an_error_of_a_tree_crosses_processes_whole() -> None:
+    error = pickle.loads(pickle.dumps(TreeError("Group q, tree 0: wrong.", "steps")))
+    assert (str(error), error.field) == ("Group q, tree 0: wrong.", "steps")
 
 
 def test_trees_of_one_group_share_their_prompt() -> None:
