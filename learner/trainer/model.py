@@ -5,31 +5,61 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from learner.trainer import attention
+from learner.trainer.layout import Layout, lay_out
 from learner.trainer.packing import Pack
 from treegrpo.errors import ModelError
 
 Dtype = Literal["float32", "bfloat16"]
 CHUNK_ELEMENTS = 1 << 22
 """Logits that exist at a time, in float32: 16 MB."""
+TOLERANCE = 1e-2
+"""Of a logit in `_verify`, relative to the largest: rounding stays far below it, another formula does not."""
 
 
-def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
+class Policy(nn.Module):
+    """A causal LM as the trainer sees it: a pack in, log-probabilities of its action tokens out."""
+
+    def __init__(self, causal: PreTrainedModel, temperature: float = 1.0, dtype: Dtype = "float32") -> None:
+        """Args:
+        causal: the model, as `load_model` gives it.
+        temperature: the sampler's.
+        dtype: what is computed in; weights stay as they are.
+        """
+        super().__init__()
+        self.causal = causal
+        self._temperature, self._dtype = temperature, dtype
+
+    def forward(self, pack: Pack, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """`score` of ``pack``, which is on the model's device."""
+        return score(self.causal, pack, self._temperature, self._dtype, entropy_grad=entropy_grad)
+
+
+def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
     """Read a model directory, weights in float32 whatever the file holds: an optimiser needs them so.
 
+    Args:
+        folder: a Hugging Face directory.
+        device: where the model goes.
+        gradient_checkpointing: compute a layer again in the backward pass instead of keeping what it made.
+
     Raises:
-        ModelError: there is no config or no weights, or they cannot be read or do not belong together.
+        ModelError: there is no config or no weights, they cannot be read or do not belong together, or the model
+            computes something else on a tree than on its paths.
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json; give model.path the directory of a Hugging Face causal LM.")
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no *.safetensors weights; save the model there with save_pretrained.")
     try:
-        model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
+        loaded, info = cast("Any", AutoModelForCausalLM).from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     except Exception as error:  # a broken file surfaces as any of a dozen types
@@ -37,50 +67,93 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
         raise ModelError(f"The model in {folder} cannot be loaded ({reason}); restore it from its source.") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"The weights in {folder} lack {len(missing)} tensors, {missing[0]} first; restore them.")
-    # Here padding is never looked at, and a token that is also the pad token must learn its embedding like any other.
-    model.get_input_embeddings().padding_idx = None
+    model = cast("PreTrainedModel", loaded)
+    # Nothing here is padding, and a token that is also the pad token must learn its embedding like any other.
+    cast("Any", model.get_input_embeddings()).padding_idx = None
     # Dropout would make the trained policy another one than the sampled one.
-    return cast("PreTrainedModel", model.eval().to(device))
+    model.eval().to(device)
+    _verify(model, folder)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # its switch; what is inside stays without dropout
+    return model
 
 
-def score(model: PreTrainedModel, pack: Pack, temperature: float, dtype: Dtype = "float32") -> tuple[Tensor, Tensor]:
-    """Log-probability and, without gradient, entropy in nats of every action token of ``pack``.
+def _verify(model: PreTrainedModel, folder: Path) -> None:
+    """Compare two paths and their tree: whether the model takes attention and positions as a pack gives them.
+
+    Raises:
+        ModelError: it does not, having sliding windows, soft-capped logits, or positions of its own making.
+    """
+    device, whole = next(model.parameters()).device, cast("Any", model)
+    paths = [np.array(ids, np.uint32) for ids in ([1, 2, 3, 4, 5, 6], [1, 2, 7, 8])]
+    layout, places = lay_out(paths, [0, 2])
+    ids_T = np.zeros(layout.tokens, np.int64)
+    for path, place in zip(paths, places, strict=True):
+        ids_T[place] = path
+    with torch.no_grad():
+        alone = [whole(input_ids=torch.from_numpy(path.astype(np.int64))[None].to(device)).logits[0] for path in paths]
+        model.set_attn_implementation(attention.NAME)
+        try:
+            hidden_TH = _hidden(model, torch.from_numpy(ids_T).to(device), torch.from_numpy(layout.position_T).to(device), layout)
+            together_TV = cast("nn.Module", model.get_output_embeddings())(hidden_TH)
+        except Exception as error:  # whatever a model does that has no place for a layout
+            raise ModelError(f"The model in {folder} cannot be trained on trees ({type(error).__name__}: {error}).") from error
+    gap = max((together_TV[place] - one).abs().max().item() for place, one in zip(places, alone, strict=True))
+    if not gap <= TOLERANCE * max(one.abs().max().item() for one in alone):
+        raise ModelError(
+            f"The model in {folder} computes something else on a tree than on its paths (logits differ by {gap:.2g}); "
+            "trees need rotary positions and full attention: no sliding window, no soft-capped or scaled logits."
+        )
+
+
+def score(
+    model: PreTrainedModel, pack: Pack, temperature: float, dtype: Dtype = "float32", *, entropy_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy in nats of every action token of ``pack``.
 
     They are those of log_softmax(logits / ``temperature``), the distribution the sampler draws from. Only the hidden
     states that predict an action token meet the vocabulary, a chunk at a time; a backward pass makes each chunk's
     logits again instead of keeping them.
 
     Returns:
-        logprob_A, entropy_A: at least float32.
+        logprob_A, entropy_A: at least float32; the entropy has a gradient if ``entropy_grad``.
     """
-    with torch.autocast(pack.ids_RS.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        hidden_RSH = _decoder(model)(input_ids=pack.ids_RS, use_cache=False).last_hidden_state
-        hidden_AH = hidden_RSH.flatten(0, 1).index_select(0, pack.predictor_A)
+    with torch.autocast(pack.ids_T.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        hidden_TH = _hidden(model, pack.ids_T, pack.position_T, pack.layout)
+        hidden_AH, label_A = hidden_TH.index_select(0, pack.predictor_A), pack.targets.label_A
         head = cast("nn.Module", model.get_output_embeddings())
         size = max(1, CHUNK_ELEMENTS // int(cast("Any", model.config).vocab_size))
-        parts = list(zip(hidden_AH.split(size), pack.label_A.split(size), strict=True))
+        parts = list(zip(hidden_AH.split(size), label_A.split(size), strict=True))
         again = torch.is_grad_enabled() and len(parts) > 1
-        scored = [_chunk(head, hidden, label, temperature, again=again) for hidden, label in parts]
+        scored = [_chunk(head, hidden, label, temperature, entropy_grad, again=again) for hidden, label in parts]
     return torch.cat([logprob for logprob, _ in scored]), torch.cat([entropy for _, entropy in scored])
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    return cast("nn.Module", cast("Any", model).get_decoder())
+def _hidden(model: PreTrainedModel, ids_T: Tensor, position_T: Tensor, layout: Layout) -> Tensor:
+    """hidden_TH: the last hidden states of a pack."""
+    decoder = cast("nn.Module", cast("Any", model).get_decoder())
+    attended = attention.prepared(layout, ids_T.device)
+    return decoder(input_ids=ids_T[None], position_ids=position_T[None], layout=attended, use_cache=False).last_hidden_state[0]
 
 
-def _chunk(head: nn.Module, hidden: Tensor, label: Tensor, temperature: float, *, again: bool) -> tuple[Tensor, Tensor]:
-    if again:
-        return cast(
-            "tuple[Tensor, Tensor]",
-            checkpoint(_score, head, hidden, label, temperature, use_reentrant=False, preserve_rng_state=False),
-        )
-    return _score(head, hidden, label, temperature)
+def _chunk(
+    head: nn.Module, hidden: Tensor, label: Tensor, temperature: float, entropy_grad: bool, *, again: bool
+) -> tuple[Tensor, Tensor]:
+    if not again:
+        return _score(head, hidden, label, temperature, entropy_grad)
+    made = checkpoint(_score, head, hidden, label, temperature, entropy_grad, use_reentrant=False, preserve_rng_state=False)
+    return cast("tuple[Tensor, Tensor]", made)
 
 
-def _score(head: nn.Module, hidden_CH: Tensor, label_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _score(
+    head: nn.Module, hidden_CH: Tensor, label_C: Tensor, temperature: float, entropy_grad: bool
+) -> tuple[Tensor, Tensor]:
     logits_CV: Tensor = head(hidden_CH)
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     logprob_CV = torch.log_softmax(logits_CV.to(wide) / temperature, dim=-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
         entropy_C = -(logprob_CV.exp() * logprob_CV).sum(-1)
     return logprob_CV.gather(-1, label_C[:, None])[:, 0], entropy_C

@@ -1,15 +1,19 @@
-"""Trees to tensors: one row for each root→leaf path, rows of like length together, padded right.
+"""Trees to tensors: the distinct tokens of many paths in one row without padding.
 
-A pack says for every action token which hidden state predicts it, so whoever computes the log-probabilities need not
-know how the tokens were laid out. In a row that is simply the token before.
+Paths in lexicographic order share their beginnings with their neighbours, whatever they share: the steps of one tree,
+the prompt of one question, the instructions of all. A pack is a stretch of that order within a budget of tokens. Where a
+tree does not fit, its paths go to several packs, and each repeats the prefix it needs.
 
-Shapes: R rows of a pack, S tokens of its longest row, A action tokens of a pack.
+An action token is predicted by the token before it *on its path*: for the first one of a step that is the last token of
+the parent, wherever this lies in the pack. The last token of a path is only ever predicted, so it is no input.
+
+Shapes: T tokens of a pack, A, P and L of `targets`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,110 +21,160 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.trainer.episodes import Credit, CreditedTree
+from learner.trainer.layout import Layout, Path, lay_out, shared
+from learner.trainer.targets import Targets
 from treegrpo.errors import ContractError
 from treegrpo.tree import Step, Tree
 
-PAD = 0
-"""Any id does: nothing looks at a token to its right, and no action token lies in the padding."""
+PAIR_COST = 1 / 2048
+"""Cost of one (query, key) pair in tokens: a layer does about 24·h² operations for a token and 8·h for a pair, h = 512 to 4096."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
     """What one forward and backward pass takes."""
 
-    ids_RS: Tensor
-    """int64; the last token of a path is only ever predicted, so it is not here."""
+    ids_T: Tensor
+    """int64."""
+    position_T: Tensor
+    """int64: depth on the path."""
+    layout: Layout
     predictor_A: Tensor
-    """int64: index into the flattened ``ids_RS`` of the token whose hidden state predicts the action token."""
-    label_A: Tensor
-    """int64: the action tokens."""
-    sampled_A: Tensor
-    """float32: log-probabilities the sampler recorded."""
-    plus_A: Tensor
-    """float32: A⁺ of `loss`."""
-    minus_A: Tensor
-    """float32: A⁻ of `loss`."""
-    weight_A: Tensor
-    """float32: W of `loss`."""
-    tokens: int
-    """Tokens that are not padding."""
+    """int64: which of T predicts the action token."""
+    targets: Targets
 
-    def to(self, device: torch.device) -> Pack:
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.ids_T)
+
+    @property
+    def cost(self) -> float:
+        """What it takes to compute, in tokens without attention: to balance packs by."""
+        return self.tokens + self.layout.pairs * PAIR_COST
+
+    def to(self, device: torch.device | str) -> Pack:
         """The same pack with its tensors on ``device``."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "tokens"}
-        return replace(self, **tensors)
+        return replace(
+            self,
+            ids_T=self.ids_T.to(device),
+            position_T=self.position_T.to(device),
+            predictor_A=self.predictor_A.to(device),
+            targets=self.targets.to(device),
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    ids: NDArray[np.int64]
-    """The whole path, prompt included."""
-    actions: NDArray[np.int64]
-    """Indices of its action tokens."""
-    sampled: NDArray[np.float32]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Way:
+    """A root→leaf path with its credit."""
+
+    ids: Path
+    """Its inputs: all tokens but the last action token and what follows it."""
+    tree: Tree
+    steps: list[Step]
     credit: Credit
 
 
-def pack(trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool) -> list[Pack]:
-    """All credited paths in packs of at most ``pack_tokens`` tokens, padding included; a longer path has its own.
+def pack(trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool, at_least: int = 1) -> list[Pack]:
+    """All credited paths in packs of at most ``pack_tokens`` tokens; a longer path has its own.
 
     Args:
         trees: trees with credited leaves.
         pack_tokens: the limit.
-        keep_zero: also pack paths with advantage 0. They matter to a penalty; to the policy loss they are nothing.
+        keep_zero: also pack paths with no advantage. They matter to a penalty; to the policy loss they are nothing.
+        at_least: packs to make if there is enough for them, one for each rank.
 
     Raises:
         ContractError: a tree has no prompt, so that its first token is predicted by nothing.
     """
-    rows = [_row(one.tree, leaf, c) for one in trees for leaf, c in one.credits.items() if keep_zero or c.advantage]
-    rows.sort(key=lambda row: len(row.ids), reverse=True)
-    return [_stack(part) for part in _batches(rows, pack_tokens)]
+    ways = [_way(one.tree, leaf, c) for one in trees for leaf, c in one.credits.items() if keep_zero or c.advantage_D.any()]
+    ways.sort(key=lambda way: way.ids.astype(">u4").tobytes())  # bytes in this order compare like the numbers
+    prefixes = [0, *(shared(a.ids, b.ids) for a, b in zip(ways, ways[1:], strict=False))]
+    total = sum(len(way.ids) - prefix for way, prefix in zip(ways, prefixes, strict=False))
+    limit = min(pack_tokens, -(-total // at_least))
+    counted: set[tuple[int, int]] = set()
+    return [_fill(ways[a:b], [0, *prefixes[a + 1 : b]], counted) for a, b in _cuts([len(w.ids) for w in ways], prefixes, limit)]
 
 
-def _row(tree: Tree, leaf: int, credit: Credit) -> _Row:
+def empty_pack() -> Pack:
+    """A pack of one token that nothing is learned from: for a rank that has to take part in a step and has nothing to do."""
+    layout, _ = lay_out([np.zeros(1, np.uint32)], [0])
+    return Pack(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), layout, *_targets([], set()))
+
+
+def _way(tree: Tree, leaf: int, credit: Credit) -> _Way:
     if not len(tree.prompt):
         raise ContractError(f"The tree with leaf {leaf} has no prompt; a tree's first subtree carries it.")
-    path = tree.path(leaf)
-    ids = np.concatenate([tree.prompt, *(part for step in path for part in (step.action, step.observation))])
-    actions = np.flatnonzero(np.concatenate([np.zeros(len(tree.prompt), bool), *map(_is_action, path)]))
-    return _Row(ids[: actions[-1] + 1].astype(np.int64), actions, np.concatenate([step.logprobs for step in path]), credit)
+    steps = tree.path(leaf)
+    parts = [tree.prompt, *(part for step in steps for part in (step.action, step.observation))]
+    last = max(i for i, step in enumerate(steps) if len(step.action))
+    end = len(tree.prompt) + sum(step.length for step in steps[:last]) + len(steps[last].action)
+    return _Way(np.concatenate(parts)[: end - 1], tree, steps, credit)
 
 
-def _is_action(step: Step) -> NDArray[np.bool_]:
-    return np.arange(step.length) < len(step.action)
+def _cuts(lengths: Sequence[int], prefixes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Cut the order of paths into stretches of at most ``limit`` tokens, each where its second half shares least."""
+    first, count = 0, len(lengths)
+    while first < count:
+        filled = np.cumsum([lengths[first], *(lengths[i] - prefixes[i] for i in range(first + 1, count))])
+        end = first + max(1, int(np.searchsorted(filled, limit, side="right")))
+        if end < count:
+            begin = first + max(1, int(np.searchsorted(filled, filled[end - first - 1] / 2)))
+            end = min(range(end, min(begin, end) - 1, -1), key=lambda i: prefixes[i])
+        yield first, end
+        first = end
 
 
-def _batches(rows: Sequence[_Row], pack_tokens: int) -> Iterator[list[_Row]]:
-    """Cut rows, longest first, where the next one would make the padded block too large."""
-    part: list[_Row] = []
-    for row in rows:
-        if part and (len(part) + 1) * (len(part[0].ids) - 1) > pack_tokens:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part
+def _fill(ways: Sequence[_Way], prefixes: Sequence[int], counted: set[tuple[int, int]]) -> Pack:
+    layout, places = lay_out([way.ids for way in ways], prefixes)
+    ids_T = np.zeros(layout.tokens, np.int64)
+    for way, place in zip(ways, places, strict=True):
+        ids_T[place] = way.ids
+    predictor_A, targets = _targets(list(zip(ways, places, strict=True)), counted)
+    return Pack(torch.from_numpy(ids_T), torch.from_numpy(layout.position_T), layout, predictor_A, targets)
 
 
-def _stack(rows: Sequence[_Row]) -> Pack:
-    width = len(rows[0].ids) - 1
-    ids_RS = np.full((len(rows), width), PAD, np.int64)
-    for index, row in enumerate(rows):
-        ids_RS[index, : len(row.ids) - 1] = row.ids[:-1]
-    counts = [len(row.actions) for row in rows]
-    weight_R = np.array([row.credit.weight for row in rows])
-    advantage_R = np.array([row.credit.advantage for row in rows])
-
-    def per_token(values_R: NDArray[np.float64]) -> Tensor:
-        return torch.from_numpy(np.repeat(values_R, counts).astype(np.float32))
-
-    return Pack(
-        ids_RS=torch.from_numpy(ids_RS),
-        predictor_A=torch.from_numpy(np.concatenate([i * width + row.actions - 1 for i, row in enumerate(rows)])),
-        label_A=torch.from_numpy(np.concatenate([row.ids[row.actions] for row in rows])),
-        sampled_A=torch.from_numpy(np.concatenate([row.sampled for row in rows])),
-        plus_A=per_token(weight_R * advantage_R.clip(min=0)),
-        minus_A=per_token(weight_R * advantage_R.clip(max=0)),
-        weight_A=per_token(weight_R),
-        tokens=sum(len(row.ids) - 1 for row in rows),
+def _targets(ways: Sequence[tuple[_Way, NDArray[np.int64]]], counted: set[tuple[int, int]]) -> tuple[Tensor, Targets]:
+    """predictor_A, and the rest of what the loss takes; enters in ``counted`` whatever this pack is the first to have."""
+    begins: dict[tuple[int, int], int] = {}
+    steps: list[tuple[Step, NDArray[np.int64], bool]] = []
+    token: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    leaf: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    values: list[NDArray[np.float64]] = [np.zeros((4, 0))]
+    total = 0
+    for number, (way, place) in enumerate(ways):
+        at, credit = len(way.tree.prompt), way.credit
+        for step, advantage in zip(way.steps, credit.advantage_D, strict=True):
+            size, key = len(step.action), (id(way.tree), step.node)
+            if key not in begins:
+                begins[key] = total
+                steps.append((step, place[at - 1 : at - 1 + size], key not in counted))
+                total += size
+            token.append(np.arange(begins[key], begins[key] + size))
+            leaf.append(np.full(size, number))
+            values.append(np.outer([credit.weight, advantage, credit.inter, credit.intra], np.ones(size)))
+            at += step.length
+    counted.update(begins)
+    token_P, (weight_P, advantage_P, inter_P, intra_P) = np.concatenate(token), np.concatenate(values, axis=1)
+    sums = [np.bincount(token_P, weight_P * side_P, total) for side_P in (inter_P, intra_P)]
+    return _join([place for _, place, _ in steps], np.int64), Targets(
+        label_A=_join([step.action for step, _, _ in steps], np.int64),
+        sampled_A=_join([step.logprobs for step, _, _ in steps], np.float32),
+        counted_A=_join([np.full(len(step.action), first) for step, _, first in steps], np.bool_),
+        sign_A=torch.from_numpy(_signs(*sums)),
+        token_P=torch.from_numpy(token_P),
+        leaf_P=_join(leaf, np.int64),
+        advantage_P=_join([advantage_P], np.float32),
+        weight_P=_join([weight_P], np.float32),
+        leaves=len(ways),
     )
+
+
+def _join(parts: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> Tensor:
+    return torch.from_numpy(np.concatenate([*parts, np.zeros(0, dtype)]).astype(dtype))
+
+
+def _signs(inter_A: NDArray[np.float64], intra_A: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Index into `targets.SIGNS`."""
+    either = (np.sign(inter_A) * np.sign(intra_A)) != 0
+    return np.where(either, 1 + 2 * (inter_A < 0) + (intra_A < 0), 0)
