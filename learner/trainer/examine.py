@@ -59,6 +59,9 @@ def _check_links(tree: Tree, where: str) -> None:
             raise TreeError(f"{where}, node {node}: unknown parent {step.parent}.", "parent")
         if step.parent in tree.leaves or (parent is not None and parent.status.final):
             raise TreeError(f"{where}, node {node}: parent {step.parent} is where an episode ended or failed.", "parent")
+    for node, leaf in tree.leaves.items():
+        if node != leaf.node:
+            raise TreeError(f"{where}, node {node}: its leaf says it ends node {leaf.node}.", "leaf")
     reached = {ROOT}
     for first in tree.steps:
         node, walk = first, set[int]()

@@ -116,6 +116,23 @@ async def test_after_a_broken_stream_exactly_what_was_not_acked_is_sent_again() 
         assert bench.metrics.registry.get_sample_value("treegrpo_sampler_reconnects_total") == 1
 
 
+async def test_a_refused_subtree_is_counted_and_not_sent_again() -> None:
+    async with sampler(deep(1)) as bench:
+        await bench.learner.next("demand")
+        for index in range(2):
+            bench.client.send(subtree(index))
+        refused, kept = [await bench.learner.next("subtree") for _ in range(2)]
+        await bench.learner.say(ack=rollout_pb2.Ack(lease=refused.subtree.lease, tree=0, index=0, refusal="Group 7: wrong."))
+        await until(lambda: bench.client.unacked == 1)
+        assert bench.metrics.registry.get_sample_value("treegrpo_sampler_errors_total", {"type": "ContractError"}) == 1
+        bench.learner.break_stream()
+        await bench.learner.next("demand")
+        assert await bench.learner.next("subtree") == kept
+        assert not bench.streaming.done()
+        await bench.learner.ack(kept)
+        await bench.client.delivered()
+
+
 async def test_void_leases_are_dropped_with_their_work() -> None:
     stuck = asyncio.Event()
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from services.environments.base import Forking
 from services.sampler import episode
+from services.sampler.engines.base import Completion, Sampling
 from services.sampler.expansion import Expander, Gate
 from tests.sampler.fakes import EOS, MERGED, FakeEngine, FakeEnvironment, FakeText, Session, deep, lease, plan, turns
 from treegrpo.errors import EngineError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.telemetry import SamplerMetrics
-from treegrpo.tree import ROOT, PolicyVersion, StepStatus, Subtree, VersionSpan
+from treegrpo.tree import ROOT, PolicyVersion, StepStatus, Subtree, TokenIds, VersionSpan
 
 CHAIN = plan(1, 0, 0)
 
@@ -151,6 +155,32 @@ async def test_an_engine_that_stays_broken_leaves_the_branch_without_a_reward() 
     assert chain.leaves == ()
     assert end.reason is LeaseEndReason.FAILED, "a lease without a single leaf is not complete"
     assert metrics.registry.get_sample_value("treegrpo_sampler_errors_total", {"type": "EngineError"}) == 3
+
+
+class Spoiled(FakeEngine):
+    """Its first ``times`` answers have log-probabilities that no policy gives."""
+
+    def __init__(self, times: int, value: float) -> None:
+        super().__init__(deep(0))
+        self.times, self.value = times, value
+
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
+        completion = await super().generate(prefix, sampling)
+        if len(self.prefixes) > self.times:
+            return completion
+        return replace(completion, logprobs=np.full_like(completion.logprobs, self.value))
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 0.31])
+async def test_logprobs_that_nobody_could_train_on_are_an_engine_error_and_cost_what_they_cost(value: float) -> None:
+    (whole,), _ = await grown(lease(CHAIN), Spoiled(0, value))
+    (chain,), end = await grown(lease(CHAIN), Spoiled(1, value))
+    assert end.reason is LeaseEndReason.COMPLETE
+    assert np.isfinite(chain.steps[0].logprobs).all()
+    assert chain.cost.decoded == 2 * whole.cost.decoded
+    (chain,), end = await grown(lease(CHAIN), Spoiled(3, value))
+    assert chain.steps[0].status is StepStatus.ENGINE_ERROR
+    assert chain.cost.decoded == 3 * whole.cost.decoded
 
 
 @pytest.mark.parametrize("forking", ["stateless", "fork", "replay"])

@@ -1,0 +1,188 @@
+"""What the intake does with subtrees that cannot be trained on: none is lost with another, and none stops the run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from learner.intake.report import Reporter
+from learner.intake.service import replay
+from learner.intake.vocabulary import vocabulary
+from tests.control.brokers import Broker, embedded, free_address
+from tests.ground.unsound import EVERY
+from tests.intake.builders import PLAN, book, chain, complete, grant
+from tests.intake.harness import Setting
+from tests.intake.test_service import publish
+from treegrpo.budget import Budget
+from treegrpo.codec import lease_end_to_pb, lease_to_pb, subtree_to_pb
+from treegrpo.errors import ModelError, TreeError
+from treegrpo.handoff import Take, Taken, unpack_group
+from treegrpo.lease import LeaseEndReason, LeaseKind
+from treegrpo.telemetry import IntakeMetrics
+from treegrpo.v1 import rollout_pb2 as pb
+
+
+@pytest.fixture(scope="module")
+def broker() -> Generator[Broker]:
+    made = embedded(free_address())
+    asyncio.run(made.start())
+    yield made
+    asyncio.run(made.stop())
+
+
+@pytest.fixture
+def setting(tmp_path: Path, broker: Broker) -> Setting:
+    return Setting(tmp_path, broker.address)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_book_refuses_it_and_changes_nothing(name: str) -> None:
+    made, broken = book(), EVERY[name]
+    lease = grant(made)
+    made.accept(chain(lease))
+    spent = made.ledger.accounts[LeaseKind.TRAIN].spent
+    with pytest.raises(TreeError) as refusal:
+        made.accept(broken.of(lease))
+    assert str(refusal.value).startswith(f"Group 0000000, tree {broken.says}")
+    assert refusal.value.field == broken.field
+    assert made.ledger.accounts[LeaseKind.TRAIN].spent == spent
+    assert made.accept(chain(lease, index=1, parent=1))
+
+
+def test_a_tree_that_is_not_in_the_plan_is_refused() -> None:
+    made = book()
+    with pytest.raises(TreeError, match=r"^Group 0000000: tree 2 is not one of its plan's 2") as refusal:
+        made.accept(chain(grant(made), tree=PLAN.trees))
+    assert refusal.value.field == "tree"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_journal_that_has_it_keeps_every_position(name: str, tmp_path: Path) -> None:
+    """A version before this one may have accepted it: what came later must not move up, or a trainer would skip a group."""
+    first, records = book(), list[dict[str, object]]()
+    for subtrees in ([EVERY[name].of], [chain]):
+        work = first.next_lease()
+        assert work is not None
+        lease, draw = work
+        first.granted(lease, draw, "s1", 0.0)
+        records.append({"event": "granted", "lease": lease_to_pb(lease).SerializeToString(), "draw": draw})
+        for subtree in (chain(lease.id), *(make(lease.id) for make in subtrees)):
+            records.append({"event": "accepted", "subtree": subtree_to_pb(subtree).SerializeToString()})
+        records.append({"event": "ended", "end": lease_end_to_pb(complete(lease.id)).SerializeToString()})
+    again = book()
+    replay(again, Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=1), records)
+    assert [group.group.id for group in again.groups.take(0, 2)] == ["0000000", "0000001"]
+    assert [len(group.subtrees) for group in again.groups.take(0, 2)] == [2, 1]
+    assert again.ledger.imbalance(LeaseKind.TRAIN) == Budget()
+
+
+def test_what_a_refused_subtree_cost_is_settled_with_its_lease() -> None:
+    made = book()
+    lease = grant(made)
+    made.accept(chain(lease))
+    group = made.open[lease]
+    assert group.refuse((0, 1), chain(lease).cost, "wrong")
+    assert not group.refuse((0, 1), chain(lease).cost, "wrong again"), "it is counted once, however often it is sent"
+    end = group.settle(complete(lease))
+    assert (end.reason, end.error) == (complete(lease).reason, "")
+    made.ended(end)
+    assert made.ledger.accounts[LeaseKind.TRAIN].spent == Budget(tokens=2 * 28, tool_calls=2 * 2)
+    assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
+
+
+def test_a_lease_of_which_everything_is_refused_has_failed_and_says_why() -> None:
+    """The reason is what a run that leads nowhere is given up with."""
+    made = book()
+    group = made.open[grant(made)]
+    for tree in range(2):
+        group.refuse((tree, 0), chain("a").cost, f"Group 0000000, tree {tree}: wrong.")
+    end = group.settle(complete(group.lease.id))
+    assert (end.reason, end.unaccounted.tokens) == (LeaseEndReason.FAILED, 2 * 28)
+    assert end.error == "2 subtrees refused, the last so: Group 0000000, tree 1: wrong."
+
+
+async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(setting: Setting) -> None:
+    async with setting.stage("--train.batch", "1") as stage:
+        sampler, trainer = stage.sampler, stage.trainer
+        await publish(setting, trainer, 0, 0)
+        await sampler.want(2)
+        lease, other = [await sampler.hear("lease") for _ in range(2)]
+        await sampler.send_chain(lease.id)
+        assert (await sampler.hear("ack")).refusal == ""
+        bad = subtree_to_pb(EVERY["positive logprob"].of(lease.id))
+        for _ in range(2):  # sent again after a reconnect, say
+            await sampler.call.write(pb.RolloutRequest(subtree=bad))
+            ack = await sampler.hear("ack")
+            assert (ack.lease, ack.tree, ack.index) == (lease.id, 0, 1)
+            assert ack.refusal == (
+                "Group 0000000, tree 0, node 12: logprobs[2] is 0.31; a log-probability is finite and at most 0."
+            )
+        assert (await sampler.hear("stop_expanding")).lease == lease.id
+        await sampler.call.write(pb.RolloutRequest(lease_end=lease_end_to_pb(complete(lease.id))))
+        await sampler.roll_out(other.id)  # the stream is still open
+        for position, leaves in ((0, [2]), (1, [2])):
+            taken = await asyncio.to_thread(trainer.ask, Take(position, 1), Taken)
+            assert [leaf.node for _, leaf in unpack_group(taken.groups[0]).leaves()] == leaves
+        samples = await setting.samples()
+        assert samples["treegrpo_subtrees_refused_total/logprobs"] == 1
+        assert samples["treegrpo_budget_spent_total/tokens/train"] == 3 * 28, "what was refused was computed all the same"
+        assert samples["treegrpo_groups_closed_total/train/complete"] == 2
+
+
+async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        sampler = stage.sampler
+        await publish(setting, stage.trainer, 0, 0)
+        await sampler.want(1)
+        lease = await sampler.hear("lease")
+        torn = subtree_to_pb(chain(lease.id))
+        torn.steps[0].action = b"123"
+        await sampler.call.write(pb.RolloutRequest(subtree=torn))
+        assert (await sampler.hear("ack")).refusal.startswith("Group 0000000, tree 0, node 1: action is 3 bytes long")
+        await sampler.hear("stop_expanding")
+        await sampler.call.write(pb.RolloutRequest(lease_end=lease_end_to_pb(complete(lease.id))))
+        assert (await sampler.hear("lease")).id != lease.id
+        samples = await setting.samples()
+        assert samples["treegrpo_subtrees_refused_total/action"] == 1
+        assert samples["treegrpo_groups_closed_total/train/failed"] == 1, "nothing else came of it"
+
+
+async def test_work_for_a_lease_that_is_not_open_is_refused_in_a_sentence(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        await stage.sampler.send_chain("train-9999999")
+        assert (await stage.sampler.hear("ack")).refusal == "Lease train-9999999 is not open; its work is no longer wanted."
+        assert (await setting.samples())["treegrpo_subtrees_refused_total/lease"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not valid JSON"),
+        ("[]", "has vocab_size None"),
+        ("{}", "has vocab_size None"),
+        ('{"vocab_size": true}', "has vocab_size True"),
+        ('{"vocab_size": 0}', "has vocab_size 0"),
+        ('{"vocab_size": "64"}', "has vocab_size '64'"),
+    ],
+)
+def test_a_model_without_a_vocabulary_is_refused(tmp_path: Path, text: str | None, says: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError) as refusal:
+        vocabulary(tmp_path)
+    assert str(refusal.value).startswith(f"{tmp_path / 'config.json'} ")
+    assert says in str(refusal.value)
+
+
+async def test_an_intake_without_a_vocabulary_does_not_start(setting: Setting) -> None:
+    assert vocabulary(setting.model) == 1000
+    (setting.model / "config.json").write_text(json.dumps({"model_type": "qwen2"}), encoding="utf-8")
+    process = await setting.start()
+    _, stderr = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 2
+    assert stderr.decode().strip().splitlines()[-1].startswith(f"error: {setting.model / 'config.json'} has vocab_size None")
