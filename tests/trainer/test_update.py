@@ -1,121 +1,269 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from learner.trainer.advantages import advantages
-from learner.trainer.episodes import credit, usable
-from learner.trainer.loss import k3
-from learner.trainer.model import load_model
+from learner.trainer.advantages import Options, advantages
+from learner.trainer.corrections import m2po_limit
+from learner.trainer.episodes import CreditedTree, credit, usable
+from learner.trainer.loss import kl, policy_loss
+from learner.trainer.model import load_model, score
 from learner.trainer.packing import Pack, pack
 from learner.trainer.update import Updater, learning_rate
 from tests.trainer.builders import CPU, configure, forked, group, random_group, tiny, write_tiny
+from tests.trainer.targets import places
 from treegrpo.config import Config
 from treegrpo.tree import Group, Tree
 
 
-def packs_of(groups: list[Group], config: Config) -> list[Pack]:
-    batch = usable(groups)
-    credited = credit(batch, [advantages(one.rewards) for one in batch], config.train.aggregation)
-    return pack(credited, config.train.pack_tokens, keep_zero=config.train.kl_coef > 0)
+def credited(groups: Sequence[Group], config: Config) -> list[CreditedTree]:
+    batch, options = usable(groups), Options.of(config.train)
+    return credit(batch, [advantages(one.branches, options) for one in batch], config.train.aggregation)
 
 
-def logprobs_of(policy: PreTrainedModel, tree: Tree, leaf: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of one leaf's action tokens, and the sampler's, found by walking along its path."""
+def packs_of(groups: Sequence[Group], config: Config) -> list[Pack]:
+    keep_zero = config.train.kl_coef > 0 or config.train.entropy_coef > 0
+    return pack(credited(groups, config), config.train.pack_tokens, keep_zero=keep_zero)
+
+
+def in_float64(packs: Sequence[Pack]) -> list[Pack]:
+    """The same numbers in float64, so that sums over leaves are exact too."""
+    names = ("sampled_A", "advantage_P", "weight_P")
+    doubled = ({name: getattr(one.targets, name).double() for name in names} for one in packs)
+    return [replace(one, targets=replace(one.targets, **values)) for one, values in zip(packs, doubled, strict=True)]
+
+
+def random_groups(seed: int, count: int) -> list[Group]:
+    rng = np.random.default_rng(seed)
+    return [random_group(rng, str(number)) for number in range(count)]
+
+
+def plain(folder: Path) -> PreTrainedModel:
+    """The model of a directory as transformers has it, but for a pad token that learns like any other."""
+    model = Qwen2ForCausalLM.from_pretrained(folder).eval()
+    cast("Any", model.get_input_embeddings()).padding_idx = None
+    return exact(model)
+
+
+def exact(model: PreTrainedModel) -> PreTrainedModel:
+    """In float64 all through; the norms of transformers go by way of float32 whatever comes in."""
+
+    def norm(self: Qwen2RMSNorm, hidden: Tensor) -> Tensor:
+        return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    for module in model.modules():
+        if isinstance(module, Qwen2RMSNorm):
+            module.forward = MethodType(norm, module)
+    return model.double()
+
+
+def by_path(policy: PreTrainedModel, tree: Tree, leaf: int) -> tuple[Tensor, Tensor, list[float]]:
+    """logprob and entropy of one leaf's action tokens, and the sampler's logprobs, found by walking along its path."""
     ids, labels, sampled = tree.prompt.tolist(), list[int](), list[float]()
     for part in tree.path(leaf):
         labels += range(len(ids), len(ids) + len(part.action))
         sampled += part.logprobs.tolist()
         ids += part.action.tolist() + part.observation.tolist()
     logprob_SV = torch.log_softmax(cast("Any", policy)(input_ids=torch.tensor([ids])).logits[0], -1)
-    return torch.stack([logprob_SV[i - 1, ids[i]] for i in labels]), torch.tensor(sampled)
+    predicted_AV = logprob_SV[[label - 1 for label in labels]]
+    return predicted_AV[range(len(labels)), [ids[i] for i in labels]], -(predicted_AV.exp() * predicted_AV).sum(-1), sampled
 
 
-def naive_loss(policy: PreTrainedModel, reference: PreTrainedModel, groups: list[Group], config: Config) -> Tensor:
-    """ALGORITHM: J averaged over groups, then leaves, then the tokens of the leaf, one leaf at a time."""
-    losses: list[Tensor] = []
-    for one in usable(groups):
-        values = np.concatenate(advantages(one.rewards))
-        leaves = [(tree, leaf.node) for tree, below in one.trees for leaf in below]
-        for (tree, leaf), advantage in zip(leaves, values.tolist(), strict=True):
-            logprob, sampled = logprobs_of(policy, tree, leaf)
-            ratio = (logprob - sampled).exp()
-            clipped = ratio.clamp(1 - config.train.clip_low, 1 + config.train.clip_high)
-            gain = torch.minimum(ratio * advantage, clipped * advantage)
-            penalty = k3(logprob, logprobs_of(reference, tree, leaf)[0].detach())
-            losses.append(-(gain - config.train.kl_coef * penalty).mean() / (len(leaves) * len(groups)))
+def naive_loss(
+    policy: PreTrainedModel, start: PreTrainedModel, reference: PreTrainedModel, groups: Sequence[Group], config: Config
+) -> Tensor:
+    """One leaf at a time: its policy loss against ``start`` as proximal policy, the penalty, the entropy."""
+    train, losses = config.train, list[Tensor]()
+    for one in credited(groups, config):
+        for leaf, given in one.credits.items():
+            logprob, entropy, sampled = by_path(policy, one.tree, leaf)
+            with torch.no_grad():
+                proximal, compared = (by_path(model, one.tree, leaf)[0] for model in (start, reference))
+            steps = one.tree.path(leaf)
+            carried = np.repeat(given.advantage_D.astype(np.float32), [len(step.action) for step in steps])
+            weight = float(np.float32(given.weight))  # packs hold float32
+            targets = places(sampled, [list(enumerate(carried.tolist()))], [weight])
+            penalty = weight * kl(logprob, compared, train.kl_estimator).sum()
+            bonus = weight * entropy.sum()
+            loss, _ = policy_loss(logprob, proximal, targets, train)
+            losses.append(loss + train.kl_coef * penalty - train.entropy_coef * bonus)
     return torch.stack(losses).sum()
 
 
-def applied_gradients(updater: Updater) -> list[Tensor]:
-    """A list that fills with the gradients of the next step, as the optimiser gets them."""
-    seen: list[Tensor] = []
+def applied_gradients(updater: Updater) -> list[list[Tensor]]:
+    """A list that fills with the gradients of each optimiser step, as the optimiser gets them."""
+    seen: list[list[Tensor]] = []
 
     def look(*_: Any) -> None:
-        seen.extend(p.grad.clone() for p in updater.model.parameters() if p.grad is not None)
+        seen.append([p.grad.clone() for p in updater.model.parameters() if p.grad is not None])
 
     updater.optimizer.register_step_pre_hook(look)
     return seen
 
 
-def test_loss_and_gradients_equal_those_of_one_leaf_at_a_time(tmp_path: Path) -> None:
-    """Everything at once: weights, masks, stop tokens, clipping, penalty, padding and accumulation over packs."""
-    config = configure(tmp_path, kl_coef=0.1, pack_tokens=100, clip_low=0.1, clip_high=0.3, lr=1e-9, max_grad_norm=1e9)
-    rng = np.random.default_rng(5)
-    groups = [random_group(rng, str(n)) for n in range(3)]
-    policy, reference = tiny(tmp_path / "model"), load_model(write_tiny(tmp_path / "reference", seed=1), CPU)
-    expected = naive_loss(policy, reference, groups, config)
-    gradients = torch.autograd.grad(expected, list(policy.parameters()))
-    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> None:
+    scale = max(gradient.abs().max().item() for gradient in wanted)
+    assert max((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True)) <= tolerance * scale
 
-    updater = Updater(config, policy, reference)
-    packs = packs_of(groups, config)
-    seen = applied_gradients(updater)
-    update = updater.update(packs, 0)
+
+EXACT: list[dict[str, Any]] = [
+    {"loss": "ppo", "clip_low": 0.1, "clip_high": 0.3},
+    {"loss": "ppo", "dual_clip": 1.2, "aggregation": "token_mean", "estimator": "treerl"},
+    {"loss": "cispo", "entropy_coef": 0.05, "kl_estimator": "k1"},
+    {"loss": "gspo", "clip_low": 0.02, "clip_high": 0.03, "estimator": "sibling_loo"},
+    {"loss": "dppo", "dppo_delta": 0.01, "kl_estimator": "k2"},
+    {"loss": "gspo", "correction": "icepop", "icepop_low": 0.9},
+    {"loss": "ppo", "correction": "tis", "tis_cap": 1.2},
+]
+
+
+@pytest.mark.parametrize("train", EXACT, ids=lambda train: "-".join(str(value) for value in train.values()))
+def test_loss_and_gradients_equal_those_of_one_leaf_at_a_time(tmp_path: Path, train: dict[str, Any]) -> None:
+    """Everything at once: weights, masks, stop tokens, clipping, penalty, entropy, and trees split over packs."""
+    folder, groups = write_tiny(tmp_path / "model"), random_groups(5, 3)
+    config = configure(tmp_path, **({"kl_coef": 0.1, "pack_tokens": 64, "lr": 1e-9, "max_grad_norm": 1e9} | train))
+    policy, reference = plain(folder), plain(write_tiny(tmp_path / "reference", seed=1))
+    expected = naive_loss(policy, policy, reference, groups, config)
+    gradients = torch.autograd.grad(expected, list(policy.parameters()))
+
+    updater = Updater(config, exact(load_model(folder, CPU)), exact(load_model(tmp_path / "reference", CPU)))
+    packs, seen = in_float64(packs_of(groups, config)), applied_gradients(updater)
+    update = updater.update([packs], 0)
 
     assert len(packs) > 2
-    assert update.tally.mean("clip_low") > 0.02
-    assert update.tally.mean("clip_high") > 0.02
-    assert update.loss == pytest.approx(expected.item(), rel=1e-5)
-    assert update.grad_norm == pytest.approx(norm, rel=1e-5)
-    for found, wanted in zip(seen, gradients, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6 * norm)
+    acted = ("clip_low", "clip_high", "clip_dual", "capped", "masked")
+    assert sum(update.tally.per(name, "terms") for name in acted) > 0.02
+    assert update.loss == pytest.approx(expected.item(), abs=1e-10)
+    assert_same(seen[0], gradients, 1e-10)
+    assert update.grad_norm == pytest.approx(torch.stack([g.norm() for g in gradients]).norm().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("train", [{}, {"loss": "gspo"}, {"correction": "decoupled"}, {"correction": "m2po"}], ids=str)
+def test_the_second_minibatch_is_compared_with_the_policy_of_the_start(tmp_path: Path, train: dict[str, Any]) -> None:
+    config = configure(tmp_path, lr=3e-3, max_grad_norm=1e9, minibatches=2, m2po_tau=1e9, **train)
+    folder, (one, other) = write_tiny(tmp_path / "model"), random_groups(6, 2)
+    updater = Updater(config, exact(load_model(folder, CPU)), None)
+    seen, weights = applied_gradients(updater), list[dict[str, Tensor]]()
+
+    def look(*_: Any) -> None:
+        weights.append({name: value.clone() for name, value in updater.model.state_dict().items()})
+
+    updater.optimizer.register_step_post_hook(look)
+    update = updater.update([in_float64(packs_of([part], config)) for part in (one, other)], 0)
+
+    assert update.outcomes == ("applied", "applied")
+    start, moved = plain(folder), plain(folder)
+    moved.load_state_dict(weights[0])
+    losses = [naive_loss(policy, start, start, [of], config) for policy, of in ((start, one), (moved, other))]
+    assert update.loss == pytest.approx(sum(loss.item() for loss in losses) / 2, abs=1e-10)
+    assert_same(seen[1], torch.autograd.grad(losses[1], list(moved.parameters())), 1e-10)
+
+
+def forwards(model: PreTrainedModel, *, grad: bool) -> list[bool]:
+    """A list that gets an entry with every forward pass of ``model`` that has, or has not, a gradient."""
+    seen: list[bool] = []
+
+    def look(*_: Any) -> None:
+        if torch.is_grad_enabled() == grad:
+            seen.append(grad)
+
+    cast("Any", model).get_decoder().register_forward_pre_hook(look)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("correction", "minibatches", "passes"),
+    [("none", 1, 0), ("none", 2, 0), ("tis", 1, 0), ("tis", 2, 2), ("m2po", 1, 2), ("m2po", 2, 2)],
+)
+def test_the_proximal_policy_is_scored_ahead_only_where_it_must_be(
+    tmp_path: Path, correction: str, minibatches: int, passes: int
+) -> None:
+    config = configure(tmp_path, correction=correction, minibatches=minibatches)
+    packs = [packs_of([one], config) for one in random_groups(7, 2)]
+    assert [len(part) for part in packs] == [1, 1]
+    updater = Updater(config, tiny(tmp_path / "model"), None)
+    ahead, trained = forwards(updater.model, grad=False), forwards(updater.model, grad=True)
+    updater.update(packs if minibatches == 2 else [[packs[0][0], packs[1][0]]], 0)
+    assert (len(ahead), len(trained)) == (passes, 2)
+
+
+def test_m2po_chooses_over_the_whole_batch(tmp_path: Path) -> None:
+    """One group is sampled by the policy itself, the other is far from it: alone it would have to lose tokens."""
+    config = configure(tmp_path, correction="m2po", minibatches=2, m2po_tau=0.1)
+    folder, (one, other) = write_tiny(tmp_path / "model"), random_groups(8, 2)
+    packs = [packs_of([part], config)[0] for part in (one, other)]
+    updater = Updater(config, load_model(folder, CPU), None)
+    with torch.no_grad():
+        start = [score(updater.model, part, 1.0)[0] for part in packs]
+    packs[0].targets.sampled_A.copy_(start[0])
+    square = torch.cat([logprob - part.targets.sampled_A for logprob, part in zip(start, packs, strict=True)]).square()
+    update = updater.update([[part] for part in packs], 0)
+    by_itself = m2po_limit(start[1] - packs[1].targets.sampled_A, 0.1)
+    limit = m2po_limit(square.sqrt(), 0.1)
+    assert 0 < update.tally["masked"] == (square >= limit - 1e-9).sum() < (square >= by_itself - 1e-9).sum()
+
+
+def test_other_processes_are_part_of_the_figures(tmp_path: Path) -> None:
+    """With a twin that has the same packs every sum is twice what it is alone."""
+    config = configure(tmp_path, correction="m2po")
+    packs = packs_of(random_groups(9, 1), config)
+    alone = Updater(config, tiny(tmp_path / "model"), None).update([packs], 0)
+    both = Updater(config, tiny(tmp_path / "model"), None, gather=lambda value: [value, value]).update([packs], 0)
+    assert both.loss == 2 * alone.loss
+    assert both.tally == alone.tally + alone.tally
 
 
 def test_a_batch_without_signal_leaves_the_policy_alone_even_with_momentum(tmp_path: Path) -> None:
     config = configure(tmp_path)
     updater = Updater(config, tiny(tmp_path / "model"), None)
-    assert updater.update(packs_of([group(forked((1.0, 0.0)))], config), 0).outcome == "applied"
+    assert updater.update([packs_of([group(forked((1.0, 0.0)))], config)], 0).outcomes == ("applied",)
     before = [p.clone() for p in updater.model.parameters()]
-    update = updater.update(packs_of([group(forked((1.0, 1.0)))], config), 1)
-    assert (update.outcome, update.grad_norm, update.tokens) == ("no_signal", 0.0, 0)
+    update = updater.update([packs_of([group(forked((1.0, 1.0)))], config)], 1)
+    assert (update.outcomes, update.grad_norm, update.tally["tokens"]) == (("no_signal",), 0.0, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, updater.model.parameters(), strict=True))
 
 
-def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = configure(tmp_path)
+@pytest.mark.parametrize("correction", ["none", "decoupled"])
+def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path, caplog: pytest.LogCaptureFixture, correction: str) -> None:
+    config = configure(tmp_path, correction=correction, minibatches=2)
     updater = Updater(config, tiny(tmp_path / "model"), None)
-    packs = packs_of([group(forked())], config)
-    packs[0].sampled_A[0] = -torch.inf
+    broken, sound = (packs_of([group(forked())], config) for _ in range(2))
+    broken[0].targets.sampled_A[0] = -torch.inf
     before = [p.clone() for p in updater.model.parameters()]
-    assert updater.update(packs, 0).outcome == "not_finite"
+    assert updater.update([broken], 0).outcomes == ("not_finite",)
     assert "step 1 is not applied" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(before, updater.model.parameters(), strict=True))
-    assert updater.update(packs_of([group(forked())], config), 1).outcome == "applied"
+    assert updater.update([broken, sound], 1).outcomes == ("not_finite", "applied")
+    assert all(p.isfinite().all() for p in updater.model.parameters())
 
 
 def test_the_gradient_is_clipped_and_its_norm_reported_as_it_was(tmp_path: Path) -> None:
     config = configure(tmp_path, max_grad_norm=1e-3)
     updater = Updater(config, tiny(tmp_path / "model"), None)
     seen = applied_gradients(updater)
-    assert updater.update(packs_of([group(forked())], config), 0).grad_norm > 0.01
-    assert torch.stack([g.norm() for g in seen]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert updater.update([packs_of([group(forked())], config)], 0).grad_norm > 0.01
+    assert torch.stack([g.norm() for g in seen[0]]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_every_token_counts_once_in_the_figures_of_a_tree_that_is_split(tmp_path: Path) -> None:
+    groups, config = random_groups(10, 1), configure(tmp_path)
+    for pack_tokens in (1024, 16):
+        packs = pack(credited(groups, config), pack_tokens, keep_zero=False)
+        tally = Updater(config, tiny(tmp_path / "model"), None).update([packs], 0).tally
+        assert tally["actions"] == sum(len(s.action) for _, tree in groups[0].trees.items() for s in tree.steps.values())
+        assert 0 < tally.per("entropy", "actions") < math.log(64)
+        assert (len(packs) > 1) == (pack_tokens == 16)
 
 
 def test_the_learning_rate_rises_linearly_and_stays() -> None:

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from learner.trainer.checkpoint import Progress
+from learner.trainer.episodes import usable
+from learner.trainer.report import Phases, show, step_values
+from learner.trainer.tally import Tally
+from learner.trainer.update import Update
+from tests.trainer.builders import forked, group
+from treegrpo.telemetry import TrainerMetrics
+
+TALLY = Tally(
+    {
+        "tokens": 30,
+        "actions": 10,
+        "terms": 20,
+        "kl_mismatch": 0.5,
+        "kl_reference": 2.0,
+        "entropy": 15.0,
+        "clip_low": 1,
+        "clip_high": 2,
+        "clip_dual": 3,
+        "capped": 4,
+        "masked": 5,
+        "count/none": 1,
+        "rho/none": 3,
+        "square/none": 9,
+        "count/up_down": 2,
+        "rho/up_down": 4,
+        "square/up_down": 10,
+    },
+    {"log_ratio_max": 1.25},
+)
+
+
+def values(update: Update) -> dict[str, Any]:
+    groups = [group(forked((1.0, 0.0))), group(forked((0.0, 0.0)))]
+    return step_values(Progress(step=3, position=2), groups, usable(groups), update, Phases())
+
+
+def test_shares_are_of_the_right_whole() -> None:
+    found = values(Update(("applied",), 0.25, 1.5, 1e-6, TALLY))
+    expected = {
+        "tokens": 30,
+        "kl_mismatch": 0.05,
+        "kl_reference": 0.2,
+        "entropy": 1.5,
+        "clip_low_ratio": 0.05,
+        "clip_high_ratio": 0.1,
+        "clip_dual_ratio": 0.15,
+        "capped_ratio": 0.2,
+        "masked_ratio": 0.25,
+        "effective_sample_ratio": 49 / (3 * 19),
+        "effective_sample_up_down_ratio": 16 / (2 * 10),
+        "effective_sample_up_up_ratio": 1.0,
+        "log_ratio_max": 1.25,
+        "zero_signal_ratio": 0.5,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_step_without_tokens_has_a_record_too() -> None:
+    found = values(Update(("no_signal",), 0.0, 0.0, 1e-6, Tally()))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert (found["kl_mismatch"], found["masked_ratio"], found["effective_sample_ratio"]) == (0.0, 0.0, 1.0)
+
+
+def test_the_record_is_on_the_metrics_page() -> None:
+    metrics = TrainerMetrics()
+    show(metrics, values(Update(("applied", "not_finite", "no_signal", "not_finite"), 0.25, 1.5, 1e-6, TALLY)))
+    expected = {
+        ("treegrpo_effective_sample_ratio", ("sign", "all")): 49 / 57,
+        ("treegrpo_effective_sample_ratio", ("sign", "up_down")): 0.8,
+        ("treegrpo_effective_sample_ratio", ("sign", "down_down")): 1.0,
+        ("treegrpo_clip_ratio", ("side", "low")): 0.05,
+        ("treegrpo_clip_ratio", ("side", "dual")): 0.15,
+        ("treegrpo_corrected_ratio", ("how", "capped")): 0.2,
+        ("treegrpo_corrected_ratio", ("how", "masked")): 0.25,
+        ("treegrpo_steps_skipped_total", ("reason", "not_finite")): 2,
+        ("treegrpo_steps_skipped_total", ("reason", "no_signal")): 1,
+    }
+    found = {(name, label): metrics.registry.get_sample_value(name, dict([label])) for name, label in expected}
+    assert found == pytest.approx(expected)
+    assert metrics.registry.get_sample_value("treegrpo_log_ratio_max") == 1.25
+    assert metrics.registry.get_sample_value("treegrpo_trained_tokens_total") == 30
