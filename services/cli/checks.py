@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from learner.intake.vocabulary import vocabulary
 from services.sampler import tokenizer
 from treegrpo.config import Config
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
@@ -42,6 +43,7 @@ def check_model(path: Path) -> str:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in KINDS:
         raise ModelError(f"model.path = {path} has model_type {kind!r}; the embedded engine runs {', '.join(KINDS)}.")
+    vocabulary(path)
     _check_readable(path)
     return f"{path} ({kind})"
 

@@ -59,6 +59,7 @@ def test_a_model_that_is_not_there_or_not_json_is_named(tmp_path: Path) -> None:
     [
         ("config.json", "[]", "has model_type None"),
         ("config.json", '{"model_type": "gpt2"}', "the embedded engine runs qwen2, qwen3, llama"),
+        ("config.json", '{"model_type": "qwen2"}', "has vocab_size None"),
         ("tokenizer.json", "{}", "tokenizer.json cannot be read"),
         ("model.safetensors", "torn", "model.safetensors cannot be read"),
     ],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import msgpack
 import pytest
@@ -74,7 +75,7 @@ def test_a_group_crosses_with_its_question_and_subtrees() -> None:
 
 def pieces(**changes: object) -> bytes:
     row = msgpack.unpackb(pack_group(Group("q-17", question(7)), [chain("a")]))
-    return msgpack.packb({**row, **changes})
+    return cast("bytes", msgpack.packb({**row, **changes}))
 
 
 @pytest.mark.parametrize(
