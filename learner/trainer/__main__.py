@@ -1,18 +1,16 @@
-"""``python -m learner.trainer [CONFIG.toml] [--section.key value …]``; exit code 0 at the end of the run or after a drain."""
+"""``python -m learner.trainer [CONFIG.toml] [--section.key value …]``; of several ranks with
+
+    torchrun --nproc-per-node=2 -m learner.trainer CONFIG.toml
+
+Exit code 0 at the end of the run or after a drain.
+"""
 
 from __future__ import annotations
 
-import logging
 import sys
 
 from learner.trainer.loop import main
-from treegrpo.edge import complain
-from treegrpo.errors import TreeGrpoError
-from treegrpo.settings import from_arguments
+from learner.trainer.ranks import run
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        main(from_arguments(sys.argv[1:]))
-    except TreeGrpoError as error:
-        sys.exit(complain(error))
+    sys.exit(run(main, sys.argv[1:]))

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from learner.trainer.durable import whole
 from learner.trainer.model import Dtype
+from learner.trainer.ranks import ALONE, Ranks
 from treegrpo.errors import ContractError
 from treegrpo.tree import PolicyVersion
 
@@ -27,10 +27,18 @@ _TOKENIZER_FILES = (
 )
 
 
-def write_model(model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype = "float32") -> None:
-    """Write ``model`` as a Hugging Face directory, weights as ``dtype``, with the tokenizer of another directory."""
+def write_model(
+    model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype = "float32", ranks: Ranks = ALONE
+) -> None:
+    """Write ``model`` as a Hugging Face directory, weights as ``dtype``, with the tokenizer of another directory.
+
+    All ranks call it, as they do with what follows; rank 0 writes.
+    """
     kind = getattr(torch, dtype)
-    model.save_pretrained(folder, state_dict={name: value.to(kind) for name, value in model.state_dict().items()})
+    state = ranks.whole_state(model, kind)
+    if not ranks.is_first:
+        return
+    model.save_pretrained(folder, state_dict=state)
     config = cast("Any", copy.deepcopy(model.config))
     config.dtype = kind
     config.save_pretrained(folder)
@@ -39,16 +47,18 @@ def write_model(model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtyp
             shutil.copyfile(tokenizer_from / name, folder / name)
 
 
-def export(model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype) -> None:
+def export(model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype, ranks: Ranks = ALONE) -> None:
     """`write_model`, in the place of whatever ``folder`` was before, all at once."""
-    with whole(folder) as partial:
-        write_model(model, partial, tokenizer_from, dtype)
+    with ranks.whole(folder) as partial:
+        write_model(model, partial, tokenizer_from, dtype, ranks)
 
 
-def publish(model: PreTrainedModel, weights: Path, version: PolicyVersion, tokenizer_from: Path, dtype: Dtype) -> Path:
+def publish(
+    model: PreTrainedModel, weights: Path, version: PolicyVersion, tokenizer_from: Path, dtype: Dtype, ranks: Ranks = ALONE
+) -> Path:
     """Write policy ``version`` below ``weights``; returns its directory."""
     folder = weights / str(version)
-    export(model, folder, tokenizer_from, dtype)
+    export(model, folder, tokenizer_from, dtype, ranks)
     return folder
 
 

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,27 +18,14 @@ from transformers import PreTrainedModel
 
 from learner.trainer.corrections import m2po_limit, mismatch
 from learner.trainer.loss import entropy_bonus, policy_loss, reference_penalty
-from learner.trainer.model import Dtype, score
+from learner.trainer.model import Policy
 from learner.trainer.packing import Pack
+from learner.trainer.ranks import ALONE, Ranks, full_tensor
 from learner.trainer.tally import Tally
 from treegrpo.config import Config
 
 log = logging.getLogger(__name__)
 Outcome = Literal["applied", "no_signal", "not_finite"]
-T = TypeVar("T")
-
-
-class Gather(Protocol):
-    """Exchange between the processes that train together."""
-
-    def __call__(self, value: T, /) -> list[T]:
-        """The values of all of them, in the same order everywhere."""
-        ...
-
-
-def alone(value: T) -> list[T]:
-    """The `Gather` of one process."""
-    return [value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +40,7 @@ class Update:
     """Before clipping."""
     lr: float
     tally: Tally
-    """Of all processes: `tokens` forwarded and backwarded, and the figures of `loss` and `corrections`."""
+    """Of all ranks: `tokens` forwarded and backwarded, and the figures of `loss` and `corrections`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +55,20 @@ class _Proximal:
 class Updater:
     """Owns the policy, its optimiser and the frozen reference policy."""
 
-    def __init__(self, config: Config, model: PreTrainedModel, reference: PreTrainedModel | None, gather: Gather = alone) -> None:
+    def __init__(
+        self, config: Config, model: PreTrainedModel, reference: PreTrainedModel | None, ranks: Ranks = ALONE
+    ) -> None:
+        """Args:
+        config: of the run.
+        model: the policy to train, in main memory or, if there is one rank, anywhere.
+        reference: None if the reference penalty is off.
+        ranks: the weights of both are spread over them.
+        """
         self.model = model
-        self.reference = reference
-        """None if the reference penalty is off."""
-        self._train, self._temperature = config.train, config.rollout.temperature
-        self._dtype: Dtype = config.model.dtype
-        self._gather = gather
+        self._train, self._ranks = config.train, ranks
+        sides = config.rollout.temperature, config.model.dtype
+        self._policy = ranks.shard(Policy(model, *sides))
+        self._reference = ranks.shard(Policy(reference, *sides)) if reference is not None else None
         self._device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True
@@ -97,7 +91,7 @@ class Updater:
         total, norms = Tally(), 0.0
         for packs, proximal in zip(minibatches, self._proximal(minibatches), strict=True):
             tally = self._gradients(packs, proximal)
-            norm = clip_grad_norm_(self.model.parameters(), self._train.max_grad_norm).item()
+            norm = full_tensor(clip_grad_norm_(self.model.parameters(), self._train.max_grad_norm)).item()
             outcomes.append(self._apply(tally["loss"], norm, step))
             total, norms = total + tally, norms + norm
         return Update(tuple(outcomes), total["loss"] / len(outcomes), norms / len(outcomes), lr, total)
@@ -107,20 +101,20 @@ class Updater:
         m2po = self._train.correction == "m2po"
         if self._train.correction == "none" or (len(minibatches) == 1 and not m2po):
             return [_Proximal(None, math.inf) for _ in minibatches]
-        ahead = [[self._fixed(self.model, pack.to(self._device)) for pack in packs] for packs in minibatches]
+        ahead = [[self._fixed(self._policy, pack.to(self._device)) for pack in packs] for packs in minibatches]
         limit = self._m2po_limit(minibatches, ahead) if m2po else math.inf
         return [_Proximal(scored, limit) for scored in ahead]
 
     def _m2po_limit(self, minibatches: Sequence[Sequence[Pack]], ahead: Sequence[Sequence[Tensor]]) -> float:
-        """`m2po_limit` over the batch of all processes; a token that stands in several packs is one."""
+        """`m2po_limit` over the batch of all ranks; a token that stands in several packs is one."""
         log_rho = [torch.zeros(0)]
         for packs, scored in zip(minibatches, ahead, strict=True):
             for pack, proximal_A in zip(packs, scored, strict=True):
                 log_rho.append((proximal_A.cpu() - pack.targets.sampled_A)[pack.targets.counted_A])
-        return m2po_limit(torch.cat(self._gather(torch.cat(log_rho))), self._train.m2po_tau)
+        return m2po_limit(torch.cat(self._ranks.gather(torch.cat(log_rho))), self._train.m2po_tau)
 
     def _gradients(self, packs: Sequence[Pack], proximal: _Proximal) -> Tally:
-        """Add up the gradients of ``packs``; the tally is that of all processes."""
+        """Add up the gradients of ``packs``; the tally is that of all ranks."""
         self.optimizer.zero_grad()
         tally = Tally()
         for number, pack in enumerate(packs):
@@ -128,25 +122,25 @@ class Updater:
             loss, figures = self._loss(pack.to(self._device), known_A, proximal.m2po_limit)
             loss.backward()
             tally += figures + Tally({"loss": loss.item(), "tokens": pack.tokens})
-        return sum(self._gather(tally), Tally())
+        return sum(self._ranks.gather(tally), Tally())
 
     def _loss(self, pack: Pack, known_A: Tensor | None, limit: float) -> tuple[Tensor, Tally]:
         train, targets = self._train, pack.targets
         bonus = train.entropy_coef > 0
-        logprob_A, entropy_A = score(self.model, pack, self._temperature, self._dtype, entropy_grad=bonus)
+        logprob_A, entropy_A = self._policy(pack, entropy_grad=bonus)
         proximal_A = logprob_A.detach() if known_A is None else known_A
         loss, tally = policy_loss(logprob_A, proximal_A, targets, train, limit)
         entropy, counted = entropy_bonus(entropy_A, targets)
         loss, tally = loss - train.entropy_coef * entropy if bonus else loss, tally + counted + mismatch(proximal_A, targets)
-        if self.reference is None:
+        if self._reference is None:
             return loss, tally
-        penalty, counted = reference_penalty(logprob_A, self._fixed(self.reference, pack), targets, train.kl_estimator)
+        penalty, counted = reference_penalty(logprob_A, self._fixed(self._reference, pack), targets, train.kl_estimator)
         return loss + train.kl_coef * penalty, tally + counted
 
-    def _fixed(self, model: PreTrainedModel, pack: Pack) -> Tensor:
+    def _fixed(self, policy: Policy, pack: Pack) -> Tensor:
         """logprob_A without a gradient."""
         with torch.no_grad():
-            return score(model, pack, self._temperature, self._dtype)[0]
+            return policy(pack)[0]
 
     def _apply(self, loss: float, norm: float, step: int) -> Outcome:
         outcome = _outcome(loss, norm)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from treegrpo.edge import ERROR_MARK
+from treegrpo.leash import leashed
 
 TAIL_BYTES = 16384
 
@@ -25,6 +26,8 @@ class Program:
     module: str
     flags: tuple[str, ...] = ()
     """Flags of this process alone, after those all have."""
+    words: tuple[str, ...] = ()
+    """Of the module itself, before the flags all have."""
 
 
 class Child:
@@ -40,13 +43,11 @@ class Child:
     @classmethod
     async def start(cls, program: Program, arguments: Sequence[str], logs: Path) -> Self:
         """Start ``program`` with the arguments all have and its own; output is appended to ``logs``/NAME.log."""
-        leash = [sys.executable, "-m", "services.cli.leash", str(os.getpid())]
-        command = [sys.executable, "-m", program.module, *arguments, *program.flags]
+        command = [sys.executable, "-m", program.module, *program.words, *arguments, *program.flags]
         path = logs / f"{program.name}.log"
         with path.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *leash,
-                *command,
+                *leashed(command),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -78,14 +79,14 @@ class Child:
             await asyncio.wait({self.ended}, timeout=patience)
 
     def last_words(self) -> str:
-        """The sentence the process ended with, or the last line of its log."""
+        """The sentence the process ended with, or the last line of its log. Of several ranks' the first is the cause."""
         with self.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._offset, size - TAIL_BYTES))
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
         if not lines:
             return "it said nothing"
-        return next((line.removeprefix(ERROR_MARK) for line in reversed(lines) if line.startswith(ERROR_MARK)), lines[-1])
+        return next((line.removeprefix(ERROR_MARK) for line in lines if line.startswith(ERROR_MARK)), lines[-1])
 
     def obituary(self) -> str:
         """One sentence: what ended, how, what it said last, where to read more."""

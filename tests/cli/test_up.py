@@ -51,7 +51,7 @@ class Running:
     def pid_of(self, module: str) -> int:
         """A running process of ``module``."""
         names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in marked(self._mark)}
-        return next(pid for pid, words in names.items() if module.encode() in words and b"services.cli.leash" not in words)
+        return next(pid for pid, words in names.items() if module.encode() in words and b"treegrpo.leash" not in words)
 
 
 async def up(*flags: str) -> Running:

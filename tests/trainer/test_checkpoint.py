@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def saved(folder: Path, progress: Progress, keep: int = 2) -> tuple[Updater, Pat
     """A policy one step into its training and its checkpoint."""
     config = configure(folder)
     updater = Updater(config, tiny(folder / "model"), None)
-    updater.update(packs_of([group(forked())], config), 0)
+    updater.update([packs_of([group(forked())], config)], 0)
     return updater, checkpoint.save(folder / "kept", progress, updater.model, updater.optimizer, folder / "model", keep)
 
 
@@ -28,11 +29,11 @@ def test_the_next_step_after_a_resume_is_the_same_bit_for_bit(tmp_path: Path) ->
     drawn = torch.rand(3)
     second = Updater(config, load_model(folder, CPU), None)
     torch.manual_seed(99)
-    checkpoint.restore(folder, second.optimizer)
+    checkpoint.restore(folder, second.model, second.optimizer)
     assert checkpoint.read_progress(folder) == Progress(1, 20, 640, 0.25)
     assert torch.equal(torch.rand(3), drawn)
     packs = packs_of([group(forked((0.3, 0.9)))], config)
-    updates = [one.update(packs, 1) for one in (first, second)]
+    updates = [one.update([packs], 1) for one in (first, second)]
     assert updates[0] == updates[1]
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -40,10 +41,10 @@ def test_the_next_step_after_a_resume_is_the_same_bit_for_bit(tmp_path: Path) ->
 
 def resume(folder: Path, updater: Updater) -> None:
     checkpoint.read_progress(folder)
-    checkpoint.restore(folder, updater.optimizer)
+    checkpoint.restore(folder, updater.model, updater.optimizer)
 
 
-@pytest.mark.parametrize("broken", ["trainer.pt", "progress.json"])
+@pytest.mark.parametrize("broken", ["state/.metadata", "state/__0_0.distcp", "progress.json"])
 def test_a_broken_checkpoint_is_refused(tmp_path: Path, broken: str) -> None:
     updater, folder = saved(tmp_path, Progress(0, 20, 640))
     whole = (folder / broken).read_bytes()
@@ -54,6 +55,28 @@ def test_a_broken_checkpoint_is_refused(tmp_path: Path, broken: str) -> None:
         with pytest.raises(ModelError, match=r"step-000020 is broken .* remove it to resume from the one before"):
             resume(folder, updater)
         (folder / broken).touch()
+
+
+def test_a_checkpoint_of_before_is_refused_with_the_way_on(tmp_path: Path) -> None:
+    updater, folder = saved(tmp_path, Progress(0, 20, 640))
+    shutil.rmtree(folder / "state")
+    (folder / "trainer.pt").touch()
+    with pytest.raises(ModelError, match=r"step-000020 is of an earlier version .* --model.path .*step-000020"):
+        resume(folder, updater)
+
+
+def test_a_policy_that_has_not_stepped_yet_resumes_as_one(tmp_path: Path) -> None:
+    config = configure(tmp_path)
+    first = Updater(config, tiny(tmp_path / "model"), None)
+    folder = checkpoint.save(tmp_path / "kept", Progress(), first.model, first.optimizer, tmp_path / "model", 2)
+    resumed, fresh = (Updater(config, load_model(folder, CPU), None) for _ in range(2))
+    resume(folder, resumed)
+    packs = packs_of([group(forked())], config)
+    updates = [one.update([packs], 0) for one in (first, resumed, fresh)]
+    assert updates[0] == updates[1] == updates[2]
+    for a, b, c in zip(*(one.model.parameters() for one in (first, resumed, fresh)), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(b, c)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_drain_ends_the_run_with_a_checkpoint(config: Config) -> None:
         trainer = train(config)
     assert trainer.progress.step == 2
     assert intake.evaluations == ["0.0", "0.0"]  # not of the version it stopped at
-    assert (config.run.dir / "checkpoints" / "step-000002" / "trainer.pt").is_file()
+    assert (config.run.dir / "checkpoints" / "step-000002" / "state" / ".metadata").is_file()
     assert (config.run.dir / "checkpoints" / "final" / "model.safetensors").is_file()
 
 
@@ -178,7 +178,7 @@ def nothing_new(_tokens: np.ndarray) -> float:
 def test_a_step_without_signal_moves_on_with_the_same_policy(config: Config) -> None:
     with intake_for(config, reward=nothing_new) as intake:
         train(config)
-    assert [r["outcome"] for r in intake.reports] == ["no_signal"] * 4
+    assert [r["outcomes"] for r in intake.reports] == [["no_signal"]] * 4
     assert [r["zero_signal_ratio"] for r in intake.reports] == [1.0] * 4
     assert [p.position for p in intake.of(Publish)] == [0, 2, 4, 6, 8]
     models = [load_model(f, CPU) for f in (config.model.path, config.run.dir / "checkpoints" / "final")]

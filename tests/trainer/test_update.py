@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -20,11 +20,14 @@ from learner.trainer.episodes import CreditedTree, credit, usable
 from learner.trainer.loss import kl, policy_loss
 from learner.trainer.model import load_model, score
 from learner.trainer.packing import Pack, pack
+from learner.trainer.ranks import Ranks
 from learner.trainer.update import Updater, learning_rate
 from tests.trainer.builders import CPU, configure, forked, group, random_group, tiny, write_tiny
 from tests.trainer.targets import places
 from treegrpo.config import Config
 from treegrpo.tree import Group, Tree
+
+T = TypeVar("T")
 
 
 def credited(groups: Sequence[Group], config: Config) -> list[CreditedTree]:
@@ -168,6 +171,8 @@ def test_the_second_minibatch_is_compared_with_the_policy_of_the_start(tmp_path:
     losses = [naive_loss(policy, start, start, [of], config) for policy, of in ((start, one), (moved, other))]
     assert update.loss == pytest.approx(sum(loss.item() for loss in losses) / 2, abs=1e-10)
     assert_same(seen[1], torch.autograd.grad(losses[1], list(moved.parameters())), 1e-10)
+    norms = [torch.stack([g.norm() for g in gradients]).norm().item() for gradients in seen]
+    assert update.grad_norm == pytest.approx(sum(norms) / 2)
 
 
 def forwards(model: PreTrainedModel, *, grad: bool) -> list[bool]:
@@ -214,14 +219,34 @@ def test_m2po_chooses_over_the_whole_batch(tmp_path: Path) -> None:
     assert 0 < update.tally["masked"] == (square >= limit - 1e-9).sum() < (square >= by_itself - 1e-9).sum()
 
 
-def test_other_processes_are_part_of_the_figures(tmp_path: Path) -> None:
-    """With a twin that has the same packs every sum is twice what it is alone."""
+class Twin(Ranks):
+    """Beside a rank that has the same."""
+
+    def gather(self, value: T) -> list[T]:
+        return [value, value]
+
+
+class CalmTwin(Ranks):
+    """Beside a rank whose tokens are as the policy would have them."""
+
+    def gather(self, value: T) -> list[T]:
+        return [value, cast("T", torch.zeros(50))] if isinstance(value, Tensor) else [value]
+
+
+def test_other_ranks_are_part_of_the_figures(tmp_path: Path) -> None:
     config = configure(tmp_path, correction="m2po")
     packs = packs_of(random_groups(9, 1), config)
-    alone = Updater(config, tiny(tmp_path / "model"), None).update([packs], 0)
-    both = Updater(config, tiny(tmp_path / "model"), None, gather=lambda value: [value, value]).update([packs], 0)
-    assert both.loss == 2 * alone.loss
-    assert both.tally == alone.tally + alone.tally
+    lone, both = (Updater(config, tiny(tmp_path / "model"), None, ranks).update([packs], 0) for ranks in (Ranks(), Twin()))
+    assert both.loss == 2 * lone.loss
+    assert both.tally == lone.tally + lone.tally
+
+
+def test_m2po_chooses_over_all_ranks(tmp_path: Path) -> None:
+    """With calm tokens elsewhere more of ours fit in under the same mean."""
+    config = configure(tmp_path, correction="m2po")
+    packs = packs_of(random_groups(9, 1), config)
+    lone, both = (Updater(config, tiny(tmp_path / "model"), None, ranks).update([packs], 0) for ranks in (Ranks(), CalmTwin()))
+    assert 0 < both.tally["masked"] < lone.tally["masked"]
 
 
 def test_a_batch_without_signal_leaves_the_policy_alone_even_with_momentum(tmp_path: Path) -> None:
@@ -257,16 +282,29 @@ def test_the_gradient_is_clipped_and_its_norm_reported_as_it_was(tmp_path: Path)
 
 
 def test_every_token_counts_once_in_the_figures_of_a_tree_that_is_split(tmp_path: Path) -> None:
-    groups, config = random_groups(10, 1), configure(tmp_path)
+    groups, config, masked = random_groups(10, 1), configure(tmp_path, correction="m2po"), set[float]()
     for pack_tokens in (1024, 16):
         packs = pack(credited(groups, config), pack_tokens, keep_zero=False)
+        for one in packs:  # what another pack counts has no say in what m2po drops
+            one.targets.sampled_A[~one.targets.counted_A] = -math.log(64)
         tally = Updater(config, tiny(tmp_path / "model"), None).update([packs], 0).tally
         assert tally["actions"] == sum(len(s.action) for _, tree in groups[0].trees.items() for s in tree.steps.values())
         assert 0 < tally.per("entropy", "actions") < math.log(64)
         assert (len(packs) > 1) == (pack_tokens == 16)
+        masked.add(tally["masked"])
+    assert len(masked) == 1
 
 
 def test_the_learning_rate_rises_linearly_and_stays() -> None:
     rates = [learning_rate(step, 1.0, 0.4, 10) for step in range(6)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
     assert learning_rate(0, 1.0, 0.0, 10) == 1.0
+
+
+def test_the_step_is_taken_at_the_learning_rate(tmp_path: Path) -> None:
+    config = configure(tmp_path, lr=1e-2, warmup_ratio=1.0, steps=4, weight_decay=0.0)
+    updater = Updater(config, tiny(tmp_path / "model"), None)
+    before = [p.clone() for p in updater.model.parameters()]
+    assert updater.update([packs_of([group(forked())], config)], 0).lr == 2.5e-3
+    moved = max((a - b).abs().max().item() for a, b in zip(before, updater.model.parameters(), strict=True))
+    assert moved == pytest.approx(2.5e-3, rel=1e-2)  # AdamW's first step moves by the learning rate

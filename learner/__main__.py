@@ -1,0 +1,82 @@
+"""The whole learner, intake and trainer: ``python -m learner [CONFIG.toml] [--section.key value …]``, or of several ranks
+
+    torchrun --nproc-per-node=2 -m learner CONFIG.toml
+
+Rank 0 starts the intake, unless one already serves this run, and ends it after the trainer. A broker must answer at
+broker.address. `treegrpo learner` does the same with a process, a log file and a screen for each.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from learner.trainer.loop import main
+from learner.trainer.ranks import Ranks, run
+from treegrpo.config import Config
+from treegrpo.errors import DeadlineError, UnavailableError
+from treegrpo.handoff import IntakeClient, socket_path
+from treegrpo.leash import leashed
+
+READY_SECONDS = 60.0
+GRACE_SECONDS = 30.0
+"""The intake closes open leases in 20."""
+RETRY_SECONDS = 0.1
+
+
+def learn(config: Config, ranks: Ranks) -> None:
+    """Train beside an intake of this run. Raises TreeGrpoError."""
+    with intake(config, ranks):
+        main(config, ranks)
+
+
+@contextmanager
+def intake(config: Config, ranks: Ranks) -> Generator[None]:
+    """An intake for the time of the block. Raises UnavailableError if it ends at once, DeadlineError if it is not ready."""
+    path = socket_path(config.run.dir)
+    own = _start() if ranks.is_first and not _serves(path) else None
+    try:
+        ranks.first(lambda: _wait(own, path))
+        yield
+    finally:
+        if own is not None:
+            _end(own)
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """Its own session: a Ctrl-C reaches the trainer alone, which then ends it in order."""
+    return subprocess.Popen(leashed([sys.executable, "-m", "learner.intake", *sys.argv[1:]]), start_new_session=True)  # noqa: S603
+
+
+def _serves(path: str) -> bool:
+    try:
+        IntakeClient(path).close()
+    except UnavailableError:
+        return False
+    return True
+
+
+def _wait(own: subprocess.Popen[bytes] | None, path: str) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while own is not None and not _serves(path):
+        if own.poll() is not None:
+            raise UnavailableError(f"The intake ended with code {own.returncode} before it served; its last words are above.")
+        if time.monotonic() > deadline:
+            raise DeadlineError(f"The intake was not ready within {READY_SECONDS:.0f} s; see what it logged.")
+        time.sleep(RETRY_SECONDS)
+
+
+def _end(own: subprocess.Popen[bytes]) -> None:
+    own.terminate()
+    try:
+        own.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        own.kill()
+        own.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(run(learn, sys.argv[1:]))

@@ -1,0 +1,214 @@
+"""The processes of the trainer: torchrun starts them; each holds a part of the policy and computes a part of the packs.
+
+    intake ◄─► rank 0 ── share: groups, decisions ──► rank 1 … N−1
+                 └── FSDP2: weights gathered layer by layer, gradients summed, each rank steps its own part ──┘
+
+All do the same with the same groups, up to the packs; then each takes its own. Only rank 0 talks to anybody. One process
+is rank 0 of 1: the same code, but no process group, and nothing is wrapped. Ranks on several machines share `run.dir`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from learner.trainer.durable import whole
+from learner.trainer.model import Policy
+from learner.trainer.packing import Pack, empty_pack
+from treegrpo.config import Config
+from treegrpo.edge import complain
+from treegrpo.errors import ConfigError, TreeGrpoError, UnavailableError
+from treegrpo.leash import die_with_parent
+from treegrpo.settings import from_arguments
+
+CPU = torch.device("cpu")
+PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""What torchrun tells a process, and what holds without it."""
+PATIENCE = timedelta(minutes=30)
+"""Longest that one rank may let the others wait: for a checkpoint to be written, or a dear pack. The intake is asked
+again every few seconds and each answer is shared, so a run that waits or is paused for days stays below it. A rank that
+dies is noticed at once: its connections close."""
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those that train together."""
+
+    def __init__(self, rank: int = 0, world: int = 1, local: int = 0) -> None:
+        """Args:
+        rank: which one this is.
+        world: how many there are.
+        local: which one on its machine; it takes that GPU.
+        """
+        self.rank, self.world = rank, world
+        self.is_first = rank == 0
+        """Talks to the intake, serves /metrics, writes models, decides."""
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else CPU
+
+    def share(self, value: T) -> T:
+        """Rank 0's ``value``, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=CPU)
+        return box[0]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns on rank 0, which alone does it; an error of ours is raised on every rank."""
+
+        def outcome() -> tuple[T | None, TreeGrpoError | None]:
+            try:
+                return work(), None
+            except TreeGrpoError as error:
+                return None, error
+
+        value, error = self.share(outcome() if self.is_first else (None, None))
+        if error is not None:
+            raise error
+        return cast("T", value)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Return when all ranks are here."""
+        self.gather(None)
+
+    def share_out(self, packs: Sequence[Pack]) -> list[Pack]:
+        """The packs of this rank, as many as on any other: where there are fewer, it takes part empty-handed."""
+        if self.world == 1:
+            return list(packs)
+        own = [packs[index] for index in balance([pack.cost for pack in packs], self.world)[self.rank]]
+        return own + [empty_pack()] * (-(-len(packs) // self.world) - len(own))
+
+    def shard(self, policy: Policy) -> Policy:
+        """Spread the weights of ``policy`` over the ranks, in place; a lone rank moves them to its device.
+
+        A decoder layer is gathered when it is its turn. Embeddings, head and final norm are gathered with the root, for
+        the whole of a forward and backward pass, so it does not matter whether embeddings and head are tied.
+        """
+        if self.world == 1:
+            return policy.to(self.device)
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for unit in (*cast("Any", policy.causal.get_decoder()).layers, policy):
+            wrapped = cast("FSDPModule", fully_shard(unit, mesh=mesh))
+            # The weights of the loss are those of the whole batch: gradients add up, and FSDP would average them.
+            wrapped.set_gradient_divide_factor(1.0)
+            wrapped.set_force_sum_reduction_for_comms(True)
+        return policy
+
+    def whole_state(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All weights of ``model`` in rank 0's main memory, tied ones once; nothing on the others.
+
+        One tensor at a time is whole on the device.
+        """
+        state: dict[str, Tensor] = {}
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+        for name, value in model.state_dict().items():
+            if name not in tied:
+                full = full_tensor(value)
+                if self.is_first:
+                    state[name] = full.to(CPU, dtype)
+        return state
+
+    @contextmanager
+    def whole(self, target: Path) -> Generator[Path]:
+        """`durable.whole` for all: rank 0 makes the directory, and gives it its name when every rank has written."""
+        with ExitStack() as stack:
+            yield self.first(lambda: stack.enter_context(whole(target)))
+            self.wait()
+        self.wait()
+
+
+ALONE = Ranks()
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """A sharded tensor whole, on every rank; any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def balance(costs: Sequence[float], world: int) -> list[list[int]]:
+    """Which packs each rank takes, dearest first.
+
+    FSDP keeps the ranks in step, layer by layer: a round of one pack each takes as long as its dearest. So packs of like
+    cost go together, in the least number of rounds, which makes the sum of these least; within a round the dearest goes
+    to the rank that has had least.
+
+    Example:
+        >>> balance([1, 9, 5, 8, 5], 2)
+        [[1, 4], [3, 2, 0]]
+    """
+    order = sorted(range(len(costs)), key=lambda index: -costs[index])
+    shares: list[list[int]] = [[] for _ in range(world)]
+    loads = [0.0] * world
+    for begin in range(0, len(order), world):
+        for rank, index in zip(sorted(range(world), key=loads.__getitem__), order[begin : begin + world], strict=False):
+            shares[rank].append(index)
+            loads[rank] += costs[index]
+    return shares
+
+
+@contextmanager
+def joined() -> Generator[Ranks]:
+    """This process among those torchrun started, for the time of the block; alone if it did not.
+
+    Raises:
+        ConfigError: there are fewer GPUs on this machine than ranks.
+        UnavailableError: another rank has died.
+    """
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in PLACE.items())
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # killed, torchrun would leave its processes behind
+        die_with_parent()
+    ranks = Ranks(rank, world, local)
+    if world == 1:
+        yield ranks
+        return
+    if ranks.device.type == "cuda":
+        if local >= (gpus := torch.cuda.device_count()):
+            raise ConfigError(f"Rank {rank} of the trainer finds {gpus} GPUs on its machine; start at most as many processes.")
+        torch.cuda.set_device(ranks.device)
+    if sys.platform == "linux" and os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # all on this machine: keep to it
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo", timeout=PATIENCE)
+        yield ranks
+        ranks.wait()  # whoever leaves first would look as if it had died
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise UnavailableError(f"Rank {rank} of the trainer lost another; the log has why that one ended.") from error
+        raise
+    dist.destroy_process_group()
+
+
+def run(work: Callable[[Config, Ranks], None], arguments: Sequence[str]) -> int:
+    """Do ``work`` as one of the ranks, as ``arguments`` configure it; returns the exit code of the process."""
+    try:
+        config = from_arguments(arguments)
+        with joined() as ranks:
+            logging.basicConfig(
+                level=logging.INFO if ranks.is_first else logging.WARNING,
+                format=f"%(asctime)s %(levelname)s %(name)s: {'' if ranks.is_first else f'rank {ranks.rank}: '}%(message)s",
+            )
+            work(config, ranks)
+    except TreeGrpoError as error:
+        return complain(error)
+    return 0
