@@ -258,6 +258,8 @@ def test_the_penalty_is_weighted_and_its_figure_is_not() -> None:
         penalty, tally = reference_penalty(logprob, reference, targets, estimator)
         assert penalty.item() == pytest.approx(0.25 * expected, rel=1e-5)
         assert tally["kl_reference"] == pytest.approx(0.1065307, rel=1e-5)
+    targets.counted_A[0] = False
+    assert reference_penalty(logprob, reference, targets, "k3")[1]["kl_reference"] == 0
 
 
 def test_the_entropy_bonus_is_weighted_and_its_figure_is_not() -> None:
