@@ -116,6 +116,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer; ``layout`` is `prepared` and handed to the model's decoder."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
     if isinstance(layout, Layout):
         return cast("Tensor", TreeAttention.apply(query, key, value, layout, scale)), None
     out = _flex()(query, key, value, block_mask=layout, scale=scale, enable_gqa=query.shape[1] != key.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -74,10 +75,9 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
     model.eval().to(device)
     _verify(model, folder)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # its switch; what is inside stays without dropout
+        for layer in cast("list[Any]", [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]):
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # noqa: SLF001
+            layer.gradient_checkpointing = layer.training = True  # of the layer alone: what is inside has no dropout
     return model
 
 
@@ -148,9 +148,7 @@ def _chunk(
     return cast("tuple[Tensor, Tensor]", made)
 
 
-def _score(
-    head: nn.Module, hidden_CH: Tensor, label_C: Tensor, temperature: float, entropy_grad: bool
-) -> tuple[Tensor, Tensor]:
+def _score(head: nn.Module, hidden_CH: Tensor, label_C: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
     logits_CV: Tensor = head(hidden_CH)
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     logprob_CV = torch.log_softmax(logits_CV.to(wide) / temperature, dim=-1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -26,8 +27,11 @@ from learner.trainer.targets import Targets
 from treegrpo.errors import ContractError
 from treegrpo.tree import Step, Tree
 
-PAIR_COST = 1 / 2048
-"""Cost of one (query, key) pair in tokens: a layer does about 24·h² operations for a token and 8·h for a pair, h = 512 to 4096."""
+PAIR_COST = 1 / 3000
+"""Cost of a (query, key) pair in tokens: a layer does about 24·h² operations for a token and 8·h for a pair, h being some 1000."""
+
+PACKS_PER_RANK = 3
+"""With fewer, one rank has too often one pack more to do than another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +79,23 @@ class _Way:
     credit: Credit
 
 
-def pack(trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool, at_least: int = 1) -> list[Pack]:
+def pack(trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool, ranks: int = 1) -> list[Pack]:
     """All credited paths in packs of at most ``pack_tokens`` tokens; a longer path has its own.
 
     Args:
         trees: trees with credited leaves.
         pack_tokens: the limit.
         keep_zero: also pack paths with no advantage. They matter to a penalty; to the policy loss they are nothing.
-        at_least: packs to make if there is enough for them, one for each rank.
+        ranks: processes that share the packs; with several, packs are small enough to be shared out evenly.
 
     Raises:
         ContractError: a tree has no prompt, so that its first token is predicted by nothing.
     """
     ways = [_way(one.tree, leaf, c) for one in trees for leaf, c in one.credits.items() if keep_zero or c.advantage_D.any()]
     ways.sort(key=lambda way: way.ids.astype(">u4").tobytes())  # bytes in this order compare like the numbers
-    prefixes = [0, *(shared(a.ids, b.ids) for a, b in zip(ways, ways[1:], strict=False))]
+    prefixes = [0, *(shared(a.ids, b.ids) for a, b in pairwise(ways))]
     total = sum(len(way.ids) - prefix for way, prefix in zip(ways, prefixes, strict=False))
-    limit = min(pack_tokens, -(-total // at_least))
+    limit = pack_tokens if ranks == 1 else min(pack_tokens, -(-total // (PACKS_PER_RANK * ranks)))
     counted: set[tuple[int, int]] = set()
     return [_fill(ways[a:b], [0, *prefixes[a + 1 : b]], counted) for a, b in _cuts([len(w.ids) for w in ways], prefixes, limit)]
 
@@ -113,13 +117,13 @@ def _way(tree: Tree, leaf: int, credit: Credit) -> _Way:
 
 
 def _cuts(lengths: Sequence[int], prefixes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Cut the order of paths into stretches of at most ``limit`` tokens, each where its second half shares least."""
+    """Cut the order of paths into stretches of at most ``limit`` tokens, each where the last quarter shares least."""
     first, count = 0, len(lengths)
     while first < count:
         filled = np.cumsum([lengths[first], *(lengths[i] - prefixes[i] for i in range(first + 1, count))])
         end = first + max(1, int(np.searchsorted(filled, limit, side="right")))
         if end < count:
-            begin = first + max(1, int(np.searchsorted(filled, filled[end - first - 1] / 2)))
+            begin = first + max(1, int(np.searchsorted(filled, filled[end - first - 1] * 3 / 4)))
             end = min(range(end, min(begin, end) - 1, -1), key=lambda i: prefixes[i])
         yield first, end
         first = end

@@ -106,7 +106,7 @@ def group(subtrees: Sequence[Subtree], name: str = "q") -> Group:
     return made
 
 
-def random_group(rng: np.random.Generator, name: str = "q", trees: int = 2) -> Group:
+def random_group(rng: np.random.Generator, name: str = "q", trees: int = 2, vocabulary: int = VOCABULARY) -> Group:
     """Random trees of several steps, with branches off random nodes and log-probabilities far from the model's."""
     subtrees: list[Subtree] = []
     for index in range(trees):
@@ -115,12 +115,12 @@ def random_group(rng: np.random.Generator, name: str = "q", trees: int = 2) -> G
             parent, steps = int(rng.choice(nodes)) if number else 0, list[Step]()
             for depth in range(int(rng.integers(1, 4))):
                 node = 10 * number + depth + 1
-                action = rng.integers(0, VOCABULARY, int(rng.integers(1, 6)))
+                action = rng.integers(0, vocabulary, int(rng.integers(1, 6)))
                 logprobs = rng.normal(-4.1, 0.5, len(action))
                 steps.append(step(node, parent, action.tolist(), logprobs=logprobs.tolist()))
                 parent = node
             seen = [step(s.node, s.parent, s.action.tolist(), [5, 6], logprobs=s.logprobs.tolist()) for s in steps[:-1]]
-            prompt = rng.integers(0, VOCABULARY, 4).tolist() if number == 0 else ()
+            prompt = rng.integers(0, vocabulary, 4).tolist() if number == 0 else ()
             subtrees.append(subtree([*seen, steps[-1]], {parent: float(rng.normal())}, prompt=prompt, tree=index, index=number))
             nodes += [s.node for s in seen]
     return group(subtrees, name)

@@ -7,14 +7,15 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from learner.trainer import model as module
 from learner.trainer.episodes import Credit, CreditedTree
 from learner.trainer.model import load_model, score
-from learner.trainer.packing import Pack, pack
-from tests.trainer.builders import CPU, STOP, forked, grown, random_group, tiny, write_tiny
+from learner.trainer.packing import Pack, empty_pack, pack
+from tests.trainer.builders import CPU, STOP, VOCABULARY, forked, grown, random_group, tiny, write_tiny
+from tests.trainer.families import FAMILIES, write_family
 from treegrpo.errors import ModelError
 
 
@@ -23,44 +24,81 @@ def policy(tmp_path: Path) -> PreTrainedModel:
     return tiny(tmp_path / "model")
 
 
-def packs_of_random_trees(budget: int = 120) -> list[Pack]:
-    trees = random_group(np.random.default_rng(1), trees=3).trees.values()
-    credited = [CreditedTree(tree, {leaf: Credit(1.0, 0.1) for leaf in tree.leaves}) for tree in trees]
+def packs_of_random_trees(budget: int = 120, seed: int = 1, vocabulary: int = VOCABULARY) -> list[Pack]:
+    trees = random_group(np.random.default_rng(seed), trees=3, vocabulary=vocabulary).trees.values()
+    credited = [CreditedTree(t, {leaf: Credit(0.1, np.ones(len(t.path(leaf))), 0.0, 0.0) for leaf in t.leaves}) for t in trees]
     return pack(credited, budget, keep_zero=True)
 
 
-def plain_logprobs(policy: PreTrainedModel, one: Pack, temperature: float) -> Tensor:
-    """What the model's own forward says, row by row without padding being looked at."""
-    logits = cast("Any", policy)(input_ids=one.ids_RS).logits.flatten(0, 1)
-    return torch.log_softmax(logits / temperature, -1)[one.predictor_A]
+def plain_logprobs(folder: Path, one: Pack, temperature: float) -> Tensor:
+    """What the model as transformers loads it says of every path by itself: log-probabilities of all tokens of the vocabulary."""
+    policy = cast("Any", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
+    rows: list[Tensor] = []
+    with torch.no_grad():
+        for at in one.predictor_A.tolist():
+            seen = [j for j in range(at + 1) if at < one.layout.end_T[j]]
+            rows.append(policy(input_ids=one.ids_T[seen][None]).logits[0, -1])
+    return torch.log_softmax(torch.stack(rows) / temperature, -1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_scores_are_those_of_the_tempered_softmax(policy: PreTrainedModel, temperature: float) -> None:
+@pytest.mark.parametrize("family", [*FAMILIES])
+def test_scores_are_those_of_each_path_by_itself(tmp_path: Path, family: str, temperature: float) -> None:
+    folder = write_family(tmp_path / "model", family)
+    policy = load_model(folder, CPU)
     for one in packs_of_random_trees():
         logprob_A, entropy_A = score(policy, one, temperature)
-        expected_AV = plain_logprobs(policy, one, temperature)
-        assert torch.allclose(logprob_A, expected_AV.gather(-1, one.label_A[:, None])[:, 0], atol=1e-6)
+        expected_AV = plain_logprobs(folder, one, temperature)
+        assert torch.allclose(logprob_A, expected_AV.gather(-1, one.targets.label_A[:, None])[:, 0], atol=2e-6)
         assert torch.allclose(entropy_A, -(expected_AV.exp() * expected_AV).sum(-1), atol=1e-5)
 
 
-def test_padding_changes_nothing(policy: PreTrainedModel) -> None:
-    (together,), alone = packs_of_random_trees(10_000), packs_of_random_trees(8)
-    assert together.ids_RS.shape[0] == len(alone) > 1
-    apart_A = torch.cat([score(policy, one, 1.0)[0] for one in alone])
-    assert torch.allclose(score(policy, together, 1.0)[0], apart_A, atol=1e-6)
+def gradients(policy: PreTrainedModel, one: Pack) -> list[Tensor]:
+    logprob_A, entropy_A = score(policy, one, 1.0, entropy_grad=True)
+    return list(torch.autograd.grad((logprob_A.square() - entropy_A).sum(), list(policy.parameters())))
 
 
 def test_chunks_give_the_same_scores_and_gradients(policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = packs_of_random_trees(10_000)
-    found: list[tuple[Tensor, list[Tensor]]] = []
-    for elements in (1 << 22, 64 * 3):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
-        logprob_A, _ = score(policy, one, 1.0)
-        found.append((logprob_A.detach(), list(torch.autograd.grad(logprob_A.square().sum(), list(policy.parameters())))))
-    (whole, of_whole), (chunked, of_chunks) = found
-    assert torch.allclose(whole, chunked, atol=1e-6)
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(of_whole, of_chunks, strict=True))
+    whole, of_whole = score(policy, one, 1.0), gradients(policy, one)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", VOCABULARY * 3)
+    for a, b in zip(whole, score(policy, one, 1.0), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(of_whole, gradients(policy, one), strict=True))
+
+
+def test_no_more_than_a_chunk_of_logits_is_made_at_a_time_and_none_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, (one,) = load_model(write_family(tmp_path / "model", "llama"), CPU), packs_of_random_trees(10_000)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", VOCABULARY * 5)
+    made, kept = list[int](), list[Tensor]()
+    cast("nn.Module", policy.get_output_embeddings()).register_forward_hook(lambda _m, _i, out: made.append(len(out)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        score(policy, one, 1.0)[0].sum().backward()
+    assert sum(made) == 2 * len(one.targets.label_A)
+    assert max(made) == 5
+    assert not [t for t in kept if t.shape[-1:] == (VOCABULARY,) and t.shape != (32, VOCABULARY)]  # the other one is the head
+
+
+def test_the_entropy_has_a_gradient_only_if_asked(policy: PreTrainedModel) -> None:
+    (one,) = packs_of_random_trees(10_000)
+    assert not score(policy, one, 1.0)[1].requires_grad
+    assert score(policy, one, 1.0, entropy_grad=True)[1].requires_grad
+
+
+def test_layers_computed_again_give_the_same_gradients_and_keep_less(tmp_path: Path) -> None:
+    folder, (one,) = write_tiny(tmp_path / "model"), packs_of_random_trees(10_000)
+    kept: list[int] = []
+    found: list[list[Tensor]] = []
+    for again in (False, True):
+        policy, total = load_model(folder, CPU, gradient_checkpointing=again), list[int]()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, n=total: n.append(t.numel()) or t, lambda t: t):
+            scored = score(policy, one, 1.0)[0]
+        kept.append(sum(total))
+        found.append(list(torch.autograd.grad(scored.square().sum(), list(policy.parameters()))))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found, strict=True))
+    assert kept[1] < kept[0] / 2
 
 
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_weights(policy: PreTrainedModel) -> None:
@@ -71,10 +109,18 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_weights(policy: Pr
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
+def test_an_empty_pack_has_gradients_of_zero(policy: PreTrainedModel) -> None:
+    """Every parameter takes part, or ranks would wait for each other for ever."""
+    scored, entropy = score(policy, empty_pack(), 1.0)
+    assert (len(scored), len(entropy)) == (0, 0)
+    scored.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
 def test_a_token_that_is_also_the_pad_token_learns_its_embedding(policy: PreTrainedModel) -> None:
     """After the stop token the episode goes on: its input embedding then matters to what follows."""
     tree = grown(forked(prompt=(1, STOP, 3)))
-    (one,) = pack([CreditedTree(tree, {2: Credit(1.0, 1.0)})], 100, keep_zero=False)
+    (one,) = pack([CreditedTree(tree, {2: Credit(1.0, np.ones(2), 0.0, 0.0)})], 100, keep_zero=False)
     embedded: list[Tensor] = []
     hook = policy.get_input_embeddings().register_forward_hook(lambda _m, _i, out: embedded.append(out) or out.retain_grad())
     score(policy, one, 1.0)[0].sum().backward()
@@ -83,6 +129,13 @@ def test_a_token_that_is_also_the_pad_token_learns_its_embedding(policy: PreTrai
     assert through_input is not None
     assert through_input[0, 1].abs().sum() > 0
     assert cast("Any", policy.get_input_embeddings()).padding_idx is None
+
+
+@pytest.mark.parametrize("family", ["qwen2_sliding", "granite"])
+def test_a_model_whose_trees_are_not_its_paths_is_refused(tmp_path: Path, family: str) -> None:
+    folder = write_family(tmp_path / "model", family)
+    with pytest.raises(ModelError, match=r"on a tree than on its paths|cannot be trained on trees"):
+        load_model(folder, CPU)
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:

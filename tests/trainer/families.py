@@ -1,0 +1,52 @@
+"""Random models of several families as directories: those that trees work for, and those that they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tests.trainer.builders import VOCABULARY
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": None,
+    "eos_token_id": 63,
+    "pad_token_id": 63,
+}
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_SIZES, tie_word_embeddings=True),
+    "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False, attention_bias=True),
+    "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=63),
+    "mistral": lambda: MistralConfig(**_SIZES, tie_word_embeddings=False, sliding_window=None),
+}
+_OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen2_sliding": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=2, max_window_layers=0),
+    "granite": lambda: GraniteConfig(**_SIZES, logits_scaling=4.0),
+}
+
+
+def write_family(folder: Path, family: str, seed: int = 0) -> Path:
+    """A random model of ``family`` in ``folder``."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config((FAMILIES | _OTHERS)[family]()).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    return folder
