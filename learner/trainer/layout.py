@@ -32,7 +32,7 @@ class Layout:
     """The tokens of a pack and who sees whom."""
 
     runs: tuple[Range, ...]
-    """Where the new tokens of each path that has any lie; together they are [0, T)."""
+    """Where the new tokens of each path lie that has any and that does not just go on; together they are [0, T)."""
     crosses: tuple[tuple[Range, Range], ...]
     """(queries, keys): all of these queries see all of these keys."""
     position_T: NDArray[np.int64]
@@ -75,9 +75,12 @@ def lay_out(paths: Sequence[Path], prefixes: Sequence[int]) -> tuple[Layout, lis
     for path, prefix in zip(paths, prefixes, strict=True):
         end = start + len(path) - prefix
         if start < end:
+            goes_on = bool(runs) and prefix == len(before)  # the path before ended on the way: one run, not two
+            first = runs.pop()[0] if goes_on else start
+            runs.append((first, end))
             for keys in _stretches(before[:prefix]):
-                crosses[keys] = (crosses.get(keys, (start, end))[0], end)
-            runs.append((start, end))
+                if keys[0] != first:
+                    crosses[keys] = (crosses.get(keys, (start, end))[0], end)
         before = np.concatenate([before[:prefix], np.arange(start, end)])
         places.append(before)
         start = end

@@ -36,7 +36,8 @@ class Policy(nn.Module):
         """
         super().__init__()
         self.causal = causal
-        self._temperature, self._dtype = temperature, dtype
+        self._temperature = temperature
+        self._dtype: Dtype = dtype
 
     def forward(self, pack: Pack, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """`score` of ``pack``, which is on the model's device."""
@@ -72,7 +73,7 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
     # Nothing here is padding, and a token that is also the pad token must learn its embedding like any other.
     cast("Any", model.get_input_embeddings()).padding_idx = None
     # Dropout would make the trained policy another one than the sampled one.
-    model.eval().to(device)
+    cast("nn.Module", model.eval()).to(device)
     _verify(model, folder)
     if gradient_checkpointing:
         for layer in cast("list[Any]", [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]):
@@ -123,12 +124,19 @@ def score(
     """
     with torch.autocast(pack.ids_T.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         hidden_TH = _hidden(model, pack.ids_T, pack.position_T, pack.layout)
-        hidden_AH, label_A = hidden_TH.index_select(0, pack.predictor_A), pack.targets.label_A
-        head = cast("nn.Module", model.get_output_embeddings())
-        size = max(1, CHUNK_ELEMENTS // int(cast("Any", model.config).vocab_size))
-        parts = list(zip(hidden_AH.split(size), label_A.split(size), strict=True))
-        again = torch.is_grad_enabled() and len(parts) > 1
-        scored = [_chunk(head, hidden, label, temperature, entropy_grad, again=again) for hidden, label in parts]
+        hidden_AH = hidden_TH.index_select(0, pack.predictor_A)
+        return score_hidden(model, hidden_AH, pack.targets.label_A, temperature, entropy_grad=entropy_grad)
+
+
+def score_hidden(
+    model: PreTrainedModel, hidden_AH: Tensor, label_A: Tensor, temperature: float, *, entropy_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The second half of `score`: from the last hidden state before each action token to its log-probability."""
+    head = cast("nn.Module", model.get_output_embeddings())
+    size = max(1, CHUNK_ELEMENTS // int(cast("Any", model.config).vocab_size))
+    parts = list(zip(hidden_AH.split(size), label_A.split(size), strict=True))
+    again = torch.is_grad_enabled() and len(parts) > 1
+    scored = [_chunk(head, hidden, label, temperature, entropy_grad, again=again) for hidden, label in parts]
     return torch.cat([logprob for logprob, _ in scored]), torch.cat([entropy for _, entropy in scored])
 
 

@@ -28,7 +28,7 @@ from treegrpo.errors import ContractError
 from treegrpo.tree import Step, Tree
 
 PAIR_COST = 1 / 3000
-"""Cost of a (query, key) pair in tokens: a layer does about 24·h² operations for a token and 8·h for a pair, h being some 1000."""
+"""Cost of a (query, key) pair in tokens: a layer does about 24·h² operations for a token and 8·h for a pair, h about 1000."""
 
 PACKS_PER_RANK = 3
 """With fewer, one rank has too often one pack more to do than another."""
@@ -160,7 +160,7 @@ def _targets(ways: Sequence[tuple[_Way, NDArray[np.int64]]], counted: set[tuple[
             at += step.length
     counted.update(begins)
     token_P, (weight_P, advantage_P, inter_P, intra_P) = np.concatenate(token), np.concatenate(values, axis=1)
-    sums = [np.bincount(token_P, weight_P * side_P, total) for side_P in (inter_P, intra_P)]
+    sums = [np.bincount(token_P, weight_P * side_P, total).astype(np.float64) for side_P in (inter_P, intra_P)]
     return _join([place for _, place, _ in steps], np.int64), Targets(
         label_A=_join([step.action for step, _, _ in steps], np.int64),
         sampled_A=_join([step.logprobs for step, _, _ in steps], np.float32),

@@ -31,7 +31,7 @@ def inputs(layout: Layout, kv_heads: int, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    return cast("Tensor", TreeAttention.apply(q, k, v, layout, 0.3))
+    return cast("Tensor", cast("Any", TreeAttention).apply(q, k, v, layout, 0.3))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
@@ -50,11 +50,11 @@ def test_output_and_gradients_are_those_of_the_masked_attention(kv_heads: int, d
 def test_bfloat16_is_as_close_as_bfloat16_gets() -> None:
     _, layout, _ = laid_out(DEEP)
     qkv = inputs(layout, 2, torch.float64)
-    low = [x.detach().bfloat16().requires_grad_() for x in qkv]
-    exact, rough = tree_attention(*qkv, layout), tree_attention(*low, layout)
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in qkv)
+    exact, rough = tree_attention(*qkv, layout), tree_attention(q, k, v, layout)
     assert rough.dtype == torch.bfloat16
     assert (exact - rough).abs().max() < 0.05
-    found, wanted = (torch.autograd.grad(out.float().square().sum(), of) for out, of in ((rough, low), (exact, qkv)))
+    found, wanted = (torch.autograd.grad(out.float().square().sum(), of) for out, of in ((rough, (q, k, v)), (exact, qkv)))
     assert all((a - b).norm() < 0.05 * b.norm() for a, b in zip(found, wanted, strict=True))
 
 

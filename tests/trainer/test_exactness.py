@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from learner.trainer.model import load_model
 from learner.trainer.update import Updater
@@ -112,8 +112,6 @@ def test_every_family_with_and_without_gradient_checkpointing(tmp_path: Path, fa
 
 def load_model_plain(model: Path) -> PreTrainedModel:
     """As transformers loads it, with its own attention."""
-    from transformers import AutoModelForCausalLM
-
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
-    loaded.get_input_embeddings().padding_idx = None
+    cast("Any", loaded.get_input_embeddings()).padding_idx = None
     return loaded

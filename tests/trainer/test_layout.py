@@ -15,7 +15,7 @@ some_paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_
 
 
 def laid_out(paths: Sequence[Sequence[int]]) -> tuple[list[Path], Layout, list[NDArray[np.int64]]]:
-    made = [np.array(path, np.uint32) for path in sorted(paths)]
+    made = [np.array(path, np.uint32) for path in sorted(map(list, paths))]
     prefixes = [0, *(shared(a, b) for a, b in pairwise(made))]
     return made, *lay_out(made, prefixes)
 
@@ -68,9 +68,9 @@ def test_branches_off_the_same_place_meet_its_keys_in_one_cross() -> None:
     assert set(layout.crosses) == {((3, 7), (0, 2)), ((6, 7), (4, 5))}
 
 
-def test_a_path_that_is_there_already_adds_nothing() -> None:
+def test_a_path_that_is_there_already_adds_nothing_and_one_that_goes_on_is_one_run() -> None:
     _, layout, places = laid_out([[1, 2], [1, 2], [1, 2, 3]])
-    assert (layout.runs, layout.tokens) == (((0, 2), (2, 3)), 3)
+    assert (layout.runs, layout.tokens) == (((0, 3),), 3)
     assert [place.tolist() for place in places] == [[0, 1], [0, 1], [0, 1, 2]]
 
 
