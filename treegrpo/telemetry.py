@@ -75,6 +75,7 @@ class TrainerMetrics(_Metrics):
         self.waiting = self._counter("learner_waiting_seconds", "Seconds the trainer waited for groups")
         self.skipped = self._counter("steps_skipped", "Steps whose gradient was not applied: no_signal or not_finite", "reason")
         self.trained_tokens = self._counter("trained_tokens", "Tokens forwarded and backwarded in training")
+        self.token_ratio = self._gauge("trained_token_ratio", "Tokens of the last step's paths over its trained tokens")
         self.reward = self._gauge("train_reward_mean", "Mean reward of the leaves of the last step")
         self.reward_std = self._gauge("train_reward_std", "Standard deviation of the reward of the last step's leaves")
         self.loss = self._gauge("loss", "Loss of the last step")

@@ -46,6 +46,8 @@ class Pack:
     predictor_A: Tensor
     """int64: which of T predicts the action token."""
     targets: Targets
+    path_tokens: int
+    """Tokens of the paths one by one: what computing each by itself would take."""
 
     @property
     def tokens(self) -> int:
@@ -103,7 +105,7 @@ def pack(trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool, ra
 def empty_pack() -> Pack:
     """A pack of one token that nothing is learned from: for a rank that has to take part in a step and has nothing to do."""
     layout, _ = lay_out([np.zeros(1, np.uint32)], [0])
-    return Pack(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), layout, *_targets([], set()))
+    return Pack(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), layout, *_targets([], set()), 0)
 
 
 def _way(tree: Tree, leaf: int, credit: Credit) -> _Way:
@@ -135,7 +137,8 @@ def _fill(ways: Sequence[_Way], prefixes: Sequence[int], counted: set[tuple[int,
     for way, place in zip(ways, places, strict=True):
         ids_T[place] = way.ids
     predictor_A, targets = _targets(list(zip(ways, places, strict=True)), counted)
-    return Pack(torch.from_numpy(ids_T), torch.from_numpy(layout.position_T), layout, predictor_A, targets)
+    path_tokens = sum(len(way.ids) for way in ways)
+    return Pack(torch.from_numpy(ids_T), torch.from_numpy(layout.position_T), layout, predictor_A, targets, path_tokens)
 
 
 def _targets(ways: Sequence[tuple[_Way, NDArray[np.int64]]], counted: set[tuple[int, int]]) -> tuple[Tensor, Targets]:

@@ -82,6 +82,7 @@ def test_a_tree_in_one_pack_has_each_token_once_and_no_padding() -> None:
     tree = grown(forked())
     (one,) = pack([CreditedTree(tree, {2: even(1.0, 0.5), 3: even(-1.0, 0.5)})], 1000, keep_zero=False)
     assert one.tokens == tree.unique_tokens - 2  # the last token of a path is only predicted
+    assert one.path_tokens == (3 + 5 + 2 - 1) + (3 + 5 + 3 - 1)
     assert one.targets.label_A.tolist() == [10, 11, 12, STOP, 13, 14, STOP]
     assert one.targets.counted_A.all()
     assert one.targets.token_P.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6]

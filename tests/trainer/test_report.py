@@ -16,6 +16,7 @@ from treegrpo.telemetry import TrainerMetrics
 TALLY = Tally(
     {
         "tokens": 30,
+        "path_tokens": 75,
         "actions": 10,
         "terms": 20,
         "kl_mismatch": 0.5,
@@ -46,6 +47,7 @@ def test_shares_are_of_the_right_whole() -> None:
     found = values(Update(("applied",), 0.25, 1.5, 1e-6, TALLY))
     expected = {
         "tokens": 30,
+        "token_ratio": 2.5,
         "kl_mismatch": 0.05,
         "kl_reference": 0.2,
         "entropy": 1.5,
