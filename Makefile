@@ -2,7 +2,7 @@
 # make test    set up, then run all tests
 # make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
 # make lint    style, types, import contracts, contract and stubs
-# make bench   the rollout benchmark
+# make bench   the benchmarks of rollout and of training on trees
 # make protos  generate the stubs in treegrpo/v1 again
 
 SHELL := /bin/bash
@@ -48,7 +48,8 @@ lint: $(READY)
 	$(BIN)/python -m pytest tests/contract
 
 bench: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.rollout $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.rollout
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.packing
 
 protos: $(READY)
 	cd protos && ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=.. --pyi_out=.. --grpc_python_out=.. treegrpo/v1/*.proto

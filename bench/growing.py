@@ -34,7 +34,7 @@ class Shape:
 SHAPES = (
     Shape("(2,2,1)", 2, 2, 1),
     Shape("(4,4,2)", 4, 4, 2),
-    Shape("deep", 1, 9, 1, turns=6, prompt=400, from_depth=4),
+    Shape("deep", 1, 11, 1, turns=6, prompt=400, from_depth=4),
 )
 
 
