@@ -14,8 +14,9 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from learner.trainer.launch import run
 from learner.trainer.loop import main
-from learner.trainer.ranks import Ranks, run
+from learner.trainer.ranks import Ranks
 from treegrpo.config import Config
 from treegrpo.errors import DeadlineError, UnavailableError
 from treegrpo.handoff import IntakeClient, socket_path
@@ -79,4 +80,4 @@ def _end(own: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(learn, sys.argv[1:]))
+    sys.exit(run(learn, "learner"))

@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -68,7 +69,7 @@ def save(
     with ranks.whole(folder) as partial:
         write_model(model, partial, tokenizer_from, ranks=ranks)
         with _by_one_process_too():
-            dcp.save({**_moments(model, optimizer), **_random_state(ranks)}, checkpoint_id=partial / "state")
+            state_dict_saver.save({**_moments(model, optimizer), **_random_state(ranks)}, checkpoint_id=partial / "state")
         if ranks.is_first:
             (partial / "progress.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
     if ranks.is_first:
@@ -98,10 +99,10 @@ def restore(folder: Path, model: PreTrainedModel, optimizer: Optimizer, ranks: R
         )
     random = _random_state(ranks)
     try:
-        known = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+        known = FileSystemReader(folder / "state").read_metadata().state_dict_metadata
         kept = {name: state for name, state in random.items() if name in known}
         with _by_one_process_too():
-            dcp.load({**_moments(model, optimizer), **kept}, checkpoint_id=folder / "state")
+            state_dict_loader.load({**_moments(model, optimizer), **kept}, checkpoint_id=folder / "state")
     except (Exception, CheckpointException) as error:  # a broken file surfaces as any of a dozen types
         raise _broken(folder, error) from error
     if len(kept) < len(random):
@@ -111,8 +112,10 @@ def restore(folder: Path, model: PreTrainedModel, optimizer: Optimizer, ranks: R
 
 
 def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """What AdamW remembers of each parameter, by name, to be written or to be read into; learning rate and weight decay
-    are the configuration's. Before its first step that is what AdamW itself would begin with."""
+    """What AdamW remembers of each parameter, by name, to be written or to be read into.
+
+    Before its first step that is what AdamW itself would begin with. Learning rate and weight decay are the configuration's.
+    """
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]

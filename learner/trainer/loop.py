@@ -185,7 +185,6 @@ class Trainer:
             raise ConfigError(f"run.dir = {self._config.run.dir} holds a run already; add --resume, or choose another.")
         return folder
 
-
     def _begins_at(self, folder: Path | None) -> Progress:
         progress = checkpoint.read_progress(folder) if folder else Progress()
         # A run that was resumed and died before its first checkpoint has used a lineage that no checkpoint knows.
@@ -200,8 +199,6 @@ def split(batch: Sequence[Episodes], minibatches: int) -> list[Sequence[Episodes
 
 def main(config: Config, ranks: Ranks) -> None:
     """Train as ``config`` says until the end, a SIGTERM or SIGINT, or the run state "draining". Raises TreeGrpoError."""
-    if config.train.processes > ranks.world == 1:
-        raise ConfigError(f"train.processes = {config.train.processes}, but this is one process; start `treegrpo trainer`.")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())

@@ -9,7 +9,6 @@ is rank 0 of 1: the same code, but no process group, and nothing is wrapped. Ran
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -22,17 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from learner.trainer.durable import whole
 from learner.trainer.model import Policy
 from learner.trainer.packing import Pack, empty_pack
-from treegrpo.config import Config
-from treegrpo.edge import complain
 from treegrpo.errors import ConfigError, TreeGrpoError, UnavailableError
 from treegrpo.leash import die_with_parent
-from treegrpo.settings import from_arguments
 
 CPU = torch.device("cpu")
 PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -109,7 +105,7 @@ class Ranks:
             return policy.to(self.device)
         mesh = init_device_mesh(self.device.type, (self.world,))
         for unit in (*cast("Any", policy.causal.get_decoder()).layers, policy):
-            wrapped = cast("FSDPModule", fully_shard(unit, mesh=mesh))
+            wrapped = fully_shard(unit, mesh=mesh)
             # The weights of the loss are those of the whole batch: gradients add up, and FSDP would average them.
             wrapped.set_gradient_divide_factor(1.0)
             wrapped.set_force_sum_reduction_for_comms(True)
@@ -196,19 +192,3 @@ def joined() -> Generator[Ranks]:
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             raise UnavailableError(f"Rank {rank} of the trainer lost another; the log has why that one ended.") from error
         raise
-    dist.destroy_process_group()
-
-
-def run(work: Callable[[Config, Ranks], None], arguments: Sequence[str]) -> int:
-    """Do ``work`` as one of the ranks, as ``arguments`` configure it; returns the exit code of the process."""
-    try:
-        config = from_arguments(arguments)
-        with joined() as ranks:
-            logging.basicConfig(
-                level=logging.INFO if ranks.is_first else logging.WARNING,
-                format=f"%(asctime)s %(levelname)s %(name)s: {'' if ranks.is_first else f'rank {ranks.rank}: '}%(message)s",
-            )
-            work(config, ranks)
-    except TreeGrpoError as error:
-        return complain(error)
-    return 0

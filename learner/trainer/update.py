@@ -55,9 +55,7 @@ class _Proximal:
 class Updater:
     """Owns the policy, its optimiser and the frozen reference policy."""
 
-    def __init__(
-        self, config: Config, model: PreTrainedModel, reference: PreTrainedModel | None, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, config: Config, model: PreTrainedModel, reference: PreTrainedModel | None, ranks: Ranks = ALONE) -> None:
         """Args:
         config: of the run.
         model: the policy to train, in main memory or, if there is one rank, anywhere.

@@ -26,8 +26,6 @@ class Program:
     module: str
     flags: tuple[str, ...] = ()
     """Flags of this process alone, after those all have."""
-    words: tuple[str, ...] = ()
-    """Of the module itself, before the flags all have."""
 
 
 class Child:
@@ -43,7 +41,7 @@ class Child:
     @classmethod
     async def start(cls, program: Program, arguments: Sequence[str], logs: Path) -> Self:
         """Start ``program`` with the arguments all have and its own; output is appended to ``logs``/NAME.log."""
-        command = [sys.executable, "-m", program.module, *program.words, *arguments, *program.flags]
+        command = [sys.executable, "-m", program.module, *arguments, *program.flags]
         path = logs / f"{program.name}.log"
         with path.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
