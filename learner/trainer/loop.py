@@ -5,7 +5,7 @@
     ┌────────┐ Take: B groups   ┌───────────────────────────────┐
     │        │ ───────────────► │ examine    sound groups       │
     │        │                  │ episodes   usable leaves      │
-    │        │                  │ advantages of `train.estimator`│
+    │        │                  │ advantages of the estimator   │
     │ intake │                  │ packing    distinct tokens    │
     │        │                  │ ranks      each its own packs │
     │        │                  │ update     policy, loss, AdamW│

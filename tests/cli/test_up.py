@@ -48,9 +48,13 @@ class Running:
         assert not any("Traceback" in line for line in self.lines), "\n".join(self.lines)
         return code
 
-    def pid_of(self, module: str) -> int:
-        """A running process of ``module``."""
-        names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in marked(self._mark)}
+    def pid_of(self, module: str, variable: str = "") -> int:
+        """A running process of ``module``, with ``variable`` in its environment."""
+        names = {
+            pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            for pid in marked(self._mark)
+            if variable.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        }
         return next(pid for pid, words in names.items() if module.encode() in words and b"treegrpo.leash" not in words)
 
 
@@ -103,8 +107,9 @@ async def test_a_dead_sampler_is_replaced_and_ctrl_c_leaves_a_checkpoint_to_resu
     assert progress.steps[-1].version == f"1.{done + 1}"
 
 
-async def test_a_second_ctrl_c_stops_at_once(bench: Workbench) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER))
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_a_second_ctrl_c_stops_at_once(bench: Workbench, processes: str) -> None:
+    run = await up(*bench.flags(train__steps=FOREVER, train__processes=processes))
     await run.line("step 1/")
     run.process.send_signal(signal.SIGINT)
     run.process.send_signal(signal.SIGTERM)
@@ -117,3 +122,21 @@ async def test_the_death_of_the_trainer_ends_the_run_with_a_sentence(bench: Work
     os.kill(run.pid_of("learner.trainer"), signal.SIGKILL)
     assert await run.end() == 2
     assert run.lines[-1].startswith("error: The trainer ended by signal 9: ")
+
+
+async def test_the_death_of_a_rank_is_the_death_of_the_trainer(bench: Workbench) -> None:
+    run = await up(*bench.flags(train__steps=FOREVER, train__processes="2"))
+    await run.line("step 1/")
+    os.kill(run.pid_of("learner.trainer", variable="RANK=1"), signal.SIGKILL)
+    assert await run.end() == 2
+    lost = "Rank 0 of the trainer lost another; the log has why that one ended."
+    assert run.lines[-1].startswith(f"error: The trainer ended with code 2: {lost} (log: ")
+
+
+async def test_ranks_drain_together(bench: Workbench) -> None:
+    run = await up(*bench.flags(train__steps=FOREVER, train__processes="2"))
+    await run.line("step 1/")
+    run.process.send_signal(signal.SIGINT)
+    assert await run.end() == 0
+    assert run.lines[-1].startswith(f"go on: {program()} up ")
+    assert not any("error: " in log.read_text() for log in (bench.run_dir / "logs").iterdir())

@@ -16,7 +16,7 @@ import torch
 
 from learner.trainer.checkpoint import Progress, newest, read_progress
 from learner.trainer.link import Link
-from learner.trainer.loop import Trainer
+from learner.trainer.loop import Trainer, split
 from learner.trainer.model import load_model
 from learner.trainer.publish import published
 from tests.trainer.builders import CPU, configure, write_tiny
@@ -231,3 +231,17 @@ def test_sigterm_ends_the_process_well(config: Config) -> None:
     folder = newest(config.run.dir / "checkpoints")
     assert folder is not None
     assert 1 <= read_progress(folder).step < 1000
+
+
+def test_groups_are_dealt_to_minibatches_and_none_is_empty() -> None:
+    batch: list[Any] = [*range(5)]
+    assert split(batch, 2) == [[0, 2, 4], [1, 3]]
+    assert split(batch[:2], 4) == [[0], [1]]
+    assert split([], 4) == [[]]
+
+
+def test_every_minibatch_is_a_step_of_its_own(config: Config) -> None:
+    with intake_for(config) as intake:
+        train(changed(config, "train", steps=2, minibatches=2))
+    assert [report["outcomes"] for report in intake.reports] == [["applied"] * 2] * 2
+    assert [take.position for take in intake.of(Take)] == [0, 2]
