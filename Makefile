@@ -2,7 +2,7 @@
 # make test    set up, then run all tests
 # make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
 # make lint    style, types, import contracts, contract and stubs
-# make bench   the benchmarks of rollout and of training on trees
+# make bench   the benchmarks: rollout, training on trees
 # make protos  generate the stubs in treegrpo/v1 again
 
 SHELL := /bin/bash

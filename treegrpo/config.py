@@ -142,7 +142,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Compute a layer again in the backward pass instead of keeping what it made: less memory, about a third more time."""
     processes: int = Field(default=1, ge=1)
-    """Ranks of the trainer on this machine; `treegrpo up` and `treegrpo learner` start them with torchrun."""
+    """Ranks of the trainer on this machine, which it starts by itself; torchrun starts them on several."""
     threads: int = Field(default=1, ge=1)
     """Of each rank."""
 

@@ -27,7 +27,7 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
 
-    async def Rollout(self, request_iterator: object, context: Context) -> None:  # noqa: ARG002, N802 - named by the contract
+    async def Rollout(self, request_iterator: object, context: Context) -> None:  # noqa: ARG002 - named by the contract
         """Serve one sampler until either side closes the stream."""
         first = await self._read(context)
         if first is None or first.WhichOneof("kind") != "hello" or not first.hello.sampler:

@@ -63,7 +63,7 @@ class WeightsServer(weights_pb2_grpc.WeightsServiceServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Version {version} is no longer served; the newest is {self.newest}.")
         return version, self._versions[version]
 
-    async def DescribeWeights(  # noqa: N802 - named by the contract
+    async def DescribeWeights(
         self, request: weights_pb2.DescribeWeightsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> weights_pb2.DescribeWeightsResponse:
         asked = version_from_pb(request.version) if request.HasField("version") else None
@@ -73,7 +73,7 @@ class WeightsServer(weights_pb2_grpc.WeightsServiceServicer):
             files=[weights_pb2.WeightFile(name=name, bytes=f.size, sha256=f.sha256) for name, f in files.items()],
         )
 
-    async def FetchWeights(  # noqa: N802 - named by the contract
+    async def FetchWeights(
         self, request: weights_pb2.FetchWeightsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[weights_pb2.FetchWeightsResponse]:
         version, files = await self._files(version_from_pb(request.version), context)
