@@ -18,14 +18,18 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
 from learner.trainer.layout import Layout
 
 NAME = "treegrpo_tree"
+BLOCK = 128
+"""Tokens of a side of FlexAttention's blocks."""
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001  what scaled_dot_product_attention calls
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
 
@@ -56,7 +60,8 @@ class TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, total = ctx.saved_tensors
         grad, out = grads[0].transpose(1, 2), out.transpose(1, 2)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        wide = torch.promote_types(q.dtype, torch.float32)  # a trunk adds up what many branches give it
+        dq, dk, dv = (torch.empty_like(x, dtype=wide) for x in (q, k, v))
 
         def block(queries: tuple[int, int], keys: tuple[int, int], *, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             rows, columns = slice(*queries), slice(*keys)
@@ -80,7 +85,7 @@ class TreeAttention(torch.autograd.Function):
             dq[:, :, slice(*queries)] += part_q
             dk[:, :, slice(*keys)] += part_k
             dv[:, :, slice(*keys)] += part_v
-        return dq, dk, dv, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def prepared(layout: Layout, device: torch.device) -> Layout | BlockMask:
@@ -89,18 +94,39 @@ def prepared(layout: Layout, device: torch.device) -> Layout | BlockMask:
 
 
 def block_mask(layout: Layout, device: torch.device) -> BlockMask:
-    """FlexAttention's mask of a pack: token j is seen by [j, end_T[j])."""
+    """FlexAttention's mask of a pack, from which keys j are seen by [j, end_T[j]); T² is never laid out.
+
+    A block of keys is left out where its last one has ended before the block of queries begins, and needs no mask where
+    all its keys are seen by all of these queries.
+    """
+    blocks = -(-layout.tokens // BLOCK)
+    padded = np.pad(layout.end_T, (0, blocks * BLOCK - layout.tokens), mode="edge").reshape(blocks, BLOCK)
+    last_B, first_B = padded.max(1), padded.min(1)
+    begin_B = np.arange(blocks) * BLOCK
+    before_BB = np.tri(blocks, k=-1, dtype=bool)  # [queries, keys]
+    full_BB = before_BB & (first_B >= np.minimum(begin_B + BLOCK, layout.tokens)[:, None])
+    some_BB = (before_BB & (last_B > begin_B[:, None]) & ~full_BB) | np.eye(blocks, dtype=bool)
     end_T = torch.from_numpy(layout.end_T).to(device)
 
     def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < end_T[key])
 
-    return create_block_mask(sees, None, None, layout.tokens, layout.tokens, device=device)
+    size = (layout.tokens, layout.tokens)
+    return BlockMask.from_kv_blocks(*_listed(some_BB, device), *_listed(full_BB, device), BLOCK, sees, seq_lengths=size)
+
+
+def _listed(kept_BB: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which, these first."""
+    order_BB = np.argsort(~kept_BB, axis=1, kind="stable").astype(np.int32)
+    counts_B = kept_BB.sum(1).astype(np.int32)
+    return torch.from_numpy(counts_B)[None, None].to(device), torch.from_numpy(order_BB)[None, None].to(device)
 
 
 @cache
 def _flex() -> Callable[..., Tensor]:
-    return cast("Callable[..., Tensor]", torch.compile(flex_attention))
+    """Compiled for any length. More variants than it keeps are an error: what it falls back to lays out T²."""
+    cast("Any", torch).compiler.config.fail_on_recompile_limit_hit = True
+    return cast("Callable[..., Tensor]", torch.compile(flex_attention, dynamic=True))
 
 
 def attend(

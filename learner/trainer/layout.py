@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Path = NDArray[np.uint32]
+PathIds = NDArray[np.uint32]
 """Token ids from the first to the last that is an input."""
 Range = tuple[int, int]
 
@@ -50,7 +50,7 @@ class Layout:
         return int((self.end_T - np.arange(self.tokens)).sum())
 
 
-def shared(one: Path, other: Path) -> int:
+def shared(one: PathIds, other: PathIds) -> int:
     """Tokens that two paths have in common from the start."""
     length = min(len(one), len(other))
     differ = one[:length] != other[:length]
@@ -58,7 +58,7 @@ def shared(one: Path, other: Path) -> int:
     return first if length and differ[first] else length
 
 
-def lay_out(paths: Sequence[Path], prefixes: Sequence[int]) -> tuple[Layout, list[NDArray[np.int64]]]:
+def lay_out(paths: Sequence[PathIds], prefixes: Sequence[int]) -> tuple[Layout, list[NDArray[np.int64]]]:
     """Lay out sorted paths.
 
     Args:

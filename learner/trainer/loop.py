@@ -72,9 +72,10 @@ class Trainer:
         self._weights, self._checkpoints = config.run.dir / "weights", config.run.dir / "checkpoints"
         set_seed(config.run.seed)
         folder = ranks.first(self._resumed_from)
+        device = ranks.device if ranks.world == 1 else CPU  # several ranks load the whole before they share it
         again = config.train.gradient_checkpointing
-        reference = load_model(config.model.path, CPU).requires_grad_(False) if config.train.kl_coef else None
-        policy = load_model(folder or config.model.path, CPU, gradient_checkpointing=again)
+        reference = load_model(config.model.path, device).requires_grad_(False) if config.train.kl_coef else None
+        policy = load_model(folder or config.model.path, device, gradient_checkpointing=again)
         self._updater = Updater(config, policy, reference, ranks)
         if folder:
             checkpoint.restore(folder, policy, self._updater.optimizer, ranks)

@@ -19,8 +19,11 @@ from learner.trainer.packing import Pack
 from treegrpo.errors import ModelError
 
 Dtype = Literal["float32", "bfloat16"]
-CHUNK_ELEMENTS = 1 << 22
-"""Logits that exist at a time, in float32: 16 MB."""
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Logits that exist at a time, in float32: 16 MB, which a cache can hold, and 1 GB, which keeps the head's products large."""
+SHORT_SIGHTED = ("sliding_window", "attention_chunk_size")
+MOVING_ROPE = ("dynamic", "longrope")
+"""Rotary frequencies that depend on the longest sequence there is: in a pack that would be another path's."""
 TOLERANCE = 1e-2
 """Of a logit in `_verify`, relative to the largest: rounding stays far below it, another formula does not."""
 
@@ -70,6 +73,8 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"The weights in {folder} lack {len(missing)} tensors, {missing[0]} first; restore them.")
     model = cast("PreTrainedModel", loaded)
+    if reason := _unfit(model.config):
+        raise ModelError(f"The model in {folder} has {reason}; trees need full attention and positions that stay as they are.")
     # Nothing here is padding, and a token that is also the pad token must learn its embedding like any other.
     cast("Any", model.get_input_embeddings()).padding_idx = None
     # Dropout would make the trained policy another one than the sampled one.
@@ -82,11 +87,22 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
     return model
 
 
+def _unfit(config: Any) -> str:
+    """What in a model's configuration trees cannot be computed with; empty if nothing. It shows on long paths only."""
+    layers = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
+    if layers:
+        return f"layers of the kind {', '.join(sorted(layers))}"
+    if getattr(config, "use_sliding_window", True) and any(getattr(config, name, None) for name in SHORT_SIGHTED):
+        return "layers that see a window"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return f"rotary positions of the kind {rope}" if rope in MOVING_ROPE else ""
+
+
 def _verify(model: PreTrainedModel, folder: Path) -> None:
     """Compare two paths and their tree: whether the model takes attention and positions as a pack gives them.
 
     Raises:
-        ModelError: it does not, having sliding windows, soft-capped logits, or positions of its own making.
+        ModelError: it does not, having soft-capped logits, scaled ones, or positions of its own making.
     """
     device, whole = next(model.parameters()).device, cast("Any", model)
     paths = [np.array(ids, np.uint32) for ids in ([1, 2, 3, 4, 5, 6], [1, 2, 7, 8])]
@@ -106,7 +122,7 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
     if not gap <= TOLERANCE * max(one.abs().max().item() for one in alone):
         raise ModelError(
             f"The model in {folder} computes something else on a tree than on its paths (logits differ by {gap:.2g}); "
-            "trees need rotary positions and full attention: no sliding window, no soft-capped or scaled logits."
+            "trees need positions that can be given, full attention, and logits that are neither soft-capped nor scaled."
         )
 
 
@@ -132,11 +148,13 @@ def score_hidden(
     model: PreTrainedModel, hidden_AH: Tensor, label_A: Tensor, temperature: float, *, entropy_grad: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The second half of `score`: from the last hidden state before each action token to its log-probability."""
-    head = cast("nn.Module", model.get_output_embeddings())
-    size = max(1, CHUNK_ELEMENTS // int(cast("Any", model.config).vocab_size))
+    head, kind = cast("nn.Module", model.get_output_embeddings()), hidden_AH.device.type
+    size = max(1, CHUNK_ELEMENTS[kind] // int(cast("Any", model.config).vocab_size))
     parts = list(zip(hidden_AH.split(size), label_A.split(size), strict=True))
     again = torch.is_grad_enabled() and len(parts) > 1
-    scored = [_chunk(head, hidden, label, temperature, entropy_grad, again=again) for hidden, label in parts]
+    # A cached bfloat16 copy of the head would also add up the chunks' gradients in bfloat16, and lose some.
+    with torch.autocast(kind, torch.bfloat16, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+        scored = [_chunk(head, hidden, label, temperature, entropy_grad, again=again) for hidden, label in parts]
     return torch.cat([logprob for logprob, _ in scored]), torch.cat([entropy for _, entropy in scored])
 
 

@@ -22,16 +22,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.trainer.episodes import Credit, CreditedTree
-from learner.trainer.layout import Layout, Path, lay_out, shared
+from learner.trainer.layout import Layout, PathIds, lay_out, shared
 from learner.trainer.targets import Targets
 from treegrpo.errors import ContractError
 from treegrpo.tree import Step, Tree
 
-PAIR_COST = 1 / 3000
-"""Cost of a (query, key) pair in tokens: a layer does about 24·h² operations for a token and 8·h for a pair, h about 1000."""
+Indices = NDArray[np.int64]
+
+PAIR_COST = 1 / 6000
+"""Cost of a (query, key) pair in tokens: a layer does about 24·h² operations for a token and 4·h for a pair; h is some 1000."""
 
 PACKS_PER_RANK = 3
-"""With fewer, one rank has too often one pack more to do than another."""
+"""At most, unless the budget of a pack asks for more: every pack costs the ranks an exchange of all weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,10 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Way:
+class _CreditedPath:
     """A root→leaf path with its credit."""
 
-    ids: Path
+    ids: PathIds
     """Its inputs: all tokens but the last action token and what follows it."""
     tree: Tree
     steps: list[Step]
@@ -88,18 +90,18 @@ def pack(trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool, ra
         trees: trees with credited leaves.
         pack_tokens: the limit.
         keep_zero: also pack paths with no advantage. They matter to a penalty; to the policy loss they are nothing.
-        ranks: processes that share the packs; with several, packs are small enough to be shared out evenly.
+        ranks: processes that share the packs; with several, packs are as small as makes the step short.
 
     Raises:
         ContractError: a tree has no prompt, so that its first token is predicted by nothing.
     """
-    ways = [_way(one.tree, leaf, c) for one in trees for leaf, c in one.credits.items() if keep_zero or c.advantage_D.any()]
-    ways.sort(key=lambda way: way.ids.astype(">u4").tobytes())  # bytes in this order compare like the numbers
-    prefixes = [0, *(shared(a.ids, b.ids) for a, b in pairwise(ways))]
-    total = sum(len(way.ids) - prefix for way, prefix in zip(ways, prefixes, strict=False))
-    limit = pack_tokens if ranks == 1 else min(pack_tokens, -(-total // (PACKS_PER_RANK * ranks)))
+    credited = [(one.tree, leaf, c) for one in trees for leaf, c in one.credits.items() if keep_zero or c.advantage_D.any()]
+    paths = [_credited_path(*one) for one in credited]
+    paths.sort(key=lambda path: path.ids.astype(">u4").tobytes())  # bytes in this order compare like the numbers
+    prefixes = [0, *(shared(a.ids, b.ids) for a, b in pairwise(paths))]
+    cuts = _best_cuts(np.array([len(path.ids) for path in paths]), np.array(prefixes), pack_tokens, ranks) if paths else []
     counted: set[tuple[int, int]] = set()
-    return [_fill(ways[a:b], [0, *prefixes[a + 1 : b]], counted) for a, b in _cuts([len(w.ids) for w in ways], prefixes, limit)]
+    return [_fill(paths[a:b], [0, *prefixes[a + 1 : b]], counted) for a, b in cuts]
 
 
 def empty_pack() -> Pack:
@@ -108,40 +110,67 @@ def empty_pack() -> Pack:
     return Pack(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), layout, *_targets([], set()), 0)
 
 
-def _way(tree: Tree, leaf: int, credit: Credit) -> _Way:
+def _credited_path(tree: Tree, leaf: int, credit: Credit) -> _CreditedPath:
     if not len(tree.prompt):
         raise ContractError(f"The tree with leaf {leaf} has no prompt; a tree's first subtree carries it.")
     steps = tree.path(leaf)
     parts = [tree.prompt, *(part for step in steps for part in (step.action, step.observation))]
     last = max(i for i, step in enumerate(steps) if len(step.action))
     end = len(tree.prompt) + sum(step.length for step in steps[:last]) + len(steps[last].action)
-    return _Way(np.concatenate(parts)[: end - 1], tree, steps, credit)
+    return _CreditedPath(np.concatenate(parts)[: end - 1], tree, steps, credit)
 
 
-def _cuts(lengths: Sequence[int], prefixes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Cut the order of paths into stretches of at most ``limit`` tokens, each where the last quarter shares least."""
-    first, count = 0, len(lengths)
+def _best_cuts(lengths: Indices, prefixes: Indices, pack_tokens: int, ranks: int) -> list[tuple[int, int]]:
+    """The cuts that several ranks are soonest done with: even shares are worth nothing if prefixes are repeated for them.
+
+    Ranks go in step, so a round of one pack each takes as long as its largest.
+    """
+    new = lengths - prefixes
+    if ranks == 1:
+        return [*_cuts(new, prefixes, pack_tokens)]
+    total = int(new.sum())
+    shares = [-(-total // count) for count in range(1, PACKS_PER_RANK * ranks + 1)]
+    limits = {min(pack_tokens, limit) for share in shares for limit in (share, share * 9 // 8, share * 5 // 4)}
+    found = [[*_cuts(new, prefixes, limit)] for limit in sorted(limits, reverse=True)]
+
+    def time(cuts: Sequence[tuple[int, int]]) -> int:
+        tokens = sorted((int(new[a:b].sum() + prefixes[a]) for a, b in cuts), reverse=True)
+        return sum(tokens[::ranks])
+
+    return min(found, key=time)
+
+
+def _cuts(new: Indices, prefixes: Indices, limit: int) -> Iterator[tuple[int, int]]:
+    """Cut the order of paths into stretches of at most ``limit`` tokens, each where the last quarter shares least.
+
+    Args:
+        new: tokens of each path that the one before does not have.
+        prefixes: its other tokens, which the first path of a stretch brings along.
+        limit: tokens.
+    """
+    ends = np.cumsum(new)
+    first, count = 0, len(new)
     while first < count:
-        filled = np.cumsum([lengths[first], *(lengths[i] - prefixes[i] for i in range(first + 1, count))])
-        end = first + max(1, int(np.searchsorted(filled, limit, side="right")))
+        before = ends[first] - new[first] - prefixes[first]
+        end = max(first + 1, int(np.searchsorted(ends, before + limit, side="right")))
         if end < count:
-            begin = first + max(1, int(np.searchsorted(filled, filled[end - first - 1] * 3 / 4)))
+            begin = max(first + 1, int(np.searchsorted(ends, before + (ends[end - 1] - before) * 3 / 4)))
             end = min(range(end, min(begin, end) - 1, -1), key=lambda i: prefixes[i])
         yield first, end
         first = end
 
 
-def _fill(ways: Sequence[_Way], prefixes: Sequence[int], counted: set[tuple[int, int]]) -> Pack:
-    layout, places = lay_out([way.ids for way in ways], prefixes)
+def _fill(paths: Sequence[_CreditedPath], prefixes: Sequence[int], counted: set[tuple[int, int]]) -> Pack:
+    layout, places = lay_out([path.ids for path in paths], prefixes)
     ids_T = np.zeros(layout.tokens, np.int64)
-    for way, place in zip(ways, places, strict=True):
-        ids_T[place] = way.ids
-    predictor_A, targets = _targets(list(zip(ways, places, strict=True)), counted)
-    path_tokens = sum(len(way.ids) for way in ways)
+    for path, place in zip(paths, places, strict=True):
+        ids_T[place] = path.ids
+    predictor_A, targets = _targets(list(zip(paths, places, strict=True)), counted)
+    path_tokens = sum(len(path.ids) for path in paths)
     return Pack(torch.from_numpy(ids_T), torch.from_numpy(layout.position_T), layout, predictor_A, targets, path_tokens)
 
 
-def _targets(ways: Sequence[tuple[_Way, NDArray[np.int64]]], counted: set[tuple[int, int]]) -> tuple[Tensor, Targets]:
+def _targets(paths: Sequence[tuple[_CreditedPath, NDArray[np.int64]]], counted: set[tuple[int, int]]) -> tuple[Tensor, Targets]:
     """predictor_A, and the rest of what the loss takes; enters in ``counted`` whatever this pack is the first to have."""
     begins: dict[tuple[int, int], int] = {}
     steps: list[tuple[Step, NDArray[np.int64], bool]] = []
@@ -149,10 +178,10 @@ def _targets(ways: Sequence[tuple[_Way, NDArray[np.int64]]], counted: set[tuple[
     leaf: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
     values: list[NDArray[np.float64]] = [np.zeros((4, 0))]
     total = 0
-    for number, (way, place) in enumerate(ways):
-        at, credit = len(way.tree.prompt), way.credit
-        for step, advantage in zip(way.steps, credit.advantage_D, strict=True):
-            size, key = len(step.action), (id(way.tree), step.node)
+    for number, (path, place) in enumerate(paths):
+        at, credit = len(path.tree.prompt), path.credit
+        for step, advantage in zip(path.steps, credit.advantage_D, strict=True):
+            size, key = len(step.action), (id(path.tree), step.node)
             if key not in begins:
                 begins[key] = total
                 steps.append((step, place[at - 1 : at - 1 + size], key not in counted))
@@ -173,7 +202,7 @@ def _targets(ways: Sequence[tuple[_Way, NDArray[np.int64]]], counted: set[tuple[
         leaf_P=_join(leaf, np.int64),
         advantage_P=_join([advantage_P], np.float32),
         weight_P=_join([weight_P], np.float32),
-        leaves=len(ways),
+        leaves=len(paths),
     )
 
 

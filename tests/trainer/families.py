@@ -40,7 +40,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: MistralConfig(**_SIZES, tie_word_embeddings=False, sliding_window=None),
 }
 _OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "qwen2_sliding": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=2, max_window_layers=0),
+    "qwen2_sliding": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=4096, max_window_layers=0),
+    "mistral_sliding": lambda: MistralConfig(**_SIZES, sliding_window=4096),
+    "dynamic": lambda: LlamaConfig(**_SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+    "linear": lambda: LlamaConfig(**_SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
     "granite": lambda: GraniteConfig(**_SIZES, logits_scaling=4.0),
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from learner.trainer.attention import TreeAttention, block_mask
@@ -73,16 +73,33 @@ def test_a_sibling_changes_nothing_and_an_ancestor_every_descendant() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_block_mask_of_cuda_sees_the_same() -> None:
     """FlexAttention runs uncompiled here; its kernel needs CUDA."""
-    _, layout, _ = laid_out(DEEP)
+    layout = long_tree(200, 150, 4)
     q, k, v = (x.detach() for x in inputs(layout, 2, torch.float32))
     mask = block_mask(layout, torch.device("cpu"))
     out = cast("Any", flex_attention)(q, k, v, block_mask=mask, scale=0.3, enable_gqa=True)
     assert (out.transpose(1, 2) - tree_attention(q, k, v, layout)).abs().max() < 1e-5
 
 
-def test_the_block_mask_of_a_long_tree_leaves_blocks_out() -> None:
+def long_tree(trunk: int, branch: int, branches: int) -> Layout:
     rng = np.random.default_rng(0)
-    trunk = rng.integers(0, 9, 256).tolist()
-    _, layout, _ = laid_out([[*trunk, 10 + i, *rng.integers(0, 9, 511).tolist()] for i in range(6)])
-    mask = block_mask(layout, torch.device("cpu"))
+    ids = rng.integers(0, 9, trunk).tolist()
+    return laid_out([[*ids, 10 + i, *rng.integers(0, 9, branch).tolist()] for i in range(branches)])[1]
+
+
+@pytest.mark.parametrize("shape", [(256, 511, 6), (300, 100, 5), (1, 130, 3), (128, 127, 2), (40, 10, 4)])
+def test_the_block_mask_has_the_blocks_of_the_whole_mask(shape: tuple[int, int, int]) -> None:
+    layout = long_tree(*shape)
+    end_T, device = torch.from_numpy(layout.end_T), torch.device("cpu")
+
+    def sees(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < end_T[key])
+
+    whole = create_block_mask(sees, None, None, layout.tokens, layout.tokens, device="cpu")
+    made = block_mask(layout, device)
+    assert made.to_dense().tolist() == whole.to_dense().tolist()
+    assert (made.shape, made.sparsity()) == (whole.shape, whole.sparsity())
+
+
+def test_the_block_mask_of_a_long_tree_leaves_blocks_out() -> None:
+    mask = block_mask(long_tree(256, 511, 6), torch.device("cpu"))
     assert mask.sparsity() > 70  # a causal mask of as many tokens has about half

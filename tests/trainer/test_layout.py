@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from learner.trainer.layout import Layout, Path, lay_out, shared
+from learner.trainer.layout import Layout, PathIds, lay_out, shared
 
 some_paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10)
 """Of three tokens, so that they share beginnings of any length, are beginnings of each other, and come twice."""
 
 
-def laid_out(paths: Sequence[Sequence[int]]) -> tuple[list[Path], Layout, list[NDArray[np.int64]]]:
+def laid_out(paths: Sequence[Sequence[int]]) -> tuple[list[PathIds], Layout, list[NDArray[np.int64]]]:
     made = [np.array(path, np.uint32) for path in sorted(map(list, paths))]
     prefixes = [0, *(shared(a, b) for a, b in pairwise(made))]
     return made, *lay_out(made, prefixes)

@@ -61,7 +61,7 @@ def gradients(policy: PreTrainedModel, one: Pack) -> list[Tensor]:
 def test_chunks_give_the_same_scores_and_gradients(policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = packs_of_random_trees(10_000)
     whole, of_whole = score(policy, one, 1.0), gradients(policy, one)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", VOCABULARY * 3)
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", VOCABULARY * 3)
     for a, b in zip(whole, score(policy, one, 1.0), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(of_whole, gradients(policy, one), strict=True))
@@ -71,7 +71,7 @@ def test_no_more_than_a_chunk_of_logits_is_made_at_a_time_and_none_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, (one,) = load_model(write_family(tmp_path / "model", "llama"), CPU), packs_of_random_trees(10_000)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", VOCABULARY * 5)
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", VOCABULARY * 5)
     made, kept = list[int](), list[Tensor]()
     cast("nn.Module", policy.get_output_embeddings()).register_forward_hook(lambda _m, _i, out: made.append(len(out)))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -109,6 +109,22 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_weights(policy: Pr
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_gradients_in_bfloat16_are_close_whatever_the_number_of_chunks(
+    tmp_path: Path, family: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, (one,) = write_family(tmp_path / "model", family), packs_of_random_trees(10_000)
+    policy = load_model(folder, CPU, gradient_checkpointing=again)
+    exact = gradients(policy, one)
+    for rows in (1000, 1):
+        monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", VOCABULARY * rows)
+        logprob_A, entropy_A = score(policy, one, 1.0, "bfloat16", entropy_grad=True)
+        rough = torch.autograd.grad((logprob_A.square() - entropy_A).sum(), list(policy.parameters()))
+        gaps = [(a - b).norm() for a, b in zip(rough, exact, strict=True)]
+        assert torch.stack(gaps).norm() < 0.02 * torch.stack([g.norm() for g in exact]).norm()
+
+
 def test_an_empty_pack_has_gradients_of_zero(policy: PreTrainedModel) -> None:
     """Every parameter takes part, or ranks would wait for each other for ever."""
     scored, entropy = score(policy, empty_pack(), 1.0)
@@ -131,9 +147,21 @@ def test_a_token_that_is_also_the_pad_token_learns_its_embedding(policy: PreTrai
     assert cast("Any", policy.get_input_embeddings()).padding_idx is None
 
 
-@pytest.mark.parametrize("family", ["qwen2_sliding", "granite"])
-def test_a_model_whose_trees_are_not_its_paths_is_refused(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "reason"), [("qwen2_sliding", "sliding_attention"), ("mistral_sliding", "see a window"), ("dynamic", "dynamic")]
+)
+def test_windows_and_moving_positions_are_refused_however_wide(tmp_path: Path, family: str, reason: str) -> None:
     folder = write_family(tmp_path / "model", family)
+    with pytest.raises(ModelError, match=rf"{reason}.*; trees need full attention"):
+        load_model(folder, CPU)
+
+
+def test_positions_that_are_scaled_once_and_for_all_are_fine(tmp_path: Path) -> None:
+    assert load_model(write_family(tmp_path / "model", "linear"), CPU)
+
+
+def test_a_model_whose_trees_are_not_its_paths_is_refused(tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "model", "granite")
     with pytest.raises(ModelError, match=r"on a tree than on its paths|cannot be trained on trees"):
         load_model(folder, CPU)
 
