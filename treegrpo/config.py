@@ -38,7 +38,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     path: InputPath = Path("model")
     """A Hugging Face causal LM directory: config.json, safetensors weights, tokenizer."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 class DataConfig(Section):
@@ -69,9 +69,12 @@ class RolloutConfig(Section):
         return Plan(**self.model_dump())
 
 
-CLIPS = {"cispo": (1.0, 0.2), "gspo": (3e-4, 4e-4)}
-"""`clip_low` and `clip_high` of the losses that need others than the fields' defaults."""
-
+Dtype = Literal["float32", "bfloat16"]
+Loss = Literal["ppo", "cispo", "gspo", "dppo"]
+Correction = Literal["none", "decoupled", "tis", "icepop", "m2po"]
+KlEstimator = Literal["k1", "k2", "k3"]
+Aggregation = Literal["leaf_mean", "token_mean"]
+Singleton = Literal["zero", "raw"]
 Estimator = Literal["tree", "inter", "intra", "two_norm", "rloo", "treepo", "treerl", "sibling_loo", "at2po"]
 ESTIMATOR_OPTIONS = {
     "tree": {"inter_weight", "intra_weight", "singleton", "std_floor"},
@@ -82,7 +85,25 @@ ESTIMATOR_OPTIONS = {
     "rloo": {"singleton"},
     "treepo": {"singleton"},
 }
-"""The options an estimator uses; the others are refused with it, not ignored."""
+LOSS_OPTIONS = {
+    "ppo": {"clip_low", "clip_high", "dual_clip"},
+    "cispo": {"clip_low", "clip_high"},
+    "gspo": {"clip_low", "clip_high"},
+    "dppo": {"dppo_delta"},
+}
+CORRECTION_OPTIONS = {"tis": {"tis_cap"}, "icepop": {"icepop_low", "icepop_high"}, "m2po": {"m2po_tau"}}
+OPTIONS = {"estimator": ESTIMATOR_OPTIONS, "loss": LOSS_OPTIONS, "correction": CORRECTION_OPTIONS}
+"""By the key that chooses: what each choice uses. Options of other choices are refused, not ignored, unless they have
+their default: a configuration that was written out whole can be read again."""
+
+CLIPS = {"cispo": (1.0, 0.2), "gspo": (3e-4, 4e-4)}
+"""`clip_low` and `clip_high` of the losses that need others than the fields' defaults."""
+GSPO_CLIP_MAX = 0.05
+"""The ratio of a whole leaf hardly moves: a wider clip, like that of ppo, would be none."""
+
+
+def _fitting(option: str, table: dict[str, set[str]]) -> list[str]:
+    return [choice for choice, options in table.items() if option in options]
 
 
 class TrainConfig(Section):
@@ -99,7 +120,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     minibatches: int = Field(default=1, ge=1)
     """Optimiser steps of one batch, each on its share of the groups."""
-    loss: Literal["ppo", "cispo", "gspo", "dppo"] = "ppo"
+    loss: Loss = "ppo"
     """The trust region: clipped ratio, clipped weight, clipped ratio of a whole leaf, mask by divergence. See docs/losses.md."""
     clip_low: float = Field(default=0.2, gt=0)
     """ε_low: a ratio below 1 − ε_low no longer pushes down. 3e-4 for gspo; 1 (no bound) for cispo; dppo has none."""
@@ -109,7 +130,7 @@ class TrainConfig(Section):
     """c > 1 bounds the ratio where the advantage is negative (ppo); 0: no bound."""
     dppo_delta: float = Field(default=0.2, gt=0, le=1)
     """δ: a token whose probability moved further than this from the sampler's is not moved on."""
-    correction: Literal["none", "decoupled", "tis", "icepop", "m2po"] = "none"
+    correction: Correction = "none"
     """none: the ratio is against the policy that sampled. Otherwise it is against the policy at the start of the batch, and
     the weight ρ between the two is used whole, capped (tis), or masked (icepop, m2po)."""
     tis_cap: float = Field(default=2.0, gt=0)
@@ -121,17 +142,17 @@ class TrainConfig(Section):
     """τ: the tokens of largest (log ρ)² of a batch are left out until the mean of the others is at most this."""
     kl_coef: float = Field(default=0.001, ge=0)
     """β of the penalty against the reference policy; 0 does without the reference model."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of the penalty; `kl_reference` reports k3 whatever this is."""
+    kl_estimator: KlEstimator = "k3"
+    """Of the penalty, if there is one; `kl_reference` reports k3 whatever this is."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus; 0: none."""
-    aggregation: Literal["leaf_mean", "token_mean"] = "leaf_mean"
+    aggregation: Aggregation = "leaf_mean"
     estimator: Estimator = "tree"
     """From rewards to advantages, see docs/estimators.md. The four keys below are each of some estimators only."""
     inter_weight: float = Field(default=1.0, ge=0)
     """Of the estimator "tree"."""
     intra_weight: float = Field(default=1.0, ge=0)
-    singleton: Literal["zero", "raw"] = "zero"
+    singleton: Singleton = "zero"
     """The advantage of a lone leaf: 0, or its reward as in the reference code."""
     std_floor: float = Field(default=0.0, ge=0)
     """Rewards are divided by at least this much: keeps tiny format differences of all-wrong groups tiny."""
@@ -162,12 +183,22 @@ class TrainConfig(Section):
 
     @field_validator("dual_clip")
     @classmethod
-    def _dual_clip_fits(cls, bound: float, info: ValidationInfo) -> float:
+    def _dual_clip_fits(cls, bound: float) -> float:
         if 0 < bound <= 1:
             raise PydanticCustomError("dual_clip", "a dual clip is a bound above 1, like 3; 0 does without")
-        if bound and info.data.get("loss") != "ppo":
-            raise PydanticCustomError("dual_clip", "only train.loss = ppo has a dual clip; set it to 0")
         return bound
+
+    @field_validator("clip_low", "clip_high")
+    @classmethod
+    def _clip_fits(cls, clip: float, info: ValidationInfo) -> float:
+        if info.data.get("loss") == "gspo" and clip > GSPO_CLIP_MAX:
+            raise PydanticCustomError(
+                "clip",
+                "train.loss = gspo clips the mean ratio of a whole leaf, which so wide a clip never holds; "
+                "leave it out for the clip of gspo, or take at most {most}",
+                {"most": GSPO_CLIP_MAX},
+            )
+        return clip
 
     @field_validator("correction")
     @classmethod
@@ -185,19 +216,32 @@ class TrainConfig(Section):
             raise PydanticCustomError("icepop", "it has to be above train.icepop_low, which is {low}", {"low": low})
         return high
 
-    @field_validator("inter_weight", "intra_weight", "singleton", "std_floor")
+    @field_validator("kl_estimator")
     @classmethod
-    def _estimator_uses_it(cls, value: Any, info: ValidationInfo) -> Any:
-        name, estimator = str(info.field_name), info.data.get("estimator", "tree")
-        if name not in ESTIMATOR_OPTIONS.get(estimator, set()) and value != cls.model_fields[name].default:
-            fitting = ", ".join(known for known, options in ESTIMATOR_OPTIONS.items() if name in options)
-            raise PydanticCustomError(
-                "estimator",
-                "only {fitting} use it, and train.estimator = {estimator}; leave it out",
-                {"fitting": fitting, "estimator": estimator},
-            )
-        if name == "intra_weight" and value == info.data.get("inter_weight") == 0:
+    def _penalty_uses_it(cls, estimator: str, info: ValidationInfo) -> str:
+        if estimator != cls.model_fields["kl_estimator"].default and info.data.get("kl_coef") == 0:
+            raise PydanticCustomError("penalty", "there is no penalty with train.kl_coef = 0; leave it out")
+        return estimator
+
+    @field_validator("intra_weight")
+    @classmethod
+    def _weights_fit(cls, intra: float, info: ValidationInfo) -> float:
+        if intra == info.data.get("inter_weight") == 0:
             raise PydanticCustomError("estimator", "with train.inter_weight = 0 as well every advantage would be 0")
+        return intra
+
+    @field_validator(*sorted({name for table in OPTIONS.values() for options in table.values() for name in options}))
+    @classmethod
+    def _choice_uses_it(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        choice, fitting = next((key, fits) for key, table in OPTIONS.items() if (fits := _fitting(name, table)))
+        chosen = info.data.get(choice)  # missing if it is none of the choices, which is then the error
+        if chosen is not None and chosen not in fitting and value != cls.model_fields[name].default:
+            raise PydanticCustomError(
+                "option",
+                "only train.{choice} = {fitting} uses it, and train.{choice} is {chosen}; leave it out",
+                {"choice": choice, "fitting": " or ".join(fitting), "chosen": chosen},
+            )
         return value
 
 

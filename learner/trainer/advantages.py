@@ -25,7 +25,6 @@ from learner.trainer.branches import (
     NOISE,
     Advantage,
     Branches,
-    Singleton,
     Values,
     by_leaf,
     by_node,
@@ -34,7 +33,7 @@ from learner.trainer.branches import (
     join,
     normalise,
 )
-from treegrpo.config import Estimator, TrainConfig
+from treegrpo.config import Estimator, Singleton, TrainConfig
 
 __all__ = ["ESTIMATORS", "Advantage", "Branches", "Options", "advantages", "has_signal"]
 

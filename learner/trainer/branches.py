@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from treegrpo.config import Singleton
+
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
-Singleton = Literal["zero", "raw"]
 EPS = 1e-6
 NOISE = 1e-9
 """Rewards and advantages that are closer than this differ by rounding alone."""

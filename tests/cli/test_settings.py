@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from services.cli.commands import as_toml
-from treegrpo.config import Config
+from treegrpo.config import Config, Correction, Estimator, Loss
 from treegrpo.errors import ConfigError
 from treegrpo.settings import flag_parser, from_arguments, load
 
@@ -107,6 +108,26 @@ def test_what_dry_run_prints_is_a_file_that_says_the_same(tmp_path: Path, monkey
         None, ["--run.name", "x", "--train.lr", "3e-5", "--run.resume", "true", "--model.path", str(tmp_path / 'a "b"')]
     )
     assert load(toml(Path(), as_toml(config))) == config
+
+
+CHOICES = [
+    *({"loss": loss} for loss in get_args(Loss)),
+    *({"correction": correction} for correction in get_args(Correction)),
+    *({"estimator": estimator} for estimator in get_args(Estimator)),
+    {"loss": "dppo", "dppo_delta": "0.1", "correction": "icepop", "icepop_low": "0.9", "kl_coef": "0"},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(choice.values()))
+def test_what_dry_run_prints_can_be_read_again_whatever_was_chosen(tmp_path: Path, choice: dict[str, str]) -> None:
+    config = load(None, [f"--train.{key}={value}" for key, value in choice.items()])
+    assert load(toml(tmp_path, as_toml(config))).train == config.train
+
+
+def test_what_dry_run_prints_for_ppo_is_no_file_for_gspo(tmp_path: Path) -> None:
+    path = toml(tmp_path, as_toml(load(None)))
+    with pytest.raises(ConfigError, match=r"train\.clip_low = 0\.2 \(.*run\.toml\).*train\.loss = gspo.*leave it out"):
+        load(path, ["--train.loss", "gspo"])
 
 
 def test_the_help_explains_every_key() -> None:

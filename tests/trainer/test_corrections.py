@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from learner.trainer.corrections import effective_sample, m2po_limit, mismatch, 
 from learner.trainer.tally import Tally
 from learner.trainer.targets import SIGNS
 from tests.trainer.targets import float64, lone
-from treegrpo.config import TrainConfig
+from treegrpo.config import OPTIONS, Correction, Estimator, Loss, TrainConfig
 from treegrpo.errors import ConfigError
 from treegrpo.settings import load
 
+ICEPOP = ["--train.correction", "icepop"]
 RHO = float64(0.25, 1.0, 3.0, 8.0)
 SQUARES = st.lists(st.floats(0, 3).map(lambda x: x if x > 1e-6 else 0.0), min_size=1, max_size=20)
 
@@ -122,6 +124,8 @@ def test_tallies_add_up_in_any_order_and_nothing_is_neutral() -> None:
     one, other = Tally({"a": 1.0, "b": 2.0}, {"x": 3.0}), Tally({"b": 5.0}, {"x": 1.0, "y": 4.0})
     assert one + other == other + one == Tally({"a": 1.0, "b": 7.0}, {"x": 3.0, "y": 4.0})
     assert one + Tally() == one
+    broken = Tally({}, {"x": math.nan})
+    assert all(math.isnan((a + b).peak("x")) for a, b in ((one, broken), (broken, one)))
     assert (one.per("b", "a"), one.per("a", "nothing"), one.peak("nothing")) == (2.0, 1.0, 0.0)
 
 
@@ -130,9 +134,15 @@ def test_tallies_add_up_in_any_order_and_nothing_is_neutral() -> None:
     [
         (["--train.loss", "gspo", "--train.correction", "m2po"], r"train\.correction = 'm2po'.*take icepop or tis"),
         (["--train.dual_clip", "0.5"], r"train\.dual_clip = '0\.5'.*above 1"),
-        (["--train.dual_clip", "3", "--train.loss", "cispo"], r"train\.dual_clip.*only train\.loss = ppo"),
-        (["--train.icepop_low", "6"], r"train\.icepop_high = 5\.0 \(the default\).*above train\.icepop_low, which is 6\.0"),
-        (["--train.icepop_low", "1", "--train.icepop_high", "1"], r"train\.icepop_high.*above train\.icepop_low"),
+        (["--train.dual_clip", "3", "--train.loss", "cispo"], r"train\.dual_clip.*only train\.loss = ppo uses it"),
+        (
+            [*ICEPOP, "--train.icepop_low", "6"],
+            r"train\.icepop_high = 5\.0 \(the default\).*train\.icepop_low, which is 6\.0",
+        ),
+        ([*ICEPOP, "--train.icepop_low", "1", "--train.icepop_high", "1"], r"train\.icepop_high.*above train\.icepop_low"),
+        (["--train.kl_coef", "0", "--train.kl_estimator", "k1"], r"train\.kl_estimator = 'k1'.*no penalty.*leave it out"),
+        (["--train.loss", "gspo", "--train.clip_low", "0.2"], r"train\.clip_low = '0\.2'.*whole leaf.*at most 0\.05"),
+        (["--train.loss", "gspo", "--train.clip_high", "0.06"], r"train\.clip_high = '0\.06'.*at most 0\.05"),
         (["--train.minibatches", "9", "--train.batch", "8"], r"train\.minibatches.*a batch of 8 groups"),
     ],
 )
@@ -145,4 +155,39 @@ def test_keys_that_make_no_sense_together_are_refused(flags: list[str], sentence
 def test_the_clips_follow_from_the_loss_unless_they_are_given(loss: str, low: float, high: float) -> None:
     train = load(None, ["--train.loss", loss]).train
     assert (train.clip_low, train.clip_high) == (low, high)
-    assert load(None, ["--train.loss", loss, "--train.clip_high", "0.3"]).train.clip_high == 0.3
+    assert load(None, ["--train.loss", loss, "--train.clip_high", "0.03"]).train.clip_high == 0.03
+
+
+OTHERS: dict[str, Any] = {
+    "clip_low": 0.01,
+    "clip_high": 0.01,
+    "dual_clip": 3.0,
+    "dppo_delta": 0.1,
+    "tis_cap": 3.0,
+    "icepop_low": 0.1,
+    "icepop_high": 9.0,
+    "m2po_tau": 0.1,
+    "singleton": "raw",
+    "std_floor": 0.1,
+    "inter_weight": 0.5,
+    "intra_weight": 0.5,
+}
+"""A value other than the default for each option that not every choice uses."""
+
+
+@pytest.mark.parametrize(("key", "choices"), [("loss", Loss), ("correction", Correction), ("estimator", Estimator)])
+def test_an_option_is_accepted_by_the_choices_that_use_it_and_by_no_other(key: str, choices: Any) -> None:
+    table = OPTIONS[key]
+    assert table.keys() <= set(get_args(choices))
+    for choice, option in itertools.product(get_args(choices), set[str]().union(*table.values())):
+        flags = [f"--train.{key}", choice, f"--train.{option}", str(OTHERS[option])]
+        if option in table.get(choice, set()):
+            assert getattr(load(None, flags).train, option) == OTHERS[option]
+        else:
+            with pytest.raises(ConfigError, match=rf"train\.{option} = .*only train\.{key} = .*{key} is {choice}; leave it out"):
+                load(None, flags)
+
+
+def test_an_option_of_another_choice_may_have_its_default() -> None:
+    """So it is in a configuration that was written out whole."""
+    assert load(None, ["--train.tis_cap", "2", "--train.loss", "dppo", "--train.clip_low", "0.2"]).train.loss == "dppo"
