@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,9 +31,7 @@ from torch import Tensor
 from learner.trainer.corrections import weigh
 from learner.trainer.tally import Tally
 from learner.trainer.targets import Targets
-from treegrpo.config import TrainConfig
-
-Estimator = Literal["k1", "k2", "k3"]
+from treegrpo.config import KlEstimator, Loss, TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +47,11 @@ class _Terms:
     """log π_θ, with the gradient."""
     sampled_X: Tensor
     counted_X: Tensor
+
+    @property
+    def credited_X(self) -> Tensor:
+        """bool: has a part in the loss."""
+        return (self.plus_X != 0) | (self.minus_X != 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def policy_loss(
     anchor_A = targets.sampled_A if train.correction == "none" else proximal_A
     make = _per_place if train.loss == "gspo" else _per_token
     terms = make(logprob_A, logprob_A - anchor_A, proximal_A - targets.sampled_A, targets)
-    gain = _GAINS[train.loss](terms, train)
+    gain = GAINS[train.loss](terms, train)
     weights = weigh(terms.log_rho_X, train, m2po_limit)
     figures = {
         "terms": torch.ones_like(gain.low_X),
@@ -90,17 +92,18 @@ def policy_loss(
         "capped": weights.capped_X,
         "masked": weights.masked_X,
     }
-    return -(weights.rho_X * gain.gain_X).sum(), Tally.over(terms.counted_X, figures)
+    rho_X = weights.rho_X.masked_fill(~terms.credited_X, 0)  # nothing stays nothing where ρ overflows
+    return -(rho_X * gain.gain_X).sum(), Tally.over(terms.counted_X, figures)
 
 
-def reference_penalty(logprob_A: Tensor, reference_A: Tensor, targets: Targets, estimator: Estimator) -> tuple[Tensor, Tally]:
+def reference_penalty(logprob_A: Tensor, reference_A: Tensor, targets: Targets, estimator: KlEstimator) -> tuple[Tensor, Tally]:
     """Σ W·k against the reference policy, to be multiplied by β, and the sum of k3 unweighted as `kl_reference`."""
     k3_A = kl(logprob_A, reference_A, "k3")
     k_A = k3_A if estimator == "k3" else kl(logprob_A, reference_A, estimator)
     return (targets.weight_A * k_A).sum(), Tally.over(targets.counted_A, {"kl_reference": k3_A})
 
 
-def kl(logprob_A: Tensor, reference_A: Tensor, estimator: Estimator) -> Tensor:
+def kl(logprob_A: Tensor, reference_A: Tensor, estimator: KlEstimator) -> Tensor:
     """Schulman's estimators of KL(π_θ ‖ π_reference) from tokens drawn from π_θ, with d = reference − logprob.
 
     k1 = −d is unbiased; k2 = d²/2 is biased, but its gradient is not; k3 = exp(d) − 1 − d is unbiased and at least 0.
@@ -150,17 +153,21 @@ def _mean_over_leaf(values_A: Tensor, targets: Targets) -> Tensor:
 
 
 def _clipped(terms: _Terms, train: TrainConfig) -> _Gain:
-    ratio_X, low, high = terms.log_ratio_X.exp(), 1 - train.clip_low, 1 + train.clip_high
-    most = train.dual_clip or None
-    gain_X = terms.plus_X * ratio_X.clamp(max=high) + terms.minus_X * ratio_X.clamp(min=low, max=most)
+    """The bounds act on log r, each side by itself: a ratio that overflows has no gradient to multiply by 0."""
+    log_r_X, high = terms.log_ratio_X, math.log1p(train.clip_high)
+    low = math.log1p(-train.clip_low) if train.clip_low < 1 else -math.inf
+    most = math.log(train.dual_clip) if train.dual_clip else math.inf
     down_X, up_X = terms.minus_X < 0, terms.plus_X > 0
-    return _Gain(gain_X, down_X & (ratio_X < low), up_X & (ratio_X > high), down_X & (ratio_X > (most or math.inf)))
+    pulled_X = terms.plus_X * log_r_X.clamp(max=high).exp()
+    pushed_X = terms.minus_X * log_r_X.clamp(low, most).masked_fill(~down_X, 0).exp()
+    return _Gain(pulled_X + pushed_X, down_X & (log_r_X < low), up_X & (log_r_X > high), down_X & (log_r_X > most))
 
 
 def _clipped_weight(terms: _Terms, train: TrainConfig) -> _Gain:
     ratio_X, low, high = terms.log_ratio_X.detach().exp(), 1 - train.clip_low, 1 + train.clip_high
     gain_X = ratio_X.clamp(low, high) * (terms.plus_X + terms.minus_X) * terms.logprob_X
-    return _Gain(gain_X, ratio_X < low, ratio_X > high, torch.zeros_like(terms.counted_X))
+    credited_X = terms.credited_X
+    return _Gain(gain_X, credited_X & (ratio_X < low), credited_X & (ratio_X > high), torch.zeros_like(credited_X))
 
 
 def _divergence_mask(terms: _Terms, train: TrainConfig) -> _Gain:
@@ -168,10 +175,11 @@ def _divergence_mask(terms: _Terms, train: TrainConfig) -> _Gain:
     too_high_X, too_low_X = shift_X > train.dppo_delta, shift_X < -train.dppo_delta
     kept_X = terms.plus_X.masked_fill(too_high_X, 0) + terms.minus_X.masked_fill(too_low_X, 0)
     low_X, high_X = too_low_X & (terms.minus_X < 0), too_high_X & (terms.plus_X > 0)
-    return _Gain(terms.log_ratio_X.exp() * kept_X, low_X, high_X, torch.zeros_like(low_X))
+    ratio_X = terms.log_ratio_X.masked_fill(kept_X == 0, 0).exp()
+    return _Gain(ratio_X * kept_X, low_X, high_X, torch.zeros_like(low_X))
 
 
-_GAINS: dict[str, Callable[[_Terms, TrainConfig], _Gain]] = {
+GAINS: dict[Loss, Callable[[_Terms, TrainConfig], _Gain]] = {
     "ppo": _clipped,
     "cispo": _clipped_weight,
     "gspo": _clipped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,11 +16,11 @@ class Tally:
 
     sums: dict[str, float] = field(default_factory=dict[str, float])
     peaks: dict[str, float] = field(default_factory=dict[str, float])
-    """Maxima of figures that are at least 0."""
+    """Maxima of figures that are at least 0, or NaN."""
 
     def __add__(self, other: Tally) -> Tally:
         sums = {name: self[name] + other[name] for name in self.sums | other.sums}
-        peaks = {name: max(self.peak(name), other.peak(name)) for name in self.peaks | other.peaks}
+        peaks = {name: _larger(self.peak(name), other.peak(name)) for name in self.peaks | other.peaks}
         return Tally(sums, peaks)
 
     def __getitem__(self, name: str) -> float:
@@ -39,3 +40,8 @@ class Tally:
         """The sums of figures over the entries that count, in float64 and with one transfer from the device."""
         sums = torch.stack([figure_X.detach()[counted_X].double().sum() for figure_X in figures.values()])
         return cls(dict(zip(figures, sums.tolist(), strict=True)))
+
+
+def _larger(one: float, other: float) -> float:
+    """NaN if either is, as with sums."""
+    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)

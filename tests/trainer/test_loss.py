@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,16 +12,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learner.trainer.corrections import m2po_limit
-from learner.trainer.loss import Estimator, entropy_bonus, kl, policy_loss, reference_penalty
+from learner.trainer.loss import GAINS, entropy_bonus, kl, policy_loss, reference_penalty
 from learner.trainer.tally import Tally
 from learner.trainer.targets import Targets
 from tests.trainer.targets import float64, lone, near, places, random_targets
-from treegrpo.config import TrainConfig
+from treegrpo.config import CORRECTION_OPTIONS, LOSS_OPTIONS, KlEstimator, Loss, TrainConfig
 
 CORRECTIONS = ("none", "decoupled", "tis", "icepop", "m2po")
 TOKEN_LEVEL: list[dict[str, Any]] = [{"loss": "ppo"}, {"loss": "ppo", "dual_clip": 1.4}, {"loss": "cispo"}, {"loss": "dppo"}]
-TIGHT = {"clip_low": 0.2, "clip_high": 0.3, "dppo_delta": 0.03, "tis_cap": 1.2, "icepop_low": 0.8, "icepop_high": 1.5}
+BOUNDS = {"clip_low": 0.2, "clip_high": 0.3, "dppo_delta": 0.03, "tis_cap": 1.2, "icepop_low": 0.8, "icepop_high": 1.5}
 SEEDS = st.integers(0, 2**32 - 1)
+
+
+def tight(loss: dict[str, Any], correction: str) -> TrainConfig:
+    """With those of the bounds that loss and correction use."""
+    used = LOSS_OPTIONS[loss["loss"]] | CORRECTION_OPTIONS.get(correction, set())
+    bounds = {name: value for name, value in BOUNDS.items() if name in used}
+    return TrainConfig.model_validate(bounds | loss | {"correction": correction})
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -68,7 +77,7 @@ def test_a_shared_token_loses_what_its_leaves_lose_apart(
 ) -> None:
     rng = seeded(seed)
     targets = random_targets(rng, node_level=node_level)
-    train = TrainConfig.model_validate(TIGHT | loss | {"correction": correction})
+    train = tight(loss, correction)
     proximal = near(rng, targets.sampled_A, 0.3)
     logprob = near(rng, proximal, 0.5).requires_grad_()
     limit = m2po_limit(proximal - targets.sampled_A, 0.04) if correction == "m2po" else math.inf
@@ -88,7 +97,7 @@ def test_the_shared_form_is_tested_where_everything_acts() -> None:
                 rng = seeded(seed)
                 targets = random_targets(rng, node_level=True)
                 proximal = near(rng, targets.sampled_A, 0.3)
-                train = TrainConfig.model_validate(TIGHT | loss | {"correction": correction})
+                train = tight(loss, correction)
                 total += policy_loss(near(rng, proximal, 0.5), proximal, targets, train)[1]
     assert all(total.per(name, "terms") > 0.02 for name in ("clip_low", "clip_high", "clip_dual", "capped", "masked"))
 
@@ -113,8 +122,9 @@ def sequence_loss(logprob_A: Tensor, proximal_A: Tensor, targets: Targets, train
 def test_gspo_is_the_clipped_loss_of_whole_leaves(correction: str, seed: int) -> None:
     rng = seeded(seed)
     targets = random_targets(rng, node_level=False)
+    bounds: dict[str, dict[str, float]] = {"tis": {"tis_cap": 1.02}, "icepop": {"icepop_low": 0.95}}
     train = TrainConfig.model_validate(
-        {"loss": "gspo", "correction": correction, "clip_low": 0.05, "clip_high": 0.08, "tis_cap": 1.02, "icepop_low": 0.95}
+        {"loss": "gspo", "correction": correction, "clip_low": 0.03, "clip_high": 0.05, **bounds.get(correction, {})}
     )
     proximal = near(rng, targets.sampled_A, 0.3)
     logprob = near(rng, proximal, 0.5).requires_grad_()
@@ -125,12 +135,12 @@ def test_gspo_is_the_clipped_loss_of_whole_leaves(correction: str, seed: int) ->
 
 
 def test_gspo_takes_the_ratio_from_the_leaf_and_the_advantage_from_the_node() -> None:
-    """Token 0 is shared. Leaf 0 has s = exp((0.2 + 0.4)/2), leaf 1 s = exp((0.2 − 0.6)/2); the clip cuts at ±0.5."""
+    """Token 0 is shared. Leaf 0 has s = exp((0.02 + 0.04)/2), leaf 1 s = exp((0.02 − 0.06)/2); the clip cuts at ±0.05."""
     targets = places([-1.0, -1.0, -1.0], [[(0, 2.0), (1, 1.0)], [(0, -1.0), (2, -1.0)]], [0.5, 0.25])
-    logprob = float64(-0.8, -0.6, -1.6).requires_grad_()
-    train = TrainConfig(loss="gspo", clip_low=0.5, clip_high=0.5)
+    logprob = float64(-0.98, -0.96, -1.06).requires_grad_()
+    train = TrainConfig(loss="gspo", clip_low=0.05, clip_high=0.05)
     loss, tally = policy_loss(logprob, logprob.detach(), targets, train)
-    high, low = math.exp(0.3), math.exp(-0.2)
+    high, low = math.exp(0.03), math.exp(-0.02)
     assert loss.item() == pytest.approx(-(0.5 * high * 3 - 0.25 * low * 2))
     (gradient,) = torch.autograd.grad(loss, logprob)
     assert gradient.tolist() == pytest.approx([-(0.5 * 2 * high - 0.25 * low), -0.5 * high, 0.25 * low])
@@ -178,6 +188,8 @@ def test_cispo_clips_the_weight_and_keeps_every_gradient() -> None:
     assert loss.item() == pytest.approx(-1.2 * math.log(3) + 2 * 0.5 * math.log(0.25))
     assert torch.autograd.grad(loss, logprob)[0].tolist() == pytest.approx([-1.2, 1.0])
     assert (tally["clip_high"], tally["clip_low"]) == (1, 1)
+    _, tally = policy_loss(logprob, logprob.detach(), lone([0, 0], [0, 0]), TrainConfig(loss="cispo", clip_low=0.5))
+    assert (tally["clip_high"], tally["clip_low"]) == (0, 0)
     unbounded, _ = policy_loss(logprob, logprob.detach(), lone([0, 0], [1, -2]), TrainConfig(loss="cispo"))
     assert torch.autograd.grad(unbounded, logprob)[0].tolist() == pytest.approx([-1.2, 0.5])
 
@@ -198,9 +210,7 @@ def test_rho_is_applied_once(loss: Any) -> None:
     start = float64(-1.2, -1.2).requires_grad_()
     targets = lone([-1.0, -1.0], [1.0, 1.0])
     gradients = [
-        torch.autograd.grad(
-            policy_loss(start, start.detach(), targets, TrainConfig(loss=loss, correction=name, clip_low=0.5))[0], start
-        )
+        torch.autograd.grad(policy_loss(start, start.detach(), targets, TrainConfig(loss=loss, correction=name))[0], start)
         for name in ("none", "decoupled")
     ]
     for (gradient,) in gradients:
@@ -245,6 +255,60 @@ def test_only_tokens_that_count_are_counted() -> None:
     assert (tally["terms"], tally["clip_low"]) == (2, 1)
 
 
+FAR = [(-1.0, -100.0, 1.0), (-1.0, -100.0, 0.0), (-100.0, -1.0, 1.0), (-100.0, -1.0, -1.0), (-100.0, -1.0, 0.0)]
+"""log π_θ, log π_q and advantage of tokens whose ratio, or its inverse, is no float32: e^99."""
+
+
+def leaf_each(far: list[tuple[float, float, float]]) -> tuple[Tensor, Targets]:
+    leaves = [[(token, advantage)] for token, (_, _, advantage) in enumerate(far)]
+    return float64(*(logprob for logprob, _, _ in far)), places([sampled for _, sampled, _ in far], leaves, [0.5] * len(far))
+
+
+def in_float32(targets: Targets) -> Targets:
+    names = ("sampled_A", "advantage_P", "weight_P")
+    return replace(targets, **{name: getattr(targets, name).float() for name in names})
+
+
+@pytest.mark.parametrize("correction", ["none", "tis", "icepop", "m2po"])
+@pytest.mark.parametrize("loss", [*TOKEN_LEVEL, {"loss": "gspo", "clip_low": 0.01, "clip_high": 0.02}], ids=str)
+def test_a_ratio_that_overflows_costs_what_the_paper_says(loss: dict[str, Any], correction: str) -> None:
+    if (loss["loss"], correction) == ("gspo", "m2po"):
+        return  # refused
+    bounded = correction != "none" or loss["loss"] == "cispo" or "dual_clip" in loss
+    logprob, targets = leaf_each(FAR + [(-1.0, -100.0, -1.0)] * bounded)
+    train = tight(loss, correction)
+    reference = sequence_loss if loss["loss"] == "gspo" else partial(path_by_path, limit=1.0)
+    exact, narrow = logprob.clone().requires_grad_(), logprob.float().requires_grad_()
+    wanted = reference(exact, logprob, targets, train)
+    found, _ = policy_loss(narrow, narrow.detach(), in_float32(targets), train, 1.0)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    (of_found,), (of_wanted,) = torch.autograd.grad(found, narrow), torch.autograd.grad(wanted, exact)
+    assert of_found.tolist() == pytest.approx(of_wanted.tolist(), rel=1e-5, abs=1e-30)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("loss", TOKEN_LEVEL, ids=str)
+def test_far_ratios_are_exact_where_they_are_numbers(loss: dict[str, Any], correction: str) -> None:
+    start, targets = leaf_each([*FAR, (-1.0, -100.0, -1.0)])
+    logprob = (start - 0.05).requires_grad_()
+    train = tight(loss, correction)
+    found, wanted = policy_loss(logprob, start, targets, train, 1.0)[0], path_by_path(logprob, start, targets, train, 1.0)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+    (of_found,), (of_wanted,) = torch.autograd.grad(found, logprob), torch.autograd.grad(wanted, logprob)
+    assert of_found.tolist() == pytest.approx(of_wanted.tolist(), rel=1e-12)
+
+
+def test_what_no_bound_holds_is_not_made_finite() -> None:
+    """−r·A with A < 0 and no dual clip, and ρ that is not capped, are what they are: the step is not applied."""
+    logprob, targets = leaf_each([(-1.0, -100.0, -1.0)])
+    for train in (TrainConfig(), TrainConfig(correction="decoupled")):
+        assert policy_loss(logprob.float(), logprob.float(), in_float32(targets), train)[0].item() == math.inf
+
+
+def test_every_loss_of_the_configuration_exists() -> None:
+    assert set(GAINS) == set(LOSS_OPTIONS) == set(get_args(Loss))
+
+
 @given(st.floats(-20, 0), st.floats(-20, 0))
 def test_k3_is_never_negative_and_nothing_between_equals(logprob: float, reference: float) -> None:
     assert kl(torch.tensor(logprob).double(), torch.tensor(reference).double(), "k3").item() >= 0
@@ -253,7 +317,7 @@ def test_k3_is_never_negative_and_nothing_between_equals(logprob: float, referen
 
 def test_the_penalty_is_weighted_and_its_figure_is_not() -> None:
     logprob, reference, targets = float64(-1.0, -2.0), float64(-1.5, -2.0), lone([-1.0, -2.0], [1.0, 1.0], weight=0.25)
-    expectations: list[tuple[Estimator, float]] = [("k1", 0.5), ("k2", 0.125), ("k3", 0.1065307)]
+    expectations: list[tuple[KlEstimator, float]] = [("k1", 0.5), ("k2", 0.125), ("k3", 0.1065307)]
     for estimator, expected in expectations:
         penalty, tally = reference_penalty(logprob, reference, targets, estimator)
         assert penalty.item() == pytest.approx(0.25 * expected, rel=1e-5)
