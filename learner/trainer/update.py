@@ -119,7 +119,8 @@ class Updater:
             known_A = proximal.logprob_A[number] if proximal.logprob_A is not None else None
             loss, figures = self._loss(pack.to(self._device), known_A, proximal.m2po_limit)
             loss.backward()
-            tally += figures + Tally({"loss": loss.item(), "tokens": pack.tokens, "path_tokens": pack.path_tokens})
+            tokens = pack.tokens if pack.path_tokens else 0  # the token of an empty pack is none of the step's
+            tally += figures + Tally({"loss": loss.item(), "tokens": tokens, "path_tokens": pack.path_tokens})
         return sum(self._ranks.gather(tally), Tally())
 
     def _loss(self, pack: Pack, known_A: Tensor | None, limit: float) -> tuple[Tensor, Tally]:
