@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from learner.trainer.branches import Advantage, Branches, Values, compare
+from treegrpo.config import Aggregation
 from treegrpo.tree import ROOT, Group, Leaf, PolicyVersion, Step, Tree
-
-Aggregation = Literal["leaf_mean", "token_mean"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,12 +145,18 @@ def version_lag(groups: Sequence[Group], now: PolicyVersion) -> tuple[float, int
     return mean, max((lag for lag, length in spans if length), default=0)
 
 
-def mixed_siblings(groups: Sequence[Group]) -> float:
-    """Share of sibling sets (steps with one parent) whose members were sampled from different versions."""
-    sets: list[int] = []
-    for tree in (tree for group in groups for tree in group.trees.values()):
-        children: dict[int, list[Step]] = {}
-        for step in tree.steps.values():
-            children.setdefault(step.parent, []).append(step)
-        sets += [len({s.version for step in siblings for s in step.spans}) for siblings in children.values() if len(siblings) > 1]
-    return sum(versions > 1 for versions in sets) / max(len(sets), 1)
+def mixed_siblings(groups: Sequence[Group]) -> float | None:
+    """Share of sibling sets (steps with one parent) whose members were not all sampled from the same versions.
+
+    The trees of a question share their root, so their first steps are siblings. Failed steps count like any other, but
+    one without a token has no version. None if there are no siblings.
+    """
+    sets: dict[tuple[int, int, int], list[frozenset[PolicyVersion]]] = {}
+    for number, group in enumerate(groups):
+        for index, tree in group.trees.items():
+            for step in tree.steps.values():
+                if step.spans:
+                    place = (number, ROOT, ROOT) if step.parent == ROOT else (number, index, step.parent)
+                    sets.setdefault(place, []).append(frozenset(span.version for span in step.spans))
+    mixed = [len(set(versions)) > 1 for versions in sets.values() if len(versions) > 1]
+    return sum(mixed) / len(mixed) if mixed else None

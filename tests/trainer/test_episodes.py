@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from learner.trainer.advantages import Advantage, Options, advantages
 from learner.trainer.episodes import (
-    Aggregation,
     Credit,
     CreditedTree,
     Episodes,
@@ -16,7 +17,8 @@ from learner.trainer.episodes import (
     version_lag,
 )
 from tests.trainer.builders import forked, group, grown, random_group, step, subtree
-from treegrpo.tree import Group, Leaf, PolicyVersion, Step, StepStatus
+from treegrpo.config import Aggregation
+from treegrpo.tree import Group, Leaf, PolicyVersion, Step, StepStatus, VersionSpan
 
 
 def credited(batch: list[Episodes], aggregation: Aggregation = "leaf_mean", options: Options | None = None) -> list[CreditedTree]:
@@ -141,6 +143,27 @@ def test_siblings_of_different_versions_are_counted() -> None:
 def test_siblings_count_as_mixed_also_if_one_failed() -> None:
     failed = subtree([step(3, 1, [5], status=StepStatus.TOOL_ERROR, version=PolicyVersion(0, 1))], {}, index=1)
     assert mixed_siblings([group([forked()[0], failed])]) == 1
+
+
+def test_the_first_steps_of_all_trees_of_a_question_are_siblings() -> None:
+    later = subtree([step(1, 0, [5], version=PolicyVersion(0, 1))], {1: 0.0}, prompt=[1], tree=1)
+    assert mixed_siblings([group([*forked(), later])]) == 0.5
+    assert mixed_siblings([group(forked(), "a"), group([later], "b")]) == 0
+
+
+def test_siblings_that_changed_version_alike_are_not_mixed() -> None:
+    both = (VersionSpan(PolicyVersion(0, 0), 0, 1), VersionSpan(PolicyVersion(0, 1), 1, 2))
+    one, other, third = (replace(step(node, 0, [5, 6]), spans=both) for node in (1, 2, 3))
+    alike = [subtree([one], {1: 1.0}, prompt=[1]), subtree([other], {2: 0.0}, index=1)]
+    assert mixed_siblings([group(alike)]) == 0
+    assert mixed_siblings([group([*alike, subtree([replace(third, spans=(replace(both[0], end=2),))], {3: 0.0}, index=2)])]) == 1
+
+
+def test_without_siblings_whose_version_is_known_no_share_is_mixed() -> None:
+    mute = subtree([step(2, 0, [], status=StepStatus.ENGINE_ERROR)], {}, index=1)
+    mute = replace(mute, steps=(replace(mute.steps[0], spans=()),))
+    assert mixed_siblings([group([subtree([step(1, 0, [5])], {1: 1.0}, prompt=[1]), mute])]) is None
+    assert mixed_siblings([]) is None
 
 
 def test_a_tree_without_leaf_takes_its_place_in_the_group() -> None:
