@@ -40,50 +40,70 @@ class Phases:
 def step_values(
     after: Progress, groups: Sequence[Group], batch: Sequence[Episodes], update: Update, phases: Phases
 ) -> dict[str, Any]:
-    """The record of the step that led to ``after``; shares are over the step's groups or its usable leaves."""
-    leaves = [leaf for one in batch for leaf in one.leaves]
-    rewards = np.array([leaf.reward for leaf in leaves] or [0.0])
-    lag_mean, lag_max = version_lag(groups, PolicyVersion(after.lineage, after.step - 1))
-    return {
+    """The record of the step that led to ``after``; shares are over the step's groups or its usable leaves.
+
+    A figure of which nothing was measured is not in it.
+    """
+    values = {
         "step": after.step,
         "version": str(after.version),
         "position": after.position,
         "groups": len(groups),
         "groups_without_leaf": len(groups) - len(batch),
-        "leaves": len(leaves),
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "em": float(np.mean([leaf.metrics.get("em", 0.0) for leaf in leaves] or [0.0])),
-        "zero_signal_ratio": sum(not has_signal(one.rewards) for one in batch) / max(len(batch), 1),
-        **update_values(update),
-        "lag_mean": lag_mean,
-        "lag_max": lag_max,
-        "mixed_siblings_ratio": mixed_siblings(groups),
+        "leaves": sum(len(one.leaves) for one in batch),
+        **(_leaf_values(batch) if batch else {}),
+        **_update_values(update),
+        **(_version_values(groups, PolicyVersion(after.lineage, after.step - 1)) if groups else {}),
         "seconds": dict(phases.seconds),
         "waiting_seconds": phases.seconds.get("wait", 0.0),
     }
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def update_values(update: Update) -> dict[str, Any]:
-    """What the optimiser steps did: means per action token, shares of the loss's terms."""
+def _leaf_values(batch: Sequence[Episodes]) -> dict[str, Any]:
+    """What the leaves earned; there is at least one."""
+    leaves = [leaf for one in batch for leaf in one.leaves]
+    rewards = np.array([leaf.reward for leaf in leaves])
+    return {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "em": float(np.mean([leaf.metrics.get("em", 0.0) for leaf in leaves])),
+        "zero_signal_ratio": sum(not has_signal(one.rewards) for one in batch) / len(batch),
+    }
+
+
+def _version_values(groups: Sequence[Group], now: PolicyVersion) -> dict[str, Any]:
+    lag_mean, lag_max = version_lag(groups, now)
+    return {"lag_mean": lag_mean, "lag_max": lag_max, "mixed_siblings_ratio": mixed_siblings(groups)}
+
+
+def _update_values(update: Update) -> dict[str, Any]:
+    """What the optimiser steps did: means per action token, shares of the loss's terms; None where there is none."""
     tally = update.tally
+
+    def per(name: str, of: str) -> float | None:
+        return tally.per(name, of) if name in tally.sums and tally[of] else None
+
+    def effective(*signs: str) -> float | None:
+        return effective_sample(tally, *signs) if any(tally[f"count/{sign}"] for sign in signs) else None
+
     return {
         "outcomes": list(update.outcomes),
         "loss": update.loss,
         "grad_norm": update.grad_norm,
         "lr": update.lr,
         "tokens": int(tally["tokens"]),
-        "token_ratio": tally.per("path_tokens", "tokens"),
-        "log_ratio_max": tally.peak("log_ratio_max"),
-        "effective_sample_ratio": effective_sample(tally, *SIGNS),
-        **{f"effective_sample_{sign}_ratio": effective_sample(tally, sign) for sign in SPLIT},
-        **{name: tally.per(name, "actions") for name in ("kl_mismatch", "kl_reference", "entropy")},
-        **{f"{name}_ratio": tally.per(name, "terms") for name in ("clip_low", "clip_high", "clip_dual", "capped", "masked")},
+        "token_ratio": per("path_tokens", "tokens"),
+        "log_ratio_max": tally.peak("log_ratio_max") if tally["actions"] else None,
+        "effective_sample_ratio": effective(*SIGNS),
+        **{f"effective_sample_{sign}_ratio": effective(sign) for sign in SPLIT},
+        **{name: per(name, "actions") for name in ("kl_mismatch", "kl_reference", "entropy")},
+        **{f"{name}_ratio": per(name, "terms") for name in ("clip_low", "clip_high", "clip_dual", "capped", "masked")},
     }
 
 
 def show(metrics: TrainerMetrics, values: dict[str, Any]) -> None:
-    """Put the record of a step on /metrics."""
+    """Put the record of a step on /metrics; what it has no figure of stays as it was."""
     gauges = {
         "step": metrics.step,
         "reward_mean": metrics.reward,
@@ -93,11 +113,7 @@ def show(metrics: TrainerMetrics, values: dict[str, Any]) -> None:
         "kl_mismatch": metrics.mismatch,
         "token_ratio": metrics.token_ratio,
         "log_ratio_max": metrics.log_ratio,
-        "effective_sample_ratio": metrics.effective.labels("all"),
-        **{f"effective_sample_{sign}_ratio": metrics.effective.labels(sign) for sign in SPLIT},
         "entropy": metrics.entropy,
-        **{f"clip_{side}_ratio": metrics.clip.labels(side) for side in ("low", "high", "dual")},
-        **{f"{how}_ratio": metrics.corrected.labels(how) for how in ("capped", "masked")},
         "grad_norm": metrics.grad_norm,
         "lr": metrics.lr,
         "lag_mean": metrics.lag_mean,
@@ -105,8 +121,17 @@ def show(metrics: TrainerMetrics, values: dict[str, Any]) -> None:
         "mixed_siblings_ratio": metrics.mixed,
         "zero_signal_ratio": metrics.zero_signal,
     }
-    for name, gauge in gauges.items():
-        gauge.set(values[name])
+    labelled = {
+        "effective_sample_ratio": (metrics.effective, "all"),
+        **{f"effective_sample_{sign}_ratio": (metrics.effective, sign) for sign in SPLIT},
+        **{f"clip_{side}_ratio": (metrics.clip, side) for side in ("low", "high", "dual")},
+        **{f"{how}_ratio": (metrics.corrected, how) for how in ("capped", "masked")},
+    }
+    for name in gauges.keys() & values.keys():
+        gauges[name].set(values[name])
+    for name in labelled.keys() & values.keys():
+        gauge, label = labelled[name]
+        gauge.labels(label).set(values[name])
     for outcome in values["outcomes"]:
         if outcome != "applied":
             metrics.skipped.labels(outcome).inc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,12 @@ def plot(progress: Progress, path: Path, title: str) -> None:
 
 
 def _reward(axes: Axes, progress: Progress) -> None:
-    axes.plot(_steps(progress), [step.reward_mean for step in progress.steps], color=INK["reward"])
+    axes.plot(_steps(progress), _figures(progress, "reward_mean"), color=INK["reward"])
     axes.set_title("reward, mean of the step's leaves")
 
 
 def _em(axes: Axes, progress: Progress) -> None:
-    axes.plot(_steps(progress), [100 * step.em for step in progress.steps], color=INK["train"], label="training, sampled")
+    axes.plot(_steps(progress), _figures(progress, "em", 100), color=INK["train"], label="training, sampled")
     points: dict[str, Any] = {"color": INK["heldout"], "marker": "o", "label": "held-out, greedy"}
     axes.plot([record.step for record in progress.evals], [100 * record.em for record in progress.evals], **points)
     for record in progress.evals:
@@ -79,17 +80,23 @@ def _saving(axes: Axes, progress: Progress) -> None:
 
 
 def _lag(axes: Axes, progress: Progress) -> None:
-    axes.plot(_steps(progress), [step.lag_max for step in progress.steps], color=INK["chains"], label="max")
-    axes.plot(_steps(progress), [step.lag_mean for step in progress.steps], color=INK["lag"], label="mean")
+    axes.plot(_steps(progress), _figures(progress, "lag_max"), color=INK["chains"], label="max")
+    axes.plot(_steps(progress), _figures(progress, "lag_mean"), color=INK["lag"], label="mean")
     axes.set_ylim(bottom=0)
     axes.set_title("version lag of trained tokens")
     axes.legend(loc="lower right", frameon=False)
 
 
 def _signal(axes: Axes, progress: Progress) -> None:
-    axes.plot(_steps(progress), [100 * step.zero_signal_ratio for step in progress.steps], color=INK["chains"])
+    axes.plot(_steps(progress), _figures(progress, "zero_signal_ratio", 100), color=INK["chains"])
     axes.set_ylim(0, 105)
     axes.set_title("groups without signal, %")
+
+
+def _figures(progress: Progress, name: str, factor: float = 1) -> list[float]:
+    """A figure of every step, NaN where it has none: a gap in the line."""
+    values = (getattr(step, name) for step in progress.steps)
+    return [math.nan if value is None else factor * value for value in values]
 
 
 def _steps(progress: Progress) -> list[int]:

@@ -25,26 +25,28 @@ class Account(BaseModel):
 
 
 class StepRecord(BaseModel):
-    """One optimiser step, with the books as they stood after it."""
+    """One optimiser step, with the books as they stood after it; None is a figure that the step had nothing to make of."""
 
     time: float
     """Unix seconds."""
     step: int
     version: str
-    reward_mean: float
-    em: float
+    reward_mean: float | None = None
+    em: float | None = None
     """Share of the step's leaves with an exact match."""
-    lag_mean: float
-    lag_max: int
-    zero_signal_ratio: float
+    lag_mean: float | None = None
+    lag_max: int | None = None
+    zero_signal_ratio: float | None = None
     ledger: dict[str, dict[str, Account]]
     """By lease kind, by currency."""
     chain_tokens: int
-    """What chains to the same leaves would have cost so far."""
+    """What chains to the same leaves would have needed so far."""
     saving: float
-    """1 - spent / chain_tokens."""
+    """1 - tokens the trees needed / chain_tokens."""
     saving_tool_calls: float
     """The same in tool calls."""
+    recomputed: float = 0.0
+    """Share of the spent tokens that were computed again, mostly because the weights had changed."""
     samplers: int
 
     @property

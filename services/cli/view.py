@@ -35,13 +35,17 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def percent(share: float | None) -> str:
+    return "none" if share is None else f"{100 * share:.1f} %"
 
 
-def spark(values: Sequence[float], width: int = 40) -> str:
-    """The last ``width`` values as bars between their least and their greatest."""
-    shown = list(values)[-width:]
+def decimals(number: float | None, places: int) -> str:
+    return "none" if number is None else f"{number:.{places}f}"
+
+
+def spark(values: Sequence[float | None], width: int = 40) -> str:
+    """The last ``width`` values there are as bars between their least and their greatest."""
+    shown = [value for value in values if value is not None][-width:]
     low, span = min(shown, default=0.0), max(shown, default=0.0) - min(shown, default=0.0)
     return "".join(SPARKS[int((value - low) / span * (len(SPARKS) - 1)) if span else 0] for value in shown)
 
@@ -58,8 +62,8 @@ def step_line(steps: Sequence[StepRecord], total: int) -> str:
     """The last of ``steps`` as one line."""
     step = steps[-1]
     return (
-        f"step {step.step}/{total}  reward {step.reward_mean:.3f}  EM {percent(step.em)}  "
-        f"lag {step.lag_mean:.1f} (max {step.lag_max})  {count(tokens_per_second(steps))} tok/s  "
+        f"step {step.step}/{total}  reward {decimals(step.reward_mean, 3)}  EM {percent(step.em)}  "
+        f"lag {decimals(step.lag_mean, 1)} (max {decimals(step.lag_max, 0)})  {count(tokens_per_second(steps))} tok/s  "
         f"spent {count(step.training.spent)} of {count(step.training.granted)} tokens granted  "
         f"saving {percent(step.saving)} tokens, {percent(step.saving_tool_calls)} calls  samplers {step.samplers}"
     )
@@ -103,9 +107,9 @@ def panel(progress: Progress, scrape: Scrape, total: int, title: str) -> Panel:
     steps, last = progress.steps, progress.steps[-1] if progress.steps else None
     table.add_row("step", f"{last.step if last else 0}/{total}" + ("" if last else "  (waiting for the first batch)"))
     if last is not None:
-        table.add_row("reward", f"{last.reward_mean:.3f}  {spark([step.reward_mean for step in steps])}")
+        table.add_row("reward", f"{decimals(last.reward_mean, 3)}  {spark([step.reward_mean for step in steps])}")
         table.add_row("EM", f"{percent(last.em)}  {spark([step.em for step in steps])}")
-        table.add_row("lag", f"{last.lag_mean:.1f} versions (max {last.lag_max})")
+        table.add_row("lag", f"{decimals(last.lag_mean, 1)} versions (max {decimals(last.lag_max, 0)})")
         table.add_row("sampling", f"{count(tokens_per_second(steps))} tok/s")
         table.add_row(
             "saving", f"{percent(last.saving)} of the tokens, {percent(last.saving_tool_calls)} of the tool calls of chains"

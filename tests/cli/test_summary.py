@@ -68,6 +68,13 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     assert height > 500
 
 
+def test_the_plot_has_a_gap_where_a_step_measured_nothing(tmp_path: Path) -> None:
+    measured = ("reward_mean", "em", "lag_mean", "lag_max", "zero_signal_ratio")
+    write(tmp_path, step_row(1), {name: value for name, value in step_row(2).items() if name not in measured}, step_row(3))
+    plot(read_progress(tmp_path), tmp_path / "progress.png", "a run")
+    assert (tmp_path / "progress.png").stat().st_size > 10_000
+
+
 def test_there_is_no_plot_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing to plot"):
         plot(Progress(), tmp_path / "progress.png", "a run")

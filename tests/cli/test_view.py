@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import generate_latest
 from rich.console import Console
 
-from services.cli.progress import Account, Progress
+from services.cli.progress import Account, Progress, StepRecord
 from services.cli.view import (
     Screen,
     account_of,
@@ -38,6 +38,14 @@ def test_a_step_is_one_line() -> None:
     )
 
 
+def test_what_a_step_did_not_measure_is_said_to_be_none() -> None:
+    row = {name: value for name, value in step_row(2).items() if name not in ("reward_mean", "em", "lag_mean", "lag_max")}
+    steps = [step(1), StepRecord.model_validate(row)]
+    assert "reward none  EM none  lag none (max none)" in step_line(steps, 100)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(panel(Progress(steps), {}, 100, "runs/demo"))
+
+
 def test_an_evaluation_is_one_line_that_tells_of_failures() -> None:
     assert eval_line(evaluation(20, 0.3125)) == "held-out after step 20: EM 31.2 %, reward 0.100 (20 questions)"
     assert eval_line(evaluation(0, 0.5, failed=2)).endswith("(20 questions, 2 failed)")
@@ -62,6 +70,7 @@ def test_only_the_first_and_the_newest_evaluations_are_shown() -> None:
 def test_sparks_span_from_least_to_greatest() -> None:
     assert spark([0.0, 0.5, 1.0]) == "▁▄█"
     assert spark([1.0, 1.0]) == "▁▁"
+    assert spark([0.0, None, 0.5, 1.0]) == "▁▄█"
     assert spark([]) == ""
 
 

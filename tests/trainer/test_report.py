@@ -58,7 +58,6 @@ def test_shares_are_of_the_right_whole() -> None:
         "masked_ratio": 0.25,
         "effective_sample_ratio": 49 / (3 * 19),
         "effective_sample_up_down_ratio": 16 / (2 * 10),
-        "effective_sample_up_up_ratio": 1.0,
         "log_ratio_max": 1.25,
         "zero_signal_ratio": 0.5,
     }
@@ -68,7 +67,25 @@ def test_shares_are_of_the_right_whole() -> None:
 def test_a_step_without_tokens_has_a_record_too() -> None:
     found = values(Update(("no_signal",), 0.0, 0.0, 1e-6, Tally()))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert (found["kl_mismatch"], found["masked_ratio"], found["effective_sample_ratio"]) == (0.0, 0.0, 1.0)
+    assert (found["tokens"], found["loss"]) == (0, 0.0)
+    assert found.keys() & {*TALLY.sums, *TALLY.peaks} == {"tokens"}
+    assert not any(name.startswith(("effective", "clip", "capped", "masked", "token_")) for name in found)
+
+
+def test_a_step_without_groups_says_nothing_of_leaves_and_versions() -> None:
+    nothing = Update(("no_signal",), 0.0, 0.0, 1e-6, Tally())
+    found = step_values(Progress(step=3, position=2), [], [], nothing, Phases())
+    measured = {"reward_mean", "reward_std", "em", "zero_signal_ratio", "lag_mean", "lag_max", "mixed_siblings_ratio"}
+    assert measured <= values(nothing).keys()
+    assert not measured & found.keys()
+    assert (found["groups"], found["leaves"]) == (0, 0)
+
+
+def test_a_class_of_tokens_or_a_reference_that_is_not_there_has_no_figure() -> None:
+    without = Tally({name: value for name, value in TALLY.sums.items() if name != "kl_reference"}, TALLY.peaks)
+    found = values(Update(("applied",), 0.25, 1.5, 1e-6, without))
+    assert "effective_sample_up_down_ratio" in found
+    assert not found.keys() & {"effective_sample_up_up_ratio", "kl_reference"}
 
 
 def test_the_record_is_on_the_metrics_page() -> None:
@@ -77,7 +94,6 @@ def test_the_record_is_on_the_metrics_page() -> None:
     expected = {
         ("treegrpo_effective_sample_ratio", ("sign", "all")): 49 / 57,
         ("treegrpo_effective_sample_ratio", ("sign", "up_down")): 0.8,
-        ("treegrpo_effective_sample_ratio", ("sign", "down_down")): 1.0,
         ("treegrpo_clip_ratio", ("side", "low")): 0.05,
         ("treegrpo_clip_ratio", ("side", "dual")): 0.15,
         ("treegrpo_corrected_ratio", ("how", "capped")): 0.2,
@@ -89,3 +105,15 @@ def test_the_record_is_on_the_metrics_page() -> None:
     assert found == pytest.approx(expected)
     assert metrics.registry.get_sample_value("treegrpo_log_ratio_max") == 1.25
     assert metrics.registry.get_sample_value("treegrpo_trained_tokens_total") == 30
+
+
+def test_what_was_not_measured_leaves_its_gauge_alone() -> None:
+    metrics = TrainerMetrics()
+    show(metrics, values(Update(("no_signal",), 0.0, 0.0, 1e-6, Tally())))
+    assert metrics.registry.get_sample_value("treegrpo_clip_ratio", {"side": "low"}) is None
+    assert metrics.registry.get_sample_value("treegrpo_effective_sample_ratio", {"sign": "all"}) is None
+    show(metrics, values(Update(("applied",), 0.25, 1.5, 1e-6, TALLY)))
+    show(metrics, values(Update(("no_signal",), 0.0, 0.0, 1e-6, Tally())))
+    assert metrics.registry.get_sample_value("treegrpo_entropy") == 1.5
+    assert metrics.registry.get_sample_value("treegrpo_loss") == 0.0
+    assert metrics.registry.get_sample_value("treegrpo_effective_sample_ratio", {"sign": "down_down"}) is None
