@@ -260,6 +260,22 @@ class Group:
     def cost(self) -> Cost:
         return sum((step.cost for tree in self.trees.values() for step in tree.steps.values()), Cost())
 
+    def needed(self) -> Cost:
+        """What its trees need on an engine that forgets nothing and whose weights do not change.
+
+        Every node's action is sampled once; what is read is computed once for each distinct prefix.
+        """
+        read: dict[bytes, int] = {}
+        cost = Cost()
+        for tree in self.trees.values():
+            below = {ROOT: tree.prompt.tobytes()}
+            read[below[ROOT]] = len(tree.prompt)
+            for step in tree.steps.values():  # parents come first
+                below[step.node] = below[step.parent] + step.action.tobytes() + step.observation.tobytes()
+                read[below[step.node]] = len(step.observation)
+                cost += Cost(decoded=len(step.action), tool_calls=step.cost.tool_calls)
+        return cost + Cost(prefilled=sum(read.values()))
+
     def chain_equivalent(self) -> Cost:
         """What independent chains to the same leaves would have computed, on an engine that also caches prefixes.
 

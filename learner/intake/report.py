@@ -27,6 +27,7 @@ class Reporter:
         self._recent = {kind: deque[tuple[float, float]](maxlen=window) for kind in LeaseKind}
         self._spent = {kind: Budget() for kind in LeaseKind}
         self._chain = {kind: Budget() for kind in LeaseKind}
+        self._needed = {kind: Budget() for kind in LeaseKind}
         self._samplers = 0
         self._counted: dict[tuple[LeaseKind, str, str], int] = {}
 
@@ -71,6 +72,8 @@ class Reporter:
         self._spent[kind] += Budget.of(group.group.cost) + Budget.of(end.unaccounted)
         chain = Budget.of(group.group.chain_equivalent())
         self._chain[kind] += chain
+        self._needed[kind] += Budget.of(group.group.needed())
+        self.metrics.recomputed.labels(kind.value).set(self.recomputed(kind))
         for currency in CURRENCIES:
             self.metrics.chain.labels(kind.value, currency).inc(getattr(chain, currency))
             self.metrics.saving.labels(kind.value, currency).set(self.saving(kind, currency))
@@ -78,9 +81,17 @@ class Reporter:
             gauge.labels(kind.value).set(sum(row[place] for row in self._recent[kind]) / len(self._recent[kind]))
 
     def saving(self, kind: LeaseKind, currency: str) -> float:
-        """1 - spent / what chains to the same leaves would have cost, over the closed groups."""
+        """1 - needed / what chains to the same leaves would have needed, over the closed groups; see docs/adr/0002."""
         chain = getattr(self._chain[kind], currency)
-        return 1.0 - getattr(self._spent[kind], currency) / chain if chain else 0.0
+        return 1.0 - getattr(self._needed[kind], currency) / chain if chain else 0.0
+
+    def recomputed(self, kind: LeaseKind) -> float:
+        """Share of the spent tokens that the trees did not need: new weights make every cached key and value stale.
+
+        What a cache shares between questions goes the other way and is taken off, so it is 0 at least.
+        """
+        spent = self._spent[kind].tokens
+        return max(0.0, 1.0 - self._needed[kind].tokens / spent) if spent else 0.0
 
     def book(self, book: LeaseBook) -> None:
         """Bring the metrics of ledger and leases up to date."""
@@ -111,6 +122,7 @@ class Reporter:
         return {
             "ledger": book.ledger.summary(),
             "chain_tokens": self._chain[LeaseKind.TRAIN].tokens,
+            "recomputed": self.recomputed(LeaseKind.TRAIN),
             "saving": self.saving(LeaseKind.TRAIN, "tokens"),
             "saving_tool_calls": self.saving(LeaseKind.TRAIN, "tool_calls"),
             "samplers": self._samplers,

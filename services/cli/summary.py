@@ -34,9 +34,11 @@ def budget_summary(progress: Progress) -> str:
     last = progress.steps[-1]
     calls = last.ledger["train"]["tool_calls"].spent
     return (
-        f"rollout budget: {count(last.training.spent)} tokens and {count(calls)} tool calls; against chains to the same leaves "
-        f"that saves {percent(last.saving)} of the tokens and {percent(last.saving_tool_calls)} of the calls"
+        f"rollout budget: {count(last.training.spent)} tokens, {percent(last.recomputed)} of them once more under new weights, and "
+        f"{count(calls)} tool calls; chains to the same leaves need more: trees save {percent(last.saving)} of the tokens and "
+        f"{percent(last.saving_tool_calls)} of the calls"
     )
+
 
 
 def program() -> str:

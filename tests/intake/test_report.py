@@ -43,4 +43,5 @@ def test_a_progress_line_has_the_books_beside_it(tmp_path: Path) -> None:
     line = json.loads((tmp_path / "progress.jsonl").read_text(encoding="utf-8"))
     tokens = line["ledger"]["train"]["tokens"]
     assert tokens["granted"] == tokens["spent"] + tokens["refunded"] + tokens["forfeited"] + tokens["outstanding"]
-    assert (line["kind"], line["step"], line["saving"], line["saving_tool_calls"]) == ("step", 1, 1 - 28 / 18, 0.0)
+    assert (line["kind"], line["step"], line["saving"], line["saving_tool_calls"]) == ("step", 1, 0.0, 0.0)
+    assert line["recomputed"] == 1 - 18 / 28
