@@ -69,7 +69,7 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
         )
     except Exception as error:  # a broken file surfaces as any of a dozen types
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"The model in {folder} cannot be loaded ({reason}); restore it from its source.") from error
+        raise ModelError(f"The model in {folder} cannot be loaded ({reason}); restore it, or choose one of another kind.") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"The weights in {folder} lack {len(missing)} tensors, {missing[0]} first; restore them.")
     model = cast("PreTrainedModel", loaded)
@@ -105,7 +105,7 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
         ModelError: it does not, having soft-capped logits, scaled ones, or positions of its own making.
     """
     device, whole = next(model.parameters()).device, cast("Any", model)
-    paths = [np.array(ids, np.uint32) for ids in ([1, 2, 3, 4, 5, 6], [1, 2, 7, 8])]
+    paths = [np.array(ids, np.uint32) % whole.config.vocab_size for ids in ([1, 2, 0, 4], [1, 2, 3, 4, 5, 6])]
     layout, places = lay_out(paths, [0, 2])
     ids_T = np.zeros(layout.tokens, np.int64)
     for path, place in zip(paths, places, strict=True):

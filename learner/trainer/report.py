@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def step_values(
 ) -> dict[str, Any]:
     """The record of the step that led to ``after``; shares are over the step's groups or its usable leaves.
 
-    A figure of which nothing was measured is not in it.
+    A figure of which nothing was measured, or that is not finite, is not in it.
     """
     values = {
         "step": after.step,
@@ -57,7 +58,9 @@ def step_values(
         "seconds": dict(phases.seconds),
         "waiting_seconds": phases.seconds.get("wait", 0.0),
     }
-    return {name: value for name, value in values.items() if value is not None}
+    return {
+        name: value for name, value in values.items() if not (value is None or (isinstance(value, float) and not isfinite(value)))
+    }
 
 
 def _leaf_values(batch: Sequence[Episodes]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from treegrpo.config import Config
 
 log = logging.getLogger(__name__)
 Outcome = Literal["applied", "no_signal", "not_finite"]
+ROUNDING = 1e-7
+"""A gradient this much smaller than the credit Σ|w·A| that made it is what float32 leaves of nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,8 @@ class Updater:
     def update(self, minibatches: Sequence[Sequence[Pack]], step: int) -> Update:
         """For each minibatch add up the gradients of its packs and step once.
 
-        A gradient that is exactly zero is not applied, or momentum and weight decay would move the policy without
-        reason; nor is one that is not finite.
+        A gradient of nothing, or of what rounding leaves where advantages cancel out, is not applied, or AdamW would move
+        the policy without reason; nor is one that is not finite.
 
         Args:
             minibatches: the packs of each, with weights that are normalised within it.
@@ -90,7 +92,7 @@ class Updater:
         for packs, proximal in zip(minibatches, self._proximal(minibatches), strict=True):
             tally = self._gradients(packs, proximal)
             norm = full_tensor(clip_grad_norm_(self.model.parameters(), self._train.max_grad_norm)).item()
-            outcomes.append(self._apply(tally["loss"], norm, step))
+            outcomes.append(self._apply(tally, norm, step))
             total, norms = total + tally, norms + norm
         return Update(tuple(outcomes), total["loss"] / len(outcomes), norms / len(outcomes), lr, total)
 
@@ -120,7 +122,9 @@ class Updater:
             loss, figures = self._loss(pack.to(self._device), known_A, proximal.m2po_limit)
             loss.backward()
             tokens = pack.tokens if pack.path_tokens else 0  # the token of an empty pack is none of the step's
-            tally += figures + Tally({"loss": loss.item(), "tokens": tokens, "path_tokens": pack.path_tokens})
+            credit = (pack.targets.weight_P * pack.targets.advantage_P).abs().sum().item()
+            sums = {"loss": loss.item(), "credit": credit, "tokens": tokens, "path_tokens": pack.path_tokens}
+            tally += figures + Tally(sums)
         return sum(self._ranks.gather(tally), Tally())
 
     def _loss(self, pack: Pack, known_A: Tensor | None, limit: float) -> tuple[Tensor, Tally]:
@@ -130,7 +134,8 @@ class Updater:
         proximal_A = logprob_A.detach() if known_A is None else known_A
         loss, tally = policy_loss(logprob_A, proximal_A, targets, train, limit)
         entropy, counted = entropy_bonus(entropy_A, targets)
-        loss, tally = loss - train.entropy_coef * entropy if bonus else loss, tally + counted + mismatch(proximal_A, targets)
+        loss = loss - train.entropy_coef * entropy if bonus else loss
+        tally += counted + mismatch(proximal_A, targets)
         if self._reference is None:
             return loss, tally
         penalty, counted = reference_penalty(logprob_A, self._fixed(self._reference, pack), targets, train.kl_estimator)
@@ -141,8 +146,9 @@ class Updater:
         with torch.no_grad():
             return policy(pack)[0]
 
-    def _apply(self, loss: float, norm: float, step: int) -> Outcome:
-        outcome = _outcome(loss, norm)
+    def _apply(self, tally: Tally, norm: float, step: int) -> Outcome:
+        loss = tally["loss"]
+        outcome = _outcome(loss, norm, ROUNDING * tally["credit"])
         if outcome == "applied":
             self.optimizer.step()
         elif outcome == "not_finite":
@@ -151,10 +157,10 @@ class Updater:
         return outcome
 
 
-def _outcome(loss: float, norm: float) -> Outcome:
+def _outcome(loss: float, norm: float, noise: float) -> Outcome:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return "not_finite"
-    return "applied" if norm > 0 else "no_signal"
+    return "applied" if norm > noise else "no_signal"
 
 
 def learning_rate(step: int, peak: float, warmup_ratio: float, steps: int) -> float:

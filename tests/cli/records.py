@@ -12,7 +12,14 @@ from services.cli.progress import FILE_NAME, EvalRecord, StepRecord
 def books(spent: int) -> dict[str, Any]:
     tokens = {"granted": 9 * spent, "spent": spent, "refunded": 7 * spent, "forfeited": 0, "outstanding": spent}
     ledger = {"train": {"tokens": tokens, "tool_calls": {**tokens, "spent": spent // 100}}}
-    return {"ledger": ledger, "chain_tokens": 2 * spent, "saving": 0.5, "saving_tool_calls": 0.25, "recomputed": 0.125, "samplers": 2}
+    return {
+        "ledger": ledger,
+        "chain_tokens": 2 * spent,
+        "saving": 0.5,
+        "saving_tool_calls": 0.25,
+        "recomputed": 0.125,
+        "samplers": 2,
+    }
 
 
 def step_row(step: int, *, lineage: int = 0, spent: int = 1000, time: float = 0.0, em: float = 0.25) -> dict[str, Any]:

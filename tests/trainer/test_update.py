@@ -14,7 +14,7 @@ from learner.trainer.model import load_model, score
 from learner.trainer.packing import pack
 from learner.trainer.ranks import Ranks
 from learner.trainer.update import Updater, learning_rate
-from tests.trainer.builders import CPU, configure, forked, group, tiny, write_tiny
+from tests.trainer.builders import CPU, configure, forked, group, step, subtree, tiny, write_tiny
 from tests.trainer.naive import (
     applied_gradients,
     assert_same,
@@ -168,6 +168,20 @@ def test_a_batch_without_signal_leaves_the_policy_alone_even_with_momentum(tmp_p
     before = [p.clone() for p in updater.model.parameters()]
     update = updater.update([packs_of([group(forked((1.0, 1.0)))], config)], 1)
     assert (update.outcomes, update.grad_norm, update.tally["tokens"]) == (("no_signal",), 0.0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, updater.model.parameters(), strict=True))
+
+
+def test_advantages_that_cancel_out_move_nothing(tmp_path: Path) -> None:
+    """Two leaves of the same tokens: what one pulls up the other pushes down, but for rounding."""
+    config = configure(tmp_path, loss="cispo", lr=1e-2)
+    updater = Updater(config, tiny(tmp_path / "model"), None)
+    before = [p.clone() for p in updater.model.parameters()]
+    same = [step(1, 0, [10, 11, 12, 13]), step(2, 0, [10, 11, 12, 13])]
+    twins = [
+        subtree([one], {one.node: reward}, prompt=[1], tree=tree)
+        for tree, (one, reward) in enumerate(zip(same, (1.0, 0.0), strict=True))
+    ]
+    assert updater.update([packs_of([group(twins)], config)], 0).outcomes == ("no_signal",)
     assert all(torch.equal(a, b) for a, b in zip(before, updater.model.parameters(), strict=True))
 
 
