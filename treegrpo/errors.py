@@ -11,6 +11,7 @@
     ├── AddressInUseError (OSError)          a port that somebody else holds
     ├── UnavailableError  (ConnectionError)  a peer that is not there
     ├── DeadlineError     (TimeoutError)     a wait that ran out of time
+    ├── RankError         (RuntimeError)     another process of the trainer failed
     ├── EngineError       (RuntimeError)     generation failed; the node is retried, then excluded
     └── ToolError         (RuntimeError)     a tool failed; the node is retried, then excluded
 
@@ -69,6 +70,10 @@ class UnavailableError(TreeGrpoError, ConnectionError):
 
 class DeadlineError(TreeGrpoError, TimeoutError):
     """A wait ended without what was waited for."""
+
+
+class RankError(TreeGrpoError, RuntimeError):
+    """Another rank of the trainer failed, for a reason that it gives itself."""
 
 
 class EngineError(TreeGrpoError, RuntimeError):

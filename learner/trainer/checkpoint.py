@@ -70,11 +70,9 @@ def save(
         write_model(model, partial, tokenizer_from, ranks=ranks)
         with _by_one_process_too():
             state_dict_saver.save({**_moments(model, optimizer), **_random_state(ranks)}, checkpoint_id=partial / "state")
-        if ranks.is_first:
-            (partial / "progress.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
-    if ranks.is_first:
-        for old in _superfluous(root, keep):
-            shutil.rmtree(old)
+        written = json.dumps(asdict(progress)) + "\n"
+        ranks.first(lambda: (partial / "progress.json").write_text(written, encoding="utf-8"))
+    ranks.first(lambda: _remove_superfluous(root, keep))
     return folder
 
 
@@ -147,9 +145,11 @@ def _broken(folder: Path, error: BaseException) -> ModelError:
     return ModelError(f"The checkpoint {folder} is broken ({reason}); remove it to resume from the one before.")
 
 
-def _superfluous(root: Path, keep: int) -> list[Path]:
+def _remove_superfluous(root: Path, keep: int) -> None:
     """All but the newest ``keep`` and the best evaluated one."""
     folders = sorted(root.glob("step-*"))
     evaluated = [(em, folder) for folder in folders if (em := read_progress(folder).em) is not None]
     best = max(evaluated, default=(0.0, None))[1]
-    return [folder for folder in folders[:-keep] if folder != best]
+    for folder in folders[:-keep]:
+        if folder != best:
+            shutil.rmtree(folder)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from learner.trainer.ranks import Ranks, joined
+from learner.trainer.ranks import ALONE, Ranks, joined
 from treegrpo.config import Config
 from treegrpo.edge import FAILED, complain
 from treegrpo.errors import TreeGrpoError
@@ -26,7 +26,7 @@ def run(work: Callable[[Config, Ranks], None], module: str) -> int:
 
     A process that torchrun started is one of its ranks. Any other is the only rank, or starts `train.processes` of them.
     """
-    arguments = sys.argv[1:]
+    arguments, ranks = sys.argv[1:], ALONE
     try:
         config = from_arguments(arguments)
         if config.train.processes > 1 and "RANK" not in os.environ:
@@ -40,7 +40,7 @@ def run(work: Callable[[Config, Ranks], None], module: str) -> int:
             work(config, ranks)
         code = 0
     except TreeGrpoError as error:
-        code = complain(error)
+        code = complain(error) if ranks.says(error) else FAILED
     if dist.is_initialized():  # with a process group, the end of the interpreter now and then aborts (torch 2.13, gloo)
         logging.shutdown()
         sys.stderr.flush()

@@ -65,7 +65,7 @@ class Link:
         answer, told = self._ranks.first(lambda: (self._exchange(request, kind), self._stop.is_set()))
         self.draining |= told
         if isinstance(answer, TreeGrpoError):
-            raise answer
+            self._ranks.raise_alike(answer)
         return answer
 
     def _exchange(self, request: Message, kind: type[Answer]) -> Answer | TreeGrpoError:

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from learner.trainer.model import Dtype
 from learner.trainer.ranks import ALONE, Ranks
+from treegrpo.config import Dtype
 from treegrpo.errors import ContractError
 from treegrpo.tree import PolicyVersion
 
@@ -36,15 +36,17 @@ def write_model(
     """
     kind = getattr(torch, dtype)
     state = ranks.whole_state(model, kind)
-    if not ranks.is_first:
-        return
-    model.save_pretrained(folder, state_dict=state)
-    config = cast("Any", copy.deepcopy(model.config))
-    config.dtype = kind
-    config.save_pretrained(folder)
-    for name in _TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, folder / name)
+
+    def write() -> None:
+        model.save_pretrained(folder, state_dict=state)
+        config = cast("Any", copy.deepcopy(model.config))
+        config.dtype = kind
+        config.save_pretrained(folder)
+        for name in _TOKENIZER_FILES:
+            if (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, folder / name)
+
+    ranks.first(write)
 
 
 def export(model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype, ranks: Ranks = ALONE) -> None:

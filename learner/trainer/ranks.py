@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from learner.trainer.durable import whole
 from learner.trainer.model import Policy
 from learner.trainer.packing import Pack, empty_pack
-from treegrpo.errors import ConfigError, TreeGrpoError, UnavailableError
+from treegrpo.errors import ConfigError, RankError, TreeGrpoError, UnavailableError
 from treegrpo.leash import die_with_parent
 
 CPU = torch.device("cpu")
@@ -37,6 +37,7 @@ PATIENCE = timedelta(minutes=30)
 """Longest that one rank may let the others wait: for a checkpoint to be written, or a dear pack. The intake is asked
 again every few seconds and each answer is shared, so a run that waits or is paused for days stays below it. A rank that
 dies is noticed at once: its connections close."""
+FIRST_FAILED = "Rank 0 of the trainer failed, and with it all others; its traceback in the log has why."
 T = TypeVar("T")
 
 
@@ -53,6 +54,8 @@ class Ranks:
         self.is_first = rank == 0
         """Talks to the intake, serves /metrics, writes models, decides."""
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else CPU
+        self._common: BaseException | None = None
+        """The last error that all ranks raised."""
 
     def share(self, value: T) -> T:
         """Rank 0's ``value``, on every rank."""
@@ -63,18 +66,36 @@ class Ranks:
         return box[0]
 
     def first(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns on rank 0, which alone does it; an error of ours is raised on every rank."""
+        """What ``work`` returns on rank 0, which alone does it.
 
-        def outcome() -> tuple[T | None, TreeGrpoError | None]:
+        Raises:
+            TreeGrpoError: rank 0's, on every rank.
+            RankError: on the other ranks, for any other exception of rank 0.
+        """
+
+        def outcome() -> tuple[T | None, BaseException | None]:
             try:
                 return work(), None
-            except TreeGrpoError as error:
+            except BaseException as error:  # noqa: BLE001  # raised below: first the others, who wait, are told
                 return None, error
 
-        value, error = self.share(outcome() if self.is_first else (None, None))
-        if error is not None:
-            raise error
+        value, failure = outcome() if self.is_first else (None, None)
+        ours = failure is None or isinstance(failure, TreeGrpoError)
+        value, told = self.share((value, failure if ours else RankError(FIRST_FAILED)))
+        if isinstance(told, RankError):
+            raise failure or told
+        if told is not None:
+            self.raise_alike(told)
         return cast("T", value)
+
+    def raise_alike(self, error: BaseException) -> NoReturn:
+        """Raise an error that all ranks raise."""
+        self._common = error
+        raise error
+
+    def says(self, error: BaseException) -> bool:
+        """Whether it is for this rank to print ``error``: what all raise, rank 0 alone says."""
+        return self.is_first or error is not self._common
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on every rank."""
@@ -99,13 +120,16 @@ class Ranks:
         """Spread the weights of ``policy`` over the ranks, in place; a lone rank moves them to its device.
 
         A decoder layer is gathered when it is its turn. Embeddings, head and final norm are gathered with the root, for
-        the whole of a forward and backward pass, so it does not matter whether embeddings and head are tied.
+        the whole of a forward and backward pass, so it does not matter whether embeddings and head are tied. After a
+        forward pass alone they stay gathered until the next backward pass; a policy that has none, because no parameter
+        requires a gradient, lets go of them at once.
         """
         if self.world == 1:
             return policy.to(self.device)
         mesh = init_device_mesh(self.device.type, (self.world,))
+        trained = any(parameter.requires_grad for parameter in policy.parameters())
         for unit in (*cast("Any", policy.causal.get_decoder()).layers, policy):
-            wrapped = fully_shard(unit, mesh=mesh)
+            wrapped = fully_shard(unit, mesh=mesh, reshard_after_forward=None if trained else True)
             # The weights of the loss are those of the whole batch: gradients add up, and FSDP would average them.
             wrapped.set_gradient_divide_factor(1.0)
             wrapped.set_force_sum_reduction_for_comms(True)
@@ -131,7 +155,7 @@ class Ranks:
         with ExitStack() as stack:
             yield self.first(lambda: stack.enter_context(whole(target)))
             self.wait()
-        self.wait()
+            self.first(stack.close)
 
 
 ALONE = Ranks()
@@ -167,6 +191,9 @@ def balance(costs: Sequence[float], world: int) -> list[list[int]]:
 def joined() -> Generator[Ranks]:
     """This process among those torchrun started, for the time of the block; alone if it did not.
 
+    When all raise the same, or rank 0 has failed, the others stay until rank 0 has gone: torchrun ends whoever is left
+    when the first one ends badly, and rank 0 has to say why.
+
     Raises:
         ConfigError: there are fewer GPUs on this machine than ranks.
         UnavailableError: another rank has died.
@@ -188,6 +215,11 @@ def joined() -> Generator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo", timeout=PATIENCE)
         yield ranks
         ranks.wait()  # whoever leaves first would look as if it had died
+    except TreeGrpoError as error:
+        if isinstance(error, RankError) or not ranks.says(error):
+            with suppress(RuntimeError):  # the end of rank 0
+                ranks.wait()
+        raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             raise UnavailableError(f"Rank {rank} of the trainer lost another; the log has why that one ended.") from error
