@@ -1,22 +1,19 @@
 """The last look at groups before they become tensors: a group that cannot be trained on is left out, the others are not.
 
     bytes ─► unpack_group ─► examine ─► sound groups ─► usable ─► …
-                 └──────────────┴─────► refused: one sentence each, logged and counted
+                 └──────────────┴─────► refused: one sentence each, to be logged and counted
 
 The intake has checked every subtree it accepted; a journal may come from elsewhere, and the model may be another.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.handoff import unpack_group
 from treegrpo.soundness import check_leaves, check_steps, check_vocabulary
 from treegrpo.tree import ROOT, Group, Tree
-
-log = logging.getLogger(__name__)
 
 
 def unpack(packed: Sequence[bytes], vocabulary: int) -> tuple[list[Group], list[str]]:
@@ -27,7 +24,6 @@ def unpack(packed: Sequence[bytes], vocabulary: int) -> tuple[list[Group], list[
             group = unpack_group(data)
             examine(group, vocabulary)
         except ContractError as error:  # the edge of a group: what is wrong with one must not stop the run
-            log.warning("a group is left out of training: %s", error)
             refused.append(str(error))
         else:
             groups.append(group)

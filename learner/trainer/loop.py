@@ -125,6 +125,9 @@ class Trainer:
             groups, refused = unpack(packed, int(cast("Any", self._updater.model.config).vocab_size))
             batch = usable(groups)
             minibatches = [self._packs(part) for part in split(batch, self._config.train.minibatches)]
+        if self._ranks.is_first:
+            for sentence in refused:
+                log.warning("a group is left out of training: %s", sentence)
         with phases("update"):
             update = self._updater.update(minibatches, self.progress.step)
         self.progress = replace(
@@ -149,8 +152,7 @@ class Trainer:
         model, progress = self._config.model, self.progress
         folder = publish(self._updater.model, self._weights, progress.version, model.path, model.dtype, self._ranks)
         self._link.publish(progress.version, folder, progress.position)
-        if self._ranks.is_first:
-            prune(self._weights, KEEP_VERSIONS)
+        self._ranks.first(lambda: prune(self._weights, KEEP_VERSIONS))
         self._metrics.version.set(progress.step)
 
     def _evaluate(self) -> None:

@@ -69,6 +69,10 @@ class FakeIntake:
     steps_before_drain: int = 1000
     answers: Callable[[Message], bool] = lambda _request: True
     """Called with each request; False: the intake goes away instead of answering."""
+    beyond: frozenset[int] = frozenset()
+    """The groups at these positions have a token beyond the vocabulary."""
+    torn: frozenset[int] = frozenset()
+    """And these have lost their end."""
     asked: list[Message] = field(default_factory=list[Message])
     evaluations: list[str] = field(default_factory=list[str])
     reports: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -137,14 +141,16 @@ class FakeIntake:
         """Two trees of three one-step episodes."""
         assert self._policy is not None
         tokens, logprobs = self._policy(6)
+        prompt = [1, VOCABULARY] if number in self.beyond else PROMPT
         subtrees = [
             subtree(
                 [step(i % 3 + 1, 0, tokens[i].tolist(), logprobs=logprobs[i].tolist(), version=self._version)],
                 {i % 3 + 1: self.reward(tokens[i])},
-                prompt=PROMPT if i % 3 == 0 else (),
+                prompt=prompt if i % 3 == 0 else (),
                 tree=i // 3,
                 index=i % 3,
             )
             for i in range(6)
         ]
-        return pack_group(group(subtrees, str(number)), subtrees)
+        packed = pack_group(group(subtrees, str(number)), subtrees)
+        return packed[:-3] if number in self.torn else packed

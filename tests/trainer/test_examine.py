@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from tests.intake.builders import VOCABULARY, chain, question, step
 from tests.trainer.builders import configure, forked, group, write_tiny
 from tests.trainer.intake import FakeIntake
 from treegrpo.errors import TreeError
-from treegrpo.handoff import Message, Publish, Take, Taken, pack_group, socket_path
+from treegrpo.handoff import Publish, pack_group, socket_path
 from treegrpo.telemetry import TrainerMetrics
 from treegrpo.tree import ROOT, Group, Leaf, Step, StepStatus, Subtree, Tree
 
@@ -36,16 +34,13 @@ def packed(name: str, *subtrees: Subtree) -> bytes:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_group_that_is_wrong_is_left_out_and_the_others_are_not(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_group_that_is_wrong_is_left_out_and_the_others_are_not(name: str) -> None:
     broken = EVERY[name]
     wrong = packed("q-17", chain("a"), broken.of("a"))
-    with caplog.at_level(logging.WARNING):
-        groups, refused = unpack([packed("q-1", chain("a")), wrong, packed("q-2", chain("b"))], VOCABULARY)
+    groups, refused = unpack([packed("q-1", chain("a")), wrong, packed("q-2", chain("b"))], VOCABULARY)
     assert [one.id for one in groups] == ["q-1", "q-2"]
     (sentence,) = refused
     assert sentence.startswith(f"Group q-17, tree {broken.says}")
-    assert [record.args for record in caplog.records] == [(sentence,)] or sentence in caplog.text
-    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
@@ -117,30 +112,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class WrongNow(FakeIntake):
-    """The groups at these positions have a token beyond the vocabulary, or are torn."""
-
-    beyond, torn = {0, 2, 3}, {5}
-
-    def _answer(self, request: Message) -> Message:
-        answer = super()._answer(request)
-        if isinstance(request, Take) and isinstance(answer, Taken):
-            for place, number in enumerate(range(request.position, request.position + request.count)):
-                if number in self.beyond:
-                    wrong = [replace(part, prompt=np.array([1, 64], np.uint32)) for part in forked()]
-                    answer.groups[place] = pack_group(group(wrong, str(number)), wrong)
-                if number in self.torn:
-                    answer.groups[place] = answer.groups[place][:-3]
-        return answer
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_the_run_goes_on_past_groups_that_are_left_out(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model")
     (tmp_path / "run").mkdir()
     config = configure(tmp_path, steps=4, batch=2)
     metrics = TrainerMetrics()
-    with WrongNow(socket_path(config.run.dir)) as intake, closing(Link.open(intake.path, threading.Event())) as link:
+    wrong = FakeIntake(socket_path(config.run.dir), beyond=frozenset({0, 2, 3}), torn=frozenset({5}))
+    with wrong as intake, closing(Link.open(intake.path, threading.Event())) as link:
         Trainer(config, link, metrics).run()
     assert [report["groups_refused"] for report in intake.reports] == [1, 2, 1, 0]
     assert [report["groups"] for report in intake.reports] == [1, 0, 1, 2]
