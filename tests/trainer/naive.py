@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from learner.trainer.advantages import Options, advantages
@@ -30,9 +31,10 @@ def credited(groups: Sequence[Group], config: Config) -> list[CreditedTree]:
     return credit(batch, [advantages(one.branches, options) for one in batch], config.train.aggregation)
 
 
-def packs_of(groups: Sequence[Group], config: Config) -> list[Pack]:
+def packs_of(groups: Sequence[Group], config: Config, ranks: int = 1) -> list[Pack]:
+    """As the loop makes them for ``ranks`` processes."""
     keep_zero = config.train.kl_coef > 0 or config.train.entropy_coef > 0
-    return pack(credited(groups, config), config.train.pack_tokens, keep_zero=keep_zero)
+    return pack(credited(groups, config), config.train.pack_tokens, keep_zero=keep_zero, ranks=ranks)
 
 
 def in_float64(packs: Sequence[Pack]) -> list[Pack]:
@@ -57,11 +59,11 @@ def plain(folder: Path) -> PreTrainedModel:
 def exact(model: PreTrainedModel) -> PreTrainedModel:
     """In float64 all through; the norms of transformers go by way of float32 whatever comes in."""
 
-    def norm(self: Qwen2RMSNorm, hidden: Tensor) -> Tensor:
+    def norm(self: Qwen2RMSNorm | LlamaRMSNorm, hidden: Tensor) -> Tensor:
         return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
 
     for module in model.modules():
-        if isinstance(module, Qwen2RMSNorm):
+        if isinstance(module, Qwen2RMSNorm | LlamaRMSNorm):
             module.forward = MethodType(norm, module)
     return model.double()
 
