@@ -3,7 +3,8 @@
     torchrun --nproc-per-node=2 -m learner CONFIG.toml
 
 Rank 0 starts the intake, unless one already serves this run, and ends it after the trainer. A broker must answer at
-broker.address. `treegrpo learner` does the same with a process, a log file and a screen for each.
+broker.address (`treegrpo broker`), and samplers come from elsewhere (`treegrpo sampler`). `treegrpo learner` does the same
+with a process, a log file and a screen for each.
 """
 
 from __future__ import annotations
