@@ -37,9 +37,9 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from bench.growing import SHAPES, Grower, Shape, apart, credited
 from learner.trainer import attention
 from learner.trainer.loss import policy_loss
-from learner.trainer.model import Dtype, score, score_hidden
+from learner.trainer.model import score, score_hidden
 from learner.trainer.packing import Pack, pack
-from treegrpo.config import TrainConfig
+from treegrpo.config import Dtype, TrainConfig
 
 TRAIN = TrainConfig()
 

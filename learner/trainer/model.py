@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from learner.trainer import attention
 from learner.trainer.layout import Layout, lay_out
 from learner.trainer.packing import Pack
+from treegrpo.config import Dtype
 from treegrpo.errors import ModelError
 
-Dtype = Literal["float32", "bfloat16"]
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Logits that exist at a time, in float32: 16 MB, which a cache can hold, and 1 GB, which keeps the head's products large."""
 SHORT_SIGHTED = ("sliding_window", "attention_chunk_size")
@@ -69,7 +69,7 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
         )
     except Exception as error:  # a broken file surfaces as any of a dozen types
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"The model in {folder} cannot be loaded ({reason}); restore it, or choose one of another kind.") from error
+        raise ModelError(f"The model in {folder} cannot be loaded ({reason}); restore it, or choose another kind.") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"The weights in {folder} lack {len(missing)} tensors, {missing[0]} first; restore them.")
     model = cast("PreTrainedModel", loaded)

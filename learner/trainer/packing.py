@@ -12,7 +12,7 @@ Shapes: T tokens of a pack, A, P and L of `targets`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -28,6 +28,8 @@ from treegrpo.errors import ContractError
 from treegrpo.tree import Step, Tree
 
 Indices = NDArray[np.int64]
+Key = tuple[int, int]
+"""A step of the batch: id of its tree, node."""
 
 PAIR_COST = 1 / 6000
 """Cost of a (query, key) pair in tokens: a layer does about 24·h² operations for a token and 4·h for a pair; h is some 1000."""
@@ -100,14 +102,14 @@ def pack(trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool, ra
     paths.sort(key=lambda path: path.ids.astype(">u4").tobytes())  # bytes in this order compare like the numbers
     prefixes = [0, *(shared(a.ids, b.ids) for a, b in pairwise(paths))]
     cuts = _best_cuts(np.array([len(path.ids) for path in paths]), np.array(prefixes), pack_tokens, ranks) if paths else []
-    counted: set[tuple[int, int]] = set()
-    return [_fill(paths[a:b], [0, *prefixes[a + 1 : b]], counted) for a, b in cuts]
+    signs, counted = _signs(paths), set[Key]()
+    return [_fill(paths[a:b], [0, *prefixes[a + 1 : b]], signs, counted) for a, b in cuts]
 
 
 def empty_pack() -> Pack:
     """A pack of one token that nothing is learned from: for a rank that has to take part in a step and has nothing to do."""
     layout, _ = lay_out([np.zeros(1, np.uint32)], [0])
-    return Pack(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), layout, *_targets([], set()), 0)
+    return Pack(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), layout, *_targets([], {}, set()), 0)
 
 
 def _credited_path(tree: Tree, leaf: int, credit: Credit) -> _CreditedPath:
@@ -160,23 +162,25 @@ def _cuts(new: Indices, prefixes: Indices, limit: int) -> Iterator[tuple[int, in
         first = end
 
 
-def _fill(paths: Sequence[_CreditedPath], prefixes: Sequence[int], counted: set[tuple[int, int]]) -> Pack:
+def _fill(paths: Sequence[_CreditedPath], prefixes: Sequence[int], signs: Mapping[Key, int], counted: set[Key]) -> Pack:
     layout, places = lay_out([path.ids for path in paths], prefixes)
     ids_T = np.zeros(layout.tokens, np.int64)
     for path, place in zip(paths, places, strict=True):
         ids_T[place] = path.ids
-    predictor_A, targets = _targets(list(zip(paths, places, strict=True)), counted)
+    predictor_A, targets = _targets(list(zip(paths, places, strict=True)), signs, counted)
     path_tokens = sum(len(path.ids) for path in paths)
     return Pack(torch.from_numpy(ids_T), torch.from_numpy(layout.position_T), layout, predictor_A, targets, path_tokens)
 
 
-def _targets(paths: Sequence[tuple[_CreditedPath, NDArray[np.int64]]], counted: set[tuple[int, int]]) -> tuple[Tensor, Targets]:
+def _targets(
+    paths: Sequence[tuple[_CreditedPath, Indices]], signs: Mapping[Key, int], counted: set[Key]
+) -> tuple[Tensor, Targets]:
     """predictor_A, and the rest of what the loss takes; enters in ``counted`` whatever this pack is the first to have."""
-    begins: dict[tuple[int, int], int] = {}
-    steps: list[tuple[Step, NDArray[np.int64], bool]] = []
-    token: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    leaf: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    values: list[NDArray[np.float64]] = [np.zeros((4, 0))]
+    begins: dict[Key, int] = {}
+    steps: list[tuple[Step, Indices, Key]] = []
+    token: list[Indices] = []
+    leaf: list[Indices] = []
+    values: list[NDArray[np.float64]] = [np.zeros((2, 0))]
     total = 0
     for number, (path, place) in enumerate(paths):
         at, credit = len(path.tree.prompt), path.credit
@@ -184,33 +188,38 @@ def _targets(paths: Sequence[tuple[_CreditedPath, NDArray[np.int64]]], counted: 
             size, key = len(step.action), (id(path.tree), step.node)
             if key not in begins:
                 begins[key] = total
-                steps.append((step, place[at - 1 : at - 1 + size], key not in counted))
+                steps.append((step, place[at - 1 : at - 1 + size], key))
                 total += size
             token.append(np.arange(begins[key], begins[key] + size))
             leaf.append(np.full(size, number))
-            values.append(np.outer([credit.weight, advantage, credit.inter, credit.intra], np.ones(size)))
+            values.append(np.outer([credit.weight, advantage], np.ones(size)))
             at += step.length
-    counted.update(begins)
-    token_P, (weight_P, advantage_P, inter_P, intra_P) = np.concatenate(token), np.concatenate(values, axis=1)
-    sums = [np.bincount(token_P, weight_P * side_P, total).astype(np.float64) for side_P in (inter_P, intra_P)]
-    return _join([place for _, place, _ in steps], np.int64), Targets(
+    weight_P, advantage_P = np.concatenate(values, axis=1)
+    targets = Targets(
         label_A=_join([step.action for step, _, _ in steps], np.int64),
         sampled_A=_join([step.logprobs for step, _, _ in steps], np.float32),
-        counted_A=_join([np.full(len(step.action), first) for step, _, first in steps], np.bool_),
-        sign_A=torch.from_numpy(_signs(*sums)),
-        token_P=torch.from_numpy(token_P),
+        counted_A=_join([np.full(len(step.action), key not in counted) for step, _, key in steps], np.bool_),
+        sign_A=_join([np.full(len(step.action), signs[key]) for step, _, key in steps], np.int64),
+        token_P=_join(token, np.int64),
         leaf_P=_join(leaf, np.int64),
         advantage_P=_join([advantage_P], np.float32),
         weight_P=_join([weight_P], np.float32),
         leaves=len(paths),
     )
+    counted.update(begins)
+    return _join([place for _, place, _ in steps], np.int64), targets
 
 
 def _join(parts: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> Tensor:
     return torch.from_numpy(np.concatenate([*parts, np.zeros(0, dtype)]).astype(dtype))
 
 
-def _signs(inter_A: NDArray[np.float64], intra_A: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Index into `targets.SIGNS`."""
-    either = (np.sign(inter_A) * np.sign(intra_A)) != 0
-    return np.where(either, 1 + 2 * (inter_A < 0) + (intra_A < 0), 0)
+def _signs(paths: Sequence[_CreditedPath]) -> dict[Key, int]:
+    """For every step the index into `targets.SIGNS` of what all leaves below it say, whichever pack they come into."""
+    sums: dict[Key, NDArray[np.float64]] = {}
+    for path in paths:
+        sides = path.credit.weight * np.array([path.credit.inter, path.credit.intra])
+        for step in path.steps:
+            key = (id(path.tree), step.node)
+            sums[key] = sums.get(key, 0.0) + sides
+    return {key: 1 + 2 * (inter < 0) + (intra < 0) if inter and intra else 0 for key, (inter, intra) in sums.items()}

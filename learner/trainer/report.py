@@ -58,9 +58,11 @@ def step_values(
         "seconds": dict(phases.seconds),
         "waiting_seconds": phases.seconds.get("wait", 0.0),
     }
-    return {
-        name: value for name, value in values.items() if not (value is None or (isinstance(value, float) and not isfinite(value)))
-    }
+    return {name: value for name, value in values.items() if _is_known(value)}
+
+
+def _is_known(value: object) -> bool:
+    return isfinite(value) if isinstance(value, float) else value is not None
 
 
 def _leaf_values(batch: Sequence[Episodes]) -> dict[str, Any]:

@@ -34,8 +34,8 @@ def budget_summary(progress: Progress) -> str:
     last = progress.steps[-1]
     calls = last.ledger["train"]["tool_calls"].spent
     return (
-        f"rollout budget: {count(last.training.spent)} tokens, {percent(last.recomputed)} of them once more under new weights, and "
-        f"{count(calls)} tool calls; chains to the same leaves need more: trees save {percent(last.saving)} of the tokens and "
+        f"rollout budget: {count(last.training.spent)} tokens, {percent(last.recomputed)} of them again under new weights, "
+        f"and {count(calls)} tool calls; against chains to the same leaves trees save {percent(last.saving)} of the tokens and "
         f"{percent(last.saving_tool_calls)} of the calls"
     )
 

@@ -124,6 +124,13 @@ def test_signs_weigh_the_leaves_below_a_token() -> None:
     assert [SIGNS[i] for i in one.targets.sign_A.tolist()] == ["down_up"] * 2 + ["up_up"] * 2 + ["down_up"] * 3
 
 
+def test_a_split_tree_has_the_signs_of_the_whole() -> None:
+    given = {2: even(1, 0.5, inter=1, intra=1), 3: even(1, 0.25, inter=-3, intra=1)}
+    packs = pack([CreditedTree(grown(forked()), given)], 10, keep_zero=False)
+    signs = [[SIGNS[i] for i in p.targets.sign_A.tolist()] for p in packs]
+    assert signs == [["down_up"] * 2 + ["up_up"] * 2, ["down_up"] * 2 + ["down_up"] * 3]
+
+
 def test_paths_that_move_nothing_are_packed_only_for_a_penalty() -> None:
     trees = [CreditedTree(grown(forked()), {2: even(0.0, 0.5), 3: even(1.0, 0.5)})]
     assert [p.targets.leaves for p in pack(trees, 1000, keep_zero=False)] == [1]
