@@ -62,10 +62,12 @@ def _em(axes: Axes, progress: Progress) -> None:
 
 
 def _budget(axes: Axes, progress: Progress) -> None:
-    axes.plot(
-        _steps(progress), [step.chain_tokens / 1e6 for step in progress.steps], color=INK["chains"], label="chains would cost"
-    )
-    axes.plot(_steps(progress), [step.training.spent / 1e6 for step in progress.steps], color=INK["spent"], label="spent")
+    spent = [step.training.spent / 1e6 for step in progress.steps]
+    chains = [step.chain_tokens / 1e6 for step in progress.steps]
+    trees = [chain * (1 - step.saving) for chain, step in zip(chains, progress.steps, strict=True)]
+    axes.plot(_steps(progress), chains, color=INK["chains"], label="chains would need")
+    axes.plot(_steps(progress), trees, color=INK["spent"], label="trees need")
+    axes.plot(_steps(progress), spent, color=INK["spent"], linestyle=":", label="spent, old work under new weights included")
     axes.set_ylim(bottom=0)
     axes.set_title("rollout budget, million tokens")
     axes.legend(loc="upper left", frameon=False)
