@@ -40,7 +40,6 @@ def budget_summary(progress: Progress) -> str:
     )
 
 
-
 def program() -> str:
     """What to type for this command here: its name where the shell finds it, else where it lies."""
     script = Path(sys.executable).with_name("treegrpo")
