@@ -10,7 +10,7 @@ engine's own from first to last (token-in, token-out).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -265,16 +265,7 @@ class Group:
 
         Every node's action is sampled once; what is read is computed once for each distinct prefix.
         """
-        read: dict[bytes, int] = {}
-        cost = Cost()
-        for tree in self.trees.values():
-            below = {ROOT: tree.prompt.tobytes()}
-            read[below[ROOT]] = len(tree.prompt)
-            for step in tree.steps.values():  # parents come first
-                below[step.node] = below[step.parent] + step.action.tobytes() + step.observation.tobytes()
-                read[below[step.node]] = len(step.observation)
-                cost += Cost(decoded=len(step.action), tool_calls=step.cost.tool_calls)
-        return cost + Cost(prefilled=sum(read.values()))
+        return _computed((tree, tree.steps.values()) for tree in self.trees.values())
 
     def chain_equivalent(self) -> Cost:
         """What independent chains to the same leaves would have computed, on an engine that also caches prefixes.
@@ -283,18 +274,27 @@ class Group:
         for each distinct prefix, because a prefix cache serves chains too: chains of one question share its prompt, and
         those that began with the same words share what these found. Charging it once per chain would flatter the tree.
         """
-        read: dict[bytes, int] = {}
-        cost = Cost()
-        for tree, leaf in self.leaves():
-            prefix = tree.prompt.tobytes()
-            read[prefix] = len(tree.prompt)
-            for step in tree.path(leaf.node):
-                prefix += step.action.tobytes() + step.observation.tobytes()
-                read[prefix] = len(step.observation)
-                cost += Cost(decoded=len(step.action), tool_calls=step.cost.tool_calls)
-        return cost + Cost(prefilled=sum(read.values()))
+        return _computed((tree, tree.path(leaf.node)) for tree, leaf in self.leaves())
 
     def spans(self) -> Iterator[VersionSpan]:
         for tree in self.trees.values():
             for step in tree.steps.values():
                 yield from step.spans
+
+
+def _computed(walks: Iterable[tuple[Tree, Iterable[Step]]]) -> Cost:
+    """Every step of every walk samples its action and calls its tools; a prefix is read once, whoever meets it.
+
+    Args:
+        walks: steps of a tree, parents before their children.
+    """
+    read: dict[bytes, int] = {}
+    cost = Cost()
+    for tree, steps in walks:
+        below = {ROOT: tree.prompt.tobytes()}
+        read[below[ROOT]] = len(tree.prompt)
+        for step in steps:
+            below[step.node] = below[step.parent] + step.action.tobytes() + step.observation.tobytes()
+            read[below[step.node]] = len(step.observation)
+            cost += Cost(decoded=len(step.action), tool_calls=step.cost.tool_calls)
+    return cost + Cost(prefilled=sum(read.values()))

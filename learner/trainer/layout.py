@@ -35,6 +35,7 @@ class Layout:
     """Where the new tokens of each path lie that has any and that does not just go on; together they are [0, T)."""
     crosses: tuple[tuple[Range, Range], ...]
     """(queries, keys): all of these queries see all of these keys."""
+    ids_T: NDArray[np.int64]
     position_T: NDArray[np.int64]
     """Depth on the path: the position a lone path would give the token."""
     end_T: NDArray[np.int64]
@@ -84,14 +85,15 @@ def lay_out(paths: Sequence[PathIds], prefixes: Sequence[int]) -> tuple[Layout, 
         before = np.concatenate([before[:prefix], np.arange(start, end)])
         places.append(before)
         start = end
-    position_T, end_T = np.zeros(start, np.int64), np.zeros(start, np.int64)
-    for place in places:
-        position_T[place] = np.arange(len(place))
+    ids_T, position_T, end_T = (np.zeros(start, np.int64) for _ in range(3))
+    for path, place in zip(paths, places, strict=True):
+        ids_T[place], position_T[place] = path, np.arange(len(place))
     for first, last in runs:
         end_T[first:last] = last
     for (first, last), (_, end) in crosses.items():
         end_T[first:last] = np.maximum(end_T[first:last], end)
-    return Layout(tuple(runs), tuple((queries, keys) for keys, queries in crosses.items()), position_T, end_T), places
+    seen = tuple((queries, keys) for keys, queries in crosses.items())
+    return Layout(tuple(runs), seen, ids_T, position_T, end_T), places
 
 
 def _stretches(place: NDArray[np.int64]) -> list[Range]:

@@ -107,14 +107,12 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
     device, whole = next(model.parameters()).device, cast("Any", model)
     paths = [np.array(ids, np.uint32) % whole.config.vocab_size for ids in ([1, 2, 0, 4], [1, 2, 3, 4, 5, 6])]
     layout, places = lay_out(paths, [0, 2])
-    ids_T = np.zeros(layout.tokens, np.int64)
-    for path, place in zip(paths, places, strict=True):
-        ids_T[place] = path
     with torch.no_grad():
         alone = [whole(input_ids=torch.from_numpy(path.astype(np.int64))[None].to(device)).logits[0] for path in paths]
         model.set_attn_implementation(attention.NAME)
         try:
-            hidden_TH = _hidden(model, torch.from_numpy(ids_T).to(device), torch.from_numpy(layout.position_T).to(device), layout)
+            ids_T, position_T = (torch.from_numpy(of_T).to(device) for of_T in (layout.ids_T, layout.position_T))
+            hidden_TH = _hidden(model, ids_T, position_T, layout)
             together_TV = cast("nn.Module", model.get_output_embeddings())(hidden_TH)
         except Exception as error:  # whatever a model does that has no place for a layout
             raise ModelError(f"The model in {folder} cannot be trained on trees ({type(error).__name__}: {error}).") from error

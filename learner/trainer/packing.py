@@ -164,12 +164,9 @@ def _cuts(new: Indices, prefixes: Indices, limit: int) -> Iterator[tuple[int, in
 
 def _fill(paths: Sequence[_CreditedPath], prefixes: Sequence[int], signs: Mapping[Key, int], counted: set[Key]) -> Pack:
     layout, places = lay_out([path.ids for path in paths], prefixes)
-    ids_T = np.zeros(layout.tokens, np.int64)
-    for path, place in zip(paths, places, strict=True):
-        ids_T[place] = path.ids
     predictor_A, targets = _targets(list(zip(paths, places, strict=True)), signs, counted)
     path_tokens = sum(len(path.ids) for path in paths)
-    return Pack(torch.from_numpy(ids_T), torch.from_numpy(layout.position_T), layout, predictor_A, targets, path_tokens)
+    return Pack(torch.from_numpy(layout.ids_T), torch.from_numpy(layout.position_T), layout, predictor_A, targets, path_tokens)
 
 
 def _targets(

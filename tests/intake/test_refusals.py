@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from learner.intake.report import Reporter
 from learner.intake.service import replay
 from learner.intake.vocabulary import vocabulary
-from tests.control.brokers import Broker, embedded, free_address
 from tests.ground.unsound import EVERY
 from tests.intake.builders import PLAN, book, chain, complete, grant
 from tests.intake.harness import Setting
@@ -24,19 +22,6 @@ from treegrpo.handoff import Take, Taken, unpack_group
 from treegrpo.lease import LeaseEndReason, LeaseKind
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
-
-
-@pytest.fixture(scope="module")
-def broker() -> Generator[Broker]:
-    made = embedded(free_address())
-    asyncio.run(made.start())
-    yield made
-    asyncio.run(made.stop())
-
-
-@pytest.fixture
-def setting(tmp_path: Path, broker: Broker) -> Setting:
-    return Setting(tmp_path, broker.address)
 
 
 @pytest.mark.parametrize("name", EVERY)

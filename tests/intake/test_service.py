@@ -5,29 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Generator
 from pathlib import Path
 
 import grpc
 import pytest
 
-from tests.control.brokers import Broker, embedded, free_address
 from tests.intake.harness import Sampler, Setting
 from treegrpo.handoff import Covered, Done, Evaluate, Evaluation, IntakeClient, Publish, Report, Take, Taken, unpack_group
 from treegrpo.v1 import weights_pb2, weights_pb2_grpc
-
-
-@pytest.fixture(scope="module")
-def broker() -> Generator[Broker]:
-    made = embedded(free_address())
-    asyncio.run(made.start())
-    yield made
-    asyncio.run(made.stop())
-
-
-@pytest.fixture
-def setting(tmp_path: Path, broker: Broker) -> Setting:
-    return Setting(tmp_path, broker.address)
 
 
 def version_directory(setting: Setting, step: int) -> Path:

@@ -1,0 +1,25 @@
+"""A broker for each test file, and a run directory for each test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from tests.control.brokers import Broker, embedded, free_address
+from tests.intake.harness import Setting
+
+
+@pytest.fixture(scope="module")
+def broker() -> Generator[Broker]:
+    made = embedded(free_address())
+    asyncio.run(made.start())
+    yield made
+    asyncio.run(made.stop())
+
+
+@pytest.fixture
+def setting(tmp_path: Path, broker: Broker) -> Setting:
+    return Setting(tmp_path, broker.address)
