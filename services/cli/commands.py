@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.settings import is_secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,9 @@ class Invocation:
     arguments: tuple[str, ...]
     """``[CONFIG.toml] [--section.key value …]``, as processes are told it."""
     words: tuple[str, ...] = ()
-    """What a command takes before the configuration: the run state."""
+    """What a command takes before the configuration: the run state, a directory."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What a command takes instead of the configuration."""
 
     @property
     def toml(self) -> Path | None:
@@ -41,6 +46,8 @@ class Command:
     run: Callable[[Invocation], int]
     words: tuple[str, ...] = ()
     """Names of the words it takes before the configuration."""
+    options: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Flags it takes instead of the configuration, with what they mean; those that end in "=" have a value."""
 
 
 def run_up(call: Invocation, *, everything: bool) -> int:
@@ -108,6 +115,19 @@ def run_plot(call: Invocation) -> int:
     run_dir = call.config.run.dir
     plot(read_progress(run_dir), run_dir / FILE_NAME, str(run_dir))
     print(run_dir / FILE_NAME)
+    return 0
+
+
+def run_certs(call: Invocation) -> int:
+    """`certs`."""
+    from services.cli.certs import certs
+
+    names, samplers = (call.options[flag].split(",") if call.options[flag] else [] for flag in ("names", "samplers"))
+    directory = Path(call.words[0])
+    new_ca, drop_old_ca = call.options["new_ca"], call.options["drop_old_ca"]
+    for line in certs(directory, names, samplers, new_ca=new_ca, drop_old_ca=drop_old_ca):
+        print(line)
+    print(f"use it: --security.dir {directory}, or [security] dir in the configuration file")
     return 0
 
 
@@ -183,6 +203,22 @@ or starts one for the time.
         run_state,
         words=("running|paused|draining",),
     ),
+    "certs": Command(
+        "certificates, passwords and tokens: TLS for everything",
+        """Makes a private authority in DIR, a certificate for each role, passwords for the broker and tokens for /metrics and
+the retriever. Run again, it renews the certificates and keeps the rest. See docs/security.md.
+
+  treegrpo certs certs --names learner.example.org,10.0.0.7
+  treegrpo up examples/geohop/geohop.toml --security.dir certs""",
+        run_certs,
+        words=("DIR",),
+        options={
+            "--names=": "host names and addresses, with commas, of the machines of learner, broker and retriever",
+            "--samplers=": "names, with commas, of samplers that get a certificate good for them alone",
+            "--new-ca": "begin to replace the authority: trust a new one beside the old",
+            "--drop-old-ca": "end it: trust the new one only",
+        },
+    ),
     "plot": Command(
         "reward, EM, budget, saving and version lag as a PNG",
         """Draws RUN_DIR/progress.png from RUN_DIR/progress.jsonl, also while the run goes on.
@@ -199,15 +235,46 @@ def understand(command: Command, arguments: Sequence[str]) -> Invocation:
 
     count = len(command.words)
     words, rest = arguments[:count], arguments[count:]
-    if len(words) < count:
-        raise ConfigError(f"{command.words[len(words)]} is missing; see --help.")
+    if len(words) < count or any(word.startswith("-") for word in words):
+        raise ConfigError(f"{next(iter(command.words[len(words) :]), command.words[0])} is missing; see --help.")
+    if command.options:
+        return Invocation(Config(), (), tuple(words), own_options(command, rest))
     told = tuple(part for flag in rest for part in (("--run.resume", "true") if flag == "--resume" else (flag,)))
     return Invocation(from_arguments(told), told, tuple(words))
 
 
+def option_parser(command: Command, **options: Any) -> argparse.ArgumentParser:
+    """A parser of a command's own flags; ``options`` are ArgumentParser's."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(formatter_class=formatter, exit_on_error=False, allow_abbrev=False, **options)
+    for flag, about in command.options.items():
+        kind: dict[str, Any] = {"default": ""} if flag.endswith("=") else {"action": "store_true"}
+        parser.add_argument(flag.rstrip("="), help=about, **kind)
+    return parser
+
+
+def own_options(command: Command, arguments: Sequence[str]) -> Mapping[str, Any]:
+    """A command's own flags by name, with _ for -. Raises ConfigError."""
+    try:
+        known, unknown = option_parser(command, add_help=False).parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"The flags cannot be read: {error}; see --help.") from error
+    if unknown:
+        raise ConfigError(
+            f"{unknown[0]} is no flag of this command; it has {', '.join(flag.rstrip('=') for flag in command.options)}."
+        )
+    return vars(known)
+
+
 def as_toml(config: Config) -> str:
-    """The configuration as a TOML file that says the same."""
+    """The configuration as a TOML file that says the same, but for the secrets, which stay where they are."""
     lines: list[str] = []
     for section, keys in config.model_dump(mode="json").items():
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()), ""]
+        lines += [f"[{section}]", *(_line(section, key, value) for key, value in keys.items()), ""]
     return "\n".join(lines)
+
+
+def _line(section: str, key: str, value: object) -> str:
+    if is_secret(section, key):
+        return f"# {key} is {'set in the environment' if value else 'not set'}"
+    return f"# {key} is not set" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"

@@ -111,7 +111,7 @@ def test_what_dry_run_prints_is_a_file_that_says_the_same(tmp_path: Path, monkey
 
 def test_the_help_explains_every_key() -> None:
     text = flag_parser().format_help()
-    keys = [f"--{section}.{key} " for section, values in tomllib.loads(as_toml(Config())).items() for key in values]
+    keys = [f"--{section}.{key} " for section, values in Config().model_dump().items() for key in values]
     assert all(key in text for key in keys)
 
 
