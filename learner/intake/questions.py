@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ def _question(row: Any, where: str, number: int) -> Question:
 class QuestionQueue:
     """An endless seeded sequence of draws: every question once an epoch, each epoch in an order of its own.
 
-    A draw's number says which question it is, now and after a restart. A draw whose lease was lost is put back and
-    comes next.
+    A draw's number says which question it is, now and after a restart. A draw that came to nothing is put back and
+    goes before all new ones, the oldest first: a question that takes long is not passed over for short ones.
     """
 
     def __init__(self, questions: list[Question], seed: int) -> None:
@@ -114,17 +114,18 @@ class QuestionQueue:
         self._seed = seed
         self._order: tuple[int, list[int]] = (-1, [])
         self._next = 0
-        self._returned: deque[int] = deque()
+        self._returned: list[int] = []
+        """Ascending."""
 
     def draw(self) -> int:
         """The number of the next draw."""
         if self._returned:
-            return self._returned.popleft()
+            return self._returned.pop(0)
         self._next += 1
         return self._next - 1
 
     def put_back(self, draw: int) -> None:
-        self._returned.append(draw)
+        insort(self._returned, draw)
 
     def taken(self, draw: int) -> None:
         """Replay: this draw was made before the restart."""
@@ -140,3 +141,11 @@ class QuestionQueue:
             random.Random(f"{self._seed}/{epoch}").shuffle(order)
             self._order = (epoch, order)
         return self._questions[self._order[1][place]]
+
+    def state(self) -> dict[str, Any]:
+        """Plain data to be restored from."""
+        return {"next": self._next, "returned": list(self._returned)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what `state` was taken of, with the same questions and seed."""
+        self._next, self._returned = state["next"], list(state["returned"])
