@@ -60,9 +60,7 @@ class Keys:
             authorities = x509.load_pem_x509_certificates(pem.ca)
             key = load_pem_private_key(pem.key, None)
         except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"{self.ca}, {self.certificate} or {self.key} is no PEM file that can be read ({error})."
-            ) from error
+            raise ConfigError(f"One of {self.ca}, {self.certificate} and {self.key} is no good PEM file ({error}).") from error
         if key.public_key() != certificate.public_key():
             raise ConfigError(f"{self.key} is not the key of {self.certificate}; make both again with `treegrpo certs`.")
         begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc

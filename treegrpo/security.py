@@ -77,7 +77,8 @@ class SecurityConfig(Section):
     retriever_token_file: OptionalInputPath = None
     """Its file; else retriever.token in `dir`."""
     insecure_network: bool = False
-    """Talk in plain text, and serve /metrics without a token, beyond this machine: whoever is on the network can read, forge and stop everything."""
+    """Beyond this machine too: plain text where there is no certificate, /metrics without a token. Whoever is on the network
+    can then read, forge and stop everything."""
 
     @field_validator("key")
     @classmethod

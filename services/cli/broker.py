@@ -5,33 +5,82 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from pathlib import Path
 
+from amqtt.adapters import ReaderAdapter, StreamReaderAdapter, StreamWriterAdapter, WriterAdapter
 from amqtt.broker import Broker
 from amqtt.contexts import BrokerConfig, ListenerConfig
+from amqtt.errors import AMQTTError
+from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
+from amqtt.session import Session
 
+from treegrpo.access import OPEN, Access, read_secret
 from treegrpo.config import Config
 from treegrpo.edge import run_service
+from treegrpo.errors import ConfigError
+from treegrpo.limits import CONTROL_BYTES, HANDSHAKE_SECONDS, PEERS
+from treegrpo.security import USERS, Role
 from treegrpo.telemetry import check_free
 
 SHUTDOWN_SECONDS = 2.0
+ANYBODY = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
 
 
-def embedded_broker(address: str) -> Broker:
-    """An amqtt broker for ``address`` that lets everybody in; not started. Needs a running event loop."""
-    return Broker(
-        BrokerConfig(
-            listeners={"default": ListenerConfig(bind=address)},
-            plugins={"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+class PatientBroker(Broker):
+    """amqtt's broker, which hangs up on who sends too much at once or does not say who it is."""
+
+    async def stream_connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str) -> None:
+        try:
+            await self._client_connected(listener_name, _Bounded(reader), StreamWriterAdapter(writer))
+        finally:
+            writer.close()
+
+    async def _initialize_client_session(
+        self, reader: ReaderAdapter, writer: WriterAdapter, remote_address: str, remote_port: int
+    ) -> tuple[BrokerProtocolHandler, Session]:
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                return await super()._initialize_client_session(reader, writer, remote_address, remote_port)
+        except TimeoutError as error:
+            raise AMQTTError(f"{remote_address} said nothing for {HANDSHAKE_SECONDS:.0f} s") from error
+
+
+class _Bounded(StreamReaderAdapter):
+    """Reads no more than a control message at once: amqtt asks for a whole payload."""
+
+    async def read(self, n: int = -1) -> bytes:
+        if n > CONTROL_BYTES:
+            raise ConnectionResetError(f"a message of {n} bytes, and {CONTROL_BYTES} are the most")  # ends the connection
+        return await super().read(n)
+
+
+def embedded_broker(address: str, access: Access = OPEN, passwords: dict[str, str] | None = None) -> Broker:
+    """An amqtt broker for ``address``, not started: with TLS and users, or for everybody. Needs a running event loop."""
+    listener = ListenerConfig(bind=address, max_connections=PEERS)
+    if access.keys is not None:
+        listener = ListenerConfig(
+            bind=address, max_connections=PEERS, ssl=True, certfile=access.keys.certificate, keyfile=access.keys.key
         )
-    )
+    rules = {"services.cli.broker_rules.Passwords": {"passwords": passwords}, "services.cli.broker_rules.Topics": {}}
+    return PatientBroker(BrokerConfig(listeners={"default": listener}, plugins=rules if passwords else ANYBODY))
+
+
+def passwords_in(directory: Path | None) -> dict[str, str]:
+    """The users' passwords as `treegrpo certs` made them. Raises ConfigError."""
+    if directory is None:
+        raise ConfigError("The embedded broker takes its users from security.dir; set it, or run Mosquitto (docs/security.md).")
+    return {role.value: read_secret(directory / f"{role.value}.password", "a password").decode().strip() for role in USERS}
 
 
 async def serve(config: Config) -> None:
-    """Run the broker at ``broker.address`` until cancelled. Raises AddressInUseError."""
+    """Run the broker at ``broker.address`` until cancelled. Raises AddressInUseError, ConfigError."""
+    access = Access.of(config.security, Role.BROKER)
+    access.check_listen("broker.address", config.broker.address)
+    passwords = passwords_in(config.security.dir) if config.security.tls else None
     check_free(config.broker.address, "broker.address")
     for chatty in ("amqtt", "transitions"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    broker = embedded_broker(config.broker.address)
+    broker = embedded_broker(config.broker.address, access, passwords)
     await broker.start()
     try:
         await asyncio.get_running_loop().create_future()

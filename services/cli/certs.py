@@ -28,6 +28,8 @@ from treegrpo.errors import ConfigError
 from treegrpo.security import USERS, Role, host_of
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
+SERVERS = (Role.LEARNER, Role.BROKER, Role.RETRIEVER)
+"""Who is reached at a name or address. Samplers serve /metrics alone: ask for `host_of(Role.SAMPLER)`."""
 TOKENS = ("metrics.token", "retriever.token")
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 SECRET_BYTES = 32
@@ -56,10 +58,8 @@ def certs(directory: Path, names: Sequence[str], samplers: Sequence[str], *, new
         return [_add_authority(directory) if new_ca else _drop_authority(directory)]
     authority, said = _authority(directory)
     for role in Role:
-        served = role in {Role.LEARNER, Role.BROKER, Role.RETRIEVER}
-        said.append(
-            _leaf(directory, authority, role, role.value, _hosts(directory / f"{role.value}.pem", names) if served else [])
-        )
+        hosts = _hosts(directory / f"{role.value}.pem", names) if role in SERVERS else []
+        said.append(_leaf(directory, authority, role, role.value, hosts))
     known = {path.stem.removeprefix("sampler-") for path in directory.glob("sampler-*.pem")}
     said += [_leaf(directory, authority, Role.SAMPLER, f"sampler-{name}", [], name) for name in sorted({*samplers, *known})]
     said += [_secret(directory / file) for file in (*(f"{role.value}.password" for role in USERS), *TOKENS)]
@@ -134,11 +134,9 @@ def _leaf(directory: Path, authority: Pair, role: Role, stem: str, hosts: Sequen
 def _hosts(path: Path, names: Sequence[str]) -> list[str]:
     """Loopback and ``names``, or what the certificate at ``path`` has besides the role."""
     if not names and path.exists():
-        extension = x509.load_pem_x509_certificate(path.read_bytes()).extensions.get_extension_for_class(
-            x509.SubjectAlternativeName
-        )
-        hosts = extension.value.get_values_for_type(x509.DNSName)
-        names = [*hosts, *map(str, extension.value.get_values_for_type(x509.IPAddress))]
+        extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
+        known = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = [*known.get_values_for_type(x509.DNSName), *map(str, known.get_values_for_type(x509.IPAddress))]
     return list(dict.fromkeys([*LOCAL, *(name for name in names if name not in {host_of(role) for role in Role})]))
 
 

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from learner.intake.vocabulary import vocabulary
 from services.sampler import tokenizer
+from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
+from treegrpo.security import Role
 from treegrpo.telemetry import check_free, split_address
 
 Check = Callable[[], str]
@@ -139,9 +141,30 @@ def check_sampler_metrics(config: Config) -> str:
     return config.sampler.metrics
 
 
+def check_security(config: Config) -> str:
+    """Certificates, passwords and tokens can be read, and no address is in the open without them. Raises ConfigError."""
+    access = Access.of(config.security, Role.LEARNER)
+    access.check_reach("broker.address", config.broker.address)
+    access.check_listen("learner.listen", config.learner.listen)
+    access.check_metrics("learner.metrics", config.learner.metrics)
+    Access.of(config.security, Role.OPERATOR)
+    return f"TLS with {access.keys.certificate}" if access.keys else "plain text, on this machine alone"
+
+
+def check_parts_security(config: Config) -> str:
+    """`check_security` for the other processes of `treegrpo up`. Raises ConfigError."""
+    sampler, retriever = Access.of(config.security, Role.SAMPLER), Access.of(config.security, Role.RETRIEVER)
+    sampler.check_metrics("sampler.metrics", config.sampler.metrics)
+    sampler.check_url("retriever.url", config.search_url)
+    retriever.check_metrics("retriever.listen", config.retriever.listen)
+    Access.of(config.security, Role.BROKER)
+    return "sampler, retriever, broker"
+
+
 def learner_checks(config: Config) -> dict[str, Check]:
     """What `treegrpo learner` needs, by name."""
     return {
+        "security": partial(check_security, config),
         "run directory": partial(check_run_dir, config),
         "ports": partial(check_addresses, learner_addresses(config)),
         "model": partial(check_model, config.model.path),
@@ -157,6 +180,7 @@ def up_checks(config: Config) -> dict[str, Check]:
         **learner_checks(config),
         "ports": partial(check_addresses, all_addresses(config)),
         "sampler metrics": partial(check_sampler_metrics, config),
+        "security of the parts": partial(check_parts_security, config),
         **corpus,
     }
 

@@ -260,9 +260,8 @@ def own_options(command: Command, arguments: Sequence[str]) -> Mapping[str, Any]
     except argparse.ArgumentError as error:
         raise ConfigError(f"The flags cannot be read: {error}; see --help.") from error
     if unknown:
-        raise ConfigError(
-            f"{unknown[0]} is no flag of this command; it has {', '.join(flag.rstrip('=') for flag in command.options)}."
-        )
+        flags = ", ".join(flag.rstrip("=") for flag in command.options)
+        raise ConfigError(f"{unknown[0]} is no flag of this command; it has {flags}.")
     return vars(known)
 
 

@@ -16,40 +16,16 @@ import grpc
 
 from services.sampler.outbox import Outbox
 from treegrpo.change import Change
-from treegrpo.errors import ContractError, UnavailableError
+from treegrpo.errors import ContractError
 from treegrpo.lease import LeaseEnd
 from treegrpo.telemetry import SamplerMetrics
 from treegrpo.tree import Subtree
 from treegrpo.v1 import rollout_pb2, rollout_pb2_grpc
 
 log = logging.getLogger(__name__)
-CONNECT_SECONDS = 10.0
 WELCOME_SECONDS = 10.0
 HEARTBEAT_SECONDS = 5.0
 RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 32 << 20),
-    ("grpc.max_send_message_length", 32 << 20),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-)
-
-
-async def connect(address: str) -> grpc.aio.Channel:
-    """A channel to the learner. Raises UnavailableError if it does not answer within CONNECT_SECONDS."""
-    channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    try:
-        async with asyncio.timeout(CONNECT_SECONDS):
-            await channel.channel_ready()
-    except TimeoutError as error:
-        await channel.close()
-        raise UnavailableError(
-            f"No learner answers at {address} (sampler.learner or learner.listen) within {CONNECT_SECONDS:.0f} s; "
-            "start one with `treegrpo learner`, or set sampler.learner to where it runs."
-        ) from error
-    return channel
 
 
 class Holder(Protocol):
@@ -226,6 +202,6 @@ class LearnerClient:
         return rollout_pb2.RolloutRequest(demand=rollout_pb2.Demand(leases=self._demand))
 
     def _reason(self, error: grpc.aio.AioRpcError) -> str:
-        if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED):
+        if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED):
             raise ContractError(f"The learner at {self._address} refuses this sampler: {error.details()}") from error
         return f"{error.code().name}: {error.details()}"

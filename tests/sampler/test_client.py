@@ -13,13 +13,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
-from services.sampler import client as client_module
-from services.sampler.client import LearnerClient, connect
+from services.sampler import channel as channel_module
+from services.sampler.channel import connect
+from services.sampler.client import LearnerClient
 from services.sampler.expansion import Expander
 from services.sampler.holder import Identity, LeaseHolder
 from services.sampler.weights import Follower, WeightStore
 from tests.sampler.fake_learner import FakeLearner, serving
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, deep, lease, plan, turns
+from treegrpo.access import OPEN
 from treegrpo.codec import lease_end_from_pb
 from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.lease import LeaseEnd, LeaseEndReason
@@ -294,9 +296,9 @@ async def test_a_learner_that_refuses_is_not_asked_again() -> None:
 
 
 async def test_a_learner_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(channel_module, "CONNECT_SECONDS", 0.2)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound but not listening: nobody answers
         address = f"127.0.0.1:{held.getsockname()[1]}"
         with pytest.raises(UnavailableError, match=rf"{address}.*sampler\.learner"):
-            await connect(address)
+            await connect(address, OPEN)
