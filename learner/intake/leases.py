@@ -32,7 +32,7 @@ from treegrpo.budget import Budget
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Question
-from treegrpo.soundness import check_vocabulary, name
+from treegrpo.soundness import check_size, check_vocabulary, name
 from treegrpo.tree import PolicyVersion, Subtree
 
 class LeaseBook:
@@ -165,6 +165,7 @@ class LeaseBook:
             )
         if subtree.index >= plan.branches:
             raise TreeError(f"{where}: subtree {subtree.index} is not one of its plan's {plan.branches}, from 0 on.", "index")
+        check_size(subtree, group.group.depth(subtree.tree, subtree.parent), plan, where)
         check_vocabulary(subtree.prompt, subtree.steps, self._vocabulary, where)
         self._check_age(group, subtree, where)
         if not group.add(subtree):

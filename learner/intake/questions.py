@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from treegrpo.errors import DataError
+from treegrpo.limits import QUESTION_BYTES
 from treegrpo.question import Message, Question
 
 
@@ -97,6 +98,11 @@ def _question(row: Any, where: str, number: int) -> Question:
     prompt = tuple(Message(message.role, message.content) for message in fields.prompt)
     if not any(message.content.strip() for message in prompt):
         raise DataError(f"{where} has an empty prompt; give the question in prompt[].content.")
+    texts = (*(message.content for message in prompt), *answers)
+    if (size := sum(len(text.encode()) for text in texts)) > QUESTION_BYTES:
+        raise DataError(
+            f"{where} has {size} bytes of prompt and answers; {QUESTION_BYTES} are the most, shorten or leave it out."
+        )
     extra = fields.extra_info or _Extra()
     identity = f"{fields.data_source}/{extra.split}/{number if extra.index == '' else extra.index}"
     return Question(identity, fields.data_source, prompt, answers, extra.family)
