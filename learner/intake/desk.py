@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from learner.intake.batches import Batches
 from learner.intake.clerk import Clerk
 from learner.intake.evaluation import Round
 from learner.intake.groups import OpenGroup
-from learner.intake.journal import Journal
+from learner.intake.journal import BACKLOG_BYTES, Journal
 from learner.intake.leases import LeaseBook
 from learner.intake.peers import Peer
 from learner.intake.report import Reporter
@@ -59,7 +60,9 @@ class Desk:
         run: str,
         plan: Plan,
         heldout: list[Question],
+        checkpointed: Callable[[], None],
     ) -> None:
+        """``checkpointed`` is called when a checkpoint stands, and the journal may get shorter."""
         self.book = book
         self.peers: dict[str, Peer] = {}
         self._journal = journal
@@ -69,6 +72,7 @@ class Desk:
         self._run = run
         self._plan = plan
         self._heldout = heldout
+        self._checkpointed = checkpointed
         self._round: Round | None = None
         self._clerk = Clerk(book, journal, reporter)
         self._batches = Batches(book, self._clerk, self._stop)
@@ -81,6 +85,7 @@ class Desk:
         """Samplers that held leases when the intake was last there, and have not come back to it."""
         for holder in self._interrupted:
             self._expect(holder, SILENCE_SECONDS)
+        journal.on_blocked = self.grant
 
     # ---- samplers
 
@@ -175,6 +180,15 @@ class Desk:
             group.told_at = group.told_at or time.monotonic()
             self._stop(group)
 
+    @property
+    def behind(self) -> bool:
+        """Whether so much waits for the disk that samplers have to wait too."""
+        return self._journal.backlog > BACKLOG_BYTES
+
+    async def caught_up(self) -> None:
+        """Return when the disk is no longer behind."""
+        await self._journal.room()
+
     def end(self, peer: Peer, end: LeaseEnd) -> None:
         """A sampler is done with a lease. What it stopped of its own accord is for another to go on with."""
         group = self.book.open.get(end.lease)
@@ -215,7 +229,7 @@ class Desk:
 
     def grant(self) -> None:
         """Grant leases while there are both work within the bound and samplers that want it; the least served first."""
-        if self._control.state is not RunState.RUNNING:
+        if self._control.state is not RunState.RUNNING or self._journal.blocked:
             return
         self._batches.press()
         room = {peer.id: peer.demand - len(self.book.of(peer.holder)) for peer in self.peers.values()}
@@ -251,6 +265,7 @@ class Desk:
     def covered(self, position: int) -> None:
         """A checkpoint covers the groups before ``position``."""
         self.book.groups.covered(position)
+        self._checkpointed()
 
     async def evaluate(self, version: PolicyVersion) -> Evaluation:
         """Begin the evaluation of ``version`` unless it runs, and wait a few seconds for its end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -199,14 +198,15 @@ class Reporter:
     def _write(self, row: Mapping[str, object]) -> None:
         """Append a line; those that a full disk does not take wait for the next one."""
         self._lines.append(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+        data = "".join(self._lines).encode()
+        size = self._progress.stat().st_size if self._progress.exists() else 0
         try:
             with self._progress.open("ab", buffering=0) as file:
-                size = file.tell()
-                data = "".join(self._lines).encode()
-                if file.write(data) < len(data):
-                    file.truncate(size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                while written := file.write(data):
+                    data = data[written:]
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self._progress, size)
             log.warning("%s takes no line (%s); %d wait", self._progress, error.strerror, len(self._lines))
         else:
             self._lines.clear()

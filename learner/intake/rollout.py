@@ -29,7 +29,7 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
         self._desk = desk
         self._admission = admission
 
-    async def Rollout(self, request_iterator: object, context: Context) -> None:  # noqa: ARG002, N802 - named by the contract
+    async def Rollout(self, request_iterator: object, context: Context) -> None:  # noqa: ARG002 - named by the contract
         """Serve one sampler until either side closes the stream."""
         first = await self._read(context, HANDSHAKE_SECONDS)
         peer = self._desk.join(await self._admission.admit(first, context, len(self._desk.peers)))
@@ -50,8 +50,11 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
         clock = asyncio.get_running_loop().time
         async with asyncio.timeout(SILENCE_SECONDS) as peer.watch:
             while (request := await context.read()) != EOF:
-                peer.heard = time.monotonic()
                 self._hear(peer, request)
+                if self._desk.behind:  # what it says next stays in its stream, and its silence is our own
+                    peer.watch.reschedule(None)
+                    await self._desk.caught_up()
+                peer.heard = time.monotonic()
                 peer.watch.reschedule(0.0 if peer.farewell else clock() + SILENCE_SECONDS)
 
     async def _read(self, context: Context, seconds: float) -> pb.RolloutRequest | None:
