@@ -232,6 +232,8 @@ def unavailable(address: str, access: Access, error: aiomqtt.MqttError, remedy: 
         likely = ", likely because it speaks plain text and we TLS"
     elif access.keys is None and "refused" not in said.lower():
         likely = ", if it wants TLS or a password set [security]"
+    elif access.keys is not None and "timed out" in said:
+        likely = f", likely because it does not trust {access.keys.certificate}"
     elif "code:135" in said or "code:134" in said or "uthori" in said:
         likely = f", likely because user {access.broker_user!r} or the password is wrong"
     return UnavailableError(f"No MQTT broker answers at broker.address = {address} ({said}{likely}); {remedy}")

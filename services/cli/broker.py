@@ -6,6 +6,7 @@ import asyncio
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from amqtt.adapters import ReaderAdapter, StreamReaderAdapter, StreamWriterAdapter, WriterAdapter
 from amqtt.broker import Broker
@@ -56,11 +57,10 @@ class _Bounded(StreamReaderAdapter):
 
 def embedded_broker(address: str, access: Access = OPEN, passwords: dict[str, str] | None = None) -> Broker:
     """An amqtt broker for ``address``, not started: with TLS and users, or for everybody. Needs a running event loop."""
-    listener = ListenerConfig(bind=address, max_connections=PEERS)
-    if access.keys is not None:
-        listener = ListenerConfig(
-            bind=address, max_connections=PEERS, ssl=True, certfile=access.keys.certificate, keyfile=access.keys.key
-        )
+    files: dict[str, Any] = {}
+    if (keys := access.keys) is not None:  # a client's certificate is welcome, and then must be of our authority
+        files = {"ssl": True, "cafile": keys.ca, "certfile": keys.certificate, "keyfile": keys.key}
+    listener = ListenerConfig(bind=address, max_connections=PEERS, **files)
     rules = {"services.cli.broker_rules.Passwords": {"passwords": passwords}, "services.cli.broker_rules.Topics": {}}
     return PatientBroker(BrokerConfig(listeners={"default": listener}, plugins=rules if passwords else ANYBODY))
 
