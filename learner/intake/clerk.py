@@ -6,10 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 from learner.intake import events
+from learner.intake.frames import Record
 from learner.intake.groups import OpenGroup
-from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
 from learner.intake.report import Reporter
 from treegrpo.codec import lease_to_pb, subtree_from_pb
@@ -19,8 +20,16 @@ from treegrpo.v1 import rollout_pb2, tree_pb2
 log = logging.getLogger(__name__)
 
 
+class Log(Protocol):
+    """Where events are kept; see `Journal`."""
+
+    def append(self, record: Record) -> asyncio.Future[int]: ...
+
+    def barrier(self) -> asyncio.Future[int]: ...
+
+
 class Clerk:
-    def __init__(self, book: LeaseBook, journal: Journal, reporter: Reporter) -> None:
+    def __init__(self, book: LeaseBook, journal: Log, reporter: Reporter) -> None:
         self._book = book
         self._journal = journal
         self._reporter = reporter

@@ -110,6 +110,11 @@ class OpenGroup:
         self.refused[key], self.refusal = cost, why
         return fresh
 
+    def depth(self, tree: int, node: int) -> int:
+        """Steps from the root of a tree down to a node; 0 for one that is not there, which `add` refuses."""
+        grown = self.group.trees.get(tree)
+        return len(grown.path(node)) if grown and node in grown.steps else 0
+
     @property
     def has_leaves(self) -> bool:
         """Whether any episode came to its end."""

@@ -35,6 +35,7 @@ from treegrpo.question import Question
 from treegrpo.soundness import check_size, check_vocabulary, name
 from treegrpo.tree import PolicyVersion, Subtree
 
+
 class LeaseBook:
     def __init__(
         self, queue: QuestionQueue, plan: Plan, *, seed: int, batch: int, max_lag: int, total: int, vocabulary: int, mark: str

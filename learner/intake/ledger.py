@@ -86,7 +86,5 @@ class Ledger:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Become what `state` was taken of."""
-        self.accounts = {
-            kind: Account(*(Budget(*budget) for budget in state["accounts"][kind.value])) for kind in LeaseKind
-        }
+        self.accounts = {kind: Account(*(Budget(*budget) for budget in state["accounts"][kind.value])) for kind in LeaseKind}
         self._open = {lease: (LeaseKind(kind), Budget(*left)) for lease, (kind, left) in state["open"].items()}
