@@ -148,7 +148,7 @@ def _until(certificate: x509.Certificate) -> str:
 def _secret(path: Path) -> str:
     if path.exists():
         return f"{path}: kept"
-    write(path, f"{secrets.token_urlsafe(SECRET_BYTES)}\n".encode(), secret=True)
+    write(path, f"{secrets.token_hex(SECRET_BYTES)}\n".encode(), secret=True)
     return f"{path}: new"
 
 
