@@ -49,6 +49,7 @@ def step_values(
         "version": str(after.version),
         "position": after.position,
         "groups": len(groups),
+        "group_ids": [group.id for group in groups],
         "groups_without_leaf": len(groups) - len(batch),
         "leaves": len(leaves),
         "reward_mean": float(rewards.mean()),
