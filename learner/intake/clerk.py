@@ -33,6 +33,8 @@ class Clerk:
         self._book = book
         self._journal = journal
         self._reporter = reporter
+        self.given = journal.barrier()
+        """Done when all positions that were given are durable."""
 
     def grant(self, lease: Lease, draw: int, holder: str) -> rollout_pb2.Lease:
         """The lease as it goes to its holder, with what its group has already."""
@@ -71,7 +73,7 @@ class Clerk:
     def give(self, draws: Sequence[int], stale: Sequence[int]) -> None:
         """The trainer is to get ``draws`` at the next positions, and those that are ``stale`` never."""
         left_out = self._book.taken(draws, stale)
-        self._journal.append(events.taken(draws, stale))
+        self.given = self._journal.append(events.taken(draws, stale))
         for group in left_out:
             self._reporter.closed(group, "stale")
             self._look_at(group, "stale", "it is older than train.max_lag allows")

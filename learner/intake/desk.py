@@ -24,7 +24,7 @@ from learner.intake.batches import Batches
 from learner.intake.clerk import Clerk
 from learner.intake.evaluation import Round
 from learner.intake.groups import OpenGroup
-from learner.intake.journal import BACKLOG_BYTES, Journal
+from learner.intake.journal import BACKLOG_BYTES, Journal, durable
 from learner.intake.leases import LeaseBook
 from learner.intake.peers import Peer
 from learner.intake.report import Reporter
@@ -159,7 +159,7 @@ class Desk:
         """Take a subtree in; acked when it is durable, or at once when it is refused (so that it is not sent again)."""
         ack = pb.Ack(lease=sent.lease, tree=sent.tree, index=sent.index)
         try:
-            durable = self._clerk.accept(sent)
+            kept = self._clerk.accept(sent)
         except ContractError as error:
             ack.refusal = str(error)
             self._refuse(sent, error)
@@ -167,7 +167,7 @@ class Desk:
             peer.send(pb.RolloutResponse(ack=ack))
         else:
             response = pb.RolloutResponse(ack=ack)
-            durable.add_done_callback(lambda future: None if future.exception() else peer.send(response))
+            kept.add_done_callback(lambda future: None if future.exception() else peer.send(response))
 
     def _refuse(self, sent: tree_pb2.Subtree, error: ContractError) -> None:
         """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has."""
@@ -249,8 +249,8 @@ class Desk:
             groups = self._batches.batch(position, count) if state is RunState.RUNNING else []
             if groups or state is RunState.DRAINING or time.monotonic() > deadline:
                 self.grant()
-                if groups and not await self._journal.flushed(deadline):
-                    groups = []
+                if groups and not await durable(self._clerk.given, deadline):
+                    groups = []  # a full disk; the trainer asks again
                 return Taken([pack_group(g.group, g.subtrees) for g in groups], state.value)
             await self._changed.wait(min(deadline, self._batches.patience))
 

@@ -42,6 +42,12 @@ class Entry:
     """Gets the number of the segment it is in, or that begins with the cut."""
 
 
+async def durable(done: asyncio.Future[int], deadline: float) -> bool:
+    """Wait for a record to be on the disk; False when ``deadline`` (time.monotonic) comes first."""
+    finished, _ = await asyncio.wait({done}, timeout=max(0.0, deadline - time.monotonic()))
+    return bool(finished)
+
+
 class Journal:
     def __init__(self, disk: Disk, folder: Path, end: End, retry: tuple[float, ...]) -> None:
         """Append after ``end``. ``retry``: seconds between attempts while the disk refuses; the last is repeated."""
@@ -84,12 +90,6 @@ class Journal:
     def barrier(self) -> asyncio.Future[int]:
         """A future that is done when everything appended so far is durable."""
         return self._last
-
-    async def flushed(self, deadline: float | None = None) -> bool:
-        """Whether everything appended so far is durable; False when ``deadline`` (time.monotonic) comes before that."""
-        seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
-        done, _ = await asyncio.wait({self._last}, timeout=seconds)
-        return bool(done)
 
     async def room(self) -> None:
         """Return when little enough waits to be written: whoever feeds the journal waits here."""

@@ -125,7 +125,7 @@ async def _serve(
         await asyncio.wait({told, desk.broken}, return_when=asyncio.FIRST_COMPLETED)
         await healthy.enter_graceful_shutdown()
         await control.set_state(RunState.DRAINING)
-        await desk.drained(DRAIN_SECONDS)
+        await desk.drained(0.0 if desk.broken.done() else DRAIN_SECONDS)
         await server.stop(grace=1.0)
         told.cancel()
         if desk.broken.done():
