@@ -63,9 +63,9 @@ async def chaos(options: argparse.Namespace, run_dir: Path) -> Verdict:
 
 
 def summary(outcome: Outcome) -> str:
-    fault, found = outcome.fault, "; ".join(outcome.findings)
+    found = "; ".join(outcome.findings)
     how = "not recovered" if outcome.recovery is None else f"recovered after {outcome.recovery:.1f} s"
-    return f"{fault.what} {' and '.join(fault.parts)}: {how}{found and ', audit: '}{found}"
+    return f"{outcome.fault.what}: {outcome.fault.whom}, {how}{found and ', audit: '}{found}"
 
 
 def say(line: str) -> None:
@@ -81,7 +81,7 @@ def main() -> int:
         shutil.rmtree(run_dir)
     else:
         say(f"The run is kept in {run_dir}.")
-    verdict.show(Console(stderr=True))
+    verdict.show(Console(stderr=True, width=None if sys.stderr.isatty() else 120))
     return 0 if verdict.good else 1
 
 

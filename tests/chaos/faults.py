@@ -24,11 +24,11 @@ LEARNER = ("intake", "trainer")
 ROLES = ("sampler", "intake", "trainer", "broker", "retriever")
 ENDS = {
     "sampler": ("intake", "retriever", "broker"),
-    "intake": ("intake",),
+    "intake": ("intake", "broker"),
     "broker": ("broker",),
     "retriever": ("retriever",),
 }
-"""By role: which services' links are cut when it is cut off. The trainer has no network."""
+"""By role: to which services connections are cut; to itself: everybody's. The trainer has no network."""
 
 
 Turn = TypeVar("Turn")
@@ -61,6 +61,12 @@ class Fault:
         """For the table."""
         how = {Kind.KILL: "", Kind.STOP: f" {self.seconds:.0f} s", Kind.CUT_OFF: f" {self.mode.value} {self.seconds:.0f} s"}
         return self.kind.value + how[self.kind]
+
+    @property
+    def whom(self) -> str:
+        """For the table."""
+        services = {service for _, service in self.links} - set(self.parts)
+        return " and ".join(self.parts) + "".join(f" from the {service}" for service in services)
 
 
 def schedule(seed: int, count: int, samplers: list[str], links: list[tuple[str, str]]) -> list[Fault]:
@@ -96,7 +102,7 @@ def _cuts(chance: random.Random, samplers: list[str], links: list[tuple[str, str
         role, mode = next(turns)
         (part,) = _named(chance, (role,), samplers)
         service = chance.choice(ENDS[role])
-        hit = [link for link in links if link[1] == service and (role != "sampler" or link[0] == part)]
+        hit = [link for link in links if link[1] == service and part in link]
         length = chance.choice((SHORT_SECONDS, LONG_SECONDS)) if mode is Mode.DROP else SHORT_SECONDS
         yield Fault(Kind.CUT_OFF, (part,), _pause(chance), chance.uniform(*length), mode, tuple(hit))
 

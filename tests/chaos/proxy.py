@@ -68,6 +68,7 @@ class Proxy:
         self._target = (host, int(port))
         self._random = random.Random(seed)
         self._links: set[_Link] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._passing = asyncio.Event()
         self._passing.set()
         self.mode = Mode.OPEN
@@ -75,7 +76,12 @@ class Proxy:
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncGenerator[Proxy]:
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0, limit=CHUNK_BYTES)
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.create_task(self._carry(reader, writer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=CHUNK_BYTES)
         host, port = server.sockets[0].getsockname()[:2]
         self.address = f"{host}:{port}"
         try:
@@ -84,6 +90,9 @@ class Proxy:
             server.close()
             for link in list(self._links):
                 link.reset()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def fail(self, mode: Mode, seconds: float) -> None:
         """Be in ``mode`` for so long."""
@@ -101,13 +110,14 @@ class Proxy:
             self.mode = Mode.OPEN
             self._passing.set()
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._passing.wait()
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A connection from beginning to end."""
         try:
+            await self._passing.wait()
             async with asyncio.timeout(CONNECT_SECONDS):
                 far_reader, far = await asyncio.open_connection(*self._target, limit=CHUNK_BYTES)
         except (OSError, TimeoutError):
-            writer.close()
+            await _closed(writer)
             return
         link = _Link(writer, far)
         self._links.add(link)
@@ -118,8 +128,8 @@ class Proxy:
         except OSError:
             link.reset()
         finally:
-            link.close()
             self._links.discard(link)
+            await asyncio.gather(_closed(writer), _closed(far))
 
     async def _pump(self, link: _Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(CHUNK_BYTES):
@@ -137,3 +147,9 @@ class Proxy:
         if link.halved is not writer and writer.can_write_eof():
             with contextlib.suppress(OSError, RuntimeError):
                 writer.write_eof()
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):  # of a connection that was reset
+        await writer.wait_closed()

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import mean, variance
 
 from rich.console import Console
@@ -14,6 +14,26 @@ from rich.table import Table
 
 from tests.chaos.audit import Audit, Row
 from tests.chaos.driver import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a value changed over the steps of a run."""
+
+    first: float
+    """Mean of the first third."""
+    last: float
+    """Mean of the last third."""
+    half_width: float
+    """Of the 95 % interval of the difference (Welch, steps taken as independent)."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Change | None:
+        """None if there are too few."""
+        if (third := len(values) // 3) < 2:
+            return None
+        first, last = values[:third], values[-third:]
+        return cls(mean(first), mean(last), 1.96 * math.sqrt(variance(first) / third + variance(last) / third))
 
 
 @dataclass(slots=True)
@@ -31,20 +51,16 @@ class Verdict:
         return self.found.clean and not (self.hung or self.grown or self.declined)
 
     @property
-    def reward(self) -> tuple[float, float, float]:
-        """Mean reward of the first and of the last third of the steps, and the half width of the 95 % interval of the
-        difference (Welch's standard error, steps taken as independent)."""
-        return compare([line["reward_mean"] for line in self.found.chain])
+    def reward(self) -> Change | None:
+        return Change.of([line["reward_mean"] for line in self.found.chain])
 
     @property
     def declined(self) -> bool:
-        """The reward fell by more than chance explains. That it rose is seen in a long run only."""
-        first, last, half = self.reward
-        return last - first + half < 0
+        """The reward fell by more than chance explains. Whether it rises is for a long run to show."""
+        return self.reward is not None and self.reward.last - self.reward.first + self.reward.half_width < 0
 
     def row(self) -> Row:
         """The line of JSON."""
-        first, last, half = self.reward
         evals = [line["em"] for line in self.found.evals] or [None]
         recoveries = [outcome.recovery for outcome in self.outcomes if outcome.recovery is not None]
         return {
@@ -61,9 +77,7 @@ class Verdict:
             "groups_accounted": {why: count for why, count in self.found.accounted.items() if count},
             "restarts": dict(self.restarts),
             "memory_beyond_bound": len(self.grown),
-            "reward_first_third": round(first, 3),
-            "reward_last_third": round(last, 3),
-            "reward_difference_95": round(half, 3),
+            "reward": {name: round(value, 3) for name, value in asdict(self.reward).items()} if self.reward else None,
             "em_start": evals[0],
             "em_end": evals[-1],
         }
@@ -86,23 +100,13 @@ class Verdict:
 def table(outcomes: Sequence[Outcome]) -> Table:
     made = Table("#", "fault", "of", "recovered after", "started again", "steps meanwhile", "audit")
     for number, one in enumerate(outcomes, 1):
-        links = f" ({', '.join(f'{client}→{service}' for client, service in one.fault.links)})" if one.fault.links else ""
         made.add_row(
             str(number),
             one.fault.what,
-            " and ".join(one.fault.parts) + links,
+            one.fault.whom,
             f"not: {one.said}" if one.recovery is None else f"{one.recovery:.1f} s",
             ", ".join(f"{part} {count}×" if count > 1 else part for part, count in one.started.items()) or "–",
             str(one.steps),
             "; ".join(one.findings) or "clean",
         )
     return made
-
-
-def compare(values: Sequence[float]) -> tuple[float, float, float]:
-    """Means of the first and the last third, and the half width of the 95 % interval of their difference."""
-    third = len(values) // 3
-    if third < 2:
-        return math.nan, math.nan, math.nan
-    first, last = values[:third], values[-third:]
-    return mean(first), mean(last), 1.96 * math.sqrt(variance(first) / third + variance(last) / third)
