@@ -37,7 +37,7 @@ class Batches:
                 self._stop(group)
 
     def batch(self, position: int, count: int) -> list[OpenGroup]:
-        """``count`` groups from ``position`` on, or none while they are not ready. Raises ContractError: see `GroupQueue.take`."""
+        """``count`` groups from ``position`` on, or none while they are not ready. Raises ContractError as `GroupQueue.take`."""
         groups = self._book.groups.take(position, count)
         if len(groups) < count and self._assign(count - len(groups)):
             groups = self._book.groups.take(position, count)

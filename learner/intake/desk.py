@@ -7,8 +7,7 @@
                                                    ▼
                                                  clerk ──► book, journal, reports
 
-The book changes at once, the journal follows, and an ack leaves only when the journal is durable. A sampler of which
-nothing is heard for SILENCE_SECONDS has lost its leases, in whatever state its connection is.
+The book changes at once, the journal follows, and an ack leaves only when the journal is durable.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from learner.intake.groups import OpenGroup
 from learner.intake.journal import BACKLOG_BYTES, Journal, durable
 from learner.intake.leases import LeaseBook
 from learner.intake.peers import Peer
+from learner.intake.presence import Presence, sampler_of
 from learner.intake.report import Reporter
 from learner.intake.weights import WeightsServer
 from treegrpo.change import Change
@@ -34,7 +34,7 @@ from treegrpo.codec import plan_to_pb, subtree_cost, version_to_pb
 from treegrpo.control import ControlPlane, RunState
 from treegrpo.errors import ContractError, TreeError, UnavailableError
 from treegrpo.handoff import Evaluation, Taken, pack_group
-from treegrpo.lease import HEARTBEAT_SECONDS, SILENCE_SECONDS, LeaseEnd, LeaseEndReason, Plan
+from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Question
 from treegrpo.tree import PolicyVersion
 from treegrpo.v1 import rollout_pb2 as pb
@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 LONG_POLL_SECONDS = 5.0
 BARREN_GROUPS = 64
 """Leases in a row without a single leaf before the run is given up."""
-HUSHED_SECONDS = 2 * HEARTBEAT_SECONDS
-"""A sampler whose last will came is gone if it is silent for so long, or has no stream."""
 
 
 class Desk:
@@ -64,7 +62,7 @@ class Desk:
     ) -> None:
         """``checkpointed`` is called when a checkpoint stands, and the journal may get shorter."""
         self.book = book
-        self.peers: dict[str, Peer] = {}
+        self.presence = Presence({group.holder for group in book.open.values()}, self.lose)
         self._journal = journal
         self._control = control
         self._weights = weights
@@ -76,31 +74,26 @@ class Desk:
         self._round: Round | None = None
         self._clerk = Clerk(book, journal, reporter)
         self._batches = Batches(book, self._clerk, self._stop)
-        self._departures: dict[str, asyncio.TimerHandle] = {}
         self._changed = Change()
         self._barren = 0
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with UnavailableError when rolling out on would lead nowhere."""
-        self._interrupted = {group.holder for group in book.open.values()}
-        """Samplers that held leases when the intake was last there, and have not come back to it."""
-        for holder in self._interrupted:
-            self._expect(holder, SILENCE_SECONDS)
         journal.on_blocked = self.grant
 
     # ---- samplers
 
+    @property
+    def peers(self) -> dict[str, Peer]:
+        """The samplers that have a stream, by name."""
+        return self.presence.peers
+
     def join(self, hello: pb.Hello) -> Peer:
         """A stream opened. Older incarnations of the same sampler have lost their leases."""
         peer = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
-        if (before := self.peers.pop(peer.id, None)) is not None:
-            before.hang_up(f"Sampler {peer.id} has opened another stream.")
+        self.presence.came(peer)
         for holder in {group.holder for group in self.book.open.values()} - {peer.holder}:
-            if holder.rpartition("/")[0] == peer.id:
+            if sampler_of(holder) == peer.id:
                 self.lose(holder)
-        self._interrupted.discard(peer.holder)
-        if (departure := self._departures.pop(peer.holder, None)) is not None:
-            departure.cancel()
-        self.peers[peer.id] = peer
         held = {group.lease.id for group in self.book.of(peer.holder)}
         for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
             self._end(LeaseEnd(lease, LeaseEndReason.RETURNED))
@@ -126,26 +119,14 @@ class Desk:
 
     def leave(self, peer: Peer) -> None:
         """Its stream closed: its leases wait for it until it was silent for too long."""
-        if self.peers.get(peer.id) is peer:
-            del self.peers[peer.id]
+        if self.presence.left(peer):
             log.info("sampler %s left", peer.id)
             self._reporter.samplers(len(self.peers))
-            if self.book.of(peer.holder):
-                self._expect(peer.holder, peer.heard + SILENCE_SECONDS - time.monotonic())
-
-    def _expect(self, holder: str, seconds: float) -> None:
-        self._departures[holder] = asyncio.get_running_loop().call_later(max(0.0, seconds), self.lose, holder)
 
     def lose(self, holder: str) -> None:
         """A sampler is gone for good: others go on with its groups."""
-        if (departure := self._departures.pop(holder, None)) is not None:
-            departure.cancel()
-        peer = self.peers.get(holder.rpartition("/")[0])
-        if peer is not None and peer.holder == holder:
-            del self.peers[peer.id]
-            peer.hang_up(f"Nothing came for {SILENCE_SECONDS:.0f} s; send heartbeats.")
-        reason = LeaseEndReason.INTERRUPTED if holder in self._interrupted else LeaseEndReason.LOST
-        self._interrupted.discard(holder)
+        reason = self.presence.gone(holder)
+        self._reporter.samplers(len(self.peers))
         for group in self.book.of(holder):
             log.warning("lease %s of sampler %s is lost, with %d subtrees", group.lease.id, holder, len(group.subtrees))
             self._end(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
@@ -290,7 +271,12 @@ class Desk:
     # ---- control plane
 
     async def follow(self) -> None:
-        """Obey the run state and notice members that are gone."""
+        """Obey the run state, and notice samplers that are gone or silent."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._obey(), name="run-state")
+            tasks.create_task(self.presence.watch_over(), name="silence")
+
+    async def _obey(self) -> None:
         before = self._control.state
         while True:
             await self._control.wait_change()
@@ -301,12 +287,7 @@ class Desk:
                     for peer in self.peers.values():
                         peer.send(pb.RolloutResponse(drain=pb.Drain()))
                 before = state
-            for member in self._control.members.values():
-                holder = f"{member.id}/{member.incarnation:016x}"
-                peer = self.peers.get(member.id)
-                hushed = peer is not None and peer.holder == holder and time.monotonic() - peer.heard > HUSHED_SECONDS
-                if not member.alive and (hushed or holder in self._departures):
-                    self.lose(holder)
+            self.presence.heed(self._control.members.values())
             self.grant()
             self._changed.tell()
 

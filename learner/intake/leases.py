@@ -179,8 +179,8 @@ class LeaseBook:
         oldest = min((span.version.step for step in subtree.steps for span in step.spans), default=self.base)
         if group.lease.kind is LeaseKind.TRAIN and self.version is not None and self.base - oldest > self._max_lag:
             raise TreeError(
-                f"{where}: subtree {subtree.index} has tokens of policy step {oldest}, and the next step begins from {self.base}; "
-                f"train.max_lag = {self._max_lag}.",
+                f"{where}: subtree {subtree.index} has tokens of policy step {oldest}; the next step begins from {self.base}, "
+                f"and train.max_lag is {self._max_lag}.",
                 "age",
             )
 

@@ -23,9 +23,9 @@ class Peer:
     """Leases it wants to hold at once."""
     outbox: asyncio.Queue[RolloutResponse] = field(default_factory=asyncio.Queue[RolloutResponse])
     heard: float = field(default_factory=time.monotonic)
-    """time.monotonic of its last message."""
-    watch: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
-    """Ends its stream."""
+    """time.monotonic of its last message; infinite while the intake itself keeps it waiting."""
+    stream: asyncio.Timeout | None = None
+    """Ends its stream when it is rescheduled."""
     farewell: str = ""
     """Why the learner ended it."""
 
@@ -43,5 +43,5 @@ class Peer:
     def hang_up(self, why: str) -> None:
         """End its stream. It may open another."""
         self.farewell = self.farewell or why
-        if self.watch.when() is not None:
-            self.watch.reschedule(0.0)
+        if self.stream is not None:
+            self.stream.reschedule(0.0)

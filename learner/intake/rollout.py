@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from typing import Any, cast
 
@@ -14,7 +15,6 @@ from learner.intake.doors import Admission
 from learner.intake.peers import Peer
 from treegrpo.codec import lease_end_from_pb
 from treegrpo.errors import ContractError
-from treegrpo.lease import SILENCE_SECONDS
 from treegrpo.limits import HANDSHAKE_SECONDS
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
@@ -37,8 +37,7 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
         try:
             await self._listen(peer, context)
         except TimeoutError:
-            why = peer.farewell or f"Nothing came for {SILENCE_SECONDS:.0f} s; send heartbeats."
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, why)
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.farewell)
         except ContractError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
@@ -46,16 +45,14 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
             self._desk.leave(peer)
 
     async def _listen(self, peer: Peer, context: Context) -> None:
-        """Hear a sampler to the end of its stream. Raises TimeoutError when it is silent, or the learner hangs up."""
-        clock = asyncio.get_running_loop().time
-        async with asyncio.timeout(SILENCE_SECONDS) as peer.watch:
+        """Hear a sampler to the end of its stream. Raises TimeoutError when the desk hangs up: it watches for silence."""
+        async with asyncio.timeout(0.0 if peer.farewell else None) as peer.stream:
             while (request := await context.read()) != EOF:
                 self._hear(peer, request)
                 if self._desk.behind:  # what it says next stays in its stream, and its silence is our own
-                    peer.watch.reschedule(None)
+                    peer.heard = math.inf
                     await self._desk.caught_up()
                 peer.heard = time.monotonic()
-                peer.watch.reschedule(0.0 if peer.farewell else clock() + SILENCE_SECONDS)
 
     async def _read(self, context: Context, seconds: float) -> pb.RolloutRequest | None:
         try:

@@ -241,7 +241,7 @@ def test_work_of_a_policy_that_the_trainer_left_behind_is_refused() -> None:
     made = book(batch=1, max_lag=1)
     lease = grant(made)
     made.version = PolicyVersion(1, 2)
-    with pytest.raises(TreeError, match=r"has tokens of policy step 0, and the next step begins from 2") as refusal:
+    with pytest.raises(TreeError, match=r"has tokens of policy step 0; the next step begins from 2") as refusal:
         made.accept(chain(lease))
     assert refusal.value.field == "age"
 
