@@ -149,7 +149,10 @@ is printed. Ctrl-C again stops at once. A sampler that dies is started again; if
         "intake and trainer; samplers come from elsewhere",
         """Starts the learner's two processes. A broker must answer at broker.address. Samplers on any machine join with
 
-  treegrpo sampler CONFIG.toml --sampler.learner HOST:PORT --broker.address HOST:PORT --retriever.url http://HOST:PORT""",
+  treegrpo sampler CONFIG.toml --security.dir certs --sampler.learner HOST:PORT --broker.address HOST:PORT \\
+    --retriever.url https://HOST:PORT
+
+Whatever is not on one machine needs certificates: treegrpo certs --help""",
         partial(run_up, everything=False),
     ),
     "sampler": Command(
@@ -157,14 +160,14 @@ is printed. Ctrl-C again stops at once. A sampler that dies is started again; if
         """Joins the learner at sampler.learner, fetches the newest weights, and rolls out questions until the run drains.
 It keeps nothing: stop it, kill it, start more at any time.
 
-  treegrpo sampler CONFIG.toml --sampler.learner 10.0.0.7:50051""",
+  treegrpo sampler CONFIG.toml --sampler.learner 10.0.0.7:50051 --security.dir certs""",
         partial(become, "services.sampler"),
     ),
     "retriever": Command(
         "the search tool: Search-R1's HTTP API over a BM25 index",
         """Indexes retriever.corpus and answers POST /retrieve at retriever.listen.
 
-  treegrpo retriever CONFIG.toml --retriever.listen 0.0.0.0:8765""",
+  treegrpo retriever CONFIG.toml --retriever.listen 0.0.0.0:8765 --security.dir certs""",
         partial(become, "services.retriever"),
     ),
     "intake": Command(
