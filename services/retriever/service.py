@@ -19,7 +19,7 @@ import uvicorn
 from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -32,6 +32,8 @@ from treegrpo.telemetry import RetrieverMetrics, check_free, split_address
 
 _DEFAULT_TOPK = 3
 _BACKLOG = 1024
+_IDLE_SECONDS = 30
+"""Longer than clients keep an idle connection (httpx: 5): one that closes as the next query comes would fail it."""
 _GRACE_SECONDS = 2
 
 
@@ -61,6 +63,8 @@ def app(index: Index, metrics: RetrieverMetrics, access: Access) -> Starlette:
                 ask = Ask.model_validate_json(await body_of(request))
             except ValidationError as error:
                 return refused(400, _sentence(error))
+            except ClientDisconnect:  # nobody hears the answer
+                return Response(status_code=400)
             except TooLargeError:
                 return refused(413, f"The body has more than {REQUEST_BYTES} bytes; send fewer queries at once.")
             found = [index.search(query, ask.topk) for query in ask.queries]
@@ -133,6 +137,7 @@ class _Server(uvicorn.Server):
                 limit_concurrency=PEERS,
                 h11_max_incomplete_event_size=HEADER_BYTES,
                 ssl_context_factory=None if context is None else lambda _config, _default: context,
+                timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
         )

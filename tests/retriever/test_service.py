@@ -121,3 +121,16 @@ def test_it_imports_nothing_heavy() -> None:
     code = "import sys, services.retriever.service; print([n for n in ('torch', 'numba', 'transformers') if n in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert shown.stdout.strip() == "[]"
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_query_is_no_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with running(config(tmp_path)) as address:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+        writer.write(b'POST /retrieve HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n{"queries"')
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        await post(address, {"queries": ["Kabul"]})
+    assert "Traceback" not in capfd.readouterr().err
