@@ -16,13 +16,8 @@ import numpy as np
 from treegrpo.errors import TreeError
 
 if TYPE_CHECKING:
-    from treegrpo.lease import Plan
-    from treegrpo.tree import Leaf, Step, Subtree, TokenIds
+    from treegrpo.tree import Leaf, Step, TokenIds
 
-TEXT_LENGTH = 65536
-"""Letters of a tool call."""
-NUMBERS, NAME_LENGTH = 64, 64
-"""Rewards and metrics of a leaf, and letters of a name."""
 LOGPROB_SLACK = 1e-4
 """How far above 0 a log-probability may be: engines round log-softmax of a near-certain token to there. It is kept as it
 came (token-in, token-out); the ratio it makes is off by as little."""
@@ -98,32 +93,6 @@ def check_leaves(leaves: Sequence[Leaf], steps: Mapping[int, Step], where: str) 
                     raise TreeError(f"{here}: {field}[{key!r}] is {value}; it must be finite.", field)
         if not math.isfinite(leaf.reward):
             raise TreeError(f"{here}: rewards add up to {leaf.reward}; their sum must be finite.", "rewards")
-
-
-def check_size(subtree: Subtree, depth: int, plan: Plan, where: str) -> None:
-    """A branch below ``depth`` steps is no longer than its plan lets an episode be. Raises TreeError."""
-    steps, here = len(subtree.steps), f"{where}: subtree {subtree.index}"
-    if depth + steps > plan.max_turns + 1:
-        raise TreeError(
-            f"{here} ends {depth + steps} steps below the root, and its plan's episodes have {plan.max_turns + 1} at most.",
-            "steps",
-        )
-    if (tokens := len(subtree.prompt) + sum(step.length for step in subtree.steps)) > plan.max_context:
-        raise TreeError(f"{here} has {tokens} tokens, and its plan's episodes have {plan.max_context} at most.", "tokens")
-    for step in subtree.steps:
-        if len(step.action) > plan.max_action_tokens:
-            raise TreeError(
-                f"{where}, node {step.node}: action has {len(step.action)} tokens, and the plan's turns "
-                f"{plan.max_action_tokens} at most.",
-                "action",
-            )
-        if len(step.tool) + len(step.tool_arguments) > TEXT_LENGTH:
-            raise TreeError(f"{where}, node {step.node}: tool and tool_arguments are longer than {TEXT_LENGTH} letters.", "tool")
-    for leaf in subtree.leaves:
-        for field, numbers in (("rewards", leaf.rewards), ("metrics", leaf.metrics)):
-            if len(numbers) > NUMBERS or any(len(key) > NAME_LENGTH for key in numbers):
-                what = f"{field} has more than {NUMBERS} numbers, or a name of more than {NAME_LENGTH} letters"
-                raise TreeError(f"{where}, node {leaf.node}: {what}.", field)
 
 
 def check_vocabulary(prompt: TokenIds, steps: Sequence[Step], vocabulary: int, where: str) -> None:

@@ -32,7 +32,8 @@ from treegrpo.budget import Budget
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Question
-from treegrpo.soundness import check_size, check_vocabulary, name
+from treegrpo.size import check_size
+from treegrpo.soundness import check_vocabulary, name
 from treegrpo.tree import PolicyVersion, Subtree
 
 

@@ -14,7 +14,7 @@ from learner.intake.questions import load_questions
 from tests.intake.builders import PLAN, book, chain, grant, step
 from treegrpo.errors import DataError, TreeError
 from treegrpo.limits import QUESTION_BYTES
-from treegrpo.soundness import NUMBERS, TEXT_LENGTH
+from treegrpo.size import NUMBERS, TEXT_LENGTH
 from treegrpo.tree import Leaf, Subtree
 
 
