@@ -79,6 +79,7 @@ class Desk:
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with UnavailableError when rolling out on would lead nowhere."""
         journal.on_blocked = self.grant
+        reporter.book(book)
 
     # ---- samplers
 
