@@ -17,7 +17,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.intake.disk import Disk
+from learner.intake.disk import Disk, RealDisk
 from learner.intake.events import replay
 from learner.intake.leases import LeaseBook
 from learner.intake.report import Reporter
@@ -26,6 +26,8 @@ from learner.intake.snapshot import Snapshots, restore
 from treegrpo.errors import ContractError, JournalError
 
 log = logging.getLogger(__name__)
+JOURNAL, SNAPSHOTS = "journal", "snapshots"
+"""Their folders in the run's directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,14 @@ def recover(disk: Disk, journal: Path, snapshots: Snapshots, book: LeaseBook, re
     if number or events:
         log.info("recovered from %s and %d events since", f"snapshot {number}" if number else "no snapshot", events)
     return Recovered(segments.end, fresh=not number and not events)
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether anything was recorded in a run's directory. Raises JournalError: it cannot be read."""
+    disk = RealDisk()
+    if Snapshots(disk, run_dir / SNAPSHOTS).numbers():
+        return True
+    return next(iter(Segments(disk, run_dir / JOURNAL)), None) is not None
 
 
 def _newest(snapshots: Snapshots) -> int:

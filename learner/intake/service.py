@@ -21,7 +21,7 @@ from learner.intake.doors import Admission, Watch, open_server
 from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
 from learner.intake.questions import QuestionQueue, load_questions
-from learner.intake.recovery import recover
+from learner.intake.recovery import JOURNAL, SNAPSHOTS, recover
 from learner.intake.report import Reporter
 from learner.intake.rollout import RolloutServer
 from learner.intake.snapshot import Capture, Snapshots
@@ -70,7 +70,7 @@ async def run(config: Config) -> None:
     check_free(config.learner.listen, "learner.listen")
     run_dir = config.run.dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    disk, folder, snapshots = RealDisk(), run_dir / "journal", Snapshots(RealDisk(), run_dir / "snapshots")
+    disk, folder, snapshots = RealDisk(), run_dir / JOURNAL, Snapshots(RealDisk(), run_dir / SNAPSHOTS)
     metrics = IntakeMetrics()
     reporter = Reporter(metrics, run_dir / "progress.jsonl", window=config.train.batch)
     heldout = load_questions(config.data.heldout)[: config.eval.questions or None]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from learner.intake.recovery import holds_run
 from learner.intake.vocabulary import vocabulary
 from services.sampler import tokenizer
 from treegrpo.access import Access
@@ -87,12 +88,11 @@ def _no_file(path: Path, key: str) -> str:
 
 
 def check_run_dir(config: Config) -> str:
-    """The run directory is fresh, or used and to be resumed. Raises ConfigError."""
+    """The run directory is fresh, or used and to be resumed. Raises ConfigError and JournalError."""
     path = config.run.dir
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir = {path} is a file; give a directory.")
-    journal = path / "journal" / "journal.msgpack"
-    used = any((path / "checkpoints").glob("*")) or (journal.exists() and journal.stat().st_size > 0)
+    used = any((path / "checkpoints").glob("*")) or holds_run(path)
     if used and not config.run.resume:
         raise ConfigError(f"run.dir = {path} holds a run already; continue it with --resume, or give another --run.dir.")
     if config.run.resume and not used:
