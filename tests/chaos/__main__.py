@@ -59,7 +59,8 @@ async def chaos(options: argparse.Namespace, run_dir: Path) -> Verdict:
             hung += await driver.drain()
             hung += await driver.complete(max(options.steps, driver.audit(ended=False).step + 2))
         watching.cancel()
-        return Verdict(options.seed, driver.outcomes, driver.audit(ended=not hung), keeper.restarts, hung, keeper.grown())
+        found = driver.audit(ended=not hung)
+        return Verdict(options.seed, driver.outcomes, found, keeper.restarts, hung, keeper.grown(), keeper.growth)
 
 
 def summary(outcome: Outcome) -> str:

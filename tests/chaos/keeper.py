@@ -103,6 +103,11 @@ class Keeper:
             if lives and lives[-1].child.code is None and (size := rss(lives[-1].child.pid)):
                 lives[-1].weigh(size)
 
+    @property
+    def growth(self) -> float:
+        """The most that a process has grown since it was warm, as a factor; 1 if none lived so long."""
+        return max((life.peak / life.warm for lives in self.lives.values() for life in lives if life.warm), default=1.0)
+
     def grown(self) -> list[str]:
         """The processes whose memory is beyond its bound, in words."""
         return [

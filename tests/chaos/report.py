@@ -45,6 +45,7 @@ class Verdict:
     hung: list[str] = field(default_factory=list[str])
     """What did not recover, or did not end."""
     grown: list[str] = field(default_factory=list[str])
+    growth: float = 1.0
 
     @property
     def good(self) -> bool:
@@ -77,6 +78,7 @@ class Verdict:
             "groups_accounted": {why: count for why, count in self.found.accounted.items() if count},
             "restarts": dict(self.restarts),
             "memory_beyond_bound": len(self.grown),
+            "memory_growth": round(self.growth, 2),
             "reward": {name: round(value, 3) for name, value in asdict(self.reward).items()} if self.reward else None,
             "em_start": evals[0],
             "em_end": evals[-1],
