@@ -68,7 +68,7 @@ class Member:
 class ControlPlane:
     """One process's view of the control plane, kept up to date by a background task; see `connect`."""
 
-    def __init__(self, address: str, run: str, member: Member, access: Access) -> None:
+    def __init__(self, address: str, run: str, member: Member, access: Access = OPEN) -> None:
         self._address = address
         self._access = access
         self._prefix = f"treegrpo/{run}"
