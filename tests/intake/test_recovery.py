@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,14 +39,13 @@ SECOND: list[Any] = [
 THIRD: list[Any] = [("fall_back",), ("grant",), *GROUP, ("train",), *GROUP, ("train",), ("train",), ("grant",), ("commit",)]
 
 
-async def lives(disk: MemoryDisk, history: History) -> None:
-    for script in (FIRST, SECOND, THIRD):
-        play(Machine(disk, history), script)
+LIVES = (FIRST, SECOND, THIRD)
 
 
 async def test_the_script_covers_what_it_is_meant_to() -> None:
     disk, history = MemoryDisk(), History()
-    await lives(disk, history)
+    for script in LIVES:
+        play(Machine(disk, history), script)
     last = Machine(disk, history)
     assert len(history.checkpoints) >= 4
     assert last.recovered.end.number > 5
@@ -55,23 +55,30 @@ async def test_the_script_covers_what_it_is_meant_to() -> None:
 
 
 async def test_killed_at_any_call_of_the_file_layer() -> None:
-    whole = MemoryDisk()
-    await lives(whole, History())
-    crashes = [(n, share) for n, call in enumerate(whole.log, 1) for share in ((0.0, 0.4, 1.0) if call == "write" else (0.0,))]
-    assert len(crashes) > 150
-    for crash, partial in crashes:
-        disk, history = MemoryDisk(), History()
-        disk.crash_at, disk.partial = crash, partial
-        with contextlib.suppress(CrashError):
-            await lives(disk, history)
-        assert disk.crashed
-        for names, kept, zeros in (("lost", 0.0, False), ("kept", 1.0, False), ("some", 0.5, bool(crash % 2))):
-            then = history.copy()
-            left = disk.after_crash(kept, names=names, zeros=zeros, seed=crash)
-            machine = Machine(left, then)
-            if names == "some":
-                play(machine, SECOND)
-                Machine(left, then)
+    disk, history, crashes = MemoryDisk(), History(), 0
+    for script in LIVES:
+        whole, after = disk.after_crash(), history.copy()
+        play(Machine(whole, after), script)
+        for number, call in enumerate(whole.log, start=1):
+            for partial in (0.0, 0.4, 1.0) if call == "write" else (0.0,):
+                killed(disk.after_crash(), history.copy(), script, number, partial)
+                crashes += 1
+        disk, history = whole, after
+    assert crashes > 150
+
+
+def killed(disk: MemoryDisk, history: History, script: list[Any], number: int, partial: float) -> None:
+    """Crash at one call, and start again with whatever may be left."""
+    disk.crash_at, disk.partial = number, partial
+    with pytest.raises(CrashError):
+        play(Machine(disk, history), script)
+    for names, kept, zeros in (("lost", 0.0, False), ("kept", 1.0, False), ("some", 0.5, bool(number % 2))):
+        then = history.copy()
+        left = disk.after_crash(kept, names=names, zeros=zeros, seed=number)
+        machine = Machine(left, then)
+        if names == "some":
+            play(machine, SECOND)
+            Machine(left, then)
 
 
 HAPPENS = st.one_of(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from learner.intake.report import Reporter
 from tests.intake.builders import PLAN, book, chain, complete, grant
 from treegrpo.lease import LeaseEnd, LeaseEndReason
@@ -50,3 +52,14 @@ def test_a_progress_line_has_the_books_beside_it(tmp_path: Path) -> None:
     tokens = line["ledger"]["train"]["tokens"]
     assert tokens["granted"] == tokens["spent"] + tokens["refunded"] + tokens["forfeited"] + tokens["outstanding"]
     assert (line["kind"], line["step"], line["saving"], line["saving_tool_calls"]) == ("step", 1, 1 - 28 / 18, 0.0)
+
+
+def test_progress_lines_that_the_disk_does_not_take_wait_for_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made, told = book(), reporter(tmp_path)
+    (tmp_path / "progress.jsonl").mkdir()
+    told.step({"step": 1}, made)
+    assert "takes no line" in caplog.text
+    (tmp_path / "progress.jsonl").rmdir()
+    told.step({"step": 2}, made)
+    lines = (tmp_path / "progress.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]

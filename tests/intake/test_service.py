@@ -193,6 +193,7 @@ async def test_what_two_checkpoints_cover_is_forgotten_in_memory_and_on_the_disk
             assert await take(stage.trainer, 2 * step) == taken, "a damaged checkpoint leaves the one before"
         with pytest.raises(ConnectionError):
             await take(stage.trainer, 1)
+        await until(lambda: asyncio.to_thread(lambda: not (journal / "00000002.log").exists()))
         stage.intake.kill()
         await stage.intake.wait()
     assert sorted(path.name for path in snapshots.iterdir()) == ["00000003", "00000004"]
