@@ -138,7 +138,7 @@ def test_a_lost_group_is_leased_again_with_what_it_has_before_anything_new() -> 
     account = made.ledger.accounts[LeaseKind.TRAIN]
     assert account.spent == Budget(3 * 28, 3 * 2)
     assert account.forfeited == PLAN.grant + PLAN.grant - Budget(2 * 28, 2 * 2)
-    assert grant(made) and made.open.popitem()[1].draw == 1, "the other one begins again, before a new draw"
+    assert made.open[grant(made)].draw == 1, "the other one begins again, before a new draw"
 
 
 def test_a_lost_group_that_has_everything_is_closed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -62,8 +63,6 @@ async def test_a_sampler_that_hangs_loses_its_lease_to_another_who_goes_on(tmp_p
             await other.send_chain(again.id, tree=1)
             await other.hear("ack")
             await other.say(lease_end=lease_end_to_pb(complete(again.id)))
-            taken = await door.desk.take(0, 2) if door.desk.book.groups.closed > 1 else None
-            assert taken is None
             await door.until(lambda: door.desk.book.groups.closed == 1)
             beating.cancel()
         (group,) = door.desk.book.groups.ready
@@ -124,7 +123,7 @@ async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(
 
 
 def _silence(door: Doorstep, name: str) -> float:
-    return asyncio.get_running_loop().time() - door.desk.peers[name].heard
+    return time.monotonic() - door.desk.peers[name].heard
 
 
 async def test_while_the_intake_stands_still_nobody_is_silent(tmp_path: Path) -> None:
@@ -132,6 +131,8 @@ async def test_while_the_intake_stands_still_nobody_is_silent(tmp_path: Path) ->
         await sampler.want(1)
         lease = await sampler.hear("lease")
         _stand_still(1.0)
+        for _ in range(20):  # whoever looks for silence does so now
+            await asyncio.sleep(0)
         beating = asyncio.create_task(beat(sampler))
         await sampler.roll_out(lease.id)
         await door.until(lambda: door.desk.book.groups.closed == 1)
@@ -141,8 +142,6 @@ async def test_while_the_intake_stands_still_nobody_is_silent(tmp_path: Path) ->
 
 def _stand_still(seconds: float) -> None:
     """As a stopped process does, gRPC's threads apart."""
-    import time  # noqa: PLC0415
-
     time.sleep(seconds)
 
 
@@ -222,7 +221,7 @@ async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(
         assert len((await door.desk.take(1, 1)).groups) == 1
         assert [group.draw for group in door.desk.book.groups.take(0, 9)] == [1, 0]
         assert door.sample("groups_closed_total", kind="train", reason="overdue") == 1
-        assert door.sample("rollout_forgone_expansions_total", kind="train") == 3 * (PLAN.leaves - PLAN.trees) - 2
+        assert door.sample("rollout_forgone_expansions_total", kind="train") == 3 * (PLAN.leaves - PLAN.trees)
         await sampler.send_chain(slow.id, tree=1)
         assert "reached the staleness bound" in (await sampler.hear("ack")).refusal
         assert door.sample("rollout_leaves_dropped_total", reason="overdue") == 1
