@@ -122,7 +122,8 @@ class Machine:
         if (group := self._open(pick)) is not None:
             trees = [tree for tree in range(group.lease.plan.trees) if tree not in group.group.trees]
             if trees:
-                self.clerk.accept(subtree_to_pb(sampled(chain(group.lease.id, tree=trees[0]), PolicyVersion(1, self.step))))
+                version = max(PolicyVersion(1, self.step), group.lease.min_version)
+                self.clerk.accept(subtree_to_pb(sampled(chain(group.lease.id, tree=trees[0]), version)))
 
     def end(self, pick: int = 0, reason: LeaseEndReason = LeaseEndReason.COMPLETE) -> None:
         if (group := self._open(pick)) is not None:
