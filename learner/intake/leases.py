@@ -176,12 +176,14 @@ class LeaseBook:
         return True
 
     def _check_age(self, group: OpenGroup, subtree: Subtree, where: str) -> None:
-        """Work of a policy that the trainer went back to and left behind again. Raises TreeError."""
-        oldest = min((span.version.step for step in subtree.steps for span in step.spans), default=self.base)
-        if group.lease.kind is LeaseKind.TRAIN and self.version is not None and self.base - oldest > self._max_lag:
+        """A trainer that goes back has samplers go back; what they then sample is older than the group's place in line allows.
+
+        Raises TreeError.
+        """
+        oldest = min((span.version.step for step in subtree.steps for span in step.spans), default=group.age)
+        if group.lease.kind is LeaseKind.TRAIN and oldest < group.age:
             raise TreeError(
-                f"{where}: subtree {subtree.index} has tokens of policy step {oldest}; the next step begins from {self.base}, "
-                f"and train.max_lag is {self._max_lag}.",
+                f"{where}: subtree {subtree.index} has tokens of policy step {oldest}; its lease asks for {group.age} or later.",
                 "age",
             )
 

@@ -14,7 +14,7 @@ from treegrpo.tree import PolicyVersion
 
 
 def finish(made: LeaseBook, lease: str) -> None:
-    made.accept(chain(lease))
+    made.accept(chain(lease, version=made.open[lease].lease.min_version))
     made.ended(complete(lease))
 
 
@@ -237,12 +237,13 @@ def test_groups_older_than_the_bound_are_left_out_and_counted() -> None:
     assert (group.fate, made.set_aside, made.groups.closed) == (Fate.ASIDE, {"stale": 1}, 0)
 
 
-def test_work_of_a_policy_that_the_trainer_left_behind_is_refused() -> None:
+def test_work_of_an_older_policy_than_the_lease_asks_for_is_refused() -> None:
+    """As it comes when the trainer went back to a checkpoint, and its samplers with it."""
     made = book(batch=1, max_lag=1)
-    lease = grant(made)
     made.version = PolicyVersion(1, 2)
-    with pytest.raises(TreeError, match=r"has tokens of policy step 0; the next step begins from 2") as refusal:
-        made.accept(chain(lease))
+    lease = grant(made)
+    with pytest.raises(TreeError, match=r"has tokens of policy step 0; its lease asks for 2 or later") as refusal:
+        made.accept(chain(lease, version=PolicyVersion(2, 0)))
     assert refusal.value.field == "age"
 
 
