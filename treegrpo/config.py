@@ -81,8 +81,8 @@ class TrainConfig(Section):
     batch: int = Field(default=32, ge=1)
     """Groups (questions) of one optimiser step."""
     max_lag: int = Field(default=1, ge=0)
-    """Staleness bound in versions, from which the leases in flight follow. A slow group that others overtake is told to
-    stop expanding at the bound; the branches it still finishes can make it a version later (`version_lag_max` shows it)."""
+    """Staleness bound in versions, from which the leases in flight follow: no token that is trained is older. A slow group
+    that others would push beyond is told to stop expanding, and closed with the leaves it has if that is not enough."""
     lr: float = Field(default=1e-6, gt=0)
     warmup_ratio: float = Field(default=0.285, ge=0, le=1)
     """Share of the steps over which the learning rate rises linearly; constant afterwards."""
