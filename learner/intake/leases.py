@@ -18,86 +18,22 @@ restart the journal's events go through the same methods.
 from __future__ import annotations
 
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from learner.intake.evaluation import Answers
-from learner.intake.groups import TRIES, Fate, GroupQueue, OpenGroup
-from learner.intake.ledger import Ledger
+from learner.intake.asked_for import check_asked_for
+from learner.intake.groups import TRIES, Fate, OpenGroup
 from learner.intake.order import pressing
-from learner.intake.questions import QuestionQueue
-from treegrpo.budget import Budget
-from treegrpo.errors import ContractError, TreeError
+from learner.intake.standing import Standing
+from treegrpo.budget import Budget, Cost
+from treegrpo.errors import ContractError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Question
-from treegrpo.size import check_size
-from treegrpo.soundness import check_vocabulary, name
 from treegrpo.tree import PolicyVersion, Subtree
 
 
-class LeaseBook:
-    def __init__(
-        self, queue: QuestionQueue, plan: Plan, *, seed: int, batch: int, max_lag: int, total: int, vocabulary: int, mark: str
-    ) -> None:
-        """Begin with nothing out.
-
-        Args:
-            queue: the training questions.
-            plan: of a training lease.
-            seed: of the run.
-            batch: groups of a step.
-            max_lag: the staleness bound, in versions.
-            total: training groups of the whole run; no more are leased than it still needs.
-            vocabulary: token ids of the model.
-            mark: of this process, in every lease id: a lease that a crash kept out of the journal never shares its id.
-        """
-        self._queue = queue
-        self._plan = plan
-        self._seed = seed
-        self._batch = batch
-        self._max_lag = max_lag
-        self._total = total
-        self._vocabulary = vocabulary
-        self._mark = mark
-        self._evaluation: deque[tuple[Question, int]] = deque()
-        """What is to be evaluated, with the tries it took so far."""
-        self._serial = 0
-        self._tries: dict[int, int] = {}
-        """Of draws that were put back."""
-        self.open: dict[str, OpenGroup] = {}
-        """By lease."""
-        self.unfinished: dict[int, OpenGroup] = {}
-        """Training groups with leaves that wait for another lease, by draw."""
-        self.set_aside: Counter[str] = Counter()
-        """Training draws that were given up without a leaf, by why."""
-        self.groups = GroupQueue()
-        self.ledger = Ledger()
-        self.answers = Answers()
-        self.version: PolicyVersion | None = None
-
-    # ---- how many
-
-    def out(self, kind: LeaseKind) -> int:
-        """Leases of a kind that are out and whose work is still wanted."""
-        return sum(group.lease.kind is kind and not group.closed for group in self.open.values())
-
-    @property
-    def most(self) -> int:
-        """Training groups that may be on their way at once."""
-        return (self._max_lag + 1) * self._batch
-
-    @property
-    def limit(self) -> int:
-        """Training leases that may be out now, by the staleness bound and by what the run still needs."""
-        return max(0, min(self.most - self.groups.waiting, self._total - self.groups.closed))
-
-    @property
-    def base(self) -> int:
-        """The policy step that the next groups to be taken are trained from."""
-        return (self.version.step if self.version else 0) + self.groups.in_training // self._batch
-
+class LeaseBook(Standing):
     # ---- events: granted, accepted, ended
 
     def next_lease(self) -> tuple[Lease, int] | None:
@@ -140,13 +76,6 @@ class LeaseBook:
         self.ledger.grant(lease.id, lease.kind, lease.grant)
         return group
 
-    def find(self, lease: str) -> OpenGroup | None:
-        """The group that still takes subtrees of a lease: it is open, or was lost and nobody has gone on with it yet.
-
-        Once another sampler goes on, it makes nodes of the same ids as those that the lost lease may still bring.
-        """
-        return self.open.get(lease) or next((group for group in self.unfinished.values() if group.lease.id == lease), None)
-
     def accept(self, subtree: Subtree) -> bool:
         """Add a subtree to its group; False if it was there already.
 
@@ -160,32 +89,11 @@ class LeaseBook:
             raise ContractError(f"Lease {subtree.lease} is not open; its work is no longer wanted.")
         if group.closed:
             raise ContractError(f"Lease {subtree.lease} reached the staleness bound; its group is closed.")
-        plan, where = group.lease.plan, name(subtree.lease, subtree.tree, group.group.id)
-        if subtree.tree >= plan.trees:
-            raise TreeError(
-                f"Group {group.group.id}: tree {subtree.tree} is not one of its plan's {plan.trees}, from 0 on.", "tree"
-            )
-        if subtree.index >= plan.branches:
-            raise TreeError(f"{where}: subtree {subtree.index} is not one of its plan's {plan.branches}, from 0 on.", "index")
-        check_size(subtree, group.group.depth(subtree.tree, subtree.parent), plan, where)
-        check_vocabulary(subtree.prompt, subtree.steps, self._vocabulary, where)
-        self._check_age(group, subtree, where)
+        check_asked_for(group, subtree, self._vocabulary)
         if not group.add(subtree):
             return False
         self._charge(group, subtree)
         return True
-
-    def _check_age(self, group: OpenGroup, subtree: Subtree, where: str) -> None:
-        """A trainer that goes back has samplers go back; what they then sample is older than the group's place in line allows.
-
-        Raises TreeError.
-        """
-        oldest = min((span.version.step for step in subtree.steps for span in step.spans), default=group.age)
-        if group.lease.kind is LeaseKind.TRAIN and oldest < group.age:
-            raise TreeError(
-                f"{where}: subtree {subtree.index} has tokens of policy step {oldest}; its lease asks for {group.age} or later.",
-                "age",
-            )
 
     def _charge(self, group: OpenGroup, subtree: Subtree) -> None:
         if subtree.lease in self.open:
@@ -209,35 +117,33 @@ class LeaseBook:
             self.ledger.refund(end.lease)
         if group.closed:
             return group
-        begun = bool(group.subtrees) or end.unaccounted != type(end.unaccounted)()
-        if end.reason in (LeaseEndReason.LOST, LeaseEndReason.FAILED) or (
-            not end.reason.unfinished and not group.has_leaves and begun
-        ):
-            group.tries += 1
+        group.tries += self._at_fault(group, end)
         finished = not end.reason.unfinished or group.missing == 0 or group.tries >= TRIES
         self._dispose(group, end.reason.value, finished=finished)
         return group
 
+    def _at_fault(self, group: OpenGroup, end: LeaseEnd) -> bool:
+        """Whether a lease counts against its question: it was lost or failed, or was worked on and led to no leaf."""
+        if end.reason in (LeaseEndReason.LOST, LeaseEndReason.FAILED):
+            return True
+        worked_on = bool(group.subtrees) or end.unaccounted != Cost()
+        return not end.reason.unfinished and worked_on and not group.has_leaves
+
     def _dispose(self, group: OpenGroup, why: str, *, finished: bool) -> None:
         """Close a group that has leaves and is ``finished``; else have it tried again, unless it was tried enough."""
+        group.fate = Fate.WAITING
         if group.has_leaves and finished:
             group.fate = Fate.CLOSED
-            self._hand_on(group)
         elif group.tries >= TRIES:
             group.fate = Fate.ASIDE
-            if group.lease.kind is LeaseKind.TRAIN:
-                self.set_aside[why] += 1
-            else:
-                self.answers.add(group)
-        else:
-            group.fate = Fate.WAITING
+        if group.fate is Fate.WAITING:
             self._put_back(group)
-
-    def _hand_on(self, group: OpenGroup) -> None:
-        if group.lease.kind is LeaseKind.TRAIN:
+        elif group.lease.kind is LeaseKind.EVAL:
+            self.answers.add(group)
+        elif group.fate is Fate.CLOSED:
             self.groups.close(group)
         else:
-            self.answers.add(group)
+            self.set_aside[why] += 1
 
     def _put_back(self, group: OpenGroup) -> None:
         if group.lease.kind is LeaseKind.EVAL:
@@ -319,31 +225,3 @@ class LeaseBook:
             return None
         self._charge(group, subtree)
         return group
-
-    def state(self) -> dict[str, Any]:
-        """Plain data to be restored from, together with the groups that are open, unfinished and closed."""
-        return {
-            "serial": self._serial,
-            "tries": dict(self._tries),
-            "set_aside": dict(self.set_aside),
-            "questions": self._queue.state(),
-            "ledger": self.ledger.state(),
-            "groups": self.groups.state(),
-            "answers": self.answers.state(),
-        }
-
-    def restore(
-        self, state: dict[str, Any], *, open_: list[OpenGroup], unfinished: list[OpenGroup], kept: list[OpenGroup]
-    ) -> None:
-        """Become what `state` was taken of."""
-        self._serial, self._tries, self.set_aside = state["serial"], dict(state["tries"]), Counter(state["set_aside"])
-        self._queue.restore(state["questions"])
-        self.ledger.restore(state["ledger"])
-        self.groups.restore(state["groups"], kept)
-        self.answers.restore(state["answers"])
-        self.open = {group.lease.id: group for group in open_}
-        self.unfinished = {group.draw: group for group in unfinished}
-
-    def of(self, holder: str) -> list[OpenGroup]:
-        """The groups a sampler works on."""
-        return [group for group in self.open.values() if group.holder == holder]
