@@ -22,6 +22,7 @@ from typing import Any
 from treegrpo.budget import Cost
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
+from treegrpo.limits import MESSAGE_BYTES
 from treegrpo.tree import Group, Subtree
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 
 TRIES = 3
 """Leases of one draw that may be lost or fail: one may meet a bad machine, a second bad luck; then it is the question."""
+
+
+MOVABLE_TOKENS = MESSAGE_BYTES // 32
+"""Of a group that is leased again: with 8 bytes and more a token it has to fit into one message."""
 
 
 class Fate(Enum):
@@ -124,6 +129,12 @@ class OpenGroup:
     def missing(self) -> int:
         """Chains and expansions that the plan asks for and nobody has sent."""
         return self.lease.plan.leaves - len({(subtree.tree, subtree.index) for subtree in self.subtrees})
+
+    @property
+    def can_move(self) -> bool:
+        """Whether another sampler can go on with it: something is missing, and what is there fits into a lease."""
+        tokens = sum(len(subtree.prompt) + sum(step.length for step in subtree.steps) for subtree in self.subtrees)
+        return self.missing > 0 and tokens <= MOVABLE_TOKENS
 
     @property
     def forgone(self) -> int:

@@ -118,7 +118,7 @@ class LeaseBook(Standing):
         if group.closed:
             return group
         group.tries += self._at_fault(group, end)
-        finished = not end.reason.unfinished or group.missing == 0 or group.tries >= TRIES
+        finished = not end.reason.unfinished or not group.can_move or group.tries >= TRIES
         self._dispose(group, end.reason.value, finished=finished)
         return group
 

@@ -66,7 +66,11 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def _write(self, peer: Peer, context: Context) -> None:
         while True:  # a write that a peer does not read ends when its outbox is full, or its stream
-            await context.write(await peer.outbox.get())
+            try:
+                await context.write(await peer.outbox.get())
+            except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+                peer.hang_up(f"The stream to sampler {peer.id} broke ({error}); it has to join again.")
+                return
 
     def _hear(self, peer: Peer, request: pb.RolloutRequest) -> None:
         match request.WhichOneof("kind"):

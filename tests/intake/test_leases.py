@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from learner.intake import groups
 from learner.intake.groups import Fate, OpenGroup
 from learner.intake.leases import LeaseBook
 from tests.intake.builders import PLAN, VERSION, book, chain, complete, grant, question
@@ -149,6 +150,14 @@ def test_a_lost_group_that_has_everything_is_closed() -> None:
             made.accept(chain(lease, tree, index))
     assert lose(made, lease).fate is Fate.CLOSED
     assert made.groups.closed == 1
+
+
+def test_a_lost_group_that_would_not_fit_into_a_lease_is_closed_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "MOVABLE_TOKENS", 7 + 2 * 4 + 3 - 1)
+    made = book()
+    lease = grant(made)
+    made.accept(chain(lease))
+    assert lose(made, lease).fate is Fate.CLOSED
 
 
 def test_a_group_keeps_the_age_of_its_oldest_lease() -> None:
