@@ -2,10 +2,10 @@
 
     treegrpo/RUN/state            running | paused | draining, as plain text
     treegrpo/RUN/weights          newest policy version, as plain text
-    treegrpo/RUN/members/ID       msgpack map {role, alive, incarnation, metrics}; alive=false is the last will
+    treegrpo/RUN/members/ROLE/ID  msgpack map {role, alive, incarnation, metrics}; alive=false is the last will
 
 A broker with users lets each do what its role needs: the learner announces weights and state, the operator sets the state,
-and anybody who may speak at all publishes treegrpo/RUN/members/ID only under the MQTT client id ID.
+and a member its own presence alone: ROLE is its user, ID its MQTT client id.
 
 Everything is a level, not an event: a late-comer finds the present state, and hearing it twice changes nothing. State
 and version are plain text so that a person can set the state with any MQTT client:
@@ -31,7 +31,7 @@ from treegrpo.access import OPEN, Access
 from treegrpo.change import Change
 from treegrpo.errors import UnavailableError
 from treegrpo.limits import CONTROL_BYTES, PEERS
-from treegrpo.security import within_reach
+from treegrpo.security import Role, within_reach
 from treegrpo.telemetry import split_address
 from treegrpo.tree import PolicyVersion
 
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
 KEEPALIVE_SECONDS = 10
+ROLES = {role.value for role in Role}
+"""A sampler is not called like one of them: `members` goes by name."""
 
 
 class RunState(Enum):
@@ -61,6 +63,11 @@ class Member:
     """HOST:PORT of its /metrics."""
     alive: bool = True
 
+    @property
+    def topic(self) -> str:
+        """Where its presence is, below treegrpo/RUN/."""
+        return f"members/{self.role}/{self.id}"
+
     def payload(self) -> bytes:
         return cast("bytes", msgpack.packb(asdict(self)))
 
@@ -75,6 +82,7 @@ class ControlPlane:
         self._member = member
         self._client: aiomqtt.Client | None = None
         self._changed = Change()
+        self._buried = False
         self._ours: dict[str, bytes] = {}
         self._settled = asyncio.Event()
         self.state = RunState.RUNNING
@@ -110,7 +118,7 @@ class ControlPlane:
 
     async def _session(self, connected: asyncio.Event) -> None:
         """One connection: say who we are, repeat what we own, follow the rest."""
-        mine = f"{self._prefix}/members/{self._member.id}"
+        mine = f"{self._prefix}/{self._member.topic}"
         will = aiomqtt.Will(mine, replace(self._member, alive=False).payload(), qos=1, retain=True)
         async with open_client(self._address, self._access, identifier=self._member.id, will=will) as client:
             await client.subscribe(f"{self._prefix}/#", qos=1)
@@ -121,13 +129,16 @@ class ControlPlane:
             connected.set()
             try:
                 async for message in client.messages:
-                    await self._hear(message.topic.value.removeprefix(f"{self._prefix}/"), message.payload)
+                    self._hear(message.topic.value.removeprefix(f"{self._prefix}/"), message.payload)
+                    if self._buried:  # the will of a connection of ours that the broker had not yet given up
+                        self._buried = False
+                        await client.publish(mine, self._member.payload(), qos=1, retain=True)
             finally:
                 self._client = None
                 with contextlib.suppress(aiomqtt.MqttError):  # a clean goodbye; a lost connection sends the will instead
                     await client.publish(mine, replace(self._member, alive=False).payload(), qos=1, retain=True)
 
-    async def _hear(self, topic: str, payload: bytes) -> None:
+    def _hear(self, topic: str, payload: bytes) -> None:
         try:
             _check_size(payload)
             if topic == "state":
@@ -136,23 +147,24 @@ class ControlPlane:
                 self.version = PolicyVersion.parse(payload.decode())
             elif topic.startswith("members/"):
                 row = cast("dict[str, Any]", msgpack.unpackb(payload))
-                self._meet(topic.removeprefix("members/"), Member(**row))
+                self._meet(topic, Member(**row))
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
             log.warning("ignored a message on %s/%s that does not follow the contract: %s", self._prefix, topic, error)
             return
-        if topic == f"members/{self._member.id}" and payload == self._member.payload():
+        if topic == self._member.topic and payload == self._member.payload():
             self._settled.set()
         if topic in self._ours:  # somebody else has set it since: what is repeated after a reconnect is the newest word
             self._ours[topic] = payload
         self._changed.tell()
 
-    def _meet(self, name: str, member: Member) -> None:
+    def _meet(self, topic: str, member: Member) -> None:
         """Note a member. Raises ValueError unless it is the one its topic is for, and there is room."""
-        if member.id != name:
-            raise ValueError(f"member {member.id!r} speaks for another")
-        if name not in self.members and len(self.members) >= PEERS:
+        if member.topic != topic or (member.id in ROLES and member.id != member.role):
+            raise ValueError(f"{member.role} {member.id!r} speaks for another")
+        if member.id not in self.members and len(self.members) >= PEERS:
             raise ValueError(f"{PEERS} members are the most")
-        self.members[name] = member
+        self.members[member.id] = member
+        self._buried = self._buried or (topic == self._member.topic and not member.alive)
 
     async def _follow(self, connected: asyncio.Event) -> None:
         attempt = 0

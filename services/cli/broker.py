@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from amqtt.adapters import ReaderAdapter, StreamReaderAdapter, StreamWriterAdapter, WriterAdapter
-from amqtt.broker import Broker
+from amqtt.broker import Broker, Server
 from amqtt.contexts import BrokerConfig, ListenerConfig
 from amqtt.errors import AMQTTError
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
@@ -29,6 +30,41 @@ ANYBODY = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous
 
 class PatientBroker(Broker):
     """amqtt's broker, which hangs up on who sends too much at once or does not say who it is."""
+
+    _ending = False
+
+    async def shutdown(self) -> None:
+        self._ending = True
+        await super().shutdown()
+
+    async def _cleanup_session(self, client_id: str) -> None:
+        """Forget a session that ended: the client may have come back under the same id since it was listed for it."""
+        session = self._sessions[client_id][0] if client_id in self._sessions else None
+        if self._ending or session is None or session.transitions.state != "connected":
+            await super()._cleanup_session(client_id)
+
+    async def _handle_client_session(
+        self,
+        reader: ReaderAdapter,
+        writer: WriterAdapter,
+        client_session: Session,
+        handler: BrokerProtocolHandler,
+        server: Server,
+        listener_name: str,
+    ) -> None:
+        """Who is refused leaves nothing behind: amqtt would keep a session."""
+        if await self._authenticate(client_session, self.listeners_config[listener_name]):
+            await super()._handle_client_session(reader, writer, client_session, handler, server, listener_name)
+            return
+        handler.attach(client_session, reader, writer)
+        await handler.mqtt_connack_authorize(authorize=False)
+
+    @staticmethod
+    def _create_ssl_context(listener: ListenerConfig) -> ssl.SSLContext:
+        """Who has no certificate of ours gets no further: amqtt ends the session of a client id before it asks who comes."""
+        context = Broker._create_ssl_context(listener)  # noqa: SLF001 - overridden
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
     async def stream_connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str) -> None:
         try:
@@ -58,7 +94,7 @@ class _Bounded(StreamReaderAdapter):
 def embedded_broker(address: str, access: Access = OPEN, passwords: dict[str, str] | None = None) -> Broker:
     """An amqtt broker for ``address``, not started: with TLS and users, or for everybody. Needs a running event loop."""
     files: dict[str, Any] = {}
-    if (keys := access.keys) is not None:  # a client's certificate is welcome, and then must be of our authority
+    if (keys := access.keys) is not None:
         files = {"ssl": True, "cafile": keys.ca, "certfile": keys.certificate, "keyfile": keys.key}
     listener = ListenerConfig(bind=address, max_connections=PEERS, **files)
     rules = {"services.cli.broker_rules.Passwords": {"passwords": passwords}, "services.cli.broker_rules.Topics": {}}

@@ -5,19 +5,24 @@
     operator     state, own presence              everything of treegrpo/
     sampler      own presence                     everything of treegrpo/
 
-Presence is treegrpo/RUN/members/ID, own where ID is the MQTT client id. A last will is looked at when it is left, since
-amqtt publishes it without asking.
+Presence is treegrpo/RUN/members/ROLE/ID, own where ROLE is the user and ID the MQTT client id. A last will is looked at when
+it is left, since amqtt publishes it without asking.
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
+import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from amqtt.contexts import Action
 from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
 from amqtt.session import Session
+
+from treegrpo.access import roles_in
 
 log = logging.getLogger(__name__)
 TOPICS = {"learner": ("state", "weights"), "operator": ("state",), "sampler": ()}
@@ -28,11 +33,11 @@ def may_publish(user: str, client: str, topic: str) -> bool:
     parts = topic.split("/")
     if user not in TOPICS or len(parts) < 3 or parts[0] != "treegrpo":
         return False
-    return parts[2:] == ["members", client] or (len(parts) == 3 and parts[2] in TOPICS[user])
+    return parts[2:] == ["members", user, client] or (len(parts) == 3 and parts[2] in TOPICS[user])
 
 
 class Passwords(BaseAuthPlugin):
-    """Lets in who knows the password of its user, and leaves a will it may publish."""
+    """Lets in who knows the password of its user, shows a certificate of that role, and leaves a will it may publish."""
 
     @dataclass
     class Config(BaseAuthPlugin.Config):
@@ -43,6 +48,9 @@ class Passwords(BaseAuthPlugin):
         known = self.config.passwords.get(user, "")
         if not known or not hmac.compare_digest(shown.encode(), known.encode()):
             log.warning("refused MQTT user %r: no such user, or another password", user)
+            return False
+        if session.ssl_object is None or not _certifies(session.ssl_object, user):
+            log.warning("refused MQTT user %r: its certificate is not of that role", user)
             return False
         will = session.will_topic if session.will_flag else None
         if will is not None and not may_publish(user, session.client_id or "", will):
@@ -66,3 +74,10 @@ class Topics(BaseTopicPlugin):
         if not allowed:
             log.warning("refused MQTT user %r (%s): it may not publish to %s", user, client, topic)
         return allowed
+
+
+def _certifies(connection: ssl.SSLObject, user: str) -> bool:
+    """Whether the certificate of a connection says that ``user`` is its role."""
+    names = cast("Sequence[tuple[str, str]]", (connection.getpeercert() or {}).get("subjectAltName", ()))
+    found = roles_in([name for kind, name in names if kind == "URI"])
+    return found is not None and found[0].value == user

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from services.cli.ready import learner_ready
 from tests.chaos.history import steps_written
 from tests.chaos.stage import RUN, Stage
+from treegrpo.control import Member
 from treegrpo.errors import UnavailableError
 
 PROBE_SECONDS = 2.0
@@ -40,7 +41,7 @@ async def scrape(address: str) -> dict[str, float]:
 
 async def control_plane(address: str, members: set[str]) -> None:
     """The broker knows state, weights, and all ``members`` as alive. Raises UnavailableError."""
-    missing = {"state", "weights", *(f"members/{name}" for name in members)}
+    missing = {"state", "weights", *(Member(name, "learner" if name == "learner" else "sampler", 0).topic for name in members)}
     host, _, port = address.rpartition(":")
     with contextlib.suppress(TimeoutError, aiomqtt.MqttError):
         async with asyncio.timeout(PROBE_SECONDS), aiomqtt.Client(host, int(port), timeout=PROBE_SECONDS) as client:

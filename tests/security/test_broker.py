@@ -122,7 +122,9 @@ async def test_learner_samplers_and_operator_work_together(address: str, run: st
             )
 
 
-@pytest.mark.parametrize("topic", ["state", "weights", "members/learner", "members/s8", "members/s7/x", "more"])
+@pytest.mark.parametrize(
+    "topic", ["state", "weights", "members/learner/learner", "members/learner/s7", "members/sampler/s8", "members/s7", "more"]
+)
 async def test_a_sampler_publishes_its_own_presence_and_nothing_else(address: str, run: str, made: Path, topic: str) -> None:
     """The state is set before and after: what comes in between would have been heard in between."""
     async with join(address, run, made, Role.LEARNER, "learner") as learner:
@@ -133,19 +135,19 @@ async def test_a_sampler_publishes_its_own_presence_and_nothing_else(address: st
             await listener.subscribe(f"treegrpo/{run}/#", qos=1)
             async with open_client(address, access(made, Role.SAMPLER), identifier="s7") as sampler:
                 await sampler.publish(f"treegrpo/{run}/{topic}", payload, qos=1, retain=True)
-                await sampler.publish(f"treegrpo/{run}/members/s7", Member("s7", "sampler", 1).payload(), qos=1)
+                await sampler.publish(f"treegrpo/{run}/members/sampler/s7", Member("s7", "sampler", 1).payload(), qos=1)
             seen: list[tuple[str, Any]] = []
             async with asyncio.timeout(SECONDS):
                 async for message in listener.messages:
                     seen.append((message.topic.value.removeprefix(f"treegrpo/{run}/"), message.payload))
-                    if seen[-1][0] == "members/s7":
+                    if seen[-1][0] == "members/sampler/s7":
                         break
         assert (topic, payload) not in seen
         assert learner.members["learner"].incarnation == 1
 
 
 @pytest.mark.parametrize(
-    ("role", "topic"), [(Role.SAMPLER, "state"), (Role.SAMPLER, "members/learner"), (Role.OPERATOR, "weights")]
+    ("role", "topic"), [(Role.SAMPLER, "state"), (Role.SAMPLER, "members/learner/learner"), (Role.OPERATOR, "weights")]
 )
 async def test_a_last_will_is_no_way_around_it(address: str, run: str, made: Path, role: Role, topic: str) -> None:
     """Left behind by a connection that is cut; the embedded broker refuses it, Mosquitto does not publish it."""
@@ -212,16 +214,17 @@ async def test_a_message_that_is_too_large_is_not_passed_on(address: str, run: s
 # ---- the embedded broker alone
 
 
-@pytest.mark.parametrize("who", ["expired", "stranger"])
-async def test_the_embedded_broker_looks_at_the_certificates_it_is_shown(made: Path, tmp_path: Path, who: str) -> None:
+@pytest.mark.parametrize("who", ["expired", "stranger", "retriever"])
+async def test_the_embedded_broker_wants_a_good_certificate_beside_the_password(made: Path, tmp_path: Path, who: str) -> None:
     address = free_address()
     broker = embedded_broker(address, access(made, Role.BROKER), {"sampler": "word"})
     await broker.start()
     try:
-        bad = replace(impostor(tmp_path, made, who), broker_user="sampler", broker_password=SecretStr("word"))
+        other = access(made, Role.RETRIEVER) if who == "retriever" else impostor(tmp_path, made, who)
+        bad = replace(other, broker_user="sampler", broker_password=SecretStr("word"))
         good = replace(bad, keys=access(made, Role.SAMPLER).keys)
         await broker_ready(address, good)
-        assert "likely because it does not trust" in await refused(address, bad)
+        assert ("user 'sampler'" if who == "retriever" else "likely because it does not trust") in await refused(address, bad)
     finally:
         await broker.shutdown()
 
@@ -270,12 +273,14 @@ async def test_beyond_this_machine_no_broker_is_spoken_to_in_plain_text() -> Non
         ("learner", "treegrpo/r/state", True),
         ("operator", "treegrpo/r/weights", False),
         ("operator", "treegrpo/r/state", True),
-        ("sampler", "treegrpo/r/members/me", True),
-        ("sampler", "treegrpo/r/members/you", False),
-        ("sampler", "treegrpo/members/me", False),
-        ("sampler", "treegrpo/r/s/members/me", False),
-        ("sampler", "other/r/members/me", False),
-        ("", "treegrpo/r/members/me", False),
+        ("sampler", "treegrpo/r/members/sampler/me", True),
+        ("sampler", "treegrpo/r/members/sampler/you", False),
+        ("sampler", "treegrpo/r/members/learner/me", False),
+        ("learner", "treegrpo/r/members/learner/me", True),
+        ("sampler", "treegrpo/members/sampler/me", False),
+        ("sampler", "treegrpo/r/s/members/sampler/me", False),
+        ("sampler", "other/r/members/sampler/me", False),
+        ("", "treegrpo/r/members//me", False),
     ],
 )
 def test_the_rules(user: str, topic: str, *, may: bool) -> None:
