@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ class PatientBroker(Broker):
 
     _ending = False
 
+    def __init__(self, config: BrokerConfig) -> None:
+        super().__init__(config)
+        self._subscriptions = _Subscriptions()
+
     async def shutdown(self) -> None:
         self._ending = True
         await super().shutdown()
@@ -59,6 +64,18 @@ class PatientBroker(Broker):
         handler.attach(client_session, reader, writer)
         await handler.mqtt_connack_authorize(authorize=False)
 
+    async def _handle_message_delivery(
+        self, client_session: Session, handler: BrokerProtocolHandler, wait_deliver: asyncio.Future[Any]
+    ) -> bool:
+        """All that has come, and has been acknowledged, before anything else: amqtt drops it when its sender says goodbye."""
+        queue = client_session.delivered_message_queue
+        good = await super()._handle_message_delivery(client_session, handler, wait_deliver)
+        while good and not queue.empty():
+            message = asyncio.get_running_loop().create_future()
+            message.set_result(queue.get_nowait())
+            good = await super()._handle_message_delivery(client_session, handler, message)
+        return good
+
     @staticmethod
     def _create_ssl_context(listener: ListenerConfig) -> ssl.SSLContext:
         """Who has no certificate of ours gets no further: amqtt ends the session of a client id before it asks who comes."""
@@ -82,12 +99,28 @@ class PatientBroker(Broker):
             raise AMQTTError(f"{remote_address} said nothing for {HANDSHAKE_SECONDS:.0f} s") from error
 
 
+class _Subscriptions(dict[str, list[tuple[Session, int]]]):
+    """By filter. amqtt goes through them while it awaits, and others come and go meanwhile: it gets a copy to go through.
+
+    Without it a client that connects while another subscribes is dropped, and a message that is being passed on gets lost.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(super().__iter__()))
+
+    def items(self) -> Any:
+        return {topic: list(sessions) for topic, sessions in super().items()}.items()
+
+
 class _Bounded(StreamReaderAdapter):
-    """Reads no more than a control message at once: amqtt asks for a whole payload."""
+    """Reads no more than a control message at once, for amqtt asks for a whole payload; after a larger one it is at its end."""
+
+    _over = False
 
     async def read(self, n: int = -1) -> bytes:
-        if n > CONTROL_BYTES:
-            raise ConnectionResetError(f"a message of {n} bytes, and {CONTROL_BYTES} are the most")  # ends the connection
+        self._over = self._over or n > CONTROL_BYTES
+        if self._over:
+            raise ConnectionResetError(f"a message of more than {CONTROL_BYTES} bytes")
         return await super().read(n)
 
 
