@@ -47,7 +47,7 @@ class FakeLearner(rollout_pb2_grpc.RolloutServiceServicer, weights_pb2_grpc.Weig
 
     # ---- rollout
 
-    async def Rollout(self, request_iterator: object, context: Any) -> None:  # noqa: N802 - named by the contract
+    async def Rollout(self, request_iterator: object, context: Any) -> None:
         hello = await context.read()
         self._context = context
         if self.refusal:
@@ -91,7 +91,7 @@ class FakeLearner(rollout_pb2_grpc.RolloutServiceServicer, weights_pb2_grpc.Weig
 
     # ---- weights
 
-    async def DescribeWeights(self, request: object, context: Any) -> weights_pb2.DescribeWeightsResponse:  # noqa: N802 - named by the contract
+    async def DescribeWeights(self, request: object, context: Any) -> weights_pb2.DescribeWeightsResponse:
         if self.late or not self.versions:
             self.late = max(0, self.late - 1)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no policy version yet")
@@ -103,7 +103,7 @@ class FakeLearner(rollout_pb2_grpc.RolloutServiceServicer, weights_pb2_grpc.Weig
         ]
         return weights_pb2.DescribeWeightsResponse(version=version_to_pb(version), files=files)
 
-    async def FetchWeights(  # noqa: N802 - named by the contract
+    async def FetchWeights(
         self, request: weights_pb2.FetchWeightsRequest, context: Any
     ) -> AsyncIterator[weights_pb2.FetchWeightsResponse]:
         version = version_from_pb(request.version)
