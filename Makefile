@@ -3,12 +3,13 @@
 # make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
 # make lint    style, types, import contracts, contract and stubs
 # make bench   the benchmarks: rollout, training on trees
+# make chaos   kill, stop and cut off every part of a run, sixty times, and audit what it wrote down (half an hour)
 # make protos  generate the stubs in treegrpo/v1 again
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint protos bench
+.PHONY: help setup demo test lint protos bench chaos
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -50,6 +51,9 @@ lint: $(READY)
 bench: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.rollout
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.packing
+
+chaos: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)
 
 protos: $(READY)
 	cd protos && ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=.. --pyi_out=.. --grpc_python_out=.. treegrpo/v1/*.proto

@@ -33,6 +33,8 @@ _REASON = {
     LeaseEndReason.BUDGET: rollout_pb2.LEASE_END_REASON_BUDGET,
     LeaseEndReason.FAILED: rollout_pb2.LEASE_END_REASON_FAILED,
     LeaseEndReason.LOST: rollout_pb2.LEASE_END_REASON_LOST,
+    LeaseEndReason.RETURNED: rollout_pb2.LEASE_END_REASON_RETURNED,
+    LeaseEndReason.INTERRUPTED: rollout_pb2.LEASE_END_REASON_INTERRUPTED,
 }
 _STATUS_OF = {v: k for k, v in _STATUS.items()}
 _KIND_OF = {v: k for k, v in _KIND.items()}
@@ -178,6 +180,7 @@ def lease_to_pb(lease: Lease) -> rollout_pb2.Lease:
         grant=rollout_pb2.Budget(tokens=lease.grant.tokens, tool_calls=lease.grant.tool_calls),
         seed=lease.seed,
         min_version=version_to_pb(lease.min_version),
+        accepted=[subtree_to_pb(subtree) for subtree in lease.accepted],
     )
 
 
@@ -192,6 +195,7 @@ def lease_from_pb(pb: rollout_pb2.Lease) -> Lease:
         grant=Budget(pb.grant.tokens, pb.grant.tool_calls),
         seed=pb.seed,
         min_version=version_from_pb(pb.min_version),
+        accepted=tuple(subtree_from_pb(subtree) for subtree in pb.accepted),
     )
 
 

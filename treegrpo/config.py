@@ -6,23 +6,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from treegrpo.lease import Plan
-
-
-class Input:
-    """Marks a path that is read, hence relative to the file that names it."""
-
-
-InputPath = Annotated[Path, Input()]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+from treegrpo.section import InputPath, Section
+from treegrpo.security import SecurityConfig, within_reach
 
 
 class RunConfig(Section):
@@ -111,8 +102,8 @@ class TrainConfig(Section):
     batch: int = Field(default=32, ge=1)
     """Groups (questions) of one optimiser step."""
     max_lag: int = Field(default=1, ge=0)
-    """Staleness bound in versions, from which the leases in flight follow. A slow group that others overtake is told to
-    stop expanding at the bound; the branches it still finishes can make it a version later (`version_lag_max` shows it)."""
+    """Staleness bound in versions, from which the leases in flight follow: no token that is trained is older. A slow group
+    that others would push beyond is told to stop expanding, and closed with the leaves it has if that is not enough."""
     lr: float = Field(default=1e-6, gt=0)
     warmup_ratio: float = Field(default=0.285, ge=0, le=1)
     """Share of the steps over which the learning rate rises linearly; constant afterwards."""
@@ -279,10 +270,6 @@ class RetrieverConfig(Section):
     url: str = ""
     """Where samplers find it; empty: at `listen`."""
 
-    @property
-    def endpoint(self) -> str:
-        return self.url or f"http://{self.listen}"
-
 
 class LearnerConfig(Section):
     listen: str = "127.0.0.1:50051"
@@ -323,3 +310,10 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     sampler: SamplerConfig = SamplerConfig()
     broker: BrokerConfig = BrokerConfig()
+    security: SecurityConfig = SecurityConfig()
+
+    @property
+    def search_url(self) -> str:
+        """Where the retriever is."""
+        scheme = "https" if self.security.tls else "http"
+        return self.retriever.url or f"{scheme}://{within_reach(self.retriever.listen)}"

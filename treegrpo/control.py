@@ -2,7 +2,10 @@
 
     treegrpo/RUN/state            running | paused | draining, as plain text
     treegrpo/RUN/weights          newest policy version, as plain text
-    treegrpo/RUN/members/ID       msgpack map {role, alive, incarnation, metrics}; alive=false is the last will
+    treegrpo/RUN/members/ROLE/ID  msgpack map {role, alive, incarnation, metrics}; alive=false is the last will
+
+A broker with users lets each do what its role needs: the learner announces weights and state, the operator sets the state,
+and a member its own presence alone: ROLE is its user, ID its MQTT client id.
 
 Everything is a level, not an event: a late-comer finds the present state, and hearing it twice changes nothing. State
 and version are plain text so that a person can set the state with any MQTT client:
@@ -24,8 +27,11 @@ from typing import Any, cast
 import aiomqtt
 import msgpack
 
+from treegrpo.access import OPEN, Access
 from treegrpo.change import Change
 from treegrpo.errors import UnavailableError
+from treegrpo.limits import CONTROL_BYTES, PEERS
+from treegrpo.security import Role, within_reach
 from treegrpo.telemetry import split_address
 from treegrpo.tree import PolicyVersion
 
@@ -33,6 +39,8 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
 KEEPALIVE_SECONDS = 10
+ROLES = {role.value for role in Role}
+"""A sampler is not called like one of them: `members` goes by name."""
 
 
 class RunState(Enum):
@@ -55,6 +63,11 @@ class Member:
     """HOST:PORT of its /metrics."""
     alive: bool = True
 
+    @property
+    def topic(self) -> str:
+        """Where its presence is, below treegrpo/RUN/."""
+        return f"members/{self.role}/{self.id}"
+
     def payload(self) -> bytes:
         return cast("bytes", msgpack.packb(asdict(self)))
 
@@ -62,14 +75,16 @@ class Member:
 class ControlPlane:
     """One process's view of the control plane, kept up to date by a background task; see `connect`."""
 
-    def __init__(self, address: str, run: str, member: Member) -> None:
-        self._host, self._port = split_address(address, "broker.address")
+    def __init__(self, address: str, run: str, member: Member, access: Access = OPEN) -> None:
         self._address = address
+        self._access = access
         self._prefix = f"treegrpo/{run}"
         self._member = member
         self._client: aiomqtt.Client | None = None
         self._changed = Change()
+        self._buried = False
         self._ours: dict[str, bytes] = {}
+        self._settled = asyncio.Event()
         self.state = RunState.RUNNING
         self.version: PolicyVersion | None = None
         self.members: dict[str, Member] = {}
@@ -81,6 +96,15 @@ class ControlPlane:
     async def announce(self, version: PolicyVersion) -> None:
         """Tell everybody, now and later, which weights are newest."""
         await self._publish("weights", str(version).encode())
+
+    async def settled(self, seconds: float = CONNECT_SECONDS) -> None:
+        """Return when what the broker had retained is known, or after ``seconds``.
+
+        A broker sends that at the subscription, and our own record, which we publish after it, later.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._settled.wait()
 
     async def wait_change(self) -> None:
         """Return after the next change of state, version or members."""
@@ -94,41 +118,53 @@ class ControlPlane:
 
     async def _session(self, connected: asyncio.Event) -> None:
         """One connection: say who we are, repeat what we own, follow the rest."""
-        mine = f"{self._prefix}/members/{self._member.id}"
+        mine = f"{self._prefix}/{self._member.topic}"
         will = aiomqtt.Will(mine, replace(self._member, alive=False).payload(), qos=1, retain=True)
-        identifier = f"{self._member.id}-{self._member.incarnation:016x}"
-        async with aiomqtt.Client(
-            self._host, self._port, identifier=identifier, will=will, keepalive=KEEPALIVE_SECONDS, timeout=CONNECT_SECONDS
-        ) as client:
-            await client.publish(mine, self._member.payload(), qos=1, retain=True)
+        async with open_client(self._address, self._access, identifier=self._member.id, will=will) as client:
             await client.subscribe(f"{self._prefix}/#", qos=1)
+            await client.publish(mine, self._member.payload(), qos=1, retain=True)
             for topic, payload in self._ours.items():
                 await client.publish(f"{self._prefix}/{topic}", payload, qos=1, retain=True)
             self._client = client
             connected.set()
             try:
                 async for message in client.messages:
-                    await self._hear(message.topic.value.removeprefix(f"{self._prefix}/"), message.payload)
+                    self._hear(message.topic.value.removeprefix(f"{self._prefix}/"), message.payload)
+                    if self._buried:  # the will of a connection of ours that the broker had not yet given up
+                        self._buried = False
+                        await client.publish(mine, self._member.payload(), qos=1, retain=True)
             finally:
                 self._client = None
                 with contextlib.suppress(aiomqtt.MqttError):  # a clean goodbye; a lost connection sends the will instead
                     await client.publish(mine, replace(self._member, alive=False).payload(), qos=1, retain=True)
 
-    async def _hear(self, topic: str, payload: bytes) -> None:
+    def _hear(self, topic: str, payload: bytes) -> None:
         try:
+            _check_size(payload)
             if topic == "state":
                 self.state = RunState(payload.decode())
             elif topic == "weights":
                 self.version = PolicyVersion.parse(payload.decode())
             elif topic.startswith("members/"):
                 row = cast("dict[str, Any]", msgpack.unpackb(payload))
-                self.members[row["id"]] = Member(**row)
+                self._meet(topic, Member(**row))
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
             log.warning("ignored a message on %s/%s that does not follow the contract: %s", self._prefix, topic, error)
             return
+        if topic == self._member.topic and payload == self._member.payload():
+            self._settled.set()
         if topic in self._ours:  # somebody else has set it since: what is repeated after a reconnect is the newest word
             self._ours[topic] = payload
         self._changed.tell()
+
+    def _meet(self, topic: str, member: Member) -> None:
+        """Note a member. Raises ValueError unless it is the one its topic is for, and there is room."""
+        if member.topic != topic or (member.id in ROLES and member.id != member.role):
+            raise ValueError(f"{member.role} {member.id!r} speaks for another")
+        if member.id not in self.members and len(self.members) >= PEERS:
+            raise ValueError(f"{PEERS} members are the most")
+        self.members[member.id] = member
+        self._buried = self._buried or (topic == self._member.topic and not member.alive)
 
     async def _follow(self, connected: asyncio.Event) -> None:
         attempt = 0
@@ -138,10 +174,8 @@ class ControlPlane:
                 await self._session(connected)
             except aiomqtt.MqttError as error:
                 if not connected.is_set():
-                    raise UnavailableError(
-                        f"No MQTT broker answers at broker.address = {self._address} ({error}); "
-                        "start one, or set broker.embedded = true and use `treegrpo up`."
-                    ) from error
+                    remedy = "start one, or set broker.embedded = true and use `treegrpo up`."
+                    raise unavailable(self._address, self._access, error, remedy) from error
                 attempt = 0 if time.monotonic() - began > RETRY_SECONDS[-1] else attempt + 1
                 wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
                 log.warning("lost the MQTT broker at %s (%s); trying again in %.1f s", self._address, error, wait)
@@ -149,13 +183,14 @@ class ControlPlane:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def connect(cls, address: str, run: str, member: Member) -> AsyncGenerator[ControlPlane]:
+    async def connect(cls, address: str, run: str, member: Member, access: Access = OPEN) -> AsyncGenerator[ControlPlane]:
         """Join the control plane for the time of the block; reconnects by itself.
 
         Raises:
-            UnavailableError: no broker answers at ``address`` now.
+            ConfigError: ``address`` is on another machine, and there is no TLS.
+            UnavailableError: no broker answers at ``address`` now, or it and we do not trust each other.
         """
-        plane = cls(address, run, member)
+        plane = cls(address, run, member, access)
         connected = asyncio.Event()
         task = asyncio.create_task(plane._follow(connected), name="control-plane")
         ready = asyncio.create_task(connected.wait(), name="control-plane-connected")
@@ -170,11 +205,52 @@ class ControlPlane:
             await asyncio.gather(ready, task, return_exceptions=True)
 
 
-async def publish_state(address: str, run: str, state: RunState) -> None:
-    """Set the run state from outside, without joining. Raises UnavailableError when no broker answers at ``address``."""
-    host, port = split_address(address, "broker.address")
+async def publish_state(address: str, run: str, state: RunState, access: Access = OPEN) -> None:
+    """Set the run state from outside, without joining.
+
+    Raises:
+        ConfigError: ``address`` is on another machine, and there is no TLS.
+        UnavailableError: no broker answers at ``address``, or it and we do not trust each other.
+    """
     try:
-        async with aiomqtt.Client(host, port, timeout=CONNECT_SECONDS) as client:
+        async with open_client(address, access) as client:
             await client.publish(f"treegrpo/{run}/state", state.value.encode(), qos=1, retain=True)
     except aiomqtt.MqttError as error:
-        raise UnavailableError(f"No MQTT broker answers at broker.address = {address} ({error}); is the run up?") from error
+        raise unavailable(address, access, error, "is the run up?") from error
+
+
+def open_client(address: str, access: Access, timeout: float = CONNECT_SECONDS, **more: Any) -> aiomqtt.Client:
+    """A client for the broker at ``address`` with what ``access`` has to show; ``more`` is aiomqtt's. Raises ConfigError."""
+    access.check_reach("broker.address", address)
+    host, port = split_address(within_reach(address), "broker.address")
+    return aiomqtt.Client(
+        host,
+        port,
+        username=access.broker_user or None,
+        password=access.broker_password.get_secret_value() or None,
+        tls_context=access.client_context(),
+        keepalive=KEEPALIVE_SECONDS,
+        timeout=timeout,
+        **more,
+    )
+
+
+def unavailable(address: str, access: Access, error: aiomqtt.MqttError, remedy: str) -> UnavailableError:
+    """The sentence for a broker that does not let us in, with the likely reason."""
+    said, likely = f"{error} {error.__cause__ or ''}".strip(), ""
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        likely = ", likely because its certificate is for another name, out of date, or not of an authority in our ca.pem"
+    elif "WRONG_VERSION_NUMBER" in said or "EOF occurred" in said:
+        likely = ", likely because it speaks plain text and we TLS"
+    elif access.keys is None and "refused" not in said.lower():
+        likely = ", if it wants TLS or a password set [security]"
+    elif access.keys is not None and "timed out" in said:
+        likely = f", likely because it does not trust {access.keys.certificate}"
+    elif "code:135" in said or "code:134" in said or "uthori" in said:
+        likely = f", likely because user {access.broker_user!r} or the password is wrong"
+    return UnavailableError(f"No MQTT broker answers at broker.address = {address} ({said}{likely}); {remedy}")
+
+
+def _check_size(payload: bytes) -> None:
+    if len(payload) > CONTROL_BYTES:
+        raise ValueError(f"{len(payload)} bytes, and {CONTROL_BYTES} are the most")

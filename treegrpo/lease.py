@@ -7,7 +7,12 @@ from enum import Enum
 
 from treegrpo.budget import Budget, Cost
 from treegrpo.question import Question
-from treegrpo.tree import PolicyVersion
+from treegrpo.tree import PolicyVersion, Subtree
+
+HEARTBEAT_SECONDS = 5.0
+"""A sampler says something at least this often."""
+SILENCE_SECONDS = 4 * HEARTBEAT_SECONDS
+"""A sampler of which nothing was heard for so long has lost its leases, whether its connection is open or not."""
 
 
 class LeaseKind(Enum):
@@ -24,7 +29,26 @@ class LeaseEndReason(Enum):
     """The grant would not have covered another step."""
     FAILED = "failed"
     LOST = "lost"
-    """The sampler went away: the learner's own word, never a sampler's."""
+    """The sampler went away or fell silent. This and what follows is the learner's own word, never a sampler's."""
+    RETURNED = "returned"
+    """Back unfinished through no fault of its question: its sampler drains, or never saw the lease."""
+    INTERRUPTED = "interrupted"
+    """The learner was away, and the sampler did not come back to it."""
+
+    @property
+    def samplers_word(self) -> bool:
+        """A sampler may say so of its lease."""
+        return self in (LeaseEndReason.COMPLETE, LeaseEndReason.STOPPED, LeaseEndReason.BUDGET, LeaseEndReason.FAILED)
+
+    @property
+    def unfinished(self) -> bool:
+        """Another sampler can do what this one did not."""
+        return self not in (LeaseEndReason.COMPLETE, LeaseEndReason.STOPPED, LeaseEndReason.BUDGET)
+
+    @property
+    def silent(self) -> bool:
+        """Nobody said what it cost in the end."""
+        return self in (LeaseEndReason.LOST, LeaseEndReason.INTERRUPTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +70,7 @@ class Plan:
     @property
     def leaves(self) -> int:
         """G, the size of a full group."""
-        return self.trees * (self.rounds * self.expansions + 1)
+        return self.trees * self.branches
 
     @property
     def width(self) -> int:
@@ -56,7 +80,16 @@ class Plan:
     @property
     def grant(self) -> Budget:
         """The most that a group can cost, when nothing is shared and every episode is as long as it may be."""
-        return Budget(tokens=self.leaves * self.max_context, tool_calls=self.leaves * self.max_turns)
+        return self.allowance(self.leaves)
+
+    def allowance(self, leaves: int) -> Budget:
+        """The most that so many leaves can cost."""
+        return Budget(tokens=leaves * self.max_context, tool_calls=leaves * self.max_turns)
+
+    @property
+    def branches(self) -> int:
+        """Subtrees of one tree, N·L + 1; their indices go from 0 to one less."""
+        return self.rounds * self.expansions + 1
 
     def as_eval(self) -> Plan:
         """The same limits, one greedy chain."""
@@ -74,6 +107,8 @@ class Lease:
     """Seeds the draws of nodes."""
     min_version: PolicyVersion
     """Work on it with this version or a later one."""
+    accepted: tuple[Subtree, ...] = ()
+    """What an earlier lease of the same group has brought in already, parents first: only what is missing is to be made."""
 
 
 @dataclass(frozen=True, slots=True)

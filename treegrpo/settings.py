@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -27,8 +27,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from treegrpo.config import Config, Input, Section
+from treegrpo.config import Config
 from treegrpo.errors import ConfigError
+from treegrpo.section import Input, Section
 
 ENV_PREFIX = "TREEGRPO_"
 
@@ -63,6 +64,9 @@ def load(toml: Path | None, flags: Sequence[str] = ()) -> Config:
         _Source(f"the environment variable {ENV_PREFIX}{{env}}", _from_environment()),
         _Source("the flag --{section}.{key}", _from_flags(flags)),
     ]
+    file, _, given = sources
+    for source in (file, given):
+        _hide_secrets(source)
     merged: dict[str, dict[str, Any]] = {}
     for source in sources:
         for section, keys in source.values.items():
@@ -96,7 +100,25 @@ def _refused(error: ValidationError, sources: Sequence[_Source]) -> ConfigError:
     places = [source.where(section, key) for source in sources if key in source.values.get(section, {})]
     reason = first["msg"][:1].lower() + first["msg"][1:]
     where = places[-1] if places else "the default"
-    return ConfigError(f"{section}.{key} = {first['input']!r} ({where}) is not acceptable: {reason}.")
+    value = "" if is_secret(section, key) else f" = {first['input']!r}"
+    return ConfigError(f"{section}.{key}{value} ({where}) is not acceptable: {reason}.")
+
+
+def is_secret(section: str, key: str) -> bool:
+    """Whether a key's value must never be shown."""
+    model = cast("type[Section] | None", Config.model_fields[section].annotation if section in Config.model_fields else None)
+    return model is not None and key in model.model_fields and model.model_fields[key].annotation is SecretStr
+
+
+def _hide_secrets(source: _Source) -> None:
+    """Raise ConfigError for a secret where others could read it: in a file that is committed, in the list of processes."""
+    for section, keys in source.values.items():
+        for key in keys if isinstance(keys, dict) else ():
+            if is_secret(section, key):
+                raise ConfigError(
+                    f"{section}.{key} ({source.where(section, key)}) is a secret; name a file in {section}.{key}_file, "
+                    f"or give it as {ENV_PREFIX}{section.upper()}__{key.upper()}."
+                )
 
 
 def _keys(source: _Source, section: str, keys: Any) -> Iterator[tuple[str, Any]]:

@@ -11,9 +11,11 @@ import errno
 import socket
 from contextlib import closing
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from treegrpo.access import Access
 from treegrpo.errors import AddressInUseError, ConfigError
+from treegrpo.scrape import serve_page
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -40,6 +42,7 @@ class IntakeMetrics(_Metrics):
     def __init__(self) -> None:
         super().__init__()
         account = ("kind", "currency")
+        why = ("kind", "reason")
         self.granted = self._counter("budget_granted", "Rollout budget granted to leases", *account)
         self.spent = self._counter("budget_spent", "Rollout budget spent by accepted work", *account)
         self.refunded = self._counter("budget_refunded", "Rollout budget that ended leases gave back", *account)
@@ -52,8 +55,15 @@ class IntakeMetrics(_Metrics):
         self.recomputed = self._gauge("rollout_recomputed_ratio", "Share of the spent tokens computed before", "kind")
         self.leaves = self._counter("rollout_leaves", "Leaves accepted", "kind")
         self.failed_steps = self._counter("rollout_failed_steps", "Steps left out after an error", "status")
-        self.forgone = self._counter("rollout_forgone_expansions", "Planned expansions that were not made", "kind")
-        self.groups = self._counter("groups_closed", "Groups closed, by why their lease ended", "kind", "reason")
+        self.forgone = self._counter("rollout_forgone_expansions", "Planned expansions that closed groups lack", "kind")
+        self.dropped = self._counter("rollout_leaves_dropped", "Leaves that came too late for their group", "reason")
+        self.ended = self._counter("leases_ended", "Leases that ended, by why", "kind", "reason")
+        self.groups = self._counter(
+            "groups_closed", "Groups closed, by why: overdue if early, at the staleness bound, else as their lease ended", *why
+        )
+        self.set_aside = self._counter(
+            "groups_set_aside", "Groups given up after several tries, or too old to be trained, by why", *why
+        )
         self.zero_signal = self._counter("groups_zero_signal", "Training groups whose leaves all have the same reward")
         self.leases = self._gauge("leases_outstanding", "Leases out", "kind")
         self.lease_limit = self._gauge("leases_limit", "Training leases the staleness bound allows now")
@@ -64,7 +74,12 @@ class IntakeMetrics(_Metrics):
         self.em = self._gauge("exact_match_ratio", "Share of leaves with an exact match in the last groups", "kind")
         self.duplicates = self._counter("subtrees_duplicate", "Subtrees that arrived again and were not counted again")
         self.refused = self._counter("subtrees_refused", "Subtrees refused: lease, or what of them is wrong", "reason")
+        self.peers_refused = self._counter("peers_refused", "Calls and streams refused, by what is wrong with the peer", "reason")
+        self.handshakes = self._counter("tls_handshakes", "TLS handshakes begun; those that fail lead to no stream")
         self.weight_bytes = self._counter("weights_served_bytes", "Bytes of weight files sent to samplers")
+        self.journal_blocked = self._gauge("journal_blocked", "1 while the disk refuses the journal: no acks, no leases")
+        self.journal_bytes = self._gauge("journal_bytes", "Bytes of the journal's segments")
+        self.journal_free = self._gauge("journal_free_bytes", "Bytes that are free on the journal's disk")
 
 
 class TrainerMetrics(_Metrics):
@@ -149,9 +164,16 @@ def check_free(address: str, key: str) -> None:
             raise AddressInUseError(f"{key} = {address} {reason}; stop that process or set {key} to another address.") from error
 
 
-def serve(metrics: _Metrics, address: str, key: str) -> int:
-    """Serve /metrics from a thread until the process ends; returns the port. Raises AddressInUseError."""
+def serve(metrics: _Metrics, address: str, key: str, access: Access) -> int:
+    """Serve /metrics from a thread until the process ends; returns the port.
+
+    Raises:
+        ConfigError: ``address`` is within reach of others, and TLS or the token is missing.
+        AddressInUseError: ``address`` is taken.
+    """
+    access.check_metrics(key, address)
     host, port = split_address(address, key)
     check_free(address, key)
-    server, _ = start_http_server(port, host, metrics.registry)
-    return server.server_port
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    serve_page(listener, lambda: generate_latest(metrics.registry), access.server_context(), access.metrics_token)
+    return listener.getsockname()[1]

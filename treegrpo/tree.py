@@ -243,6 +243,11 @@ class Group:
         self.trees[subtree.tree] = tree
         return fresh
 
+    def depth(self, tree: int, node: int) -> int:
+        """Steps from the root to ``node``; 0 where there is no such node."""
+        known = self.trees.get(tree)
+        return len(known.path(node)) if known is not None and node in known.steps else 0
+
     def leaves(self) -> Iterator[tuple[Tree, Leaf]]:
         """Every leaf with its tree, in (tree, node) order."""
         for index in sorted(self.trees):

@@ -3,9 +3,9 @@
     sampler ──Hello, Demand, Subtree, LeaseEnd──► desk ──Lease, Ack, StopExpanding, Drain──► sampler
     trainer ──Take, Publish, Covered, Evaluate──► desk ──groups, evaluation──► trainer
     control ──running | paused | draining───────► desk
-                                                   │ every grant, subtree and end
+                                                   │ every change
                                                    ▼
-                                                journal
+                                                 clerk ──► book, journal, reports
 
 The book changes at once, the journal follows, and an ack leaves only when the journal is durable.
 """
@@ -15,18 +15,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from learner.intake.batches import Batches
+from learner.intake.clerk import Clerk
 from learner.intake.evaluation import Round
 from learner.intake.groups import OpenGroup
-from learner.intake.journal import Journal
+from learner.intake.journal import BACKLOG_BYTES, Journal, durable
 from learner.intake.leases import LeaseBook
 from learner.intake.peers import Peer
+from learner.intake.presence import Presence, sampler_of
 from learner.intake.report import Reporter
 from learner.intake.weights import WeightsServer
 from treegrpo.change import Change
-from treegrpo.codec import lease_end_to_pb, lease_to_pb, plan_to_pb, subtree_cost, subtree_from_pb, version_to_pb
+from treegrpo.codec import plan_to_pb, subtree_cost, version_to_pb
 from treegrpo.control import ControlPlane, RunState
 from treegrpo.errors import ContractError, TreeError, UnavailableError
 from treegrpo.handoff import Evaluation, Taken, pack_group
@@ -39,9 +43,7 @@ from treegrpo.v1 import tree_pb2
 log = logging.getLogger(__name__)
 LONG_POLL_SECONDS = 5.0
 BARREN_GROUPS = 64
-"""Groups in a row without a single leaf before the run is given up."""
-RECONNECT_SECONDS = 20.0
-"""A sampler that lost its stream keeps its leases for so long."""
+"""Leases in a row without a single leaf before the run is given up."""
 
 
 class Desk:
@@ -56,9 +58,11 @@ class Desk:
         run: str,
         plan: Plan,
         heldout: list[Question],
+        checkpointed: Callable[[], None],
     ) -> None:
+        """``checkpointed`` is called when a checkpoint stands, and the journal may get shorter."""
         self.book = book
-        self.peers: dict[str, Peer] = {}
+        self.presence = Presence({group.holder for group in book.open.values()}, self.lose)
         self._journal = journal
         self._control = control
         self._weights = weights
@@ -66,28 +70,34 @@ class Desk:
         self._run = run
         self._plan = plan
         self._heldout = heldout
+        self._checkpointed = checkpointed
         self._round: Round | None = None
-        self._departures: dict[str, asyncio.TimerHandle] = {}
+        self._clerk = Clerk(book, journal, reporter)
+        self._batches = Batches(book, self._clerk, self._stop)
         self._changed = Change()
         self._barren = 0
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with UnavailableError when rolling out on would lead nowhere."""
+        journal.on_blocked = self.grant
+        reporter.book(book)
 
     # ---- samplers
 
+    @property
+    def peers(self) -> dict[str, Peer]:
+        """The samplers that have a stream, by name."""
+        return self.presence.peers
+
     def join(self, hello: pb.Hello) -> Peer:
-        """A stream opened. An older incarnation of the same sampler has lost its leases."""
-        peer = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity)
-        before = self.peers.get(peer.id)
-        if before is not None and before.incarnation != peer.incarnation:
-            del self.peers[peer.id]  # first, or what it loses is granted to it again
-            self.lose(before.holder)
-        if (departure := self._departures.pop(peer.holder, None)) is not None:
-            departure.cancel()
-        self.peers[peer.id] = peer
+        """A stream opened. Older incarnations of the same sampler have lost their leases."""
+        peer = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
+        self.presence.came(peer)
+        for holder in {group.holder for group in self.book.open.values()} - {peer.holder}:
+            if sampler_of(holder) == peer.id:
+                self.lose(holder)
         held = {group.lease.id for group in self.book.of(peer.holder)}
         for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
-            self._end(LeaseEnd(lease, LeaseEndReason.LOST))
+            self._end(LeaseEnd(lease, LeaseEndReason.RETURNED))
         version = self.book.version
         void = [lease for lease in hello.leases if lease not in held]
         welcome = pb.Welcome(run=self._run, void_leases=void, plan=plan_to_pb(self._plan))
@@ -95,7 +105,7 @@ class Desk:
             welcome.version.CopyFrom(version_to_pb(version))
         peer.send(pb.RolloutResponse(welcome=welcome))
         for group in self.book.of(peer.holder):
-            if group.told_to_stop:  # it may have been said to a stream that was breaking
+            if group.told_at is not None:  # it may have been said to a stream that was breaking
                 self._stop(group)
         if self._control.state is RunState.DRAINING:
             peer.send(pb.RolloutResponse(drain=pb.Drain()))
@@ -103,23 +113,24 @@ class Desk:
         self._reporter.samplers(len(self.peers))
         return peer
 
+    @property
+    def _room(self) -> int:
+        """Messages for one sampler: of every lease there may be itself, an ack of each subtree and the word to stop."""
+        return (self.book.most + len(self._heldout)) * (self._plan.leaves + 2) + 16
+
     def leave(self, peer: Peer) -> None:
-        """Its stream closed: its leases wait a while for it to come back."""
-        if self.peers.get(peer.id) is peer:
-            del self.peers[peer.id]
+        """Its stream closed: its leases wait for it until it was silent for too long."""
+        if self.presence.left(peer):
             log.info("sampler %s left", peer.id)
             self._reporter.samplers(len(self.peers))
-            if self.book.of(peer.holder):
-                loop = asyncio.get_running_loop()
-                self._departures[peer.holder] = loop.call_later(RECONNECT_SECONDS, self.lose, peer.holder)
 
     def lose(self, holder: str) -> None:
-        """A sampler is gone for good: its questions go back into the queue."""
-        if (departure := self._departures.pop(holder, None)) is not None:
-            departure.cancel()
+        """A sampler is gone for good: others go on with its groups."""
+        reason = self.presence.gone(holder)
+        self._reporter.samplers(len(self.peers))
         for group in self.book.of(holder):
-            log.warning("lease %s of sampler %s is lost; its question goes to another", group.lease.id, holder)
-            self._end(LeaseEnd(group.lease.id, LeaseEndReason.LOST))
+            log.warning("lease %s of sampler %s is lost, with %d subtrees", group.lease.id, holder, len(group.subtrees))
+            self._end(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
         self.grant()
 
     def demand(self, peer: Peer, leases: int) -> None:
@@ -129,65 +140,66 @@ class Desk:
     def accept(self, peer: Peer, sent: tree_pb2.Subtree) -> None:
         """Take a subtree in; acked when it is durable, or at once when it is refused (so that it is not sent again)."""
         ack = pb.Ack(lease=sent.lease, tree=sent.tree, index=sent.index)
-        group = self.book.open.get(sent.lease)
         try:
-            subtree = subtree_from_pb(sent, group.group.id if group else "")
-            fresh = self.book.accept(subtree)
+            kept = self._clerk.accept(sent)
         except ContractError as error:
             ack.refusal = str(error)
-            self._refuse(group, sent, error)
+            self._refuse(sent, error)
             log.warning("refused a subtree of sampler %s: %s", peer.id, error)
             peer.send(pb.RolloutResponse(ack=ack))
-            return
-        if fresh:
-            self._reporter.accepted(self.book.open[subtree.lease], subtree)
-            self._reporter.book(self.book)
-            durable = self._journal.append({"event": "accepted", "subtree": sent.SerializeToString()})
         else:
-            self._reporter.duplicate()
-            durable = self._journal.barrier()
-        durable.add_done_callback(lambda future: None if future.exception() else peer.send(pb.RolloutResponse(ack=ack)))
+            response = pb.RolloutResponse(ack=ack)
+            kept.add_done_callback(lambda future: None if future.exception() else peer.send(response))
 
-    def _refuse(self, group: OpenGroup | None, sent: tree_pb2.Subtree, error: ContractError) -> None:
+    def _refuse(self, sent: tree_pb2.Subtree, error: ContractError) -> None:
         """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has."""
+        group, leaves = self.book.open.get(sent.lease), len(sent.leaves)
         if group is None:
-            self._reporter.refused("lease")
+            self._reporter.refused("lease", leaves)
         elif group.refuse((sent.tree, sent.index), subtree_cost(sent), str(error)):
-            self._reporter.refused(error.field if isinstance(error, TreeError) else "contract")
-            group.told_to_stop = True
+            reason = error.field if isinstance(error, TreeError) else "overdue"
+            self._reporter.refused(reason, leaves)
+            group.told_at = group.told_at or time.monotonic()
             self._stop(group)
 
+    @property
+    def behind(self) -> bool:
+        """Whether so much waits for the disk that samplers have to wait too."""
+        return self._journal.backlog > BACKLOG_BYTES
+
+    async def caught_up(self) -> None:
+        """Return when the disk is no longer behind."""
+        await self._journal.room()
+
     def end(self, peer: Peer, end: LeaseEnd) -> None:
-        """A sampler is done with a lease."""
-        if end.reason is LeaseEndReason.LOST or end.lease not in self.book.open:
+        """A sampler is done with a lease. What it stopped of its own accord is for another to go on with."""
+        group = self.book.open.get(end.lease)
+        if group is None or not end.reason.samplers_word:
             log.info("sampler %s ended lease %s, which is not open", peer.id, end.lease)
             return
-        end = self.book.open[end.lease].settle(end)
+        end = group.settle(end)
+        if end.reason is LeaseEndReason.STOPPED and group.told_at is None and self._control.state is not RunState.DRAINING:
+            end = replace(end, reason=LeaseEndReason.RETURNED)
         if end.error:
             log.warning("lease %s failed on sampler %s: %s", end.lease, peer.id, end.error)
         self._end(end)
         self.grant()
 
     def _end(self, end: LeaseEnd) -> None:
-        group = self.book.ended(end)
-        self._journal.append({"event": "ended", "end": lease_end_to_pb(end).SerializeToString()})
-        self._reporter.ended(group, end)
-        if end.reason is not LeaseEndReason.LOST:
+        group = self._clerk.end(end)
+        if end.reason.samplers_word and not group.closed:
             self._judge(group, end)
-        for late in self.book.overdue():
-            self._stop(late)
+        self._batches.press()
         self._changed.tell()
 
     def _judge(self, group: OpenGroup, end: LeaseEnd) -> None:
-        """Count a closed group for its evaluation, and give up when nothing leads to an answer any more."""
-        if self._round is not None and group.draw < 0 and group.lease.min_version == self._round.version:
-            self._round.close(group)
+        """Give up when nothing leads to an answer any more."""
         self._barren = 0 if group.has_leaves else self._barren + 1
         if self._barren >= BARREN_GROUPS and not self.broken.done():
             reason = f" ({end.error})" if end.error else ""
             self.broken.set_exception(
                 UnavailableError(
-                    f"The last {BARREN_GROUPS} questions led to no finished episode{reason}; see the samplers' logs. "
+                    f"The last {BARREN_GROUPS} leases led to no finished episode{reason}; see the samplers' logs. "
                     "Does the retriever answer, and do the prompts fit rollout.max_context?"
                 )
             )
@@ -199,17 +211,14 @@ class Desk:
 
     def grant(self) -> None:
         """Grant leases while there are both work within the bound and samplers that want it; the least served first."""
-        if self._control.state is not RunState.RUNNING:
+        if self._control.state is not RunState.RUNNING or self._journal.blocked:
             return
+        self._batches.press()
         room = {peer.id: peer.demand - len(self.book.of(peer.holder)) for peer in self.peers.values()}
         while room and max(room.values()) > 0 and (work := self.book.next_lease()) is not None:
-            lease, draw = work
             peer = self.peers[max(room, key=lambda name: room[name])]
             room[peer.id] -= 1
-            self.book.granted(lease, draw, peer.holder, time.monotonic())
-            granted = lease_to_pb(lease)
-            self._journal.append({"event": "granted", "lease": granted.SerializeToString(), "draw": draw})
-            peer.send(pb.RolloutResponse(lease=granted))
+            peer.send(pb.RolloutResponse(lease=self._clerk.grant(*work, peer.holder)))
         self._reporter.book(self.book)
 
     # ---- trainer
@@ -219,10 +228,13 @@ class Desk:
         deadline = time.monotonic() + LONG_POLL_SECONDS
         while True:
             state = self._control.state
-            groups = self.book.groups.take(position, count) if state is RunState.RUNNING else []
-            if groups or state is RunState.DRAINING or not await self._changed.wait(deadline):
-                await self._journal.flushed()
+            groups = self._batches.batch(position, count) if state is RunState.RUNNING else []
+            if groups or state is RunState.DRAINING or time.monotonic() > deadline:
+                self.grant()
+                if groups and not await durable(self._clerk.given, deadline):
+                    groups = []  # a full disk; the trainer asks again
                 return Taken([pack_group(g.group, g.subtrees) for g in groups], state.value)
+            await self._changed.wait(min(deadline, self._batches.patience))
 
     async def publish(self, version: PolicyVersion, path: Path, position: int) -> None:
         """Serve and announce a policy version; the groups before ``position`` made it."""
@@ -234,13 +246,17 @@ class Desk:
 
     def covered(self, position: int) -> None:
         """A checkpoint covers the groups before ``position``."""
-        self.book.groups.forget(position)
+        self.book.groups.covered(position)
+        self._checkpointed()
 
     async def evaluate(self, version: PolicyVersion) -> Evaluation:
         """Begin the evaluation of ``version`` unless it runs, and wait a few seconds for its end."""
         if self._round is None or self._round.version != version:
-            self._round = Round(version, self._heldout)
-            self.book.evaluate(self._heldout)
+            self._round = Round(version, self._heldout, self.book.answers)
+            missing = self._round.missing
+            if 0 < len(missing) < len(self._heldout):
+                log.info("the evaluation of %s goes on; %d questions of %d are left", version, len(missing), len(self._heldout))
+            self.book.evaluate(version, missing)
             self.grant()
         deadline = time.monotonic() + LONG_POLL_SECONDS
         while not self._round.done and self._control.state is not RunState.DRAINING and await self._changed.wait(deadline):
@@ -256,7 +272,12 @@ class Desk:
     # ---- control plane
 
     async def follow(self) -> None:
-        """Obey the run state and notice members that are gone."""
+        """Obey the run state, and notice samplers that are gone or silent."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._obey(), name="run-state")
+            tasks.create_task(self.presence.watch_over(), name="silence")
+
+    async def _obey(self) -> None:
         before = self._control.state
         while True:
             await self._control.wait_change()
@@ -267,17 +288,14 @@ class Desk:
                     for peer in self.peers.values():
                         peer.send(pb.RolloutResponse(drain=pb.Drain()))
                 before = state
-            for member in self._control.members.values():
-                holder = f"{member.id}/{member.incarnation:016x}"
-                if not member.alive and holder in self._departures:
-                    self.lose(holder)
+            self.presence.heed(self._control.members.values())
             self.grant()
             self._changed.tell()
 
     async def drained(self, seconds: float) -> None:
-        """Wait until no lease is out; those that remain after ``seconds`` are lost."""
+        """Wait until no lease is out; those that remain after ``seconds`` are for another time."""
         deadline = time.monotonic() + seconds
         while self.book.open and await self._changed.wait(deadline):
             pass
         for lease in list(self.book.open):
-            self._end(LeaseEnd(lease, LeaseEndReason.LOST))
+            self._end(LeaseEnd(lease, LeaseEndReason.INTERRUPTED))

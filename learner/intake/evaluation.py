@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from learner.intake.groups import OpenGroup
 from treegrpo.handoff import Evaluation
@@ -10,30 +11,65 @@ from treegrpo.question import Question
 from treegrpo.tree import Leaf, PolicyVersion
 
 
-@dataclass(slots=True)
+class Answers:
+    """How the evaluation leases of the newest evaluated version ended. Part of the lease book, so a restart keeps them."""
+
+    def __init__(self) -> None:
+        self.version: PolicyVersion | None = None
+        self.leaves: dict[str, Leaf | None] = {}
+        """By question id; None where the episode failed."""
+
+    def add(self, group: OpenGroup) -> None:
+        """Count a closed evaluation group; one of an older version is late and counts no more."""
+        version = group.lease.min_version
+        if self.version is None or version > self.version:
+            self.version, self.leaves = version, {}
+        if version == self.version:
+            self.leaves[group.lease.question.id] = next((leaf for _, leaf in group.group.leaves()), None)
+
+    def state(self) -> dict[str, Any]:
+        """Plain data to be restored from."""
+        leaves = {question: asdict(leaf) if leaf else None for question, leaf in self.leaves.items()}
+        return {"version": str(self.version) if self.version else None, "leaves": leaves}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what `state` was taken of."""
+        self.version = PolicyVersion.parse(state["version"]) if state["version"] else None
+        self.leaves = {question: Leaf(**leaf) if leaf else None for question, leaf in state["leaves"].items()}
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
     version: PolicyVersion
     questions: list[Question]
-    _leaves: dict[str, Leaf | None] = field(default_factory=dict[str, Leaf | None])
-    """By question id; None where the episode failed."""
+    answers: Answers = field(default_factory=Answers)
 
-    def close(self, group: OpenGroup) -> None:
-        """Count a closed evaluation group."""
-        leaf = next((leaf for _, leaf in group.group.leaves()), None)
-        self._leaves[group.lease.question.id] = leaf
+    @property
+    def _leaves(self) -> dict[str, Leaf | None]:
+        """Of this round's version and questions."""
+        if self.answers.version != self.version:
+            return {}
+        return {q.id: self.answers.leaves[q.id] for q in self.questions if q.id in self.answers.leaves}
+
+    @property
+    def missing(self) -> list[Question]:
+        """Questions without an outcome."""
+        known = self._leaves
+        return [question for question in self.questions if question.id not in known]
 
     @property
     def done(self) -> bool:
-        return len(self._leaves) == len(self.questions)
+        return not self.missing
 
     def result(self) -> Evaluation:
         """Means over the episodes that did not fail; the failed ones are counted apart."""
-        leaves = [leaf for leaf in self._leaves.values() if leaf is not None]
+        known = self._leaves
+        leaves = [leaf for leaf in known.values() if leaf is not None]
         count = max(1, len(leaves))
         return Evaluation(
-            done=self.done,
-            questions=len(self._leaves),
+            done=len(known) == len(self.questions),
+            questions=len(known),
             em=sum(leaf.metrics.get("em", 0.0) for leaf in leaves) / count,
             reward=sum(leaf.reward for leaf in leaves) / count,
-            failed=len(self._leaves) - len(leaves),
+            failed=len(known) - len(leaves),
         )

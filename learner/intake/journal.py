@@ -1,9 +1,14 @@
 """The journal: every grant, accepted subtree and lease end, in the order they happened; the queue to the trainer.
 
-A record is a msgpack map behind its length and CRC-32 (4 bytes each, little-endian). Records are appended in memory
-and written by one task that makes everything that has come in since the last time durable with one fsync (group
-commit); `append` returns a future that is done when its record is on disk. A tail torn by a crash is cut off when the
-journal is opened.
+Records are appended in memory and written by one task that makes everything that has come in since the last time
+durable with one fsync (group commit); `append` returns a future that is done when its record is on the disk.
+
+    a write fails   ─► cut back what is half there ─► try again, until it works
+    an fsync fails  ─► leave the segment           ─► try again in a new one, until it works
+
+Meanwhile nothing is acknowledged and nothing fails: the journal is *blocked*. A new segment, because after a failed
+fsync the kernel may have dropped what it could not write and calls it clean: a second fsync of that file would report
+success for bytes that are not there. The new one's first frame says up to where the old one counts.
 """
 
 from __future__ import annotations
@@ -11,105 +16,217 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import struct
 import threading
-import zlib
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
 
-import msgpack
-
-from treegrpo.errors import JournalError
+from learner.intake.disk import Disk, File
+from learner.intake.frames import BATCH_BYTES, MAX_RECORD_BYTES, Record, encode, frame
+from learner.intake.segments import FORMAT, End, path_of
+from treegrpo.change import Change
 
 log = logging.getLogger(__name__)
-_HEAD = struct.Struct("<II")
+RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+BACKLOG_BYTES = 2 * MAX_RECORD_BYTES
+"""What may wait to be written before `room` makes peers wait."""
 
 
-def read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole records of a journal file and the number of bytes they take. Raises JournalError."""
-    try:
-        data = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise JournalError(f"The journal {path} cannot be read ({error.strerror}); mend that and start again.") from error
-    records: list[dict[str, Any]] = []
-    end = 0
-    while end + _HEAD.size <= len(data):
-        length, checksum = _HEAD.unpack_from(data, end)
-        body = data[end + _HEAD.size : end + _HEAD.size + length]
-        if len(body) < length or zlib.crc32(body) != checksum:
-            break
-        records.append(cast("dict[str, Any]", msgpack.unpackb(body)))
-        end += _HEAD.size + length
-    return records, end
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """A record in line, or a cut."""
+
+    data: bytes | None
+    done: asyncio.Future[int]
+    """Gets the number of the segment it is in, or that begins with the cut."""
+
+
+async def durable(done: asyncio.Future[int], deadline: float) -> bool:
+    """Wait for a record to be on the disk; False when ``deadline`` (time.monotonic) comes first."""
+    finished, _ = await asyncio.wait({done}, timeout=max(0.0, deadline - time.monotonic()))
+    return bool(finished)
 
 
 class Journal:
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
+    def __init__(self, disk: Disk, folder: Path, end: End, retry: tuple[float, ...]) -> None:
+        """Append after ``end``. ``retry``: seconds between attempts while the disk refuses; the last is repeated."""
+        self._disk = disk
+        self._folder = folder
+        self._number, self._good = end.number - 1, end.after
+        self._retry = retry
+        self._file: File | None = None
+        """None: the next commit begins a new segment."""
+        self._pending: list[Entry] = []
         self._wake = asyncio.Event()
-        self._committing = threading.Lock()
-        self._last: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._last.set_result(None)
-
-    def append(self, record: dict[str, Any]) -> asyncio.Future[None]:
-        """Put a record in line; the future is done when it is durable, or fails with JournalError."""
-        body = cast("bytes", msgpack.packb(record))
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._last = done
-        self._pending.append((_HEAD.pack(len(body), zlib.crc32(body)) + body, done))
         self._wake.set()
-        return done
+        self._committing = threading.Lock()
+        self._committed = Change()
+        self._last: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._last.set_result(self._number)
+        self.blocked = False
+        """Whether the disk refuses: nothing is acknowledged, and nothing should be granted."""
+        self.on_blocked: Callable[[], None] = lambda: None
+        """Called when `blocked` changes."""
+        self.backlog = 0
+        """Bytes that wait to be written."""
 
-    def barrier(self) -> asyncio.Future[None]:
+    def append(self, record: Record) -> asyncio.Future[int]:
+        """Put a record in line; the future is done when it is durable."""
+        data = encode(record)
+        self.backlog += len(data)
+        return self._line_up(data)
+
+    def cut(self) -> asyncio.Future[int]:
+        """Everything appended from now on goes to a new segment; its number, when what came before is durable."""
+        return self._line_up(None)
+
+    def _line_up(self, data: bytes | None) -> asyncio.Future[int]:
+        self._last = asyncio.get_running_loop().create_future()
+        self._pending.append(Entry(data, self._last))
+        self._wake.set()
+        return self._last
+
+    def barrier(self) -> asyncio.Future[int]:
         """A future that is done when everything appended so far is durable."""
         return self._last
 
-    async def flushed(self) -> None:
-        """Return when everything appended so far is durable."""
-        await asyncio.shield(self._last)
+    async def room(self) -> None:
+        """Return when little enough waits to be written: whoever feeds the journal waits here."""
+        while self.backlog > BACKLOG_BYTES:
+            await self._committed.wait()
 
     async def write_forever(self) -> None:
-        """The committing task. Raises JournalError when the disk refuses; then nothing is acked any more."""
+        """The committing task."""
         while True:
             await self._wake.wait()
             self._wake.clear()
-            try:
-                durable = await asyncio.to_thread(self._commit)
-            except OSError as error:
-                failure = JournalError(
-                    f"The journal {self._file.name} cannot be written ({error.strerror}); make room on the disk."
-                )
-                for _, done in self._pending:
-                    done.set_exception(failure)
-                raise failure from error
-            for done in durable:
-                done.set_result(None)
+            failures, since = 0, time.monotonic()
+            while self.busy:
+                try:
+                    done = await asyncio.to_thread(self.commit)
+                except OSError as error:
+                    if not self.blocked:
+                        log.error(  # noqa: TRY400 - one sentence is enough
+                            "The disk refuses the journal %s (%s): nothing is acknowledged or granted until it takes it; "
+                            "make room, or mend it.",
+                            *(self._folder, error.strerror or error),
+                        )
+                        self._block(True)
+                    await asyncio.sleep(self._retry[min(failures, len(self._retry) - 1)])
+                    failures += 1
+                    continue
+                if self.blocked:
+                    log.info("the disk takes the journal again, after %.1f s", time.monotonic() - since)
+                    self._block(False)
+                self.settle(done)
 
-    def _commit(self) -> list[asyncio.Future[None]]:
-        """Make what is pending durable, once: a commit that is under way when its task is cancelled still counts."""
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to commit."""
+        return bool(self._pending) or self._file is None
+
+    def _block(self, blocked: bool) -> None:
+        self.blocked = blocked
+        self.on_blocked()
+
+    def settle(self, done: list[Entry]) -> None:
+        """Tell who waits for what is durable now. In the event loop; `commit` may be anywhere."""
+        for entry in done:
+            self.backlog -= len(entry.data or b"")
+            entry.done.set_result(self._number)
+        self._committed.tell()
+
+    def commit(self) -> list[Entry]:
+        """Make the next batch durable, or the next cut, once: one that is under way when its task is cancelled counts.
+
+        Raises OSError, and what was to be done is still in line.
+        """
         with self._committing:
-            batch = self._pending[:]
-            self._file.write(b"".join(frame for frame, _ in batch))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            if self._file is None:
+                self._begin()
+            batch = self._batch()
+            if batch and batch[0].data is None:
+                self._begin()
+            elif batch:
+                self._write(frame([entry.data for entry in batch if entry.data is not None]))
             del self._pending[: len(batch)]
-        return [done for _, done in batch]
+        return batch
+
+    def _batch(self) -> list[Entry]:
+        """The first cut, or the records before it that make a frame."""
+        batch: list[Entry] = []
+        size = 0
+        for entry in self._pending:
+            if entry.data is None or size >= BATCH_BYTES:
+                return batch or [entry]
+            batch.append(entry)
+            size += len(entry.data)
+        return batch
+
+    def _begin(self) -> None:
+        """Begin the next segment; until it is durable the journal stays as it is."""
+        path = path_of(self._folder, self._number + 1)
+        file = self._disk.create(path)
+        try:
+            header = frame([encode({"format": FORMAT, "segment": self._number + 1, "after": self._good})])
+            file.write(header)
+            file.sync()
+            self._disk.sync_folder(self._folder)
+        except OSError:
+            file.close()
+            raise
+        if self._file is not None:
+            self._file.close()
+        self._file, self._number, self._good = file, self._number + 1, len(header)
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None  # noqa: S101  # `_commit` began one
+        try:
+            self._file.write(data)
+        except OSError:
+            self._cut_back(self._file)
+            raise
+        try:
+            self._file.sync()
+        except OSError:
+            self._leave(self._file)
+            raise
+        self._good += len(data)
+
+    def _cut_back(self, file: File) -> None:
+        """Take away what a failed write has left, or leave the segment if that fails too."""
+        try:
+            file.truncate(self._good)
+            file.sync()
+        except OSError:
+            self._leave(file)
+
+    def _leave(self, file: File) -> None:
+        self._file = None
+        with contextlib.suppress(OSError):  # only to give back room: the next segment says what counts of this one
+            file.truncate(self._good)
+        file.close()
+
+    def _close(self) -> None:
+        """Write what is still in line."""
+        try:
+            while self._pending:
+                self.commit()
+        except OSError as error:
+            count, reason = len(self._pending), error.strerror or error
+            log.error("%d events are not in the journal %s (%s): nobody was told of them", count, self._folder, reason)  # noqa: TRY400
+        if self._file is not None:
+            self._file.close()
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path, size: int) -> Generator[Journal]:
-        """Append to ``path`` after its first ``size`` bytes; what is still pending is written at the end.
+    def open(cls, disk: Disk, folder: Path, end: End, retry: tuple[float, ...] = RETRY_SECONDS) -> Generator[Journal]:
+        """Append after ``end``; what is still in line is written at the end of the block.
 
         `write_forever` must run as a task meanwhile.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            if file.tell() > size:
-                log.warning("cut %d bytes of a torn record off the journal %s", file.tell() - size, path)
-                file.truncate(size)
-            journal = cls(file)
-            yield journal
-            journal._commit()
+        disk.make_folder(folder)
+        journal = cls(disk, folder, end, retry)
+        yield journal
+        journal._close()

@@ -2,91 +2,57 @@
 
 Staleness bounds the number of training groups that are on their way:
 
-    leases out + groups ready + groups in training ≤ (max_lag + 1) · batch
+    leases out + groups to be leased again + groups ready + groups in training ≤ (max_lag + 1) · batch
 
-A group granted at version v meets at most that many groups minus itself before the trainer, hence is trained at most
-max_lag versions later, if groups close in the order they were granted. A slow one that is overtaken reaches the bound
-earlier: it is told to stop expanding and trains on the leaves it has (`overdue`).
+A group granted at version v meets at most that many groups minus itself, and the trainer takes the oldest first, so it
+is trained at most max_lag versions later; it is closed with the leaves it has if others would push it beyond
+(`order.py`).
 
-Every change is an event: granted, accepted, ended. The service writes each to the journal; after a restart the
-journal's events go through the same methods.
+A group whose lease is lost or fails is leased again with the subtrees it has, before anything new is begun. One
+without a leaf begins again from nothing. After TRIES such leases it is closed with what it has, or set aside.
+
+Every change is an event: granted, accepted, ended, closed, taken. The service writes each to the journal; after a
+restart the journal's events go through the same methods.
 """
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 
-from learner.intake.groups import GroupQueue, OpenGroup
-from learner.intake.ledger import Ledger
-from learner.intake.questions import QuestionQueue
-from treegrpo.budget import Budget
-from treegrpo.errors import ContractError, TreeError
+from learner.intake.asked_for import check_asked_for
+from learner.intake.groups import TRIES, Fate, OpenGroup
+from learner.intake.order import pressing
+from learner.intake.standing import Standing
+from treegrpo.budget import Budget, Cost
+from treegrpo.errors import ContractError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Question
-from treegrpo.soundness import check_vocabulary, name
 from treegrpo.tree import PolicyVersion, Subtree
 
-log = logging.getLogger(__name__)
 
-
-class LeaseBook:
-    def __init__(
-        self, queue: QuestionQueue, plan: Plan, *, seed: int, batch: int, max_lag: int, total: int, vocabulary: int, mark: str
-    ) -> None:
-        """Begin with nothing out.
-
-        Args:
-            queue: the training questions.
-            plan: of a training lease.
-            seed: of the run.
-            batch: groups of a step.
-            max_lag: the staleness bound, in versions.
-            total: training groups of the whole run; no more are leased than it still needs.
-            vocabulary: token ids of the model.
-            mark: of this process, in every lease id: a lease that a crash kept out of the journal never shares its id.
-        """
-        self._queue = queue
-        self._plan = plan
-        self._seed = seed
-        self._batch = batch
-        self._max_lag = max_lag
-        self._total = total
-        self._vocabulary = vocabulary
-        self._mark = mark
-        self._evaluation: deque[Question] = deque()
-        self._serial = 0
-        self.open: dict[str, OpenGroup] = {}
-        self.groups = GroupQueue()
-        self.ledger = Ledger()
-        self.version: PolicyVersion | None = None
-
-    # ---- how many
-
-    def out(self, kind: LeaseKind) -> int:
-        """Leases of a kind that are out."""
-        return sum(group.lease.kind is kind for group in self.open.values())
-
-    @property
-    def limit(self) -> int:
-        """Training leases that may be out now, by the staleness bound and by what the run still needs."""
-        bound = (self._max_lag + 1) * self._batch - self.groups.waiting
-        return max(0, min(bound, self._total - self.groups.end))
-
-    # ---- events
+class LeaseBook(Standing):
+    # ---- events: granted, accepted, ended
 
     def next_lease(self) -> tuple[Lease, int] | None:
         """The next lease to grant and its draw (-1: evaluation), or None when the bound or the work is exhausted.
 
-        Evaluation goes first: it is short, and who waits for it waits for all of it.
+        Evaluation goes first: it is short, and who waits for it waits for all of it. Then what was begun before.
         """
         if self.version is None:
             return None
         if self._evaluation:
-            return self._lease(LeaseKind.EVAL, self._evaluation.popleft(), self._plan.as_eval(), self.version), -1
-        if self.out(LeaseKind.TRAIN) >= self.limit:
+            question, _ = self._evaluation[0]
+            return self._lease(LeaseKind.EVAL, question, self._plan.as_eval(), self.version), -1
+        out, limit = self.out(LeaseKind.TRAIN) + len(self.unfinished), self.limit
+        if self.unfinished and out <= limit:
+            draw = min(self.unfinished, key=lambda number: (self.unfinished[number].age, number))
+            group = self.unfinished[draw]
+            lease = self._lease(LeaseKind.TRAIN, group.lease.question, group.lease.plan, self.version, draw)
+            return replace(lease, grant=lease.plan.allowance(group.missing), accepted=tuple(group.subtrees)), draw
+        if out >= limit:
             return None
         draw = self._queue.draw()
         return self._lease(LeaseKind.TRAIN, self._queue[draw], self._plan, self.version, draw), draw
@@ -95,33 +61,48 @@ class LeaseBook:
         seed = zlib.crc32(f"{self._seed}/{draw}/{question.id}".encode())
         return Lease(f"{kind.value}-{self._serial:07d}-{self._mark}", kind, question, plan, plan.grant, seed, version)
 
-    def granted(self, lease: Lease, draw: int, holder: str, now: float | None) -> None:
+    def granted(self, lease: Lease, draw: int, holder: str, now: float | None) -> OpenGroup:
+        """A lease goes out; it continues the group of its draw if there is one."""
         self._serial += 1
-        self.open[lease.id] = OpenGroup(lease, draw, holder, now)
+        group = OpenGroup(replace(lease, accepted=()), draw, holder, now)
+        if (before := self.unfinished.pop(draw, None)) is not None:
+            group.group, group.subtrees, group.tries = before.group, before.subtrees, before.tries
+            group.age = min(before.age, group.age)
+        elif lease.kind is LeaseKind.TRAIN:
+            group.tries = self._tries.pop(draw, 0)
+        elif self._evaluation and self._evaluation[0][0].id == lease.question.id:
+            group.tries = self._evaluation.popleft()[1]
+        self.open[lease.id] = group
         self.ledger.grant(lease.id, lease.kind, lease.grant)
+        return group
 
     def accept(self, subtree: Subtree) -> bool:
         """Add a subtree to its group; False if it was there already.
 
         Raises:
-            ContractError: the lease is not open.
-            TreeError: the subtree does not fit its tree or is not sound. In either case nothing is changed.
+            ContractError: the lease is not open, or its group is closed.
+            TreeError: the subtree does not fit its tree, is not sound or beyond the staleness bound. In any case nothing
+                is changed.
         """
-        group = self.open.get(subtree.lease)
+        group = self.find(subtree.lease)
         if group is None:
             raise ContractError(f"Lease {subtree.lease} is not open; its work is no longer wanted.")
-        if subtree.tree >= group.lease.plan.trees:
-            trees = group.lease.plan.trees
-            raise TreeError(f"Group {group.group.id}: tree {subtree.tree} is not one of its plan's {trees}, from 0 on.", "tree")
-        where = name(subtree.lease, subtree.tree, group.group.id)
-        check_vocabulary(subtree.prompt, subtree.steps, self._vocabulary, where)
+        if group.closed:
+            raise ContractError(f"Lease {subtree.lease} reached the staleness bound; its group is closed.")
+        check_asked_for(group, subtree, self._vocabulary)
         if not group.add(subtree):
             return False
-        self.ledger.spend(subtree.lease, Budget.of(subtree.cost))
+        self._charge(group, subtree)
         return True
 
+    def _charge(self, group: OpenGroup, subtree: Subtree) -> None:
+        if subtree.lease in self.open:
+            self.ledger.spend(subtree.lease, Budget.of(subtree.cost))
+        else:
+            self.ledger.late(group.lease.kind, Budget.of(subtree.cost))
+
     def ended(self, end: LeaseEnd) -> OpenGroup:
-        """Close a lease: its group goes in line for the trainer, or its question back into the queue.
+        """Close a lease; its `OpenGroup.fate` says what becomes of its group.
 
         Raises:
             ContractError: the lease is not open.
@@ -129,62 +110,118 @@ class LeaseBook:
         group = self.open.pop(end.lease, None)
         if group is None:
             raise ContractError(f"Lease {end.lease} is not open; it has ended before.")
-        if end.reason is LeaseEndReason.LOST:
+        if end.reason.silent:
             self.ledger.forfeit(end.lease)
-            self._put_back(group)
         else:
             self.ledger.spend(end.lease, Budget.of(end.unaccounted))
             self.ledger.refund(end.lease)
-            if group.lease.kind is LeaseKind.TRAIN and group.has_leaves:
-                self.groups.close(group)
+        if group.closed:
+            return group
+        group.tries += self._at_fault(group, end)
+        finished = not end.reason.unfinished or not group.can_move or group.tries >= TRIES
+        self._dispose(group, end.reason.value, finished=finished)
         return group
 
-    def _put_back(self, group: OpenGroup) -> None:
-        if group.lease.kind is LeaseKind.TRAIN:
-            self._queue.put_back(group.draw)
+    def _at_fault(self, group: OpenGroup, end: LeaseEnd) -> bool:
+        """Whether a lease counts against its question: it was lost or failed, or was worked on and led to no leaf."""
+        if end.reason in (LeaseEndReason.LOST, LeaseEndReason.FAILED):
+            return True
+        worked_on = bool(group.subtrees) or end.unaccounted != Cost()
+        return not end.reason.unfinished and worked_on and not group.has_leaves
+
+    def _dispose(self, group: OpenGroup, why: str, *, finished: bool) -> None:
+        """Close a group that has leaves and is ``finished``; else have it tried again, unless it was tried enough."""
+        group.fate = Fate.WAITING
+        if group.has_leaves and finished:
+            group.fate = Fate.CLOSED
+        elif group.tries >= TRIES:
+            group.fate = Fate.ASIDE
+        if group.fate is Fate.WAITING:
+            self._put_back(group)
+        elif group.lease.kind is LeaseKind.EVAL:
+            self.answers.add(group)
+        elif group.fate is Fate.CLOSED:
+            self.groups.close(group)
         else:
-            self._evaluation.append(group.lease.question)
+            self.set_aside[why] += 1
 
-    def evaluate(self, questions: list[Question]) -> None:
-        """Put evaluation leases in line; those of an earlier evaluation still in line are dropped."""
-        self._evaluation = deque(questions)
+    def _put_back(self, group: OpenGroup) -> None:
+        if group.lease.kind is LeaseKind.EVAL:
+            if group.lease.min_version == self.version:  # else another evaluation has begun, which asks for itself
+                self._evaluation.append((group.lease.question, group.tries))
+        elif group.has_leaves:
+            self.unfinished[group.draw] = group
+        else:
+            self._tries[group.draw] = group.tries
+            self._queue.put_back(group.draw)
 
-    def replay_grant(self, lease: Lease, draw: int) -> None:
-        """A grant read from the journal: its holder is gone, its draw is taken."""
+    def evaluate(self, version: PolicyVersion, questions: list[Question]) -> None:
+        """Put ``version``'s evaluation leases in line but those that are out; what is in line of an earlier one is dropped."""
+        leases = (group.lease for group in self.open.values())
+        out = {lease.question.id for lease in leases if lease.kind is LeaseKind.EVAL and lease.min_version == version}
+        self._evaluation = deque((question, 0) for question in questions if question.id not in out)
+
+    # ---- events: closed, taken
+
+    def pressing(self, count: int) -> list[OpenGroup]:
+        """The groups that have to close before ``count`` ready ones may be trained, since there is no later step for them."""
+        begun = [group for group in self.open.values() if group.lease.kind is LeaseKind.TRAIN and not group.closed]
+        begun = sorted([*begun, *self.unfinished.values()], key=lambda group: (group.age, group.draw))
+        ages, ready = [group.age for group in begun], [group.age for group in self.groups.ready]
+        return begun[: pressing(ages, ready, self.base, self._batch, count, self._max_lag)]
+
+    def overdue(self) -> list[OpenGroup]:
+        """The groups that a whole batch is waiting for: it is ready, and may not be trained before them."""
+        if self.version is None or len(self.groups.ready) < self._batch:
+            return []
+        return self.pressing(self._batch)
+
+    def close(self, draw: int) -> OpenGroup:
+        """Close a group at the staleness bound with the leaves it has; one that has none begins again from nothing.
+
+        Its lease, if one is out, stays open until its cost is known. Raises ContractError: no such group is open.
+        """
+        group = self.unfinished.pop(draw, None)
+        if group is None:
+            group = next((g for g in self.open.values() if g.draw == draw >= 0 and not g.closed), None)
+            if group is None:
+                raise ContractError(f"Group {draw:07d} is not open; it cannot be closed.")
+            left = OpenGroup(group.lease, draw, group.holder, group.granted_at, closed=True, told_at=group.told_at)
+            left.refused, left.fate = group.refused, Fate.CLOSED
+            self.open[group.lease.id] = left
+        group.tries += not group.has_leaves
+        self._dispose(group, "overdue", finished=True)
+        return group
+
+    def stale(self) -> list[int]:
+        """Ready draws beyond the bound, which happens if ``max_lag`` or ``batch`` were lowered between two starts."""
+        return [group.draw for group in self.groups.ready if self.base - group.age > self._max_lag]
+
+    def taken(self, draws: Sequence[int], stale: Sequence[int]) -> list[OpenGroup]:
+        """The trainer gets these ready groups, at the next positions, and never the stale ones, which are returned.
+
+        Raises ContractError: one is not ready.
+        """
+        left_out = [self.groups.leave_out(draw) for draw in stale]
+        for group in left_out:
+            group.fate = Fate.ASIDE
+            self.set_aside["stale"] += 1
+        self.groups.line_up(draws)
+        return left_out
+
+    # ---- replay
+
+    def replay_grant(self, lease: Lease, draw: int, holder: str = "") -> None:
+        """A grant read from the journal: its draw is taken."""
         if draw >= 0:
             self._queue.taken(draw)
-        self.granted(lease, draw, holder="", now=None)
+        self.granted(lease, draw, holder, now=None)
 
-    def replay_accepted(self, subtree: Subtree) -> bool:
-        """A subtree read from the journal; False if it was there already.
-
-        One that is refused by now was accepted once, so it stays in what the trainer gets: every group keeps its position,
-        and the trainer, which examines all of them, leaves that one out. Raises ContractError: the lease is not open.
-        """
-        try:
-            return self.accept(subtree)
-        except TreeError as error:
-            log.warning("the journal has what would be refused today: %s", error)
-        self.open[subtree.lease].subtrees.append(subtree)
-        self.ledger.spend(subtree.lease, Budget.of(subtree.cost))
-        return True
-
-    # ---- who must stop, who is gone
-
-    def overdue(self) -> Iterator[OpenGroup]:
-        """Training groups that one more group closing before them would push beyond the bound; marks them as told.
-
-        A group that closes now is trained after the ⌊ready or in training / batch⌋ steps ahead of it.
-        """
-        if self.version is None:
-            return
-        ahead = (self.groups.waiting + 1) // self._batch
-        for group in self.open.values():
-            lag = self.version.step - group.lease.min_version.step + ahead
-            if group.lease.kind is LeaseKind.TRAIN and lag > self._max_lag and not group.told_to_stop:
-                group.told_to_stop = True
-                yield group
-
-    def of(self, holder: str) -> list[OpenGroup]:
-        """The groups a sampler works on."""
-        return [group for group in self.open.values() if group.holder == holder]
+    def replay_accepted(self, subtree: Subtree) -> OpenGroup | None:
+        """A subtree read from the journal; its group, or None if it was there already. Raises ContractError: nobody asked."""
+        if (group := self.find(subtree.lease)) is None:
+            raise ContractError(f"Lease {subtree.lease} is not open; nobody could have accepted its work.")
+        if not group.restore(subtree):
+            return None
+        self._charge(group, subtree)
+        return group

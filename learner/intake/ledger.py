@@ -6,7 +6,8 @@ that the equation is a check and not a definition.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from typing import Any
 
 from treegrpo.budget import Budget
 from treegrpo.lease import LeaseKind
@@ -41,6 +42,14 @@ class Ledger:
         account.spent += budget
         self._open[lease] = (kind, left + extra - budget)
 
+    def late(self, kind: LeaseKind, budget: Budget) -> None:
+        """Charge work of a lost lease that is of use after all.
+
+        It was forfeited with its lease; totals never shrink, so it is granted and spent on top.
+        """
+        self.accounts[kind].granted += budget
+        self.accounts[kind].spent += budget
+
     def refund(self, lease: str) -> None:
         """Close a lease that ended: what is left comes back."""
         kind, left = self._open.pop(lease)
@@ -67,3 +76,15 @@ class Ledger:
         account = self.accounts[kind]
         parts = {name: getattr(account, name) for name in ("granted", "spent", "refunded", "forfeited")}
         return {name: getattr(budget, currency) for name, budget in {**parts, "outstanding": self.outstanding(kind)}.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Plain data to be restored from."""
+        return {
+            "accounts": {kind.value: astuple(account) for kind, account in self.accounts.items()},
+            "open": {lease: (kind.value, astuple(left)) for lease, (kind, left) in self._open.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what `state` was taken of."""
+        self.accounts = {kind: Account(*(Budget(*budget) for budget in state["accounts"][kind.value])) for kind in LeaseKind}
+        self._open = {lease: (LeaseKind(kind), Budget(*left)) for lease, (kind, left) in state["open"].items()}

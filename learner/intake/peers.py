@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 from treegrpo.v1.rollout_pb2 import RolloutResponse
@@ -16,9 +17,17 @@ class Peer:
     incarnation: int
     engine: str
     capacity: int
+    room: int
+    """Messages that may wait for it. One that does not read its stream is cut off before they are more."""
     demand: int = 0
     """Leases it wants to hold at once."""
     outbox: asyncio.Queue[RolloutResponse] = field(default_factory=asyncio.Queue[RolloutResponse])
+    heard: float = field(default_factory=time.monotonic)
+    """time.monotonic of its last message; infinite while the intake itself keeps it waiting."""
+    stream: asyncio.Timeout | None = None
+    """Ends its stream when it is rescheduled."""
+    farewell: str = ""
+    """Why the learner ended it."""
 
     @property
     def holder(self) -> str:
@@ -26,4 +35,13 @@ class Peer:
         return f"{self.id}/{self.incarnation:016x}"
 
     def send(self, message: RolloutResponse) -> None:
-        self.outbox.put_nowait(message)
+        if self.outbox.qsize() < self.room:
+            self.outbox.put_nowait(message)
+        else:
+            self.hang_up(f"Sampler {self.id} leaves {self.room} messages unread; it has to join again.")
+
+    def hang_up(self, why: str) -> None:
+        """End its stream. It may open another."""
+        self.farewell = self.farewell or why
+        if self.stream is not None:
+            self.stream.reschedule(0.0)

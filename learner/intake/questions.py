@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from treegrpo.errors import DataError
+from treegrpo.limits import QUESTION_BYTES
 from treegrpo.question import Message, Question
 
 
@@ -97,6 +98,11 @@ def _question(row: Any, where: str, number: int) -> Question:
     prompt = tuple(Message(message.role, message.content) for message in fields.prompt)
     if not any(message.content.strip() for message in prompt):
         raise DataError(f"{where} has an empty prompt; give the question in prompt[].content.")
+    texts = (*(message.content for message in prompt), *answers)
+    if (size := sum(len(text.encode()) for text in texts)) > QUESTION_BYTES:
+        raise DataError(
+            f"{where} has {size} bytes of prompt and answers; {QUESTION_BYTES} are the most, shorten or leave it out."
+        )
     extra = fields.extra_info or _Extra()
     identity = f"{fields.data_source}/{extra.split}/{number if extra.index == '' else extra.index}"
     return Question(identity, fields.data_source, prompt, answers, extra.family)
@@ -105,8 +111,8 @@ def _question(row: Any, where: str, number: int) -> Question:
 class QuestionQueue:
     """An endless seeded sequence of draws: every question once an epoch, each epoch in an order of its own.
 
-    A draw's number says which question it is, now and after a restart. A draw whose lease was lost is put back and
-    comes next.
+    A draw's number says which question it is, now and after a restart. A draw that came to nothing is put back and
+    goes before all new ones, the oldest first: a question that takes long is not passed over for short ones.
     """
 
     def __init__(self, questions: list[Question], seed: int) -> None:
@@ -114,17 +120,18 @@ class QuestionQueue:
         self._seed = seed
         self._order: tuple[int, list[int]] = (-1, [])
         self._next = 0
-        self._returned: deque[int] = deque()
+        self._returned: list[int] = []
+        """Ascending."""
 
     def draw(self) -> int:
         """The number of the next draw."""
         if self._returned:
-            return self._returned.popleft()
+            return self._returned.pop(0)
         self._next += 1
         return self._next - 1
 
     def put_back(self, draw: int) -> None:
-        self._returned.append(draw)
+        insort(self._returned, draw)
 
     def taken(self, draw: int) -> None:
         """Replay: this draw was made before the restart."""
@@ -140,3 +147,11 @@ class QuestionQueue:
             random.Random(f"{self._seed}/{epoch}").shuffle(order)
             self._order = (epoch, order)
         return self._questions[self._order[1][place]]
+
+    def state(self) -> dict[str, Any]:
+        """Plain data to be restored from."""
+        return {"next": self._next, "returned": list(self._returned)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what `state` was taken of, with the same questions and seed."""
+        self._next, self._returned = state["next"], list(state["returned"])

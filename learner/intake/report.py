@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
+import shutil
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
+
+from prometheus_client import Counter
 
 from learner.intake.evaluation import Round
-from learner.intake.groups import OpenGroup
+from learner.intake.groups import Fate, OpenGroup
 from learner.intake.leases import LeaseBook
 from treegrpo.budget import Budget
-from treegrpo.lease import LeaseEnd, LeaseEndReason, LeaseKind
+from treegrpo.lease import LeaseEnd, LeaseKind
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.tree import Subtree
 
+log = logging.getLogger(__name__)
+WAITING_LINES = 1000
 CURRENCIES = ("tokens", "tool_calls")
+TOO_LATE = ("lease", "overdue", "age")
+REPLAYED = ("tokens", "leaves", "failed_steps", "ended", "groups", "set_aside", "forgone", "zero_signal", "unique", "chain")
+"""The counters that only events of the journal move."""
 
 
 class Reporter:
@@ -24,6 +37,7 @@ class Reporter:
         """``window``: groups that a mean is taken over."""
         self.metrics = metrics
         self._progress = progress
+        self._lines: deque[str] = deque(maxlen=WAITING_LINES)
         self._recent = {kind: deque[tuple[float, float]](maxlen=window) for kind in LeaseKind}
         self._spent = {kind: Budget() for kind in LeaseKind}
         self._chain = {kind: Budget() for kind in LeaseKind}
@@ -31,14 +45,22 @@ class Reporter:
         self._samplers = 0
         self._counted: dict[tuple[LeaseKind, str, str], int] = {}
 
+    def watch(self, journal: Path, blocked: Callable[[], bool]) -> None:
+        """Show the journal in folder ``journal`` at each scrape."""
+        self.metrics.journal_blocked.set_function(blocked)
+        self.metrics.journal_bytes.set_function(lambda: _bytes(journal))
+        self.metrics.journal_free.set_function(lambda: shutil.disk_usage(journal).free)
+
     def samplers(self, count: int) -> None:
         """So many samplers have an open stream."""
         self._samplers = count
         self.metrics.samplers.set(count)
 
-    def refused(self, reason: str) -> None:
-        """A subtree was not wanted: "lease" if its lease is not open, else what of it is wrong."""
+    def refused(self, reason: str, leaves: int) -> None:
+        """A subtree was not wanted: "lease" or "overdue" if it came too late, else what of it is wrong."""
         self.metrics.refused.labels(reason).inc()
+        if reason in TOO_LATE:
+            self.metrics.dropped.labels(reason).inc(leaves)
 
     def duplicate(self) -> None:
         self.metrics.duplicates.inc()
@@ -56,12 +78,24 @@ class Reporter:
                 self.metrics.failed_steps.labels(step.status.value).inc()
 
     def ended(self, group: OpenGroup, end: LeaseEnd) -> None:
-        """A lease ended: count what its group is worth."""
+        """A lease ended; what its group is worth is counted when the group is closed."""
         kind = group.lease.kind
-        self.metrics.groups.labels(kind.value, end.reason.value).inc()
-        self.metrics.forgone.labels(kind.value).inc(end.forgone)
+        self.metrics.ended.labels(kind.value, end.reason.value).inc()
+        self._spent[kind] += Budget.of(end.unaccounted)
+        if not group.closed:
+            self.closed(group, end.reason.value)
+
+    def closed(self, group: OpenGroup, why: str) -> None:
+        """Count what a group is worth, if it is closed."""
+        kind = group.lease.kind
+        if group.given_up:
+            self.metrics.set_aside.labels(kind.value, why).inc()
+        if group.fate is not Fate.CLOSED:
+            return
+        self.metrics.groups.labels(kind.value, why).inc()
+        self.metrics.forgone.labels(kind.value).inc(group.forgone)
         leaves = [leaf for _, leaf in group.group.leaves()]
-        if not leaves or end.reason is LeaseEndReason.LOST:  # a lost question is rolled out, and counted, again
+        if not leaves:  # the journal has what would be refused today
             return
         rewards = [leaf.reward for leaf in leaves]
         em = sum(leaf.metrics.get("em", 0.0) for leaf in leaves) / len(leaves)
@@ -69,16 +103,34 @@ class Reporter:
             self.metrics.zero_signal.inc()
         self.metrics.unique.labels(kind.value).inc(group.group.unique_tokens)
         self._recent[kind].append((sum(rewards) / len(rewards), em))
-        self._spent[kind] += Budget.of(group.group.cost) + Budget.of(end.unaccounted)
+        self._spent[kind] += Budget.of(group.group.cost)
         chain = Budget.of(group.group.chain_equivalent())
         self._chain[kind] += chain
         self._needed[kind] += Budget.of(group.group.needed())
-        self.metrics.recomputed.labels(kind.value).set(self.recomputed(kind))
         for currency in CURRENCIES:
             self.metrics.chain.labels(kind.value, currency).inc(getattr(chain, currency))
+        self._means(kind)
+
+    def _means(self, kind: LeaseKind) -> None:
+        self.metrics.recomputed.labels(kind.value).set(self.recomputed(kind))
+        for currency in CURRENCIES:
             self.metrics.saving.labels(kind.value, currency).set(self.saving(kind, currency))
         for gauge, place in ((self.metrics.reward, 0), (self.metrics.em, 1)):
             gauge.labels(kind.value).set(sum(row[place] for row in self._recent[kind]) / len(self._recent[kind]))
+
+    def gave_up(self, group: OpenGroup, why: str, error: str) -> None:
+        """List a group that nobody will try again, for somebody to look at: in progress.jsonl and in set_aside.jsonl."""
+        row = {
+            "draw": group.draw,
+            "question": group.lease.question.id,
+            "tries": group.tries,
+            "leaves": sum(len(subtree.leaves) for subtree in group.subtrees),
+            "why": why,
+            "error": error,
+        }
+        self._write({"kind": "set_aside", **row})
+        with self._progress.with_name("set_aside.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def saving(self, kind: LeaseKind, currency: str) -> float:
         """1 - needed / what chains to the same leaves would have needed, over the closed groups; see docs/adr/0002."""
@@ -128,6 +180,60 @@ class Reporter:
             "samplers": self._samplers,
         }
 
+    def state(self) -> dict[str, Any]:
+        """Plain data to be restored from: what the events so far have added up to."""
+        return {
+            "counters": {counter: _samples(getattr(self.metrics, counter)) for counter in REPLAYED},
+            "kinds": {
+                kind.value: {
+                    "recent": [list(row) for row in self._recent[kind]],
+                    "spent": astuple(self._spent[kind]),
+                    "chain": astuple(self._chain[kind]),
+                    "needed": astuple(self._needed[kind]),
+                }
+                for kind in LeaseKind
+            },
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become, new, what `state` was taken of."""
+        for counter, samples in state["counters"].items():
+            for labels, value in samples:
+                metric: Counter = getattr(self.metrics, counter)
+                (metric.labels(**labels) if labels else metric).inc(value)
+        for kind in LeaseKind:
+            row = state["kinds"][kind.value]
+            self._recent[kind].extend((reward, em) for reward, em in row["recent"])
+            self._spent[kind], self._chain[kind], self._needed[kind] = (
+                Budget(*row[name]) for name in ("spent", "chain", "needed")
+            )
+            if self._recent[kind]:
+                self._means(kind)
+
     def _write(self, row: Mapping[str, object]) -> None:
-        with self._progress.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+        """Append a line; those that a full disk does not take wait for the next one."""
+        self._lines.append(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+        data = "".join(self._lines).encode()
+        size = self._progress.stat().st_size if self._progress.exists() else 0
+        try:
+            with self._progress.open("ab", buffering=0) as file:
+                while written := file.write(data):
+                    data = data[written:]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self._progress, size)
+            log.warning("%s takes no line (%s); %d wait", self._progress, error.strerror, len(self._lines))
+        else:
+            self._lines.clear()
+
+
+def _samples(counter: Counter) -> list[tuple[dict[str, str], float]]:
+    return [(s.labels, s.value) for family in counter.collect() for s in family.samples if s.name.endswith("_total")]
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+            total += path.stat().st_size
+    return total

@@ -4,56 +4,73 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from typing import Any, cast
 
 import grpc
 
 from learner.intake.desk import Desk
+from learner.intake.doors import Admission
 from learner.intake.peers import Peer
 from treegrpo.codec import lease_end_from_pb
 from treegrpo.errors import ContractError
+from treegrpo.limits import HANDSHAKE_SECONDS
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 
 log = logging.getLogger(__name__)
-SILENCE_SECONDS = 60.0
-"""A sampler says something at least this often; heartbeats come every few seconds."""
-
 EOF: Any = cast("Any", grpc.aio).EOF
 Context = grpc.aio.ServicerContext[pb.RolloutRequest, pb.RolloutResponse]
 
 
 class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, admission: Admission) -> None:
         self._desk = desk
+        self._admission = admission
 
     async def Rollout(self, request_iterator: object, context: Context) -> None:  # noqa: ARG002 - named by the contract
         """Serve one sampler until either side closes the stream."""
-        first = await self._read(context)
-        if first is None or first.WhichOneof("kind") != "hello" or not first.hello.sampler:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "A rollout stream begins with Hello and the sampler's name.")
-        peer = self._desk.join(first.hello)
+        first = await self._read(context, HANDSHAKE_SECONDS)
+        peer = self._desk.join(await self._admission.admit(first, context, len(self._desk.peers)))
         writer = asyncio.create_task(self._write(peer, context), name=f"to-{peer.id}")
         try:
-            while (request := await self._read(context)) is not None:
-                self._hear(peer, request)
+            await self._listen(peer, context)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.farewell)
         except ContractError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
             writer.cancel()
             self._desk.leave(peer)
 
-    async def _read(self, context: Context) -> pb.RolloutRequest | None:
+    async def _listen(self, peer: Peer, context: Context) -> None:
+        """Hear a sampler to the end of its stream. Raises TimeoutError when the desk hangs up: it watches for silence."""
+        async with asyncio.timeout(0.0 if peer.farewell else None) as peer.stream:
+            while (request := await context.read()) != EOF:
+                self._hear(peer, request)
+                if self._desk.behind:  # what it says next stays in its stream, and its silence is our own
+                    peer.heard = math.inf
+                    await self._desk.caught_up()
+                peer.heard = time.monotonic()
+
+    async def _read(self, context: Context, seconds: float) -> pb.RolloutRequest | None:
         try:
-            async with asyncio.timeout(SILENCE_SECONDS):
+            async with asyncio.timeout(seconds):
                 request = await context.read()
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"Nothing came for {SILENCE_SECONDS:.0f} s; send heartbeats.")
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED, f"Nothing came for {seconds:.0f} s; send Hello and heartbeats."
+            )
         return None if request == EOF else request
 
     async def _write(self, peer: Peer, context: Context) -> None:
-        while True:
-            await context.write(await peer.outbox.get())
+        while True:  # a write that a peer does not read ends when its outbox is full, or its stream
+            try:
+                await context.write(await peer.outbox.get())
+            except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+                peer.hang_up(f"The stream to sampler {peer.id} broke ({error}); it has to join again.")
+                return
 
     def _hear(self, peer: Peer, request: pb.RolloutRequest) -> None:
         match request.WhichOneof("kind"):

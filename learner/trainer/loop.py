@@ -52,9 +52,11 @@ from learner.trainer.publish import export, prune, publish, published
 from learner.trainer.ranks import ALONE, CPU, Ranks
 from learner.trainer.report import Phases, show, step_values
 from learner.trainer.update import Updater
+from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.handoff import KEEP_VERSIONS, socket_path
+from treegrpo.security import Role
 from treegrpo.telemetry import TrainerMetrics, serve, split_address
 
 log = logging.getLogger(__name__)
@@ -209,6 +211,8 @@ def main(config: Config, ranks: Ranks) -> None:
     disable_progress_bar()  # of every model file written
     metrics = TrainerMetrics()
     host, port = split_address(config.learner.metrics, "learner.metrics")
-    ranks.first(lambda: serve(metrics, f"{host}:{port + 1 if port else 0}", "learner.metrics (the port after it)"))
+    own = f"{host}:{port + 1 if port else 0}"
+    access = Access.of(config.security, Role.LEARNER)
+    ranks.first(lambda: serve(metrics, own, "learner.metrics (the port after it)", access))
     with closing(Link.open(socket_path(config.run.dir), stop, ranks)) as link:
         Trainer(config, link, metrics, ranks).run()

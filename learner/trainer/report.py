@@ -50,6 +50,7 @@ def step_values(
         "version": str(after.version),
         "position": after.position,
         "groups": len(groups),
+        "group_ids": [group.id for group in groups],
         "groups_without_leaf": len(groups) - len(batch),
         "leaves": sum(len(one.leaves) for one in batch),
         **(_leaf_values(batch) if batch else {}),

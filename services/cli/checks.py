@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from learner.intake.recovery import holds_run
 from learner.intake.vocabulary import vocabulary
 from services.sampler import tokenizer
+from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
+from treegrpo.security import Role
 from treegrpo.telemetry import check_free, split_address
 
 Check = Callable[[], str]
@@ -85,12 +88,11 @@ def _no_file(path: Path, key: str) -> str:
 
 
 def check_run_dir(config: Config) -> str:
-    """The run directory is fresh, or used and to be resumed. Raises ConfigError."""
+    """The run directory is fresh, or used and to be resumed. Raises ConfigError and JournalError."""
     path = config.run.dir
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir = {path} is a file; give a directory.")
-    journal = path / "journal" / "journal.msgpack"
-    used = any((path / "checkpoints").glob("*")) or (journal.exists() and journal.stat().st_size > 0)
+    used = any((path / "checkpoints").glob("*")) or holds_run(path)
     if used and not config.run.resume:
         raise ConfigError(f"run.dir = {path} holds a run already; continue it with --resume, or give another --run.dir.")
     if config.run.resume and not used:
@@ -139,9 +141,30 @@ def check_sampler_metrics(config: Config) -> str:
     return config.sampler.metrics
 
 
+def check_security(config: Config) -> str:
+    """Certificates, passwords and tokens can be read, and no address is in the open without them. Raises ConfigError."""
+    access = Access.of(config.security, Role.LEARNER)
+    access.check_reach("broker.address", config.broker.address)
+    access.check_listen("learner.listen", config.learner.listen)
+    access.check_metrics("learner.metrics", config.learner.metrics)
+    Access.of(config.security, Role.OPERATOR)
+    return f"TLS with {access.keys.certificate}" if access.keys else "plain text, on this machine alone"
+
+
+def check_parts_security(config: Config) -> str:
+    """`check_security` for the other processes of `treegrpo up`. Raises ConfigError."""
+    sampler, retriever = Access.of(config.security, Role.SAMPLER), Access.of(config.security, Role.RETRIEVER)
+    sampler.check_metrics("sampler.metrics", config.sampler.metrics)
+    sampler.check_url("retriever.url", config.search_url)
+    retriever.check_metrics("retriever.listen", config.retriever.listen)
+    Access.of(config.security, Role.BROKER)
+    return "sampler, retriever, broker"
+
+
 def learner_checks(config: Config) -> dict[str, Check]:
     """What `treegrpo learner` needs, by name."""
     return {
+        "security": partial(check_security, config),
         "run directory": partial(check_run_dir, config),
         "ports": partial(check_addresses, learner_addresses(config)),
         "model": partial(check_model, config.model.path),
@@ -157,6 +180,7 @@ def up_checks(config: Config) -> dict[str, Check]:
         **learner_checks(config),
         "ports": partial(check_addresses, all_addresses(config)),
         "sampler metrics": partial(check_sampler_metrics, config),
+        "security of the parts": partial(check_parts_security, config),
         **corpus,
     }
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.settings import is_secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,9 @@ class Invocation:
     arguments: tuple[str, ...]
     """``[CONFIG.toml] [--section.key value …]``, as processes are told it."""
     words: tuple[str, ...] = ()
-    """What a command takes before the configuration: the run state."""
+    """What a command takes before the configuration: the run state, a directory."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What a command takes instead of the configuration."""
 
     @property
     def toml(self) -> Path | None:
@@ -41,6 +46,8 @@ class Command:
     run: Callable[[Invocation], int]
     words: tuple[str, ...] = ()
     """Names of the words it takes before the configuration."""
+    options: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Flags it takes instead of the configuration, with what they mean; those that end in "=" have a value."""
 
 
 def run_up(call: Invocation, *, everything: bool) -> int:
@@ -111,6 +118,19 @@ def run_plot(call: Invocation) -> int:
     return 0
 
 
+def run_certs(call: Invocation) -> int:
+    """`certs`."""
+    from services.cli.certs import certs
+
+    names, samplers = (call.options[flag].split(",") if call.options[flag] else [] for flag in ("names", "samplers"))
+    directory = Path(call.words[0])
+    new_ca, drop_old_ca = call.options["new_ca"], call.options["drop_old_ca"]
+    for line in certs(directory, names, samplers, new_ca=new_ca, drop_old_ca=drop_old_ca):
+        print(line)
+    print(f"use it: --security.dir {directory}, or [security] dir in the configuration file")
+    return 0
+
+
 COMMANDS = {
     "up": Command(
         "everything on this machine: broker, retriever, learner and samplers",
@@ -129,7 +149,10 @@ is printed. Ctrl-C again stops at once. A sampler that dies is started again; if
         "intake and trainer; samplers come from elsewhere",
         """Starts the learner's two processes. A broker must answer at broker.address. Samplers on any machine join with
 
-  treegrpo sampler CONFIG.toml --sampler.learner HOST:PORT --broker.address HOST:PORT --retriever.url http://HOST:PORT""",
+  treegrpo sampler CONFIG.toml --security.dir certs --sampler.learner HOST:PORT --broker.address HOST:PORT \\
+    --retriever.url https://HOST:PORT
+
+Whatever is not on one machine needs certificates: treegrpo certs --help""",
         partial(run_up, everything=False),
     ),
     "sampler": Command(
@@ -137,14 +160,14 @@ is printed. Ctrl-C again stops at once. A sampler that dies is started again; if
         """Joins the learner at sampler.learner, fetches the newest weights, and rolls out questions until the run drains.
 It keeps nothing: stop it, kill it, start more at any time.
 
-  treegrpo sampler CONFIG.toml --sampler.learner 10.0.0.7:50051""",
+  treegrpo sampler CONFIG.toml --sampler.learner 10.0.0.7:50051 --security.dir certs""",
         partial(become, "services.sampler"),
     ),
     "retriever": Command(
         "the search tool: Search-R1's HTTP API over a BM25 index",
         """Indexes retriever.corpus and answers POST /retrieve at retriever.listen.
 
-  treegrpo retriever CONFIG.toml --retriever.listen 0.0.0.0:8765""",
+  treegrpo retriever CONFIG.toml --retriever.listen 0.0.0.0:8765 --security.dir certs""",
         partial(become, "services.retriever"),
     ),
     "intake": Command(
@@ -183,6 +206,22 @@ or starts one for the time.
         run_state,
         words=("running|paused|draining",),
     ),
+    "certs": Command(
+        "certificates, passwords and tokens: TLS for everything",
+        """Makes a private authority in DIR, a certificate for each role, passwords for the broker and tokens for /metrics and
+the retriever. Run again, it renews the certificates and keeps the rest. See docs/security.md.
+
+  treegrpo certs certs --names learner.example.org,10.0.0.7
+  treegrpo up examples/geohop/geohop.toml --security.dir certs""",
+        run_certs,
+        words=("DIR",),
+        options={
+            "--names=": "host names and addresses, with commas, of the machines of learner, broker and retriever",
+            "--samplers=": "names, with commas, of samplers that get a certificate good for them alone",
+            "--new-ca": "begin to replace the authority: trust a new one beside the old",
+            "--drop-old-ca": "end it: trust the new one only",
+        },
+    ),
     "plot": Command(
         "reward, EM, budget, saving and version lag as a PNG",
         """Draws RUN_DIR/progress.png from RUN_DIR/progress.jsonl, also while the run goes on.
@@ -199,15 +238,45 @@ def understand(command: Command, arguments: Sequence[str]) -> Invocation:
 
     count = len(command.words)
     words, rest = arguments[:count], arguments[count:]
-    if len(words) < count:
-        raise ConfigError(f"{command.words[len(words)]} is missing; see --help.")
+    if len(words) < count or any(word.startswith("-") for word in words):
+        raise ConfigError(f"{next(iter(command.words[len(words) :]), command.words[0])} is missing; see --help.")
+    if command.options:
+        return Invocation(Config(), (), tuple(words), own_options(command, rest))
     told = tuple(part for flag in rest for part in (("--run.resume", "true") if flag == "--resume" else (flag,)))
     return Invocation(from_arguments(told), told, tuple(words))
 
 
+def option_parser(command: Command, **options: Any) -> argparse.ArgumentParser:
+    """A parser of a command's own flags; ``options`` are ArgumentParser's."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(formatter_class=formatter, exit_on_error=False, allow_abbrev=False, **options)
+    for flag, about in command.options.items():
+        kind: dict[str, Any] = {"default": ""} if flag.endswith("=") else {"action": "store_true"}
+        parser.add_argument(flag.rstrip("="), help=about, **kind)
+    return parser
+
+
+def own_options(command: Command, arguments: Sequence[str]) -> Mapping[str, Any]:
+    """A command's own flags by name, with _ for -. Raises ConfigError."""
+    try:
+        known, unknown = option_parser(command, add_help=False).parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"The flags cannot be read: {error}; see --help.") from error
+    if unknown:
+        flags = ", ".join(flag.rstrip("=") for flag in command.options)
+        raise ConfigError(f"{unknown[0]} is no flag of this command; it has {flags}.")
+    return vars(known)
+
+
 def as_toml(config: Config) -> str:
-    """The configuration as a TOML file that says the same."""
+    """The configuration as a TOML file that says the same, but for the secrets, which stay where they are."""
     lines: list[str] = []
     for section, keys in config.model_dump(mode="json").items():
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()), ""]
+        lines += [f"[{section}]", *(_line(section, key, value) for key, value in keys.items()), ""]
     return "\n".join(lines)
+
+
+def _line(section: str, key: str, value: object) -> str:
+    if is_secret(section, key):
+        return f"# {key} is {'set in the environment' if value else 'not set'}"
+    return f"# {key} is not set" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from rich.table import Table
 
 from services.cli.checks import Check, up_checks
 from services.cli.ready import broker_ready, learner_ready, retriever_ready
+from treegrpo.access import Access
 from treegrpo.config import Config
-from treegrpo.errors import TreeGrpoError, UnavailableError
+from treegrpo.errors import ConfigError, TreeGrpoError, UnavailableError
+from treegrpo.security import Role
 
 PYTHON = (3, 11)
 MEMORY_GIB = 4
@@ -56,10 +59,14 @@ def files(checks: dict[str, Check]) -> list[Finding]:
 async def peers(config: Config) -> list[Finding]:
     """Broker, learner and retriever: reachable now? That none runs is only a warning."""
     learner = config.sampler.learner or config.learner.listen
+    try:
+        access = Access.of(config.security, Role.OPERATOR)
+    except ConfigError as error:  # a finding, not an end
+        return [Finding("security", "fail", str(error))]
     return [
-        await _reached("broker", config.broker.address, broker_ready),
-        await _reached("learner", learner, learner_ready),
-        await _reached("retriever", config.retriever.endpoint, retriever_ready),
+        await _reached("broker", config.broker.address, partial(broker_ready, access=access)),
+        await _reached("learner", learner, partial(learner_ready, access=access)),
+        await _reached("retriever", config.search_url, partial(retriever_ready, access=access)),
     ]
 
 
@@ -106,6 +113,6 @@ def _tried(subject: str, check: Check) -> Finding:
 async def _reached(subject: str, address: str, probe: Callable[[str], Awaitable[None]]) -> Finding:
     try:
         await probe(address)
-    except UnavailableError as error:  # a finding, not an end
+    except (UnavailableError, ConfigError) as error:  # a finding, not an end
         return Finding(subject, "warn", str(error))
     return Finding(subject, "ok", f"answers at {address}")

@@ -20,10 +20,12 @@ from services.cli.ready import retriever_ready
 from services.sampler.expansion import Expander, Gate
 from services.sampler.parts import open_engine, open_environment
 from services.sampler.tokenizer import Tokenizer
+from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import UnavailableError
 from treegrpo.lease import Lease, LeaseKind
 from treegrpo.question import Question
+from treegrpo.security import Role
 from treegrpo.tree import Leaf, PolicyVersion, Subtree
 
 ALL = "all"
@@ -40,8 +42,9 @@ class Answered:
 @asynccontextmanager
 async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> AsyncGenerator[None]:
     """A retriever for the time of the block: the one that runs already, or one of our own."""
+    access = Access.of(config.security, Role.OPERATOR)
     try:
-        await retriever_ready(config.retriever.endpoint)
+        await retriever_ready(config.search_url, access)
     except UnavailableError:
         if config.retriever.url:
             raise
@@ -49,7 +52,8 @@ async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> A
         check_addresses([Address("retriever.listen", config.retriever.listen)])
         with tempfile.TemporaryDirectory() as logs:
             async with Crew(arguments, Path(logs), say) as crew:
-                await crew.start(Program("retriever", "services.retriever"), partial(retriever_ready, config.retriever.endpoint))
+                ready = partial(retriever_ready, config.search_url, access)
+                await crew.start(Program("retriever", "services.retriever"), ready)
                 yield
     else:
         yield
@@ -61,7 +65,8 @@ async def evaluate(config: Config) -> list[Answered]:
     questions = load_questions(config.data.heldout)[: config.eval.questions or None]
     tokenizer = Tokenizer.open(config.model.path)
     engine = await open_engine(config, config.model.path, PolicyVersion(), "eval")
-    async with engine, open_environment(config, tokenizer) as environment:
+    access = Access.of(config.security, Role.OPERATOR)
+    async with engine, open_environment(config, tokenizer, access) as environment:
         expander = Expander(engine, environment, tokenizer, retries=config.sampler.retries)
         places = asyncio.Semaphore(config.engine.max_running)
         return list(await asyncio.gather(*(_answer(config, expander, question, places) for question in questions)))

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from services.cli.commands import COMMANDS, as_toml, understand
+from services.cli.commands import COMMANDS, as_toml, option_parser, understand
 from treegrpo.edge import complain
 from treegrpo.errors import ConfigError
 from treegrpo.settings import flag_parser
@@ -45,6 +45,9 @@ def overview() -> str:
 def about(name: str) -> str:
     """What `treegrpo COMMAND --help` prints: the command, then every key."""
     command = COMMANDS[name]
+    if command.options:
+        usage = " ".join([f"treegrpo {name}", *command.words, "[FLAGS]"])
+        return option_parser(command, usage=usage, description=command.text, add_help=False).format_help()
     usage = " ".join([f"treegrpo {name}", *command.words, "[CONFIG.toml] [--section.key value …] [--dry-run]"])
     parser = flag_parser(usage=usage, description=f"{command.text}\n\n{CONFIGURATION}", add_help=False)
     return parser.format_help()

@@ -10,8 +10,11 @@ import grpc
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.sampler.channel import because, open_channel
+from treegrpo.access import OPEN, Access, bearer
+from treegrpo.control import open_client, unavailable
 from treegrpo.errors import DeadlineError, UnavailableError
-from treegrpo.telemetry import split_address
+from treegrpo.security import within_reach
 
 PROBE_SECONDS = 2.0
 PAUSE_SECONDS = 0.1
@@ -19,35 +22,40 @@ PAUSE_SECONDS = 0.1
 Probe = Callable[[], Awaitable[None]]
 
 
-async def broker_ready(address: str) -> None:
-    """Something speaks MQTT at ``address``."""
-    host, port = split_address(address, "broker.address")
+async def broker_ready(address: str, access: Access = OPEN) -> None:
+    """Something speaks MQTT at ``address`` and lets us in."""
     try:
-        async with aiomqtt.Client(host, port, timeout=PROBE_SECONDS):
+        async with open_client(address, access, timeout=PROBE_SECONDS):
             return
     except aiomqtt.MqttError as error:
-        raise UnavailableError(f"No MQTT broker answers at broker.address = {address}; start one there.") from error
+        raise unavailable(address, access, error, "start one there.") from error
 
 
-async def retriever_ready(url: str) -> None:
+async def retriever_ready(url: str, access: Access = OPEN) -> None:
     """The retriever at ``url`` answers a query; asked as samplers ask, since not every server has a /health."""
+    body = {"queries": ["anything"], "topk": 1}
     try:
-        async with httpx.AsyncClient(timeout=PROBE_SECONDS) as client:
-            (await client.post(f"{url}/retrieve", json={"queries": ["anything"], "topk": 1})).raise_for_status()
+        async with httpx.AsyncClient(
+            timeout=PROBE_SECONDS, verify=access.web_context(), headers=bearer(access.retriever_token)
+        ) as client:
+            (await client.post(f"{url}/retrieve", json=body)).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UnavailableError(
-            f"No retriever answers at {url} ({type(error).__name__}); start one with `treegrpo retriever`, or mend retriever.url."
+            f"No retriever answers at {url} ({error or type(error).__name__}); start one with `treegrpo retriever`, or mend "
+            "retriever.url."
         ) from error
 
 
-async def learner_ready(address: str) -> None:
+async def learner_ready(address: str, access: Access = OPEN) -> None:
     """The intake at ``address`` serves, says gRPC's health service."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    access.check_reach("learner.listen", within_reach(address))
+    async with open_channel(within_reach(address), access) as channel:
         try:
             check = health_pb2_grpc.HealthStub(channel).Check  # pyright: ignore[reportAttributeAccessIssue] - untyped stub
             reply = await check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
         except grpc.aio.AioRpcError as error:
-            raise UnavailableError(f"No learner answers at {address}; start one with `treegrpo learner`.") from error
+            why = because(error.details() or "", access)
+            raise UnavailableError(f"No learner answers at {address}{why}; start one with `treegrpo learner`.") from error
     if reply.status != health_pb2.HealthCheckResponse.SERVING:
         raise UnavailableError(f"The learner at {address} does not serve yet; wait for it or see its log.")
 

@@ -18,9 +18,11 @@ from services.cli.crew import Crew
 from services.cli.process import Child, Program
 from services.cli.ready import broker_ready, learner_ready, retriever_ready
 from services.cli.view import Screen
+from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.control import RunState, publish_state
 from treegrpo.errors import UnavailableError
+from treegrpo.security import Role
 
 DRAIN_SECONDS = 180.0
 FAREWELL_SECONDS = 5.0
@@ -72,6 +74,7 @@ class Run:
         everything: broker, retriever and samplers too, not the learner alone.
         """
         self._config = config
+        self._access = Access.of(config.security, Role.OPERATOR)
         self._arguments = arguments
         self._screen = screen
         self._everything = everything
@@ -87,7 +90,7 @@ class Run:
             if trainer is None:
                 self._screen.say("Stopped before training began.")
                 return INTERRUPTED
-            async with self._screen.follow(config.run.dir, config.learner.metrics, config.train.steps):
+            async with self._screen.follow(config.run.dir, config.learner.metrics, config.train.steps, self._access):
                 code = await self._watch(crew, trainer)
             if code == 0:
                 await self._tell(RunState.DRAINING)
@@ -96,18 +99,19 @@ class Run:
 
     async def _start(self, crew: Crew) -> Child:
         """Start everything in order; returns the trainer."""
-        config, broker = self._config, partial(broker_ready, self._config.broker.address)
+        config, access = self._config, self._access
+        broker = partial(broker_ready, config.broker.address, access)
         self._screen.say(f"Starting the run {config.run.name}; each process writes its log to {config.run.dir / 'logs'}.")
         if self._everything and config.broker.embedded:
             await crew.start(BROKER, broker)
         else:
             await broker()
-        await publish_state(config.broker.address, config.run.name, RunState.RUNNING)
+        await publish_state(config.broker.address, config.run.name, RunState.RUNNING, access)
         if self._everything and not config.retriever.url:
-            await crew.start(RETRIEVER, partial(retriever_ready, config.retriever.endpoint))
+            await crew.start(RETRIEVER, partial(retriever_ready, config.search_url, access))
         elif self._everything:
-            await retriever_ready(config.retriever.url)
-        await crew.start(INTAKE, partial(learner_ready, config.learner.listen))
+            await retriever_ready(config.search_url, access)
+        await crew.start(INTAKE, partial(learner_ready, config.learner.listen, access))
         trainer = await crew.start(TRAINER)
         for number in range(config.sampler.count if self._everything else 0):
             name = f"sampler-{number}"
@@ -142,6 +146,6 @@ class Run:
     async def _tell(self, state: RunState) -> None:
         """Set the run state; a broker that is gone by now must not turn a good end into an error."""
         try:
-            await publish_state(self._config.broker.address, self._config.run.name, state)
+            await publish_state(self._config.broker.address, self._config.run.name, state, self._access)
         except UnavailableError as error:
             self._screen.say(f"The run state could not be set to {state.value}: {error}")

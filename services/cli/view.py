@@ -15,7 +15,9 @@ from rich.panel import Panel
 from rich.table import Table
 
 from services.cli.progress import FILE_NAME, Account, EvalRecord, Progress, Record, StepRecord, Tail
+from treegrpo.access import Access, bearer
 from treegrpo.errors import DataError
+from treegrpo.security import within_reach
 
 REFRESH_SECONDS = 0.5
 RATE_STEPS = 5
@@ -145,13 +147,15 @@ class Screen:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @asynccontextmanager
-    async def follow(self, run_dir: Path, metrics: str, total: int) -> AsyncGenerator[None]:
+    async def follow(self, run_dir: Path, metrics: str, total: int, access: Access) -> AsyncGenerator[None]:
         """Show the run in ``run_dir`` for the time of the block; ``metrics`` is the intake's address.
 
         A broken progress file ends the showing with a sentence, not the run.
         """
         tail, progress = Tail(run_dir / FILE_NAME), Progress()
-        show = self._panel(progress, metrics, total, run_dir) if self._console.is_terminal else self._lines(progress, total)
+        show = (
+            self._panel(progress, metrics, total, run_dir, access) if self._console.is_terminal else self._lines(progress, total)
+        )
         async with show as refresh:
             done = asyncio.Event()
 
@@ -183,21 +187,27 @@ class Screen:
         yield refresh
 
     @asynccontextmanager
-    async def _panel(self, progress: Progress, metrics: str, total: int, run_dir: Path) -> AsyncGenerator[Refresh]:
-        async with httpx.AsyncClient(timeout=SCRAPE_SECONDS) as client:
+    async def _panel(
+        self, progress: Progress, metrics: str, total: int, run_dir: Path, access: Access
+    ) -> AsyncGenerator[Refresh]:
+        scheme = "http" if access.keys is None else "https"
+        url = f"{scheme}://{within_reach(metrics)}/metrics"
+        async with httpx.AsyncClient(
+            timeout=SCRAPE_SECONDS, verify=access.web_context(), headers=bearer(access.metrics_token)
+        ) as client:
             with Live(console=self._console, auto_refresh=False) as live:
 
                 async def refresh(records: list[Record]) -> None:
                     for record in records:
                         progress.add(record)
-                    live.update(panel(progress, await _scrape(client, metrics), total, str(run_dir)), refresh=True)
+                    live.update(panel(progress, await _scrape(client, url), total, str(run_dir)), refresh=True)
 
                 yield refresh
 
 
-async def _scrape(client: httpx.AsyncClient, address: str) -> Scrape:
+async def _scrape(client: httpx.AsyncClient, url: str) -> Scrape:
     """The intake's samples; nothing while it does not answer, for the panel can do without."""
     try:
-        return parse_scrape((await client.get(f"http://{address}/metrics")).text)
+        return parse_scrape((await client.get(url)).text)
     except httpx.HTTPError:
         return {}

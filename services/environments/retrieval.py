@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -44,15 +46,24 @@ class HttpRetriever:
             documents = await retriever.search("Ghazni", topk=2)
     """
 
-    def __init__(self, address: str, deadline: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        deadline: float,
+        *,
+        verify: ssl.SSLContext | bool = True,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """Prepare the client; nothing is sent yet.
 
         Args:
             address: base URL of the server, without ``/retrieve``.
             deadline: seconds for one request, connection included.
+            verify: what an HTTPS server's certificate is checked with; True: public authorities.
+            headers: sent with each request, like a token.
         """
         self._url = f"{address.rstrip('/')}/retrieve"
-        self._client = httpx.AsyncClient(timeout=httpx.Timeout(deadline))
+        self._client = httpx.AsyncClient(timeout=httpx.Timeout(deadline), verify=verify, headers=headers)
 
     async def __aenter__(self) -> Self:
         return self

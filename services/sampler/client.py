@@ -16,40 +16,15 @@ import grpc
 
 from services.sampler.outbox import Outbox
 from treegrpo.change import Change
-from treegrpo.errors import ContractError, UnavailableError
-from treegrpo.lease import LeaseEnd
+from treegrpo.errors import ContractError
+from treegrpo.lease import HEARTBEAT_SECONDS, LeaseEnd, Plan
 from treegrpo.telemetry import SamplerMetrics
 from treegrpo.tree import Subtree
 from treegrpo.v1 import rollout_pb2, rollout_pb2_grpc
 
 log = logging.getLogger(__name__)
-CONNECT_SECONDS = 10.0
 WELCOME_SECONDS = 10.0
-HEARTBEAT_SECONDS = 5.0
 RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 32 << 20),
-    ("grpc.max_send_message_length", 32 << 20),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-)
-
-
-async def connect(address: str) -> grpc.aio.Channel:
-    """A channel to the learner. Raises UnavailableError if it does not answer within CONNECT_SECONDS."""
-    channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    try:
-        async with asyncio.timeout(CONNECT_SECONDS):
-            await channel.channel_ready()
-    except TimeoutError as error:
-        await channel.close()
-        raise UnavailableError(
-            f"No learner answers at {address} (sampler.learner or learner.listen) within {CONNECT_SECONDS:.0f} s; "
-            "start one with `treegrpo learner`, or set sampler.learner to where it runs."
-        ) from error
-    return channel
 
 
 class Holder(Protocol):
@@ -62,7 +37,7 @@ class Holder(Protocol):
     def heartbeat(self) -> rollout_pb2.Heartbeat: ...
 
     def welcomed(self, welcome: rollout_pb2.Welcome) -> None:
-        """A stream is open. The leases that it calls void are dropped."""
+        """A stream is open. Work on the leases that it calls void ends."""
         ...
 
     def leased(self, lease: rollout_pb2.Lease) -> None: ...
@@ -98,8 +73,17 @@ class LearnerClient:
         """Leases of which something may not have arrived."""
         return self._outbox.leases
 
-    def send(self, subtree: Subtree) -> None:
-        """Send a subtree, again and again until it is acked."""
+    def bound(self, leases: int, plan: Plan) -> None:
+        """Keep no more unacked than so many leases of a plan can bring."""
+        self._outbox.bound(leases, plan)
+
+    async def send(self, subtree: Subtree) -> None:
+        """Send a subtree, again and again until it is acked. While too much is not acked this waits.
+
+        How long is the learner's to say: its acks end the wait, or a void lease cancels who waits.
+        """
+        while self._outbox.full:
+            await self._acked.wait()
         self._write(self._outbox.put_subtree(subtree))
         self._metrics.unacked.set(self.unacked)
 
@@ -114,7 +98,7 @@ class LearnerClient:
             self._write(self._demand_request())
 
     async def delivered(self) -> None:
-        """Return when every subtree sent so far is acked."""
+        """Return when every subtree sent so far is acked. Whoever says goodbye says how long (`service.DRAIN_SECONDS`)."""
         while self.unacked:
             await self._acked.wait()
 
@@ -153,7 +137,7 @@ class LearnerClient:
             if first.WhichOneof("kind") != "welcome":
                 raise ContractError(f"The learner at {self._address} did not begin with Welcome; it must be of this version.")
             for lease in first.welcome.void_leases:
-                self._outbox.drop(lease)
+                self._outbox.void(lease)
             self._metrics.unacked.set(self.unacked)
             self._acked.tell()
             holder.welcomed(first.welcome)
@@ -180,7 +164,7 @@ class LearnerClient:
         return broken
 
     async def _read(self, call: Any, holder: Holder) -> str | None:
-        try:
+        try:  # however long nothing comes: gRPC's keepalive notices a learner that is gone, or stopped
             while isinstance(response := await call.read(), rollout_pb2.RolloutResponse):
                 self._hear(response, holder)
         except grpc.aio.AioRpcError as error:
@@ -215,7 +199,8 @@ class LearnerClient:
 
     async def _beat(self, holder: Holder) -> None:
         while True:
-            self._write(rollout_pb2.RolloutRequest(heartbeat=holder.heartbeat()))
+            if self._queue is not None and self._queue.empty():  # else there is something to hear already
+                self._write(rollout_pb2.RolloutRequest(heartbeat=holder.heartbeat()))
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _write(self, request: rollout_pb2.RolloutRequest | None) -> None:
@@ -226,6 +211,6 @@ class LearnerClient:
         return rollout_pb2.RolloutRequest(demand=rollout_pb2.Demand(leases=self._demand))
 
     def _reason(self, error: grpc.aio.AioRpcError) -> str:
-        if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED):
+        if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED):
             raise ContractError(f"The learner at {self._address} refuses this sampler: {error.details()}") from error
         return f"{error.code().name}: {error.details()}"

@@ -51,6 +51,11 @@ class Text(Protocol):
     def render(self, messages: Sequence[Message]) -> TokenIds: ...
 
 
+def first_node(index: int, plan: Plan) -> int:
+    """The node ids of an expansion follow from its index alone: it has at most max_turns + 1 steps."""
+    return 1 + index * (plan.max_turns + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Branch:
     """An expansion to be played: node ``parent`` of a tree, continued to the end of the episode."""
@@ -71,11 +76,6 @@ class Branch:
         return np.concatenate(
             [self.tree.prompt, *(part for step in self.tree.path(self.parent) for part in (step.action, step.observation))]
         )
-
-    @property
-    def first_node(self) -> int:
-        """Node ids follow from the index alone: an expansion has at most max_turns + 1 steps."""
-        return 1 + self.index * (self.lease.plan.max_turns + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +130,10 @@ class Player:
         prefix, parent = branch.prefix, branch.parent
         steps: list[Step] = []
         leaf: Leaf | None = None
+        first = first_node(branch.index, branch.lease.plan)
         for depth in range(len(path), branch.lease.plan.max_turns + 1):
             last = depth == branch.lease.plan.max_turns
-            played = await self._turn(_Turn(branch, branch.first_node + len(steps), parent, prefix, actions, last))
+            played = await self._turn(_Turn(branch, first + len(steps), parent, prefix, actions, last))
             steps.append(played.step)
             leaf = played.leaf
             if played.ended:

@@ -5,7 +5,8 @@
 
 In a round the nodes to continue are drawn uniformly, with replacement, from {root} ∪ non-leaf nodes of the tree (Tree
 Search for LLM Agent Reinforcement Learning, arXiv 2509.21240). A tree never waits for another tree; its next round
-begins when its own branches are done.
+begins when its own branches are done. A lease may bring what another sampler has made of the same group: the trees
+begin with that, and what is missing is made just as the other would have drawn it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from services.environments.base import Environment
 from services.sampler.allowance import Allowance
 from services.sampler.engines.base import Engine
-from services.sampler.episode import Branch, Player, Text
+from services.sampler.episode import Branch, Player, Text, first_node
 from services.sampler.gate import Gate
 from services.sampler.states import States
 from treegrpo.budget import Budget
@@ -106,7 +107,7 @@ class _Growth:
         self._allowance = Allowance(lease.grant)
         self._begun = 0
         """Expansions started, chains not counted."""
-        self.leaves = 0
+        self.leaves = sum(len(subtree.leaves) for subtree in lease.accepted)
         self.reason = LeaseEndReason.COMPLETE
 
     async def run(self) -> None:
@@ -126,23 +127,29 @@ class _Growth:
 
     def end(self, reason: LeaseEndReason, error: str = "") -> LeaseEnd:
         plan = self._lease.plan
-        forgone = plan.trees * plan.rounds * plan.expansions - self._begun
+        forgone = plan.leaves - plan.trees - self._begun - sum(subtree.index > 0 for subtree in self._lease.accepted)
         return LeaseEnd(self._lease.id, reason, forgone, self._allowance.unaccounted, error)
 
     async def _tree(self, index: int, prompt: TokenIds) -> None:
         plan = self._lease.plan
         tree, states = Tree(prompt=prompt), States(self._environment, self._lease.question)
-        await self._play(self._branch(index, tree, states, 0, ROOT))
+        for subtree in self._lease.accepted:
+            if subtree.tree == index:
+                tree.add(subtree)
+        if 0 not in tree.indices:
+            await self._play(self._branch(index, tree, states, 0, ROOT))
         for number in range(plan.rounds):
+            first = 1 + number * plan.expansions
+            if tree.indices.issuperset(range(first, first + plan.expansions)):
+                continue
             await self._gate.open()
-            parents = draw(tree.expandable(), plan.expansions, (self._lease.seed, index, number))
+            # The nodes of the rounds before, whatever of this round and later ones another sampler has made.
+            nodes = [node for node in tree.expandable() if node < first_node(first, plan)]
             async with asyncio.TaskGroup() as branches:
-                for n, parent in enumerate(parents):
-                    branch = self._branch(index, tree, states, 1 + number * plan.expansions + n, parent)
-                    step = self._player.next_step(branch)
-                    if self._may_begin(step):
-                        name = f"branch {self._lease.id}/{index}/{branch.index}"
-                        branches.create_task(self._expand(branch, step), name=name)
+                for n, parent in enumerate(draw(nodes, plan.expansions, (self._lease.seed, index, number)), first):
+                    branch = self._branch(index, tree, states, n, parent)
+                    if n not in tree.indices and self._may_begin(step := self._player.next_step(branch)):
+                        branches.create_task(self._expand(branch, step), name=f"branch {self._lease.id}/{index}/{n}")
 
     def _branch(self, tree_index: int, tree: Tree, states: States, index: int, parent: int) -> Branch:
         return Branch(self._lease, tree_index, index, parent, tree, states, self._allowance.bill(), self._gate)

@@ -81,11 +81,13 @@ class LeaseHolder:
         """See `Holder`. Enough leases to fill the engine are asked for, and one more so that it never runs dry."""
         for lease in welcome.void_leases:
             if lease in self._held:
-                log.info("lease %s is void: its work is dropped", lease)
+                log.info("lease %s is void: it went to another sampler, and so does what is not finished here", lease)
                 self._held[lease][1].cancel()
         if welcome.HasField("version"):
             self._follower.hear(version_from_pb(welcome.version))
-        enough = math.ceil(self._identity.capacity / plan_from_pb(welcome.plan).width) + 1
+        plan = plan_from_pb(welcome.plan)
+        enough = math.ceil(self._identity.capacity / plan.width) + 1
+        self._client.bound(enough, plan)
         self._client.demand(0 if self.draining.is_set() else enough)
 
     def leased(self, lease: rollout_pb2.Lease) -> None:
@@ -132,7 +134,7 @@ class LeaseHolder:
             gate.stop()
 
     async def drained(self) -> None:
-        """Return when no lease is held any more."""
+        """Return when no lease is held any more. Whoever waits for a goodbye says how long (`service.DRAIN_SECONDS`)."""
         while self._held:
             await self._changed.wait()
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from treegrpo.codec import lease_end_to_pb, subtree_to_pb
-from treegrpo.lease import LeaseEnd
+from treegrpo.lease import LeaseEnd, Plan
 from treegrpo.tree import Subtree
 from treegrpo.v1.rollout_pb2 import RolloutRequest
+
+TOKEN_BYTES = 16
+"""Of a token on the wire, id and log-probability, with its share of what else a step says."""
 
 
 class Outbox:
@@ -15,18 +18,30 @@ class Outbox:
 
     A subtree leaves with its ack. A lease end has none: it leaves with the ack of anything sent after it, since the
     learner takes a stream's messages in order. Keeping one too long is harmless, an end that comes again is ignored.
+
+    It is full at as many subtrees as the leases that this sampler wants to hold can have, or at the bytes of these.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[str, int, int] | str, RolloutRequest] = {}
+        self._most = self._most_bytes = 0
+        self.subtrees = 0
+        """Subtrees not yet acked."""
+        self.bytes = 0
+        """Their size."""
 
     def __iter__(self) -> Iterator[RolloutRequest]:
         return iter(list(self._waiting.values()))
 
+    def bound(self, leases: int, plan: Plan) -> None:
+        """Be full when so many leases of a plan could fill it."""
+        self._most = leases * plan.leaves
+        self._most_bytes = leases * plan.grant.tokens * TOKEN_BYTES
+
     @property
-    def subtrees(self) -> int:
-        """Subtrees not yet acked."""
-        return sum(not isinstance(key, str) for key in self._waiting)
+    def full(self) -> bool:
+        """Whether nothing more should be put in. A single subtree always finds room."""
+        return self.subtrees > 0 and (self.subtrees >= self._most or self.bytes >= self._most_bytes)
 
     @property
     def leases(self) -> set[str]:
@@ -35,6 +50,8 @@ class Outbox:
 
     def put_subtree(self, subtree: Subtree) -> RolloutRequest:
         request = self._waiting[subtree.key] = RolloutRequest(subtree=subtree_to_pb(subtree))
+        self.subtrees += 1
+        self.bytes += request.ByteSize()
         return request
 
     def put_end(self, end: LeaseEnd) -> RolloutRequest:
@@ -50,9 +67,9 @@ class Outbox:
         for earlier in order[: order.index(key)]:
             if isinstance(earlier, str):
                 del self._waiting[earlier]
-        del self._waiting[key]
+        self.subtrees -= 1
+        self.bytes -= self._waiting.pop(key).ByteSize()
 
-    def drop(self, lease: str) -> None:
-        """The lease is void: nobody wants its work."""
-        for key in [key for key in self._waiting if lease in (key, key[0])]:
-            del self._waiting[key]
+    def void(self, lease: str) -> None:
+        """The lease is no longer ours: it has no end to tell. Its subtrees may still be of use; their acks say so."""
+        self._waiting.pop(lease, None)

@@ -12,6 +12,7 @@ from services.environments.retrieval import HttpRetriever
 from services.environments.search_qa import SearchQA
 from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.tokenizer import Tokenizer
+from treegrpo.access import Access, bearer
 from treegrpo.config import Config
 from treegrpo.telemetry import SamplerMetrics
 from treegrpo.tree import PolicyVersion
@@ -36,10 +37,12 @@ async def open_engine(config: Config, path: Path, version: PolicyVersion, name: 
 
 
 @asynccontextmanager
-async def open_environment(config: Config, tokenizer: Tokenizer) -> AsyncGenerator[SearchQA]:
+async def open_environment(config: Config, tokenizer: Tokenizer, access: Access) -> AsyncGenerator[SearchQA]:
     """The environment, with a client of the retriever it searches with."""
     environment = config.environment
-    async with HttpRetriever(config.retriever.endpoint, environment.timeout) as retriever:
+    access.check_url("retriever.url", config.search_url)
+    verify, headers = access.web_context(), bearer(access.retriever_token)
+    async with HttpRetriever(config.search_url, environment.timeout, verify=verify, headers=headers) as retriever:
         yield SearchQA(
             retriever,
             topk=environment.topk,

@@ -17,16 +17,19 @@ import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from services.sampler.client import LearnerClient, connect
+from services.sampler.channel import connect
+from services.sampler.client import LearnerClient
 from services.sampler.engines.base import Engine
 from services.sampler.expansion import Expander
 from services.sampler.holder import Identity, LeaseHolder
 from services.sampler.parts import observe, open_engine, open_environment
 from services.sampler.tokenizer import Tokenizer
 from services.sampler.weights import Follower, WeightStore, first_version
+from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.control import ControlPlane, Member, RunState
 from treegrpo.errors import DeadlineError
+from treegrpo.security import Role
 from treegrpo.telemetry import SamplerMetrics, serve, split_address
 
 log = logging.getLogger(__name__)
@@ -50,20 +53,22 @@ async def run(config: Config) -> None:
     address = config.sampler.learner or config.learner.listen
     metrics = SamplerMetrics()
     host, _ = split_address(config.sampler.metrics, "sampler.metrics")
-    port = serve(metrics, config.sampler.metrics, "sampler.metrics")
+    access = Access.of(config.security, Role.SAMPLER)
+    access.check_reach("broker.address", config.broker.address)
+    port = serve(metrics, config.sampler.metrics, "sampler.metrics", access)
     log.info("metrics at http://%s:%d/metrics", host, port)
     incarnation = secrets.randbits(64)
     member = Member(name, "sampler", incarnation, metrics=f"{host}:{port}")
     async with AsyncExitStack() as stack:
-        control = await stack.enter_async_context(ControlPlane.connect(config.broker.address, config.run.name, member))
-        channel = await connect(address)
+        control = await stack.enter_async_context(ControlPlane.connect(config.broker.address, config.run.name, member, access))
+        channel = await connect(address, access)
         stack.push_async_callback(channel.close)
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="treegrpo-sampler-")))
         store = WeightStore(channel, root, metrics)
         version, path = await first_version(store)
         engine = await stack.enter_async_context(await open_engine(config, path, version, name))
         tokenizer = await asyncio.to_thread(Tokenizer.open, path)
-        environment = await stack.enter_async_context(open_environment(config, tokenizer))
+        environment = await stack.enter_async_context(open_environment(config, tokenizer, access))
         expander = Expander(engine, environment, tokenizer, retries=config.sampler.retries, metrics=metrics)
         identity = Identity(name, incarnation, config.engine.kind, config.engine.max_running)
         log.info("sampler %s serves version %s to the learner at %s", name, version, address)

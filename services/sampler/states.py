@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from services.environments.base import Environment
@@ -19,12 +20,15 @@ class States:
     - ``fork``: a copy; the kept one stays as it is.
     - ``replay``: the live state to the first who asks, to all others a new episode in which the path's actions are
       performed again.
+
+    The state of a node that another sampler has made is made by performing its path's actions, once.
     """
 
     def __init__(self, environment: Environment[Any], question: Question) -> None:
         self._environment = environment
         self._question = question
         self._states: dict[int, Any] = {}
+        self._making: dict[int, asyncio.Lock] = {}
 
     def keep(self, node: int, state: Any) -> None:
         """Remember the state after ``node``."""
@@ -38,11 +42,13 @@ class States:
         """
         if node == ROOT:
             return await self._environment.start(self._question)
-        if self._environment.forking == "stateless":
-            return self._states[node]
-        if self._environment.forking == "fork":
-            return await self._environment.fork(self._states[node])
-        return self._states.pop(node) if node in self._states else await self._replay(actions, bill)
+        if self._environment.forking == "replay":
+            return self._states.pop(node) if node in self._states else await self._replay(actions, bill)
+        async with self._making.setdefault(node, asyncio.Lock()):
+            if node not in self._states:
+                self._states[node] = await self._replay(actions, bill)
+        state = self._states[node]
+        return state if self._environment.forking == "stateless" else await self._environment.fork(state)
 
     async def _replay(self, actions: list[str], bill: Bill) -> Any:
         state = await self._environment.start(self._question)

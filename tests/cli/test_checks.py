@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from learner.intake.frames import encode, frame
+from learner.intake.segments import path_of
 from services.cli.checks import (
     KINDS,
     Address,
@@ -90,10 +92,10 @@ def test_a_used_run_directory_is_refused_unless_it_is_resumed(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="holds no run to resume"):
         check_run_dir(resumed)
     (bench.run_dir / "journal").mkdir()
-    journal = bench.run_dir / "journal" / "journal.msgpack"
-    journal.touch()
+    segment = path_of(bench.run_dir / "journal", 1)
+    segment.write_bytes(header := frame([encode({"format": 1, "segment": 1, "after": 0})]))
     check_run_dir(fresh)  # a start that failed has left nothing to go on with
-    journal.write_bytes(b"records")
+    segment.write_bytes(header + frame([encode({"event": "granted"})]))
     check_run_dir(resumed)
     with pytest.raises(ConfigError, match=r"holds a run already; continue it with --resume"):
         check_run_dir(fresh)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -132,7 +131,7 @@ def test_what_dry_run_prints_for_ppo_is_no_file_for_gspo(tmp_path: Path) -> None
 
 def test_the_help_explains_every_key() -> None:
     text = flag_parser().format_help()
-    keys = [f"--{section}.{key} " for section, values in tomllib.loads(as_toml(Config())).items() for key in values]
+    keys = [f"--{section}.{key} " for section, values in Config().model_dump().items() for key in values]
     assert all(key in text for key in keys)
 
 

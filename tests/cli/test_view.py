@@ -22,6 +22,7 @@ from services.cli.view import (
     tokens_per_second,
 )
 from tests.cli.records import eval_row, evaluation, step, step_row, write
+from treegrpo.access import OPEN
 from treegrpo.telemetry import IntakeMetrics
 
 
@@ -102,7 +103,7 @@ def test_the_panel_shows_a_run_from_its_first_moment_on() -> None:
 async def test_in_a_pipe_every_record_is_a_line_also_the_last(tmp_path: Path) -> None:
     out = io.StringIO()
     screen = Screen(Console(file=out))
-    async with screen.follow(tmp_path, "127.0.0.1:1", 10):
+    async with screen.follow(tmp_path, "127.0.0.1:1", 10, OPEN):
         write(tmp_path, eval_row(0, 0.3), step_row(1), step_row(2))
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()[1:]] == ["step 1/10", "step 2/10"]
 
@@ -110,7 +111,7 @@ async def test_in_a_pipe_every_record_is_a_line_also_the_last(tmp_path: Path) ->
 async def test_a_broken_progress_file_ends_the_showing_with_a_sentence_not_the_run(tmp_path: Path) -> None:
     (tmp_path / "progress.jsonl").write_text("nonsense\n")
     out = io.StringIO()
-    async with Screen(Console(file=out)).follow(tmp_path, "127.0.0.1:1", 10):
+    async with Screen(Console(file=out)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
         pass
     assert "no longer be shown" in out.getvalue()
     assert "line 1" in out.getvalue()
@@ -119,6 +120,6 @@ async def test_a_broken_progress_file_ends_the_showing_with_a_sentence_not_the_r
 async def test_in_a_terminal_the_panel_is_drawn_without_metrics_too(tmp_path: Path) -> None:
     write(tmp_path, step_row(3))
     out = io.StringIO()
-    async with Screen(Console(file=out, force_terminal=True, width=120)).follow(tmp_path, "127.0.0.1:1", 10):
+    async with Screen(Console(file=out, force_terminal=True, width=120)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
         pass
     assert "3/10" in out.getvalue()

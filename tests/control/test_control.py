@@ -31,7 +31,8 @@ asyncio.run(main())
 
 
 def join(broker: Broker, run: str, name: str, incarnation: int = 1) -> AbstractAsyncContextManager[ControlPlane]:
-    return ControlPlane.connect(broker.address, run, Member(name, "sampler", incarnation))
+    role = "learner" if name == "learner" else "sampler"
+    return ControlPlane.connect(broker.address, run, Member(name, role, incarnation))
 
 
 async def until(plane: ControlPlane, condition: Callable[[], bool]) -> None:
@@ -91,6 +92,16 @@ async def test_the_last_will_tells_of_a_member_that_was_killed(broker: Broker, r
         await doomed.wait()
         await until(learner, lambda: not learner.members["doomed"].alive)
         assert learner.members["doomed"].incarnation == 5
+
+
+async def test_a_late_will_of_an_earlier_connection_buries_nobody(broker: Broker, run: str) -> None:
+    async with join(broker, run, "learner") as learner, join(broker, run, "guest", 2) as guest, raw(broker) as ghost:
+        await until(learner, lambda: "guest" in learner.members)
+        will = Member("guest", "sampler", 1, alive=False).payload()
+        await ghost.publish(f"treegrpo/{run}/members/sampler/guest", will, qos=1, retain=True)
+        await until(learner, lambda: not learner.members["guest"].alive)
+        await until(learner, lambda: learner.members["guest"] == Member("guest", "sampler", 2))
+        await until(guest, lambda: guest.members["guest"].alive)
 
 
 async def test_after_the_broker_restarts_everything_is_there_again(broker: Broker, run: str) -> None:

@@ -20,26 +20,43 @@ def question(index: int) -> Question:
     return Question(f"made/train/{index}", "made", (Message("user", f"Question {index}?"),), (f"answer {index}",))
 
 
-def step(node: int, parent: int, *, actions: int = 4, observations: int = 3, status: StepStatus = StepStatus.OK) -> Step:
+def step(
+    node: int,
+    parent: int,
+    *,
+    actions: int = 4,
+    observations: int = 3,
+    status: StepStatus = StepStatus.OK,
+    version: PolicyVersion = VERSION,
+) -> Step:
     return Step(
         node=node,
         parent=parent,
         action=np.arange(actions, dtype=np.uint32),
         logprobs=np.full(actions, -0.5, np.float32),
         observation=np.arange(observations, dtype=np.uint32),
-        spans=(VersionSpan(VERSION, 0, actions),) if actions else (),
+        spans=(VersionSpan(version, 0, actions),) if actions else (),
         status=status,
         cost=Cost(prefilled=10, cached=2, decoded=actions, tool_calls=1, seconds=0.1),
     )
 
 
-def chain(lease: str, tree: int = 0, index: int = 0, parent: int = 0, reward: float = 1.0, *, fails: bool = False) -> Subtree:
+def chain(
+    lease: str,
+    tree: int = 0,
+    index: int = 0,
+    parent: int = 0,
+    reward: float = 1.0,
+    *,
+    fails: bool = False,
+    version: PolicyVersion = VERSION,
+) -> Subtree:
     """Two steps below ``parent``, the second a leaf unless the expansion ``fails``."""
     first, second = 1 + 10 * index, 2 + 10 * index
-    last = step(second, first, observations=0, status=StepStatus.TOOL_ERROR if fails else StepStatus.OK)
+    last = step(second, first, observations=0, status=StepStatus.TOOL_ERROR if fails else StepStatus.OK, version=version)
     leaves = () if fails else (Leaf(second, {"em": reward}, {"em": reward}),)
     prompt = np.arange(7, dtype=np.uint32) if index == 0 else np.zeros(0, np.uint32)
-    return Subtree(lease, tree, index, parent, (step(first, parent), last), leaves, prompt)
+    return Subtree(lease, tree, index, parent, (step(first, parent, version=version), last), leaves, prompt)
 
 
 def complete(lease: str) -> LeaseEnd:

@@ -17,10 +17,11 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.control.brokers import free_address
-from tests.intake.builders import chain, complete
-from treegrpo.codec import lease_end_to_pb, subtree_to_pb
+from tests.intake.builders import VERSION, chain, complete
+from treegrpo.codec import lease_end_to_pb, subtree_to_pb, version_from_pb
 from treegrpo.handoff import IntakeClient, socket_path
 from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.tree import PolicyVersion
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 
@@ -117,14 +118,19 @@ class Sampler:
     def __init__(self, call: Any) -> None:
         self.call = call
         self._heard: list[Any] = []
+        self._versions: dict[str, PolicyVersion] = {}
+        """By lease: the version that it is worked on with."""
+        self._writing = asyncio.Lock()
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def join(cls, address: str, *, incarnation: int = 1, leases: tuple[str, ...] = ()) -> AsyncGenerator[Sampler]:
+    async def join(
+        cls, address: str, *, name: str = "s1", incarnation: int = 1, leases: tuple[str, ...] = ()
+    ) -> AsyncGenerator[Sampler]:
         async with grpc.aio.insecure_channel(address) as channel:
             call = rollout_pb2_grpc.RolloutServiceStub(channel).Rollout()
             await call.write(
-                pb.RolloutRequest(hello=pb.Hello(sampler="s1", incarnation=incarnation, engine="fake", leases=leases))
+                pb.RolloutRequest(hello=pb.Hello(sampler=name, incarnation=incarnation, engine="fake", leases=leases))
             )
             yield cls(call)
             call.cancel()
@@ -137,22 +143,29 @@ class Sampler:
             self._heard.append(message)
         found = next(message for message in self._heard if message.WhichOneof("kind") == kind)
         self._heard.remove(found)
+        if kind == "lease":
+            self._versions[found.lease.id] = version_from_pb(found.lease.min_version)
         return getattr(found, kind)
 
+    async def say(self, **message: Any) -> None:
+        """Send a request. Its stream takes one at a time."""
+        async with self._writing:
+            await self.call.write(pb.RolloutRequest(**message))
+
     async def want(self, leases: int) -> None:
-        await self.call.write(pb.RolloutRequest(demand=pb.Demand(leases=leases)))
+        await self.say(demand=pb.Demand(leases=leases))
 
     async def send_chain(self, lease: str, **shape: Any) -> None:
-        await self.call.write(pb.RolloutRequest(subtree=subtree_to_pb(chain(lease, **shape))))
+        await self.say(subtree=subtree_to_pb(chain(lease, version=self._versions.get(lease, VERSION), **shape)))
 
     async def fail(self, lease: str, error: str) -> None:
         """End a lease without a leaf."""
         end = LeaseEnd(lease, LeaseEndReason.FAILED, error=error)
-        await self.call.write(pb.RolloutRequest(lease_end=lease_end_to_pb(end)))
+        await self.say(lease_end=lease_end_to_pb(end))
 
     async def roll_out(self, lease: str, reward: float = 1.0) -> None:
         """A whole small group: one chain, acked, and the end."""
         await self.send_chain(lease, reward=reward)
         ack = await self.hear("ack")
         assert (ack.lease, ack.tree, ack.index) == (lease, 0, 0)
-        await self.call.write(pb.RolloutRequest(lease_end=lease_end_to_pb(complete(lease))))
+        await self.say(lease_end=lease_end_to_pb(complete(lease)))

@@ -1,69 +1,231 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import logging
 import os
 import threading
+import tracemalloc
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from learner.intake.journal import Journal, read
+from learner.intake.disk import Disk, RealDisk
+from learner.intake.frames import BATCH_BYTES, MAX_RECORD_BYTES, encode, frame
+from learner.intake.journal import BACKLOG_BYTES, Journal
+from learner.intake.segments import End, Segments, drop, path_of
+from tests.intake.disks import CrashError, MemoryDisk
 from treegrpo.errors import JournalError
 
+FOLDER = Path("/journal")
 
-async def write(path: Path, records: list[dict[str, object]]) -> None:
-    _, size = read(path)
-    with Journal.open(path, size) as journal:
+
+@contextlib.asynccontextmanager
+async def at_work(disk: Disk, folder: Path = FOLDER) -> AsyncGenerator[Journal]:
+    """A journal that goes on where the one before stopped, and its committing task."""
+    with Journal.open(disk, folder, ended(disk, folder), retry=(0.0,)) as journal:
         writer = asyncio.create_task(journal.write_forever())
-        await asyncio.gather(*(journal.append(record) for record in records))
+        yield journal
         writer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await writer
+
+
+def ended(disk: Disk, folder: Path = FOLDER) -> End:
+    segments = Segments(disk, folder)
+    for _ in segments:
+        pass
+    return segments.end
+
+
+async def write(disk: Disk, *records: dict[str, Any], folder: Path = FOLDER) -> None:
+    async with at_work(disk, folder) as journal:
+        for record in records:
+            await journal.append(record)
+
+
+def read(disk: Disk, folder: Path = FOLDER, first: int = 1) -> list[Any]:
+    return [record.get("n") for record in Segments(disk, folder, first)]
 
 
 async def test_what_was_acknowledged_is_read_back_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    await write(path, [{"n": 1}, {"n": 2}])
-    await write(path, [{"n": 3}])
-    assert [record["n"] for record in read(path)[0]] == [1, 2, 3]
+    folder = tmp_path / "run" / "journal"
+    await write(RealDisk(), {"n": 1}, {"n": 2}, folder=folder)
+    await write(RealDisk(), {"n": 3}, folder=folder)
+    assert read(RealDisk(), folder) == [1, 2, 3]
+    assert sorted(path.name for path in folder.iterdir()) == ["00000001.log", "00000002.log"]
 
 
-@pytest.mark.parametrize("lost", range(1, 20))
-async def test_a_torn_tail_is_cut_and_the_rest_kept(tmp_path: Path, lost: int) -> None:
-    path = tmp_path / "journal"
-    await write(path, [{"n": 1}, {"text": "x" * 20}])
-    path.write_bytes(path.read_bytes()[:-lost])
-    await write(path, [{"n": 3}])
-    assert [record.get("n") for record in read(path)[0]] == [1, 3]
+@pytest.mark.parametrize("lost", range(1, 45))
+async def test_a_torn_tail_is_left_out_with_a_word_and_the_rest_kept(lost: int, caplog: pytest.LogCaptureFixture) -> None:
+    disk = MemoryDisk()
+    torn = {"n": 2, "text": "x" * 40}
+    await write(disk, {"n": 1}, torn)
+    inode = disk.files[path_of(FOLDER, 1)]
+    del inode.data[-lost:]
+    assert read(disk) == [1]
+    await write(disk, {"n": 3})
+    assert read(disk) == [1, 3]
+    assert f"left out the last {len(frame([encode(torn)])) - lost} bytes" in caplog.text
 
 
-async def test_a_flipped_bit_ends_the_journal_there(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    await write(path, [{"n": 1}, {"n": 2}])
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    assert [record["n"] for record in read(path)[0]] == [1]
+async def test_zeros_where_a_commit_was_to_be_are_a_torn_tail() -> None:
+    disk = MemoryDisk()
+    await write(disk, {"n": 1})
+    disk.files[path_of(FOLDER, 1)].data += bytes(5000)
+    assert read(disk) == [1]
 
 
-async def test_what_is_pending_at_the_end_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    with Journal.open(path, 0) as journal:
+@pytest.mark.parametrize("place", range(62))
+async def test_damage_before_a_later_commit_is_no_torn_tail(place: int) -> None:
+    disk = MemoryDisk()
+    await write(disk, {"n": 1}, {"n": 2})
+    disk.files[path_of(FOLDER, 1)].data[place] ^= 1
+    with pytest.raises(JournalError, match=r"00000001\.log is damaged at byte .* restore that file"):
+        read(disk)
+
+
+@pytest.mark.parametrize("lost", [1, len(frame([encode({"n": 2})])), 30])
+async def test_an_earlier_segment_that_lacks_its_end_is_damaged(lost: int) -> None:
+    disk = MemoryDisk()
+    await write(disk, {"n": 1}, {"n": 2})
+    await write(disk, {"n": 3})
+    del disk.files[path_of(FOLDER, 1)].data[-lost:]
+    with pytest.raises(JournalError, match=r"00000001\.log is damaged"):
+        read(disk)
+
+
+@pytest.mark.parametrize("gone", [1, 2])
+async def test_a_missing_segment_is_an_error_that_names_it(gone: int) -> None:
+    disk = MemoryDisk()
+    for n in range(3):
+        await write(disk, {"n": n})
+    del disk.files[path_of(FOLDER, gone)]
+    with pytest.raises(JournalError, match=rf"0000000{gone}\.log is missing; restore it"):
+        read(disk)
+
+
+async def test_a_segment_that_a_snapshot_stands_before_must_be_there() -> None:
+    disk = MemoryDisk()
+    await write(disk, {"n": 1})
+    with pytest.raises(JournalError, match=r"00000002\.log is missing"):
+        read(disk, first=2)
+
+
+def test_a_journal_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "journal.msgpack").write_bytes(b"")
+    with pytest.raises(JournalError, match=r"is of an earlier version of treegrpo.*another directory"):
+        read(RealDisk(), tmp_path)
+
+
+async def test_a_cut_begins_a_segment_and_says_its_number_when_what_came_before_is_durable() -> None:
+    disk = MemoryDisk()
+    async with at_work(disk) as journal:
+        before = journal.append({"n": 1})
+        cut, after = journal.cut(), journal.append({"n": 2})
+        assert (await after, await cut, await before) == (2, 2, 1)
+    assert read(disk, first=2) == [2]
+    drop(disk, FOLDER, before=2)
+    assert read(disk.after_crash(), first=2) == [2]
+
+
+@pytest.mark.parametrize("call", ["write", "create"])
+@pytest.mark.parametrize("partial", [0.0, 0.5, 1.0])
+async def test_a_full_disk_blocks_until_it_has_room_and_nothing_is_lost(
+    call: str, partial: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = MemoryDisk()
+    async with at_work(disk) as journal:
+        await journal.append({"n": 1})
+        disk.partial, disk.full = partial, {call: 5}
+        blocked: list[bool] = []
+        journal.on_blocked = lambda: blocked.append(journal.blocked)
+        waiting = [journal.append({"n": n}) for n in (2, 3)] if call == "write" else [journal.cut(), journal.append({"n": 2})]
+        await asyncio.gather(*waiting)
+        assert blocked == [True, False]
+        assert disk.full[call] == 0
+    assert read(disk) == ([1, 2, 3] if call == "write" else [1, 2])
+    assert read(disk.after_crash()) == read(disk)
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(said) == 1, "said once, not at every attempt"
+    assert "nothing is acknowledged or granted" in said[0]
+    assert len(disk.names(FOLDER)) == (1 if call == "write" else 2), "a write that failed is cut back, its segment goes on"
+
+
+async def test_nothing_partial_stays_while_the_disk_is_full() -> None:
+    disk = MemoryDisk()
+    async with at_work(disk) as journal:
+        await journal.append({"n": 1})
+        size = len(disk.files[path_of(FOLDER, 1)].data)
+        disk.partial, disk.full = 0.7, {"write": 1}
+        sizes: list[int] = []
+        journal.on_blocked = lambda: sizes.append(len(disk.files[path_of(FOLDER, 1)].data))
+        await journal.append({"n": 2})
+        assert sizes[0] == size
+
+
+@pytest.mark.parametrize("call", ["sync", "truncate"])
+async def test_after_a_failed_fsync_the_batch_goes_to_a_new_segment(call: str) -> None:
+    disk = MemoryDisk()
+    async with at_work(disk) as journal:
+        await journal.append({"n": 1})
+        disk.full = {"sync": 1} if call == "sync" else {"write": 1, "truncate": 2}
+        disk.partial = 0.5
+        assert await journal.append({"n": 2}) == 2
+        assert await journal.append({"n": 3}) == 2
+    assert disk.names(FOLDER) == ["00000001.log", "00000002.log"]
+    assert read(disk) == [1, 2, 3]
+    assert read(disk.after_crash()) == [1, 2, 3], "a second fsync of the same file would have kept nothing"
+
+
+async def test_who_feeds_the_journal_waits_while_too_much_is_unwritten() -> None:
+    disk = MemoryDisk()
+    disk.full = {"create": 1_000_000}
+    async with at_work(disk) as journal:
+        record = {"n": 1, "data": bytes(MAX_RECORD_BYTES - 100)}
+
+        async def feed() -> asyncio.Future[int]:
+            await journal.room()
+            assert journal.backlog <= BACKLOG_BYTES
+            return journal.append(record)
+
+        *_, last = [await feed() for _ in range(3)]
+        room = asyncio.create_task(journal.room())
+        await asyncio.sleep(0)
+        assert not room.done()
+        disk.full = {}
+        await room
+        await last
+        assert journal.backlog == 0
+
+
+async def test_a_record_too_large_to_be_read_again_is_not_taken() -> None:
+    async with at_work(MemoryDisk()) as journal:
+        with pytest.raises(ValueError, match="larger than the limit"):
+            journal.append({"data": bytes(MAX_RECORD_BYTES)})
+
+
+async def test_what_is_in_line_at_the_end_is_written() -> None:
+    disk = MemoryDisk()
+    with Journal.open(disk, FOLDER, End()) as journal:
+        for n in range(3):
+            journal.append({"n": n, "data": bytes(BATCH_BYTES)})
+    assert read(disk) == [0, 1, 2]
+
+
+async def test_a_disk_that_is_full_at_the_end_is_no_error_but_said(caplog: pytest.LogCaptureFixture) -> None:
+    disk = MemoryDisk()
+    disk.full = {"write": 1}
+    with Journal.open(disk, FOLDER, End()) as journal:
         journal.append({"n": 1})
-    assert [record["n"] for record in read(path)[0]] == [1]
-
-
-async def test_a_disk_that_refuses_fails_every_waiting_append(tmp_path: Path) -> None:
-    with Path("/dev/full").open("ab", buffering=0) as full:  # noqa: ASYNC230
-        journal = Journal(full)
-        writer = asyncio.create_task(journal.write_forever())
-        with pytest.raises(JournalError, match="make room"):
-            await journal.append({"n": 1})
-        with pytest.raises(JournalError):
-            await writer
-    assert read(tmp_path / "nothing") == ([], 0)
+    assert "1 events are not in the journal" in caplog.text
 
 
 async def test_a_commit_under_way_at_the_end_is_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, syncing, go_on = tmp_path / "journal", threading.Event(), threading.Event()
+    syncing, go_on = threading.Event(), threading.Event()
     sync = os.fsync
 
     def slow(descriptor: int) -> None:
@@ -71,12 +233,60 @@ async def test_a_commit_under_way_at_the_end_is_not_written_twice(tmp_path: Path
         go_on.wait(10)
         sync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", slow)
-    with Journal.open(path, 0) as journal:
+    with Journal.open(RealDisk(), tmp_path, End()) as journal:
         writer = asyncio.create_task(journal.write_forever())
+        await journal.append({"n": 0})
+        monkeypatch.setattr(os, "fsync", slow)
         journal.append({"n": 1})
         await asyncio.to_thread(syncing.wait, 10)
         writer.cancel()
         journal.append({"n": 2})
         go_on.set()
-    assert [record["n"] for record in read(path)[0]] == [1, 2]
+    assert read(RealDisk(), tmp_path) == [0, 1, 2]
+
+
+async def test_reading_holds_one_frame_in_memory_however_long_the_journal_is(tmp_path: Path) -> None:
+    async with at_work(RealDisk(), tmp_path) as journal:
+        for n in range(60):
+            await journal.append({"n": n, "data": bytes(1 << 20)})
+    tracemalloc.start()
+    assert sum(1 for _ in Segments(RealDisk(), tmp_path)) == 60
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 << 20
+
+
+async def three_lives(disk: MemoryDisk, acked: list[int]) -> None:
+    """Of a journal that meets a refusal, a failed fsync and cuts."""
+    happens = {(1, 1): {"write": 2}, (1, 3): {"sync": 1}}
+    for life in range(3):
+        end = ended(disk)
+        disk.make_folder(FOLDER)
+        journal = Journal(disk, FOLDER, end, retry=())
+        for turn in range(4):
+            disk.full = happens.get((life, turn), {})
+            if turn == 2:
+                journal.cut()
+            done = journal.append({"n": len(acked) + 1, "data": bytes(50)})
+            while journal.busy:
+                with contextlib.suppress(OSError):
+                    journal.settle(journal.commit())
+            assert done.done()
+            acked.append(len(acked) + 1)
+
+
+@pytest.mark.parametrize("partial", [0.0, 0.3, 0.9, 1.0])
+async def test_killed_at_any_call_what_was_acked_is_there_and_what_is_there_was_written(partial: float) -> None:
+    whole, everything = MemoryDisk(), list[int]()
+    await three_lives(whole, everything)
+    assert read(whole) == everything == list(range(1, 13))
+    for crash in range(1, len(whole.log) + 1):
+        disk, acked = MemoryDisk(), list[int]()
+        disk.partial, disk.crash_at = partial, crash
+        with contextlib.suppress(CrashError):
+            await three_lives(disk, acked)
+        assert disk.crashed
+        for kept, names in itertools.product((0.0, 0.5, 1.0), ("lost", "kept", "some")):
+            left = read(disk.after_crash(kept, names=names, seed=crash, zeros=kept == 0.5))
+            assert left == list(range(1, len(left) + 1)), (crash, kept, names)
+            assert len(left) >= len(acked), (crash, kept, names)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from learner.intake.events import replay
 from learner.intake.report import Reporter
-from learner.intake.service import replay
 from learner.intake.vocabulary import vocabulary
 from tests.ground.unsound import EVERY
 from tests.intake.builders import PLAN, book, chain, complete, grant
@@ -54,12 +54,14 @@ def test_a_journal_that_has_it_keeps_every_position(name: str, tmp_path: Path) -
         assert work is not None
         lease, draw = work
         first.granted(lease, draw, "s1", 0.0)
-        records.append({"event": "granted", "lease": lease_to_pb(lease).SerializeToString(), "draw": draw})
+        records.append({"event": "granted", "lease": lease_to_pb(lease).SerializeToString(), "draw": draw, "holder": ""})
         for subtree in (chain(lease.id), *(make(lease.id) for make in subtrees)):
             records.append({"event": "accepted", "subtree": subtree_to_pb(subtree).SerializeToString()})
         records.append({"event": "ended", "end": lease_end_to_pb(complete(lease.id)).SerializeToString()})
     again = book()
-    replay(again, Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=1), records)
+    reporter = Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
+    for record in [*records, {"event": "taken", "draws": [0, 1], "stale": []}]:
+        replay(again, reporter, record)
     assert [group.group.id for group in again.groups.take(0, 2)] == ["0000000", "0000001"]
     assert [len(group.subtrees) for group in again.groups.take(0, 2)] == [2, 1]
     assert again.ledger.imbalance(LeaseKind.TRAIN) == Budget()
@@ -133,7 +135,7 @@ async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(setting
         assert (await sampler.hear("lease")).id != lease.id
         samples = await setting.samples()
         assert samples["treegrpo_subtrees_refused_total/action"] == 1
-        assert samples["treegrpo_groups_closed_total/train/failed"] == 1, "nothing else came of it"
+        assert samples["treegrpo_leases_ended_total/train/failed"] == 1, "nothing else came of it"
 
 
 async def test_work_for_a_lease_that_is_not_open_is_refused_in_a_sentence(setting: Setting) -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from learner.intake.report import Reporter
-from tests.intake.builders import book, chain, complete, grant
+from tests.intake.builders import PLAN, book, chain, complete, grant
 from treegrpo.lease import LeaseEnd, LeaseEndReason
 from treegrpo.telemetry import IntakeMetrics
 
@@ -23,15 +25,21 @@ def test_a_group_whose_leaves_all_earn_the_same_is_counted_as_without_signal(tmp
     assert told.metrics.registry.get_sample_value("treegrpo_groups_zero_signal_total") == 2
 
 
-def test_a_lost_group_is_counted_as_lost_and_as_nothing_else(tmp_path: Path) -> None:
+def test_a_lost_lease_is_counted_and_its_group_when_it_is_closed(tmp_path: Path) -> None:
     made, told = book(), reporter(tmp_path)
     lease = grant(made)
     made.accept(chain(lease))
     lost = LeaseEnd(lease, LeaseEndReason.LOST)
     told.ended(made.ended(lost), lost)
     sample = told.metrics.registry.get_sample_value
-    assert sample("treegrpo_groups_closed_total", {"kind": "train", "reason": "lost"}) == 1
+    assert sample("treegrpo_leases_ended_total", {"kind": "train", "reason": "lost"}) == 1
+    assert sample("treegrpo_groups_closed_total", {"kind": "train", "reason": "lost"}) is None
     assert sample("treegrpo_rollout_unique_tokens_total", {"kind": "train"}) is None
+    end = complete(grant(made))
+    told.ended(made.ended(end), end)
+    assert sample("treegrpo_groups_closed_total", {"kind": "train", "reason": "complete"}) == 1
+    assert sample("treegrpo_rollout_unique_tokens_total", {"kind": "train"}) == 18
+    assert sample("treegrpo_rollout_forgone_expansions_total", {"kind": "train"}) == PLAN.leaves - PLAN.trees
 
 
 def test_a_progress_line_has_the_books_beside_it(tmp_path: Path) -> None:
@@ -45,3 +53,14 @@ def test_a_progress_line_has_the_books_beside_it(tmp_path: Path) -> None:
     assert tokens["granted"] == tokens["spent"] + tokens["refunded"] + tokens["forfeited"] + tokens["outstanding"]
     assert (line["kind"], line["step"], line["saving"], line["saving_tool_calls"]) == ("step", 1, 0.0, 0.0)
     assert line["recomputed"] == 1 - 18 / 28
+
+
+def test_progress_lines_that_the_disk_does_not_take_wait_for_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made, told = book(), reporter(tmp_path)
+    (tmp_path / "progress.jsonl").mkdir()
+    told.step({"step": 1}, made)
+    assert "takes no line" in caplog.text
+    (tmp_path / "progress.jsonl").rmdir()
+    told.step({"step": 2}, made)
+    lines = (tmp_path / "progress.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]

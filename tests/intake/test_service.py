@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import resource
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import grpc
 import pytest
 
-from tests.intake.harness import Sampler, Setting
+from tests.intake.harness import Sampler, Setting, Stage
+from treegrpo.control import ControlPlane, Member, RunState, publish_state
 from treegrpo.handoff import Covered, Done, Evaluate, Evaluation, IntakeClient, Publish, Report, Take, Taken, unpack_group
 from treegrpo.v1 import weights_pb2, weights_pb2_grpc
 
@@ -85,14 +88,16 @@ async def test_a_killed_intake_resumes_with_every_acked_group(setting: Setting) 
         await process.wait()
     async with setting.stage("--run.resume", "true", leases=(open_.id,)) as stage:
         sampler, trainer = stage.sampler, stage.trainer
-        assert list((await sampler.hear("welcome")).void_leases) == [open_.id]
+        assert not (await sampler.hear("welcome")).void_leases, "who comes back goes on"
         assert await take(trainer, 0) == ["0000000", "0000001"]
-        await sampler.want(1)
         await publish(setting, trainer, 1, 2)
-        again = await sampler.hear("lease")
-        assert again.question.id == open_.question.id, "the open question comes next"
+        await sampler.send_chain(open_.id)
+        await sampler.send_chain(open_.id, tree=1)
+        for _ in range(2):
+            assert not (await sampler.hear("ack")).refusal
         samples = await setting.samples()
-        assert samples["treegrpo_budget_spent_total/tokens/train"] == 3 * 28
+        assert samples["treegrpo_subtrees_duplicate_total"] == 1
+        assert samples["treegrpo_budget_spent_total/tokens/train"] == 4 * 28
         parts = ("spent", "refunded", "forfeited")
         became = sum(samples[f"treegrpo_budget_{part}_total/tokens/train"] for part in parts)
         outstanding = samples["treegrpo_budget_outstanding/tokens/train"]
@@ -107,19 +112,21 @@ async def test_a_sampler_that_starts_again_takes_over_what_its_dead_self_held(se
         async with Sampler.join(setting.listen, incarnation=2) as again:
             await again.want(4)
             assert [(await again.hear("lease")).question.id for _ in range(4)] == before
-        assert (await setting.samples())["treegrpo_groups_closed_total/train/lost"] == 4
+        assert (await setting.samples())["treegrpo_leases_ended_total/train/lost"] == 4
 
 
 async def test_a_stop_that_went_to_a_broken_stream_is_said_again(setting: Setting) -> None:
-    async with setting.intake("--train.max_lag", "0"), setting.trainer() as trainer:
+    async with setting.intake(), setting.trainer() as trainer:
         async with Sampler.join(setting.listen) as sampler:
             await publish(setting, trainer, 0, 0)
-            await sampler.want(2)
-            slow, fast = [await sampler.hear("lease") for _ in range(2)]
-            await sampler.roll_out(fast.id)
-            await publish(setting, trainer, 1, 1)
-            third = await sampler.hear("lease")
-            await sampler.roll_out(third.id)
+            await sampler.want(4)
+            slow, *others = [await sampler.hear("lease") for _ in range(4)]
+            for lease in others[:2]:
+                await sampler.roll_out(lease.id)
+            assert len(await take(trainer, 0)) == 2
+            await publish(setting, trainer, 1, 2)
+            for lease in (others[2], await sampler.hear("lease")):
+                await sampler.roll_out(lease.id)
             assert (await sampler.hear("stop_expanding")).lease == slow.id
         async with Sampler.join(setting.listen, leases=(slow.id,)) as sampler:
             assert (await sampler.hear("stop_expanding")).lease == slow.id
@@ -135,21 +142,134 @@ async def test_a_run_that_leads_nowhere_is_given_up_with_a_sentence(setting: Set
         _, errors = await asyncio.wait_for(stage.intake.communicate(), 30)
         assert stage.intake.returncode == 2
         last = errors.decode().strip().splitlines()[-1]
-        assert last.startswith("error: The last 64 questions led to no finished episode (ToolError: the retriever is not there)")
+        assert last.startswith("error: The last 64 leases led to no finished episode (ToolError: the retriever is not there)")
 
 
-async def test_what_a_checkpoint_covers_is_not_kept(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        sampler, trainer = stage.sampler, stage.trainer
+async def train(setting: Setting, stage: Stage, step: int) -> list[str]:
+    """Roll out a batch, train it, and write a checkpoint; the groups' names."""
+    for lease in [await stage.sampler.hear("lease") for _ in range(2)]:
+        await stage.sampler.roll_out(lease.id)
+    taken = await take(stage.trainer, 2 * step)
+    await publish(setting, stage.trainer, step + 1, 2 * step + 2)
+    await asyncio.to_thread(stage.trainer.ask, Covered(2 * step + 2), Done)
+    return taken
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    """Ask the intake from outside until it is so: nothing tells of a file or a metric."""
+    async with asyncio.timeout(10):
+        while not await holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def there(path: Path) -> None:
+    await until(lambda: asyncio.to_thread(path.exists))
+
+
+async def test_what_two_checkpoints_cover_is_forgotten_in_memory_and_on_the_disk(setting: Setting) -> None:
+    journal, snapshots = setting.run_dir / "journal", setting.run_dir / "snapshots"
+    async with setting.stage("--train.max_lag", "5") as stage:
+        await publish(setting, stage.trainer, 0, 0)
+        await stage.sampler.hear("welcome")
+        await stage.sampler.want(2)
+        taken: list[str] = []
+        for step in range(3):
+            taken = await train(setting, stage, step)
+            await there(snapshots / f"{step + 2:08d}")
+            assert await take(stage.trainer, 2 * step) == taken, "a damaged checkpoint leaves the one before"
+        with pytest.raises(ConnectionError):
+            await take(stage.trainer, 1)
+        await until(lambda: asyncio.to_thread(lambda: not (journal / "00000002.log").exists()))
+        stage.intake.kill()
+        await stage.intake.wait()
+    assert sorted(path.name for path in snapshots.iterdir()) == ["00000003", "00000004"]
+    assert sorted(path.name for path in journal.iterdir()) == ["00000003.log", "00000004.log"]
+    async with setting.stage("--run.resume", "true", "--train.max_lag", "5") as stage:
+        assert await take(stage.trainer, 4) == taken
+        samples = await setting.samples()
+        assert samples["treegrpo_budget_spent_total/tokens/train"] == 6 * 28
+        assert samples["treegrpo_groups_closed_total/train/complete"] == 6, "counters go on where they were"
+
+
+async def test_a_disk_that_is_full_holds_everybody_up_and_ends_nobody(setting: Setting) -> None:
+    async with setting.stage("--train.max_lag", "5") as stage:
+        sampler, trainer, pid = stage.sampler, stage.trainer, stage.intake.pid
         await publish(setting, trainer, 0, 0)
         await sampler.hear("welcome")
-        await sampler.want(2)
-        for lease in [await sampler.hear("lease") for _ in range(2)]:
+        await sampler.want(3)
+        leases = [await sampler.hear("lease") for _ in range(3)]
+        for lease in leases[:2]:
             await sampler.roll_out(lease.id)
         assert len(await take(trainer, 0)) == 2
-        await asyncio.to_thread(trainer.ask, Covered(2), Done)
+        size = (setting.run_dir / "journal" / "00000001.log").stat().st_size
+        limits = resource.prlimit(pid, resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
+        await sampler.send_chain(leases[2].id)
+
+        async def blocked() -> bool:
+            return (await setting.samples())["treegrpo_journal_blocked"] == 1
+
+        await until(blocked)
+        out = (await setting.samples())["treegrpo_leases_outstanding/train"]
+        await sampler.want(9)
+        assert await take(trainer, 0) == ["0000000", "0000001"], "what is durable is trained on"
+        await asyncio.to_thread(trainer.ask, Report({"step": 1}), Done)
+        samples = await setting.samples()
+        assert samples["treegrpo_journal_bytes"] == size, "nothing partial stays"
+        assert samples["treegrpo_leases_outstanding/train"] == out, "nothing is granted"
+        hearing = asyncio.create_task(sampler.hear("ack"))
+        assert not (await asyncio.wait({hearing}, timeout=0.3))[0], "nothing is acked"
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+        assert (await hearing).lease == leases[2].id
+        await sampler.hear("lease")
+        assert (await setting.samples())["treegrpo_journal_blocked"] == 0
+        stage.intake.kill()
+        await stage.intake.wait()
+    async with setting.stage("--run.resume", "true"):
+        assert (await setting.samples())["treegrpo_budget_spent_total/tokens/train"] == 3 * 28
+
+
+async def test_an_evaluation_goes_on_where_a_killed_intake_left_it(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        await publish(setting, stage.trainer, 0, 0)
+        await stage.sampler.hear("welcome")
+        asked = asyncio.create_task(asyncio.to_thread(stage.trainer.ask, Evaluate("1.0"), Evaluation))
+        await there(setting.run_dir / "journal" / "00000001.log")
+        await stage.sampler.want(1)
+        await stage.sampler.roll_out((await stage.sampler.hear("lease")).id, reward=1.0)
+        await stage.sampler.send_chain((await stage.sampler.hear("lease")).id, fails=True)
+        await stage.sampler.hear("ack")
+        stage.intake.kill()
+        await stage.intake.wait()
         with pytest.raises(ConnectionError):
-            await take(trainer, 0)
+            await asked
+    async with setting.stage("--run.resume", "true") as stage:
+        await asyncio.to_thread(stage.trainer.ask, Publish("1.0", str(setting.run_dir / "weights" / "1.0"), 0), Done)
+        asked = asyncio.create_task(asyncio.to_thread(evaluated, stage.trainer))
+        await stage.sampler.want(9)
+        rolled_out = 0
+        while rolled_out < 2:  # training leases come as well
+            lease = await stage.sampler.hear("lease")
+            if lease.kind == 2:
+                await stage.sampler.roll_out(lease.id, reward=0.0)
+                rolled_out += 1
+        result = await asked
+        assert result.questions == 3
+        assert result.em == pytest.approx(1 / 3)
+
+
+def evaluated(trainer: IntakeClient) -> Evaluation:
+    while not (result := trainer.ask(Evaluate("1.0"), Evaluation)).done:
+        pass
+    return result
+
+
+@pytest.mark.parametrize("state", [RunState.PAUSED, RunState.DRAINING])
+async def test_a_pause_outlives_a_restart_of_the_intake_and_a_drain_does_not(setting: Setting, state: RunState) -> None:
+    await publish_state(setting.broker, setting.name, state)
+    watcher = Member("watcher", "sampler", 1)
+    async with setting.intake(), ControlPlane.connect(setting.broker, setting.name, watcher) as control:
+        await control.settled()
+        assert control.state is (RunState.PAUSED if state is RunState.PAUSED else RunState.RUNNING)
 
 
 async def test_evaluation_is_every_heldout_question_once(setting: Setting) -> None:
@@ -233,3 +353,12 @@ async def test_what_cannot_work_is_refused_in_one_sentence(setting: Setting, cas
     assert last.startswith("error: ")
     assert {"used directory": "--resume", "busy port": "learner.listen", "no broker": "127.0.0.1:1"}[case] in last
     assert "Traceback" not in stderr.decode()
+
+
+async def test_a_journal_of_an_earlier_version_is_refused(setting: Setting) -> None:
+    (setting.run_dir / "journal").mkdir(parents=True)
+    (setting.run_dir / "journal" / "journal.msgpack").write_bytes(b"records")
+    process = await setting.start("--run.resume", "true")
+    _, stderr = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 2
+    assert "is of an earlier version of treegrpo" in stderr.decode().strip().splitlines()[-1]

@@ -12,6 +12,7 @@ import pytest
 
 from services.environments.retrieval import HttpRetriever
 from services.retriever.service import serve
+from treegrpo.access import OPEN
 from treegrpo.config import RetrieverConfig
 from treegrpo.errors import AddressInUseError, DataError, ToolError
 
@@ -28,7 +29,7 @@ def config(tmp_path: Path, port: int = 0) -> RetrieverConfig:
 async def running(settings: RetrieverConfig) -> AsyncGenerator[str]:
     """The service in this loop, over real HTTP; yields its address."""
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    service = asyncio.create_task(serve(settings, port.set_result))
+    service = asyncio.create_task(serve(settings, OPEN, port.set_result))
     await asyncio.wait([port, service], return_when=asyncio.FIRST_COMPLETED, timeout=20)
     try:
         yield f"http://127.0.0.1:{port.result()}"
@@ -106,17 +107,30 @@ async def test_a_busy_port_is_named(tmp_path: Path) -> None:
     async with running(config(tmp_path)) as address:
         port = int(address.rpartition(":")[2])
         with pytest.raises(AddressInUseError, match=rf"retriever\.listen = 127\.0\.0\.1:{port}"):
-            await serve(config(tmp_path, port))
+            await serve(config(tmp_path, port), OPEN)
 
 
 async def test_a_broken_corpus_is_refused_before_anything_starts(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.corpus.write_text('{"id": "1"}\n')
     with pytest.raises(DataError, match=r"corpus\.jsonl, line 1"):
-        await serve(settings, lambda _: pytest.fail("it listens"))
+        await serve(settings, OPEN, lambda _: pytest.fail("it listens"))
 
 
 def test_it_imports_nothing_heavy() -> None:
     code = "import sys, services.retriever.service; print([n for n in ('torch', 'numba', 'transformers') if n in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert shown.stdout.strip() == "[]"
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_query_is_no_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with running(config(tmp_path)) as address:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+        writer.write(b'POST /retrieve HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n{"queries"')
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        await post(address, {"queries": ["Kabul"]})
+    assert "Traceback" not in capfd.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from services.sampler.client import CHANNEL_OPTIONS
+from services.sampler.channel import OPTIONS
 from tests.sampler.fakes import plan
 from treegrpo.codec import lease_to_pb, plan_to_pb, version_from_pb, version_to_pb
 from treegrpo.lease import Lease, Plan
@@ -130,7 +130,7 @@ async def serving(learner: FakeLearner) -> AsyncGenerator[grpc.aio.Channel]:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
             yield channel
     finally:
         await server.stop(grace=None)

@@ -13,13 +13,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
-from services.sampler import client as client_module
-from services.sampler.client import LearnerClient, connect
+from services.sampler import channel as channel_module
+from services.sampler.channel import connect
+from services.sampler.client import LearnerClient
 from services.sampler.expansion import Expander
 from services.sampler.holder import Identity, LeaseHolder
 from services.sampler.weights import Follower, WeightStore
 from tests.sampler.fake_learner import FakeLearner, serving
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, deep, lease, plan, turns
+from treegrpo.access import OPEN
 from treegrpo.codec import lease_end_from_pb
 from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.lease import LeaseEnd, LeaseEndReason
@@ -94,7 +96,7 @@ async def test_after_a_broken_stream_exactly_what_was_not_acked_is_sent_again() 
     async with sampler(deep(1)) as bench:
         await bench.learner.next("demand")
         for index in range(4):
-            bench.client.send(subtree(index))
+            await bench.client.send(subtree(index))
         bench.client.end(LeaseEnd("lease-1", LeaseEndReason.COMPLETE))
         got = [await bench.learner.next("subtree") for _ in range(4)]
         await bench.learner.next("lease_end")
@@ -120,7 +122,7 @@ async def test_a_refused_subtree_is_counted_and_not_sent_again() -> None:
     async with sampler(deep(1)) as bench:
         await bench.learner.next("demand")
         for index in range(2):
-            bench.client.send(subtree(index))
+            await bench.client.send(subtree(index))
         refused, kept = [await bench.learner.next("subtree") for _ in range(2)]
         await bench.learner.say(ack=rollout_pb2.Ack(lease=refused.subtree.lease, tree=0, index=0, refusal="Group 7: wrong."))
         await until(lambda: bench.client.unacked == 1)
@@ -133,7 +135,7 @@ async def test_a_refused_subtree_is_counted_and_not_sent_again() -> None:
         await bench.client.delivered()
 
 
-async def test_void_leases_are_dropped_with_their_work() -> None:
+async def test_work_on_a_void_lease_ends_and_what_is_finished_is_offered_once_more() -> None:
     stuck = asyncio.Event()
 
     async def script(prefix: str) -> str:
@@ -147,22 +149,52 @@ async def test_void_leases_are_dropped_with_their_work() -> None:
         await bench.learner.next("demand")
         await bench.learner.grant(lease(plan(1, 0, 0), name="void"))
         await stuck.wait()
-        bench.client.send(subtree(0, "void"))
-        bench.client.send(subtree(0, "kept"))
-        await bench.learner.next("subtree")
-        await bench.learner.next("subtree")
+        await bench.client.send(subtree(0, "void"))
+        await bench.client.send(subtree(0, "kept"))
+        bench.client.end(LeaseEnd("void", LeaseEndReason.COMPLETE))
+        for kind in ("subtree", "subtree", "lease_end"):
+            await bench.learner.next(kind)
         bench.learner.void = ["void"]
         bench.learner.break_stream()
         await bench.learner.hellos.get()
         assert (await bench.learner.hellos.get()).leases == ["kept", "void"]
         await bench.holder.drained()
         await bench.learner.next("demand")
-        request = await bench.learner.next("subtree")
-        assert request.subtree.lease == "kept"
-        await bench.learner.ack(request)
+        for name in ("void", "kept"):
+            request = await bench.learner.next("subtree")
+            assert request.subtree.lease == name
+            await bench.learner.ack(request)
         await bench.client.delivered()
         assert bench.client.leases == set()
         assert bench.learner.requests.empty()
+
+
+async def test_a_learner_that_does_not_ack_is_waited_for() -> None:
+    """Trees of one leaf; the engine has room for 16 and one lease more is asked for: 17 may wait for their acks."""
+    learner = FakeLearner()
+    learner.plan = plan(1, 0, 0)
+    async with sampler(deep(0), learner) as bench:
+        most = (await bench.learner.next("demand")).demand.leases
+        for number in range(most + 3):
+            await bench.learner.grant(lease(learner.plan, name=f"lease-{number}"))
+        sent: list[rollout_pb2.RolloutRequest] = []
+        while len(sent) < most:
+            if (request := await bench.learner.requests.get()).HasField("subtree"):
+                sent.append(request)
+        await until(lambda: bench.client.unacked == most)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert bench.client.unacked == most
+        assert bench.metrics.registry.get_sample_value("treegrpo_sampler_leases") == 3
+        while len(sent) < most + 3:
+            await bench.learner.ack(sent.pop(0))
+            most += 1
+            while not (request := await bench.learner.requests.get()).HasField("subtree"):
+                pass
+            sent.append(request)
+            if bench.metrics.registry.get_sample_value("treegrpo_sampler_leases") == 0:
+                break
+        await bench.holder.drained()
 
 
 async def test_work_goes_on_while_the_learner_is_away() -> None:
@@ -294,9 +326,9 @@ async def test_a_learner_that_refuses_is_not_asked_again() -> None:
 
 
 async def test_a_learner_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(channel_module, "CONNECT_SECONDS", 0.2)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound but not listening: nobody answers
         address = f"127.0.0.1:{held.getsockname()[1]}"
         with pytest.raises(UnavailableError, match=rf"{address}.*sampler\.learner"):
-            await connect(address)
+            await connect(address, OPEN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -215,3 +216,61 @@ async def test_an_awaitable_emit_is_awaited() -> None:
 
     await grown(lease(plan(1, 1, 2)), deep(1), emit=emit)
     assert sorted(arrived) == [0, 1, 2]
+
+
+def part_of(subtrees: list[Subtree], chosen: int) -> tuple[Subtree, ...]:
+    """Some of the subtrees of a group, in the order they came, each with the one it hangs below."""
+    kept: list[Subtree] = []
+    for number, subtree in enumerate(subtrees):
+        nodes = {step.node for other in kept if other.tree == subtree.tree for step in other.steps}
+        chain = subtree.index == 0 or any(other.tree == subtree.tree for other in kept)
+        if chosen >> number & 1 and chain and (subtree.parent == ROOT or subtree.parent in nodes):
+            kept.append(subtree)
+    return tuple(kept)
+
+
+@pytest.mark.parametrize("forking", ["stateless", "fork", "replay"])
+@given(chosen=st.integers(0, 2**14 - 1))
+@settings(max_examples=25, deadline=None)
+async def test_a_lease_that_goes_on_makes_what_is_missing_and_nothing_else(forking: Forking, chosen: int) -> None:
+    one = lease(plan(2, 2, 3))
+    whole, _, _ = await grown(one, deep(2), environment=FakeEnvironment(forking))
+    accepted = part_of(whole, chosen)
+    environment = FakeEnvironment(forking)
+    again = replace(one, id="lease-2", accepted=accepted)
+    made, end, _ = await grown(again, deep(2), environment=environment)
+    assert end == LeaseEnd("lease-2", LeaseEndReason.COMPLETE)
+    assert len(made) == one.plan.leaves - len(accepted)
+    group = group_of(one, [*accepted, *made])
+    assert len(list(group.leaves())) == one.plan.leaves
+    assert {(s.tree, s.index): s.parent for s in [*accepted, *made]} == {(s.tree, s.index): s.parent for s in whole}
+    assert all(leaf.metrics["actions"] == 3.0 for s in made for leaf in s.leaves), "states are those of the path"
+    assert sum(s.cost.tool_calls for s in made) == environment.calls
+
+
+async def test_a_lease_of_a_whole_group_ends_at_once() -> None:
+    one = lease(plan(2, 1, 2))
+    whole, _, _ = await grown(one, deep(1))
+    made, end, engine = await grown(replace(one, accepted=tuple(whole)), deep(1))
+    assert (made, engine.prefixes, end.reason, end.forgone) == ([], [], LeaseEndReason.COMPLETE, 0)
+
+
+async def test_a_state_that_another_sampler_reached_is_made_once() -> None:
+    one = lease(plan(1, 1, 12))
+    whole, _, _ = await grown(one, deep(3))
+    environment = FakeEnvironment()
+    made, _, _ = await grown(replace(one, accepted=(whole[0],)), deep(3), environment=environment)
+    own = sum(step.tool != "" for s in made for step in s.steps)
+    again = {1: 1, 2: 2, 3: 3}
+    assert environment.calls - own == sum(again[parent] for parent in {s.parent for s in made} - {ROOT})
+
+
+async def test_only_the_prefix_is_paid_for_again() -> None:
+    one = lease(plan(1, 1, 1), seed=1)
+    whole, _, _ = await grown(one, deep(2))
+    assert whole[1].parent != ROOT
+    (made,), end, engine = await grown(replace(one, accepted=(whole[0],)), deep(2))
+    assert made.steps[0].cost.decoded == len(made.steps[0].action)
+    path = [part for step in whole[0].steps[: made.parent] for part in (*step.action, *step.observation)]
+    assert engine.prefixes[0] == [*whole[0].prompt, *path], "token in, token out, whoever sampled it"
+    assert end.unaccounted.tokens == 0

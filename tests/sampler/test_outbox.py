@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from services.sampler.outbox import Outbox
+from tests.sampler.fakes import plan
 from treegrpo.lease import LeaseEnd, LeaseEndReason
 from treegrpo.tree import Step, Subtree
 
@@ -26,5 +27,27 @@ def test_an_ack_confirms_the_lease_ends_that_were_sent_before_it() -> None:
     outbox.acked("b", 0, 0)
     outbox.acked("a", 0, 0)
     assert [request.lease_end.lease for request in outbox] == ["b"]
-    outbox.drop("b")
-    assert outbox.subtrees == len(outbox.leases) == 0
+    outbox.void("b")
+    assert outbox.subtrees == outbox.bytes == len(outbox.leases) == 0
+
+
+def test_it_is_full_at_what_the_leases_that_are_wanted_can_bring() -> None:
+    outbox = Outbox()
+    outbox.bound(2, plan(1, 0, 0))
+    for name in ("a", "b"):
+        assert not outbox.full
+        outbox.put_subtree(subtree(0, name))
+    assert outbox.full
+    outbox.acked("a", 0, 0)
+    outbox.acked("a", 0, 0)
+    assert not outbox.full
+
+
+def test_it_is_full_at_their_bytes_too_but_one_subtree_finds_room() -> None:
+    outbox = Outbox()
+    outbox.bound(2, plan(1, 0, 0, max_context=2))
+    assert not outbox.full
+    outbox.put_subtree(subtree(0, "a"))
+    assert outbox.bytes > 2 * 2 * 16 - 32
+    outbox.put_subtree(subtree(0, "b"))
+    assert outbox.full

@@ -22,6 +22,8 @@ class LeaseEndReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LEASE_END_REASON_BUDGET: _ClassVar[LeaseEndReason]
     LEASE_END_REASON_FAILED: _ClassVar[LeaseEndReason]
     LEASE_END_REASON_LOST: _ClassVar[LeaseEndReason]
+    LEASE_END_REASON_RETURNED: _ClassVar[LeaseEndReason]
+    LEASE_END_REASON_INTERRUPTED: _ClassVar[LeaseEndReason]
 LEASE_KIND_UNSPECIFIED: LeaseKind
 LEASE_KIND_TRAIN: LeaseKind
 LEASE_KIND_EVAL: LeaseKind
@@ -31,6 +33,8 @@ LEASE_END_REASON_STOPPED: LeaseEndReason
 LEASE_END_REASON_BUDGET: LeaseEndReason
 LEASE_END_REASON_FAILED: LeaseEndReason
 LEASE_END_REASON_LOST: LeaseEndReason
+LEASE_END_REASON_RETURNED: LeaseEndReason
+LEASE_END_REASON_INTERRUPTED: LeaseEndReason
 
 class RolloutRequest(_message.Message):
     __slots__ = ("hello", "demand", "subtree", "lease_end", "heartbeat")
@@ -149,7 +153,7 @@ class Budget(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., tool_calls: _Optional[int] = ...) -> None: ...
 
 class Lease(_message.Message):
-    __slots__ = ("id", "kind", "question", "plan", "grant", "seed", "min_version")
+    __slots__ = ("id", "kind", "question", "plan", "grant", "seed", "min_version", "accepted")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +161,7 @@ class Lease(_message.Message):
     GRANT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     MIN_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: LeaseKind
     question: Question
@@ -164,7 +169,8 @@ class Lease(_message.Message):
     grant: Budget
     seed: int
     min_version: _tree_pb2.PolicyVersion
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[LeaseKind, str]] = ..., question: _Optional[_Union[Question, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., grant: _Optional[_Union[Budget, _Mapping]] = ..., seed: _Optional[int] = ..., min_version: _Optional[_Union[_tree_pb2.PolicyVersion, _Mapping]] = ...) -> None: ...
+    accepted: _containers.RepeatedCompositeFieldContainer[_tree_pb2.Subtree]
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[LeaseKind, str]] = ..., question: _Optional[_Union[Question, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., grant: _Optional[_Union[Budget, _Mapping]] = ..., seed: _Optional[int] = ..., min_version: _Optional[_Union[_tree_pb2.PolicyVersion, _Mapping]] = ..., accepted: _Optional[_Iterable[_Union[_tree_pb2.Subtree, _Mapping]]] = ...) -> None: ...
 
 class Ack(_message.Message):
     __slots__ = ("lease", "tree", "index", "refusal")

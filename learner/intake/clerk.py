@@ -1,0 +1,86 @@
+"""The clerk: each change goes into the book at once, then into the journal and the reports."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from learner.intake import events
+from learner.intake.frames import Record
+from learner.intake.groups import OpenGroup
+from learner.intake.leases import LeaseBook
+from learner.intake.report import Reporter
+from treegrpo.codec import lease_to_pb, subtree_from_pb
+from treegrpo.lease import Lease, LeaseEnd
+from treegrpo.v1 import rollout_pb2, tree_pb2
+
+log = logging.getLogger(__name__)
+
+
+class Log(Protocol):
+    """Where events are kept; see `Journal`."""
+
+    def append(self, record: Record) -> asyncio.Future[int]: ...
+
+    def barrier(self) -> asyncio.Future[int]: ...
+
+
+class Clerk:
+    def __init__(self, book: LeaseBook, journal: Log, reporter: Reporter) -> None:
+        self._book = book
+        self._journal = journal
+        self._reporter = reporter
+        self.given = journal.barrier()
+        """Done when all positions that were given are durable."""
+
+    def grant(self, lease: Lease, draw: int, holder: str) -> rollout_pb2.Lease:
+        """The lease as it goes to its holder, with what its group has already."""
+        group = self._book.granted(lease, draw, holder, time.monotonic())
+        self._journal.append(events.granted(group))
+        return lease_to_pb(lease)
+
+    def accept(self, sent: tree_pb2.Subtree) -> asyncio.Future[int]:
+        """Take a subtree in; the future is done when it is durable. Raises ContractError if it is refused."""
+        group = self._book.find(sent.lease)
+        subtree = subtree_from_pb(sent, group.group.id if group else "")
+        if not self._book.accept(subtree):
+            self._reporter.duplicate()
+            return self._journal.barrier()
+        if group is not None:
+            self._reporter.accepted(group, subtree)
+        self._reporter.book(self._book)
+        return self._journal.append(events.accepted(sent))
+
+    def end(self, end: LeaseEnd) -> OpenGroup:
+        """A lease ends."""
+        group = self._book.ended(end)
+        self._journal.append(events.ended(end))
+        self._reporter.ended(group, end)
+        if not group.closed:
+            self._look_at(group, end.reason.value, end.error)
+        return group
+
+    def close(self, draw: int) -> None:
+        """A group closes at the staleness bound, before its lease ends."""
+        group = self._book.close(draw)
+        self._journal.append(events.closed(draw))
+        self._reporter.closed(group, "overdue")
+        self._look_at(group, "overdue", "the staleness bound was reached before its first leaf")
+
+    def give(self, draws: Sequence[int], stale: Sequence[int]) -> None:
+        """The trainer is to get ``draws`` at the next positions, and those that are ``stale`` never."""
+        left_out = self._book.taken(draws, stale)
+        self.given = self._journal.append(events.taken(draws, stale))
+        for group in left_out:
+            self._reporter.closed(group, "stale")
+            self._look_at(group, "stale", "it is older than train.max_lag allows")
+
+    def _look_at(self, group: OpenGroup, why: str, error: str) -> None:
+        """Say so when a group is given up."""
+        if group.given_up:
+            question = group.lease.question.id
+            log.warning("question %s is set aside after %d tries, the last %s: %s", question, group.tries, why, error or why)
+            self._reporter.gave_up(group, why, error)

@@ -1,0 +1,62 @@
+"""The events of the lease book as records of the journal, and back.
+
+{"event": "granted", "lease": bytes, "draw": 12, "holder": "s1/00ff…"}
+{"event": "accepted", "subtree": bytes}
+{"event": "ended", "end": bytes}
+{"event": "closed", "draw": 12}                          at the staleness bound, before its lease ended
+{"event": "taken", "draws": [9, 12], "stale": []}        given to the trainer at the next positions, in this order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from learner.intake.frames import Record
+from learner.intake.groups import OpenGroup
+from learner.intake.leases import LeaseBook
+from learner.intake.report import Reporter
+from treegrpo.codec import lease_end_from_pb, lease_end_to_pb, lease_from_pb, lease_to_pb, subtree_from_pb
+from treegrpo.lease import LeaseEnd
+from treegrpo.v1 import rollout_pb2, tree_pb2
+
+
+def granted(group: OpenGroup) -> Record:
+    """Without what it had accepted before, which the journal has."""
+    lease = lease_to_pb(replace(group.lease, accepted=()))
+    return {"event": "granted", "lease": lease.SerializeToString(), "draw": group.draw, "holder": group.holder}
+
+
+def accepted(subtree: tree_pb2.Subtree) -> Record:
+    return {"event": "accepted", "subtree": subtree.SerializeToString()}
+
+
+def ended(end: LeaseEnd) -> Record:
+    return {"event": "ended", "end": lease_end_to_pb(end).SerializeToString()}
+
+
+def closed(draw: int) -> Record:
+    return {"event": "closed", "draw": draw}
+
+
+def taken(draws: Sequence[int], stale: Sequence[int]) -> Record:
+    return {"event": "taken", "draws": list(draws), "stale": list(stale)}
+
+
+def replay(book: LeaseBook, reporter: Reporter, event: Record) -> None:
+    """Put an event of the journal through the book. Raises ContractError if it contradicts what came before."""
+    match event["event"]:
+        case "granted":
+            book.replay_grant(lease_from_pb(rollout_pb2.Lease.FromString(event["lease"])), event["draw"], event["holder"])
+        case "accepted":
+            subtree = subtree_from_pb(tree_pb2.Subtree.FromString(event["subtree"]))
+            if (group := book.replay_accepted(subtree)) is not None:
+                reporter.accepted(group, subtree)
+        case "closed":
+            reporter.closed(book.close(event["draw"]), "overdue")
+        case "taken":
+            for group in book.taken(event["draws"], event["stale"]):
+                reporter.closed(group, "stale")
+        case _:
+            end = lease_end_from_pb(rollout_pb2.LeaseEnd.FromString(event["end"]))
+            reporter.ended(book.ended(end), end)

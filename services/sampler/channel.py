@@ -1,0 +1,84 @@
+"""The sampler's connection to the learner: TLS with its own certificate, and a sentence when it does not come about."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from treegrpo import limits
+from treegrpo.access import Access
+from treegrpo.errors import UnavailableError
+from treegrpo.security import Role, host_of
+
+CONNECT_SECONDS = 10.0
+PROBE_SECONDS = 2.0
+OPTIONS = (
+    ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
+    ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+REASONS = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not from an authority in our ca.pem, or out of date",
+    "Hostname Verification": "its certificate is not a learner's",
+    "WRONG_VERSION_NUMBER": "it speaks plain text and we TLS: give it [security] too",
+}
+"""What gRPC says, and what it means."""
+CLOSED = ("Socket closed", "Connection reset", "recvmsg", "Broken pipe")
+"""What gRPC says when the learner hangs up on us in the handshake, without a reason."""
+
+
+def open_channel(address: str, access: Access) -> grpc.aio.Channel:
+    """A channel to the learner, which need not be there yet. The learner is known by its role, wherever it runs."""
+    if access.keys is None:
+        return grpc.aio.insecure_channel(address, options=OPTIONS)
+    pem = access.keys.pem
+    credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
+    name = ("grpc.ssl_target_name_override", host_of(Role.LEARNER))
+    return grpc.aio.secure_channel(address, credentials, options=(*OPTIONS, name))
+
+
+async def connect(address: str, access: Access) -> grpc.aio.Channel:
+    """A channel to a learner that answers.
+
+    Raises:
+        ConfigError: ``address`` is on another machine, and there is no TLS.
+        UnavailableError: nobody answers within CONNECT_SECONDS, or we and the learner do not trust each other.
+    """
+    access.check_reach("sampler.learner", address)
+    channel = open_channel(address, access)
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            await channel.channel_ready()
+    except TimeoutError as error:
+        why = because(await _said(channel), access)
+        await channel.close()
+        raise UnavailableError(
+            f"No learner answers at {address} (sampler.learner or learner.listen) within {CONNECT_SECONDS:.0f} s{why}; "
+            "start one with `treegrpo learner`, or set sampler.learner to where it runs."
+        ) from error
+    return channel
+
+
+def because(said: str, access: Access) -> str:
+    """The likely reason behind what gRPC says of a connection that failed, with a colon before; empty if nothing is likely."""
+    if reason := next((reason for mark, reason in REASONS.items() if mark in said), ""):
+        return f": {reason}"
+    if not any(mark in said for mark in CLOSED):
+        return ""
+    if access.keys is None:
+        return ": it hangs up on us, likely because it speaks TLS and we plain text: set security.dir"
+    return f": it hangs up on us, likely because it does not trust {access.keys.certificate}; its log says why"
+
+
+async def _said(channel: grpc.aio.Channel) -> str:
+    """What gRPC has to say about a channel that is not ready."""
+    try:
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)  # pyright: ignore[reportAttributeAccessIssue] - untyped stub
+    except grpc.aio.AioRpcError as error:
+        return error.details() or ""
+    return ""

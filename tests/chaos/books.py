@@ -1,0 +1,121 @@
+"""The run's books, kept a second time from the journal's events, without the code of the intake that keeps them.
+
+What contradicts itself here was counted twice or lost there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from learner.intake.frames import Record
+from treegrpo.budget import Budget, Cost
+from treegrpo.codec import lease_end_from_pb, lease_from_pb, subtree_cost
+from treegrpo.lease import LeaseKind
+from treegrpo.v1 import rollout_pb2, tree_pb2
+
+Totals = tuple[Budget, Budget]
+"""Spent for training and for evaluation."""
+
+
+@dataclass(slots=True)
+class Draw:
+    """A training question that was drawn, and what was accepted for it."""
+
+    leases: list[str] = field(default_factory=list[str])
+    leaves: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
+    """Leaves of each accepted subtree, by (tree, index)."""
+
+
+@dataclass(slots=True)
+class Books:
+    draws: dict[int, Draw] = field(default_factory=dict[int, Draw])
+    line: list[int] = field(default_factory=list[int])
+    """Draws in the order in which the trainer gets them: their places are the positions."""
+    stale: set[int] = field(default_factory=set[int])
+    kinds: dict[str, LeaseKind] = field(default_factory=dict[str, LeaseKind])
+    """Of every lease."""
+    open: set[str] = field(default_factory=set[str])
+    spent: dict[LeaseKind, Budget] = field(default_factory=lambda: {kind: Budget() for kind in LeaseKind})
+    history: list[Totals] = field(default_factory=list[Totals])
+    """`spent` after every event."""
+    twice: list[str] = field(default_factory=list[str])
+    """What was counted a second time, each in words."""
+    _owner: dict[str, int] = field(default_factory=dict[str, int])
+    """The draw of each training lease."""
+
+    @classmethod
+    def of(cls, events: Iterable[Record]) -> Books:
+        books = cls()
+        books._note()
+        for event in events:
+            books._enter(event)
+            books._note()
+        return books
+
+    def _note(self) -> None:
+        totals = (self.spent[LeaseKind.TRAIN], self.spent[LeaseKind.EVAL])
+        if not self.history or self.history[-1] != totals:
+            self.history.append(totals)
+
+    def _enter(self, event: Record) -> None:
+        match event["event"]:
+            case "granted":
+                self._granted(rollout_pb2.Lease.FromString(event["lease"]), event["draw"])
+            case "accepted":
+                self._accepted(tree_pb2.Subtree.FromString(event["subtree"]))
+            case "ended":
+                self._ended(rollout_pb2.LeaseEnd.FromString(event["end"]))
+            case "taken":
+                self._taken(event["draws"], event["stale"])
+            case "closed":  # at the staleness bound: it changes when a group is closed, not what is in it
+                pass
+            case unknown:
+                raise ValueError(f"the audit does not know the journal's event {unknown!r}")
+
+    def _granted(self, sent: rollout_pb2.Lease, number: int) -> None:
+        lease = lease_from_pb(sent)
+        if lease.id in self.kinds:
+            self.twice.append(f"lease {lease.id} was granted twice")
+        self.kinds[lease.id] = lease.kind
+        self.open.add(lease.id)
+        if lease.kind is LeaseKind.TRAIN:
+            draw = self.draws.setdefault(number, Draw())
+            if not sum(draw.leaves.values()):  # what has no leaf begins again from nothing
+                draw.leaves.clear()
+            draw.leases.append(lease.id)
+            self._owner[lease.id] = number
+            if number in self.line or number in self.stale:
+                self.twice.append(f"draw {number} was leased after it had been given to the trainer")
+
+    def _accepted(self, sent: tree_pb2.Subtree) -> None:
+        self._spend(self.kinds[sent.lease], subtree_cost(sent))
+        number = self._owner.get(sent.lease)
+        if number is None:
+            return
+        draw, key = self.draws[number], (sent.tree, sent.index)
+        if key in draw.leaves:
+            self.twice.append(f"subtree {key} of draw {number} was accepted twice")
+        if sent.lease != draw.leases[-1]:
+            self.twice.append(f"draw {number} got a subtree of lease {sent.lease} after another had gone on with it")
+        if number in self.line:
+            self.twice.append(f"draw {number} got a subtree after it had been given to the trainer")
+        draw.leaves[key] = len(sent.leaves)
+
+    def _ended(self, sent: rollout_pb2.LeaseEnd) -> None:
+        end = lease_end_from_pb(sent)
+        if end.lease not in self.open:
+            self.twice.append(f"lease {end.lease} ended twice, or was never granted")
+        self.open.discard(end.lease)
+        if not end.reason.silent:
+            self._spend(self.kinds[end.lease], end.unaccounted)
+
+    def _taken(self, draws: list[int], stale: list[int]) -> None:
+        for number in (*draws, *stale):
+            if number in self.line or number in self.stale:
+                self.twice.append(f"draw {number} was given to the trainer twice")
+        self.line += draws
+        self.stale |= set(stale)
+
+    def _spend(self, kind: LeaseKind, cost: Cost) -> None:
+        self.spent[kind] += Budget.of(cost)

@@ -1,0 +1,69 @@
+"""What a run has written down, read from outside: the journal's events, the progress file, checkpoints.
+
+The intake drops segments of its journal that snapshots cover. The archive links each as it appears, so that the audit
+has all events since the run began.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from learner.intake.disk import RealDisk
+from learner.intake.frames import Record
+from learner.intake.segments import SUFFIX, Segments
+
+Row = dict[str, Any]
+
+
+class _AtOnce(RealDisk):
+    """Reads a file at one moment: a segment may be written to meanwhile."""
+
+    def open(self, path: Path) -> BinaryIO:
+        return io.BytesIO(path.read_bytes())
+
+
+class Archive:
+    def __init__(self, journal: Path, folder: Path) -> None:
+        """Keep in ``folder``, on the same file system, what appears in ``journal``."""
+        self._journal = journal
+        self._folder = folder
+        folder.mkdir(parents=True)
+
+    def keep(self) -> None:
+        """Link the segments that are new."""
+        for path in self._journal.glob(f"*{SUFFIX}"):
+            kept = self._folder / path.name
+            try:
+                if not kept.exists():
+                    os.link(path, kept)
+            except FileNotFoundError:  # dropped between the two: it was linked before, or `Segments` will miss it
+                continue
+
+    def events(self) -> Iterator[Record]:
+        """All events since the run began. Raises JournalError: one is missing or damaged."""
+        self.keep()
+        yield from Segments(_AtOnce(), self._folder)
+
+
+def rows(path: Path) -> list[Row]:
+    """The whole lines of a JSONL file, none if it is not there."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def steps_written(progress: Path) -> int:
+    """Step records in the progress file, orphaned ones included."""
+    return sum(row["kind"] == "step" for row in rows(progress))
+
+
+def trained_position(checkpoints: Path) -> int:
+    """The position of the newest checkpoint, 0 if there is none."""
+    newest = max(checkpoints.glob("step-*/progress.json"), default=None)
+    return json.loads(newest.read_text())["position"] if newest else 0

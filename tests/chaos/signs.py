@@ -1,0 +1,91 @@
+"""Signs of life: what a part shows to the outside, and by which the run is known to go on.
+
+A part that is only there is not yet back: after a fault all of them have to have done something new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import aiomqtt
+import httpx
+import msgpack
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.cli.ready import learner_ready
+from tests.chaos.history import steps_written
+from tests.chaos.stage import RUN, Stage
+from treegrpo.control import Member
+from treegrpo.errors import UnavailableError
+
+PROBE_SECONDS = 2.0
+WORK = {"retriever": "treegrpo_retriever_queries_total", "sampler": "treegrpo_engine_tokens_total"}
+"""The metric that shows a part's work, by role."""
+
+
+async def scrape(address: str) -> dict[str, float]:
+    """The sums of a part's metrics by name. Raises UnavailableError."""
+    try:
+        async with httpx.AsyncClient(timeout=PROBE_SECONDS) as client:
+            text = (await client.get(f"http://{address}/metrics")).raise_for_status().text
+    except httpx.HTTPError as error:
+        raise UnavailableError(f"{address}/metrics does not answer ({type(error).__name__})") from error
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
+
+
+async def control_plane(address: str, members: set[str]) -> None:
+    """The broker knows state, weights, and all ``members`` as alive. Raises UnavailableError."""
+    missing = {"state", "weights", *(Member(name, "learner" if name == "learner" else "sampler", 0).topic for name in members)}
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(TimeoutError, aiomqtt.MqttError):
+        async with asyncio.timeout(PROBE_SECONDS), aiomqtt.Client(host, int(port), timeout=PROBE_SECONDS) as client:
+            await client.subscribe(f"treegrpo/{RUN}/#", qos=1)
+            async for message in client.messages:
+                topic = message.topic.value.removeprefix(f"treegrpo/{RUN}/")
+                alive = not topic.startswith("members/") or msgpack.unpackb(message.payload)["alive"]
+                (missing.discard if alive else missing.add)(topic)
+                if not missing:
+                    return
+    raise UnavailableError(f"the broker lacks {', '.join(sorted(missing))}")
+
+
+class Signs:
+    """Looks at all parts of a stage."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._progress: Path = stage.run_dir / "progress.jsonl"
+
+    async def work(self) -> dict[str, float]:
+        """What each part has done so far, by its own count; a part that does not answer is left out."""
+        done = {"trainer": float(steps_written(self._progress))}
+        for part in ("retriever", *self._stage.samplers):
+            name = WORK.get(part, WORK["sampler"])
+            with contextlib.suppress(UnavailableError):
+                done[part] = (await scrape(self._stage.metrics[part])).get(name, 0.0)
+        return done
+
+    async def ready(self) -> None:
+        """Every part answers its health check, and all samplers have a stream. Raises UnavailableError."""
+        stage = self._stage
+        await learner_ready(stage.address("intake"))
+        for part in ("retriever", "trainer"):
+            await scrape(stage.metrics[part])
+        streams = (await scrape(stage.metrics["intake"]))["treegrpo_samplers_connected"]
+        if streams != len(stage.samplers):
+            raise UnavailableError(f"the intake has {streams:.0f} streams of {len(stage.samplers)}")
+        await control_plane(stage.address("broker"), {*stage.samplers, "learner"})
+
+    async def resumed(self, mark: dict[str, float]) -> None:
+        """Everybody has worked since ``mark``, and is ready. Raises UnavailableError."""
+        await self.ready()
+        now = await self.work()
+        idle = [part for part in (*mark, *now) if not now.get(part) or now[part] == mark.get(part)]
+        if idle:
+            raise UnavailableError(f"no work yet of {', '.join(sorted(set(idle)))}")

@@ -1,0 +1,116 @@
+"""The run that is disturbed: GeoHop with its parts as processes, every connection between them through a proxy of its own.
+
+sampler-0..n ──► intake (gRPC), retriever (HTTP), broker (MQTT)
+intake ──► broker                        trainer ──► intake over a Unix socket, which has no proxy
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.cli.process import Program
+from tests.chaos.proxy import Proxy
+
+GEOHOP = Path(__file__).parents[2] / "examples" / "geohop" / "geohop.toml"
+RUN = "chaos"
+SERVICES = ("broker", "retriever", "intake")
+PORTS = range(20000, 32000)
+"""Below those that systems give to outgoing connections: a part that starts again finds its port free."""
+
+
+@dataclass(slots=True)
+class Stage:
+    """Who is there, where everybody listens, and what each is told."""
+
+    run_dir: Path
+    seed: int
+    samplers: list[str]
+    steps: int
+    """Of the configuration; raised for the end of the run."""
+    batch: int
+    questions: int
+    ports: dict[str, int] = field(default_factory=dict[str, int])
+    proxies: dict[tuple[str, str], Proxy] = field(default_factory=dict[tuple[str, str], Proxy])
+    """By (client, service)."""
+
+    def __post_init__(self) -> None:
+        names = [*SERVICES, *self.samplers, "metrics"]
+        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
+        clients = [*((name, service) for name in self.samplers for service in SERVICES), ("intake", "broker")]
+        self.proxies = {link: Proxy(self.address(link[1]), self.seed + n) for n, link in enumerate(clients)}
+
+    @property
+    def parts(self) -> list[str]:
+        """In the order in which they are started."""
+        return ["broker", "retriever", "intake", "trainer", *self.samplers]
+
+    def address(self, name: str) -> str:
+        """Where a service listens; of a sampler and of the learner's metrics: where its metrics are."""
+        return f"127.0.0.1:{self.ports[name]}"
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Part → where its /metrics is."""
+        learner = self.ports["metrics"]
+        return {
+            "retriever": self.address("retriever"),
+            "intake": f"127.0.0.1:{learner}",
+            "trainer": f"127.0.0.1:{learner + 1}",
+            **{name: self.address(name) for name in self.samplers},
+        }
+
+    def program(self, part: str) -> Program:
+        module = {"broker": "services.cli.broker", "retriever": "services.retriever"}.get(part, f"learner.{part}")
+        return Program(part, "services.sampler" if part in self.samplers else module)
+
+    def arguments(self, part: str) -> list[str]:
+        """The configuration as ``part`` is told it."""
+        keys = {
+            "run.name": RUN,
+            "run.dir": str(self.run_dir),
+            "run.seed": str(self.seed),
+            "run.resume": "true",
+            "train.steps": str(self.steps),
+            "train.batch": str(self.batch),
+            "train.warmup_ratio": "0",  # of a number of steps that is not known yet
+            "train.checkpoint_every": "3",
+            "eval.every": "0",
+            "eval.questions": str(self.questions),
+            "learner.listen": self.address("intake"),
+            "learner.metrics": self.address("metrics"),
+            "retriever.listen": self.address("retriever"),
+            "broker.address": self._reached("broker", part),
+        }
+        if part in self.samplers:
+            keys |= {
+                "sampler.id": part,
+                "sampler.metrics": self.address(part),
+                "sampler.learner": self._reached("intake", part),
+                "retriever.url": f"http://{self._reached('retriever', part)}",
+            }
+        return [str(GEOHOP), *(word for key, value in keys.items() for word in (f"--{key}", value))]
+
+    def _reached(self, service: str, client: str) -> str:
+        """Where ``client`` finds ``service``."""
+        proxy = self.proxies.get((client, service))
+        return proxy.address if proxy else self.address(service)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on; the one after the last is free too."""
+    chance = random.Random(os.getpid())
+    while True:
+        first = chance.choice(PORTS)
+        ports = list(range(first, first + count))
+        with ExitStack() as stack:
+            try:
+                for port in (*ports, first + count):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+        return ports

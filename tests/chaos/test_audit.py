@@ -1,0 +1,188 @@
+"""The audit finds what it is there to find: each test spoils one thing of a run that is in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from learner.intake import events
+from learner.intake.frames import Record, encode, frame
+from learner.intake.leases import LeaseBook
+from learner.intake.segments import FORMAT, path_of
+from tests.chaos.audit import Audit, audit
+from tests.chaos.history import Archive, Row
+from tests.intake.builders import book, chain, complete, grant
+from treegrpo.codec import lease_end_from_pb, subtree_to_pb
+from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.v1 import rollout_pb2
+
+BATCH = 2
+
+
+class Run:
+    """A run of ``steps`` steps of two groups, made by a real lease book; what it wrote down is there to be spoiled."""
+
+    def __init__(self, steps: int = 2) -> None:
+        self.book: LeaseBook = book(batch=BATCH, total=steps * BATCH + 1)  # and room for another lease
+        self.journal: list[Record] = []
+        self.lines: list[Row] = []
+        self.aside: list[Row] = []
+        self.position = 0
+        for step in range(1, steps + 1):
+            draws = [self.roll_out() for _ in range(BATCH)]
+            self.book.taken(draws, [])
+            self.journal.append(events.taken(draws, []))
+            self.train(step, draws)
+
+    def roll_out(self) -> int:
+        lease = grant(self.book)
+        group = self.book.open[lease]
+        self.journal.append(events.granted(group))
+        for tree in range(2):
+            self.book.accept(chain(lease, tree))
+            self.journal.append(events.accepted(subtree_to_pb(chain(lease, tree))))
+        self.end(complete(lease))
+        return group.draw
+
+    def end(self, end: LeaseEnd) -> None:
+        self.book.ended(end)
+        self.journal.append(events.ended(end))
+
+    def train(self, step: int, draws: list[int]) -> None:
+        self.position += len(draws)
+        self.book.groups.trained(self.position)
+        row = {"step": step, "version": f"0.{step}", "position": self.position, "groups": len(draws), "groups_refused": 0}
+        names = {"group_ids": [f"{draw:07d}" for draw in draws], "leaves": 2 * len(draws)}
+        self.lines.append({"kind": "step", **row, **names, "ledger": self.book.ledger.summary()})
+
+    def audit(self, folder: Path, *, ended: bool = True) -> Audit:
+        journal, checkpoint = folder / "journal", folder / "checkpoints" / "step-000002"
+        for made in (journal, checkpoint):
+            made.mkdir(parents=True)
+        header = encode({"format": FORMAT, "segment": 1, "after": 0})
+        path_of(journal, 1).write_bytes(frame([header]) + frame([encode(event) for event in self.journal]))
+        (checkpoint / "progress.json").write_text(json.dumps({"position": self.position}))
+        for name, rows in (("progress.jsonl", self.lines), ("set_aside.jsonl", self.aside)):
+            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return audit(folder, Archive(journal, folder / "archive"), ended=ended)
+
+
+def test_a_run_in_order_is_clean(tmp_path: Path) -> None:
+    found = Run().audit(tmp_path)
+    assert found.clean
+    assert (found.trained, found.accounted.total(), found.unreported, found.step) == (4, 0, 0, 2)
+
+
+def drop_a_group(run: Run) -> None:
+    run.lines[1]["group_ids"] = run.lines[1]["group_ids"][:1]
+
+
+def drop_leaves(run: Run) -> None:
+    run.lines[0]["leaves"] -= 1
+
+
+def skip_positions(run: Run) -> None:
+    run.lines[1]["position"] += BATCH
+
+
+def forget_a_draw(run: Run) -> None:
+    lease = grant(run.book)
+    run.journal.append(events.granted(run.book.open[lease]))
+    run.end(LeaseEnd(lease, LeaseEndReason.LOST))
+
+
+def leave_a_lease_open(run: Run) -> None:
+    run.journal.append(events.granted(run.book.open[grant(run.book)]))
+
+
+def train_beyond_the_journal(run: Run) -> None:
+    run.position += 1
+
+
+LOSSES = [drop_a_group, drop_leaves, skip_positions, forget_a_draw, leave_a_lease_open, train_beyond_the_journal]
+
+
+@pytest.mark.parametrize("spoil", LOSSES, ids=lambda spoil: spoil.__name__)
+def test_what_is_lost_is_found(tmp_path: Path, spoil: Callable[[Run], None]) -> None:
+    run = Run()
+    spoil(run)
+    assert run.audit(tmp_path).lost
+
+
+def train_a_group_again(run: Run) -> None:
+    run.lines[1]["group_ids"][0] = run.lines[0]["group_ids"][0]
+
+
+def begin_too_early(run: Run) -> None:
+    run.lines[1]["position"] -= 1
+
+
+def accept_twice(run: Run) -> None:
+    run.journal.insert(2, run.journal[1])
+
+
+def end_twice(run: Run) -> None:
+    ends = [event for event in run.journal if event["event"] == "ended"]
+    assert lease_end_from_pb(rollout_pb2.LeaseEnd.FromString(ends[0]["end"])).reason is LeaseEndReason.COMPLETE
+    run.journal.append(ends[0])
+
+
+def give_twice(run: Run) -> None:
+    run.journal.append(next(event for event in run.journal if event["event"] == "taken"))
+
+
+@pytest.mark.parametrize(
+    "spoil", [train_a_group_again, begin_too_early, accept_twice, end_twice, give_twice], ids=lambda spoil: spoil.__name__
+)
+def test_what_is_counted_twice_is_found(tmp_path: Path, spoil: Callable[[Run], None]) -> None:
+    run = Run()
+    spoil(run)
+    assert run.audit(tmp_path).duplicated
+
+
+@pytest.mark.parametrize("account", ["granted", "spent", "refunded", "forfeited", "outstanding"])
+@pytest.mark.parametrize("currency", ["tokens", "tool_calls"])
+def test_a_ledger_that_is_out_by_one_is_found(tmp_path: Path, account: str, currency: str) -> None:
+    run = Run()
+    run.lines[1]["ledger"]["train"][currency][account] += 1
+    assert run.audit(tmp_path).unbalanced
+
+
+def test_a_ledger_that_balances_but_is_not_the_journals_is_found(tmp_path: Path) -> None:
+    run = Run()
+    for account in ("granted", "spent"):
+        run.lines[1]["ledger"]["train"]["tokens"][account] += 1
+    (found,) = run.audit(tmp_path).unbalanced
+    assert "the journal never led to its totals" in found
+
+
+def test_a_draw_that_was_set_aside_is_accounted_for(tmp_path: Path) -> None:
+    run = Run()
+    forget_a_draw(run)
+    run.aside.append({"draw": 4, "why": "lost"})
+    found = run.audit(tmp_path)
+    assert found.clean
+    assert found.accounted == {"lost": 1, "refused by the trainer": 0}
+
+
+def test_a_step_whose_record_is_missing_is_no_loss(tmp_path: Path) -> None:
+    run = Run(steps=3)
+    del run.lines[1]
+    found = run.audit(tmp_path)
+    assert found.clean
+    assert (found.trained, found.unreported) == (6, 1)
+
+
+def test_a_step_that_a_restart_has_orphaned_does_not_count(tmp_path: Path) -> None:
+    run = Run()
+    run.lines.append({**run.lines[1], "version": "1.2"})
+    assert run.audit(tmp_path).clean
+
+
+def test_while_a_run_goes_on_groups_may_be_on_their_way(tmp_path: Path) -> None:
+    run = Run()
+    leave_a_lease_open(run)
+    assert run.audit(tmp_path, ended=False).clean

@@ -1,0 +1,93 @@
+"""The intake's door for samplers in this process: real gRPC, a real journal, a clock that runs faster."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from learner.intake import batches, presence
+from learner.intake.desk import Desk
+from learner.intake.disk import RealDisk
+from learner.intake.doors import Admission, Watch
+from learner.intake.journal import Journal
+from learner.intake.leases import LeaseBook
+from learner.intake.recovery import recover
+from learner.intake.report import Reporter
+from learner.intake.rollout import RolloutServer
+from learner.intake.snapshot import Snapshots
+from learner.intake.weights import WeightsServer
+from tests.intake.builders import PLAN, VERSION, question
+from treegrpo.access import Access
+from treegrpo.config import SecurityConfig
+from treegrpo.control import ControlPlane, Member
+from treegrpo.security import Role
+from treegrpo.telemetry import IntakeMetrics
+from treegrpo.tree import PolicyVersion
+from treegrpo.v1 import rollout_pb2_grpc
+
+
+@dataclass
+class Doorstep:
+    desk: Desk
+    control: ControlPlane
+    metrics: IntakeMetrics
+    address: str
+
+    def sample(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"treegrpo_{name}", labels) or 0.0
+
+    def publish(self, step: int, position: int) -> None:
+        """The trainer has made a version of the groups before ``position``."""
+        self.desk.book.version = PolicyVersion(1, step)
+        self.desk.book.groups.trained(position)
+        self.desk.grant()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what nobody announces; the test's time limit ends it."""
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def doorstep(book: LeaseBook, folder: Path) -> AsyncGenerator[Doorstep]:
+    """Serve ``book`` after what the journal in ``folder`` has, at policy step 0."""
+    metrics, disk = IntakeMetrics(), RealDisk()
+    reporter = Reporter(metrics, folder / "progress.jsonl", window=4)
+    recovered = recover(disk, folder / "journal", Snapshots(disk, folder / "snapshots"), book, reporter)
+    control = ControlPlane("127.0.0.1:1", "test", Member("learner", "learner", 1), Access.of(SecurityConfig(), Role.LEARNER))
+    book.version = VERSION
+    with Journal.open(disk, folder / "journal", recovered.end) as journal:
+        weights = WeightsServer(metrics)
+        desk = Desk(
+            *(book, journal, control, weights, reporter),
+            run="test",
+            plan=PLAN,
+            heldout=[question(90)],
+            checkpointed=lambda: None,
+        )
+        server = grpc.aio.server()
+        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(Watch(metrics))), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with asyncio.TaskGroup() as tasks:
+            working = [tasks.create_task(journal.write_forever()), tasks.create_task(desk.follow())]
+            try:
+                yield Doorstep(desk, control, metrics, f"127.0.0.1:{port}")
+            finally:
+                await server.stop(grace=None)
+                for task in working:
+                    task.cancel()
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch, silence: float = 0.4) -> None:
+    """Let silence be short."""
+    monkeypatch.setattr(presence, "SILENCE_SECONDS", silence)
+    monkeypatch.setattr(presence, "HUSHED_SECONDS", silence / 4)
+    monkeypatch.setattr(presence, "TICK_SECONDS", silence / 20)
+    monkeypatch.setattr(batches, "PATIENCE_SECONDS", silence)

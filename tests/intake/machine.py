@@ -1,0 +1,185 @@
+"""An intake without network on a disk in memory, and a trainer that only counts; both can be stopped at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from learner.intake.batches import Batches
+from learner.intake.clerk import Clerk
+from learner.intake.compaction import Compaction
+from learner.intake.frames import Record
+from learner.intake.groups import OpenGroup
+from learner.intake.journal import Journal
+from learner.intake.leases import LeaseBook
+from learner.intake.recovery import recover
+from learner.intake.report import Reporter
+from learner.intake.snapshot import Capture, Snapshots
+from tests.intake.builders import book, chain, question
+from tests.intake.disks import MemoryDisk
+from treegrpo.codec import subtree_to_pb
+from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.telemetry import IntakeMetrics
+from treegrpo.tree import PolicyVersion, Subtree, VersionSpan
+
+JOURNAL, SNAPSHOTS = Path("/run/journal"), Path("/run/snapshots")
+BATCH = 2
+
+
+class History:
+    """What happened, event by event, over all lives of an intake."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Any]] = []
+        """After each event; the first is the state before any."""
+        self.line: list[Any] = []
+        """Groups by position."""
+        self.acked = 0
+        """Events that were acknowledged."""
+        self.checkpoints = [0]
+        """The trainer's, by position."""
+
+    def copy(self) -> History:
+        other = History()
+        other.states, other.line, other.acked = list(self.states), list(self.line), self.acked
+        other.checkpoints = list(self.checkpoints)
+        return other
+
+
+class Machine:
+    """One life of an intake. Nothing runs by itself: `commit` and `compact` write.
+
+    It begins with the check that what it found is a prefix of what happened, with all that was acknowledged, and joins up
+    with either of the trainer's last two checkpoints.
+    """
+
+    def __init__(self, disk: MemoryDisk, history: History) -> None:
+        self.disk, self.history = disk, history
+        self.snapshots = Snapshots(disk, SNAPSHOTS)
+        self.book, self.reporter = book(batch=BATCH, questions=6), Reporter(IntakeMetrics(), Path("/dev/null"), window=BATCH)
+        self.recovered = recover(disk, JOURNAL, self.snapshots, self.book, self.reporter)
+        disk.make_folder(JOURNAL)
+        self.journal = Journal(disk, JOURNAL, self.recovered.end, retry=())
+        self.compaction = Compaction(disk, JOURNAL, self.journal, self.snapshots, lambda: Capture(self.book, self.reporter))
+        self.clerk = Clerk(self.book, self.journal, self.reporter)
+        self.batches = Batches(self.book, self.clerk, lambda _: None)
+        if not history.states:
+            history.states.append(described(self.book))
+        found = described(self.book)
+        kept = next((i for i, state in enumerate(history.states) if state == found), -1)
+        assert kept >= history.acked, "lost what was acknowledged, or made something up"
+        for position in history.checkpoints[-2:]:
+            groups = [group_described(group) for group in self.book.groups.take(position, 1000)]
+            assert groups == history.line[position : self.book.groups.line_end], "does not join up with a checkpoint"
+        del history.states[kept + 1 :]
+        del history.line[self.book.groups.line_end :]
+        self.publish(history.checkpoints[-1] // BATCH)
+        kept, append = len(history.states) - 1, self.journal.append
+        self._waiting: list[asyncio.Future[int]] = []
+
+        def watched(record: Record) -> asyncio.Future[int]:
+            history.states.append(described(self.book))
+            for group in self.book.groups.take(len(history.line), 1000):
+                history.line.append(group_described(group))
+            self._waiting.append(append(record))
+            return self._waiting[-1]
+
+        self.journal.append = watched
+        self._kept = kept
+        self.commit()
+
+    # ---- what writes
+
+    def commit(self) -> None:
+        while self.journal.busy:
+            self.journal.settle(self.journal.commit())
+            self.history.acked = max(self.history.acked, self._kept + sum(future.done() for future in self._waiting))
+
+    def compact(self) -> None:
+        state, cut = Capture(self.book, self.reporter), self.journal.cut()
+        self.commit()
+        self.compaction.compact(cut.result(), state)
+
+    # ---- what happens
+
+    def publish(self, step: int) -> None:
+        self.book.version = PolicyVersion(1, step)
+        self.book.groups.trained(step * BATCH)
+
+    def grant(self, holder: str = "s/1") -> None:
+        if (work := self.book.next_lease()) is not None:
+            self.clerk.grant(*work, holder)
+
+    def _open(self, pick: int) -> OpenGroup | None:
+        groups = [group for group in self.book.open.values() if not group.closed]
+        return groups[pick % len(groups)] if groups else None
+
+    def subtree(self, pick: int = 0) -> None:
+        """The next chain of an open group."""
+        if (group := self._open(pick)) is not None:
+            trees = [tree for tree in range(group.lease.plan.trees) if tree not in group.group.trees]
+            if trees:
+                version = max(PolicyVersion(1, self.step), group.lease.min_version)
+                self.clerk.accept(subtree_to_pb(sampled(chain(group.lease.id, tree=trees[0]), version)))
+
+    def end(self, pick: int = 0, reason: LeaseEndReason = LeaseEndReason.COMPLETE) -> None:
+        if (group := self._open(pick)) is not None:
+            self.clerk.end(LeaseEnd(group.lease.id, reason))
+
+    def evaluate(self) -> None:
+        assert self.book.version is not None
+        self.book.evaluate(self.book.version, [question(100), question(101)])
+
+    def fall_back(self) -> None:
+        """The trainer's newest checkpoint turns out to be damaged; it goes on from the one before."""
+        if len(self.history.checkpoints) > 1:
+            self.history.checkpoints.pop()
+            self.publish(self.history.checkpoints[-1] // BATCH)
+
+    @property
+    def step(self) -> int:
+        return self.book.version.step if self.book.version else 0
+
+    def train(self) -> None:
+        """Take a batch if there is one, train it, write a checkpoint, and say so."""
+        position = self.step * BATCH
+        taken = self.batches.batch(position, BATCH)
+        self.commit()
+        if len(taken) == BATCH:
+            self.publish(self.step + 1)
+            self.history.checkpoints.append(position + BATCH)
+            self.grant()
+            self.commit()
+            self.book.groups.covered(position + BATCH)
+            self.compact()
+
+
+def described(book: LeaseBook) -> dict[str, Any]:
+    """All that a restart must keep, besides how far back groups are kept."""
+    state = book.state()
+    del state["groups"]
+    state["line_end"] = book.groups.line_end
+    state["ready"] = [group_described(group) for group in book.groups.ready]
+    state["open"] = [group_described(group) for group in book.open.values()]
+    state["unfinished"] = [group_described(group) for _, group in sorted(book.unfinished.items())]
+    return state
+
+
+def group_described(group: OpenGroup) -> tuple[Any, ...]:
+    subtrees = [(subtree.key, subtree.cost, str(subtree.steps[0].spans)) for subtree in group.subtrees]
+    return group.lease.id, group.group.id, group.state(), subtrees
+
+
+def sampled(subtree: Subtree, version: PolicyVersion) -> Subtree:
+    """``subtree`` as this version would have sampled it."""
+    steps = [replace(step, spans=(VersionSpan(version, 0, len(step.action)),)) for step in subtree.steps]
+    return replace(subtree, steps=tuple(steps))
+
+
+def play(machine: Machine, script: Sequence[Sequence[Any]]) -> None:
+    """Let things happen: each is the name of a method and its arguments."""
+    for name, *arguments in script:
+        getattr(machine, name)(*arguments)

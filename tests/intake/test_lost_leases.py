@@ -1,0 +1,270 @@
+"""Samplers that die, hang, are cut off or come back too late: nothing is lost, nothing is counted twice. Over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+
+from learner.intake import desk as desk_module
+from tests.intake.builders import PLAN, book, complete
+from tests.intake.doorstep import Doorstep, doorstep, hurry
+from tests.intake.harness import Sampler
+from treegrpo.budget import Budget
+from treegrpo.codec import lease_end_to_pb
+from treegrpo.control import Member
+from treegrpo.lease import LeaseEnd, LeaseEndReason, LeaseKind
+from treegrpo.tree import PolicyVersion
+from treegrpo.v1 import rollout_pb2 as pb
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    hurry(monkeypatch)
+
+
+async def beat(sampler: Sampler) -> None:
+    while True:
+        await sampler.say(heartbeat=pb.Heartbeat())
+        await asyncio.sleep(0.05)
+
+
+def balanced(door: Doorstep) -> bool:
+    return all(door.desk.book.ledger.imbalance(kind) == Budget() for kind in LeaseKind)
+
+
+async def test_a_sampler_that_hangs_loses_its_lease_to_another_who_goes_on(tmp_path: Path) -> None:
+    """Its connection stays open all the while, and it comes back."""
+    async with doorstep(book(total=1), tmp_path) as door, Sampler.join(door.address, name="hangs") as hung:
+        await hung.want(1)
+        lost = await hung.hear("lease")
+        await hung.send_chain(lost.id)
+        await hung.hear("ack")
+        async with Sampler.join(door.address, name="goes-on") as other:
+            beating = asyncio.create_task(beat(other))
+            await other.want(1)
+            again = await other.hear("lease")
+            assert (again.question, again.seed) == (lost.question, lost.seed)
+            assert again.id != lost.id
+            assert [(s.lease, s.tree, s.index) for s in again.accepted] == [(lost.id, 0, 0)]
+            assert again.grant.tokens == PLAN.allowance(PLAN.leaves - 1).tokens
+            with pytest.raises(grpc.aio.AioRpcError, match="Nothing came for"):
+                await hung.hear("lease")
+            async with Sampler.join(door.address, name="hangs", leases=(lost.id,)) as back:
+                assert list((await back.hear("welcome")).void_leases) == [lost.id]
+                await back.send_chain(lost.id, tree=1)
+                assert (await back.hear("ack")).refusal == f"Lease {lost.id} is not open; its work is no longer wanted."
+            await other.send_chain(again.id, tree=1)
+            await other.hear("ack")
+            await other.say(lease_end=lease_end_to_pb(complete(again.id)))
+            await door.until(lambda: door.desk.book.groups.closed == 1)
+            beating.cancel()
+        (group,) = door.desk.book.groups.ready
+        assert [(s.lease, s.tree) for s in group.subtrees] == [(lost.id, 0), (again.id, 1)]
+        assert door.sample("budget_spent_total", kind="train", currency="tokens") == 2 * 28
+        assert door.sample("leases_ended_total", kind="train", reason="lost") == 1
+        assert door.sample("rollout_leaves_dropped_total", reason="lease") == 1
+        assert balanced(door)
+
+
+async def test_what_a_late_sampler_has_is_taken_while_nobody_else_goes_on(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door:
+        async with Sampler.join(door.address) as first:
+            await first.want(1)
+            lost = await first.hear("lease")
+            await first.send_chain(lost.id)
+            await first.hear("ack")
+        await door.until(lambda: lost.id not in door.desk.book.open)
+        async with Sampler.join(door.address, leases=(lost.id,)) as back:
+            assert list((await back.hear("welcome")).void_leases) == [lost.id]
+            for _ in range(2):
+                await back.send_chain(lost.id, tree=1)
+                assert not (await back.hear("ack")).refusal
+            assert door.sample("subtrees_duplicate_total") == 1
+            await back.want(1)
+            assert [(s.lease, s.tree) for s in (await back.hear("lease")).accepted] == [(lost.id, 0), (lost.id, 1)]
+        assert balanced(door)
+
+
+async def test_a_sampler_that_was_cut_off_keeps_its_lease_if_it_is_back_in_time(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door:
+        async with Sampler.join(door.address) as cut_off:
+            await cut_off.want(1)
+            lease = await cut_off.hear("lease")
+        async with Sampler.join(door.address, leases=(lease.id,)) as back:
+            assert not (await back.hear("welcome")).void_leases
+            await back.roll_out(lease.id)
+            await door.until(lambda: door.desk.book.groups.closed == 1)
+
+
+async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry(monkeypatch, silence=20.0)
+    monkeypatch.setattr("learner.intake.presence.HUSHED_SECONDS", 0.2)
+    async with doorstep(book(), tmp_path) as door, AsyncExitStack() as stack:
+        talks, hushed = [await stack.enter_async_context(Sampler.join(door.address, name=name)) for name in ("talks", "hushed")]
+        beating = asyncio.create_task(beat(talks))
+        for sampler in (talks, hushed):
+            await sampler.want(1)
+            await sampler.hear("lease")
+        await door.until(lambda: _silence(door, "hushed") > 0.2)
+        door.control.members = {name: Member(name, "sampler", 1, alive=False) for name in ("talks", "hushed")}
+        door.desk.presence.heed(door.control.members.values())
+        assert list(door.desk.peers) == ["talks"]
+        assert [group.holder for group in door.desk.book.open.values()] == [f"talks/{1:016x}"]
+        beating.cancel()
+
+
+def _silence(door: Doorstep, name: str) -> float:
+    return time.monotonic() - door.desk.peers[name].heard
+
+
+async def test_while_the_intake_stands_still_nobody_is_silent(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+        await sampler.want(1)
+        lease = await sampler.hear("lease")
+        _stand_still(1.0)
+        for _ in range(20):  # whoever looks for silence does so now
+            await asyncio.sleep(0)
+        beating = asyncio.create_task(beat(sampler))
+        await sampler.roll_out(lease.id)
+        await door.until(lambda: door.desk.book.groups.closed == 1)
+        assert door.sample("leases_ended_total", kind="train", reason="lost") == 0
+        beating.cancel()
+
+
+def _stand_still(seconds: float) -> None:
+    """As a stopped process does, gRPC's threads apart."""
+    time.sleep(seconds)
+
+
+async def test_a_sampler_that_drains_gives_its_group_to_another(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as drains:
+        await drains.want(1)
+        lease = await drains.hear("lease")
+        await drains.send_chain(lease.id)
+        await drains.hear("ack")
+        await drains.want(0)
+        end = LeaseEnd(lease.id, LeaseEndReason.STOPPED, forgone=4)
+        await drains.say(lease_end=lease_end_to_pb(end))
+        async with Sampler.join(door.address, name="other") as other:
+            await other.want(1)
+            assert len((await other.hear("lease")).accepted) == 1
+        assert door.sample("leases_ended_total", kind="train", reason="returned") == 1
+        assert door.sample("budget_forfeited_total", kind="train", currency="tokens") == 0
+
+
+async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path) -> None:
+    async with doorstep(book(total=1), tmp_path) as door, Sampler.join(door.address) as sampler:
+        await sampler.want(1)
+        asked: list[str] = []
+        for _ in range(3):
+            lease = await sampler.hear("lease")
+            asked.append(lease.question.id)
+            await sampler.fail(lease.id, "KeyError: 'title'")
+        assert len(set(asked)) == 1
+        lease = await sampler.hear("lease")
+        assert lease.question.id != asked[0], "the run needs another one in its place"
+        await sampler.roll_out(lease.id)
+        await door.until(lambda: door.desk.book.groups.closed == 1)
+        assert door.sample("groups_set_aside_total", kind="train", reason="failed") == 1
+        (row,) = [json.loads(line) for line in (tmp_path / "set_aside.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert row == {
+            "draw": 0, "question": asked[0], "tries": 3, "leaves": 0, "why": "failed", "error": "KeyError: 'title'"
+        }  # fmt: skip
+        assert balanced(door)
+
+
+async def test_after_a_restart_a_sampler_that_does_not_come_back_has_lost_its_lease_without_blame(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address, name="gone") as gone:
+        await gone.want(1)
+        lease = await gone.hear("lease")
+        await gone.send_chain(lease.id)
+        await gone.hear("ack")
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address, name="other") as other:
+        beating = asyncio.create_task(beat(other))
+        await door.until(lambda: lease.id not in door.desk.book.open)
+        await other.want(1)
+        again = await other.hear("lease")
+        assert [s.lease for s in again.accepted] == [lease.id]
+        assert door.desk.book.open[again.id].tries == 0
+        assert door.sample("leases_ended_total", kind="train", reason="interrupted") == 1
+        assert balanced(door)
+        beating.cancel()
+
+
+async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told to stop, trains on what it has when it does not answer, and its cost is known in the end all the same."""
+    monkeypatch.setattr(desk_module, "LONG_POLL_SECONDS", 2.0)
+    async with doorstep(book(batch=1, max_lag=1), tmp_path) as door, Sampler.join(door.address) as sampler:
+        beating = asyncio.create_task(beat(sampler))
+        await sampler.want(9)
+        slow, fast = [await sampler.hear("lease") for _ in range(2)]
+        await sampler.send_chain(slow.id)
+        await sampler.hear("ack")
+        await sampler.roll_out(fast.id)
+        assert len((await door.desk.take(0, 1)).groups) == 1
+        door.publish(1, 1)
+        third = await sampler.hear("lease")
+        assert PolicyVersion(1, 1) == PolicyVersion(third.min_version.lineage, third.min_version.step)
+        await sampler.roll_out(third.id)
+        assert (await sampler.hear("stop_expanding")).lease == slow.id
+        assert len((await door.desk.take(1, 1)).groups) == 1
+        assert [group.draw for group in door.desk.book.groups.take(0, 9)] == [1, 0]
+        assert door.sample("groups_closed_total", kind="train", reason="overdue") == 1
+        assert door.sample("rollout_forgone_expansions_total", kind="train") == 3 * (PLAN.leaves - PLAN.trees)
+        await sampler.send_chain(slow.id, tree=1)
+        assert "reached the staleness bound" in (await sampler.hear("ack")).refusal
+        assert door.sample("rollout_leaves_dropped_total", reason="overdue") == 1
+        end = replace(complete(slow.id), reason=LeaseEndReason.STOPPED)
+        await sampler.say(lease_end=lease_end_to_pb(end))
+        await door.until(lambda: slow.id not in door.desk.book.open)
+        assert door.sample("budget_spent_total", kind="train", currency="tokens") == 4 * 28, "what came too late was computed"
+        assert balanced(door)
+        beating.cancel()
+
+
+async def test_a_trainer_that_is_slow_makes_nobody_grow(tmp_path: Path) -> None:
+    """Eight samplers that want 20 leases each, a trainer that takes nothing: what is on its way stays within the bound."""
+    made = book(questions=50, batch=3, max_lag=1, total=300)
+    async with doorstep(made, tmp_path) as door, AsyncExitStack() as stack:
+        samplers = [await stack.enter_async_context(Sampler.join(door.address, name=f"s{n}")) for n in range(8)]
+        most = 0
+
+        async def work(sampler: Sampler) -> None:
+            nonlocal most
+            await sampler.want(20)
+            while True:
+                lease = await sampler.hear("lease")
+                most = max(most, made.out(LeaseKind.TRAIN) + made.groups.waiting)
+                await sampler.roll_out(lease.id)
+
+        working = [asyncio.create_task(task(sampler)) for sampler in samplers for task in (beat, work)]
+        for step in range(3):
+            await door.until(lambda: len(made.groups.ready) == made.most)
+            assert (most, made.out(LeaseKind.TRAIN), made.next_lease()) == (6, 0, None)
+            assert all(peer.outbox.qsize() == 0 for peer in door.desk.peers.values())
+            assert len((await door.desk.take(3 * step, 3)).groups) == 3
+            door.publish(step + 1, 3 * step + 3)
+        for task in working:
+            task.cancel()
+
+
+async def test_a_sampler_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+        await sampler.hear("welcome")
+        peer = door.desk.peers["s1"]
+        for number in range(peer.room):
+            peer.outbox.put_nowait(pb.RolloutResponse(ack=pb.Ack(lease="a", tree=0, index=number)))
+        peer.send(pb.RolloutResponse(drain=pb.Drain()))
+        with pytest.raises(grpc.aio.AioRpcError, match="messages unread"):
+            await sampler.hear("drain")

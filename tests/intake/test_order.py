@@ -1,0 +1,210 @@
+"""Which groups train when: none beyond the staleness bound, none twice, none forgotten, whatever happens to its leases."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.intake import batches
+from learner.intake.batches import Batches
+from learner.intake.clerk import Clerk
+from learner.intake.events import replay
+from learner.intake.groups import OpenGroup
+from learner.intake.leases import LeaseBook
+from learner.intake.order import pressing
+from learner.intake.report import Reporter
+from tests.intake.builders import PLAN, book, chain, complete
+from treegrpo.budget import Budget
+from treegrpo.codec import subtree_to_pb
+from treegrpo.errors import TreeError
+from treegrpo.lease import LeaseEnd, LeaseEndReason, LeaseKind
+from treegrpo.telemetry import IntakeMetrics
+from treegrpo.tree import PolicyVersion
+
+SLOTS = [(tree, index) for index in range(PLAN.branches) for tree in range(PLAN.trees)]
+FAULTS = [LeaseEndReason.LOST, LeaseEndReason.FAILED, LeaseEndReason.RETURNED, LeaseEndReason.INTERRUPTED]
+
+
+class Lines:
+    """A journal in memory, durable at once."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def append(self, record: dict[str, Any]) -> asyncio.Future[int]:
+        self.records.append(record)
+        return self.barrier()
+
+    def barrier(self) -> asyncio.Future[int]:
+        return asyncio.Future(loop=_LOOP)
+
+
+_LOOP = asyncio.new_event_loop()
+
+
+@dataclass
+class Run:
+    """A lease book at work, with a trainer that may go back and samplers that may do anything."""
+
+    folder: Path
+    batch: int
+    max_lag: int
+    total: int
+    lines: Lines = field(default_factory=Lines)
+    position: int = 0
+    lineage: int = 1
+    trained: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    """By position of the step: the draws it was given."""
+    told: set[int] = field(default_factory=set[int])
+
+    def __post_init__(self) -> None:
+        self.book = self.made()
+        reporter = Reporter(IntakeMetrics(), self.folder / "progress.jsonl", window=2)
+        self.clerk = Clerk(self.book, self.lines, reporter)
+        self.batches = Batches(self.book, self.clerk, lambda group: self.told.add(group.draw))
+        self.publish()
+
+    def made(self) -> LeaseBook:
+        return book(questions=7, batch=self.batch, max_lag=self.max_lag, total=self.total)
+
+    @property
+    def version(self) -> PolicyVersion:
+        return PolicyVersion(self.lineage, self.position // self.batch)
+
+    def publish(self) -> None:
+        self.book.version = self.version
+        self.book.groups.trained(self.position)
+
+    def grant(self) -> None:
+        """All there is to grant."""
+        while (work := self.book.next_lease()) is not None:
+            self.clerk.grant(*work, "s/1")
+
+    def accept(self, group: OpenGroup, *, fails: bool = False) -> None:
+        """The next missing subtree, of the newest policy."""
+        have = {(subtree.tree, subtree.index) for subtree in group.subtrees}
+        missing = [slot for slot in SLOTS if slot not in have]
+        if missing and not group.closed:
+            tree, index = missing[0]
+            try:
+                self.clerk.accept(subtree_to_pb(chain(group.lease.id, tree, index, fails=fails, version=self.version)))
+            except TreeError as error:
+                if (error.field, self.lineage) == ("age", 1):
+                    raise AssertionError("a lease was too old, and the trainer never went back") from error
+                if error.field != "age":
+                    raise
+
+    def step(self) -> bool:
+        """The trainer asks, and learns from what it gets."""
+        if self.position >= self.total:
+            return False
+        got = self.batches.batch(self.position, self.batch)
+        if not got:
+            return False
+        for group in got:
+            oldest = min(s.version.step for part in group.subtrees for one in part.steps for s in one.spans)
+            assert self.version.step - oldest <= self.max_lag
+        draws = [group.draw for group in got]
+        assert self.trained.setdefault(self.position, draws) == draws, "a position is for ever"
+        self.position += self.batch
+        self.publish()
+        return True
+
+    def go_back(self, steps: int) -> None:
+        self.position = max(0, self.position - steps * self.batch)
+        self.lineage += 1
+        self.publish()
+
+    def replayed(self) -> LeaseBook:
+        again = self.made()
+        reporter = Reporter(IntakeMetrics(), self.folder / "again.jsonl", window=2)
+        for record in self.lines.records:
+            replay(again, reporter, record)
+        return again
+
+    def check(self) -> None:
+        for kind in LeaseKind:
+            assert self.book.ledger.imbalance(kind) == Budget()
+            assert self.book.ledger.outstanding(kind).tokens >= 0
+        assert not self.book.set_aside["stale"], "the limits never changed"
+        draws = [draw for step in self.trained.values() for draw in step]
+        assert len(draws) == len(set(draws))
+
+    def finish(self) -> None:
+        """Samplers that work from here on bring the run to its end."""
+        for _ in range(50 * self.total):
+            if self.position >= self.total:
+                return
+            self.grant()
+            for group in list(self.book.open.values()):
+                for _ in SLOTS:
+                    self.accept(group)
+                self.clerk.end(complete(group.lease.id))
+            self.step()
+        pytest.fail("the run does not end")
+
+
+def restorable(made: LeaseBook) -> Any:
+    """What a restart has to bring back."""
+    places = {"kept": made.groups.kept(), "unfinished": made.unfinished.values(), "open": made.open.values()}
+    groups = {place: [(g.lease, g.state(), [s.key for s in g.subtrees]) for g in groups] for place, groups in places.items()}
+    return made.state(), groups
+
+
+ACTIONS = ["grant", "accept", "fail", "close", "close", "fault", "step", "step", "back"]
+
+
+@pytest.mark.parametrize("patience", [0.0, float("inf")])
+@given(
+    st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 11)), min_size=20, max_size=60),
+    st.integers(1, 2),
+    st.integers(0, 2),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_group_is_trained_beyond_the_bound(patience: float, actions: list[tuple[str, int]], batch: int, max_lag: int) -> None:
+    before, batches.PATIENCE_SECONDS = batches.PATIENCE_SECONDS, patience
+    try:
+        with TemporaryDirectory() as folder:
+            run = Run(Path(folder), batch, max_lag, total=5 * batch)
+            for action, pick in actions:
+                leases = list(run.book.open.values())
+                group = leases[pick % len(leases)] if leases else None
+                match action, group:
+                    case "grant", _:
+                        run.grant()
+                    case (("accept" | "fail"), OpenGroup()):
+                        run.accept(group, fails=action == "fail")
+                    case "close", OpenGroup():
+                        run.accept(group)
+                        run.clerk.end(complete(group.lease.id))
+                    case "fault", OpenGroup():
+                        run.clerk.end(LeaseEnd(group.lease.id, FAULTS[pick % len(FAULTS)]))
+                    case "step", _:
+                        run.step()
+                    case "back", _ if pick == 0:
+                        run.go_back(2)
+                    case _:
+                        pass
+                run.check()
+            assert restorable(run.replayed()) == restorable(run.book)
+            run.finish()
+            run.check()
+            assert sum(len(draws) for draws in run.trained.values()) == run.total
+    finally:
+        batches.PATIENCE_SECONDS = before
+
+
+def test_pressing_by_hand() -> None:
+    assert pressing([0], [1, 1], base=1, batch=2, count=2, max_lag=1) == 1, "the 0 has no later step to go to"
+    assert pressing([0], [1, 1], base=1, batch=2, count=2, max_lag=2) == 0, "it has the next one"
+    assert pressing([0, 0, 0], [1, 1], base=1, batch=2, count=2, max_lag=2) == 1, "the next one has room for two"
+    assert pressing([0, 0, 0], [0, 1], base=1, batch=2, count=2, max_lag=2) == 1, "one of four goes now"
+    assert pressing([0, 0], [0, 0], base=1, batch=2, count=2, max_lag=2) == 0
+    assert pressing([5, 5], [5, 5], base=5, batch=2, count=2, max_lag=0) == 0

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.intake.compaction import Compaction
+from learner.intake.frames import encode, frame
+from learner.intake.journal import Journal
+from learner.intake.recovery import recover
+from learner.intake.report import Reporter
+from learner.intake.segments import Segments
+from learner.intake.snapshot import STATE, Capture, Snapshots
+from tests.intake.builders import book
+from tests.intake.disks import MemoryDisk
+from tests.intake.machine import JOURNAL, SNAPSHOTS, History, Machine, described, play
+from tests.intake.test_recovery import FIRST, GROUP, SECOND, THIRD
+from treegrpo.errors import JournalError
+from treegrpo.lease import LeaseEndReason
+from treegrpo.telemetry import IntakeMetrics
+
+SCRIPT: Sequence[Any] = [*FIRST, *SECOND, *THIRD]
+SHORT: Sequence[Any] = [("grant",), ("grant",), ("grant",), *GROUP, ("subtree", 1), ("end", 1, LeaseEndReason.LOST), ("compact",)]
+
+
+def samples(reporter: Reporter) -> dict[Any, float]:
+    """All that a restart keeps of the metrics."""
+    families = (family for family in reporter.metrics.registry.collect() if "journal" not in family.name)
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+        if "seconds" not in sample.name and "created" not in sample.name and sample.value
+    }
+
+
+async def played(script: Sequence[Any] = SHORT) -> tuple[MemoryDisk, History]:
+    disk, history = MemoryDisk(), History()
+    play(Machine(disk, history), script)
+    return disk, history
+
+
+@pytest.mark.parametrize("at", range(0, len(FIRST), 3))
+async def test_a_snapshot_is_worth_the_events_before_it(at: int) -> None:
+    """With and without snapshots, a restart leads to the same book and the same metrics."""
+    with_, without = MemoryDisk(), MemoryDisk()
+    play(Machine(with_, History()), [*SCRIPT[:at], ("compact",), *SCRIPT[at:], ("commit",)])
+    plain = Machine(without, History())
+    plain.compact = plain.commit
+    play(plain, [*SCRIPT, ("commit",)])
+    after, before = (recovered(disk) for disk in (with_, without))
+    assert described(after.book) == described(before.book) == described(plain.book)
+    assert samples(after.reporter) == samples(before.reporter)
+    assert (after.snapshots.numbers() != [], before.snapshots.numbers()) == (True, [])
+
+
+def recovered(disk: MemoryDisk) -> Machine:
+    """The next start, which does not know what happened."""
+    machine = Machine.__new__(Machine)
+    machine.book, machine.reporter = book(batch=2, questions=6), Reporter(IntakeMetrics(), Path("/dev/null"), window=2)
+    machine.snapshots = Snapshots(disk, SNAPSHOTS)
+    recover(disk, JOURNAL, machine.snapshots, machine.book, machine.reporter)
+    machine.reporter.book(machine.book)
+    return machine
+
+
+def state_file(number: int) -> Path:
+    return SNAPSHOTS / f"{number:08d}" / STATE
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 0.999])
+@pytest.mark.parametrize("harm", ["flip", "cut"])
+async def test_a_damaged_newest_snapshot_is_set_aside_and_the_one_before_leads_to_the_same(
+    share: float, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, history = await played([*SHORT, ("grant",), *GROUP, ("compact",), ("grant",), ("commit",)])
+    newest, older = Snapshots(disk, SNAPSHOTS).numbers()
+    data = disk.files[state_file(newest)].data
+    place = int(len(data) * share)
+    if harm == "flip":
+        data[place] ^= 1
+    else:
+        del data[place:]
+    machine = Machine(disk, history)
+    assert described(machine.book) == history.states[-1]
+    assert "It is set aside as /run/snapshots/00000003.damaged" in caplog.text
+    assert machine.snapshots.numbers() == [older]
+    machine.compact()
+    assert machine.snapshots.numbers()[1] == older, "a damaged one is no generation"
+
+
+async def test_without_a_whole_snapshot_and_the_segments_before_it_there_is_no_recovery() -> None:
+    disk, history = await played([*SHORT, ("compact",), ("compact",)])
+    for number in Snapshots(disk, SNAPSHOTS).numbers():
+        disk.files[state_file(number)].data[50] ^= 1
+    with pytest.raises(JournalError, match=r"00000001\.log is missing; restore it"):
+        Machine(disk, history)
+
+
+async def test_the_first_snapshot_keeps_the_whole_journal_as_the_generation_before() -> None:
+    disk, history = await played()
+    disk.files[state_file(2)].data[50] ^= 1
+    assert described(Machine(disk, history).book) == history.states[-1]
+
+
+async def test_a_snapshot_of_a_later_version_is_refused_in_one_sentence() -> None:
+    disk, history = await played()
+    records = [{"event": "book", "format": 2}, {"event": "whole", "records": 1}]
+    disk.files[state_file(2)].data[:] = frame([encode(record) for record in records])
+    with pytest.raises(JournalError, match=r"is of format 2.*continue the run with the version that wrote it"):
+        Machine(disk, history)
+
+
+@pytest.mark.parametrize("call", ["create", "write", "sync", "rename", "remove", "make_folder", "sync_folder"])
+async def test_a_disk_without_room_for_a_snapshot_costs_nothing_but_the_snapshot(call: str) -> None:
+    disk, history = await played()
+    machine = Machine(disk, history)
+    state, number = Capture(machine.book, machine.reporter), machine.journal.cut()
+    machine.commit()
+    disk.full = {call: 1}
+    with pytest.raises(OSError, match="No space"):
+        machine.compaction.compact(number.result(), state)
+    play(Machine(disk, history), [("grant",), *GROUP, ("compact",), ("grant",), ("commit",)])
+    machine = Machine(disk, history)
+    assert described(machine.book) == history.states[-1]
+    assert not [name for name in disk.names(SNAPSHOTS) if name.startswith(".")], "what was half written is gone"
+
+
+async def test_snapshots_are_taken_when_asked_for_and_what_comes_meanwhile_is_behind_them() -> None:
+    disk = MemoryDisk()
+    disk.make_folder(JOURNAL)
+    made, told, appended = book(), Reporter(IntakeMetrics(), Path("/dev/null"), window=2), 0
+    with Journal.open(disk, JOURNAL, Segments(disk, JOURNAL).end) as journal:
+
+        def capture() -> Capture:
+            made.set_aside["appended"] = appended
+            return Capture(made, told)
+
+        snapshots = Snapshots(disk, SNAPSHOTS)
+        compaction = Compaction(disk, JOURNAL, journal, snapshots, capture)
+        tasks = [asyncio.create_task(work) for work in (journal.write_forever(), compaction.run_forever())]
+        async with asyncio.timeout(10):
+            while len(snapshots.numbers()) < 2:
+                compaction.ask()
+                waiting = [journal.append({"n": appended + n}) for n in range(3)]
+                appended += 3
+                await asyncio.gather(*waiting)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for number in snapshots.numbers():
+        before = next(snapshots.read(number))["book"]["set_aside"]["appended"]
+        assert [record["n"] for record in Segments(disk, JOURNAL, number)] == list(range(before, appended))

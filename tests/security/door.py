@@ -1,0 +1,112 @@
+"""The intake's gRPC door in this process, and somebody who knocks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from learner.intake.desk import Desk
+from learner.intake.doors import Admission, Watch, open_server
+from learner.intake.peers import Peer
+from learner.intake.rollout import RolloutServer
+from learner.intake.weights import WeightsServer
+from services.sampler.channel import open_channel
+from tests.control.brokers import free_address
+from treegrpo.access import Access
+from treegrpo.telemetry import IntakeMetrics
+from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.v1 import rollout_pb2_grpc, weights_pb2, weights_pb2_grpc
+
+SECONDS = 10.0
+HELLO = pb.Hello(sampler="s7", incarnation=1, engine="fake")
+
+
+@dataclass
+class Reception:
+    """Takes samplers in and says welcome: the desk's part in this."""
+
+    peers: dict[str, Peer] = field(default_factory=dict[str, Peer])
+    behind: bool = False
+
+    def join(self, hello: pb.Hello) -> Peer:
+        peer = self.peers[hello.sampler] = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity, room=16)
+        peer.send(pb.RolloutResponse(welcome=pb.Welcome(run="test")))
+        return peer
+
+    def leave(self, peer: Peer) -> None:
+        self.peers.pop(peer.id, None)
+
+
+@dataclass
+class Door:
+    address: str
+    metrics: IntakeMetrics
+    reception: Reception
+
+    def refused(self, reason: str) -> float:
+        return self.metrics.registry.get_sample_value("treegrpo_peers_refused_total", {"reason": reason}) or 0.0
+
+    @property
+    def handshakes(self) -> float:
+        return self.metrics.registry.get_sample_value("treegrpo_tls_handshakes_total") or 0.0
+
+
+@asynccontextmanager
+async def serving(learner: Access) -> AsyncGenerator[Door]:
+    metrics, reception, address = IntakeMetrics(), Reception(), free_address()
+    watch = Watch(metrics)
+    server = open_server(address, learner, watch)
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(cast("Desk", reception), Admission(watch)), server)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServer(metrics), server)
+    healthy = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    await server.start()
+    await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+    try:
+        yield Door(address, metrics, reception)
+    finally:
+        await server.stop(None)
+
+
+async def describe(door: Door, who: Access) -> grpc.StatusCode:
+    """What somebody gets who asks for weights; NOT of a version: none is published."""
+    async with open_channel(door.address, who) as channel:
+        try:
+            await cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).DescribeWeights(
+                weights_pb2.DescribeWeightsRequest(), timeout=SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            return error.code() if "No policy version" not in (error.details() or "") else grpc.StatusCode.OK
+    raise AssertionError("weights out of nowhere")
+
+
+async def stream(door: Door, who: Access, *requests: pb.RolloutRequest) -> tuple[grpc.StatusCode, str]:
+    """What a rollout stream that begins so comes to: OK when it is welcomed."""
+    async with open_channel(door.address, who) as channel:
+        call = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)).Rollout()
+        try:
+            async with asyncio.timeout(SECONDS):
+                for request in requests:
+                    await call.write(request)
+                first = await call.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return await call.code(), await call.details()
+        if isinstance(first, pb.RolloutResponse) and first.WhichOneof("kind") == "welcome":
+            call.cancel()
+            return grpc.StatusCode.OK, ""
+        return await call.code(), await call.details()
+
+
+def hello(**changes: Any) -> pb.RolloutRequest:
+    changed = pb.Hello()
+    changed.CopyFrom(HELLO)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return pb.RolloutRequest(hello=changed)

@@ -1,0 +1,46 @@
+"""Who might come to a door: the right ones, and everybody else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from services.cli.authority import Pair, issue, new_authority
+from services.cli.certs import write
+from treegrpo.access import Access, Keys
+from treegrpo.security import Role, SecurityConfig
+
+
+def access(folder: Path, role: Role) -> Access:
+    """What a process of ``role`` has with ``security.dir = folder``."""
+    return Access.of(SecurityConfig(dir=folder), role)
+
+
+def authority(folder: Path) -> Pair:
+    return Pair.load((folder / "ca.pem").read_bytes(), (folder / "ca.key").read_bytes())
+
+
+def save(folder: Path, pair: Pair, ca: bytes) -> Keys:
+    """``pair`` as files of somebody who trusts ``ca``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = Keys(folder / "ca.pem", folder / "own.pem", folder / "own.key")
+    write(keys.ca, ca, secret=False)
+    write(keys.certificate, pair.pem, secret=False)
+    write(keys.key, pair.key_pem, secret=True)
+    return keys
+
+
+def impostor(folder: Path, made: Path, who: str, role: Role = Role.SAMPLER) -> Access:
+    """Somebody with a certificate that is ``expired``, of a ``stranger``'s authority, or without a ``roleless`` one's role."""
+    ours = authority(made)
+    match who:
+        case "expired":
+            pair = issue(ours, role, hosts=["127.0.0.1"], now=datetime.now(UTC) - timedelta(days=9), life=timedelta(days=2))
+        case "stranger":
+            pair = issue(new_authority(), role, hosts=["127.0.0.1"])
+        case "named":
+            pair = issue(ours, role, name="s7")
+        case _:
+            raise ValueError(who)
+    return replace(access(made, role), keys=save(folder / who, pair, ours.pem))

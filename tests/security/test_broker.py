@@ -1,0 +1,295 @@
+"""The broker with TLS, users and topics: the embedded one, and Mosquitto with the configuration in deploy/mosquitto."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import re
+import sys
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiomqtt
+import pytest
+from pydantic import SecretStr
+
+from services.cli import broker as broker_module
+from services.cli.broker import embedded_broker
+from services.cli.broker_rules import may_publish
+from services.cli.certs import certs
+from services.cli.ready import broker_ready, wait_ready
+from tests.control.brokers import free_address, mosquitto_binary
+from tests.security.people import access, impostor
+from treegrpo.access import OPEN, Access
+from treegrpo.control import ControlPlane, Member, RunState, open_client, publish_state
+from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.limits import CONTROL_BYTES
+from treegrpo.security import Role, SecurityConfig
+from treegrpo.tree import PolicyVersion
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see `refused`
+DEPLOY = Path(__file__).parents[2] / "deploy" / "mosquitto"
+SECONDS = 30.0
+VERSION = PolicyVersion(1, 7)
+
+
+def shipped(folder: Path, certificates: Path, address: str) -> Path:
+    """The configuration that is shipped, with this machine's paths and port."""
+    host, _, port = address.rpartition(":")
+    for path in DEPLOY.iterdir():
+        text = path.read_text().replace("/mosquitto/config", str(folder)).replace("/mosquitto/certs", str(certificates))
+        (folder / path.name).write_text(re.sub(r"listener \d+", f"listener {port} {host}", text))
+    with (folder / "mosquitto.conf").open("a") as config:
+        config.write(f"user {Path(certificates).owner()}\n")  # started by root it would not be able to read the key
+    return folder / "mosquitto.conf"
+
+
+def command(kind: str, folder: Path, certificates: Path, address: str) -> list[str]:
+    if kind == "embedded":
+        flags = ["--broker.address", address, "--security.dir", str(certificates)]
+        return [sys.executable, "-m", "services.cli.broker", *flags]
+    if (binary := mosquitto_binary()) is None:
+        if os.environ.get("REQUIRE_MOSQUITTO"):
+            pytest.fail("REQUIRE_MOSQUITTO is set, but there is no mosquitto binary on the PATH")
+        pytest.skip("no mosquitto binary on the PATH; .ci/run installs one")
+    return [binary, "-c", str(shipped(folder, certificates, address))]
+
+
+@pytest.fixture(scope="module", params=["embedded", "mosquitto"])
+def address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, made: Path) -> Generator[str]:
+    """Where a broker with everything on runs."""
+    where = free_address()
+
+    async def start() -> asyncio.subprocess.Process:
+        started = await asyncio.create_subprocess_exec(
+            *command(request.param, tmp_path_factory.mktemp("broker"), made, where),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        await wait_ready("broker", lambda: broker_ready(where, access(made, Role.OPERATOR)), SECONDS)
+        return started
+
+    with asyncio.Runner() as runner:
+        process = runner.run(start())
+        try:
+            yield where
+        finally:
+            process.kill()
+            runner.run(process.wait())
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
+
+
+async def until(plane: ControlPlane, condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await plane.wait_change()
+
+
+async def refused(address: str, who: Access) -> str:
+    """What somebody is told who is not let in."""
+    with pytest.raises(UnavailableError) as error:
+        await broker_ready(address, who)
+    sentence = str(error.value)
+    del error
+    gc.collect()  # the MQTT client leaves the socket of a handshake that failed to the collector
+    return sentence
+
+
+def join(address: str, run: str, made: Path, role: Role, name: str) -> Any:
+    return ControlPlane.connect(address, run, Member(name, role.value, 1), access(made, role))
+
+
+async def test_learner_samplers_and_operator_work_together(address: str, run: str, made: Path) -> None:
+    async with (
+        join(address, run, made, Role.LEARNER, "learner") as learner,
+        join(address, run, made, Role.SAMPLER, "s7") as sampler,
+    ):
+        await learner.announce(VERSION)
+        await learner.set_state(RunState.RUNNING)
+        await publish_state(address, run, RunState.PAUSED, access(made, Role.OPERATOR))
+        for plane in (learner, sampler):
+            await until(
+                plane, lambda plane=plane: plane.state is RunState.PAUSED and plane.version == VERSION and len(plane.members) == 2
+            )
+
+
+@pytest.mark.parametrize(
+    "topic", ["state", "weights", "members/learner/learner", "members/learner/s7", "members/sampler/s8", "members/s7", "more"]
+)
+async def test_a_sampler_publishes_its_own_presence_and_nothing_else(address: str, run: str, made: Path, topic: str) -> None:
+    """The state is set before and after: what comes in between would have been heard in between."""
+    async with join(address, run, made, Role.LEARNER, "learner") as learner:
+        await learner.announce(VERSION)
+        await learner.set_state(RunState.RUNNING)
+        payload = {"state": b"draining", "weights": b"9.9"}.get(topic, Member("learner", "learner", 66, alive=False).payload())
+        async with open_client(address, access(made, Role.OPERATOR)) as listener:
+            await listener.subscribe(f"treegrpo/{run}/#", qos=1)
+            async with open_client(address, access(made, Role.SAMPLER), identifier="s7") as sampler:
+                await sampler.publish(f"treegrpo/{run}/{topic}", payload, qos=1, retain=True)
+                await sampler.publish(f"treegrpo/{run}/members/sampler/s7", Member("s7", "sampler", 1).payload(), qos=1)
+            seen: list[tuple[str, Any]] = []
+            async with asyncio.timeout(SECONDS):
+                async for message in listener.messages:
+                    seen.append((message.topic.value.removeprefix(f"treegrpo/{run}/"), message.payload))
+                    if seen[-1][0] == "members/sampler/s7":
+                        break
+        assert (topic, payload) not in seen
+        assert learner.members["learner"].incarnation == 1
+
+
+@pytest.mark.parametrize(
+    ("role", "topic"), [(Role.SAMPLER, "state"), (Role.SAMPLER, "members/learner/learner"), (Role.OPERATOR, "weights")]
+)
+async def test_a_last_will_is_no_way_around_it(address: str, run: str, made: Path, role: Role, topic: str) -> None:
+    """Left behind by a connection that is cut; the embedded broker refuses it, Mosquitto does not publish it."""
+    will = aiomqtt.Will(f"treegrpo/{run}/{topic}", b"draining", qos=1, retain=True)
+    async with join(address, run, made, Role.LEARNER, "learner") as learner:
+        client = open_client(address, access(made, role), identifier="s7", will=will)
+        try:
+            async with client, asyncio.timeout(SECONDS):
+                inner: Any = client._client  # pyright: ignore[reportPrivateUsage]
+                inner.socket().shutdown(2)
+                await client._disconnected  # pyright: ignore[reportPrivateUsage]
+        except (aiomqtt.MqttError, OSError):
+            pass
+        async with join(address, run, made, Role.SAMPLER, "marker"):
+            await until(learner, lambda: "marker" in learner.members)
+        assert learner.state is RunState.RUNNING
+        assert learner.version is None
+        assert learner.members["learner"].alive
+
+
+async def test_the_operator_sets_the_state_and_announces_no_weights(address: str, run: str, made: Path) -> None:
+    async with join(address, run, made, Role.LEARNER, "learner") as learner:
+        async with open_client(address, access(made, Role.OPERATOR)) as operator:
+            await operator.publish(f"treegrpo/{run}/weights", b"9.9", qos=1, retain=True)
+            await operator.publish(f"treegrpo/{run}/state", b"paused", qos=1, retain=True)
+        await until(learner, lambda: learner.state is RunState.PAUSED)
+        assert learner.version is None
+
+
+@pytest.mark.parametrize(("user", "password"), [("sampler", "wrong"), ("sampler", ""), ("nobody", "wrong"), ("", "")])
+async def test_without_the_password_nobody_comes_in(address: str, made: Path, user: str, password: str) -> None:
+    stranger = replace(access(made, Role.SAMPLER), broker_user=user, broker_password=SecretStr(password))
+    sentence = await refused(address, stranger)
+    assert "user" in sentence or "uthori" in sentence
+
+
+async def test_a_plaintext_client_is_told_to_set_security(address: str, made: Path) -> None:
+    assert "if it wants TLS or a password set [security]" in await refused(address, OPEN)
+
+
+async def test_who_trusts_another_authority_does_not_say_its_password(address: str, tmp_path: Path) -> None:
+    certs(tmp_path, [], [], new_ca=False, drop_old_ca=False)
+    assert "not of an authority in our ca.pem" in await refused(address, access(tmp_path, Role.SAMPLER))
+
+
+async def test_nobody_reads_what_is_not_the_runs(address: str, made: Path) -> None:
+    async with open_client(address, access(made, Role.SAMPLER)) as sampler:
+        codes: Any = await sampler.subscribe("other/#", qos=1)
+        await sampler.publish("other/x", b"x", qos=1, retain=True)
+    assert codes[0] in (1, 128) or codes[0].is_failure
+
+
+async def test_a_message_that_is_too_large_is_not_passed_on(address: str, run: str, made: Path) -> None:
+    async with join(address, run, made, Role.LEARNER, "learner") as learner:
+        client = open_client(address, access(made, Role.OPERATOR), timeout=2.0)
+        with suppress(aiomqtt.MqttError):  # hung up on
+            async with client as operator:
+                await operator.publish(f"treegrpo/{run}/state", b"x" * (2 * CONTROL_BYTES + 1), qos=1)
+                pytest.fail("it took the message")
+        await publish_state(address, run, RunState.DRAINING, access(made, Role.OPERATOR))
+        await until(learner, lambda: learner.state is RunState.DRAINING)
+
+
+# ---- the embedded broker alone
+
+
+@pytest.mark.parametrize("who", ["expired", "stranger", "retriever"])
+async def test_the_embedded_broker_wants_a_good_certificate_beside_the_password(made: Path, tmp_path: Path, who: str) -> None:
+    address = free_address()
+    broker = embedded_broker(address, access(made, Role.BROKER), {"sampler": "word"})
+    await broker.start()
+    try:
+        other = access(made, Role.RETRIEVER) if who == "retriever" else impostor(tmp_path, made, who)
+        bad = replace(other, broker_user="sampler", broker_password=SecretStr("word"))
+        good = replace(bad, keys=access(made, Role.SAMPLER).keys)
+        await broker_ready(address, good)
+        assert ("user 'sampler'" if who == "retriever" else "likely because it does not trust") in await refused(address, bad)
+    finally:
+        await broker.shutdown()
+
+
+@pytest.mark.parametrize("said", [b"", b"\x10\x20\x00\x04MQTT"])
+async def test_who_connects_and_does_not_say_who_it_is_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    monkeypatch.setattr(broker_module, "HANDSHAKE_SECONDS", 0.2)
+    address = free_address()
+    broker = embedded_broker(address)
+    await broker.start()
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(said)
+    async with asyncio.timeout(SECONDS):
+        assert await reader.read() == b""
+    writer.close()
+    await broker.shutdown()
+
+
+async def test_tls_of_the_broker_is_checked_by_name(made: Path, tmp_path: Path) -> None:
+    """A sampler's certificate has no address in it: its holder cannot pose as the broker."""
+    address, sampler = free_address(), access(made, Role.SAMPLER)
+    broker = embedded_broker(address, Access(Role.BROKER, sampler.keys), {"sampler": sampler.broker_password.get_secret_value()})
+    await broker.start()
+    try:
+        assert "likely because its certificate is for another name" in await refused(address, sampler)
+    finally:
+        await broker.shutdown()
+
+
+def test_the_embedded_broker_needs_the_directory_of_the_passwords() -> None:
+    with pytest.raises(ConfigError, match=r"takes its users from security\.dir"):
+        broker_module.passwords_in(None)
+
+
+async def test_beyond_this_machine_no_broker_is_spoken_to_in_plain_text() -> None:
+    with pytest.raises(ConfigError, match=r"broker\.address = 10\.0\.0\.7:1883 is on another machine"):
+        open_client("10.0.0.7:1883", OPEN)
+    open_client("10.0.0.7:1883", Access.of(SecurityConfig(insecure_network=True), Role.SAMPLER))
+
+
+@pytest.mark.parametrize(
+    ("user", "topic", "may"),
+    [
+        ("learner", "treegrpo/r/weights", True),
+        ("learner", "treegrpo/r/state", True),
+        ("operator", "treegrpo/r/weights", False),
+        ("operator", "treegrpo/r/state", True),
+        ("sampler", "treegrpo/r/members/sampler/me", True),
+        ("sampler", "treegrpo/r/members/sampler/you", False),
+        ("sampler", "treegrpo/r/members/learner/me", False),
+        ("learner", "treegrpo/r/members/learner/me", True),
+        ("sampler", "treegrpo/members/sampler/me", False),
+        ("sampler", "treegrpo/r/s/members/sampler/me", False),
+        ("sampler", "other/r/members/sampler/me", False),
+        ("", "treegrpo/r/members//me", False),
+    ],
+)
+def test_the_rules(user: str, topic: str, *, may: bool) -> None:
+    assert may_publish(user, "me", topic) is may
+
+
+def test_mosquittos_rules_name_the_same_users(tmp_path: Path, made: Path) -> None:
+    acl = (DEPLOY / "acl").read_text()
+    assert re.findall(r"^user (\w+)$", acl, re.MULTILINE) == ["learner", "operator", "sampler"]
+    assert f"message_size_limit {CONTROL_BYTES}" in (DEPLOY / "mosquitto.conf").read_text()
+    users = [line.partition(":")[0] for line in (made / "mosquitto.passwd").read_text().splitlines()]
+    assert sorted(users) == ["learner", "operator", "sampler"]

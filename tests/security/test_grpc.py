@@ -1,0 +1,161 @@
+"""The learner's gRPC door: real servers and channels on loopback, right peers and wrong ones."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from learner.intake import doors
+from learner.intake.doors import Watch, open_server
+from services.cli.authority import issue
+from services.cli.certs import certs, write
+from services.cli.ready import learner_ready
+from services.sampler import channel as channel_module
+from services.sampler.channel import connect, open_channel
+from tests.security.door import SECONDS, Door, describe, hello, serving, stream
+from tests.security.people import access, authority, impostor, save
+from treegrpo.access import OPEN, Access, Keys
+from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.security import Role
+from treegrpo.telemetry import IntakeMetrics
+
+
+async def test_a_sampler_streams_and_fetches_weights(made: Path) -> None:
+    async with serving(access(made, Role.LEARNER)) as door:
+        sampler = access(made, Role.SAMPLER)
+        assert await stream(door, sampler, hello()) == (grpc.StatusCode.OK, "")
+        assert await describe(door, sampler) is grpc.StatusCode.OK
+        async with await connect(door.address, sampler):
+            pass
+
+
+@pytest.mark.parametrize("role", [role for role in Role if role is not Role.SAMPLER])
+async def test_another_role_may_ask_for_health_and_nothing_else(made: Path, role: Role, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(access(made, Role.LEARNER)) as door:
+        other = access(made, role)
+        await learner_ready(door.address, other)
+        code, sentence = await stream(door, other, hello())
+        assert code is grpc.StatusCode.PERMISSION_DENIED
+        assert sentence == f"The role {role.value} may not call /treegrpo.v1.RolloutService/Rollout; that is for sampler."
+        assert await describe(door, other) is grpc.StatusCode.PERMISSION_DENIED
+        assert await describe(door, other) is grpc.StatusCode.PERMISSION_DENIED
+        assert door.refused("role") == 3
+    assert sum("may not call" in record.getMessage() for record in caplog.records) == 2, "each is logged once"
+
+
+async def test_a_certificate_without_a_role_may_not_even_ask_for_health(made: Path, tmp_path: Path) -> None:
+    ours = authority(made)
+    pair = issue(ours, Role.SAMPLER)
+    keys = save(tmp_path, pair, ours.pem)
+    async with serving(access(made, Role.LEARNER)) as door:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(doors, "roles_in", lambda _uris: None)  # as of an authority that also serves others  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+            assert await describe(door, Access(Role.SAMPLER, keys)) is grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize("who", ["expired", "stranger"])
+async def test_a_bad_certificate_ends_in_the_handshake(made: Path, tmp_path: Path, who: str) -> None:
+    async with serving(access(made, Role.LEARNER)) as door:
+        code, _ = await stream(door, impostor(tmp_path, made, who), hello())
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert door.reception.peers == {}
+        assert door.handshakes >= 1
+
+
+async def test_nobody_comes_in_without_a_certificate(made: Path) -> None:
+    async with serving(access(made, Role.LEARNER)) as door:
+        credentials = grpc.ssl_channel_credentials((made / "ca.pem").read_bytes())
+        options = [("grpc.ssl_target_name_override", "learner.treegrpo.internal")]
+        async with grpc.aio.secure_channel(door.address, credentials, options) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await cast("Any", health_pb2_grpc).HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_sampler_with_a_name_cannot_be_another(made: Path, tmp_path: Path) -> None:
+    async with serving(access(made, Role.LEARNER)) as door:
+        named = impostor(tmp_path, made, "named")
+        assert (await stream(door, named, hello()))[0] is grpc.StatusCode.OK
+        code, sentence = await stream(door, named, hello(sampler="s8"))
+        assert (code, door.refused("forged")) == (grpc.StatusCode.PERMISSION_DENIED, 1)
+        assert sentence == "Sampler 's8' shows the certificate of sampler 's7'; set sampler.id = s7."
+
+
+async def test_there_is_no_call_that_publishes_weights(made: Path) -> None:
+    async with serving(access(made, Role.LEARNER)) as door, open_channel(door.address, access(made, Role.SAMPLER)) as channel:
+        for method in ("PublishWeights", "Publish", "SetWeights"):
+            call: Any = channel.unary_unary(f"/treegrpo.v1.WeightsService/{method}")
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call(b"", timeout=SECONDS)
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+# ---- why it does not work
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "CONNECT_SECONDS", 0.3)
+
+
+async def no_connection(door: Door, who: Access) -> str:
+    with pytest.raises(UnavailableError) as error:
+        await connect(door.address, who)
+    return str(error.value)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_plaintext_sampler_is_told_that_the_learner_speaks_tls(made: Path) -> None:
+    async with serving(access(made, Role.LEARNER)) as door:
+        assert "likely because it speaks TLS and we plain text: set security.dir" in await no_connection(door, OPEN)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_sampler_with_tls_is_told_that_the_learner_speaks_plain_text(made: Path) -> None:
+    async with serving(OPEN) as door:
+        assert "it speaks plain text and we TLS" in await no_connection(door, access(made, Role.SAMPLER))
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_sampler_trusts_no_learner_of_another_authority(made: Path, tmp_path: Path) -> None:
+    certs(tmp_path, [], [], new_ca=False, drop_old_ca=False)
+    async with serving(access(tmp_path, Role.LEARNER)) as door:
+        assert "its certificate is not from an authority in our ca.pem" in await no_connection(door, access(made, Role.SAMPLER))
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_sampler_trusts_nobody_but_a_learner(made: Path) -> None:
+    stolen = Keys(made / "ca.pem", made / "broker.pem", made / "broker.key")
+    async with serving(Access(Role.LEARNER, stolen)) as door:
+        assert "its certificate is not a learner's" in await no_connection(door, access(made, Role.SAMPLER))
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_sampler_that_is_not_trusted_is_told_so(made: Path, tmp_path: Path) -> None:
+    async with serving(access(made, Role.LEARNER)) as door:
+        sentence = await no_connection(door, impostor(tmp_path, made, "stranger"))
+        assert "likely because it does not trust" in sentence
+        assert "own.pem" in sentence
+
+
+async def test_beyond_this_machine_nothing_begins_without_certificates() -> None:
+    with pytest.raises(ConfigError, match=r"learner\.listen = 0\.0\.0\.0:0 .*in plain text"):
+        open_server("0.0.0.0:0", OPEN, Watch(IntakeMetrics()))
+    with pytest.raises(ConfigError, match=r"sampler\.learner = 10\.0\.0\.7:1 is on another machine"):
+        await connect("10.0.0.7:1", OPEN)
+
+
+async def test_a_renewed_certificate_serves_without_a_restart(tmp_path: Path, made: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "certs")
+    async with serving(access(folder, Role.LEARNER)) as door:
+        assert await describe(door, access(folder, Role.SAMPLER)) is grpc.StatusCode.OK
+        shutil.rmtree(folder)
+        certs(folder, [], [], new_ca=False, drop_old_ca=False)  # of another authority: the old files could not serve them
+        assert await describe(door, access(folder, Role.SAMPLER)) is grpc.StatusCode.OK
+        write(folder / "learner.pem", b"half a fi", secret=False)
+        assert await describe(door, access(folder, Role.SAMPLER)) is grpc.StatusCode.OK

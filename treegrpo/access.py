@@ -1,0 +1,233 @@
+"""What a process of one role shows to others and asks of them: certificate, password, tokens. Read and checked at the start.
+
+    access = Access.of(config.security, Role.SAMPLER)
+    access.check_listen("sampler.metrics", address)      # refused beyond this machine without TLS
+    context = access.client_context()                    # None: in plain text
+
+Secrets stay in SecretStr: they print as asterisks wherever they end up.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ssl
+import stat
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from pydantic import SecretStr
+
+from treegrpo.errors import ConfigError
+from treegrpo.security import Role, SecurityConfig, check_address, check_url, is_local, role_of
+
+WORLD = 0o007
+"""Permission bits of everybody."""
+NONE = SecretStr("")
+
+
+class Pem(NamedTuple):
+    """What gRPC wants to know."""
+
+    ca: bytes
+    certificate: bytes
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The files of one role's certificate."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+    @property
+    def pem(self) -> Pem:
+        """As the files are now: they may have been renewed. Raises ConfigError."""
+        ca, certificate = read(self.ca, "the authorities to trust"), read(self.certificate, "the certificate")
+        return Pem(ca, certificate, read_secret(self.key, "the private key"))
+
+    def check(self, role: Role) -> None:
+        """Raise ConfigError when the certificate is not the key's, not the CA's, not this role's, or out of date."""
+        pem = self.pem
+        try:
+            certificate = x509.load_pem_x509_certificate(pem.certificate)
+            authorities = x509.load_pem_x509_certificates(pem.ca)
+            key = load_pem_private_key(pem.key, None)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"One of {self.ca}, {self.certificate} and {self.key} is no good PEM file ({error}).") from error
+        if key.public_key() != certificate.public_key():
+            raise ConfigError(f"{self.key} is not the key of {self.certificate}; make both again with `treegrpo certs`.")
+        begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        if not begins <= datetime.now(UTC) <= ends:
+            raise ConfigError(
+                f"{self.certificate} is valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, not now; renew it with `treegrpo certs`."
+            )
+        if not any(_signed(certificate, authority) for authority in authorities):
+            raise ConfigError(f"{self.certificate} is not signed by an authority in {self.ca}; the two must belong together.")
+        found = _role_in(certificate)
+        if found is None or found[0] is not role:
+            says = f"the role {found[0].value}" if found else "no role"
+            raise ConfigError(f"{self.certificate} has {says}; this process needs one for the role {role.value}.")
+
+    def server_context(self) -> ssl.SSLContext:
+        """For what listens with Python's own TLS: /metrics, the retriever. Raises ConfigError."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.certificate, self.key)
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        """For what connects with it; the server must have the name or address that it is reached at."""
+        context = ssl.create_default_context(cafile=str(self.ca))
+        context.load_cert_chain(self.certificate, self.key)
+        return context
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a process has; `OPEN` has nothing."""
+
+    role: Role
+    keys: Keys | None = None
+    broker_user: str = ""
+    broker_password: SecretStr = NONE
+    metrics_token: SecretStr = NONE
+    retriever_token: SecretStr = NONE
+    insecure_network: bool = False
+
+    @classmethod
+    def of(cls, security: SecurityConfig, role: Role) -> Access:
+        """Read the files of ``role``. Raises ConfigError that names the file and the remedy."""
+        keys = _keys(security, role)
+        if keys is not None:
+            keys.check(role)
+        password = _secret(security, "broker_password", f"{role.value}.password")
+        return cls(
+            role,
+            keys,
+            broker_user=security.broker_user or (role.value if password.get_secret_value() else ""),
+            broker_password=password,
+            metrics_token=_secret(security, "metrics_token", "metrics.token"),
+            retriever_token=_secret(security, "retriever_token", "retriever.token"),
+            insecure_network=security.insecure_network,
+        )
+
+    def check_listen(self, key: str, address: str) -> None:
+        """Raise ConfigError when others could reach ``address`` in plain text."""
+        check_address(key, address, safe=self.keys is not None or self.insecure_network)
+
+    def check_metrics(self, key: str, address: str) -> None:
+        """/metrics beyond this machine wants a token too: a certificate tells who serves, not who reads."""
+        self.check_listen(key, address)
+        if not (self.metrics_token.get_secret_value() or self.insecure_network or is_local(address)):
+            raise ConfigError(
+                f"{key} = {address} would tell everybody who reaches it how the run goes; set security.metrics_token_file."
+            )
+
+    def check_reach(self, key: str, address: str) -> None:
+        """Raise ConfigError when ``address`` is elsewhere and would be talked to in plain text."""
+        check_address(key, address, safe=self.keys is not None or self.insecure_network, verb="is on another machine")
+
+    def check_url(self, key: str, url: str) -> None:
+        """`check_reach` for a URL."""
+        check_url(key, url, safe=self.insecure_network)
+
+    def server_context(self) -> ssl.SSLContext | None:
+        """TLS for what listens; None: plain."""
+        return None if self.keys is None else self.keys.server_context()
+
+    def client_context(self) -> ssl.SSLContext | None:
+        """TLS for MQTT; None: plain."""
+        return None if self.keys is None else self.keys.client_context()
+
+    def web_context(self) -> ssl.SSLContext | bool:
+        """What httpx verifies HTTPS servers with: public authorities, and ours where there is one."""
+        if self.keys is None:
+            return True
+        context = ssl.create_default_context()
+        context.load_verify_locations(self.keys.ca)
+        return context
+
+
+OPEN = Access(Role.OPERATOR)
+"""Plain text, no password: what stays on this machine."""
+
+
+def bearer(token: SecretStr) -> dict[str, str]:
+    """The header that shows ``token``; nothing for an empty one."""
+    return {"Authorization": f"Bearer {token.get_secret_value()}"} if token.get_secret_value() else {}
+
+
+def shows(header: str, token: SecretStr) -> bool:
+    """Whether an Authorization ``header`` shows ``token``, or none is asked for; compared in constant time."""
+    wanted = bearer(token)
+    return not wanted or hmac.compare_digest(header.encode(errors="replace"), wanted["Authorization"].encode())
+
+
+def roles_in(uris: list[str]) -> tuple[Role, str] | None:
+    """The first role among the URIs of a certificate, with the name it is for."""
+    return next((found for uri in uris if (found := role_of(uri))), None)
+
+
+def _role_in(certificate: x509.Certificate) -> tuple[Role, str] | None:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return None
+    return roles_in(names.get_values_for_type(x509.UniformResourceIdentifier))
+
+
+def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _keys(security: SecurityConfig, role: Role) -> Keys | None:
+    if security.dir is not None:
+        return Keys(security.dir / "ca.pem", security.dir / f"{role.value}.pem", security.dir / f"{role.value}.key")
+    if security.ca is not None and security.certificate is not None and security.key is not None:
+        return Keys(security.ca, security.certificate, security.key)
+    return None
+
+
+def _secret(security: SecurityConfig, name: str, usual: str) -> SecretStr:
+    """From the environment, else from the file that is named, else from the usual one in `dir`."""
+    given: SecretStr = getattr(security, name)
+    path: Path | None = getattr(security, f"{name}_file")
+    if given.get_secret_value():
+        return given
+    if path is None and (security.dir is None or not (security.dir / usual).exists()):
+        return NONE
+    path = path or (security.dir or Path()) / usual
+    try:
+        text = read_secret(path, f"security.{name}").decode().strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} (security.{name}) is no text; write the secret into it, in one line.") from error
+    if not text or not text.isprintable():
+        raise ConfigError(f"{path} (security.{name}) holds no secret; write one into it, in one line.")
+    return SecretStr(text)
+
+
+def read(path: Path, what: str) -> bytes:
+    """The bytes of a file. Raises ConfigError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{path} ({what}) cannot be read ({reason}); see `treegrpo certs` and security.dir.") from error
+
+
+def read_secret(path: Path, what: str) -> bytes:
+    """`read` for what not everybody may read. Raises ConfigError."""
+    data = read(path, what)
+    if (mode := stat.S_IMODE(path.stat().st_mode)) & WORLD:
+        raise ConfigError(f"{path} ({what}) is open to every user of this machine (mode {mode:04o}); run `chmod 600 {path}`.")
+    return data

@@ -1,0 +1,32 @@
+"""How much a peer may send, open and wait: one place, for both ends of every wire.
+
+What follows from the plan of a run (nodes of a branch, depth, tokens of a prompt) is derived in `learner.intake.doors` and
+checked there. These are the numbers that follow from nothing but the memory that a stranger is worth.
+"""
+
+from __future__ import annotations
+
+MESSAGE_BYTES = 32 << 20
+"""One gRPC message, on both ends. A branch of 32 turns of 16 Ki tokens with log-probabilities is 6 MiB."""
+PEERS = 4096
+"""Samplers with an open stream, and connections to each port."""
+STREAMS = 16
+"""Calls at once on one connection: a sampler has a rollout stream and a few calls for weights."""
+HANDSHAKE_SECONDS = 10.0
+"""From connecting to the end of the TLS handshake and the first frames; from asking for a stream to Hello."""
+IDLE_SECONDS = 300.0
+"""A gRPC connection without any call is closed after this."""
+NAME_BYTES = 64
+"""The name of a sampler or of an engine."""
+CONTROL_BYTES = 64 << 10
+"""One MQTT message. The largest of ours has a few hundred bytes."""
+QUESTION_BYTES = 1 << 20
+"""Prompt and answers of one question, in UTF-8."""
+REQUEST_BYTES = 1 << 20
+"""The body of a search request: 1,024 queries of 1 KiB."""
+HEADER_BYTES = 16 << 10
+"""The head of an HTTP request."""
+REQUEST_SECONDS = 10.0
+"""From the first byte of an HTTP request to the last."""
+SCRAPERS = 32
+"""Connections to one /metrics at once."""

@@ -1,0 +1,82 @@
+"""Serves /metrics to Prometheus from a thread of its own: one small answer a connection, and no patience.
+
+A request has REQUEST_SECONDS from the connection to its last byte, TLS included, HEADER_BYTES to say what it wants, and
+shows the token where there is one. More than SCRAPERS at once are hung up on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+
+from pydantic import SecretStr
+
+from treegrpo.access import shows
+from treegrpo.limits import HEADER_BYTES, REQUEST_SECONDS, SCRAPERS
+
+CONTENT = "text/plain; version=0.0.4; charset=utf-8"
+END = b"\r\n\r\n"
+
+
+def serve_page(
+    listener: socket.socket, page: Callable[[], bytes], context: ssl.SSLContext | None, token: SecretStr
+) -> threading.Thread:
+    """Answer ``GET /metrics`` with ``page()`` at ``listener`` until the process ends."""
+    server = _Server(page, token)
+    thread = threading.Thread(target=asyncio.run, args=(server.run(listener, context),), name="metrics", daemon=True)
+    thread.start()
+    return thread
+
+
+class _Server:
+    def __init__(self, page: Callable[[], bytes], token: SecretStr) -> None:
+        self._page = page
+        self._token = token
+        self._open = 0
+
+    async def run(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
+        patience = None if context is None else REQUEST_SECONDS
+        server = await asyncio.start_server(
+            self._connected,
+            sock=listener,
+            ssl=context,
+            limit=HEADER_BYTES,
+            ssl_handshake_timeout=patience,
+            ssl_shutdown_timeout=patience,
+        )
+        asyncio.get_running_loop().set_exception_handler(lambda _, __: None)  # a handshake that failed is the peer's affair
+        await server.serve_forever()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        try:
+            if self._open <= SCRAPERS:
+                async with asyncio.timeout(REQUEST_SECONDS):
+                    writer.write(self._answer(await reader.readuntil(END)))
+                    await writer.drain()
+        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
+            pass  # too slow, too much, or gone: nobody to say it to
+        finally:
+            self._open -= 1
+            writer.close()
+
+    def _answer(self, request: bytes) -> bytes:
+        first, *rest = request.decode(errors="replace").split("\r\n")
+        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
+        method, target, *_ = (*first.split(" "), "", "")
+        if not shows(headers.get("authorization", ""), self._token):
+            return _response(
+                HTTPStatus.UNAUTHORIZED, b"Show the token: Authorization: Bearer TOKEN\n", "WWW-Authenticate: Bearer\r\n"
+            )
+        if method != "GET" or target.partition("?")[0] != "/metrics":
+            return _response(HTTPStatus.NOT_FOUND, b"There is GET /metrics.\n")
+        return _response(HTTPStatus.OK, self._page())
+
+
+def _response(status: HTTPStatus, body: bytes, more: str = "") -> bytes:
+    head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {CONTENT}\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}{more}Connection: close\r\n\r\n".encode() + body
