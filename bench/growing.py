@@ -10,7 +10,8 @@ import numpy as np
 from learner.trainer.advantages import Options, advantages
 from learner.trainer.episodes import CreditedTree, credit, usable
 from treegrpo.question import Question
-from treegrpo.tree import ROOT, Group, Leaf, PolicyVersion, Step, Subtree, TokenIds, Tree, VersionSpan
+from treegrpo.step import ROOT, Leaf, PolicyVersion, Step, Subtree, TokenIds, VersionSpan
+from treegrpo.tree import Group, Tree
 
 ACTION = (16, 25)
 OBSERVATION = (30, 51)

@@ -16,7 +16,8 @@ from learner.trainer.episodes import CreditedTree
 from learner.trainer.loss import policy_loss
 from learner.trainer.model import score, score_hidden
 from learner.trainer.packing import Pack, pack
-from treegrpo.config import Dtype, TrainConfig
+from treegrpo.config import Dtype
+from treegrpo.train_config import TrainConfig
 
 TRAIN = TrainConfig()
 

@@ -38,7 +38,8 @@ from services.sampler.tokenizer import Tokenizer
 from treegrpo.budget import Cost
 from treegrpo.lease import Lease, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Message, Question
-from treegrpo.tree import Group, PolicyVersion, TokenIds
+from treegrpo.step import PolicyVersion, TokenIds
+from treegrpo.tree import Group
 
 REQUESTS, PROMPT, TOKENS = 32, 16, 128
 SHAPES = ((2, 2, 1), (4, 4, 2))

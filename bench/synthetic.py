@@ -11,7 +11,7 @@ import numpy as np
 from services.environments.base import Forking, Outcome, ToolCall
 from services.sampler.engines.base import Completion, Engine, Finish, Sampling
 from treegrpo.question import Question
-from treegrpo.tree import PolicyVersion, TokenIds
+from treegrpo.step import PolicyVersion, TokenIds
 
 TURNS = 3
 WORDS = [

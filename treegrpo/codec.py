@@ -14,7 +14,7 @@ from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Message, Question
 from treegrpo.soundness import name
-from treegrpo.tree import Leaf, Logprobs, PolicyVersion, Step, StepStatus, Subtree, TokenIds, VersionSpan
+from treegrpo.step import Leaf, Logprobs, PolicyVersion, Step, StepStatus, Subtree, TokenIds, VersionSpan
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
 IDS = np.dtype("<u4")

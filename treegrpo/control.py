@@ -32,8 +32,8 @@ from treegrpo.change import Change
 from treegrpo.errors import UnavailableError
 from treegrpo.limits import CONTROL_BYTES, PEERS
 from treegrpo.security import Role, within_reach
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import split_address
-from treegrpo.tree import PolicyVersion
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0

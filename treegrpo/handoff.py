@@ -33,7 +33,8 @@ from google.protobuf.message import DecodeError
 
 from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_pb
 from treegrpo.errors import ContractError, UnavailableError
-from treegrpo.tree import Group, Subtree
+from treegrpo.step import Subtree
+from treegrpo.tree import Group
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
 MAX_SOCKET_PATH = 100

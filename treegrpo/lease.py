@@ -7,7 +7,7 @@ from enum import Enum
 
 from treegrpo.budget import Budget, Cost
 from treegrpo.question import Question
-from treegrpo.tree import PolicyVersion, Subtree
+from treegrpo.step import PolicyVersion, Subtree
 
 HEARTBEAT_SECONDS = 5.0
 """A sampler says something at least this often."""

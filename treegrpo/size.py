@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from treegrpo.errors import TreeError
 from treegrpo.lease import Plan
-from treegrpo.tree import Subtree
+from treegrpo.step import Subtree
 
 TEXT_LENGTH = 65536
 """Letters of a tool call."""

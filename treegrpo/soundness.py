@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from treegrpo.errors import TreeError
-
-if TYPE_CHECKING:
-    from treegrpo.tree import Leaf, Step, TokenIds
+from treegrpo.step import Leaf, Step, TokenIds
 
 LOGPROB_SLACK = 1e-4
 """How far above 0 a log-probability may be: engines round log-softmax of a near-certain token to there. It is kept as it

@@ -7,7 +7,7 @@ from treegrpo.errors import TreeError
 from treegrpo.lease import LeaseKind
 from treegrpo.size import check_size
 from treegrpo.soundness import check_vocabulary, name
-from treegrpo.tree import Subtree
+from treegrpo.step import Subtree
 
 
 def check_asked_for(group: OpenGroup, subtree: Subtree, vocabulary: int) -> None:

@@ -36,7 +36,7 @@ from treegrpo.errors import ContractError, TreeError, UnavailableError
 from treegrpo.handoff import Evaluation, Taken, pack_group
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Question
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import tree_pb2
 

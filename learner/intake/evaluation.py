@@ -8,7 +8,7 @@ from typing import Any
 from learner.intake.groups import OpenGroup
 from treegrpo.handoff import Evaluation
 from treegrpo.question import Question
-from treegrpo.tree import Leaf, PolicyVersion
+from treegrpo.step import Leaf, PolicyVersion
 
 
 class Answers:

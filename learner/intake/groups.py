@@ -23,7 +23,8 @@ from treegrpo.budget import Cost
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.limits import MESSAGE_BYTES
-from treegrpo.tree import Group, Subtree
+from treegrpo.step import Subtree
+from treegrpo.tree import Group
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from treegrpo.budget import Budget, Cost
 from treegrpo.errors import ContractError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Question
-from treegrpo.tree import PolicyVersion, Subtree
+from treegrpo.step import PolicyVersion, Subtree
 
 
 class LeaseBook(Standing):

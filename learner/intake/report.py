@@ -21,8 +21,8 @@ from learner.intake.groups import Fate, OpenGroup
 from learner.intake.leases import LeaseBook
 from treegrpo.budget import Budget
 from treegrpo.lease import LeaseEnd, LeaseKind
+from treegrpo.step import Subtree
 from treegrpo.telemetry import IntakeMetrics
-from treegrpo.tree import Subtree
 
 log = logging.getLogger(__name__)
 WAITING_LINES = 1000

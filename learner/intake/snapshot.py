@@ -25,7 +25,7 @@ from learner.intake.report import Reporter
 from treegrpo.codec import lease_from_pb, lease_to_pb, subtree_from_pb, subtree_to_pb
 from treegrpo.errors import JournalError
 from treegrpo.lease import Lease
-from treegrpo.tree import Subtree
+from treegrpo.step import Subtree
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
 FORMAT = 1

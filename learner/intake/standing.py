@@ -11,7 +11,7 @@ from learner.intake.ledger import Ledger
 from learner.intake.questions import QuestionQueue
 from treegrpo.lease import LeaseKind, Plan
 from treegrpo.question import Question
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 
 
 class Standing:

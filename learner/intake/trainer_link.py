@@ -11,7 +11,7 @@ from pathlib import Path
 from learner.intake.desk import Desk
 from treegrpo.errors import AddressInUseError, ContractError
 from treegrpo.handoff import Covered, Done, Evaluate, Message, Publish, Report, Take, encode, receive
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import grpc
 
 from treegrpo.codec import version_from_pb, version_to_pb
 from treegrpo.handoff import KEEP_VERSIONS
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import IntakeMetrics
-from treegrpo.tree import PolicyVersion
 from treegrpo.v1 import weights_pb2, weights_pb2_grpc
 
 CHUNK_BYTES = 1 << 20

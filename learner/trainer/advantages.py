@@ -33,7 +33,7 @@ from learner.trainer.branches import (
     join,
     normalise,
 )
-from treegrpo.config import Estimator, Singleton, TrainConfig
+from treegrpo.train_config import Estimator, Singleton, TrainConfig
 
 __all__ = ["ESTIMATORS", "Advantage", "Branches", "Options", "advantages", "has_signal"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from treegrpo.config import Singleton
+from treegrpo.train_config import Singleton
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from learner.trainer.publish import write_model
 from learner.trainer.ranks import ALONE, Ranks
 from treegrpo.errors import ModelError
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 
 log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from learner.trainer.tally import Tally
 from learner.trainer.targets import SIGNS, Targets
-from treegrpo.config import TrainConfig
+from treegrpo.train_config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from learner.trainer.branches import Advantage, Branches, Values, compare
-from treegrpo.config import Aggregation
-from treegrpo.tree import ROOT, Group, Leaf, PolicyVersion, Step, Tree
+from treegrpo.step import ROOT, Leaf, PolicyVersion, Step
+from treegrpo.train_config import Aggregation
+from treegrpo.tree import Group, Tree
 
 
 @dataclass(frozen=True, slots=True, eq=False)

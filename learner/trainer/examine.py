@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.handoff import unpack_group
 from treegrpo.soundness import check_leaves, check_steps, check_vocabulary
-from treegrpo.tree import ROOT, Group, Tree
+from treegrpo.step import ROOT
+from treegrpo.tree import Group, Tree
 
 
 def unpack(packed: Sequence[bytes], vocabulary: int) -> tuple[list[Group], list[str]]:

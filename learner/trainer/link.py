@@ -25,7 +25,7 @@ from treegrpo.handoff import (
     Take,
     Taken,
 )
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 
 CONNECT_SECONDS = 30.0
 """The intake is started beside the trainer and may need a moment more."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from learner.trainer.corrections import weigh
 from learner.trainer.tally import Tally
 from learner.trainer.targets import Targets
-from treegrpo.config import KlEstimator, Loss, TrainConfig
+from treegrpo.train_config import KlEstimator, Loss, TrainConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from learner.trainer.episodes import Credit, CreditedTree
 from learner.trainer.layout import Layout, PathIds, lay_out, shared
 from learner.trainer.targets import Targets
 from treegrpo.errors import ContractError
-from treegrpo.tree import Step, Tree
+from treegrpo.step import Step
+from treegrpo.tree import Tree
 
 Indices = NDArray[np.int64]
 Key = tuple[int, int]

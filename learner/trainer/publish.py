@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from learner.trainer.ranks import ALONE, Ranks
 from treegrpo.config import Dtype
 from treegrpo.errors import ContractError
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

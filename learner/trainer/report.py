@@ -16,8 +16,9 @@ from learner.trainer.corrections import effective_sample
 from learner.trainer.episodes import Episodes, mixed_siblings, version_lag
 from learner.trainer.targets import SIGNS
 from learner.trainer.update import Update
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import TrainerMetrics
-from treegrpo.tree import Group, PolicyVersion
+from treegrpo.tree import Group
 
 SPLIT = SIGNS[1:]
 """The classes of tokens where inter-tree and intra-tree advantage both say something."""

@@ -26,7 +26,7 @@ from treegrpo.errors import UnavailableError
 from treegrpo.lease import Lease, LeaseKind
 from treegrpo.question import Question
 from treegrpo.security import Role
-from treegrpo.tree import Leaf, PolicyVersion, Subtree
+from treegrpo.step import Leaf, PolicyVersion, Subtree
 
 ALL = "all"
 

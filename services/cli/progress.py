@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from treegrpo.errors import DataError
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 
 FILE_NAME = "progress.jsonl"
 

@@ -18,8 +18,8 @@ from services.sampler.outbox import Outbox
 from treegrpo.change import Change
 from treegrpo.errors import ContractError
 from treegrpo.lease import HEARTBEAT_SECONDS, LeaseEnd, Plan
+from treegrpo.step import Subtree
 from treegrpo.telemetry import SamplerMetrics
-from treegrpo.tree import Subtree
 from treegrpo.v1 import rollout_pb2, rollout_pb2_grpc
 
 log = logging.getLogger(__name__)

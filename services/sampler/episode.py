@@ -29,8 +29,9 @@ from treegrpo.errors import ContractError, EngineError, ToolError, TreeError
 from treegrpo.lease import Lease, Plan
 from treegrpo.question import Message
 from treegrpo.soundness import check_steps, name
+from treegrpo.step import Leaf, Step, StepStatus, Subtree, TokenIds
 from treegrpo.telemetry import SamplerMetrics
-from treegrpo.tree import Leaf, Step, StepStatus, Subtree, TokenIds, Tree
+from treegrpo.tree import Tree
 
 log = logging.getLogger(__name__)
 FIRST_WAIT_SECONDS = 0.1

@@ -28,8 +28,9 @@ from services.sampler.states import States
 from treegrpo.budget import Budget
 from treegrpo.errors import DataError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
+from treegrpo.step import ROOT, Subtree, TokenIds
 from treegrpo.telemetry import SamplerMetrics
-from treegrpo.tree import ROOT, Subtree, TokenIds, Tree
+from treegrpo.tree import Tree
 
 __all__ = ["Emit", "Expander", "Gate", "draw"]
 

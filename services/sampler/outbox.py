@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from treegrpo.codec import lease_end_to_pb, subtree_to_pb
 from treegrpo.lease import LeaseEnd, Plan
-from treegrpo.tree import Subtree
+from treegrpo.step import Subtree
 from treegrpo.v1.rollout_pb2 import RolloutRequest
 
 TOKEN_BYTES = 16

@@ -14,8 +14,8 @@ from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.access import Access, bearer
 from treegrpo.config import Config
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import SamplerMetrics
-from treegrpo.tree import PolicyVersion
 
 OBSERVE_SECONDS = 1.0
 

@@ -10,7 +10,7 @@ from services.sampler.allowance import Bill
 from treegrpo.budget import Cost
 from treegrpo.errors import ToolError
 from treegrpo.question import Question
-from treegrpo.tree import ROOT
+from treegrpo.step import ROOT
 
 
 class States:

@@ -11,7 +11,7 @@ import numpy as np
 
 from treegrpo.errors import ModelError
 from treegrpo.question import Message
-from treegrpo.tree import TokenIds
+from treegrpo.step import TokenIds
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

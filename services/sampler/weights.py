@@ -22,8 +22,8 @@ from services.sampler.engines.base import Engine
 from treegrpo.change import Change
 from treegrpo.codec import version_from_pb
 from treegrpo.errors import DeadlineError, UnavailableError, WeightsError
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import SamplerMetrics
-from treegrpo.tree import PolicyVersion
 from treegrpo.v1 import weights_pb2, weights_pb2_grpc
 
 log = logging.getLogger(__name__)

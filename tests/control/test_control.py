@@ -12,8 +12,8 @@ import pytest
 from tests.control.brokers import Broker, free_address
 from treegrpo.control import ControlPlane, Member, RunState, publish_state
 from treegrpo.errors import UnavailableError
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import split_address
-from treegrpo.tree import PolicyVersion
 
 SECONDS = 30.0
 VERSION = PolicyVersion(1, 7)

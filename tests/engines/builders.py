@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from services.sampler.tokenizer import Tokenizer
-from treegrpo.tree import TokenIds
+from treegrpo.step import TokenIds
 
 VOCABULARY = 288
 _LLAMA3_ROPE = {

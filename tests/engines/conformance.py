@@ -20,7 +20,7 @@ from services.sampler.engines.base import Completion, Engine, Sampling
 from services.sampler.tokenizer import Tokenizer
 from tests.engines import builders
 from treegrpo.errors import EngineError, WeightsError
-from treegrpo.tree import PolicyVersion, TokenIds, VersionSpan
+from treegrpo.step import PolicyVersion, TokenIds, VersionSpan
 
 OpenEngine = Callable[[Path], AbstractAsyncContextManager[Engine]]
 FIRST, SECOND = PolicyVersion(0, 0), PolicyVersion(0, 1)

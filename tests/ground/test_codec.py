@@ -10,7 +10,7 @@ from treegrpo import codec
 from treegrpo.budget import Budget
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind
-from treegrpo.tree import PolicyVersion, StepStatus
+from treegrpo.step import PolicyVersion, StepStatus
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
 

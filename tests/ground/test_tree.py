@@ -13,7 +13,8 @@ from tests.intake.builders import chain, question, step
 from treegrpo.budget import Budget
 from treegrpo.errors import TreeError
 from treegrpo.lease import Plan
-from treegrpo.tree import ROOT, Group, Leaf, StepStatus, Subtree, Tree
+from treegrpo.step import ROOT, Leaf, StepStatus, Subtree
+from treegrpo.tree import Group, Tree
 
 PROMPT = np.arange(3, dtype=np.uint32)
 

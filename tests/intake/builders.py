@@ -9,7 +9,7 @@ from learner.intake.questions import QuestionQueue
 from treegrpo.budget import Cost
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Message, Question
-from treegrpo.tree import Leaf, PolicyVersion, Step, StepStatus, Subtree, VersionSpan
+from treegrpo.step import Leaf, PolicyVersion, Step, StepStatus, Subtree, VersionSpan
 
 PLAN = Plan(trees=2, rounds=1, expansions=2, max_turns=3, max_action_tokens=16, max_context=128, temperature=1.0)
 VERSION = PolicyVersion(1, 0)

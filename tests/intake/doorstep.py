@@ -27,8 +27,8 @@ from treegrpo.access import Access
 from treegrpo.config import SecurityConfig
 from treegrpo.control import ControlPlane, Member
 from treegrpo.security import Role
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import IntakeMetrics
-from treegrpo.tree import PolicyVersion
 from treegrpo.v1 import rollout_pb2_grpc
 
 

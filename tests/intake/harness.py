@@ -21,7 +21,7 @@ from tests.intake.builders import VERSION, chain, complete
 from treegrpo.codec import lease_end_to_pb, subtree_to_pb, version_from_pb
 from treegrpo.handoff import IntakeClient, socket_path
 from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 

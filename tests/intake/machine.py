@@ -22,8 +22,8 @@ from tests.intake.builders import book, chain, question
 from tests.intake.disks import MemoryDisk
 from treegrpo.codec import subtree_to_pb
 from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.step import PolicyVersion, Subtree, VersionSpan
 from treegrpo.telemetry import IntakeMetrics
-from treegrpo.tree import PolicyVersion, Subtree, VersionSpan
 
 JOURNAL, SNAPSHOTS = Path("/run/journal"), Path("/run/snapshots")
 BATCH = 2

@@ -11,7 +11,7 @@ from tests.intake.builders import PLAN, VERSION, book, chain, complete, grant, q
 from treegrpo.budget import Budget, Cost
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import LeaseEnd, LeaseEndReason, LeaseKind
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 
 
 def finish(made: LeaseBook, lease: str) -> None:

@@ -20,7 +20,7 @@ from treegrpo.budget import Budget
 from treegrpo.codec import lease_end_to_pb
 from treegrpo.control import Member
 from treegrpo.lease import LeaseEnd, LeaseEndReason, LeaseKind
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 from treegrpo.v1 import rollout_pb2 as pb
 
 

@@ -25,8 +25,8 @@ from treegrpo.budget import Budget
 from treegrpo.codec import subtree_to_pb
 from treegrpo.errors import TreeError
 from treegrpo.lease import LeaseEnd, LeaseEndReason, LeaseKind
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import IntakeMetrics
-from treegrpo.tree import PolicyVersion
 
 SLOTS = [(tree, index) for index in range(PLAN.branches) for tree in range(PLAN.trees)]
 FAULTS = [LeaseEndReason.LOST, LeaseEndReason.FAILED, LeaseEndReason.RETURNED, LeaseEndReason.INTERRUPTED]

@@ -16,7 +16,7 @@ from treegrpo.budget import Budget
 from treegrpo.errors import EngineError, ToolError, WeightsError
 from treegrpo.lease import Lease, LeaseKind, Plan
 from treegrpo.question import Message, Question
-from treegrpo.tree import PolicyVersion, TokenIds, VersionSpan
+from treegrpo.step import PolicyVersion, TokenIds, VersionSpan
 
 EOS = 3
 MERGED = 500

@@ -25,8 +25,8 @@ from treegrpo.access import OPEN
 from treegrpo.codec import lease_end_from_pb
 from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.step import PolicyVersion, Step, Subtree
 from treegrpo.telemetry import SamplerMetrics
-from treegrpo.tree import PolicyVersion, Step, Subtree
 from treegrpo.v1 import rollout_pb2
 
 

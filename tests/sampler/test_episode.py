@@ -15,8 +15,8 @@ from services.sampler.expansion import Expander, Gate
 from tests.sampler.fakes import EOS, MERGED, FakeEngine, FakeEnvironment, FakeText, Session, deep, lease, plan, turns
 from treegrpo.errors import EngineError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
+from treegrpo.step import ROOT, PolicyVersion, StepStatus, Subtree, TokenIds, VersionSpan
 from treegrpo.telemetry import SamplerMetrics
-from treegrpo.tree import ROOT, PolicyVersion, StepStatus, Subtree, TokenIds, VersionSpan
 
 CHAIN = plan(1, 0, 0)
 

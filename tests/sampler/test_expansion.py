@@ -16,7 +16,8 @@ from services.environments.base import Forking
 from services.sampler.expansion import Expander, Gate, draw
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, deep, lease, plan, turns
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
-from treegrpo.tree import ROOT, Group, StepStatus, Subtree
+from treegrpo.step import ROOT, StepStatus, Subtree
+from treegrpo.tree import Group
 
 
 async def grown(

@@ -10,7 +10,7 @@ from services.sampler.expansion import Expander, Gate
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, deep, lease, plan, turns
 from treegrpo.budget import Budget, Cost
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
-from treegrpo.tree import Subtree
+from treegrpo.step import Subtree
 
 CHAIN = plan(1, 0, 0)
 

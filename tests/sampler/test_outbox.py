@@ -7,7 +7,7 @@ import numpy as np
 from services.sampler.outbox import Outbox
 from tests.sampler.fakes import plan
 from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.tree import Step, Subtree
+from treegrpo.step import Step, Subtree
 
 
 def subtree(index: int, name: str) -> Subtree:

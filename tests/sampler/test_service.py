@@ -16,7 +16,8 @@ from tests.engines.builders import save_model
 from tests.intake.harness import Setting
 from treegrpo.control import RunState, publish_state
 from treegrpo.handoff import Done, Evaluate, Evaluation, IntakeClient, Publish, Take, Taken, unpack_group
-from treegrpo.tree import Group, StepStatus
+from treegrpo.step import StepStatus
+from treegrpo.tree import Group
 
 ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", "--rollout.max_turns", "2")
 

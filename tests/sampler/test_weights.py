@@ -14,8 +14,8 @@ from services.sampler.weights import Follower, WeightStore, first_version
 from tests.sampler.fake_learner import FakeLearner, serving
 from tests.sampler.fakes import FakeEngine, deep
 from treegrpo.errors import DeadlineError, UnavailableError, WeightsError
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import SamplerMetrics
-from treegrpo.tree import PolicyVersion
 
 V1, V2, V3, V4, V5 = (PolicyVersion(1, step) for step in range(1, 6))
 CONFIG = b'{"a": 1}'

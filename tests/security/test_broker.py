@@ -29,7 +29,7 @@ from treegrpo.control import ControlPlane, Member, RunState, open_client, publis
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.limits import CONTROL_BYTES
 from treegrpo.security import Role, SecurityConfig
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see `refused`
 DEPLOY = Path(__file__).parents[2] / "deploy" / "mosquitto"

@@ -15,7 +15,7 @@ from tests.intake.builders import PLAN, book, chain, grant, step
 from treegrpo.errors import DataError, TreeError
 from treegrpo.limits import QUESTION_BYTES
 from treegrpo.size import NUMBERS, TEXT_LENGTH
-from treegrpo.tree import Leaf, Subtree
+from treegrpo.step import Leaf, Subtree
 
 
 def long(lease: str) -> Subtree:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from learner.trainer.model import load_model
 from treegrpo.config import Config
 from treegrpo.question import Question
-from treegrpo.tree import Group, Leaf, PolicyVersion, Step, StepStatus, Subtree, Tree, VersionSpan
+from treegrpo.step import Leaf, PolicyVersion, Step, StepStatus, Subtree, VersionSpan
+from treegrpo.tree import Group, Tree
 
 VOCABULARY = 64
 CPU = torch.device("cpu")

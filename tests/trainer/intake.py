@@ -29,7 +29,7 @@ from treegrpo.handoff import (
     pack_group,
     receive,
 )
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 
 PROMPT = [1, 2]
 EPISODE = 4

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from learner.trainer.advantages import ESTIMATORS, Advantage, Branches, Options, advantages, has_signal
-from treegrpo.config import ESTIMATOR_OPTIONS, Estimator, TrainConfig
+from treegrpo.train_config import ESTIMATOR_OPTIONS, Estimator, TrainConfig
 
 LEAF_LEVEL: list[Estimator] = ["tree", "inter", "intra", "two_norm", "rloo", "treepo"]
 NODE_LEVEL: list[Estimator] = ["treerl", "sibling_loo", "at2po"]

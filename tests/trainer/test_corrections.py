@@ -13,9 +13,9 @@ from learner.trainer.corrections import effective_sample, m2po_limit, mismatch, 
 from learner.trainer.tally import Tally
 from learner.trainer.targets import SIGNS
 from tests.trainer.targets import float64, lone
-from treegrpo.config import OPTIONS, Correction, Estimator, Loss, TrainConfig
 from treegrpo.errors import ConfigError
 from treegrpo.settings import load
+from treegrpo.train_config import OPTIONS, Correction, Estimator, Loss, TrainConfig
 
 ICEPOP = ["--train.correction", "icepop"]
 RHO = float64(0.25, 1.0, 3.0, 8.0)

@@ -17,8 +17,9 @@ from learner.trainer.episodes import (
     version_lag,
 )
 from tests.trainer.builders import forked, group, grown, random_group, step, subtree
-from treegrpo.config import Aggregation
-from treegrpo.tree import Group, Leaf, PolicyVersion, Step, StepStatus, VersionSpan
+from treegrpo.step import Leaf, PolicyVersion, Step, StepStatus, VersionSpan
+from treegrpo.train_config import Aggregation
+from treegrpo.tree import Group
 
 
 def credited(batch: list[Episodes], aggregation: Aggregation = "leaf_mean", options: Options | None = None) -> list[CreditedTree]:

@@ -18,7 +18,8 @@ from learner.trainer.update import Updater
 from tests.trainer.builders import CPU, STOP, configure, group, random_group, step, subtree, write_tiny
 from tests.trainer.families import FAMILIES, write_family
 from tests.trainer.naive import applied_gradients, assert_same, exact, in_float64, naive_loss, packs_of, plain
-from treegrpo.config import Config, Estimator
+from treegrpo.config import Config
+from treegrpo.train_config import Estimator
 from treegrpo.tree import Group
 
 LOSSES: list[dict[str, Any]] = [

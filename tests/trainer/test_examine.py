@@ -23,8 +23,9 @@ from tests.trainer.builders import configure, forked, group, write_tiny
 from tests.trainer.intake import FakeIntake
 from treegrpo.errors import TreeError
 from treegrpo.handoff import Publish, pack_group, socket_path
+from treegrpo.step import ROOT, Leaf, Step, StepStatus, Subtree
 from treegrpo.telemetry import TrainerMetrics
-from treegrpo.tree import ROOT, Group, Leaf, Step, StepStatus, Subtree, Tree
+from treegrpo.tree import Group, Tree
 
 PROMPT = np.arange(3, dtype=np.uint32)
 

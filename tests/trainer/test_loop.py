@@ -24,8 +24,8 @@ from tests.trainer.intake import FakeIntake, sampler
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.handoff import Covered, Message, Publish, Report, Take, socket_path
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import TrainerMetrics
-from treegrpo.tree import PolicyVersion
 
 
 @pytest.fixture(autouse=True)

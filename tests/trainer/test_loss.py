@@ -16,7 +16,7 @@ from learner.trainer.loss import GAINS, entropy_bonus, kl, policy_loss, referenc
 from learner.trainer.tally import Tally
 from learner.trainer.targets import Targets
 from tests.trainer.targets import float64, lone, near, places, random_targets
-from treegrpo.config import CORRECTION_OPTIONS, LOSS_OPTIONS, KlEstimator, Loss, TrainConfig
+from treegrpo.train_config import CORRECTION_OPTIONS, LOSS_OPTIONS, KlEstimator, Loss, TrainConfig
 
 CORRECTIONS = ("none", "decoupled", "tis", "icepop", "m2po")
 TOKEN_LEVEL: list[dict[str, Any]] = [{"loss": "ppo"}, {"loss": "ppo", "dual_clip": 1.4}, {"loss": "cispo"}, {"loss": "dppo"}]

@@ -11,7 +11,7 @@ from learner.trainer.durable import whole
 from learner.trainer.model import load_model
 from learner.trainer.publish import export, prune, publish, published
 from tests.trainer.builders import CPU, tiny
-from treegrpo.tree import PolicyVersion
+from treegrpo.step import PolicyVersion
 
 
 class Crash(Exception):  # noqa: N818  # it stands for the end of a process

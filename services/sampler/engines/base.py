@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from treegrpo.tree import Logprobs, PolicyVersion, TokenIds, VersionSpan
+from treegrpo.step import Logprobs, PolicyVersion, TokenIds, VersionSpan
 
 Finish = Literal["stop", "length"]
 

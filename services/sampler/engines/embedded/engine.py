@@ -24,7 +24,7 @@ from services.sampler.engines.embedded.request import Request
 from services.sampler.engines.embedded.scheduler import Counters, Scheduler
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.errors import EngineError
-from treegrpo.tree import PolicyVersion, TokenIds
+from treegrpo.step import PolicyVersion, TokenIds
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from services.sampler.engines.base import Completion, Finish, Sampling
-from treegrpo.tree import PolicyVersion, TokenIds, VersionSpan
+from treegrpo.step import PolicyVersion, TokenIds, VersionSpan
 
 
 @dataclass(slots=True, eq=False)

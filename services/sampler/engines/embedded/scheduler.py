@@ -26,7 +26,7 @@ from services.sampler.engines.embedded.sampling import draw
 from services.sampler.engines.embedded.stopping import StopStrings
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.errors import EngineError
-from treegrpo.tree import PolicyVersion, TokenIds
+from treegrpo.step import PolicyVersion, TokenIds
 
 _PREFILL_TOKENS = 4096
 """New prefix tokens in one forward pass, unless one request alone has more: bounds the step's memory and duration."""
