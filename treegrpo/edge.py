@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NoReturn
 
+from treegrpo import logs
 from treegrpo.config import Config
 from treegrpo.errors import TreeGrpoError
 from treegrpo.settings import from_arguments
@@ -25,7 +26,7 @@ def run_service(service: Callable[[Config], Coroutine[Any, Any, None]], argument
         if __name__ == "__main__":
             run_service(serve)
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logs.to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
     try:
         config = from_arguments(sys.argv[1:] if arguments is None else arguments)
@@ -40,7 +41,11 @@ def complain(error: BaseException) -> int:
     ours = find(error)
     if ours is None:
         raise error
-    print(f"{ERROR_MARK}{ours}", file=sys.stderr, flush=True)
+    if logs.as_json():
+        logs.to_stderr()
+        logging.getLogger(__name__).critical("%s", ours)
+    else:
+        print(f"{ERROR_MARK}{ours}", file=sys.stderr, flush=True)
     return FAILED
 
 

@@ -1,7 +1,7 @@
-"""Serves /metrics to Prometheus from a thread of its own: one small answer a connection, and no patience.
+"""Serves /metrics to Prometheus and /health to who starts the process, from a thread of its own: one small answer a connection.
 
 A request has REQUEST_SECONDS from the connection to its last byte, TLS included, HEADER_BYTES to say what it wants, and
-shows the token where there is one. More than SCRAPERS at once are hung up on.
+shows the token where there is one; /health is for everybody. More than SCRAPERS at once are hung up on.
 """
 
 from __future__ import annotations
@@ -23,18 +23,23 @@ END = b"\r\n\r\n"
 
 
 def serve_page(
-    listener: socket.socket, page: Callable[[], bytes], context: ssl.SSLContext | None, token: SecretStr
+    listener: socket.socket,
+    page: Callable[[], bytes],
+    serving: Callable[[], bool],
+    context: ssl.SSLContext | None,
+    token: SecretStr,
 ) -> threading.Thread:
-    """Answer ``GET /metrics`` with ``page()`` at ``listener`` until the process ends."""
-    server = _Server(page, token)
+    """Answer ``GET /metrics`` with ``page()`` and ``GET /health`` by ``serving()`` at ``listener`` until the process ends."""
+    server = _Server(page, serving, token)
     thread = threading.Thread(target=asyncio.run, args=(server.run(listener, context),), name="metrics", daemon=True)
     thread.start()
     return thread
 
 
 class _Server:
-    def __init__(self, page: Callable[[], bytes], token: SecretStr) -> None:
+    def __init__(self, page: Callable[[], bytes], serving: Callable[[], bool], token: SecretStr) -> None:
         self._page = page
+        self._serving = serving
         self._token = token
         self._open = 0
 
@@ -68,12 +73,17 @@ class _Server:
         first, *rest = request.decode(errors="replace").split("\r\n")
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
         method, target, *_ = (*first.split(" "), "", "")
+        path = target.partition("?")[0]
+        if (method, path) == ("GET", "/health"):
+            return (
+                _response(HTTPStatus.OK, b"ok\n") if self._serving() else _response(HTTPStatus.SERVICE_UNAVAILABLE, b"not yet\n")
+            )
         if not shows(headers.get("authorization", ""), self._token):
             return _response(
                 HTTPStatus.UNAUTHORIZED, b"Show the token: Authorization: Bearer TOKEN\n", "WWW-Authenticate: Bearer\r\n"
             )
-        if method != "GET" or target.partition("?")[0] != "/metrics":
-            return _response(HTTPStatus.NOT_FOUND, b"There is GET /metrics.\n")
+        if (method, path) != ("GET", "/metrics"):
+            return _response(HTTPStatus.NOT_FOUND, b"There are GET /metrics and GET /health.\n")
         return _response(HTTPStatus.OK, self._page())
 
 

@@ -25,6 +25,7 @@ class _Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.serving = self._gauge("serving", "1 while the process does its work, as /health says")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"treegrpo_{name}", text, labels, registry=self.registry)
@@ -165,7 +166,7 @@ def check_free(address: str, key: str) -> None:
 
 
 def serve(metrics: _Metrics, address: str, key: str, access: Access) -> int:
-    """Serve /metrics from a thread until the process ends; returns the port.
+    """Serve /metrics and /health from a thread until the process ends; returns the port.
 
     Raises:
         ConfigError: ``address`` is within reach of others, and TLS or the token is missing.
@@ -175,5 +176,11 @@ def serve(metrics: _Metrics, address: str, key: str, access: Access) -> int:
     host, port = split_address(address, key)
     check_free(address, key)
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    serve_page(listener, lambda: generate_latest(metrics.registry), access.server_context(), access.metrics_token)
+    serve_page(
+        listener,
+        lambda: generate_latest(metrics.registry),
+        lambda: metrics.registry.get_sample_value("treegrpo_serving") == 1,
+        access.server_context(),
+        access.metrics_token,
+    )
     return listener.getsockname()[1]

@@ -120,9 +120,11 @@ async def _serve(
     async with listen(desk, socket_path(config.run.dir)):
         await server.start()
         await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+        metrics.serving.set(1)
         log.info("the intake serves samplers at %s", config.learner.listen)
         told = asyncio.create_task(asked.wait(), name="told-to-drain")
         await asyncio.wait({told, desk.broken}, return_when=asyncio.FIRST_COMPLETED)
+        metrics.serving.set(0)
         await healthy.enter_graceful_shutdown()
         await control.set_state(RunState.DRAINING)
         await desk.drained(0.0 if desk.broken.done() else DRAIN_SECONDS)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from learner.trainer.ranks import ALONE, Ranks, joined
+from treegrpo import logs
 from treegrpo.config import Config
 from treegrpo.edge import FAILED, complain
 from treegrpo.errors import TreeGrpoError
@@ -33,10 +34,7 @@ def run(work: Callable[[Config, Ranks], None], module: str) -> int:
             return start(module, config.train.processes, arguments)
         with joined() as ranks:
             who = "" if ranks.is_first else f"rank {ranks.rank}: "
-            logging.basicConfig(
-                level=logging.INFO if ranks.is_first else logging.WARNING,
-                format=f"%(asctime)s %(levelname)s %(name)s: {who}%(message)s",
-            )
+            logs.to_stderr(logging.INFO if ranks.is_first else logging.WARNING, who)
             work(config, ranks)
         code = 0
     except TreeGrpoError as error:

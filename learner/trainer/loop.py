@@ -215,4 +215,6 @@ def main(config: Config, ranks: Ranks) -> None:
     access = Access.of(config.security, Role.LEARNER)
     ranks.first(lambda: serve(metrics, own, "learner.metrics (the port after it)", access))
     with closing(Link.open(socket_path(config.run.dir), stop, ranks)) as link:
-        Trainer(config, link, metrics, ranks).run()
+        trainer = Trainer(config, link, metrics, ranks)
+        metrics.serving.set(1)
+        trainer.run()

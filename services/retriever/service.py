@@ -50,6 +50,7 @@ class Ask(BaseModel):
 def app(index: Index, metrics: RetrieverMetrics, access: Access) -> Starlette:
     """The web application; starts nothing. /health is for everybody, the rest for who shows its token."""
     metrics.documents.set(len(index.documents))
+    metrics.serving.set(1)
 
     def refused(status: int, sentence: str) -> Response:
         metrics.refused.inc()

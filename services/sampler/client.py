@@ -141,6 +141,7 @@ class LearnerClient:
             self._metrics.unacked.set(self.unacked)
             self._acked.tell()
             holder.welcomed(first.welcome)
+            self._metrics.serving.set(1)
             return True, await self._serve(call, holder)
         except TimeoutError:
             return False, f"no welcome within {WELCOME_SECONDS:.0f} s"
@@ -148,6 +149,7 @@ class LearnerClient:
             return False, self._reason(error)
         finally:
             self._queue = None
+            self._metrics.serving.set(0)
             call.cancel()
 
     async def _serve(self, call: Any, holder: Holder) -> str | None:

@@ -1,6 +1,6 @@
 """A sampler replica from start to goodbye. It keeps nothing that matters if it dies.
 
-Start:  /metrics → broker → learner → first policy version → engine → environment → rollout stream
+Start:  /metrics → broker → a run that does not drain → learner → first policy version → engine → environment → rollout stream
 Stop:   SIGTERM, SIGINT, run state "draining" or the learner's word → running branches end → every subtree is acked →
         the stream closes → environment → engine → weights → learner → broker
 """
@@ -61,6 +61,7 @@ async def run(config: Config) -> None:
     member = Member(name, "sampler", incarnation, metrics=f"{host}:{port}")
     async with AsyncExitStack() as stack:
         control = await stack.enter_async_context(ControlPlane.connect(config.broker.address, config.run.name, member, access))
+        await _not_draining(control)
         channel = await connect(address, access)
         stack.push_async_callback(channel.close)
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="treegrpo-sampler-")))
@@ -77,6 +78,15 @@ async def run(config: Config) -> None:
             gauges = tasks.create_task(observe(engine, metrics), name="engine-gauges")
             await Sampler(identity, engine, expander, store, client, control, metrics).run()
             gauges.cancel()
+
+
+async def _not_draining(control: ControlPlane) -> None:
+    """Return when the run goes on: what starts samplers again after a drain needs no other way to tell when."""
+    await control.settled()
+    if control.state is RunState.DRAINING:
+        log.info("the run drains; waiting until it goes on")
+    while control.state is RunState.DRAINING:
+        await control.wait_change()
 
 
 class Sampler:
