@@ -82,4 +82,4 @@ def become(arguments: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(check() if sys.argv[1:] == ["--check"] else become(sys.argv[1:]))
+    sys.exit((check() if sys.argv[1:] == ["--check"] else become(sys.argv[1:])) or 0)
