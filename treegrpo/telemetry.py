@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Callable, Iterable
 from contextlib import closing
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from treegrpo.access import Access
 from treegrpo.errors import AddressInUseError, ConfigError
@@ -25,7 +27,16 @@ class _Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.refresh: Callable[[], None] = lambda: None
+        """Called before each scrape, in its thread: brings up to date what is not counted as it happens."""
+        self.registry.register(_Before(self))
         self.serving = self._gauge("serving", "1 while the process does its work, as /health says")
+        self._gauge("start_time_seconds", "Unix time at which the process began").set_to_current_time()
+
+    @property
+    def ready(self) -> bool:
+        """What `serving` says, without asking for all the rest."""
+        return next(sample.value for family in self.serving.collect() for sample in family.samples) == 1
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"treegrpo_{name}", text, labels, registry=self.registry)
@@ -35,6 +46,17 @@ class _Metrics:
 
     def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
         return Histogram(f"treegrpo_{name}", text, labels, registry=self.registry, buckets=SECONDS)
+
+
+class _Before(Collector):
+    """The first of the registry to be asked at a scrape; it has nothing to say itself."""
+
+    def __init__(self, metrics: _Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        self._metrics.refresh()
+        return ()
 
 
 class IntakeMetrics(_Metrics):
@@ -91,6 +113,9 @@ class TrainerMetrics(_Metrics):
         self.phase = self._histogram("step_phase_seconds", "Seconds of one step by phase", "phase")
         self.waiting = self._counter("learner_waiting_seconds", "Seconds the trainer waited for groups")
         self.skipped = self._counter("steps_skipped", "Steps whose gradient was not applied: no_signal or not_finite", "reason")
+        self.unwritten = self._counter(
+            "trainer_writes_failed", "Attempts to write weights, a checkpoint or final that the disk refused", "what", "error"
+        )
         self.trained_tokens = self._counter("trained_tokens", "Tokens forwarded and backwarded in training")
         self.token_ratio = self._gauge("trained_token_ratio", "Tokens of the last step's paths over its trained tokens")
         self.reward = self._gauge("train_reward_mean", "Mean reward of the leaves of the last step")
@@ -109,6 +134,7 @@ class TrainerMetrics(_Metrics):
         self.lr = self._gauge("learning_rate", "Learning rate of the last step")
         self.lag_mean = self._gauge("version_lag_mean", "Mean age of the trained tokens, in versions")
         self.lag_max = self._gauge("version_lag_max", "Age of the oldest trained token, in versions")
+        self.lag_bound = self._gauge("version_lag_bound", "Age that no trained token exceeds: train.max_lag, in versions")
         self.mixed = self._gauge("mixed_version_siblings_ratio", "Share of sibling sets sampled from different versions")
         self.refused = self._counter("groups_refused", "Groups left out of training because a check refused them")
         self.zero_signal = self._gauge("zero_signal_groups_ratio", "Share of the step's groups without signal")
@@ -130,6 +156,8 @@ class SamplerMetrics(_Metrics):
         self.waiting = self._counter("sampler_waiting_seconds", "Seconds without any lease")
         self.leases = self._gauge("sampler_leases", "Leases being worked on")
         self.unacked = self._gauge("sampler_unacked_subtrees", "Subtrees sent and not yet acked")
+        self.away = self._counter("sampler_away_seconds", "Seconds that a tool or the engine was away and waited for", "part")
+        self.stalled = self._gauge("sampler_stalled_seconds", "Seconds that nothing goes on for want of something", "part")
         self.errors = self._counter("sampler_errors", "Errors by type; each was retried, reported or ended a lease", "type")
         self.reconnects = self._counter("sampler_reconnects", "Times the stream to the learner was opened again")
         self.turn = self._histogram("turn_seconds", "Seconds of one agent turn by part", "part")
@@ -179,7 +207,7 @@ def serve(metrics: _Metrics, address: str, key: str, access: Access) -> int:
     serve_page(
         listener,
         lambda: generate_latest(metrics.registry),
-        lambda: metrics.registry.get_sample_value("treegrpo_serving") == 1,
+        lambda: metrics.ready,
         access.server_context(),
         access.metrics_token,
     )

@@ -51,7 +51,6 @@ class Clerk:
             return self._journal.barrier()
         if group is not None:
             self._reporter.accepted(group, subtree)
-        self._reporter.book(self._book)
         return self._journal.append(events.accepted(sent))
 
     def end(self, end: LeaseEnd) -> OpenGroup:

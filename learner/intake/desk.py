@@ -32,7 +32,7 @@ from learner.intake.weights import WeightsServer
 from treegrpo.change import Change
 from treegrpo.codec import plan_to_pb, subtree_cost, version_to_pb
 from treegrpo.control import ControlPlane, RunState
-from treegrpo.errors import ContractError, TreeError, UnavailableError
+from treegrpo.errors import ContractError, RunError, TreeError
 from treegrpo.handoff import Evaluation, Taken, pack_group
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Question
@@ -77,9 +77,9 @@ class Desk:
         self._changed = Change()
         self._barren = 0
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Fails with UnavailableError when rolling out on would lead nowhere."""
+        """Fails with RunError when rolling out on would lead nowhere."""
         journal.on_blocked = self.grant
-        reporter.book(book)
+        reporter.keep(book)
 
     # ---- samplers
 
@@ -198,7 +198,7 @@ class Desk:
         if self._barren >= BARREN_GROUPS and not self.broken.done():
             reason = f" ({end.error})" if end.error else ""
             self.broken.set_exception(
-                UnavailableError(
+                RunError(
                     f"The last {BARREN_GROUPS} leases led to no finished episode{reason}; see the samplers' logs. "
                     "Does the retriever answer, and do the prompts fit rollout.max_context?"
                 )
@@ -219,7 +219,6 @@ class Desk:
             peer = self.peers[max(room, key=lambda name: room[name])]
             room[peer.id] -= 1
             peer.send(pb.RolloutResponse(lease=self._clerk.grant(*work, peer.holder)))
-        self._reporter.book(self.book)
 
     # ---- trainer
 

@@ -61,6 +61,7 @@ class Machine:
         self.snapshots = Snapshots(disk, SNAPSHOTS)
         self.book, self.reporter = book(batch=BATCH, questions=6), Reporter(IntakeMetrics(), Path("/dev/null"), window=BATCH)
         self.recovered = recover(disk, JOURNAL, self.snapshots, self.book, self.reporter)
+        self.reporter.keep(self.book)
         disk.make_folder(JOURNAL)
         self.journal = Journal(disk, JOURNAL, self.recovered.end, retry=())
         self.compaction = Compaction(disk, JOURNAL, self.journal, self.snapshots, lambda: Capture(self.book, self.reporter))
