@@ -34,7 +34,7 @@ class _Metrics:
         self._gauge("start_time_seconds", "Unix time at which the process began").set_to_current_time()
 
     @property
-    def ready(self) -> bool:
+    def is_serving(self) -> bool:
         """What `serving` says, without asking for all the rest."""
         return next(sample.value for family in self.serving.collect() for sample in family.samples) == 1
 
@@ -72,6 +72,9 @@ class IntakeMetrics(_Metrics):
         self.forfeited = self._counter("budget_forfeited", "Rollout budget of lost leases, spent nobody knows how", *account)
         self.outstanding = self._gauge("budget_outstanding", "Rollout budget of open leases not yet spent", *account)
         self.tokens = self._counter("rollout_tokens", "Tokens of accepted steps: prefilled, cached or decoded", "kind", "how")
+        self.prefix = self._counter(
+            "rollout_prefix_tokens", "Tokens a turn begins from, by depth: cached or prefilled", "depth", "how"
+        )
         self.unique = self._counter("rollout_unique_tokens", "Tokens of closed groups, each shared prefix counted once", "kind")
         self.chain = self._counter("rollout_chain_equivalent", "What chains to the same leaves would have cost", *account)
         self.saving = self._gauge("rollout_saving_ratio", "1 - needed by trees / needed by chains to the same leaves", *account)
@@ -207,7 +210,7 @@ def serve(metrics: _Metrics, address: str, key: str, access: Access) -> int:
     serve_page(
         listener,
         lambda: generate_latest(metrics.registry),
-        lambda: metrics.ready,
+        lambda: metrics.is_serving,
         access.server_context(),
         access.metrics_token,
     )

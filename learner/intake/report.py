@@ -24,8 +24,22 @@ from treegrpo.step import Subtree
 from treegrpo.telemetry import IntakeMetrics
 
 CURRENCIES = ("tokens", "tool_calls")
+DEEPEST = 8
+"""Steps from the root that are told apart; what is deeper is counted there."""
 TOO_LATE = ("lease", "overdue", "age")
-REPLAYED = ("tokens", "leaves", "failed_steps", "ended", "groups", "set_aside", "forgone", "zero_signal", "unique", "chain")
+REPLAYED = (
+    "tokens",
+    "prefix",
+    "leaves",
+    "failed_steps",
+    "ended",
+    "groups",
+    "set_aside",
+    "forgone",
+    "zero_signal",
+    "unique",
+    "chain",
+)
 """The counters that only events of the journal move."""
 
 
@@ -75,6 +89,9 @@ class Reporter:
         if group.granted_at is not None:
             self.metrics.subtree_seconds.observe(time.monotonic() - group.granted_at)
         for step in subtree.steps:
+            depth = str(min(group.depth(subtree.tree, step.node), DEEPEST))
+            self.metrics.prefix.labels(depth, "cached").inc(step.cost.cached)
+            self.metrics.prefix.labels(depth, "prefilled").inc(step.cost.prefilled)
             if step.status.failed:
                 self.metrics.failed_steps.labels(step.status.value).inc()
 
