@@ -4,12 +4,13 @@
 # make lint    style, types, import contracts, contract and stubs
 # make bench   the benchmarks: rollout, training on trees
 # make chaos   kill, stop and cut off every part of a run, sixty times, and audit what it wrote down (half an hour)
+# make test-compose  build and run docker-compose.yml on the Docker engine that answers: scale, kill, resume (minutes)
 # make protos  generate the stubs in treegrpo/v1 again
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint protos bench chaos
+.PHONY: help setup demo test test-compose lint protos bench chaos
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -39,6 +40,9 @@ demo: $(READY)
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-compose: $(READY)
+	@TEST_COMPOSE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compose -x -rs $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

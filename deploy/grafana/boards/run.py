@@ -1,0 +1,107 @@
+"""Is the run healthy, at a glance?"""
+
+from deploy.grafana.model import Board, Panel, Row, stat
+
+RUN = Board(
+    "run",
+    "Run",
+    "Is it healthy at a glance: reward, exact match, budget, saving, throughput, lag, and who waits for whom.",
+    [
+        Row(
+            "At a glance",
+            [
+                stat("Step", "none", "max(treegrpo_step{@})", "Optimiser steps done."),
+                stat("Reward", "none", 'avg(treegrpo_reward_mean{@, kind="train"})', "Mean reward of the last groups."),
+                stat("Held-out EM", "percentunit", 'avg(treegrpo_exact_match_ratio{@, kind="eval"})', "Of the last evaluation."),
+                stat(
+                    "Tokens saved",
+                    "percentunit",
+                    'avg(treegrpo_rollout_saving_ratio{@, kind="train", currency="tokens"})',
+                    "Against independent chains to the same leaves.",
+                ),
+                stat("Samplers", "none", "sum(treegrpo_samplers_connected{@})", "With an open stream to the learner."),
+                stat(
+                    "Alerts",
+                    "none",
+                    'count(ALERTS{@, alertstate="firing"}) or vector(0)',
+                    "Firing now; docs/operations.md has a section for each.",
+                ),
+            ],
+        ),
+        Row(
+            "Does it learn?",
+            [
+                Panel(
+                    "Reward",
+                    "none",
+                    {"{{kind}}": "treegrpo_reward_mean{@}", "spread of a step": "treegrpo_train_reward_std{@}"},
+                    "Rises. A spread of 0 teaches nothing.",
+                ),
+                Panel(
+                    "Exact match",
+                    "percentunit",
+                    {"{{kind}}": "treegrpo_exact_match_ratio{@}"},
+                    "Of the last groups, and of the last evaluation.",
+                ),
+                Panel(
+                    "Version lag",
+                    "none",
+                    {
+                        "mean": "treegrpo_version_lag_mean{@}",
+                        "max": "treegrpo_version_lag_max{@}",
+                        "bound": "treegrpo_version_lag_bound{@}",
+                    },
+                    "Age of the trained tokens in versions; never above the bound.",
+                ),
+            ],
+        ),
+        Row(
+            "Does it get on?",
+            [
+                Panel(
+                    "Throughput",
+                    "short",
+                    {"sampled tokens/s": "run:sampled_tokens:rate1m{@}", "trained tokens/s": "run:trained_tokens:rate1m{@}"},
+                    "Decoded by all samplers; computed by the trainer.",
+                ),
+                Panel(
+                    "Who waits",
+                    "percentunit",
+                    {"learner": "run:learner_idle:ratio_rate5m{@}", "samplers": "run:sampler_idle:ratio_rate5m{@}"},
+                    "Share of the time without groups, and without a lease. Both low: well sized.",
+                ),
+                Panel(
+                    "Steps",
+                    "short",
+                    {"steps per minute": '60 * rate(treegrpo_step_phase_seconds_count{@, phase="update"}[5m])'},
+                    "Optimiser steps per minute.",
+                ),
+                Panel(
+                    "Budget spent",
+                    "short",
+                    {"{{currency}} per second": 'sum by (currency) (rate(treegrpo_budget_spent_total{@, kind="train"}[5m]))'},
+                    "Tokens and tool calls by accepted work.",
+                ),
+                Panel(
+                    "Saving",
+                    "percentunit",
+                    {
+                        "{{currency}}": 'treegrpo_rollout_saving_ratio{@, kind="train"}',
+                        "computed again": 'treegrpo_rollout_recomputed_ratio{@, kind="train"}',
+                    },
+                    "Against chains to the same leaves; and the share computed again under new weights.",
+                ),
+                Panel(
+                    "Leases and groups",
+                    "none",
+                    {
+                        "leases out": 'sum(treegrpo_leases_outstanding{@, kind="train"})',
+                        "may be out": "sum(treegrpo_leases_limit{@})",
+                        "groups ready or in training": "sum(treegrpo_groups_ready{@})",
+                    },
+                    "Leases are as many as the staleness bound allows.",
+                ),
+            ],
+        ),
+    ],
+)

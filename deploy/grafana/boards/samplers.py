@@ -1,0 +1,111 @@
+"""Each replica."""
+
+from deploy.grafana.model import Board, Panel, Row
+
+SAMPLERS = Board(
+    "samplers",
+    "Samplers",
+    "Per replica: tokens, generations, cache, weights, errors.",
+    [
+        Row(
+            "Work",
+            [
+                Panel(
+                    "Decoded tokens per second",
+                    "short",
+                    {"{{instance}}": 'rate(treegrpo_engine_tokens_total{@s, how="decoded"}[1m])'},
+                    "Of each engine.",
+                ),
+                Panel(
+                    "Generations",
+                    "none",
+                    {"{{instance}} running": "treegrpo_engine_running{@s}", "{{instance}} queued": "treegrpo_engine_queued{@s}"},
+                    "Queued: waiting for a place in the engine.",
+                ),
+                Panel(
+                    "Without a lease",
+                    "percentunit",
+                    {"{{instance}}": "rate(treegrpo_sampler_waiting_seconds_total{@s}[5m])"},
+                    "Share of the time; high: more samplers than the learner needs.",
+                ),
+                Panel("Leases", "none", {"{{instance}}": "treegrpo_sampler_leases{@s}"}, "Being worked on."),
+                Panel(
+                    "Subtrees not yet acked",
+                    "none",
+                    {"{{instance}}": "treegrpo_sampler_unacked_subtrees{@s}"},
+                    "Sent again after a reconnect; grows while the learner is away.",
+                ),
+                Panel(
+                    "Time of a turn",
+                    "s",
+                    {
+                        "{{part}} p50": "histogram_quantile(0.5, sum by (le, part) (rate(treegrpo_turn_seconds_bucket{@s}[5m])))",
+                        "{{part}} p95": "histogram_quantile(0.95, sum by (le, part) (rate(treegrpo_turn_seconds_bucket{@s}[5m])))",
+                    },
+                    "Engine and environment.",
+                ),
+            ],
+        ),
+        Row(
+            "Cache",
+            [
+                Panel(
+                    "Prefix hits",
+                    "percentunit",
+                    {
+                        "{{instance}}": 'rate(treegrpo_engine_tokens_total{@s, how="cached"}[5m]) / on (run, instance) sum by (run, instance) (rate(treegrpo_engine_tokens_total{@s, how=~"cached|prefilled"}[5m]))'
+                    },
+                    "Share of the prompt tokens that were not computed.",
+                ),
+                Panel(
+                    "Cache in use",
+                    "percentunit",
+                    {"{{instance}}": "treegrpo_engine_cache_used_tokens{@s} / treegrpo_engine_cache_size_tokens{@s}"},
+                    "Of its tokens.",
+                ),
+                Panel(
+                    "Evicted tokens per second",
+                    "short",
+                    {"{{instance}}": "rate(treegrpo_engine_cache_evicted_tokens_total{@s}[5m])"},
+                    "High with few hits: engine.cache_tokens is too small.",
+                ),
+            ],
+        ),
+        Row(
+            "Weights and errors",
+            [
+                Panel(
+                    "Versions behind",
+                    "none",
+                    {"{{instance}}": "scalar(max(treegrpo_policy_version_step{@})) - treegrpo_engine_version_step{@s}"},
+                    "Newest published minus served; seldom above 1.",
+                ),
+                Panel(
+                    "Time to new weights",
+                    "s",
+                    {
+                        "fetch": "sum(rate(treegrpo_weights_fetch_seconds_sum{@s}[5m])) / sum(rate(treegrpo_weights_fetch_seconds_count{@s}[5m]) > 0)",
+                        "swap": "sum(rate(treegrpo_weights_swap_seconds_sum{@s}[5m])) / sum(rate(treegrpo_weights_swap_seconds_count{@s}[5m]) > 0)",
+                    },
+                    "Mean seconds to fetch a version and to swap to it.",
+                ),
+                Panel(
+                    "Errors",
+                    "short",
+                    {
+                        "{{type}}": "sum by (type) (increase(treegrpo_sampler_errors_total{@s}[5m])) or vector(0)",
+                        "reconnects": "sum(increase(treegrpo_sampler_reconnects_total{@s}[5m]))",
+                    },
+                    "In 5 minutes. Each was retried, reported, or ended a lease.",
+                ),
+                Panel(
+                    "Waiting for a tool or the engine",
+                    "percentunit",
+                    {"{{part}}": "sum by (part) (rate(treegrpo_sampler_away_seconds_total{@s}[5m])) or vector(0)"},
+                    "Share of the time something was away and waited for.",
+                ),
+            ],
+        ),
+    ],
+    by_sampler=True,
+)

@@ -1,0 +1,109 @@
+"""What carries the run."""
+
+from deploy.grafana.model import Board, Panel, Row
+
+SERVICES = Board(
+    "services",
+    "Services",
+    "gRPC, journal, weights, control plane, retriever, and whether everybody serves.",
+    [
+        Row(
+            "Who serves",
+            [
+                Panel("Serving", "none", {"{{job}} {{instance}}": "treegrpo_serving{@}"}, "1: /health says so."),
+                Panel("Scraped", "none", {"{{job}}": "sum by (job) (up{@})"}, "Addresses that answered Prometheus, by job."),
+                Panel(
+                    "Samplers connected",
+                    "none",
+                    {"samplers": "treegrpo_samplers_connected{@}"},
+                    "With an open stream. They join over gRPC, and are seen over the broker.",
+                ),
+            ],
+        ),
+        Row(
+            "gRPC",
+            [
+                Panel(
+                    "From lease to subtree",
+                    "s",
+                    {
+                        "p50": "histogram_quantile(0.5, sum by (le) (rate(treegrpo_subtree_seconds_bucket{@}[5m])))",
+                        "p95": "histogram_quantile(0.95, sum by (le) (rate(treegrpo_subtree_seconds_bucket{@}[5m])))",
+                    },
+                    "Seconds until an accepted subtree came in.",
+                ),
+                Panel(
+                    "Subtrees",
+                    "short",
+                    {
+                        "accepted/s": "sum(rate(treegrpo_subtree_seconds_count{@}[1m]))",
+                        "again/s": "sum(rate(treegrpo_subtrees_duplicate_total{@}[1m]))",
+                        "refused/s": "sum(rate(treegrpo_subtrees_refused_total{@}[1m])) or vector(0)",
+                    },
+                    "Again: after a reconnect, counted once.",
+                ),
+                Panel(
+                    "Connections",
+                    "short",
+                    {
+                        "handshakes/s": "sum(rate(treegrpo_tls_handshakes_total{@}[5m]))",
+                        "refused/s": "sum(rate(treegrpo_peers_refused_total{@}[5m])) or vector(0)",
+                    },
+                    "Handshakes without samplers: somebody's certificate is refused.",
+                ),
+                Panel(
+                    "Leases ended",
+                    "short",
+                    {"{{reason}}": "sum by (reason) (rate(treegrpo_leases_ended_total{@}[5m]))"},
+                    "Per second, by why.",
+                ),
+                Panel(
+                    "Weights",
+                    "Bps",
+                    {
+                        "served": "sum(rate(treegrpo_weights_served_bytes_total{@}[1m]))",
+                        "fetched": "sum(rate(treegrpo_weights_fetched_bytes_total{@}[1m]))",
+                    },
+                    "Bytes per second from the learner to samplers.",
+                ),
+            ],
+        ),
+        Row(
+            "Journal",
+            [
+                Panel("Journal", "bytes", {"size": "treegrpo_journal_bytes{@}"}, "Goes down after checkpoints."),
+                Panel(
+                    "Free on its disk",
+                    "bytes",
+                    {"free": "treegrpo_journal_free_bytes{@}"},
+                    "At 0 the run waits, and loses nothing.",
+                ),
+                Panel("Blocked", "none", {"blocked": "treegrpo_journal_blocked{@}"}, "1 while the disk refuses writes."),
+            ],
+        ),
+        Row(
+            "Retriever",
+            [
+                Panel(
+                    "Queries",
+                    "short",
+                    {
+                        "answered/s": "sum(rate(treegrpo_retriever_queries_total{@}[1m]))",
+                        "refused/s": "sum(rate(treegrpo_retriever_refused_total{@}[1m]))",
+                    },
+                    "Per second.",
+                ),
+                Panel(
+                    "Time of an answer",
+                    "s",
+                    {
+                        "p50": "histogram_quantile(0.5, sum by (le) (rate(treegrpo_retriever_seconds_bucket{@}[5m])))",
+                        "p95": "histogram_quantile(0.95, sum by (le) (rate(treegrpo_retriever_seconds_bucket{@}[5m])))",
+                    },
+                    "Seconds.",
+                ),
+                Panel("Documents", "short", {"documents": "treegrpo_retriever_documents{@}"}, "In the index."),
+            ],
+        ),
+    ],
+)

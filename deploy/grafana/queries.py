@@ -1,0 +1,34 @@
+"""Every query that somebody will make of Prometheus: of the panels, with the variables filled in, and of the alerts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from deploy.grafana.__main__ import BOARDS
+from deploy.grafana.model import promql
+
+ALERTS = Path(__file__).parents[1] / "prometheus" / "alerts.yml"
+
+
+def filled(query: str, run: str = ".*", sampler: str = ".*") -> str:
+    """A panel's query as Grafana sends it."""
+    return promql(query).replace("$run", run).replace("$sampler", sampler)
+
+
+def panel_queries() -> dict[str, str]:
+    """By board, panel and legend."""
+    return {
+        f"{board.title} / {panel.title} / {legend}": filled(query)
+        for board in BOARDS
+        for panel in board.panels
+        for legend, query in panel.queries.items()
+    }
+
+
+def alert_rules() -> dict[str, dict[str, Any]]:
+    """By name."""
+    groups = cast("list[dict[str, Any]]", yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"])
+    return {rule["alert"]: rule for group in groups for rule in group["rules"]}
