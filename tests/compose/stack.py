@@ -58,6 +58,10 @@ class Stack:
         self.seconds: dict[str, float] = {}
         """What took how long."""
 
+    @property
+    def prometheus(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
     def compose(self, *arguments: str, env_file: str | None = None) -> subprocess.CompletedProcess[str]:
         """`docker compose` with ``arguments``, whatever comes of it."""
         command = [*self._command, "-p", PROJECT, "--env-file", env_file or str(self._env), *arguments]
@@ -97,7 +101,7 @@ class Stack:
 
     def ask(self, query: str) -> list[dict[str, Any]]:
         """The series that Prometheus has for a query, now."""
-        url = f"http://127.0.0.1:{self._port}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+        url = f"{self.prometheus}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
         with urllib.request.urlopen(url, timeout=10) as answer:
             return json.load(answer)["data"]["result"]
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from deploy.grafana.__main__ import BOARDS
 from deploy.grafana.queries import alert_rules, panel_queries
+from deploy.grafana.render import render
 from tests.compose.stack import PROJECT, ROOT, SERVICES, Stack, docker, no_engine
 
 if os.environ.get("TEST_COMPOSE") != "1":
@@ -24,11 +26,17 @@ pytestmark = pytest.mark.timeout(1200)
 
 HEALTHY_SECONDS = 90
 JOINED_SECONDS = 20
+"""On a machine with nothing else to do; see `within`."""
 OURS = ("treegrpo-learner:0.1.0", "treegrpo-sampler:0.1.0")
 MAY_BE_EMPTY = {
     "Learning / Effective sample by advantage": "a batch where inter and intra advantage nowhere point apart has no such class",
 }
 """Panels that have no value now and then, with the reason. Everything else answers on a fresh run."""
+
+
+def within(seconds: float) -> float:
+    """A time limit, longer where more processes than cores want to compute."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,7 @@ def test_all_are_healthy_within_90_seconds(stack: Stack) -> None:
     stack.do("up", "-d", *SERVICES)
     stack.until("all are healthy", lambda: all(stack.healthy(service) for service in SERVICES), 300)
     stack.seconds["healthy"] = time.monotonic() - began
-    assert stack.seconds["healthy"] <= HEALTHY_SECONDS
+    assert stack.seconds["healthy"] <= within(HEALTHY_SECONDS)
 
 
 def test_the_run_trains(stack: Stack) -> None:
@@ -66,11 +74,11 @@ def test_samplers_join_a_running_run_and_take_leases(stack: Stack) -> None:
         rows = [json.loads(line) for line in stack.logs("learner") if " joined (" in line]
         return [datetime.fromisoformat(row["time"]).timestamp() for row in rows]
 
-    stack.until("three have joined", lambda: len(joined()) >= 3, 60)
+    stack.until("three have joined", lambda: len(joined()) >= 3, 180)
     stack.seconds["joined"] = max(joined()) - began
-    assert stack.seconds["joined"] <= JOINED_SECONDS
+    assert stack.seconds["joined"] <= within(JOINED_SECONDS)
     working = 'count(treegrpo_engine_tokens_total{how="decoded"} > 0)'
-    stack.until("all three work", lambda: stack.value(working) == 3, 60)
+    stack.until("all three work", lambda: stack.value(working) == 3, 120)
     assert stack.value("treegrpo_samplers_connected") == 3
 
 
@@ -84,6 +92,12 @@ def test_every_panel_and_every_alert_has_an_answer(stack: Stack) -> None:
         stack.ask(rule["expr"])  # an error would raise; a result is an alert, which a run that is well has not
     firing = {row["metric"]["alertname"] for row in stack.ask('ALERTS{alertstate="firing"}')}
     assert firing <= {"LearnerStarved", "SamplersStarved", "JournalDiskNearlyFull"}, "of a small machine"
+
+
+def test_the_panels_can_be_drawn(stack: Stack, tmp_path: Path) -> None:
+    folder = Path(os.environ.get("DASHBOARD_IMAGES", str(tmp_path)))
+    for board in BOARDS:
+        assert render(board, stack.prometheus, folder, 5).stat().st_size > 10_000
 
 
 def test_a_killed_replica_is_replaced_and_the_run_goes_on(stack: Stack) -> None:
