@@ -33,7 +33,7 @@ from typing import Any, TypeVar, cast
 import msgpack
 from google.protobuf.message import DecodeError
 
-from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_pb
+from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_bytes
 from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.step import Subtree
 from treegrpo.tree import Group
@@ -123,16 +123,13 @@ def socket_path(run_dir: Path) -> str:
 
 def pack_group(group: Group, subtrees: list[Subtree]) -> bytes:
     """A closed group as it crosses the socket: its question and its subtrees in the order they were accepted."""
-    return cast(
-        "bytes",
-        msgpack.packb(
-            {
-                "id": group.id,
-                "question": question_to_pb(group.question).SerializeToString(),
-                "subtrees": [subtree_to_pb(subtree).SerializeToString() for subtree in subtrees],
-            }
-        ),
-    )
+    return pack_encoded(group, [subtree_to_bytes(subtree) for subtree in subtrees])
+
+
+def pack_encoded(group: Group, subtrees: list[bytes]) -> bytes:
+    """The same, of subtrees that have kept their messages."""
+    question = question_to_pb(group.question).SerializeToString()
+    return cast("bytes", msgpack.packb({"id": group.id, "question": question, "subtrees": subtrees}))
 
 
 def unpack_group(data: bytes) -> Group:

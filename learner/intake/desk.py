@@ -33,7 +33,7 @@ from treegrpo.change import Change
 from treegrpo.codec import plan_to_pb, subtree_cost, version_to_pb
 from treegrpo.control import ControlPlane, RunState
 from treegrpo.errors import ContractError, RunError, TreeError
-from treegrpo.handoff import Evaluation, Taken, pack_group
+from treegrpo.handoff import Evaluation, Taken, pack_encoded
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Question
 from treegrpo.step import PolicyVersion
@@ -232,7 +232,7 @@ class Desk:
                 self.grant()
                 if groups and not await durable(self._clerk.given, deadline):
                     groups = []  # a full disk; the trainer asks again
-                return Taken([pack_group(g.group, g.subtrees) for g in groups], state.value)
+                return Taken([pack_encoded(g.group, g.encoded) for g in groups], state.value)
             await self._changed.wait(min(deadline, self._batches.patience))
 
     async def publish(self, version: PolicyVersion, path: Path, position: int) -> None:
