@@ -14,7 +14,8 @@ from rich.table import Table
 
 from learner.intake.questions import load_questions
 from services.cli.checks import Address, check_addresses, check_corpus, check_model
-from services.cli.crew import Crew, Say
+from services.cli.crew import Crew
+from services.cli.keeper import Part, Say
 from services.cli.process import Program
 from services.cli.ready import retriever_ready
 from services.sampler.expansion import Expander, Gate
@@ -53,7 +54,7 @@ async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> A
         with tempfile.TemporaryDirectory() as logs:
             async with Crew(arguments, Path(logs), say) as crew:
                 ready = partial(retriever_ready, config.search_url, access)
-                await crew.start(Program("retriever", "services.retriever"), ready)
+                await crew.start(Part(Program("retriever", "services.retriever"), ready))
                 yield
     else:
         yield
