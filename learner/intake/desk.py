@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from learner.intake.asked_for import check_holder, cost_of, reason_of
 from learner.intake.batches import Batches
 from learner.intake.clerk import Clerk
 from learner.intake.evaluation import Round
@@ -30,12 +31,14 @@ from learner.intake.presence import Presence, sampler_of
 from learner.intake.report import Reporter
 from learner.intake.weights import WeightsServer
 from treegrpo.change import Change
-from treegrpo.codec import plan_to_pb, subtree_cost, version_to_pb
+from treegrpo.codec import plan_to_pb, version_to_pb
 from treegrpo.control import ControlPlane, RunState
-from treegrpo.errors import ContractError, RunError, TreeError
+from treegrpo.errors import ContractError, RunError
 from treegrpo.handoff import Evaluation, Taken, pack_encoded
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Question
+from treegrpo.refusals import Refusals
+from treegrpo.size import check_end
 from treegrpo.step import PolicyVersion
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import tree_pb2
@@ -75,6 +78,7 @@ class Desk:
         self._clerk = Clerk(book, journal, reporter)
         self._batches = Batches(book, self._clerk, self._stop)
         self._changed = Change()
+        self._refusals = Refusals(log)
         self._barren = 0
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with RunError when rolling out on would lead nowhere."""
@@ -141,23 +145,24 @@ class Desk:
         """Take a subtree in; acked when it is durable, or at once when it is refused (so that it is not sent again)."""
         ack = pb.Ack(lease=sent.lease, tree=sent.tree, index=sent.index)
         try:
+            check_holder(self.book.find(sent.lease), sent.lease, peer.holder)
             kept = self._clerk.accept(sent)
         except ContractError as error:
             ack.refusal = str(error)
-            self._refuse(sent, error)
-            log.warning("refused a subtree of sampler %s: %s", peer.id, error)
+            self._refuse(peer, sent, error)
             peer.send(pb.RolloutResponse(ack=ack))
         else:
             response = pb.RolloutResponse(ack=ack)
             kept.add_done_callback(lambda future: None if future.exception() else peer.send(response))
 
-    def _refuse(self, sent: tree_pb2.Subtree, error: ContractError) -> None:
+    def _refuse(self, peer: Peer, sent: tree_pb2.Subtree, error: ContractError) -> None:
         """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has."""
         group, leaves = self.book.open.get(sent.lease), len(sent.leaves)
-        if group is None:
-            self._reporter.refused("lease", leaves)
-        elif group.refuse((sent.tree, sent.index), subtree_cost(sent), str(error)):
-            reason = error.field if isinstance(error, TreeError) else "overdue"
+        reason = reason_of(group, peer.holder, error)
+        self._refusals.count(peer.id, reason, f"a subtree: {error}")
+        if group is None or reason == "holder":
+            self._reporter.refused(reason, leaves)
+        elif group.refuse((sent.tree, sent.index), cost_of(sent, group.lease.plan), str(error)):
             self._reporter.refused(reason, leaves)
             group.told_at = group.told_at or time.monotonic()
             self._stop(group)
@@ -172,22 +177,23 @@ class Desk:
         await self._journal.room()
 
     def end(self, peer: Peer, end: LeaseEnd) -> None:
-        """A sampler is done with a lease. What it stopped of its own accord is for another to go on with."""
+        """A lease ends. What its sampler stopped by itself another goes on with. Raises ContractError: nothing costs so much."""
         group = self.book.open.get(end.lease)
-        if group is None or not end.reason.samplers_word:
-            log.info("sampler %s ended lease %s, which is not open", peer.id, end.lease)
+        if group is None or not end.reason.samplers_word or group.holder != peer.holder:
+            self._refusals.count(peer.id, "end", f"the end of lease {end.lease!r}, which is not open, or not its own")
             return
+        check_end(end, group.lease.plan)
         end = group.settle(end)
         if end.reason is LeaseEndReason.STOPPED and group.told_at is None and self._control.state is not RunState.DRAINING:
             end = replace(end, reason=LeaseEndReason.RETURNED)
         if end.error:
-            log.warning("lease %s failed on sampler %s: %s", end.lease, peer.id, end.error)
+            log.warning("lease %s ends as %s on sampler %s: %s", end.lease, end.reason.value, peer.id, end.error)
         self._end(end)
         self.grant()
 
     def _end(self, end: LeaseEnd) -> None:
         group = self._clerk.end(end)
-        if end.reason.samplers_word and not group.closed:
+        if end.reason.samplers_word and end.reason is not LeaseEndReason.RETURNED and not group.closed:
             self._judge(group, end)
         self._batches.press()
         self._changed.tell()
