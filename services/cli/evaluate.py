@@ -24,7 +24,7 @@ from services.sampler.tokenizer import Tokenizer
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import UnavailableError
-from treegrpo.lease import Lease, LeaseKind
+from treegrpo.lease import Lease, LeaseEndReason, LeaseKind
 from treegrpo.question import Question
 from treegrpo.security import Role
 from treegrpo.step import Leaf, PolicyVersion, Subtree
@@ -61,7 +61,7 @@ async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> A
 
 
 async def evaluate(config: Config) -> list[Answered]:
-    """Greedy, one chain for each held-out question. Raises ModelError, DataError."""
+    """Greedy, one chain for each held-out question. Raises ModelError, DataError, UnavailableError."""
     check_model(config.model.path)
     questions = load_questions(config.data.heldout)[: config.eval.questions or None]
     tokenizer = Tokenizer.open(config.model.path)
@@ -78,7 +78,9 @@ async def _answer(config: Config, expander: Expander, question: Question, places
     lease = Lease(question.id, LeaseKind.EVAL, question, plan, plan.grant, config.run.seed, PolicyVersion())
     subtrees: list[Subtree] = []
     async with places:
-        await expander.grow(lease, subtrees.append, Gate())
+        end = await expander.grow(lease, subtrees.append, Gate())
+    if end.reason is LeaseEndReason.RETURNED:  # not the model's fault: a score without this question would be another one
+        raise UnavailableError(f"The evaluation is not complete: {end.error}")
     leaves = [leaf for subtree in subtrees for leaf in subtree.leaves]
     return Answered(question, leaves[0] if leaves else None)
 
