@@ -144,4 +144,4 @@ class Subtree:
 
     @property
     def cost(self) -> Cost:
-        return sum((step.cost for step in self.steps), Cost())
+        return Cost.total([step.cost for step in self.steps])

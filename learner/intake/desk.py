@@ -20,9 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from learner.intake.asked_for import check_holder, cost_of, reason_of
+from learner.intake.barren import Barren
 from learner.intake.batches import Batches
 from learner.intake.clerk import Clerk
 from learner.intake.evaluation import Round
+from learner.intake.granting import Granting
 from learner.intake.groups import OpenGroup
 from learner.intake.journal import BACKLOG_BYTES, Journal, durable
 from learner.intake.leases import LeaseBook
@@ -33,7 +35,7 @@ from learner.intake.weights import WeightsServer
 from treegrpo.change import Change
 from treegrpo.codec import plan_to_pb, version_to_pb
 from treegrpo.control import ControlPlane, RunState
-from treegrpo.errors import ContractError, RunError
+from treegrpo.errors import ContractError
 from treegrpo.handoff import Evaluation, Taken, pack_encoded
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Question
@@ -45,8 +47,6 @@ from treegrpo.v1 import tree_pb2
 
 log = logging.getLogger(__name__)
 LONG_POLL_SECONDS = 5.0
-BARREN_GROUPS = 64
-"""Leases in a row without a single leaf before the run is given up."""
 
 
 class Desk:
@@ -65,7 +65,7 @@ class Desk:
     ) -> None:
         """``checkpointed`` is called when a checkpoint stands, and the journal may get shorter."""
         self.book = book
-        self.presence = Presence({group.holder for group in book.open.values()}, self.lose)
+        self.presence = Presence(set(book.open.holders), self.lose)
         self._journal = journal
         self._control = control
         self._weights = weights
@@ -79,7 +79,8 @@ class Desk:
         self._batches = Batches(book, self._clerk, self._stop)
         self._changed = Change()
         self._refusals = Refusals(log)
-        self._barren = 0
+        self._barren = Barren()
+        self._granting = Granting(book, self._clerk, self.peers)
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with RunError when rolling out on would lead nowhere."""
         journal.on_blocked = self.grant
@@ -96,10 +97,10 @@ class Desk:
         """A stream opened. Older incarnations of the same sampler have lost their leases."""
         peer = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
         self.presence.came(peer)
-        for holder in {group.holder for group in self.book.open.values()} - {peer.holder}:
+        for holder in set(self.book.open.holders) - {peer.holder}:
             if sampler_of(holder) == peer.id:
                 self.lose(holder)
-        held = {group.lease.id for group in self.book.of(peer.holder)}
+        held = {group.lease.id for group in self.book.open.of(peer.holder)}
         for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
             self._end(LeaseEnd(lease, LeaseEndReason.RETURNED))
         version = self.book.version
@@ -108,7 +109,7 @@ class Desk:
         if version is not None:
             welcome.version.CopyFrom(version_to_pb(version))
         peer.send(pb.RolloutResponse(welcome=welcome))
-        for group in self.book.of(peer.holder):
+        for group in self.book.open.of(peer.holder):
             if group.told_at is not None:  # it may have been said to a stream that was breaking
                 self._stop(group)
         if self._control.state is RunState.DRAINING:
@@ -132,13 +133,14 @@ class Desk:
         """A sampler is gone for good: others go on with its groups."""
         reason = self.presence.gone(holder)
         self._reporter.samplers(len(self.peers))
-        for group in self.book.of(holder):
+        for group in self.book.open.of(holder):
             log.warning("lease %s of sampler %s is lost, with %d subtrees", group.lease.id, holder, len(group.subtrees))
             self._end(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
         self.grant()
 
     def demand(self, peer: Peer, leases: int) -> None:
         peer.demand = leases
+        self._granting.look_at(peer.id)
         self.grant()
 
     def accept(self, peer: Peer, sent: tree_pb2.Subtree) -> None:
@@ -193,22 +195,12 @@ class Desk:
 
     def _end(self, end: LeaseEnd) -> None:
         group = self._clerk.end(end)
-        if end.reason.samplers_word and end.reason is not LeaseEndReason.RETURNED and not group.closed:
-            self._judge(group, end)
+        hopeless = self._barren.judge(group, end)
+        if hopeless is not None and not self.broken.done():
+            self.broken.set_exception(hopeless)
+        self._granting.look_at(sampler_of(group.holder))
         self._batches.press()
         self._changed.tell()
-
-    def _judge(self, group: OpenGroup, end: LeaseEnd) -> None:
-        """Give up when nothing leads to an answer any more."""
-        self._barren = 0 if group.has_leaves else self._barren + 1
-        if self._barren >= BARREN_GROUPS and not self.broken.done():
-            reason = f" ({end.error})" if end.error else ""
-            self.broken.set_exception(
-                RunError(
-                    f"The last {BARREN_GROUPS} leases led to no finished episode{reason}; see the samplers' logs. "
-                    "Does the retriever answer, and do the prompts fit rollout.max_context?"
-                )
-            )
 
     def _stop(self, group: OpenGroup) -> None:
         for peer in self.peers.values():
@@ -216,15 +208,11 @@ class Desk:
                 peer.send(pb.RolloutResponse(stop_expanding=pb.StopExpanding(lease=group.lease.id)))
 
     def grant(self) -> None:
-        """Grant leases while there are both work within the bound and samplers that want it; the least served first."""
+        """Grant what there is to grant, unless the run or the disk stands still."""
         if self._control.state is not RunState.RUNNING or self._journal.blocked:
             return
         self._batches.press()
-        room = {peer.id: peer.demand - len(self.book.of(peer.holder)) for peer in self.peers.values()}
-        while room and max(room.values()) > 0 and (work := self.book.next_lease()) is not None:
-            peer = self.peers[max(room, key=lambda name: room[name])]
-            room[peer.id] -= 1
-            peer.send(pb.RolloutResponse(lease=self._clerk.grant(*work, peer.holder)))
+        self._granting.grant()
 
     # ---- trainer
 
