@@ -33,10 +33,11 @@ from typing import Any, TypeVar, cast
 import msgpack
 from google.protobuf.message import DecodeError
 
-from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_pb
+from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_bytes
 from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.step import Subtree
 from treegrpo.tree import Group
+from treegrpo.typed import typed
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
 MAX_SOCKET_PATH = 100
@@ -123,16 +124,13 @@ def socket_path(run_dir: Path) -> str:
 
 def pack_group(group: Group, subtrees: list[Subtree]) -> bytes:
     """A closed group as it crosses the socket: its question and its subtrees in the order they were accepted."""
-    return cast(
-        "bytes",
-        msgpack.packb(
-            {
-                "id": group.id,
-                "question": question_to_pb(group.question).SerializeToString(),
-                "subtrees": [subtree_to_pb(subtree).SerializeToString() for subtree in subtrees],
-            }
-        ),
-    )
+    return pack_encoded(group, [subtree_to_bytes(subtree) for subtree in subtrees])
+
+
+def pack_encoded(group: Group, subtrees: list[bytes]) -> bytes:
+    """The same, of subtrees that have kept their messages."""
+    question = question_to_pb(group.question).SerializeToString()
+    return cast("bytes", msgpack.packb({"id": group.id, "question": question, "subtrees": subtrees}))
 
 
 def unpack_group(data: bytes) -> Group:
@@ -162,11 +160,14 @@ def encode(message: Message) -> bytes:
 
 def decode(body: bytes) -> Message:
     """The message in a frame's body. Raises ContractError."""
-    row = cast("dict[str, Any]", msgpack.unpackb(body))
-    kind = _TYPES.get(row.pop("type", ""))
-    if kind is None:
-        raise ContractError("The local socket carried a message of an unknown type; trainer and intake must be of one version.")
-    return kind(**row)
+    try:
+        row = cast("dict[str, Any]", msgpack.unpackb(body))
+        return typed(_TYPES[row.pop("type")], row)
+    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
+        said = str(error)[:100]
+        raise ContractError(
+            f"The local socket carried what is no message of ours ({said}); trainer and intake must be of one version."
+        ) from error
 
 
 async def receive(reader: asyncio.StreamReader) -> Message | None:

@@ -14,11 +14,11 @@ Stamp = tuple[tuple[int, int], ...]
 class Renewal:
     """The newest good context of a certificate's files; looks at them when somebody connects."""
 
-    def __init__(self, ca: Path, certificate: Path, key: Path, *, ask: bool) -> None:
-        """``ask`` clients for a certificate of ``ca`` too. Raises OSError, of which ssl.SSLError is one."""
-        self._files = (ca, certificate, key)
+    def __init__(self, files: tuple[Path, Path, Path], *, ask: bool) -> None:
+        """``files``: authorities, certificate, key. ``ask`` clients for a certificate too. Raises OSError, ssl.SSLError too."""
+        self._files = files
         self._ask = ask
-        self._seen: Stamp = _stamp(self._files)
+        self._seen = stamp(files)
         self._newest = self._load()
 
     def context(self) -> ssl.SSLContext:
@@ -29,7 +29,7 @@ class Renewal:
 
     def _renew(self, connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext) -> None:
         try:
-            if (now := _stamp(self._files)) != self._seen:
+            if (now := stamp(self._files)) != self._seen:
                 self._seen = now
                 self._newest = self._load()
                 log.info("%s is served as it is now", self._files[1])
@@ -45,5 +45,6 @@ class Renewal:
         return context
 
 
-def _stamp(files: Sequence[Path]) -> Stamp:
+def stamp(files: Sequence[Path]) -> Stamp:
+    """Another one when any of the files was written again. Raises OSError."""
     return tuple((stat.st_mtime_ns, stat.st_ino) for stat in (path.stat() for path in files))

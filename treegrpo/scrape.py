@@ -28,19 +28,26 @@ def serve_page(
     serving: Callable[[], bool],
     context: ssl.SSLContext | None,
     token: SecretStr,
+    refused: Callable[[str], None],
 ) -> threading.Thread:
-    """Answer ``GET /metrics`` with ``page()`` and ``GET /health`` by ``serving()`` at ``listener`` until the process ends."""
-    server = _Server(page, serving, token)
+    """Answer ``GET /metrics`` with ``page()`` and ``GET /health`` by ``serving()`` at ``listener`` until the process ends.
+
+    ``refused`` counts reasons, of few.
+    """
+    server = _Server(page, serving, token, refused)
     thread = threading.Thread(target=asyncio.run, args=(server.run(listener, context),), name="metrics", daemon=True)
     thread.start()
     return thread
 
 
 class _Server:
-    def __init__(self, page: Callable[[], bytes], serving: Callable[[], bool], token: SecretStr) -> None:
+    def __init__(
+        self, page: Callable[[], bytes], serving: Callable[[], bool], token: SecretStr, refused: Callable[[str], None]
+    ) -> None:
         self._page = page
         self._serving = serving
         self._token = token
+        self._refused = refused
         self._open = 0
 
     async def run(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
@@ -63,8 +70,15 @@ class _Server:
                 async with asyncio.timeout(REQUEST_SECONDS):
                     writer.write(self._answer(await reader.readuntil(END)))
                     await writer.drain()
-        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
-            pass  # too slow, too much, or gone: nobody to say it to
+            else:
+                self._refused("peers")
+        except TimeoutError:
+            self._refused("slow")
+            writer.transport.abort()  # what it does not read would wait for ever
+        except (asyncio.LimitOverrunError, ValueError):
+            self._refused("large")
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # gone
         finally:
             self._open -= 1
             writer.close()
@@ -79,6 +93,7 @@ class _Server:
                 _response(HTTPStatus.OK, b"ok\n") if self._serving() else _response(HTTPStatus.SERVICE_UNAVAILABLE, b"not yet\n")
             )
         if not shows(headers.get("authorization", ""), self._token):
+            self._refused("token")
             return _response(
                 HTTPStatus.UNAUTHORIZED, b"Show the token: Authorization: Bearer TOKEN\n", "WWW-Authenticate: Bearer\r\n"
             )

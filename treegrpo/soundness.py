@@ -94,8 +94,8 @@ def check_leaves(leaves: Sequence[Leaf], steps: Mapping[int, Step], where: str) 
 
 def check_vocabulary(prompt: TokenIds, steps: Sequence[Step], vocabulary: int, where: str) -> None:
     """Every id is one of the model's 0 to ``vocabulary`` − 1. Raises TreeError."""
-    parts = [prompt, *(part for step in steps for part in (step.action, step.observation))]
-    if all(int(part.max(initial=0)) < vocabulary for part in parts):
+    every = np.concatenate([prompt, *(part for step in steps for part in (step.action, step.observation))])
+    if not every.size or every.max() < vocabulary:
         return
     _refuse_id(prompt, "prompt", vocabulary, where)
     for step in steps:

@@ -32,6 +32,7 @@ class _Metrics:
         self.registry.register(_Before(self))
         self.serving = self._gauge("serving", "1 while the process does its work, as /health says")
         self._gauge("start_time_seconds", "Unix time at which the process began").set_to_current_time()
+        self.scrapes_refused = self._counter("scrapes_refused", "Requests for /metrics refused, by what is wrong", "reason")
 
     @property
     def is_serving(self) -> bool:
@@ -101,7 +102,8 @@ class IntakeMetrics(_Metrics):
         self.duplicates = self._counter("subtrees_duplicate", "Subtrees that arrived again and were not counted again")
         self.refused = self._counter("subtrees_refused", "Subtrees refused: lease, or what of them is wrong", "reason")
         self.peers_refused = self._counter("peers_refused", "Calls and streams refused, by what is wrong with the peer", "reason")
-        self.handshakes = self._counter("tls_handshakes", "TLS handshakes begun; those that fail lead to no stream")
+        self.handshakes = self._counter("tls_handshakes", "TLS handshakes begun")
+        self.connections = self._counter("tls_connections", "Connections on which a call came; handshakes that fail lead to none")
         self.weight_bytes = self._counter("weights_served_bytes", "Bytes of weight files sent to samplers")
         self.journal_blocked = self._gauge("journal_blocked", "1 while the disk refuses the journal: no acks, no leases")
         self.journal_bytes = self._gauge("journal_bytes", "Bytes of the journal's segments")
@@ -170,7 +172,7 @@ class RetrieverMetrics(_Metrics):
     def __init__(self) -> None:
         super().__init__()
         self.queries = self._counter("retriever_queries", "Queries answered")
-        self.refused = self._counter("retriever_refused", "Requests refused")
+        self.refused = self._counter("retriever_refused", "Requests and connections refused, by what is wrong", "reason")
         self.seconds = self._histogram("retriever_seconds", "Seconds to answer a request")
         self.documents = self._gauge("retriever_documents", "Documents in the index")
 
@@ -213,5 +215,6 @@ def serve(metrics: _Metrics, address: str, key: str, access: Access) -> int:
         lambda: metrics.is_serving,
         access.server_context(),
         access.metrics_token,
+        refused=lambda reason: metrics.scrapes_refused.labels(reason).inc(),
     )
     return listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Draws the dashboards' panels from a Prometheus, with the same queries: ``python -m deploy.grafana.render URL FOLDER [MINUTES]``.
+"""Draws the panels from a Prometheus, with their own queries: ``python -m deploy.grafana.render URL FOLDER [MINUTES]``.
 
 For documents, and for a look without Grafana; one PNG a dashboard.
 """

@@ -12,6 +12,7 @@ that has to start from the checkpoint before its newest.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -63,12 +64,17 @@ class OpenGroup:
     """time.monotonic of the grant; None when it is read from the journal."""
     tries: int = 0
     """Leases that came to nothing through a fault of their sampler or of the question."""
+    blamed: bool = False
+    """Whether the last lease is one of them."""
     age: int = -1
     """The oldest policy step that any of its tokens may be from; by default that of its lease."""
     closed: bool = False
     """Its group was closed before its lease ended: what still comes is accounted for, but no longer wanted."""
     group: Group = field(init=False)
     subtrees: list[Subtree] = field(default_factory=list[Subtree])
+    """In the order they were accepted; empty once the group has a position."""
+    encoded: list[bytes] = field(default_factory=list[bytes])
+    """Their messages, which the journal, the snapshots and the trainer get."""
     told_at: float | None = None
     """time.monotonic of the word to stop expanding."""
     refused: dict[tuple[int, int], Cost] = field(default_factory=dict[tuple[int, int], Cost])
@@ -84,42 +90,46 @@ class OpenGroup:
     @classmethod
     def of(cls, lease: Lease, state: dict[str, Any]) -> OpenGroup:
         """The group that `state` was taken of, without its subtrees."""
-        return cls(lease, state["draw"], state["holder"], None, state["tries"], state["age"], state["closed"])
+        return cls(lease, state["draw"], state["holder"], None, state["tries"], age=state["age"], closed=state["closed"])
 
     def state(self) -> dict[str, Any]:
         """Plain data to be restored from, beside lease and subtrees."""
         return {"draw": self.draw, "holder": self.holder, "tries": self.tries, "age": self.age, "closed": self.closed}
 
-    def add(self, subtree: Subtree) -> bool:
+    def add(self, subtree: Subtree, encoded: bytes) -> bool:
         """Accept a subtree; False if it was there already. Raises ContractError."""
         fresh = self.group.add(subtree)
         if fresh:
             self.subtrees.append(subtree)
+            self.encoded.append(encoded)
         return fresh
 
-    def restore(self, subtree: Subtree) -> bool:
+    def restore(self, subtree: Subtree, encoded: bytes) -> bool:
         """Add what was accepted before a restart; False if it was there already.
 
         One that is refused by now stays in what the trainer gets: every group keeps its position, and the trainer, which
         examines all of them, leaves that one out.
         """
         try:
-            return self.add(subtree)
+            return self.add(subtree, encoded)
         except TreeError as error:
             log.warning("the journal has what would be refused today: %s", error)
         self.subtrees.append(subtree)
+        self.encoded.append(encoded)
         return True
 
+    def rest(self) -> None:
+        """Keep only what the trainer gets: nobody looks into the trees any more."""
+        self.group.trees.clear()
+        self.subtrees.clear()
+
     def refuse(self, key: tuple[int, int], cost: Cost, why: str) -> bool:
-        """Leave a subtree out; False if it was refused before."""
+        """Leave a subtree out; False if it was refused before, or more were than its plan has."""
         fresh = key not in self.refused
+        if fresh and len(self.refused) >= self.lease.plan.leaves:
+            return False
         self.refused[key], self.refusal = cost, why
         return fresh
-
-    def depth(self, tree: int, node: int) -> int:
-        """Steps from the root of a tree down to a node; 0 for one that is not there, which `add` refuses."""
-        grown = self.group.trees.get(tree)
-        return len(grown.path(node)) if grown and node in grown.steps else 0
 
     @property
     def has_leaves(self) -> bool:
@@ -166,6 +176,8 @@ class GroupQueue:
         """Those with a position, from `_kept` on."""
         self._ready: dict[int, OpenGroup] = {}
         """Those without, by draw."""
+        self._ages: list[tuple[int, int]] = []
+        """Their ages and draws, ascending."""
         self._kept = 0
         self._covered = 0
         self._trained = 0
@@ -193,21 +205,31 @@ class GroupQueue:
     @property
     def ready(self) -> list[OpenGroup]:
         """Those without a position, oldest policy first."""
-        return sorted(self._ready.values(), key=lambda group: (group.age, group.draw))
+        return [self._ready[draw] for _, draw in self._ages]
+
+    @property
+    def ready_count(self) -> int:
+        """How many those are."""
+        return len(self._ready)
 
     def close(self, group: OpenGroup) -> None:
         self._ready[group.draw] = group
+        insort(self._ages, (group.age, group.draw))
 
     def line_up(self, draws: Sequence[int]) -> None:
         """Give the next positions to these ready groups. Raises ContractError at one that is not ready."""
         for draw in draws:
-            self._line.append(self.leave_out(draw))
+            group = self.leave_out(draw)
+            group.rest()
+            self._line.append(group)
 
     def leave_out(self, draw: int) -> OpenGroup:
         """Take a ready group away. Raises ContractError if it is not ready."""
         if draw not in self._ready:
             raise ContractError(f"Group {draw:07d} is not ready; it cannot be given to the trainer.")
-        return self._ready.pop(draw)
+        group = self._ready.pop(draw)
+        del self._ages[bisect_left(self._ages, (group.age, draw))]
+        return group
 
     def take(self, position: int, count: int) -> list[OpenGroup]:
         """The groups at ``position`` and after it, up to ``count`` of them; fewer until more are given a position.
@@ -255,4 +277,7 @@ class GroupQueue:
         """Become what `state` and `kept` were taken of. What is in training the trainer says when it is back."""
         self._kept, self._covered = state["kept"], state["covered"]
         self._line = deque(groups[: state["in_line"]])
-        self._ready = {group.draw: group for group in groups[state["in_line"] :]}
+        for group in self._line:
+            group.rest()
+        for group in groups[state["in_line"] :]:
+            self.close(group)

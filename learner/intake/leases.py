@@ -27,6 +27,7 @@ from learner.intake.groups import TRIES, Fate, OpenGroup
 from learner.intake.order import pressing
 from learner.intake.standing import Standing
 from treegrpo.budget import Budget, Cost
+from treegrpo.codec import subtree_to_bytes
 from treegrpo.errors import ContractError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Question
@@ -41,19 +42,16 @@ class LeaseBook(Standing):
 
         Evaluation goes first: it is short, and who waits for it waits for all of it. Then what was begun before.
         """
-        if self.version is None:
+        if self.version is None or not self.has_work:
             return None
         if self._evaluation:
             question, _ = self._evaluation[0]
             return self._lease(LeaseKind.EVAL, question, self._plan.as_eval(), self.version), -1
-        out, limit = self.out(LeaseKind.TRAIN) + len(self.unfinished), self.limit
-        if self.unfinished and out <= limit:
+        if self.unfinished:
             draw = min(self.unfinished, key=lambda number: (self.unfinished[number].age, number))
             group = self.unfinished[draw]
             lease = self._lease(LeaseKind.TRAIN, group.lease.question, group.lease.plan, self.version, draw)
             return replace(lease, grant=lease.plan.allowance(group.missing), accepted=tuple(group.subtrees)), draw
-        if out >= limit:
-            return None
         draw = self._queue.draw()
         return self._lease(LeaseKind.TRAIN, self._queue[draw], self._plan, self.version, draw), draw
 
@@ -66,8 +64,8 @@ class LeaseBook(Standing):
         self._serial += 1
         group = OpenGroup(replace(lease, accepted=()), draw, holder, now)
         if (before := self.unfinished.pop(draw, None)) is not None:
-            group.group, group.subtrees, group.tries = before.group, before.subtrees, before.tries
-            group.age = min(before.age, group.age)
+            group.group, group.subtrees, group.encoded = before.group, before.subtrees, before.encoded
+            group.tries, group.age = before.tries, min(before.age, group.age)
         elif lease.kind is LeaseKind.TRAIN:
             group.tries = self._tries.pop(draw, 0)
         elif self._evaluation and self._evaluation[0][0].id == lease.question.id:
@@ -76,8 +74,8 @@ class LeaseBook(Standing):
         self.ledger.grant(lease.id, lease.kind, lease.grant)
         return group
 
-    def accept(self, subtree: Subtree) -> bool:
-        """Add a subtree to its group; False if it was there already.
+    def accept(self, subtree: Subtree, encoded: bytes = b"") -> bool:
+        """Add a subtree to its group, and its message if that is at hand; False if it was there already.
 
         Raises:
             ContractError: the lease is not open, or its group is closed.
@@ -90,7 +88,7 @@ class LeaseBook(Standing):
         if group.closed:
             raise ContractError(f"Lease {subtree.lease} reached the staleness bound; its group is closed.")
         check_asked_for(group, subtree, self._vocabulary)
-        if not group.add(subtree):
+        if not group.add(subtree, encoded or subtree_to_bytes(subtree)):
             return False
         self._charge(group, subtree)
         return True
@@ -117,7 +115,8 @@ class LeaseBook(Standing):
             self.ledger.refund(end.lease)
         if group.closed:
             return group
-        group.tries += self._at_fault(group, end)
+        group.blamed = self._at_fault(group, end)
+        group.tries += group.blamed
         finished = not end.reason.unfinished or not group.can_move or group.tries >= TRIES
         self._dispose(group, end.reason.value, finished=finished)
         return group
@@ -165,14 +164,15 @@ class LeaseBook(Standing):
 
     def pressing(self, count: int) -> list[OpenGroup]:
         """The groups that have to close before ``count`` ready ones may be trained, since there is no later step for them."""
-        begun = [group for group in self.open.values() if group.lease.kind is LeaseKind.TRAIN and not group.closed]
-        begun = sorted([*begun, *self.unfinished.values()], key=lambda group: (group.age, group.draw))
+        held = (group for group in self.open.values() if group.lease.kind is LeaseKind.TRAIN and not group.closed)
+        begun = [group for group in (*held, *self.unfinished.values()) if group.age < self.base]  # a later step for the others
+        begun.sort(key=lambda group: (group.age, group.draw))
         ages, ready = [group.age for group in begun], [group.age for group in self.groups.ready]
         return begun[: pressing(ages, ready, self.base, self._batch, count, self._max_lag)]
 
     def overdue(self) -> list[OpenGroup]:
         """The groups that a whole batch is waiting for: it is ready, and may not be trained before them."""
-        if self.version is None or len(self.groups.ready) < self._batch:
+        if self.version is None or self.groups.ready_count < self._batch:
             return []
         return self.pressing(self._batch)
 
@@ -217,11 +217,11 @@ class LeaseBook(Standing):
             self._queue.taken(draw)
         self.granted(lease, draw, holder, now=None)
 
-    def replay_accepted(self, subtree: Subtree) -> OpenGroup | None:
+    def replay_accepted(self, subtree: Subtree, encoded: bytes) -> OpenGroup | None:
         """A subtree read from the journal; its group, or None if it was there already. Raises ContractError: nobody asked."""
         if (group := self.find(subtree.lease)) is None:
             raise ContractError(f"Lease {subtree.lease} is not open; nobody could have accepted its work.")
-        if not group.restore(subtree):
+        if not group.restore(subtree, encoded):
             return None
         self._charge(group, subtree)
         return group
