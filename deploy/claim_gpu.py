@@ -19,7 +19,7 @@ from pathlib import Path
 LOCKS = Path(os.environ.get("GPU_LOCKS", "/gpus"))
 DRIVER = Path(os.environ.get("GPU_DRIVER", "/proc/driver/nvidia/gpus"))
 """The kernel's list, which every container sees."""
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = float(os.environ.get("GPU_PATIENCE", "30"))
 """A container that is being replaced takes a moment to end."""
 NO_GPU = (
     "error: COMPOSE_PROFILES=gpu needs an NVIDIA GPU with its driver and the NVIDIA container toolkit, and this machine shows "

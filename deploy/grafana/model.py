@@ -105,7 +105,6 @@ def _variable(name: str, metric: str, label: str = "") -> dict[str, Any]:
         "type": "query",
         "datasource": SOURCE,
         "query": {"query": query, "refId": name},
-        "definition": query,
         "refresh": 2,
         "sort": 1,
         "multi": True,
@@ -129,10 +128,9 @@ def _annotation(name: str, colour: str, query: str, title: str, at_value: bool) 
         "enable": True,
         "iconColor": colour,
         "datasource": SOURCE,
-        "expr": promql(query),
+        "target": {"refId": "Anno", "expr": promql(query), "interval": "30s"},
         "titleFormat": title,
         "useValueForTime": at_value,
-        "step": "30s",
     }
 
 

@@ -79,7 +79,7 @@ def test_samplers_join_a_running_run_and_take_leases(stack: Stack) -> None:
     assert stack.seconds["joined"] <= within(JOINED_SECONDS)
     working = 'count(treegrpo_engine_tokens_total{how="decoded"} > 0)'
     stack.until("all three work", lambda: stack.value(working) == 3, 120)
-    assert stack.value("treegrpo_samplers_connected") == 3
+    stack.until("the learner knows all three", lambda: stack.value("treegrpo_samplers_connected") == 3, 30)
 
 
 def test_every_panel_and_every_alert_has_an_answer(stack: Stack) -> None:

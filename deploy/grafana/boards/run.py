@@ -11,7 +11,7 @@ RUN = Board(
             "At a glance",
             [
                 stat("Step", "none", "max(treegrpo_step{@})", "Optimiser steps done."),
-                stat("Reward", "none", 'avg(treegrpo_reward_mean{@, kind="train"})', "Mean reward of the last groups."),
+                stat("Reward now", "none", 'avg(treegrpo_reward_mean{@, kind="train"})', "Mean reward of the last groups."),
                 stat("Held-out EM", "percentunit", 'avg(treegrpo_exact_match_ratio{@, kind="eval"})', "Of the last evaluation."),
                 stat(
                     "Tokens saved",
@@ -88,8 +88,9 @@ RUN = Board(
                     {
                         "{{currency}}": 'treegrpo_rollout_saving_ratio{@, kind="train"}',
                         "computed again": 'treegrpo_rollout_recomputed_ratio{@, kind="train"}',
+                        "prefix hits": "run:prefix_hit:ratio_rate5m{@}",
                     },
-                    "Against chains to the same leaves; and the share computed again under new weights.",
+                    "Against chains to the same leaves; the share computed again under new weights, and of prompts that caches had.",
                 ),
                 Panel(
                     "Leases and groups",

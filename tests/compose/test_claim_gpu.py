@@ -1,0 +1,65 @@
+"""Every container takes GPUs that no other has, and what a dead one had is free again. With an nvidia-smi of our own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CLAIM = Path(__file__).parents[2] / "deploy" / "claim_gpu.py"
+SHOW = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input()"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine with two GPUs."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho GPU-a\necho GPU-b\n", encoding="utf-8")
+    tool.chmod(0o755)
+    (tmp_path / "locks").mkdir()
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GPU_LOCKS": str(tmp_path / "locks"), "GPU_PATIENCE": "0"}
+
+
+def start(machine: dict[str, str], count: int) -> subprocess.Popen[str]:
+    command = [sys.executable, str(CLAIM), str(count), sys.executable, "-c", SHOW]
+    return subprocess.Popen(command, env=machine, stdin=-1, stdout=-1, stderr=-1, text=True)
+
+
+def told(container: subprocess.Popen[str]) -> str:
+    assert container.stdout is not None
+    return container.stdout.readline().strip()
+
+
+def test_containers_share_the_gpus_and_a_killed_one_leaves_its_own(machine: dict[str, str]) -> None:
+    with start(machine, 1) as first, start(machine, 1) as second:
+        assert {told(first), taken := told(second)} == {"GPU-a", "GPU-b"}
+        with start(machine, 1) as third:
+            _, said = third.communicate()
+        assert third.returncode == 1
+        assert "1 GPUs are wanted and 0 of 2 are free" in said
+        second.kill()
+        second.wait()
+        with start(machine, 1) as fourth:
+            assert told(fourth) == taken
+            fourth.kill()
+        first.kill()
+
+
+def test_a_learner_takes_several(machine: dict[str, str]) -> None:
+    with start(machine, 2) as learner:
+        assert told(learner) == "GPU-a,GPU-b"
+        learner.kill()
+
+
+def test_a_machine_without_a_gpu_is_told_what_to_do(machine: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n", encoding="utf-8")
+    with start(machine, 1) as container:
+        _, said = container.communicate()
+    assert container.returncode == 1
+    assert "COMPOSE_PROFILES=cpu" in said
+    for driver, code in ((tmp_path / "none", 1), (tmp_path, 0)):
+        check = subprocess.run([sys.executable, str(CLAIM), "--check"], env={**machine, "GPU_DRIVER": str(driver)}, check=False)
+        assert check.returncode == code

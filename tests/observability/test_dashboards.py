@@ -1,0 +1,114 @@
+"""Dashboards and alerts as files: current, complete, of metrics that exist, and as Grafana and Prometheus want them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.grafana.__main__ import BOARDS, FOLDER, rendered
+from deploy.grafana.queries import alert_rules, panel_queries
+from treegrpo.telemetry import IntakeMetrics, RetrieverMetrics, SamplerMetrics, TrainerMetrics
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy" / "prometheus"
+NAME = re.compile(r"\btreegrpo_\w+")
+
+
+def known_names() -> set[str]:
+    """Every series that a service of ours can serve."""
+    registries = [kind().registry for kind in (IntakeMetrics, TrainerMetrics, SamplerMetrics, RetrieverMetrics)]
+    families = [family for registry in registries for family in registry.collect()]
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    return {family.name + suffix for family in families for suffix in suffixes[family.type]}
+
+
+def recorded() -> dict[str, str]:
+    """Recording rules by name."""
+    groups = yaml.safe_load((RULES / "rules.yml").read_text(encoding="utf-8"))["groups"]
+    return {rule["record"]: rule["expr"] for group in groups for rule in group["rules"]}
+
+
+def test_the_dashboards_are_as_their_description_says() -> None:
+    wanted = rendered()
+    assert {path.name for path in FOLDER.iterdir()} == {path.name for path in wanted}
+    stale = [path.name for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "python -m deploy.grafana writes them again"
+
+
+def test_every_query_is_of_metrics_that_exist() -> None:
+    queries = {**panel_queries(), **{name: rule["expr"] for name, rule in alert_rules().items()}, **recorded()}
+    known = known_names()
+    assert {where: set(NAME.findall(query)) - known for where, query in queries.items() if set(NAME.findall(query)) - known} == {}
+
+
+def test_every_metric_of_a_rule_is_recorded() -> None:
+    rules = set(recorded())
+    queries = [*panel_queries().values(), *(rule["expr"] for rule in alert_rules().values())]
+    asked = {name for query in queries for name in re.findall(r"\brun(?:_\w+)?:\w+:\w+", query)}
+    assert asked <= rules
+    assert rules <= asked, "a rule that nobody asks for"
+
+
+def test_every_panel_of_a_board_can_be_told_apart_and_has_a_unit_and_a_description() -> None:
+    for board in BOARDS:
+        titles = [panel.title for panel in board.panels]
+        assert len(set(titles)) == len(titles), board.title
+        assert all(panel.unit and panel.about.endswith(".") and panel.queries for panel in board.panels), board.title
+
+
+def test_no_two_panels_cover_each_other() -> None:
+    for path in FOLDER.iterdir():
+        places = [panel["gridPos"] for panel in json.loads(path.read_text(encoding="utf-8"))["panels"]]
+        cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
+        assert len(cells) == len(set(cells)), path.name
+
+
+def test_every_alert_has_a_runbook_that_exists() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    for name, rule in alert_rules().items():
+        assert rule["annotations"]["runbook"].startswith(f"docs/operations.md#{name.lower()}: "), name
+        assert f"### {name}\n" in page, name
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool here (Debian: package prometheus)")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "config", "--syntax-only", "prometheus.yml"),
+        ("check", "rules", "rules.yml", "alerts.yml"),
+        ("test", "rules", "alerts.test.yml"),
+    ],
+)
+def test_promtool_accepts(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(["promtool", *arguments], cwd=RULES, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def plain(path: Path) -> dict[str, Any]:
+    """A dashboard without what its annotations say to Prometheus' plugin alone, of which the schema knows nothing."""
+    dashboard = json.loads(path.read_text(encoding="utf-8"))
+    for annotation in dashboard["annotations"]["list"]:
+        del annotation["titleFormat"], annotation["useValueForTime"], annotation["target"]
+    return dashboard
+
+
+def test_grafanas_own_types_accept_the_dashboards(tmp_path: Path) -> None:
+    """Compiled against @grafana/schema, which GRAFANA_SCHEMA names the node_modules of."""
+    if not (modules := os.environ.get("GRAFANA_SCHEMA")):
+        pytest.skip("GRAFANA_SCHEMA names no node_modules with @grafana/schema and typescript; .ci/run installs them")
+    (tmp_path / "node_modules").symlink_to(Path(modules).absolute())
+    literals = "\n".join(f"export const {path.stem}: Dashboard = {json.dumps(plain(path))};" for path in FOLDER.iterdir())
+    (tmp_path / "check.ts").write_text(f'import type {{ Dashboard }} from "@grafana/schema";\n{literals}', encoding="utf-8")
+    tsc = ["node", "node_modules/typescript/bin/tsc", "--noEmit", "--strict", "--skipLibCheck", "--moduleResolution", "bundler"]
+    done = subprocess.run(
+        [*tsc, "--module", "esnext", "--target", "es2022", "check.ts"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[:2000]
