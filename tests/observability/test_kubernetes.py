@@ -1,0 +1,67 @@
+"""deploy/kubernetes as kubectl renders it, with certificates as `treegrpo certs` makes them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services.cli.certs import certs
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl here")
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("deploy")
+    for name in ("kubernetes", "mosquitto"):
+        shutil.copytree(DEPLOY / name, folder / name, ignore=shutil.ignore_patterns("certs"))
+    certs(folder / "kubernetes" / "certs", ["learner", "mosquitto", "retriever"], [], new_ca=False, drop_old_ca=False)
+    done = subprocess.run(["kubectl", "kustomize", "kubernetes"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def pods(rendered: str) -> dict[str, dict[str, Any]]:
+    """The pod of each workload, by name."""
+    return {
+        one["metadata"]["name"]: one["spec"]["template"]["spec"]
+        for one in yaml.safe_load_all(rendered)
+        if "template" in one.get("spec", {})
+    }
+
+
+def test_every_pod_is_restricted_and_bounded(pods: dict[str, dict[str, Any]]) -> None:
+    assert set(pods) == {"learner", "sampler", "retriever", "mosquitto"}
+    for name, pod in pods.items():
+        assert pod["securityContext"]["runAsNonRoot"], name
+        for container in pod["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"], name
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, name
+            assert container["resources"]["limits"]["memory"], name
+            assert container["readinessProbe"], name
+            assert ":" in container["image"], name
+
+
+def test_every_pod_has_the_secrets_of_its_role_alone(pods: dict[str, dict[str, Any]]) -> None:
+    roles = {"mosquitto": "broker"}
+    for name, pod in pods.items():
+        secrets = [volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume]
+        assert len(secrets) == 1
+        assert secrets[0].startswith(f"{roles.get(name, name)}-"), name
+
+
+def test_kubernetes_own_schemas_accept_it(rendered: str, tmp_path: Path) -> None:
+    """With kubernetes-validate, whose program KUBERNETES_VALIDATE names."""
+    if not (program := os.environ.get("KUBERNETES_VALIDATE")):
+        pytest.skip("KUBERNETES_VALIDATE names no kubernetes-validate; .ci/run installs one")
+    (path := tmp_path / "all.yaml").write_text(rendered, encoding="utf-8")
+    done = subprocess.run([program, "--strict", "--quiet", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
