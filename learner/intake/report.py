@@ -97,7 +97,7 @@ class Reporter:
         if group.granted_at is not None:
             self.metrics.subtree_seconds.observe(time.monotonic() - group.granted_at)
         for step in subtree.steps:
-            depth = str(min(group.depth(subtree.tree, step.node), DEEPEST))
+            depth = str(min(group.group.depth(subtree.tree, step.node), DEEPEST))
             self.metrics.prefix.labels(depth, "cached").inc(step.cost.cached)
             self.metrics.prefix.labels(depth, "prefilled").inc(step.cost.prefilled)
             if step.status.failed:
