@@ -89,7 +89,7 @@ SERVICES = Board(
                     "short",
                     {
                         "answered/s": "sum(rate(treegrpo_retriever_queries_total{@}[1m]))",
-                        "refused/s": "sum(rate(treegrpo_retriever_refused_total{@}[1m]))",
+                        "refused/s": "sum(rate(treegrpo_retriever_refused_total{@}[1m])) or vector(0)",
                     },
                     "Per second.",
                 ),
