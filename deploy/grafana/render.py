@@ -49,7 +49,7 @@ def draw(axes: Axes, panel: Panel, url: str, minutes: float) -> None:
     for template, query in panel.queries.items():
         for series in ask(url, filled(query), minutes):
             points = [(float(at), PERCENT.get(panel.unit, 1.0) * float(value)) for at, value in series["values"]]
-            name = legend(template, series["metric"])
+            name = legend(template, series["metric"]) or "none"
             axes.plot([(at - began) / 60 for at, _ in points], [value for _, value in points], lw=1.2, label=name)
             last = points[-1][1]
     unit = UNITS.get(panel.unit, "")
