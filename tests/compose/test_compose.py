@@ -121,9 +121,10 @@ def test_a_killed_learner_goes_on_where_its_checkpoint_is(stack: Stack) -> None:
 
 def test_the_broker_takes_commands_of_the_operator(stack: Stack) -> None:
     stack.do("run", "--rm", "operator", "state", "paused", "/data/geohop.toml")
-    stack.until("no lease is out", lambda: stack.value('treegrpo_leases_outstanding{kind="train"}') == 0, 120)
+    decoded = 'sum(rate(treegrpo_engine_tokens_total{how="decoded"}[15s]))'
+    stack.until("no engine computes", lambda: stack.value(decoded) == 0, 180)
     stack.do("run", "--rm", "operator", "state", "running", "/data/geohop.toml")
-    stack.until("leases are out", lambda: stack.value('treegrpo_leases_outstanding{kind="train"}') > 0, 60)
+    stack.until("they go on", lambda: stack.value(decoded) > 0, 120)
 
 
 def test_nobody_is_root_and_nothing_can_be_written(stack: Stack) -> None:
