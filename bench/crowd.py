@@ -49,7 +49,12 @@ class Work:
 
     @property
     def idle(self) -> bool:
-        return not self.held and not self.unacked
+        return self.joined == self.samplers and not self.held and not self.unacked
+
+    def look(self) -> None:
+        """Tell who waits for the end."""
+        if self.idle:
+            self.changed.tell()
 
 
 class Sampler:
@@ -77,6 +82,7 @@ class Sampler:
                 await self._call.write(request)
             await self._call.write(end)
             self._work.held -= 1
+            self._work.look()
 
     async def read(self) -> None:
         work = self._work
@@ -94,8 +100,7 @@ class Sampler:
                     work.joined += 1
                 case _:
                     pass
-            if work.idle or work.joined == work.samplers:
-                work.changed.tell()
+            work.look()
 
 
 class Crowd:
@@ -118,7 +123,7 @@ class Crowd:
             running += [tasks.create_task(sampler.write()), tasks.create_task(sampler.read())]
         running.append(tasks.create_task(self._beat()))
         async with asyncio.timeout(READY_SECONDS):
-            while self.work.joined < self.work.samplers:
+            while not self.work.idle:
                 await self.work.changed.wait()
         return running
 
