@@ -20,6 +20,8 @@ from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 
 log = logging.getLogger(__name__)
+LAST_WORD_SECONDS = 1.0
+"""The longest that the end of a stream waits for the message before it."""
 EOF: Any = cast("Any", grpc.aio).EOF
 Context = grpc.aio.ServicerContext[pb.RolloutRequest, pb.RolloutResponse]
 
@@ -37,15 +39,21 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
             await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
         peer = self._desk.join(await self._admission.admit(first, context, len(self._desk.peers)))
         writer = asyncio.create_task(self._write(peer, context), name=f"to-{peer.id}")
+        refusal: ContractError | None = None
         try:
             await self._listen(peer, context)
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.farewell)
+            peer.farewell = peer.farewell or f"Sampler {peer.id} took too long."
         except ContractError as error:
-            await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            refusal = error
         finally:
             writer.cancel()
             self._desk.leave(peer)
+            await asyncio.wait({writer}, timeout=LAST_WORD_SECONDS)
+        if refusal is not None:
+            await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(refusal))
+        if peer.farewell:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.farewell)
 
     async def _listen(self, peer: Peer, context: Context) -> None:
         """Hear a sampler to the end of its stream. Raises TimeoutError when the desk hangs up: it watches for silence."""
@@ -68,8 +76,12 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def _write(self, peer: Peer, context: Context) -> None:
         while True:  # a write that a peer does not read ends when its outbox is full, or its stream
+            writing = asyncio.ensure_future(context.write(await peer.outbox.get()))
             try:
-                await context.write(await peer.outbox.get())
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await asyncio.wait({writing})  # the end of a stream behind half a message is one that no peer ever hears
+                raise
             except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
                 peer.hang_up(f"The stream to sampler {peer.id} broke ({error}); it has to join again.")
                 return
