@@ -3,13 +3,14 @@
 # make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
 # make lint    style, types, import contracts, contract and stubs
 # make bench   the benchmarks: rollout, training on trees
+# make fuzz    100,000 mutated messages to everything that takes a stranger's bytes (a quarter of an hour)
 # make chaos   kill, stop and cut off every part of a run, sixty times, and audit what it wrote down (half an hour)
 # make protos  generate the stubs in treegrpo/v1 again
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint protos bench chaos
+.PHONY: help setup demo test lint protos bench chaos fuzz
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -52,6 +53,9 @@ lint: $(READY)
 bench: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.rollout
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.packing
+
+fuzz: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 chaos: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)
