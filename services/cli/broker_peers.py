@@ -104,6 +104,9 @@ class Handler(BrokerProtocolHandler):
         self._hang_up()
         return OutgoingApplicationMessage(None, topic, qos, data, retain)
 
+    async def _retry_deliveries(self) -> None:
+        """Nothing is left from another connection; amqtt would send again what has just been sent, and wait for it."""
+
     def _hang_up(self) -> None:
         if isinstance(self.reader, Reader):
             self.reader.end()

@@ -52,11 +52,16 @@ class Running:
         assert not any("Traceback" in line for line in self.lines), "\n".join(self.lines)
         return code
 
+    @property
+    def pids(self) -> list[int]:
+        """All its processes."""
+        return marked(self._mark)
+
     def pid_of(self, module: str, variable: str = "") -> int:
         """A running process of ``module``, with ``variable`` in its environment."""
         names = {
             pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            for pid in marked(self._mark)
+            for pid in self.pids
             if variable.encode() in Path(f"/proc/{pid}/environ").read_bytes()
         }
         return next(pid for pid, words in names.items() if module.encode() in words and b"treegrpo.leash" not in words)
