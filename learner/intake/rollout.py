@@ -47,9 +47,10 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
         except ContractError as error:
             refusal = error
         finally:
-            writer.cancel()
+            peer.close()
             self._desk.leave(peer)
             await asyncio.wait({writer}, timeout=LAST_WORD_SECONDS)
+            writer.cancel()
         if refusal is not None:
             await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(refusal))
         if peer.farewell:
@@ -75,16 +76,12 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
         return None if request == EOF else request
 
     async def _write(self, peer: Peer, context: Context) -> None:
-        while True:  # a write that a peer does not read ends when its outbox is full, or its stream
-            writing = asyncio.ensure_future(context.write(await peer.outbox.get()))
-            try:
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                await asyncio.wait({writing})  # the end of a stream behind half a message is one that no peer ever hears
-                raise
-            except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
-                peer.hang_up(f"The stream to sampler {peer.id} broke ({error}); it has to join again.")
-                return
+        """Whole messages to the end: the end of a stream behind half a message is one that no peer ever hears."""
+        try:
+            while (message := await peer.outbox.get()) is not None:
+                await context.write(message)
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            peer.hang_up(f"The stream to sampler {peer.id} broke ({error}); it has to join again.")
 
     def _hear(self, peer: Peer, request: pb.RolloutRequest) -> None:
         match request.WhichOneof("kind"):
