@@ -63,8 +63,6 @@ class Clerk:
         group = self._book.ended(end)
         self._journal.append(events.ended(end))
         self._reporter.ended(group, end)
-        if not group.closed:
-            self._look_at(group, end.reason.value, end.error)
         return group
 
     def close(self, draw: int) -> None:
@@ -72,7 +70,6 @@ class Clerk:
         group = self._book.close(draw)
         self._journal.append(events.closed(draw))
         self._reporter.closed(group, "overdue")
-        self._look_at(group, "overdue", "the staleness bound was reached before its first leaf")
 
     def give(self, draws: Sequence[int], stale: Sequence[int]) -> None:
         """The trainer is to get ``draws`` at the next positions, and those that are ``stale`` never."""
@@ -80,11 +77,3 @@ class Clerk:
         self.given = self._journal.append(events.taken(draws, stale))
         for group in left_out:
             self._reporter.closed(group, "stale")
-            self._look_at(group, "stale", "it is older than train.max_lag allows")
-
-    def _look_at(self, group: OpenGroup, why: str, error: str) -> None:
-        """Say so when a group is given up."""
-        if group.given_up:
-            question = group.lease.question.id
-            log.warning("question %s is set aside after %d tries, the last %s: %s", question, group.tries, why, error or why)
-            self._reporter.gave_up(group, why, error)

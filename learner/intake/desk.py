@@ -81,6 +81,7 @@ class Desk:
         self._refusals = Refusals(log)
         self._barren = Barren()
         self._granting = Granting(book, self._clerk, self.peers)
+        self._publishing = asyncio.Lock()
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with RunError when rolling out on would lead nowhere."""
         journal.on_blocked = self.grant
@@ -97,23 +98,23 @@ class Desk:
         """A stream opened. Older incarnations of the same sampler have lost their leases."""
         peer = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
         self.presence.came(peer)
-        for holder in set(self.book.open.holders) - {peer.holder}:
-            if sampler_of(holder) == peer.id:
-                self.lose(holder)
         held = {group.lease.id for group in self.book.open.of(peer.holder)}
-        for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
-            self._end(LeaseEnd(lease, LeaseEndReason.RETURNED))
         version = self.book.version
         void = [lease for lease in hello.leases if lease not in held]
         welcome = pb.Welcome(run=self._run, void_leases=void, plan=plan_to_pb(self._plan))
         if version is not None:
             welcome.version.CopyFrom(version_to_pb(version))
-        peer.send(pb.RolloutResponse(welcome=welcome))
+        peer.send(pb.RolloutResponse(welcome=welcome))  # before anything else: what follows may tell it to stop
         for group in self.book.open.of(peer.holder):
             if group.told_at is not None:  # it may have been said to a stream that was breaking
                 self._stop(group)
         if self._control.state is RunState.DRAINING:
             peer.send(pb.RolloutResponse(drain=pb.Drain()))
+        for holder in set(self.book.open.holders) - {peer.holder}:
+            if sampler_of(holder) == peer.id:
+                self.lose(holder)
+        for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
+            self._end(LeaseEnd(lease, LeaseEndReason.RETURNED))
         log.info("sampler %s joined (%s, %d at once)", peer.id, peer.engine, peer.capacity)
         self._reporter.samplers(len(self.peers))
         return peer
@@ -164,7 +165,7 @@ class Desk:
         self._refusals.count(peer.id, reason, f"a subtree: {error}")
         if group is None or reason == "holder":
             self._reporter.refused(reason, leaves)
-        elif group.refuse((sent.tree, sent.index), cost_of(sent, group.lease.plan), str(error)):
+        elif group.refuse((sent.tree, sent.index), cost_of(sent, group.lease.plan), reason, str(error)):
             self._reporter.refused(reason, leaves)
             group.told_at = group.told_at or time.monotonic()
             self._stop(group)
@@ -231,10 +232,11 @@ class Desk:
 
     async def publish(self, version: PolicyVersion, path: Path, position: int) -> None:
         """Serve and announce a policy version; the groups before ``position`` made it."""
-        await self._weights.publish(version, path)
-        self.book.version = version
-        self.book.groups.trained(position)
-        await self._control.announce(version)
+        async with self._publishing:  # one that is asked for again while its files are read waits for them
+            await self._weights.publish(version, path)
+            self.book.version = version
+            self.book.groups.trained(position)
+            await self._control.announce(version)
         self.grant()
 
     def covered(self, position: int) -> None:

@@ -37,6 +37,10 @@ class Disk(Protocol):
         """A file to read."""
         ...
 
+    def sync(self, path: Path) -> None:
+        """Return when what is in a file is on the disk, whoever wrote it."""
+        ...
+
     def names(self, folder: Path) -> list[str]:
         """What is in a folder, sorted; nothing if there is no such folder."""
         ...
@@ -84,6 +88,9 @@ class RealDisk:
     def open(self, path: Path) -> BinaryIO:
         return path.open("rb")
 
+    def sync(self, path: Path) -> None:
+        _sync(path, os.O_RDONLY)
+
     def names(self, folder: Path) -> list[str]:
         return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
 
@@ -100,8 +107,12 @@ class RealDisk:
         path.rmdir() if path.is_dir() else path.unlink()
 
     def sync_folder(self, path: Path) -> None:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

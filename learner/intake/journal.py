@@ -231,5 +231,7 @@ class Journal:
         """
         disk.make_folder(folder)
         journal = cls(disk, folder, end, retry)
-        yield journal
-        journal._close()
+        try:
+            yield journal
+        finally:
+            journal._close()

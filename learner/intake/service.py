@@ -22,6 +22,7 @@ from learner.intake.disk import RealDisk
 from learner.intake.doors import Admission, Watch, open_server
 from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
+from learner.intake.lock import only_intake
 from learner.intake.questions import QuestionQueue, load_questions
 from learner.intake.recovery import JOURNAL, SNAPSHOTS, holds_run, recover
 from learner.intake.report import Reporter
@@ -56,7 +57,7 @@ def _book(config: Config) -> LeaseBook:
         max_lag=train.max_lag,
         total=train.steps * train.batch,
         vocabulary=vocabulary(config.model.path),
-        mark=secrets.token_hex(2),
+        mark=secrets.token_hex(8),
     )
 
 
@@ -73,8 +74,13 @@ async def run(config: Config) -> None:
     access.check_listen("learner.listen", config.learner.listen)
     access.check_reach("broker.address", config.broker.address)
     check_free(config.learner.listen, "learner.listen")
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    with only_intake(config.run.dir):
+        await _run(config, access)
+
+
+async def _run(config: Config, access: Access) -> None:
     run_dir = config.run.dir
-    run_dir.mkdir(parents=True, exist_ok=True)
     disk, folder, snapshots = RealDisk(), run_dir / JOURNAL, Snapshots(RealDisk(), run_dir / SNAPSHOTS)
     metrics = IntakeMetrics()
     reporter = Reporter(metrics, run_dir / "progress.jsonl", window=config.train.batch)

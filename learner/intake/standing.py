@@ -74,7 +74,7 @@ class Standing:
         if self.version is None:
             return False
         room = self.limit - self.out(LeaseKind.TRAIN) - len(self.unfinished)
-        return bool(self._evaluation) or room > 0 or (bool(self.unfinished) and room == 0)
+        return bool(self._evaluation) or bool(self.unfinished) or room > 0
 
     @property
     def base(self) -> int:

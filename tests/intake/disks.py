@@ -72,7 +72,19 @@ class MemoryDisk:
                 left.folders |= set(path.parents)
         return left
 
+    def after_kill(self) -> MemoryDisk:
+        """The same disk as the next process finds it: all that was written, durable or not."""
+        left = MemoryDisk()
+        left.folders, left.kept_files = set(self.folders), dict(self.kept_files)
+        again = {inode: Inode(bytearray(inode.data), inode.durable, inode.failed) for inode in self.files.values()}
+        left.files = {path: again[inode] for path, inode in self.files.items()}
+        left.kept_files = {path: again.get(inode, inode) for path, inode in self.kept_files.items()}
+        return left
+
     # ---- Disk
+
+    def sync(self, path: Path) -> None:
+        MemoryFile(self, self.files[path]).sync()
 
     def create(self, path: Path) -> MemoryFile:
         self.call("create")

@@ -20,6 +20,7 @@ from treegrpo.codec import lease_end_to_pb, lease_to_pb, subtree_to_pb
 from treegrpo.errors import ModelError, TreeError
 from treegrpo.handoff import Take, Taken, unpack_group
 from treegrpo.lease import LeaseEndReason, LeaseKind
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
 
@@ -72,8 +73,8 @@ def test_what_a_refused_subtree_cost_is_settled_with_its_lease() -> None:
     lease = grant(made)
     made.accept(chain(lease))
     group = made.open[lease]
-    assert group.refuse((0, 1), chain(lease).cost, "wrong")
-    assert not group.refuse((0, 1), chain(lease).cost, "wrong again"), "it is counted once, however often it is sent"
+    assert group.refuse((0, 1), chain(lease).cost, "logprobs", "wrong")
+    assert not group.refuse((0, 1), chain(lease).cost, "logprobs", "wrong again"), "it is counted once, however often it is sent"
     end = group.settle(complete(lease))
     assert (end.reason, end.error) == (complete(lease).reason, "")
     made.ended(end)
@@ -86,10 +87,24 @@ def test_a_lease_of_which_everything_is_refused_has_failed_and_says_why() -> Non
     made = book()
     group = made.open[grant(made)]
     for tree in range(2):
-        group.refuse((tree, 0), chain("a").cost, f"Group 0000000, tree {tree}: wrong.")
+        group.refuse((tree, 0), chain("a").cost, "logprobs", f"Group 0000000, tree {tree}: wrong.")
     end = group.settle(complete(group.lease.id))
     assert (end.reason, end.unaccounted.tokens) == (LeaseEndReason.FAILED, 2 * 28)
     assert end.error == "2 subtrees refused, the last so: Group 0000000, tree 1: wrong."
+
+
+def test_a_trainer_that_goes_back_is_no_fault_of_the_questions_under_way() -> None:
+    """What its samplers then make is older than their leases allow; the groups begin again, and no try is counted."""
+    made = book()
+    made.version = PolicyVersion(1, 30)
+    group = made.open[grant(made)]
+    made.version = PolicyVersion(2, 20)
+    for tree in range(2):
+        group.refuse((tree, 0), chain("a").cost, "age", "too old")
+    end = group.settle(complete(group.lease.id))
+    assert end.reason is LeaseEndReason.RETURNED
+    assert (made.ended(end).tries, end.unaccounted.tokens) == (0, 2 * 28)
+    assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
 async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(setting: Setting) -> None:

@@ -1,0 +1,81 @@
+"""The watchdog: when nothing has gone on for longer than usual, it says what is waited for.
+
+A line in the log and one in progress.jsonl when the cause changes, and again after twice the time; a gauge all the while.
+What goes on is a subtree accepted, a batch handed to the trainer, a version published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from learner.intake.report import Reporter
+from learner.intake.waiting import Cause, Part, Scene, cause
+
+log = logging.getLogger(__name__)
+QUIET_SECONDS = 60.0
+"""Less is no reason for words, however fast the run is."""
+USUAL_TIMES = 3
+"""So many times the longest of the last pauses is unusual."""
+PAUSES = 64
+"""Pauses of a second and more that are remembered: those of the last few steps."""
+LOOK_SECONDS = 5.0
+MOST_SECONDS = 3600.0
+"""From one line to the next with the same cause."""
+
+
+class Pace:
+    """When something last went on, and how long a pause usually is. Times are time.monotonic."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+        self._pauses: deque[float] = deque(maxlen=PAUSES)
+
+    def progress(self) -> None:
+        """Something goes on."""
+        now = time.monotonic()
+        if (pause := now - self.last) >= 1.0:
+            self._pauses.append(min(pause, self.patience))  # one that was too long makes the next no normal thing
+        self.last = now
+
+    @property
+    def patience(self) -> float:
+        """Seconds of a pause that is no longer usual."""
+        return max(QUIET_SECONDS, USUAL_TIMES * max(self._pauses, default=0.0))
+
+
+class Watchdog:
+    def __init__(self, pace: Pace, look: Callable[[], Scene], reporter: Reporter) -> None:
+        """``look`` tells how things are."""
+        self._pace = pace
+        self._look = look
+        self._reporter = reporter
+        self._said: Cause | None = None
+        self._again = 0.0
+        """Seconds without progress at which it says the same again."""
+
+    async def run_forever(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            self.look()
+
+    def look(self) -> None:
+        """Say what is to be said now."""
+        seconds = time.monotonic() - self._pace.last
+        found = cause(self._look())
+        for part in Part:
+            self._reporter.metrics.stalled.labels(part.value).set(seconds if part is found.part else 0.0)
+        if seconds < self._pace.patience:
+            self._goes_on()
+        elif found != self._said or seconds >= self._again:
+            self._said, self._again = found, seconds + min(seconds, MOST_SECONDS)
+            log.warning("nothing has gone on for %.0f s; waiting for %s", seconds, found.sentence)
+            self._reporter.waits(found.sentence, seconds)
+
+    def _goes_on(self) -> None:
+        if self._said is not None:
+            log.info("the run goes on")
+            self._said = None
