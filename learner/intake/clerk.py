@@ -15,6 +15,7 @@ from learner.intake import events
 from learner.intake.frames import Record
 from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
+from learner.intake.pace import Pace
 from learner.intake.report import Reporter
 from treegrpo.codec import lease_to_pb, subtree_from_pb
 from treegrpo.lease import Lease, LeaseEnd
@@ -36,6 +37,7 @@ class Clerk:
         self._book = book
         self._journal = journal
         self._reporter = reporter
+        self.pace = Pace()
         self.given = journal.barrier()
         """Done when all positions that were given are durable."""
 
@@ -54,6 +56,7 @@ class Clerk:
             self._reporter.duplicate()
             return self._journal.barrier()
         done = self._journal.append(events.accepted(encoded))
+        self.pace.progress()
         if group is not None:
             self._reporter.accepted(group, subtree)
         return done

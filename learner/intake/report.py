@@ -189,6 +189,10 @@ class Reporter:
         row = {"version": str(done.version), "questions": result.questions, "em": result.em, "reward": result.reward}
         self._progress.add({"kind": "eval", **row, "failed": result.failed, **self._books(book)})
 
+    def waits(self, what: str, seconds: float) -> None:
+        """A progress line of a run in which nothing goes on; the next line of another kind ends it."""
+        self._progress.add({"kind": "waiting", "for": what, "seconds": round(seconds)})
+
     def _books(self, book: LeaseBook) -> dict[str, object]:
         return {
             "ledger": book.ledger.summary(),

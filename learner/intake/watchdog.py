@@ -9,42 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 
+from learner.intake.pace import Pace
 from learner.intake.report import Reporter
 from learner.intake.waiting import Cause, Part, Scene, cause
 
 log = logging.getLogger(__name__)
-QUIET_SECONDS = 60.0
-"""Less is no reason for words, however fast the run is."""
-USUAL_TIMES = 3
-"""So many times the longest of the last pauses is unusual."""
-PAUSES = 64
-"""Pauses of a second and more that are remembered: those of the last few steps."""
 LOOK_SECONDS = 5.0
 MOST_SECONDS = 3600.0
 """From one line to the next with the same cause."""
-
-
-class Pace:
-    """When something last went on, and how long a pause usually is. Times are time.monotonic."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-        self._pauses: deque[float] = deque(maxlen=PAUSES)
-
-    def progress(self) -> None:
-        """Something goes on."""
-        now = time.monotonic()
-        if (pause := now - self.last) >= 1.0:
-            self._pauses.append(min(pause, self.patience))  # one that was too long makes the next no normal thing
-        self.last = now
-
-    @property
-    def patience(self) -> float:
-        """Seconds of a pause that is no longer usual."""
-        return max(QUIET_SECONDS, USUAL_TIMES * max(self._pauses, default=0.0))
 
 
 class Watchdog:
