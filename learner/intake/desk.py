@@ -25,9 +25,9 @@ from learner.intake.granting import Granting
 from learner.intake.groups import OpenGroup
 from learner.intake.journal import BACKLOG_BYTES, Journal
 from learner.intake.leases import LeaseBook
+from learner.intake.pace import Pace
 from learner.intake.peers import Peer
 from learner.intake.presence import Presence, sampler_of
-from learner.intake.pace import Pace
 from learner.intake.report import Reporter
 from treegrpo.change import Change
 from treegrpo.codec import plan_to_pb, version_to_pb
@@ -68,6 +68,8 @@ class Desk:
         self.changed = Change()
         self._refusals = Refusals(log)
         self._barren = Barren()
+        self.began = self.state_since = time.monotonic()
+        """When this intake began, and when it heard of the run's present state."""
         self._granting = Granting(book, self.clerk, self.peers)
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with RunError when rolling out on would lead nowhere."""
@@ -221,6 +223,7 @@ class Desk:
             await self.control.wait_change()
             state = self.control.state
             if state is not before:
+                self.state_since = time.monotonic()
                 log.info("the run is %s", state.value)
                 if state is RunState.DRAINING:
                     for peer in self.peers.values():

@@ -93,7 +93,7 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
                 self._desk.end(peer, lease_end_from_pb(request.lease_end))
             case "heartbeat":
                 beat = request.heartbeat
-                peer.waits_for, peer.waited = beat.waits_for[:SENTENCE_LETTERS], beat.waited_seconds
+                peer.waits_for, peer.waited = " ".join(beat.waits_for.split()), beat.waited_seconds
             case kind:
                 raise ContractError(
                     f"A sampler sent {kind or 'an empty message'} in the middle of its stream; see rollout.proto."

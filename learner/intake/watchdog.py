@@ -11,14 +11,43 @@ import logging
 import time
 from collections.abc import Callable
 
+from learner.intake.desk import Desk
+from learner.intake.journal import Journal
 from learner.intake.pace import Pace
+from learner.intake.peers import Peer
 from learner.intake.report import Reporter
-from learner.intake.waiting import Cause, Part, Scene, cause
+from learner.intake.trainer_desk import TrainerDesk
+from learner.intake.waiting import Cause, Part, Scene, Worker, cause
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 MOST_SECONDS = 3600.0
 """From one line to the next with the same cause."""
+
+
+def look(desk: Desk, trainer: TrainerDesk, journal: Journal) -> Scene:
+    """How things are now."""
+    now, book, presence = time.monotonic(), desk.book, desk.presence
+    return Scene(
+        state=desk.control.state,
+        changed=now - desk.state_since,
+        blocked=None if journal.blocked_since is None else now - journal.blocked_since,
+        folder=str(journal.folder),
+        trainer=trainer.seen,
+        workers=[_worker(desk, peer, now) for peer in presence.peers.values()],
+        alone=now - presence.alone_since,
+        last_seen=tuple(presence.last_seen),
+        out=len(book.open),
+        room=book.has_work,
+        ready=book.groups.ready_count,
+        batch=book.batch,
+    )
+
+
+def _worker(desk: Desk, peer: Peer, now: float) -> Worker:
+    granted = [desk.began if group.granted_at is None else group.granted_at for group in desk.book.open.of(peer.holder)]
+    held = now - min(granted) if granted else None
+    return Worker(peer.id, max(0.0, now - peer.heard), peer.demand, held, peer.waits_for, peer.waited)
 
 
 class Watchdog:

@@ -41,12 +41,11 @@ class Forgetful:
 
 def desk(made: LeaseBook, told: Told, folder: Path) -> Desk:
     return Desk(
-        *(made, cast("Any", Forgetful()), cast("ControlPlane", told), cast("Any", None)),
+        *(made, cast("Any", Forgetful()), cast("ControlPlane", told)),
         Reporter(IntakeMetrics(), folder / "progress.jsonl", window=1),
         run="test",
         plan=PLAN,
-        heldout=[],
-        checkpointed=lambda: None,
+        heldout=0,
     )
 
 
