@@ -17,6 +17,7 @@ from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
 from learner.intake.pace import Pace
 from learner.intake.report import Reporter
+from treegrpo.budget import Cost
 from treegrpo.codec import lease_to_pb, subtree_from_pb
 from treegrpo.lease import Lease, LeaseEnd
 from treegrpo.v1 import rollout_pb2, tree_pb2
@@ -60,6 +61,12 @@ class Clerk:
         if group is not None:
             self._reporter.accepted(group, subtree)
         return done
+
+    def refuse(self, lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> asyncio.Future[int] | None:
+        """Leave a subtree of an open lease out; done when that is durable, None if nothing changes."""
+        if not self._book.refuse(lease, key, cost, reason, why):
+            return None
+        return self._journal.append(events.refused(lease, key, cost, reason, why))
 
     def end(self, end: LeaseEnd) -> OpenGroup:
         """A lease ends."""

@@ -139,30 +139,35 @@ class Desk:
         self.grant()
 
     def accept(self, peer: Peer, sent: tree_pb2.Subtree) -> None:
-        """Take a subtree in; acked when it is durable, or at once when it is refused (so that it is not sent again)."""
+        """Take a subtree in. Acked when it is durable, also that it is refused: it is not sent again."""
         ack = pb.Ack(lease=sent.lease, tree=sent.tree, index=sent.index)
         try:
             check_holder(self.book.find(sent.lease), sent.lease, peer.holder)
             kept = self.clerk.accept(sent)
         except ContractError as error:
             ack.refusal = str(error)
-            self._refuse(peer, sent, error)
-            peer.send(pb.RolloutResponse(ack=ack))
-        else:
-            response = pb.RolloutResponse(ack=ack)
-            kept.add_done_callback(lambda future: None if future.exception() else peer.send(response))
+            kept = self._refuse(peer, sent, error)
+        response = pb.RolloutResponse(ack=ack)
+        kept.add_done_callback(lambda future: None if future.exception() else peer.send(response))
 
-    def _refuse(self, peer: Peer, sent: tree_pb2.Subtree, error: ContractError) -> None:
-        """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has."""
+    def _refuse(self, peer: Peer, sent: tree_pb2.Subtree, error: ContractError) -> asyncio.Future[int]:
+        """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has.
+
+        Done when that is durable.
+        """
         group, leaves = self.book.open.get(sent.lease), len(sent.leaves)
         reason = reason_of(group, peer.holder, error)
         self._refusals.count(peer.id, reason, f"a subtree: {error}")
         if group is None or reason == "holder":
             self.reporter.refused(reason, leaves)
-        elif group.refuse((sent.tree, sent.index), cost_of(sent, group.lease.plan), reason, str(error)):
+            return self._journal.barrier()
+        cost = cost_of(sent, group.lease.plan)
+        kept = self.clerk.refuse(sent.lease, (sent.tree, sent.index), cost, reason, str(error))
+        if kept is not None:
             self.reporter.refused(reason, leaves)
             group.told_at = group.told_at or time.monotonic()
             self._stop(group)
+        return kept or self._journal.barrier()
 
     @property
     def behind(self) -> bool:

@@ -15,7 +15,7 @@ import logging
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from enum import Enum
 from itertools import islice
 from typing import Any
@@ -92,11 +92,16 @@ class OpenGroup:
     @classmethod
     def of(cls, lease: Lease, state: dict[str, Any]) -> OpenGroup:
         """The group that `state` was taken of, without its subtrees."""
-        return cls(lease, state["draw"], state["holder"], None, state["tries"], age=state["age"], closed=state["closed"])
+        group = cls(lease, state["draw"], state["holder"], None, state["tries"], age=state["age"], closed=state["closed"])
+        group.refused = {(tree, index): Cost(*cost) for tree, index, *cost in state["refused"]}
+        group.refusal, group.reasons = state["refusal"], set(state["reasons"])
+        return group
 
     def state(self) -> dict[str, Any]:
         """Plain data to be restored from, beside lease and subtrees."""
-        return {"draw": self.draw, "holder": self.holder, "tries": self.tries, "age": self.age, "closed": self.closed}
+        refused = [[*key, *astuple(cost)] for key, cost in self.refused.items()]
+        more = {"refused": refused, "refusal": self.refusal, "reasons": sorted(self.reasons)}
+        return {"draw": self.draw, "holder": self.holder, "tries": self.tries, "age": self.age, "closed": self.closed, **more}
 
     def add(self, subtree: Subtree, encoded: bytes) -> bool:
         """Accept a subtree; False if it was there already. Raises ContractError."""

@@ -93,6 +93,13 @@ class LeaseBook(Standing):
         self._charge(group, subtree)
         return True
 
+    def refuse(self, lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> bool:
+        """Leave a subtree of an open lease out; see `OpenGroup.refuse`. Raises ContractError: the lease is not open."""
+        group = self.open.get(lease)
+        if group is None:
+            raise ContractError(f"Lease {lease} is not open; none of its subtrees is refused.")
+        return group.refuse(key, cost, reason, why)
+
     def _charge(self, group: OpenGroup, subtree: Subtree) -> None:
         if subtree.lease in self.open:
             self.ledger.spend(subtree.lease, Budget.of(subtree.cost))

@@ -87,6 +87,7 @@ def killed(disk: MemoryDisk, history: History, script: list[Any], number: int, p
 HAPPENS = st.one_of(
     st.tuples(st.just("grant"), st.sampled_from(["s/1", "t/2"])),
     st.tuples(st.just("subtree"), st.integers(0, 5)),
+    st.tuples(st.just("refuse"), st.integers(0, 5), st.integers(0, 3), st.sampled_from(["age", "prompt"])),
     st.tuples(st.just("end"), st.integers(0, 5), st.sampled_from(list(LeaseEndReason))),
     *(st.tuples(st.just(name)) for name in ("commit", "train", "train", "evaluate", "compact", "fall_back")),
 )

@@ -13,7 +13,8 @@ from learner.intake.report import Reporter
 from learner.intake.vocabulary import vocabulary
 from tests.ground.unsound import EVERY
 from tests.intake.builders import PLAN, book, chain, complete, grant
-from tests.intake.harness import Setting
+from tests.intake.doorstep import doorstep
+from tests.intake.harness import Sampler, Setting
 from tests.intake.test_service import publish
 from treegrpo.budget import Budget
 from treegrpo.codec import lease_end_to_pb, lease_to_pb, subtree_to_pb
@@ -133,6 +134,19 @@ async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(setti
         assert samples["treegrpo_subtrees_refused_total/logprobs"] == 1
         assert samples["treegrpo_budget_spent_total/tokens/train"] == 3 * 28, "what was refused was computed all the same"
         assert samples["treegrpo_groups_closed_total/train/complete"] == 2
+
+
+async def test_what_a_refused_subtree_cost_outlives_a_restart(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+        await sampler.want(1)
+        lease = await sampler.hear("lease")
+        await sampler.say(subtree=subtree_to_pb(EVERY["positive logprob"].of(lease.id)))
+        assert (await sampler.hear("ack")).refusal
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address, leases=(lease.id,)) as sampler:
+        await sampler.say(lease_end=lease_end_to_pb(complete(lease.id)))
+        await door.until(lambda: lease.id not in door.desk.book.open)
+        assert door.sample("budget_spent_total", kind="train", currency="tokens") == 28
+        assert door.desk.book.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
 async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(setting: Setting) -> None:
