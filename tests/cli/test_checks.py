@@ -13,6 +13,7 @@ from services.cli.checks import (
     check_corpus,
     check_model,
     check_questions,
+    check_run_dir,
     check_sampler_metrics,
     learner_addresses,
     run_checks,
