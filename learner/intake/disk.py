@@ -6,6 +6,7 @@ Tests put another one in its place, which crashes or refuses at any of these cal
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -39,6 +40,10 @@ class Disk(Protocol):
 
     def sync(self, path: Path) -> None:
         """Return when what is in a file is on the disk, whoever wrote it."""
+        ...
+
+    def free(self, folder: Path) -> int:
+        """Bytes that can still be written there."""
         ...
 
     def names(self, folder: Path) -> list[str]:
@@ -90,6 +95,9 @@ class RealDisk:
 
     def sync(self, path: Path) -> None:
         _sync(path, os.O_RDONLY)
+
+    def free(self, folder: Path) -> int:
+        return shutil.disk_usage(folder).free
 
     def names(self, folder: Path) -> list[str]:
         return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []

@@ -34,6 +34,8 @@ class MemoryDisk:
         self.log: list[str] = []
         """The calls so far."""
         self.crash_at: int | None = None
+        self.room = 1 << 30
+        """Bytes that are free; `full` says what is refused."""
         self.partial = 0.0
         """Share of the bytes of a write that a crash or a refusal lets through."""
         self.full: dict[str, int] = {}
@@ -99,6 +101,9 @@ class MemoryDisk:
         if path not in self.files:
             raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
         return io.BytesIO(self.files[path].data)
+
+    def free(self, folder: Path) -> int:
+        return self.room
 
     def names(self, folder: Path) -> list[str]:
         return sorted({path.name for path in (*self.files, *self.folders) if path.parent == folder != path})
