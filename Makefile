@@ -1,8 +1,9 @@
-# make demo    set up, then train on GeoHop and print held-out exact match before and after
+# make demo    set up, then train on GeoHop and print held-out exact match before and after; CONTINUE=yes goes on with the last one
 # make test    set up, then run all tests
 # make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
 # make lint    style, types, import contracts, contract and stubs
 # make bench   the benchmarks: rollout, training on trees
+# make fuzz    100,000 mutated messages to everything that takes a stranger's bytes (a quarter of an hour)
 # make chaos   kill, stop and cut off every part of a run, sixty times, and audit what it wrote down (half an hour)
 # make test-compose  build and run docker-compose.yml on the Docker engine that answers: scale, kill, resume (minutes)
 # make protos  generate the stubs in treegrpo/v1 again
@@ -10,16 +11,17 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compose lint protos bench chaos
+.PHONY: help setup demo test test-compose lint protos bench chaos fuzz
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 READY := .venv/.ready
 RUN_DIR ?= runs/demo
 ARGS ?=
+CONTINUE ?=
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 setup: $(READY)
 
@@ -32,9 +34,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# A run directory is never overwritten: the last demo moves aside, unless it is to be resumed.
+# A run goes on in its directory: the last demo moves aside, unless it is to go on.
 demo: $(READY)
-	@if [ -e "$(RUN_DIR)" ] && [[ "$(ARGS)" != *--resume* ]]; then \
+	@if [ -e "$(RUN_DIR)" ] && [ -z "$(CONTINUE)" ]; then \
 		kept="$(RUN_DIR)-until-$$(date +%Y%m%d-%H%M%S)"; mv "$(RUN_DIR)" "$$kept"; echo "The last run is kept in $$kept."; fi
 	@$(BIN)/treegrpo up examples/geohop/geohop.toml --run.dir "$(RUN_DIR)" $(ARGS)
 
@@ -55,6 +57,9 @@ lint: $(READY)
 bench: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.rollout
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.packing
+
+fuzz: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 chaos: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)

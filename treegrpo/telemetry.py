@@ -96,6 +96,9 @@ class IntakeMetrics(_Metrics):
         self.lease_limit = self._gauge("leases_limit", "Training leases the staleness bound allows now")
         self.ready = self._gauge("groups_ready", "Closed groups that are ready or in training")
         self.samplers = self._gauge("samplers_connected", "Samplers with an open stream")
+        self.stalled = self._gauge(
+            "stalled_seconds", "Seconds since something last went on, by what is waited for", "waiting_for"
+        )
         self.subtree_seconds = self._histogram("subtree_seconds", "Seconds from lease to accepted subtree")
         self.reward = self._gauge("reward_mean", "Mean reward of the leaves of the last groups", "kind")
         self.em = self._gauge("exact_match_ratio", "Share of leaves with an exact match in the last groups", "kind")
@@ -106,6 +109,7 @@ class IntakeMetrics(_Metrics):
         self.connections = self._counter("tls_connections", "Connections on which a call came; handshakes that fail lead to none")
         self.weight_bytes = self._counter("weights_served_bytes", "Bytes of weight files sent to samplers")
         self.journal_blocked = self._gauge("journal_blocked", "1 while the disk refuses the journal: no acks, no leases")
+        self.journal_short = self._gauge("journal_short", "1 while the disk has no room to spare for the journal: no leases")
         self.journal_bytes = self._gauge("journal_bytes", "Bytes of the journal's segments")
         self.journal_free = self._gauge("journal_free_bytes", "Bytes that are free on the journal's disk")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import threading
 import time
@@ -28,7 +29,10 @@ from learner.intake.segments import FORMAT, End, path_of
 from treegrpo.change import Change
 
 log = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+GATHER_SECONDS = 0.01
+"""From one commit to the next at least: what comes in meanwhile shares it, and an ack is no later than anybody minds."""
 BACKLOG_BYTES = 2 * MAX_RECORD_BYTES
 """What may wait to be written before `room` makes peers wait."""
 
@@ -52,7 +56,7 @@ class Journal:
     def __init__(self, disk: Disk, folder: Path, end: End, retry: tuple[float, ...]) -> None:
         """Append after ``end``. ``retry``: seconds between attempts while the disk refuses; the last is repeated."""
         self._disk = disk
-        self._folder = folder
+        self.folder = folder
         self._number, self._good = end.number - 1, end.after
         self._retry = retry
         self._file: File | None = None
@@ -64,10 +68,14 @@ class Journal:
         self._committed = Change()
         self._last: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._last.set_result(self._number)
-        self.blocked = False
-        """Whether the disk refuses: nothing is acknowledged, and nothing should be granted."""
+        self.blocked_since: float | None = None
+        """time.monotonic since when the disk refuses: nothing is acknowledged, and nothing should be granted."""
+        self.short_since: float | None = None
+        """time.monotonic since when the disk has no room to spare: nothing should be granted. See `reserve.py`."""
         self.on_blocked: Callable[[], None] = lambda: None
-        """Called when `blocked` changes."""
+        """Called when any of the two changes."""
+        self.on_full: Callable[[], bool] = lambda: False
+        """Called when there is no room; True if there is some now."""
         self.backlog = 0
         """Bytes that wait to be written."""
 
@@ -101,33 +109,45 @@ class Journal:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            failures, since = 0, time.monotonic()
+            failures = 0
             while self.busy:
                 try:
                     done = await asyncio.to_thread(self.commit)
                 except OSError as error:
+                    if error.errno in FULL and self.on_full():
+                        continue
                     if not self.blocked:
                         log.error(  # noqa: TRY400 - one sentence is enough
                             "The disk refuses the journal %s (%s): nothing is acknowledged or granted until it takes it; "
                             "make room, or mend it.",
-                            *(self._folder, error.strerror or error),
+                            *(self.folder, error.strerror or error),
                         )
-                        self._block(True)
+                        self._block(time.monotonic())
                     await asyncio.sleep(self._retry[min(failures, len(self._retry) - 1)])
                     failures += 1
                     continue
-                if self.blocked:
-                    log.info("the disk takes the journal again, after %.1f s", time.monotonic() - since)
-                    self._block(False)
+                if self.blocked_since is not None:
+                    log.info("the disk takes the journal again, after %.1f s", time.monotonic() - self.blocked_since)
+                    self._block(None)
                 self.settle(done)
+                await asyncio.sleep(GATHER_SECONDS)
 
     @property
     def busy(self) -> bool:
         """Whether there is something to commit."""
         return bool(self._pending) or self._file is None
 
-    def _block(self, blocked: bool) -> None:
-        self.blocked = blocked
+    @property
+    def blocked(self) -> bool:
+        return self.blocked_since is not None
+
+    def _block(self, since: float | None) -> None:
+        self.blocked_since = since
+        self.on_blocked()
+
+    def run_short(self, since: float | None) -> None:
+        """The disk has no room to spare, or has some again."""
+        self.short_since = since
         self.on_blocked()
 
     def settle(self, done: list[Entry]) -> None:
@@ -166,13 +186,13 @@ class Journal:
 
     def _begin(self) -> None:
         """Begin the next segment; until it is durable the journal stays as it is."""
-        path = path_of(self._folder, self._number + 1)
+        path = path_of(self.folder, self._number + 1)
         file = self._disk.create(path)
         try:
             header = frame([encode({"format": FORMAT, "segment": self._number + 1, "after": self._good})])
             file.write(header)
             file.sync()
-            self._disk.sync_folder(self._folder)
+            self._disk.sync_folder(self.folder)
         except OSError:
             file.close()
             raise
@@ -215,7 +235,7 @@ class Journal:
                 self.commit()
         except OSError as error:
             count, reason = len(self._pending), error.strerror or error
-            log.error("%d events are not in the journal %s (%s): nobody was told of them", count, self._folder, reason)  # noqa: TRY400
+            log.error("%d events are not in the journal %s (%s): nobody was told of them", count, self.folder, reason)  # noqa: TRY400
         if self._file is not None:
             self._file.close()
 
@@ -228,5 +248,7 @@ class Journal:
         """
         disk.make_folder(folder)
         journal = cls(disk, folder, end, retry)
-        yield journal
-        journal._close()
+        try:
+            yield journal
+        finally:
+            journal._close()

@@ -7,6 +7,7 @@ Stop:   run state "draining" → open leases end → gRPC stops → socket → b
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import signal
@@ -21,13 +22,17 @@ from learner.intake.disk import RealDisk
 from learner.intake.doors import Admission, Watch, open_server
 from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
+from learner.intake.lock import only_intake
 from learner.intake.questions import QuestionQueue, load_questions
 from learner.intake.recovery import JOURNAL, SNAPSHOTS, holds_run, recover
 from learner.intake.report import Reporter
+from learner.intake.reserve import Reserve
 from learner.intake.rollout import RolloutServer
 from learner.intake.snapshot import Capture, Snapshots
+from learner.intake.trainer_desk import TrainerDesk
 from learner.intake.trainer_link import listen
 from learner.intake.vocabulary import vocabulary
+from learner.intake.watchdog import Watchdog, look
 from learner.intake.weights import WeightsServer
 from treegrpo.access import Access
 from treegrpo.config import Config
@@ -40,6 +45,8 @@ from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
 
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 20.0
+GARBAGE_OBJECTS = 50_000
+"""Made before somebody looks for cycles among them: a subtree is a hundred objects, and none of them is in a cycle."""
 
 
 def _book(config: Config) -> LeaseBook:
@@ -53,7 +60,7 @@ def _book(config: Config) -> LeaseBook:
         max_lag=train.max_lag,
         total=train.steps * train.batch,
         vocabulary=vocabulary(config.model.path),
-        mark=secrets.token_hex(2),
+        mark=secrets.token_hex(8),
     )
 
 
@@ -65,12 +72,18 @@ async def run(config: Config) -> None:
         AddressInUseError: an address to listen on is taken.
         UnavailableError: the broker does not answer.
     """
+    gc.set_threshold(GARBAGE_OBJECTS)
     access = Access.of(config.security, Role.LEARNER)
     access.check_listen("learner.listen", config.learner.listen)
     access.check_reach("broker.address", config.broker.address)
     check_free(config.learner.listen, "learner.listen")
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    with only_intake(config.run.dir):
+        await _run(config, access)
+
+
+async def _run(config: Config, access: Access) -> None:
     run_dir = config.run.dir
-    run_dir.mkdir(parents=True, exist_ok=True)
     disk, folder, snapshots = RealDisk(), run_dir / JOURNAL, Snapshots(RealDisk(), run_dir / SNAPSHOTS)
     metrics = IntakeMetrics()
     reporter = Reporter(metrics, run_dir / "progress.jsonl", window=config.train.batch)
@@ -82,29 +95,34 @@ async def run(config: Config) -> None:
     member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics)
     with Journal.open(disk, folder, recovered.end) as journal:
         compaction = Compaction(disk, folder, journal, snapshots, lambda: Capture(book, reporter))
-        reporter.watch(folder, lambda: journal.blocked)
+        reporter.watch(journal)
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
             await pause.begin(control, run_dir)
             weights = WeightsServer(metrics)
-            desk = Desk(
-                *(book, journal, control, weights, reporter),
-                run=config.run.name,
-                plan=config.rollout.plan,
-                heldout=heldout,
-                checkpointed=compaction.ask,
-            )
+            plan = config.rollout.plan
+            desk = Desk(book, journal, control, reporter, run=config.run.name, plan=plan, heldout=len(heldout))
+            trainer = TrainerDesk(desk, weights, heldout, checkpointed=compaction.ask)
+            dog = Watchdog(desk.pace, lambda: look(desk, trainer, journal), reporter)
             async with asyncio.TaskGroup() as tasks:
                 writing = tasks.create_task(journal.write_forever(), name="journal")
                 following = tasks.create_task(desk.follow(), name="control")
                 pausing = tasks.create_task(pause.remember(control, run_dir), name="pause")
+                keeping = tasks.create_task(Reserve(disk, journal).keep_forever(), name="reserve")
                 compacting = tasks.create_task(compaction.run_forever(), name="compaction")
-                await _serve(config, desk, weights, control, metrics, access)
-                for task in (compacting, writing, following, pausing):
+                watching = tasks.create_task(dog.run_forever(), name="watchdog")
+                await _serve(config, desk, trainer, weights, control, metrics, access)
+                for task in (watching, compacting, keeping, writing, following, pausing):
                     task.cancel()
 
 
 async def _serve(
-    config: Config, desk: Desk, weights: WeightsServer, control: ControlPlane, metrics: IntakeMetrics, access: Access
+    config: Config,
+    desk: Desk,
+    trainer: TrainerDesk,
+    weights: WeightsServer,
+    control: ControlPlane,
+    metrics: IntakeMetrics,
+    access: Access,
 ) -> None:
     """Open the doors, wait for the signal, drain, close them."""
     watch = Watch(metrics)
@@ -116,7 +134,7 @@ async def _serve(
     asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked.set)
-    async with listen(desk, socket_path(config.run.dir)):
+    async with listen(trainer, socket_path(config.run.dir)):
         await server.start()
         await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
         metrics.serving.set(1)

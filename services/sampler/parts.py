@@ -23,7 +23,7 @@ OBSERVE_SECONDS = 1.0
 async def open_engine(config: Config, path: Path, version: PolicyVersion, name: str) -> EmbeddedEngine:
     """The engine, serving ``version`` from the model directory ``path``. Close it after use. Raises ModelError.
 
-    Engines of different ``name`` sample differently, the same name in the same run alike.
+    What is sampled without a seed of its own differs between engines of different ``name``, in the same run.
     """
     return await EmbeddedEngine.open(
         path,

@@ -22,6 +22,8 @@ class CrashError(Exception):
 class Inode:
     data: bytearray = field(default_factory=bytearray)
     durable: bytes = b""
+    reserved: int = 0
+    """Bytes that it takes beside its data."""
     failed: bool = False
     """An fsync failed: the kernel calls what it could not write clean, so a later one would say yes and keep nothing."""
 
@@ -34,6 +36,8 @@ class MemoryDisk:
         self.log: list[str] = []
         """The calls so far."""
         self.crash_at: int | None = None
+        self.size = 1 << 30
+        """Bytes that it takes."""
         self.partial = 0.0
         """Share of the bytes of a write that a crash or a refusal lets through."""
         self.full: dict[str, int] = {}
@@ -72,7 +76,19 @@ class MemoryDisk:
                 left.folders |= set(path.parents)
         return left
 
+    def after_kill(self) -> MemoryDisk:
+        """The same disk as the next process finds it: all that was written, durable or not."""
+        left = MemoryDisk()
+        left.folders, left.kept_files = set(self.folders), dict(self.kept_files)
+        again = {inode: Inode(bytearray(inode.data), inode.durable, inode.failed) for inode in self.files.values()}
+        left.files = {path: again[inode] for path, inode in self.files.items()}
+        left.kept_files = {path: again.get(inode, inode) for path, inode in self.kept_files.items()}
+        return left
+
     # ---- Disk
+
+    def sync(self, path: Path) -> None:
+        MemoryFile(self, self.files[path]).sync()
 
     def create(self, path: Path) -> MemoryFile:
         self.call("create")
@@ -87,6 +103,19 @@ class MemoryDisk:
         if path not in self.files:
             raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
         return io.BytesIO(self.files[path].data)
+
+    def free(self, folder: Path) -> int:
+        return self.size - sum(len(inode.data) + inode.reserved for inode in self.files.values())
+
+    def reserve(self, path: Path, size: int) -> None:
+        self.call("reserve")
+        self.take(size)
+        self.files[path] = Inode(reserved=size)
+
+    def take(self, size: int) -> None:
+        """Raises OSError if there is no room for so many bytes more."""
+        if self.free(Path("/")) < size:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     def names(self, folder: Path) -> list[str]:
         return sorted({path.name for path in (*self.files, *self.folders) if path.parent == folder != path})
@@ -140,6 +169,7 @@ class MemoryFile:
         except (CrashError, OSError):
             self._inode.data += data[: int(len(data) * self._disk.partial)]
             raise
+        self._disk.take(len(data))
         self._inode.data += data
 
     def sync(self) -> None:

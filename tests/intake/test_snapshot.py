@@ -129,6 +129,21 @@ async def test_a_disk_without_room_for_a_snapshot_costs_nothing_but_the_snapshot
     assert not [name for name in disk.names(SNAPSHOTS) if name.startswith(".")], "what was half written is gone"
 
 
+async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
+    disk, history = await played()
+    machine = Machine(disk, history)
+    state = Capture(machine.book, machine.reporter)
+    assert state.bytes > 0
+    disk.size -= disk.free(SNAPSHOTS) - state.bytes + 1
+    calls = len(disk.log)
+    with pytest.raises(OSError, match="No space"):
+        machine.compaction.compact(3, state)
+    assert len(disk.log) == calls, "nothing was written, and nothing dropped"
+    disk.size += 1 << 20
+    play(machine, [("compact",)])
+    assert described(Machine(disk, history).book) == history.states[-1]
+
+
 async def test_snapshots_are_taken_when_asked_for_and_what_comes_meanwhile_is_behind_them() -> None:
     disk = MemoryDisk()
     disk.make_folder(JOURNAL)

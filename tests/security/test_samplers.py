@@ -13,20 +13,18 @@ import grpc
 import msgpack
 import pytest
 
-from learner.intake import gate, reading
-from learner.intake.reading import PARTS, read_request
+from learner.intake import gate
 from services.sampler.channel import OPTIONS
 from tests.intake.builders import PLAN, VERSION, book, chain, complete
 from tests.intake.doorstep import Doorstep, doorstep
 from tests.intake.harness import Sampler
 from treegrpo.budget import Budget, Cost
 from treegrpo.codec import lease_end_to_pb, subtree_to_pb, version_to_pb
-from treegrpo.errors import ContractError
 from treegrpo.lease import LeaseKind
 from treegrpo.limits import MESSAGE_BYTES
 from treegrpo.size import TIMES
 from treegrpo.v1 import rollout_pb2 as pb
-from treegrpo.v1 import weights_pb2, weights_pb2_grpc
+from treegrpo.v1 import rollout_pb2_grpc, weights_pb2, weights_pb2_grpc
 from treegrpo.v1.tree_pb2 import PolicyVersion
 
 SECONDS = 20.0
@@ -176,49 +174,6 @@ async def test_refusals_of_one_lease_are_bounded(tmp_path: Path) -> None:
         assert refused(door, "tree") == PLAN.leaves
 
 
-@pytest.mark.parametrize("field", [b"\x2a\x00", b"\x32\x00"])
-def test_many_small_parts_are_refused_before_they_are_parsed(field: bytes) -> None:
-    """Empty steps and leaves: 2 bytes here, 70 and more when they are parsed."""
-    body = field * (PARTS + 1)
-    with pytest.raises(ContractError, match="more than 65536 parts"):
-        read_request(b"\x1a" + varint(len(body)) + body)
-    inner = b"\x32\x00" * (PARTS + 1)
-    step = b"\x2a" + varint(len(inner)) + inner
-    with pytest.raises(ContractError, match="more than 65536 parts"):
-        read_request(b"\x1a" + varint(len(step)) + step)
-
-
-def test_a_group_of_the_old_wire_format_is_no_way_around_it() -> None:
-    body = b"\x2a\x00" * (PARTS + 1)
-    with pytest.raises(ContractError, match="no request"):
-        read_request(b"\x9b\x06\x9c\x06\x1a" + varint(len(body)) + body)
-
-
-def test_what_no_contract_knows_is_not_kept() -> None:
-    sent = subtree_to_pb(chain("lease"))
-    junk = b"\x9a\x06" + varint(1 << 20) + b"x" * (1 << 20)
-    body = sent.SerializeToString() + junk
-    assert read_request(b"\x1a" + varint(len(body)) + body).subtree == sent
-
-
-def test_what_a_sampler_says_in_its_own_words_is_cut_off() -> None:
-    end = lease_end_to_pb(replace(complete("lease"), error="x" * 9999))
-    assert len(read_request(pb.RolloutRequest(lease_end=end).SerializeToString()).lease_end.error) == reading.SENTENCE_LETTERS
-
-
-def test_a_hello_that_names_many_leases_is_refused() -> None:
-    hello = pb.Hello(sampler="s1", leases=["x"] * (reading.LEASES + 1))
-    with pytest.raises(ContractError, match="names 4097 leases"):
-        read_request(pb.RolloutRequest(hello=hello).SerializeToString())
-
-
-def varint(number: int) -> bytes:
-    digits = b""
-    while number > 127:
-        digits, number = digits + bytes([number & 127 | 128]), number >> 7
-    return digits + bytes([number])
-
-
 # ---- how slowly it says it, and how it hears
 
 
@@ -289,3 +244,20 @@ async def test_a_message_beyond_the_limit_is_refused_and_its_lease_is_another_ma
             await call.write(bytes(MESSAGE_BYTES + 1))
             assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await granted(good)
+
+
+# ---- how a stream ends
+
+
+async def test_a_stream_that_ends_while_it_is_written_to_comes_to_its_end(tmp_path: Path) -> None:
+    """gRPC cannot say goodbye behind half a message; the handler died of it, and the sampler waited for ever."""
+    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+        for _ in range(50):
+            call = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)).Rollout()
+            await call.write(pb.RolloutRequest(hello=pb.Hello(sampler="s1", incarnation=1, engine="fake")))
+            await call.write(pb.RolloutRequest(demand=pb.Demand(leases=4)))
+            await call.done_writing()
+            async with asyncio.timeout(SECONDS):
+                while await call.read() != gate.EOF:
+                    pass
+                assert await call.code() is grpc.StatusCode.OK
