@@ -23,14 +23,14 @@ RESERVE_BYTES = 2 * BATCH_BYTES
 """A commit that fills its frame, and as much again: two thousand branches of 1,500 tokens, or the positions of a long run."""
 LOOK_SECONDS = 5.0
 NAME = "reserve"
-"""A file of this name in the run's directory."""
+"""A file of this name beside the segments, since the journal may have a disk of its own."""
 
 
 class Reserve:
     def __init__(self, disk: Disk, journal: Journal) -> None:
         self._disk = disk
         self._journal = journal
-        self._path = journal.folder.with_name(NAME)
+        self._path = journal.folder / NAME
         self._held = False
         journal.on_full = self.give
 

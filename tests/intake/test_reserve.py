@@ -40,7 +40,7 @@ async def at_work(disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> AsyncGen
 
 async def until(disk: MemoryDisk, *, kept: bool) -> None:
     async with asyncio.timeout(10):
-        while (FOLDER.with_name(NAME) in disk.files) is not kept:  # noqa: ASYNC110
+        while (FOLDER / NAME in disk.files) is not kept:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
@@ -99,14 +99,15 @@ async def test_when_the_reserve_is_used_up_too_the_disk_refuses_and_loses_nothin
 
 async def test_a_reserve_takes_room_on_a_real_disk_and_gives_it_back(tmp_path: Path) -> None:
     folder = tmp_path / "journal"
+    file = folder / NAME
     with Journal.open(RealDisk(), folder, End()) as journal:
         kept = Reserve(RealDisk(), journal)
         keeping = asyncio.create_task(kept.keep_forever())
         async with asyncio.timeout(10):
-            while not (tmp_path / NAME).exists() or (tmp_path / NAME).stat().st_blocks * 512 < RESERVE_BYTES:  # noqa: ASYNC110
+            while not file.exists() or file.stat().st_blocks * 512 < RESERVE_BYTES:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         assert journal.on_full()
-        assert not (tmp_path / NAME).exists()
+        assert not file.exists()
         assert not journal.on_full(), "there is no more"
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
