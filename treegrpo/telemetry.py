@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from treegrpo.access import Access
 from treegrpo.errors import AddressInUseError, ConfigError
+from treegrpo.lease import LeaseEndReason, LeaseKind
 from treegrpo.scrape import serve_page
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -85,6 +86,9 @@ class IntakeMetrics(_Metrics):
         self.forgone = self._counter("rollout_forgone_expansions", "Planned expansions that closed groups lack", "kind")
         self.dropped = self._counter("rollout_leaves_dropped", "Leaves that came too late for their group", "reason")
         self.ended = self._counter("leases_ended", "Leases that ended, by why", "kind", "reason")
+        for kind in LeaseKind:
+            for reason in LeaseEndReason:  # from 0, since a rate does not see what a series begins with
+                self.ended.labels(kind.value, reason.value)
         self.groups = self._counter(
             "groups_closed", "Groups closed, by why: overdue if early, at the staleness bound, else as their lease ended", *why
         )
@@ -161,6 +165,9 @@ class SamplerMetrics(_Metrics):
         self.version = self._gauge("engine_version_step", "Step of the policy version being served")
         self.swap = self._histogram("weights_swap_seconds", "Seconds from the start of a weight swap to its end")
         self.fetch = self._histogram("weights_fetch_seconds", "Seconds to fetch a policy version")
+        self.not_updated = self._counter(
+            "weights_updates_failed", "Attempts to serve a newer policy version that failed, by type of error", "type"
+        )
         self.fetched_bytes = self._counter("weights_fetched_bytes", "Bytes of weight files fetched")
         self.waiting = self._counter("sampler_waiting_seconds", "Seconds without any lease")
         self.leases = self._gauge("sampler_leases", "Leases being worked on")

@@ -117,18 +117,27 @@ def _variable(name: str, metric: str, label: str = "") -> dict[str, Any]:
 SAMPLERS = _variable("sampler", 'treegrpo_engine_running{run=~"$run"}', "instance")
 ANNOTATIONS = (
     ("starts", "red", "treegrpo_start_time_seconds{@} * 1000", "{{job}} {{instance}} started", True),
-    ("every 20th policy version", "blue", "treegrpo_policy_version_step{@} % 20 == 0", "policy version {{run}}", False),
+    (
+        "every 20th policy version",
+        "blue",
+        "floor(treegrpo_policy_version_step{@} / 20) > floor(treegrpo_policy_version_step{@} offset $__interval / 20)",
+        "policy versions of {{run}}",
+        False,
+    ),
 )
 
 
 def _annotation(name: str, colour: str, query: str, title: str, at_value: bool) -> dict[str, Any]:
-    """``at_value``: the query's value is the time, in milliseconds."""
+    """``at_value``: the query's value is the time, in milliseconds. Without it Grafana shows where the value is above 0."""
+    expr, step = promql(query), "30s"
     return {
         "name": name,
         "enable": True,
         "iconColor": colour,
         "datasource": SOURCE,
-        "target": {"refId": "Anno", "expr": promql(query), "interval": "30s"},
+        "target": {"refId": "Anno", "expr": expr, "interval": step},
+        "expr": expr,  # where Grafana up to 12.0 looks
+        "step": step,
         "titleFormat": title,
         "useValueForTime": at_value,
     }

@@ -8,14 +8,14 @@ from typing import Any, cast
 import yaml
 
 from deploy.grafana.__main__ import BOARDS
-from deploy.grafana.model import promql
+from deploy.grafana.model import ANNOTATIONS, promql
 
 ALERTS = Path(__file__).parents[1] / "prometheus" / "alerts.yml"
 
 
 def filled(query: str, run: str = ".*", sampler: str = ".*") -> str:
     """A panel's query as Grafana sends it."""
-    return promql(query).replace("$run", run).replace("$sampler", sampler)
+    return promql(query).replace("$run", run).replace("$sampler", sampler).replace("$__interval", "30s")
 
 
 def panel_queries() -> dict[str, str]:
@@ -26,6 +26,11 @@ def panel_queries() -> dict[str, str]:
         for panel in board.panels
         for legend, query in panel.queries.items()
     }
+
+
+def annotation_queries() -> dict[str, str]:
+    """By name; every board has them all."""
+    return {name: filled(query) for name, _, query, *_ in ANNOTATIONS}
 
 
 def alert_rules() -> dict[str, dict[str, Any]]:

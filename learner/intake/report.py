@@ -19,6 +19,7 @@ from learner.intake.groups import Fate, OpenGroup
 from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
 from learner.intake.progress import ProgressFile
+from learner.intake.segments import SUFFIX
 from treegrpo.budget import Budget
 from treegrpo.lease import LeaseEnd, LeaseKind
 from treegrpo.step import Subtree
@@ -106,8 +107,8 @@ class Reporter:
             self.metrics.subtree_seconds.observe(time.monotonic() - group.granted_at)
         for step in subtree.steps:
             depth = str(min(group.group.depth(subtree.tree, step.node), DEEPEST))
-            self.metrics.prefix.labels(depth, "cached").inc(step.cost.cached)
-            self.metrics.prefix.labels(depth, "prefilled").inc(step.cost.prefilled)
+            self._of(self.metrics.prefix, depth, "cached").inc(step.cost.cached)
+            self._of(self.metrics.prefix, depth, "prefilled").inc(step.cost.prefilled)
             if step.status.failed:
                 self.metrics.failed_steps.labels(step.status.value).inc()
 
@@ -257,7 +258,7 @@ def _samples(counter: Counter) -> list[tuple[dict[str, str], float]]:
 
 def _bytes(folder: Path) -> int:
     total = 0
-    for path in folder.iterdir():
+    for path in folder.glob(f"*{SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
             total += path.stat().st_size
     return total

@@ -181,6 +181,7 @@ class Follower:
                 wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
                 attempt += 1
                 self._metrics.errors.labels(type(error).__name__).inc()
+                self._metrics.not_updated.labels(type(error).__name__).inc()
                 log.warning("no new weights, trying again in %.1f s: %s", wait, error)
                 await asyncio.sleep(wait)
 

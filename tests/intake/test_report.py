@@ -42,6 +42,24 @@ def test_a_lost_lease_is_counted_and_its_group_when_it_is_closed(tmp_path: Path)
     assert sample("treegrpo_rollout_forgone_expansions_total", {"kind": "train"}) == PLAN.leaves - PLAN.trees
 
 
+def test_what_a_turn_begins_from_is_counted_by_its_depth(tmp_path: Path) -> None:
+    made, told = book(), reporter(tmp_path)
+    lease = grant(made)
+    subtree = chain(lease)
+    made.accept(subtree)
+    told.accepted(made.open[lease], subtree)
+    sample = told.metrics.registry.get_sample_value
+    for depth, step in enumerate(subtree.steps, 1):
+        for how in ("cached", "prefilled"):
+            labels = {"depth": str(depth), "how": how}
+            assert sample("treegrpo_rollout_prefix_tokens_total", labels) == getattr(step.cost, how)
+
+
+def test_a_lease_that_is_lost_is_seen_in_a_rate_although_it_is_the_first(tmp_path: Path) -> None:
+    sample = reporter(tmp_path).metrics.registry.get_sample_value
+    assert sample("treegrpo_leases_ended_total", {"kind": "train", "reason": "lost"}) == 0
+
+
 def test_a_progress_line_has_the_books_beside_it(tmp_path: Path) -> None:
     made, told = book(), reporter(tmp_path)
     lease = grant(made)

@@ -145,7 +145,8 @@ async def test_a_corrupt_version_is_counted_and_tried_again(tmp_path: Path) -> N
         follower.hear(V1)
         await follower.serves(V1)
         assert engine.loaded == [(V1, files(1))]
-        assert metrics.registry.get_sample_value("treegrpo_sampler_errors_total", {"type": "WeightsError"}) == 2
+        for name in ("treegrpo_sampler_errors_total", "treegrpo_weights_updates_failed_total"):
+            assert metrics.registry.get_sample_value(name, {"type": "WeightsError"}) == 2
 
 
 async def test_versions_that_are_overtaken_are_skipped(tmp_path: Path) -> None:

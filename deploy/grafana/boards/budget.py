@@ -92,8 +92,11 @@ BUDGET = Board(
                 Panel(
                     "Saving",
                     "percentunit",
-                    {"{{currency}}": 'treegrpo_rollout_saving_ratio{@, kind="train"}'},
-                    "1 − needed by trees / needed by chains to the same leaves.",
+                    {
+                        "{{currency}}": 'treegrpo_rollout_saving_ratio{@, kind="train"}',
+                        "trained tokens": "1 - 1 / treegrpo_trained_token_ratio{@}",
+                    },
+                    "1 − needed by trees / needed by chains to the same leaves; of the trainer, by packing shared prefixes once.",
                 ),
                 Panel(
                     "Trees against chains",

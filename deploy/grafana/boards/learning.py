@@ -87,8 +87,11 @@ LEARNING = Board(
                 Panel(
                     "Steps skipped",
                     "short",
-                    {"{{reason}}": "sum by (reason) (increase(treegrpo_steps_skipped_total{@}[5m])) or vector(0)"},
-                    "In 5 minutes: without signal, or a gradient that is not finite.",
+                    {
+                        "{{reason}}": "sum by (reason) (increase(treegrpo_steps_skipped_total{@}[5m])) or on () vector(0)",
+                        "groups refused": "sum(increase(treegrpo_groups_refused_total{@}[5m]))",
+                    },
+                    "In 5 minutes: without signal, or a gradient that is not finite; and groups that a check left out.",
                 ),
                 Panel(
                     "Time of a step",

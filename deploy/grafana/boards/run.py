@@ -71,16 +71,24 @@ RUN = Board(
                     "Share of the time without groups, and without a lease. Both low: well sized.",
                 ),
                 Panel(
+                    "Waited for",
+                    "s",
+                    {"{{waiting_for}}": "max by (waiting_for) (treegrpo_stalled_seconds{@})"},
+                    "Seconds since something last went on, and who is to move; the learner's log has the sentence.",
+                ),
+                Panel(
                     "Steps",
                     "short",
                     {"steps per minute": '60 * rate(treegrpo_step_phase_seconds_count{@, phase="update"}[5m])'},
                     "Optimiser steps per minute.",
+                    width=6,
                 ),
                 Panel(
                     "Budget spent",
                     "short",
                     {"{{currency}} per second": 'sum by (currency) (rate(treegrpo_budget_spent_total{@, kind="train"}[5m]))'},
                     "Tokens and tool calls by accepted work.",
+                    width=6,
                 ),
                 Panel(
                     "Saving",
@@ -91,6 +99,7 @@ RUN = Board(
                         "prefix hits": "run:prefix_hit:ratio_rate5m{@}",
                     },
                     "Against chains to the same leaves; the share computed again under new weights, and of prompts that caches had.",
+                    width=6,
                 ),
                 Panel(
                     "Leases and groups",
@@ -101,6 +110,7 @@ RUN = Board(
                         "groups ready or in training": "sum(treegrpo_groups_ready{@})",
                     },
                     "Leases are as many as the staleness bound allows.",
+                    width=6,
                 ),
             ],
         ),

@@ -90,10 +90,16 @@ SAMPLERS = Board(
                     "Mean seconds to fetch a version and to swap to it.",
                 ),
                 Panel(
+                    "Updates that failed",
+                    "short",
+                    {"{{instance}} {{type}}": "increase(treegrpo_weights_updates_failed_total{@s}[5m]) or on () vector(0)"},
+                    "In 5 minutes; each is tried again.",
+                ),
+                Panel(
                     "Errors",
                     "short",
                     {
-                        "{{type}}": "sum by (type) (increase(treegrpo_sampler_errors_total{@s}[5m])) or vector(0)",
+                        "{{type}}": "sum by (type) (increase(treegrpo_sampler_errors_total{@s}[5m])) or on () vector(0)",
                         "reconnects": "sum(increase(treegrpo_sampler_reconnects_total{@s}[5m]))",
                     },
                     "In 5 minutes. Each was retried, reported, or ended a lease.",
@@ -101,8 +107,14 @@ SAMPLERS = Board(
                 Panel(
                     "Waiting for a tool or the engine",
                     "percentunit",
-                    {"{{part}}": "sum by (part) (rate(treegrpo_sampler_away_seconds_total{@s}[5m])) or vector(0)"},
+                    {"{{part}}": "sum by (part) (rate(treegrpo_sampler_away_seconds_total{@s}[5m])) or on () vector(0)"},
                     "Share of the time something was away and waited for.",
+                ),
+                Panel(
+                    "Nothing goes on",
+                    "s",
+                    {"{{instance}} {{part}}": "treegrpo_sampler_stalled_seconds{@s} or on () vector(0)"},
+                    "Seconds, by what a sampler lacks; its log has the sentence.",
                 ),
             ],
         ),

@@ -47,9 +47,18 @@ SERVICES = Board(
                     "short",
                     {
                         "handshakes/s": "sum(rate(treegrpo_tls_handshakes_total{@}[5m]))",
-                        "refused/s": "sum(rate(treegrpo_peers_refused_total{@}[5m])) or vector(0)",
+                        "with a call/s": "sum(rate(treegrpo_tls_connections_total{@}[5m]))",
                     },
-                    "Handshakes without samplers: somebody's certificate is refused.",
+                    "Handshakes that no call follows: somebody's certificate is refused.",
+                ),
+                Panel(
+                    "Refused",
+                    "short",
+                    {
+                        "calls and streams/s: {{reason}}": "sum by (reason) (rate(treegrpo_peers_refused_total{@}[5m])) or on () vector(0)",
+                        "/metrics/s": "sum(rate(treegrpo_scrapes_refused_total{@}[5m])) or vector(0)",
+                    },
+                    "By what is wrong; 0 when all is well.",
                 ),
                 Panel(
                     "Leases ended",
@@ -69,16 +78,30 @@ SERVICES = Board(
             ],
         ),
         Row(
-            "Journal",
+            "Disks",
             [
-                Panel("Journal", "bytes", {"size": "treegrpo_journal_bytes{@}"}, "Goes down after checkpoints."),
+                Panel("Journal", "bytes", {"size": "treegrpo_journal_bytes{@}"}, "Goes down after checkpoints.", width=6),
                 Panel(
                     "Free on its disk",
                     "bytes",
                     {"free": "treegrpo_journal_free_bytes{@}"},
                     "At 0 the run waits, and loses nothing.",
+                    width=6,
                 ),
-                Panel("Blocked", "none", {"blocked": "treegrpo_journal_blocked{@}"}, "1 while the disk refuses writes."),
+                Panel(
+                    "Full",
+                    "none",
+                    {"no acks": "treegrpo_journal_blocked{@}", "no new leases": "treegrpo_journal_short{@}"},
+                    "1 while the disk refuses the journal, or has no room to spare for it.",
+                    width=6,
+                ),
+                Panel(
+                    "Writes of the trainer that failed",
+                    "short",
+                    {"{{what}} {{error}}": "increase(treegrpo_trainer_writes_failed_total{@}[5m]) or on () vector(0)"},
+                    "In 5 minutes: weights, a checkpoint or the final model that the disk refused.",
+                    width=6,
+                ),
             ],
         ),
         Row(
