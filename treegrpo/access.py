@@ -58,7 +58,9 @@ class Keys(NamedTuple):
         try:
             return stamp(self)
         except OSError as error:
-            raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); see security.dir.") from error
+            raise ConfigError(
+                f"{error.filename} cannot be read ({error.strerror}); make it with `treegrpo certs`, or let this user read it."
+            ) from error
 
     def check(self, role: Role) -> None:
         """Raise ConfigError when the certificate is not the key's, not the CA's, not this role's, or out of date."""
@@ -228,7 +230,9 @@ def read(path: Path, what: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"{path} ({what}) cannot be read ({reason}); see `treegrpo certs` and security.dir.") from error
+        raise ConfigError(
+            f"{path} ({what}) cannot be read ({reason}); make it with `treegrpo certs`, or let this user read it."
+        ) from error
 
 
 def read_secret(path: Path, what: str) -> bytes:

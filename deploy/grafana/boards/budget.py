@@ -94,7 +94,7 @@ BUDGET = Board(
                     "percentunit",
                     {
                         "{{currency}}": 'treegrpo_rollout_saving_ratio{@, kind="train"}',
-                        "trained tokens": "1 - 1 / treegrpo_trained_token_ratio{@}",
+                        "trained tokens": "1 - 1 / (treegrpo_trained_token_ratio{@} > 0)",
                     },
                     "1 − needed by trees / needed by chains to the same leaves; of the trainer, by packing shared prefixes once.",
                 ),
