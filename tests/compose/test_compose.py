@@ -148,6 +148,11 @@ def test_nobody_is_root_and_nothing_can_be_written(stack: Stack) -> None:
             assert int(docker("inspect", "-f", "{{.HostConfig.Memory}}", container)) > 0, service
 
 
+def test_no_compiler_is_left_in_an_image(stack: Stack) -> None:
+    for image in OURS:
+        assert docker("run", "--rm", image, "sh", "-c", "command -v cc gcc g++ clang make || true").strip() == "", image
+
+
 def test_logs_are_json_lines(stack: Stack) -> None:
     for service in ("init", "retriever", "learner", "sampler", "prometheus"):
         strange = [line for line in stack.logs(service) if not line.startswith("{")]

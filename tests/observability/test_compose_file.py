@@ -78,6 +78,12 @@ def test_every_image_is_of_one_version() -> None:
         assert re.fullmatch(r"[a-z0-9/-]+:v?\d[\w.-]*", default), image
 
 
+def test_kubernetes_takes_the_same_images() -> None:
+    images = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "kustomization.yaml").read_text(encoding="utf-8"))["images"]
+    for image in images:
+        assert any(f"{image['name']}:{image['newTag']}" in service["image"] for service in SERVICES.values()), image
+
+
 def test_what_a_run_needs_to_go_on_is_in_volumes_that_down_keeps() -> None:
     places = {"run": "/var/lib/treegrpo", "journal": "/var/lib/treegrpo/journal", "weights": "/var/lib/treegrpo/weights"}
     for learner in ("learner", "learner-gpu"):

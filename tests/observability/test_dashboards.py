@@ -88,6 +88,19 @@ def test_every_panel_of_a_board_can_be_told_apart_and_has_a_unit_and_a_descripti
         assert all(panel.unit and panel.about.endswith(".") and panel.queries for panel in board.panels), board.title
 
 
+def test_every_board_is_chosen_by_run_marked_and_linked_to_the_others() -> None:
+    boards = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.iterdir()}
+    assert set(boards) == {"run", "budget", "learning", "samplers", "services"}
+    for name, board in boards.items():
+        variables = [variable["name"] for variable in board["templating"]["list"]]
+        assert variables == (["run", "sampler"] if name == "samplers" else ["run"]), name
+        assert {link["url"] for link in board["links"]} == {f"/d/{boards[other]['uid']}" for other in set(boards) - {name}}
+        assert all(link["includeVars"] and link["keepTime"] for link in board["links"])
+        assert len(board["annotations"]["list"]) == len(annotation_queries())
+        asks = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+        assert all('run=~"$run"' in ask for ask in asks), "a panel that shows runs that were not chosen"
+
+
 def test_no_two_panels_cover_each_other() -> None:
     for path in FOLDER.iterdir():
         places = [panel["gridPos"] for panel in json.loads(path.read_text(encoding="utf-8"))["panels"]]
