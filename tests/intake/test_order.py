@@ -169,7 +169,7 @@ ACTIONS = ["grant", "accept", "fail", "close", "close", "fault", "step", "step",
 )
 @settings(max_examples=40, deadline=None)
 def test_no_group_is_trained_beyond_the_bound(patience: float, actions: list[tuple[str, int]], batch: int, max_lag: int) -> None:
-    before, batches.PATIENCE_SECONDS = batches.PATIENCE_SECONDS, patience
+    before, batches.FINISHING_SECONDS = batches.FINISHING_SECONDS, patience
     try:
         with TemporaryDirectory() as folder:
             run = Run(Path(folder), batch, max_lag, total=5 * batch)
@@ -198,7 +198,7 @@ def test_no_group_is_trained_beyond_the_bound(patience: float, actions: list[tup
             run.check()
             assert sum(len(draws) for draws in run.trained.values()) == run.total
     finally:
-        batches.PATIENCE_SECONDS = before
+        batches.FINISHING_SECONDS = before
 
 
 def test_pressing_by_hand() -> None:
