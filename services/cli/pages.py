@@ -38,7 +38,8 @@ async def pages(access: Access) -> AsyncGenerator[Read]:
 
         async def read(address: str) -> Scrape:
             try:
-                return parse_scrape((await client.get(f"{scheme}://{within_reach(address)}/metrics")).text)
+                page = await client.get(f"{scheme}://{within_reach(address)}/metrics")
+                return parse_scrape(page.raise_for_status().text)
             except httpx.HTTPError:
                 return {}
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
+from services.cli.pages import pages
 from services.cli.troubles import JOURNAL_BLOCKED, JOURNAL_SHORT, TRAINER_BLOCKED, Troubles
-from tests.cli.workbench import two_ports_in_a_row
+from tests.cli.workbench import free_ports, two_ports_in_a_row
 from treegrpo.access import OPEN
 from treegrpo.config import Config
 from treegrpo.telemetry import IntakeMetrics, TrainerMetrics, serve
@@ -65,3 +68,10 @@ async def test_it_is_read_from_the_pages_of_intake_and_trainer(tmp_path: Path) -
         assert "the trainer has to write" in await said.get()
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_a_page_that_is_refused_is_as_good_as_none(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    serve(IntakeMetrics(), f"127.0.0.1:{port}", "learner.metrics", replace(OPEN, metrics_token=SecretStr("secret")))
+    async with pages(OPEN) as read:
+        assert await read(f"127.0.0.1:{port}") == {}
