@@ -31,7 +31,8 @@ class Batches:
         """Have stopped what a whole batch is waiting for, and close what nobody works on."""
         for group in self._book.overdue():
             if group.draw in self._book.unfinished:
-                self._clerk.close(group.draw)
+                if group in self._book.movable:  # else the trainer is steps away from wanting it
+                    self._clerk.close(group.draw)
             elif group.told_at is None:
                 group.told_at = time.monotonic()
                 self._stop(group)
