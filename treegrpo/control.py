@@ -28,6 +28,7 @@ import aiomqtt
 import msgpack
 
 from treegrpo.access import OPEN, Access
+from treegrpo.backoff import pause
 from treegrpo.change import Change
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.limits import CONTROL_BYTES, PEERS
@@ -201,7 +202,7 @@ class ControlPlane:
                     remedy = "start one, or set broker.embedded = true and use `treegrpo up`."
                     raise unavailable(self._address, self._access, error, remedy) from error
                 attempt = 0 if time.monotonic() - began > RETRY_SECONDS[-1] else attempt + 1
-                wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
+                wait = pause(RETRY_SECONDS, attempt)
                 log.warning("lost the MQTT broker at %s (%s); trying again in %.1f s", self._address, error, wait)
                 await asyncio.sleep(wait)
 

@@ -129,6 +129,7 @@ class TrainerMetrics(_Metrics):
         self.unwritten = self._counter(
             "trainer_writes_failed", "Attempts to write weights, a checkpoint or final that the disk refused", "what", "error"
         )
+        self.blocked = self._gauge("trainer_blocked", "1 while the disk refuses what the trainer has to write before it goes on")
         self.trained_tokens = self._counter("trained_tokens", "Tokens forwarded and backwarded in training")
         self.token_ratio = self._gauge("trained_token_ratio", "Tokens of the last step's paths over its trained tokens")
         self.reward = self._gauge("train_reward_mean", "Mean reward of the leaves of the last step")

@@ -3,7 +3,7 @@
 ready groups ─► enough for a batch? ─► nobody pressing? ─► positions, durable ─► trainer
                                        │
                   told to stop ◄───────┤ a group for which there is no later step
-                  closed early ◄───────┘ the same, PATIENCE_SECONDS after it was told, or if nobody works on it
+                  closed early ◄───────┘ the same, FINISHING_SECONDS after it was told, or if nobody works on it
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
 from treegrpo.lease import SILENCE_SECONDS
 
-PATIENCE_SECONDS = SILENCE_SECONDS
+FINISHING_SECONDS = SILENCE_SECONDS
 """What a sampler gets to finish the branches it is in the middle of while a whole batch waits for them."""
 
 
@@ -31,7 +31,8 @@ class Batches:
         """Have stopped what a whole batch is waiting for, and close what nobody works on."""
         for group in self._book.overdue():
             if group.draw in self._book.unfinished:
-                self._clerk.close(group.draw)
+                if group in self._book.movable:  # else the trainer is steps away from wanting it
+                    self._clerk.close(group.draw)
             elif group.told_at is None:
                 group.told_at = time.monotonic()
                 self._stop(group)
@@ -67,9 +68,9 @@ class Batches:
         if not self._book.overdue():
             return float("inf")
         told = [group.told_at for group in self._book.open.values() if group.told_at is not None and not group.closed]
-        return min((at + PATIENCE_SECONDS for at in told if at + PATIENCE_SECONDS > time.monotonic()), default=float("inf"))
+        return min((at + FINISHING_SECONDS for at in told if at + FINISHING_SECONDS > time.monotonic()), default=float("inf"))
 
 
 def _patience(group: OpenGroup) -> float:
     """Seconds that a group's sampler still has; one that was not told has all of them."""
-    return PATIENCE_SECONDS if group.told_at is None else group.told_at + PATIENCE_SECONDS - time.monotonic()
+    return FINISHING_SECONDS if group.told_at is None else group.told_at + FINISHING_SECONDS - time.monotonic()

@@ -1,8 +1,8 @@
 """Who comes in to the intake's gRPC server, and how much they may do there.
 
-TLS asks everybody for a certificate of our authority; a stranger, an expired certificate and plain text end there. `Gate` looks
-at each call, `Admission` at the first message of a rollout stream. What is refused is counted, and logged once for each peer
-and reason.
+TLS asks everybody for a certificate of our authority; a stranger, an expired certificate and plain text end there.
+`Doorkeeper` looks at each call, `Admission` at the first message of a rollout stream. What is refused is counted, and logged
+once for each peer and reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import grpc
 
-from learner.intake.gate import Gate, holder_of
+from learner.intake.doorkeeper import Doorkeeper, holder_of
 from treegrpo import limits
 from treegrpo.access import Access, Keys
 from treegrpo.errors import ConfigError
@@ -50,7 +50,7 @@ class Refusal(NamedTuple):
     sentence: str
 
 
-class Watch:
+class Visitors:
     """Counts refusals, and logs each once; counts handshakes, of which gRPC does not say how they end."""
 
     def __init__(self, metrics: IntakeMetrics) -> None:
@@ -95,20 +95,20 @@ class Watch:
 class Admission:
     """Looks at the Hello of a rollout stream."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, visitors: Visitors) -> None:
+        self._visitors = visitors
 
     async def admit(self, first: pb.RolloutRequest | None, context: Context, connected: int) -> pb.Hello:
         """The Hello, or the end of the call; ``connected``: samplers that have a stream."""
         reason, refusal = _judge(first, holder_of(context), connected)
         if refusal is not None:
-            await self._watch.refuse(context, reason, *refusal)
+            await self._visitors.refuse(context, reason, *refusal)
         assert first is not None  # noqa: S101 - _judge refuses it
         return first.hello
 
     async def refuse(self, context: Context, reason: str, code: grpc.StatusCode, sentence: str) -> NoReturn:
-        """See `Watch.refuse`."""
-        await self._watch.refuse(context, reason, code, sentence)
+        """See `Visitors.refuse`."""
+        await self._visitors.refuse(context, reason, code, sentence)
 
 
 def _judge(first: pb.RolloutRequest | None, holder: tuple[Role, str] | None, connected: int) -> tuple[str, Refusal | None]:
@@ -133,19 +133,19 @@ def _judge(first: pb.RolloutRequest | None, holder: tuple[Role, str] | None, con
     return "", None
 
 
-def open_server(address: str, access: Access, watch: Watch) -> grpc.aio.Server:
+def open_server(address: str, access: Access, visitors: Visitors) -> grpc.aio.Server:
     """A server bound to ``address``, not started. Raises ConfigError for an address that may not be used in plain text."""
     access.check_listen("learner.listen", address)
     seldom("grpc", "asyncio")
-    server = grpc.aio.server(options=OPTIONS, interceptors=[Gate(watch, roles=access.keys is not None)])
+    server = grpc.aio.server(options=OPTIONS, interceptors=[Doorkeeper(visitors, roles=access.keys is not None)])
     if access.keys is None:
         server.add_insecure_port(address)
     else:
-        server.add_secure_port(address, _credentials(access.keys, access.role, watch))
+        server.add_secure_port(address, _credentials(access.keys, access.role, visitors))
     return server
 
 
-def _credentials(keys: Keys, role: Role, watch: Watch) -> grpc.ServerCredentials:
+def _credentials(keys: Keys, role: Role, visitors: Visitors) -> grpc.ServerCredentials:
     """The certificate as it is on disk at each handshake: renewed files serve at once."""
     served = keys.stamp
 
@@ -155,7 +155,7 @@ def _credentials(keys: Keys, role: Role, watch: Watch) -> grpc.ServerCredentials
 
     def renewed() -> Any:
         nonlocal served
-        watch.handshake()
+        visitors.handshake()
         try:
             if (now := keys.stamp) == served:
                 return None

@@ -5,8 +5,9 @@
     body    msgpack array of records, each a map
 
 A frame of the journal is a commit: the records that one fsync made durable. Nothing is written after a frame before it
-is durable. Hence a broken frame that is the last thing in its file was torn by a crash and none of its records was
-acknowledged, whereas one with anything behind it that a later commit wrote has been damaged since.
+is durable. Hence a broken frame with anything behind it that a later commit wrote has been damaged since. One that is the
+last thing in its file is taken for torn by a crash, when none of its records was acknowledged; a disk that has damaged the
+very last commit looks the same.
 """
 
 from __future__ import annotations

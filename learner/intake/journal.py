@@ -26,6 +26,7 @@ from pathlib import Path
 from learner.intake.disk import Disk, File
 from learner.intake.frames import BATCH_BYTES, MAX_RECORD_BYTES, Record, encode, frame
 from learner.intake.segments import FORMAT, End, path_of
+from treegrpo.backoff import pause
 from treegrpo.change import Change
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Journal:
                             *(self.folder, error.strerror or error),
                         )
                         self._block(time.monotonic())
-                    await asyncio.sleep(self._retry[min(failures, len(self._retry) - 1)])
+                    await asyncio.sleep(pause(self._retry, failures))
                     failures += 1
                     continue
                 if self.blocked_since is not None:

@@ -11,6 +11,9 @@ is trained at most max_lag versions later; it is closed with the leaves it has i
 A group whose lease is lost or fails is leased again with the subtrees it has, before anything new is begun. One
 without a leaf begins again from nothing. After TRIES such leases it is closed with what it has, or set aside.
 
+A trainer that went back to a checkpoint first takes its steps again. Until its policy is the one that a group was begun
+with, nobody goes on with that group: tokens of an older policy could not be trained within the bound any more.
+
 Every change is an event: granted, accepted, ended, closed, taken. The service writes each to the journal; after a
 restart the journal's events go through the same methods.
 """
@@ -47,9 +50,9 @@ class LeaseBook(Standing):
         if self._evaluation:
             question, _ = self._evaluation[0]
             return self._lease(LeaseKind.EVAL, question, self._plan.as_eval(), self.version), -1
-        if self.unfinished:
-            draw = min(self.unfinished, key=lambda number: (self.unfinished[number].age, number))
-            group = self.unfinished[draw]
+        if movable := self.movable:
+            group = min(movable, key=lambda waiting: (waiting.age, waiting.draw))
+            draw = group.draw
             lease = self._lease(LeaseKind.TRAIN, group.lease.question, group.lease.plan, self.version, draw)
             return replace(lease, grant=lease.plan.allowance(group.missing), accepted=tuple(group.subtrees)), draw
         draw = self._queue.draw()

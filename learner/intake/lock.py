@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from treegrpo.errors import AddressInUseError
+from treegrpo.lock import locked
 
 LOCK = "intake.lock"
-"""A file in the run's directory. The kernel unlocks it however its process ends."""
+"""A file in the run's directory."""
 
 
-@contextmanager
-def only_intake(run_dir: Path) -> Generator[None]:
+def only_intake(run_dir: Path) -> AbstractContextManager[None]:
     """Hold the run for the time of the block. Raises AddressInUseError: another intake holds it."""
-    handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise AddressInUseError(
-            f"Another intake works on the run in {run_dir}; stop it, or set run.dir to another directory."
-        ) from None
-    try:
-        yield
-    finally:
-        os.close(handle)
+    sentence = f"Another intake works on the run in {run_dir}; stop it, or set run.dir to another directory."
+    return locked(run_dir / LOCK, sentence)

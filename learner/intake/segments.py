@@ -137,7 +137,11 @@ def _records(file: BinaryIO, path: Path, stop: int | None) -> Generator[Record, 
             if stop is not None or follows(file, good, broken.end):
                 raise _damaged(path, good) from None
             lost = file.seek(0, os.SEEK_END) - good
-            log.warning("left out the last %d bytes of %s: a commit torn by a crash, never acknowledged", lost, path)
+            log.warning(
+                "left out the last %d bytes of %s, which hold no whole commit: a crash has torn one that was not acknowledged "
+                "yet, or the disk has damaged one that was",
+                *(lost, path),
+            )
             break
         if records is None and stop is not None:
             raise _damaged(path, good)

@@ -19,7 +19,7 @@ from learner.intake import pause
 from learner.intake.compaction import Compaction
 from learner.intake.desk import Desk
 from learner.intake.disk import RealDisk
-from learner.intake.doors import Admission, Watch, open_server
+from learner.intake.doors import Admission, Visitors, open_server
 from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
 from learner.intake.lock import only_intake
@@ -125,9 +125,9 @@ async def _serve(
     access: Access,
 ) -> None:
     """Open the doors, wait for the signal, drain, close them."""
-    watch = Watch(metrics)
-    server = open_server(config.learner.listen, access, watch)
-    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(watch)), server)
+    visitors = Visitors(metrics)
+    server = open_server(config.learner.listen, access, visitors)
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(visitors)), server)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
     healthy = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

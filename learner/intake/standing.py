@@ -74,7 +74,13 @@ class Standing:
         if self.version is None:
             return False
         room = self.limit - self.out(LeaseKind.TRAIN) - len(self.unfinished)
-        return bool(self._evaluation) or bool(self.unfinished) or room > 0
+        return bool(self._evaluation) or room > 0 or bool(self.movable)
+
+    @property
+    def movable(self) -> list[OpenGroup]:
+        """The unfinished groups that another sampler can go on with: the policy is as new as the one they were begun with."""
+        step = self.version.step if self.version else -1
+        return [group for group in self.unfinished.values() if group.age <= step]
 
     @property
     def base(self) -> int:

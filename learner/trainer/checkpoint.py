@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, besides its count of steps."""
 PROGRESS, RECORDS, EVALUATION = "progress.json", "records.jsonl", "evaluation.json"
-DAMAGED = ".damaged"
 _NAME = re.compile(r"step-(\d{6,})")
 Record = dict[str, Any]
 """What a step said of itself; see `report.step_values`."""
@@ -124,10 +123,10 @@ def newest(root: Path) -> Path | None:
         log.warning(
             "the checkpoint %s is damaged (%s); it is set aside as %s, and the one before is used", folder, reason, aside.name
         )
-    if damaged := sorted(root.glob(f"*{DAMAGED}")):
+    if damaged := sorted(root.glob(f"*{manifest.DAMAGED}")):
         raise ModelError(
             f"Every checkpoint in {root} is damaged, {damaged[-1].name} the newest; restore one under its name without "
-            f"{DAMAGED}, or begin a new run.dir."
+            f"{manifest.DAMAGED}, or begin a new run.dir."
         )
     return None
 
@@ -223,7 +222,7 @@ def _folders(root: Path) -> list[Path]:
 
 def _set_aside(folder: Path) -> Path:
     """Give a damaged checkpoint a name under which it counts no more."""
-    names = (folder.with_name(f"{folder.name}{number}{DAMAGED}") for number in chain([""], (f".{n}" for n in count(2))))
+    names = (folder.with_name(f"{folder.name}{number}{manifest.DAMAGED}") for number in chain([""], (f".{n}" for n in count(2))))
     aside = next(name for name in names if not name.exists())
     return folder.rename(aside)
 

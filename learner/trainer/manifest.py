@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NAME = "manifest.json"
+DAMAGED = ".damaged"
+"""Ends the name of a directory that is not as it was written, and was set aside."""
 READERS = 4
 """Files that are read at a time: one thread hashes a gigabyte or two in a second."""
 Entry = list[int | str]

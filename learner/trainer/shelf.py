@@ -143,14 +143,18 @@ class Shelf:
         Raises DiskError: it has not for FULL_SECONDS, or a signal has told this process to end.
         """
         patience = Patience(FULL_SECONDS, self._stop, first=FIRST_RETRY_SECONDS, longest=LONGEST_RETRY_SECONDS)
-        while True:
-            try:
-                return write()
-            except DiskError as error:
-                self._count(what, error)
-                said = f"{error} The trainer waits."
-                if not self._ranks.first(lambda: patience.wait(said)):  # noqa: B023 - called here
-                    self._ranks.raise_alike(error)
+        try:
+            while True:
+                try:
+                    return write()
+                except DiskError as error:
+                    self._count(what, error)
+                    self._metrics.blocked.set(1)
+                    said = f"{error} The trainer waits."
+                    if not self._ranks.first(lambda: patience.wait(said)):  # noqa: B023 - called here
+                        self._ranks.raise_alike(error)
+        finally:
+            self._metrics.blocked.set(0)
 
     def _count(self, what: str, error: DiskError) -> None:
         self._metrics.unwritten.labels(what, errno.errorcode.get(error.errno or 0, "unknown")).inc()

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from treegrpo.config import Config
+from treegrpo.edge import find
 from treegrpo.errors import ConfigError, DeadlineError, RunError, UnavailableError
 from treegrpo.settings import is_secret
 
@@ -67,10 +68,12 @@ def run_up(call: Invocation, *, everything: bool) -> int:
     run = Run(call.config, call.arguments, screen, command("state", "running", *call.arguments), everything=everything)
     try:
         code = asyncio.run(run())
-    except (UnavailableError, DeadlineError, RunError) as error:
-        if newest_checkpoint(run_dir) is None:
+    except Exception as error:  # a task group may have wrapped it
+        ours = find(error)
+        if not isinstance(ours, UnavailableError | DeadlineError | RunError) or newest_checkpoint(run_dir) is None:
             raise
-        raise type(error)(f"{error}\ngo on: {command(*again)}") from error
+        go_on = "go on" if ours.passes else "when that is mended, go on"
+        raise type(ours)(f"{ours}\n{go_on}: {command(*again)}") from error
     for line in summary(run_dir, call.config.train.steps, call.toml, again):
         screen.say(line)
     return code

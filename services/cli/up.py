@@ -1,6 +1,6 @@
 """`treegrpo up` and `treegrpo learner`: start, watch, drain, sum up.
 
-checks ─► broker ─► retriever ─► intake ─► trainer ─► samplers ─► …the trainer is done… ─► summary
+checks ─► lock ─► broker ─► retriever ─► intake ─► trainer ─► samplers ─► …the trainer is done… ─► summary
 └─ a part dies: it is started again (`keeper.py`), or the run ends with its last words
 └─ Ctrl-C, or the run state "draining": draining ─► checkpoint ─► how to go on
 └─ Ctrl-C again: stop now
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
+from learner.intake.lock import only_intake
 from services.cli.checks import learner_checks, run_checks, up_checks
 from services.cli.crew import Crew
 from services.cli.history import beginning, is_trained
@@ -22,13 +24,17 @@ from services.cli.keeper import Part
 from services.cli.process import Program
 from services.cli.ready import broker_ready, learner_ready, retriever_ready
 from services.cli.state import follow_state
+from services.cli.troubles import Troubles
 from services.cli.view import Screen
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.control import RunState, publish_state
 from treegrpo.errors import RunError, UnavailableError
+from treegrpo.lock import locked
 from treegrpo.security import Role
 
+LOCK = "up.lock"
+"""A file in the run's directory."""
 DRAIN_SECONDS = 180.0
 FAREWELL_SECONDS = 5.0
 INTERRUPTED = 130
@@ -49,12 +55,15 @@ class Interrupts:
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self.hit_once = asyncio.Event()
+        """Else the run state has asked for the drain."""
 
     def arm(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self.hit)
 
     def hit(self) -> None:
+        self.hit_once.set()
         (self.second if self.first.is_set() else self.first).set()
 
 
@@ -68,6 +77,32 @@ async def unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
         waiting.cancel()
         task.cancel()
         await asyncio.gather(task, waiting, return_exceptions=True)
+
+
+@asynccontextmanager
+async def beside(work: Coroutine[Any, Any, None], name: str) -> AsyncGenerator[None]:
+    """Do ``work`` for the time of the block, and no longer."""
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@contextmanager
+def only_here(run_dir: Path) -> Generator[None]:
+    """Hold the run for the time of the block, before anything is started for it.
+
+    Raises:
+        AddressInUseError: another command works on it, or an intake that has a supervisor of its own.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    sentence = f"Another `treegrpo up` or `treegrpo learner` works on the run in {run_dir}; stop it, or set run.dir to another."
+    with locked(run_dir / LOCK, sentence):
+        with only_intake(run_dir):
+            pass
+        yield
 
 
 class Run:
@@ -94,15 +129,23 @@ class Run:
         config = self._config
         run_checks((up_checks if self._everything else learner_checks)(config).values())
         self._interrupts.arm()
+        with only_here(config.run.dir):
+            return await self._together()
+
+    async def _together(self) -> int:
+        """The processes, from the first to the last; returns the exit code."""
+        config = self._config
+        troubles = Troubles(config, self._access, self._screen.say)
         async with Crew(self._arguments, config.run.dir / "logs", self._screen.say, self._interrupts.second) as crew:
             if await unless(self._interrupts.first, self._start(crew)) is None:
                 self._screen.say("Stopped before training began.")
                 return INTERRUPTED
             async with (
                 self._heeding(crew),
+                beside(troubles.follow(), "troubles"),
                 self._screen.follow(config.run.dir, config.learner.metrics, config.train.steps, self._access),
             ):
-                code = await self._watch(crew)
+                code = await self._watch(crew, troubles)
             if code == 0:
                 crew.drain.set()
                 await unless(self._interrupts.second, self._goodbye(crew))
@@ -139,14 +182,10 @@ class Run:
             if state is RunState.DRAINING and not crew.drain.is_set():
                 self._interrupts.first.set()
 
-        following = asyncio.create_task(follow_state(self._config, self._access, heard), name="run-state")
-        try:
+        async with beside(follow_state(self._config, self._access, heard), "run-state"):
             yield
-        finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
 
-    async def _watch(self, crew: Crew) -> int:
+    async def _watch(self, crew: Crew, troubles: Troubles) -> int:
         """Until the trainer is done, by itself or asked to; returns the exit code."""
 
         async def over() -> bool:
@@ -165,8 +204,16 @@ class Run:
         told = await unless(self._interrupts.second, self._tell(RunState.DRAINING))
         if not told or not crew.runs(INTAKE.name):  # nobody passes it on
             crew.tell(TRAINER.name, signal.SIGTERM)
+
+        async def no_room() -> None:
+            """Whoever presses Ctrl-C does not wait for room; who sets the run state does, as far as the time allows."""
+            await self._interrupts.hit_once.wait()
+            await troubles.trainer_blocked.wait()
+            self._screen.say("The disk has no room for what the trainer has to write, so it ends without.")
+            crew.tell(TRAINER.name, signal.SIGTERM)
+
         try:
-            async with asyncio.timeout(DRAIN_SECONDS):
+            async with asyncio.timeout(DRAIN_SECONDS), beside(no_room(), "no-room"):
                 drained = await unless(self._interrupts.second, over())
         except TimeoutError:
             self._screen.say(f"The trainer did not finish within {DRAIN_SECONDS:.0f} s.")

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from services.cli.pages import Scrape, pages
 from services.cli.progress import FILE_NAME, Account, EvalRecord, Progress, Record, StepRecord, Tail, WaitingRecord
-from treegrpo.access import Access, bearer
+from treegrpo.access import Access
 from treegrpo.errors import DataError
-from treegrpo.security import within_reach
 
 REFRESH_SECONDS = 0.5
 RATE_STEPS = 5
 """Steps that tokens per second are taken over."""
-SCRAPE_SECONDS = 1.0
 SPARKS = "▁▂▃▄▅▆▇█"
-
-Scrape = Mapping[str, float]
-"""Samples of a /metrics page by name and labels, sorted by label: ``treegrpo_budget_spent_total/tokens/train``."""
 
 
 def count(number: float) -> str:
@@ -133,15 +127,6 @@ def panel(progress: Progress, scrape: Scrape, total: int, title: str, paused: st
     return Panel(table, title=title, title_align="left")
 
 
-def parse_scrape(text: str) -> Scrape:
-    """The samples of a /metrics page."""
-    return {
-        "/".join((sample.name, *(value for _, value in sorted(sample.labels.items())))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
 Refresh = Callable[[list[Record]], Awaitable[None]]
 
 
@@ -223,24 +208,12 @@ class Screen:
     async def _panel(
         self, progress: Progress, metrics: str, total: int, run_dir: Path, access: Access
     ) -> AsyncGenerator[Refresh]:
-        scheme = "http" if access.keys is None else "https"
-        url = f"{scheme}://{within_reach(metrics)}/metrics"
-        async with httpx.AsyncClient(
-            timeout=SCRAPE_SECONDS, verify=access.web_context(), headers=bearer(access.metrics_token)
-        ) as client:
+        async with pages(access) as read:
             with Live(console=self._console, auto_refresh=False) as live:
 
                 async def refresh(records: list[Record]) -> None:
                     for record in records:
                         progress.add(record)
-                    live.update(panel(progress, await _scrape(client, url), total, str(run_dir), self._paused), refresh=True)
+                    live.update(panel(progress, await read(metrics), total, str(run_dir), self._paused), refresh=True)
 
                 yield refresh
-
-
-async def _scrape(client: httpx.AsyncClient, url: str) -> Scrape:
-    """The intake's samples; nothing while it does not answer, for the panel can do without."""
-    try:
-        return parse_scrape((await client.get(url)).text)
-    except httpx.HTTPError:
-        return {}

@@ -17,6 +17,7 @@ import grpc
 
 from services.sampler.outbox import Outbox
 from services.sampler.watch import Want
+from treegrpo.backoff import pause
 from treegrpo.change import Change
 from treegrpo.errors import ContractError
 from treegrpo.lease import HEARTBEAT_SECONDS, LeaseEnd, Plan
@@ -132,7 +133,7 @@ class LearnerClient:
             if self._closing and broken is None:
                 return
             attempt = 0 if welcomed else attempt + 1
-            wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
+            wait = pause(RETRY_SECONDS, attempt)
             reason = "it closed the stream" if broken is None else broken
             log.warning("the stream to the learner at %s broke (%s); opening it again in %.1f s", self._address, reason, wait)
             await asyncio.sleep(wait)

@@ -20,6 +20,7 @@ import grpc
 
 from services.sampler.engines.base import Engine
 from services.sampler.watch import Want
+from treegrpo.backoff import pause
 from treegrpo.change import Change
 from treegrpo.codec import version_from_pb
 from treegrpo.errors import DeadlineError, UnavailableError, WeightsError
@@ -178,7 +179,7 @@ class Follower:
                 await self.update()
                 attempt = 0
             except (WeightsError, UnavailableError, OSError) as error:  # the last: a disk that is full
-                wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
+                wait = pause(RETRY_SECONDS, attempt)
                 attempt += 1
                 self._metrics.errors.labels(type(error).__name__).inc()
                 self._metrics.not_updated.labels(type(error).__name__).inc()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from services.cli.progress import read_progress
 from services.cli.summary import program
+from services.cli.up import DRAIN_SECONDS
 from tests.cli.machine import environment, marked, treegrpo
 from tests.cli.workbench import Workbench
 from treegrpo.edge import FAILED, PASSING
@@ -220,13 +222,42 @@ async def test_ctrl_c_while_a_part_waits_to_be_started_again_ends_the_run_in_ord
 
 
 async def test_an_error_that_stays_ends_the_run_with_its_sentence(bench: Workbench, up: Up) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER))
-    await run.line("step 1/")
+    run = await up(*bench.flags(train__steps=FOREVER, train__checkpoint_every="1"))
+    await run.line("step 2/")  # a checkpoint of the first stands
     bench.train.write_text("{}\n")
     os.kill(run.pid_of("learner.intake"), signal.SIGKILL)
     assert await run.end() == FAILED
     (error,) = [line for line in run.lines if line.startswith("error: ")]
     assert error.startswith(f"error: The intake ended with code 2: {bench.train}, row 1: ")
+    assert run.lines[-1].startswith(f"when that is mended, go on: {program()} up ")
+
+
+async def test_a_second_command_for_a_run_is_refused_before_it_starts_anything(bench: Workbench, up: Up, tmp_path: Path) -> None:
+    run = await up(*bench.flags(train__steps=FOREVER))
+    await run.line("The broker is ready")
+    (tmp_path / "elsewhere").mkdir()
+    keys = Workbench(tmp_path / "elsewhere").keys
+    ports = {key: keys[key] for key in ("broker.address", "retriever.listen", "learner.listen", "learner.metrics")}
+    flags = bench.flags(train__steps=FOREVER, **{key.replace(".", "__"): value for key, value in ports.items()})
+    second = await asyncio.to_thread(treegrpo, "up", *flags)
+    assert (second.code, second.left, second.out) == (FAILED, [], "")
+    assert second.sentence.startswith(f"Another `treegrpo up` or `treegrpo learner` works on the run in {bench.run_dir}; ")
+    run.process.send_signal(signal.SIGINT)
+    await run.end()
+
+
+async def test_ctrl_c_while_the_trainer_waits_for_its_disk_ends_the_run_soon(bench: Workbench, up: Up) -> None:
+    run = await up(*bench.flags(train__steps=FOREVER, train__checkpoint_every="1"))
+    await run.line("step 2/")
+    resource.prlimit(run.pid_of("learner.trainer"), resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))  # no weights fit
+    await run.line(f"The disk of {bench.run_dir} refuses what the trainer has to write: it waits")
+    run.process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(DRAIN_SECONDS / 4):
+        assert await run.end() == FAILED
+    (error,) = [line for line in run.lines if line.startswith("error: ")]
+    assert error.startswith(f"error: The trainer ended with code {PASSING}: ")
+    assert "make room on its disk" in error
+    assert run.lines[-1].startswith(f"when that is mended, go on: {program()} up ")
 
 
 async def test_ranks_drain_together(bench: Workbench, up: Up) -> None:

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import generate_latest
 from rich.console import Console
 
+from services.cli.pages import parse_scrape
 from services.cli.progress import Account, Progress, StepRecord
 from services.cli.view import (
     Screen,
@@ -16,7 +17,6 @@ from services.cli.view import (
     ems_line,
     eval_line,
     panel,
-    parse_scrape,
     spark,
     step_line,
     tokens_per_second,

@@ -13,7 +13,7 @@ import pytest
 from learner.intake import batches, presence
 from learner.intake.desk import Desk
 from learner.intake.disk import RealDisk
-from learner.intake.doors import Admission, Watch, open_server
+from learner.intake.doors import Admission, Visitors, open_server
 from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
 from learner.intake.recovery import recover
@@ -70,9 +70,9 @@ async def doorstep(book: LeaseBook, folder: Path) -> AsyncGenerator[Doorstep]:
         weights = WeightsServer(metrics)
         desk = Desk(book, journal, control, reporter, run="test", plan=PLAN, heldout=1)
         trainer = TrainerDesk(desk, weights, [question(90)], checkpointed=lambda: None)
-        watch, address = Watch(metrics), free_address()
-        server = open_server(address, OPEN, watch)
-        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(watch)), server)
+        visitors, address = Visitors(metrics), free_address()
+        server = open_server(address, OPEN, visitors)
+        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(visitors)), server)
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
         await server.start()
         async with asyncio.TaskGroup() as tasks:
@@ -90,4 +90,4 @@ def hurry(monkeypatch: pytest.MonkeyPatch, silence: float = 0.4) -> None:
     monkeypatch.setattr(presence, "SILENCE_SECONDS", silence)
     monkeypatch.setattr(presence, "HUSHED_SECONDS", silence / 4)
     monkeypatch.setattr(presence, "TICK_SECONDS", silence / 20)
-    monkeypatch.setattr(batches, "PATIENCE_SECONDS", silence)
+    monkeypatch.setattr(batches, "FINISHING_SECONDS", silence)

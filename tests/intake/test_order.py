@@ -169,7 +169,7 @@ ACTIONS = ["grant", "accept", "fail", "close", "close", "fault", "step", "step",
 )
 @settings(max_examples=40, deadline=None)
 def test_no_group_is_trained_beyond_the_bound(patience: float, actions: list[tuple[str, int]], batch: int, max_lag: int) -> None:
-    before, batches.PATIENCE_SECONDS = batches.PATIENCE_SECONDS, patience
+    before, batches.FINISHING_SECONDS = batches.FINISHING_SECONDS, patience
     try:
         with TemporaryDirectory() as folder:
             run = Run(Path(folder), batch, max_lag, total=5 * batch)
@@ -198,7 +198,33 @@ def test_no_group_is_trained_beyond_the_bound(patience: float, actions: list[tup
             run.check()
             assert sum(len(draws) for draws in run.trained.values()) == run.total
     finally:
-        batches.PATIENCE_SECONDS = before
+        batches.FINISHING_SECONDS = before
+
+
+def test_a_trainer_that_goes_back_makes_no_group_too_old(tmp_path: Path) -> None:
+    """All parts were killed with the next groups half done, and the trainer has two steps to take again."""
+    run = Run(tmp_path, batch=2, max_lag=1, total=8)
+    for _ in range(2):
+        run.grant()
+        for group in list(run.book.open.values())[:2]:
+            run.accept(group)
+            run.clerk.end(complete(group.lease.id))
+        assert run.step()
+    run.grant()
+    for group in list(run.book.open.values()):
+        run.accept(group)
+        run.clerk.end(LeaseEnd(group.lease.id, LeaseEndReason.INTERRUPTED))
+    begun = {draw: group.age for draw, group in run.book.unfinished.items()}
+    assert max(begun.values()) == 2
+    run.go_back(2)
+    run.grant()
+    assert not run.book.open, "the policy of step 0 goes on with nothing that a newer one has begun"
+    run.step()
+    run.grant()
+    assert {group.draw: group.age for group in run.book.open.values()} == {d: age for d, age in begun.items() if age <= 1}
+    run.finish()
+    run.check()
+    assert sorted(draw for step in run.trained.values() for draw in step) == [*range(8)]
 
 
 def test_pressing_by_hand() -> None:

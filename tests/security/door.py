@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from learner.intake.desk import Desk
-from learner.intake.doors import Admission, Watch, open_server
+from learner.intake.doors import Admission, Visitors, open_server
 from learner.intake.peers import Peer
 from learner.intake.rollout import RolloutServer
 from learner.intake.weights import WeightsServer
@@ -65,9 +65,9 @@ class Door:
 @asynccontextmanager
 async def serving(learner: Access) -> AsyncGenerator[Door]:
     metrics, reception, address = IntakeMetrics(), Reception(), free_address()
-    watch = Watch(metrics)
-    server = open_server(address, learner, watch)
-    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(cast("Desk", reception), Admission(watch)), server)
+    visitors = Visitors(metrics)
+    server = open_server(address, learner, visitors)
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(cast("Desk", reception), Admission(visitors)), server)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServer(metrics), server)
     healthy = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

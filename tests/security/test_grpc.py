@@ -14,8 +14,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from learner.intake import gate
-from learner.intake.doors import Watch, open_server
+from learner.intake import doorkeeper
+from learner.intake.doors import Visitors, open_server
 from services.cli.authority import issue
 from services.cli.certs import certs, write
 from services.cli.ready import learner_ready
@@ -58,7 +58,7 @@ async def test_a_certificate_without_a_role_may_not_even_ask_for_health(made: Pa
     keys = save(tmp_path, pair, ours.pem)
     async with serving(access(made, Role.LEARNER)) as door:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gate, "roles_in", lambda _uris: None)  # as of an authority that also serves others  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+            patch.setattr(doorkeeper, "roles_in", lambda _uris: None)  # as of an authority that also serves others  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
             assert await describe(door, Access(Role.SAMPLER, keys)) is grpc.StatusCode.PERMISSION_DENIED
 
 
@@ -173,7 +173,7 @@ async def test_a_sampler_that_is_not_trusted_is_told_so(made: Path, tmp_path: Pa
 
 async def test_beyond_this_machine_nothing_begins_without_certificates() -> None:
     with pytest.raises(ConfigError, match=r"learner\.listen = 0\.0\.0\.0:0 .*in plain text"):
-        open_server("0.0.0.0:0", OPEN, Watch(IntakeMetrics()))
+        open_server("0.0.0.0:0", OPEN, Visitors(IntakeMetrics()))
     with pytest.raises(ConfigError, match=r"sampler\.learner = 10\.0\.0\.7:1 is on another machine"):
         await connect("10.0.0.7:1", OPEN)
 

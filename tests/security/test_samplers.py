@@ -13,7 +13,7 @@ import grpc
 import msgpack
 import pytest
 
-from learner.intake import gate
+from learner.intake import doorkeeper
 from services.sampler.channel import OPTIONS
 from tests.intake.builders import PLAN, VERSION, book, chain, complete
 from tests.intake.doorstep import Doorstep, doorstep
@@ -179,7 +179,7 @@ async def test_refusals_of_one_lease_are_bounded(tmp_path: Path) -> None:
 
 async def test_half_a_message_is_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unary call whose message never comes; gRPC would wait for ever."""
-    monkeypatch.setattr(gate, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(doorkeeper, "REQUEST_SECONDS", 0.2)
     async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
         for method in ("DescribeWeights", "FetchWeights"):
             call = cast("Any", channel).stream_stream(f"/treegrpo.v1.WeightsService/{method}")()
@@ -188,7 +188,7 @@ async def test_half_a_message_is_no_sign_of_life(tmp_path: Path, monkeypatch: py
 
 
 async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "CHUNK_SECONDS", 0.3)
+    monkeypatch.setattr(doorkeeper, "CHUNK_SECONDS", 0.3)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(64 << 20))
     async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
@@ -197,7 +197,7 @@ async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_pat
         call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)
         await door.until(lambda: door.sample("peers_refused_total", reason="slow") == 1)
         with suppress(grpc.aio.AioRpcError):
-            while await call.read() != gate.EOF:
+            while await call.read() != doorkeeper.EOF:
                 pass
         assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -258,6 +258,6 @@ async def test_a_stream_that_ends_while_it_is_written_to_comes_to_its_end(tmp_pa
             await call.write(pb.RolloutRequest(demand=pb.Demand(leases=4)))
             await call.done_writing()
             async with asyncio.timeout(SECONDS):
-                while await call.read() != gate.EOF:
+                while await call.read() != doorkeeper.EOF:
                     pass
                 assert await call.code() is grpc.StatusCode.OK

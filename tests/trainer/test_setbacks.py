@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.trainer.checkpoint import DAMAGED, newest, read_progress, read_records
+from learner.trainer.checkpoint import newest, read_progress, read_records
+from learner.trainer.manifest import DAMAGED
 from learner.trainer.model import load_model
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.disk import UNLIMITED, full_beyond, limit_files
@@ -164,9 +165,15 @@ def room_again() -> Iterator[Callable[[], None]]:
 
 
 def test_training_waits_until_its_weights_can_be_written(config: Config, room_again: Callable[[], None]) -> None:
-    metrics = TrainerMetrics()
-    with intake_for(config, answers=filling(1, SMALL)) as intake, when_said("The trainer waits.", room_again):
+    metrics, blocked = TrainerMetrics(), list[float | None]()
+
+    def mend() -> None:
+        blocked.append(metrics.registry.get_sample_value("treegrpo_trainer_blocked"))
+        room_again()
+
+    with intake_for(config, answers=filling(1, SMALL)) as intake, when_said("The trainer waits.", mend):
         assert train(config, metrics=metrics).progress.step == 4
+    assert [*blocked, metrics.registry.get_sample_value("treegrpo_trainer_blocked")] == [1, 0]
     assert [p.version for p in intake.of(Publish)] == ["0.0", "0.1", "0.2", "0.3", "0.4"]
     assert unwritten(metrics, "weights") == 1
     assert leftovers(config) == []

@@ -33,14 +33,14 @@ Serve = Callable[..., Any]
 
 
 class Guard(Protocol):
-    """Counts; see `learner.intake.doors.Watch`."""
+    """Counts; see `learner.intake.doors.Visitors`."""
 
     async def refuse(self, context: Context, reason: str, code: grpc.StatusCode, sentence: str) -> NoReturn: ...
 
     def called(self, peer: str) -> None: ...
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class Doorkeeper(grpc.aio.ServerInterceptor):
     """Lets each role call what is its own, and hangs up on who is slow.
 
     gRPC waits for ever for the one message of a unary call, and for who does not read a stream. So every call is served as

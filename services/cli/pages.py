@@ -1,0 +1,46 @@
+"""The /metrics pages of the learner, as the command reads them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from treegrpo.access import Access, bearer
+from treegrpo.security import within_reach
+
+SCRAPE_SECONDS = 1.0
+
+Scrape = Mapping[str, float]
+"""Samples of a /metrics page by name and labels, sorted by label: ``treegrpo_budget_spent_total/tokens/train``."""
+Read = Callable[[str], Awaitable[Scrape]]
+"""The samples of the page at an address; none while it does not answer, for who reads can do without."""
+
+
+def parse_scrape(text: str) -> Scrape:
+    """The samples of a /metrics page."""
+    return {
+        "/".join((sample.name, *(value for _, value in sorted(sample.labels.items())))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@asynccontextmanager
+async def pages(access: Access) -> AsyncGenerator[Read]:
+    """Read pages for the time of the block."""
+    scheme = "http" if access.keys is None else "https"
+    async with httpx.AsyncClient(
+        timeout=SCRAPE_SECONDS, verify=access.web_context(), headers=bearer(access.metrics_token)
+    ) as client:
+
+        async def read(address: str) -> Scrape:
+            try:
+                page = await client.get(f"{scheme}://{within_reach(address)}/metrics")
+                return parse_scrape(page.raise_for_status().text)
+            except httpx.HTTPError:
+                return {}
+
+        yield read

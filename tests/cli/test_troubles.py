@@ -1,0 +1,77 @@
+"""What `treegrpo up` says of a run that goes on all the same."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from services.cli.pages import pages
+from services.cli.troubles import JOURNAL_BLOCKED, JOURNAL_SHORT, TRAINER_BLOCKED, Troubles
+from tests.cli.workbench import free_ports, two_ports_in_a_row
+from treegrpo.access import OPEN
+from treegrpo.config import Config
+from treegrpo.telemetry import IntakeMetrics, TrainerMetrics, serve
+
+
+def config(run_dir: Path, port: int = 0) -> Config:
+    return Config.model_validate({"run": {"dir": str(run_dir)}, "learner": {"metrics": f"127.0.0.1:{port}"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "begins", "over"),
+    [
+        (JOURNAL_SHORT, "is full: what is under way comes in, but nothing new is granted; make room.", "has room again"),
+        (JOURNAL_BLOCKED, "refuses the journal: nothing is acknowledged or granted", "takes the journal again."),
+        (TRAINER_BLOCKED, "refuses what the trainer has to write: it waits; make room", "has taken what the trainer"),
+    ],
+)
+async def test_a_full_disk_is_said_when_it_is_full_and_when_it_is_not_any_more(
+    tmp_path: Path, name: str, begins: str, over: str
+) -> None:
+    said: list[str] = []
+    troubles = Troubles(config(tmp_path), OPEN, said.append)
+    for page in ({}, {name: 0.0}, {name: 1.0}, {name: 1.0}, {}, {name: 1.0}):  # a part that does not answer changes nothing
+        troubles.look(page)
+    assert [line.removeprefix(f"The disk of {tmp_path} ").startswith(begins) for line in said] == [True]
+    assert troubles.trainer_blocked.is_set() == (name == TRAINER_BLOCKED)
+    troubles.look({name: 0.0})
+    assert len(said) == 2
+    assert over in said[1]
+    assert not troubles.trainer_blocked.is_set()
+
+
+async def test_a_damaged_checkpoint_that_is_passed_over_is_said_once_and_an_old_one_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-000002.damaged").mkdir(parents=True)
+    said: list[str] = []
+    troubles = Troubles(config(tmp_path), OPEN, said.append)
+    new = tmp_path / "checkpoints" / "step-000004.damaged"
+    new.mkdir()
+    troubles.look({})
+    troubles.look({})
+    assert said == [f"A damaged checkpoint is set aside as {new}; the run goes on from the one before."]
+
+
+async def test_it_is_read_from_the_pages_of_intake_and_trainer(tmp_path: Path) -> None:
+    port, said = two_ports_in_a_row(), asyncio.Queue[str]()
+    intake, trainer = IntakeMetrics(), TrainerMetrics()
+    serve(intake, f"127.0.0.1:{port}", "learner.metrics", OPEN)
+    serve(trainer, f"127.0.0.1:{port + 1}", "learner.metrics", OPEN)
+    intake.journal_short.set(1)
+    trainer.blocked.set(1)
+    following = asyncio.create_task(Troubles(config(tmp_path, port), OPEN, said.put_nowait).follow())
+    async with asyncio.timeout(10):
+        assert "nothing new is granted" in await said.get()
+        assert "the trainer has to write" in await said.get()
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_a_page_that_is_refused_is_as_good_as_none(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    serve(IntakeMetrics(), f"127.0.0.1:{port}", "learner.metrics", replace(OPEN, metrics_token=SecretStr("secret")))
+    async with pages(OPEN) as read:
+        assert await read(f"127.0.0.1:{port}") == {}
