@@ -91,8 +91,12 @@ SERVICES = Board(
                 Panel(
                     "Full",
                     "none",
-                    {"no acks": "treegrpo_journal_blocked{@}", "no new leases": "treegrpo_journal_short{@}"},
-                    "1 while the disk refuses the journal, or has no room to spare for it.",
+                    {
+                        "no acks": "treegrpo_journal_blocked{@}",
+                        "no new leases": "treegrpo_journal_short{@}",
+                        "no next step": "treegrpo_trainer_blocked{@}",
+                    },
+                    "1 while the disk refuses the journal, has no room to spare for it, or refuses what the trainer has to write.",
                     width=6,
                 ),
                 Panel(
