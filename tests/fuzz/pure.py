@@ -103,7 +103,7 @@ def presence() -> Callable[[tuple[int, bytes]], None]:
 
 
 def page() -> Callable[[bytes], None]:
-    server = scrape._Server(lambda: b"page", SecretStr("word"), lambda _: None)  # pyright: ignore[reportPrivateUsage]
+    server = scrape._Server(lambda: b"page", lambda: True, SecretStr("word"), lambda _: None)  # pyright: ignore[reportPrivateUsage]
 
     def ask(data: bytes) -> None:
         assert server._answer(data).startswith(b"HTTP/1.1 ")  # pyright: ignore[reportPrivateUsage]
