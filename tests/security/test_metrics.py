@@ -31,6 +31,13 @@ async def test_prometheus_scrapes_with_certificate_authority_and_token(made: Pat
         assert (await web.get(f"https://{address}/metrics")).status_code == 401
 
 
+async def test_whether_it_serves_is_everybodys_to_know_and_no_more(made: Path) -> None:
+    who = access(made, Role.LEARNER)
+    async with client(who) as web:
+        health = await web.get(f"https://{metrics(who)}/health")
+    assert (health.status_code, health.text) == (503, "not yet\n")
+
+
 async def test_a_samplers_metrics_are_asked_for_by_its_role(made: Path) -> None:
     who = access(made, Role.SAMPLER)
     address = metrics(who)
