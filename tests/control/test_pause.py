@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from learner.intake.pause import MARK, begin, remember
+from services.sampler import service
 from tests.control.brokers import Broker
 from treegrpo.control import ControlPlane, Member, RunState, publish_state
 
@@ -50,3 +51,18 @@ async def test_a_pause_is_noted_until_somebody_says_running(broker: Broker, run:
             assert (tmp_path / MARK).exists() == noted
         noting.cancel()
         await asyncio.gather(noting, return_exceptions=True)
+
+
+async def test_a_sampler_that_is_started_while_the_run_drains_waits_until_it_goes_on(
+    broker: Broker, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger=service.__name__)
+    await publish_state(broker.address, run, RunState.DRAINING)
+    async with ControlPlane.connect(broker.address, run, Member("late", "sampler", 1)) as late, asyncio.timeout(30):
+        starting = asyncio.create_task(service._not_draining(late))  # pyright: ignore[reportPrivateUsage]
+        await late.settled()
+        await asyncio.sleep(0)  # whoever waits for the same has had its turn
+        assert "waiting until it goes on" in caplog.text
+        assert not starting.done()
+        await publish_state(broker.address, run, RunState.RUNNING)
+        await starting
