@@ -14,7 +14,7 @@ import yaml
 from services.cli.certs import certs
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl here")
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl here; Debian's 1.20 is too old")
 
 
 @pytest.fixture(scope="module")
