@@ -132,13 +132,13 @@ def _compare(found: Audit, books: Books, line: Row, first: int) -> None:
 
 
 def account(found: Audit, books: Books, aside: dict[int, str]) -> None:
-    """At the end of a run every draw is trained, or there is a word about it."""
+    """At the end of a run every draw is trained, or there is a word about it. Too old is none while batch and bound stay."""
     trained = set(books.line[: found.trained])
     for number, draw in sorted(books.draws.items()):
         if number in trained:
             continue
         if number in books.stale:
-            found.accounted["stale"] += 1
+            found.lost.append(f"draw {number} was left out as stale, and nobody has lowered the bound")
         elif number in aside:
             found.accounted[aside[number]] += 1
         else:

@@ -98,11 +98,23 @@ def leave_a_lease_open(run: Run) -> None:
     run.journal.append(events.granted(run.book.open[grant(run.book)]))
 
 
+def leave_a_group_out_as_too_old(run: Run) -> None:
+    run.journal.append(events.taken([], [run.roll_out()]))
+
+
 def train_beyond_the_journal(run: Run) -> None:
     run.position += 1
 
 
-LOSSES = [drop_a_group, drop_leaves, skip_positions, forget_a_draw, leave_a_lease_open, train_beyond_the_journal]
+LOSSES = [
+    drop_a_group,
+    drop_leaves,
+    skip_positions,
+    forget_a_draw,
+    leave_a_lease_open,
+    leave_a_group_out_as_too_old,
+    train_beyond_the_journal,
+]
 
 
 @pytest.mark.parametrize("spoil", LOSSES, ids=lambda spoil: spoil.__name__)
