@@ -92,12 +92,6 @@ def test_every_panel_and_every_alert_has_an_answer(stack: Stack) -> None:
     assert firing <= {"LearnerStarved", "SamplersStarved", "JournalDiskNearlyFull"}, "of a small machine"
 
 
-def test_the_panels_can_be_drawn(stack: Stack, tmp_path: Path) -> None:
-    folder = Path(os.environ.get("DASHBOARD_IMAGES", str(tmp_path)))
-    for board in BOARDS:
-        assert render(board, stack.prometheus, folder, 5).stat().st_size > 10_000
-
-
 def test_a_killed_replica_is_replaced_and_the_run_goes_on(stack: Stack) -> None:
     before = stack.value("treegrpo_step")
     victim = stack.containers("sampler")[0]
@@ -133,6 +127,12 @@ def test_the_broker_takes_commands_of_the_operator(stack: Stack) -> None:
     stack.until("no engine computes", lambda: stack.value(decoded) == 0, 180)
     stack.do("run", "--rm", "operator", "state", "running", "/data/geohop.toml")
     stack.until("they go on", lambda: stack.value(decoded) > 0, 120)
+
+
+def test_the_panels_can_be_drawn(stack: Stack, tmp_path: Path) -> None:
+    folder = Path(os.environ.get("DASHBOARD_IMAGES", str(tmp_path)))
+    for board in BOARDS:
+        assert render(board, stack.prometheus, folder, 5).stat().st_size > 10_000
 
 
 def test_nobody_is_root_and_nothing_can_be_written(stack: Stack) -> None:
