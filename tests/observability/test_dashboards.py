@@ -23,7 +23,6 @@ NAME = re.compile(r"\btreegrpo_\w+")
 PART = re.compile(r"_(bucket|sum|count)$")
 NOT_SHOWN = {
     "treegrpo_rollout_tokens_total": "the ledger has what was computed, and the depth panel what was cached",
-    "treegrpo_rollout_unique_tokens_total": "rollout_recomputed_ratio is made of it",
 }
 """Metrics that no board and no alert asks for, with the reason."""
 
