@@ -23,6 +23,7 @@ NAME = re.compile(r"\btreegrpo_\w+")
 PART = re.compile(r"_(bucket|sum|count)$")
 NOT_SHOWN = {
     "treegrpo_rollout_tokens_total": "the ledger has what was computed, and the depth panel what was cached",
+    "treegrpo_rollout_unique_tokens_total": "what the trainer's packs hold; trained_token_ratio says what that saves",
 }
 """Metrics that no board and no alert asks for, with the reason."""
 

@@ -103,7 +103,7 @@ BUDGET = Board(
                     "short",
                     {
                         "spent": 'sum(rate(treegrpo_budget_spent_total{@, kind="train", currency="tokens"}[5m]))',
-                        "needed": 'sum(rate(treegrpo_rollout_unique_tokens_total{@, kind="train"}[5m]))',
+                        "needed": 'sum(rate(treegrpo_rollout_chain_equivalent_total{@, kind="train", currency="tokens"}[5m])) * (1 - avg(treegrpo_rollout_saving_ratio{@, kind="train", currency="tokens"}))',
                         "chain equivalent": 'sum(rate(treegrpo_rollout_chain_equivalent_total{@, kind="train", currency="tokens"}[5m]))',
                     },
                     "Tokens per second: what was computed, what of it had to be, and what chains to the same leaves would have needed.",
