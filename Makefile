@@ -3,19 +3,23 @@
 # make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
 # make lint    style, types, import contracts, contract and stubs
 # make bench   the benchmarks: rollout, training on trees
+# make sglang-cpu   SGLang in an environment of its own, .venv-sglang, for a machine without a GPU (2 GB)
+# make test-sglang  set it up, then run the tests on real SGLang servers (minutes)
 # make chaos   kill, stop and cut off every part of a run, sixty times, and audit what it wrote down (half an hour)
 # make protos  generate the stubs in treegrpo/v1 again
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint protos bench chaos
+.PHONY: help setup demo test lint protos bench chaos sglang-cpu test-sglang
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 READY := .venv/.ready
 RUN_DIR ?= runs/demo
 ARGS ?=
+SGLANG := .venv-sglang
+SGLANG_READY := $(SGLANG)/.ready
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -51,6 +55,22 @@ lint: $(READY)
 bench: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.rollout
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.packing
+
+sglang-cpu: $(SGLANG_READY)
+
+# SGLang pins its own torch and transformers. What it asks for beyond these files is CUDA, hence --no-deps; the shims stand in for it.
+$(SGLANG_READY): $(wildcard deploy/sglang/requirements-*.txt) Makefile
+	@echo "Setting up $(SGLANG); it takes a few minutes and 2 GB."
+	@test -x $(SGLANG)/bin/python || "$(PYTHON)" -m venv $(SGLANG)
+	@$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check -r deploy/sglang/requirements-torch.txt
+	@$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r deploy/sglang/requirements-cpu-nodeps.txt
+	@$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check -r deploy/sglang/requirements-cpu.txt
+	@echo "$(CURDIR)/deploy/sglang/shims" > "$$($(SGLANG)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/treegrpo-shims.pth"
+	@SGLANG_USE_CPU_ENGINE=1 $(SGLANG)/bin/python -c 'import sglang.launch_server'
+	@touch $@
+
+test-sglang: $(READY) $(SGLANG_READY)
+	@SGLANG_PYTHON=$(SGLANG)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sglang --timeout 600 $(ARGS)
 
 chaos: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)

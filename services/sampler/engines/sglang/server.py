@@ -1,0 +1,131 @@
+"""One server as the engine sees it: is it up, how full is it, which weights does it serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from services.sampler.engines.sglang.answers import Answer, Load
+from services.sampler.engines.sglang.api import Api
+from services.sampler.engines.sglang.draft import Draft
+from services.sampler.engines.sglang.pressure import Pressure
+from services.sampler.engines.sglang.stage import Staged
+from treegrpo.errors import UnavailableError, WeightsError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Server:
+    """State of one server; the engine's tasks change it, all on one event loop."""
+
+    api: Api
+    pressure: Pressure
+    up: bool = False
+    serves: Staged | None = None
+    """None: nobody knows."""
+    swapping: bool = False
+    load: Load | None = None
+    suspect: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by whoever has reason to think that it is gone."""
+    asking: set[asyncio.Task[Answer]] = field(default_factory=set[asyncio.Task[Answer]])
+    """Requests on their way."""
+    aborting: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    taken: int = 0
+    """Places that are taken by requests."""
+
+    @property
+    def has_room(self) -> bool:
+        return self.up and not self.swapping and self.taken < self.pressure.limit
+
+    @property
+    def fullness(self) -> float:
+        return self.taken / self.pressure.limit
+
+    async def ask(self, draft: Draft) -> Answer:
+        """Let it go on with ``draft``. Cancelling the call ends the request over there.
+
+        Raises:
+            UnavailableError, DeadlineError, ContractError, EngineError: see `Api`; or it was lost meanwhile.
+        """
+        rid, space = uuid4().hex, str(self.serves.version) if self.serves else ""
+        asking = asyncio.create_task(self.api.generate(draft.request(rid, space)), name=f"sglang-{rid}")
+        self.asking.add(asking)
+        try:
+            await asyncio.wait({asking})
+            if asking.cancelled():
+                raise UnavailableError(f"The SGLang server at {self.api.url} was lost while it computed.")
+            answer = asking.result()
+        except BaseException:
+            asking.cancel()
+            self._abort(rid)
+            raise
+        finally:
+            self.asking.discard(asking)
+        self.pressure.retracted(max(0, answer.retractions - sum(start > 0 for _, start in answer.versions)))
+        return answer
+
+    def lose(self) -> None:
+        """It is gone, or hangs: whoever waits for it learns it now."""
+        self.up, self.serves, self.load = False, None, None
+        for asking in self.asking:
+            asking.cancel()
+
+    async def swap(self, new: Staged) -> None:
+        """Serve ``new``; requests that run go on with it.
+
+        Raises:
+            WeightsError: it refused; it serves what it served before.
+            UnavailableError, DeadlineError, ContractError, EngineError: it failed on the way; what it serves is not known.
+        """
+        self.swapping = True
+        old, self.serves = self.serves, None
+        try:
+            await self.api.pause()
+            try:
+                await self.api.update(new.version, new.path)
+            except WeightsError:
+                if old is not None:
+                    log.warning("weights %s were refused; %s are read again", new.version, old.version)
+                    await self.api.update(old.version, old.path)
+                    self.serves = old
+                raise
+            finally:
+                await self.api.resume()
+            self.serves = new
+        finally:
+            self.swapping = False
+
+    def _abort(self, rid: str) -> None:
+        """End a request that nobody waits for any more, without waiting for that."""
+        if not self.up:
+            return
+        task = asyncio.create_task(self.api.abort(rid), name=f"sglang-abort-{rid}")
+        self.aborting.add(task)
+        task.add_done_callback(self.aborting.discard)
+
+    async def close(self) -> None:
+        """End what is on its way."""
+        for tasks in (self.asking, self.aborting):
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def wake(server: Server, served: Staged, *, trusted: bool) -> None:
+    """Make a server that answers serve ``served``; ``trusted``: it was started with exactly that.
+
+    Raises a TreeGrpoError if it cannot be used.
+    """
+    await server.api.health()
+    # Somebody who died in the middle of an update may have left it paused, or with other weights of the same name.
+    await server.api.resume()
+    if trusted:
+        server.serves = served
+        return
+    try:
+        await server.swap(served)
+    except WeightsError as error:
+        raise UnavailableError(f"{error} It is left out until it serves version {served.version}.") from error
