@@ -79,6 +79,9 @@ class Reading:
             return Outcome(state, None)
         return Outcome(state + 1, self.words(40), (ToolCall("read", action),))
 
+    async def probe(self) -> None:
+        return
+
     async def fork(self, state: int) -> int:
         return state
 

@@ -19,7 +19,8 @@ from learner.trainer.launch import run
 from learner.trainer.loop import main
 from learner.trainer.ranks import Ranks
 from treegrpo.config import Config
-from treegrpo.errors import DeadlineError, UnavailableError
+from treegrpo.edge import FAILED
+from treegrpo.errors import DeadlineError, RunError, UnavailableError
 from treegrpo.handoff import IntakeClient, socket_path
 from treegrpo.leash import leashed
 
@@ -37,7 +38,13 @@ def learn(config: Config, ranks: Ranks) -> None:
 
 @contextmanager
 def intake(config: Config, ranks: Ranks) -> Generator[None]:
-    """An intake for the time of the block. Raises UnavailableError if it ends at once, DeadlineError if it is not ready."""
+    """An intake for the time of the block.
+
+    Raises:
+        RunError: it ended at once, for a reason that stays.
+        UnavailableError: it ended at once, for one that may pass.
+        DeadlineError: it is not ready in time.
+    """
     path = socket_path(config.run.dir)
     own = _start() if ranks.is_first and not _serves(path) else None
     try:
@@ -65,7 +72,8 @@ def _wait(own: subprocess.Popen[bytes] | None, path: str) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while own is not None and not _serves(path):
         if own.poll() is not None:
-            raise UnavailableError(f"The intake ended with code {own.returncode} before it served; its last words are above.")
+            kind = RunError if own.returncode == FAILED else UnavailableError
+            raise kind(f"The intake ended with code {own.returncode} before it served; its last words are above.")
         if time.monotonic() > deadline:
             raise DeadlineError(f"The intake was not ready within {READY_SECONDS:.0f} s; see what it logged.")
         time.sleep(RETRY_SECONDS)

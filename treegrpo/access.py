@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import SecretStr
 
 from treegrpo.errors import ConfigError
+from treegrpo.renewal import Renewal, Stamp, stamp
 from treegrpo.security import Role, SecurityConfig, check_address, check_url, is_local, role_of
 
 WORLD = 0o007
@@ -38,8 +39,7 @@ class Pem(NamedTuple):
     key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
+class Keys(NamedTuple):
     """The files of one role's certificate."""
 
     ca: Path
@@ -51,6 +51,14 @@ class Keys:
         """As the files are now: they may have been renewed. Raises ConfigError."""
         ca, certificate = read(self.ca, "the authorities to trust"), read(self.certificate, "the certificate")
         return Pem(ca, certificate, read_secret(self.key, "the private key"))
+
+    @property
+    def stamp(self) -> Stamp:
+        """Another one when the files were renewed. Raises ConfigError."""
+        try:
+            return stamp(self)
+        except OSError as error:
+            raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); see security.dir.") from error
 
     def check(self, role: Role) -> None:
         """Raise ConfigError when the certificate is not the key's, not the CA's, not this role's, or out of date."""
@@ -75,11 +83,9 @@ class Keys:
             says = f"the role {found[0].value}" if found else "no role"
             raise ConfigError(f"{self.certificate} has {says}; this process needs one for the role {role.value}.")
 
-    def server_context(self) -> ssl.SSLContext:
-        """For what listens with Python's own TLS: /metrics, the retriever. Raises ConfigError."""
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(self.certificate, self.key)
-        return context
+    def server_context(self, *, ask: bool) -> ssl.SSLContext:
+        """For what listens with Python's own TLS, with the files as they are at each handshake; ``ask``: for a certificate."""
+        return Renewal(self, ask=ask).context()
 
     def client_context(self) -> ssl.SSLContext:
         """For what connects with it; the server must have the name or address that it is reached at."""
@@ -137,9 +143,9 @@ class Access:
         """`check_reach` for a URL."""
         check_url(key, url, safe=self.insecure_network)
 
-    def server_context(self) -> ssl.SSLContext | None:
-        """TLS for what listens; None: plain."""
-        return None if self.keys is None else self.keys.server_context()
+    def server_context(self, *, ask: bool = False) -> ssl.SSLContext | None:
+        """TLS for what listens; None: plain. Who connects is asked for a certificate too if ``ask``."""
+        return None if self.keys is None else self.keys.server_context(ask=ask)
 
     def client_context(self) -> ssl.SSLContext | None:
         """TLS for MQTT; None: plain."""

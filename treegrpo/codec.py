@@ -25,6 +25,7 @@ _STATUS = {
     StepStatus.TRUNCATED: tree_pb2.STEP_STATUS_TRUNCATED,
     StepStatus.ENGINE_ERROR: tree_pb2.STEP_STATUS_ENGINE_ERROR,
     StepStatus.TOOL_ERROR: tree_pb2.STEP_STATUS_TOOL_ERROR,
+    StepStatus.ENVIRONMENT_ERROR: tree_pb2.STEP_STATUS_ENVIRONMENT_ERROR,
 }
 _KIND = {LeaseKind.TRAIN: rollout_pb2.LEASE_KIND_TRAIN, LeaseKind.EVAL: rollout_pb2.LEASE_KIND_EVAL}
 _REASON = {
@@ -44,13 +45,13 @@ _REASON_OF = {v: k for k, v in _REASON.items()}
 def _ids(data: bytes, field: str, where: str) -> TokenIds:
     if len(data) % IDS.itemsize:
         raise TreeError(f"{where}: {field} is {len(data)} bytes long, which is no whole number of uint32 ids.", field)
-    return np.frombuffer(data, IDS).astype(np.uint32)
+    return np.frombuffer(data, IDS).astype(np.uint32, copy=False)
 
 
 def _logprobs(data: bytes, where: str) -> Logprobs:
     if len(data) % LOGPROBS.itemsize:
         raise TreeError(f"{where}: logprobs is {len(data)} bytes long, which is no whole number of float32 values.", "logprobs")
-    return np.frombuffer(data, LOGPROBS).astype(np.float32)
+    return np.frombuffer(data, LOGPROBS).astype(np.float32, copy=False)
 
 
 def version_to_pb(version: PolicyVersion) -> tree_pb2.PolicyVersion:
@@ -98,7 +99,7 @@ def step_from_pb(pb: tree_pb2.Step, tree: str) -> Step:
         action=_ids(pb.action, "action", where),
         logprobs=_logprobs(pb.logprobs, where),
         observation=_ids(pb.observation, "observation", where),
-        spans=tuple(VersionSpan(version_from_pb(s.version), s.start, s.end) for s in pb.spans),
+        spans=tuple([VersionSpan(version_from_pb(s.version), s.start, s.end) for s in pb.spans]),
         status=_STATUS_OF[pb.status],
         tool=pb.tool,
         tool_arguments=pb.tool_arguments,
@@ -127,10 +128,15 @@ def subtree_from_pb(pb: tree_pb2.Subtree, group: str = "") -> Subtree:
         tree=pb.tree,
         index=pb.index,
         parent=pb.parent,
-        steps=tuple(step_from_pb(step, where) for step in pb.steps),
-        leaves=tuple(Leaf(leaf.node, dict(leaf.rewards), dict(leaf.metrics)) for leaf in pb.leaves),
+        steps=tuple([step_from_pb(step, where) for step in pb.steps]),
+        leaves=tuple([Leaf(leaf.node, dict(leaf.rewards), dict(leaf.metrics)) for leaf in pb.leaves]),
         prompt=_ids(pb.prompt, "prompt", where),
     )
+
+
+def subtree_to_bytes(subtree: Subtree) -> bytes:
+    """Its message as the journal and snapshots keep it and the trainer gets it."""
+    return subtree_to_pb(subtree).SerializeToString()
 
 
 def subtree_cost(pb: tree_pb2.Subtree) -> Cost:

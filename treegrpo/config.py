@@ -22,10 +22,8 @@ class RunConfig(Section):
     name: str = Field(default="treegrpo", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     """Names the run: the MQTT topics begin with treegrpo/NAME."""
     dir: Path = Path("runs/treegrpo")
-    """Everything the run writes: journal, weights, checkpoints, progress, logs, plot."""
+    """Everything the run writes: journal, weights, checkpoints, progress, logs, plot. A run that it holds goes on."""
     seed: int = Field(default=0, ge=0)
-    resume: bool = False
-    """Continue the run in `dir` from its last checkpoint; without it a used directory is refused."""
 
 
 class ModelConfig(Section):

@@ -86,8 +86,12 @@ class ControlPlane:
         self._ours: dict[str, bytes] = {}
         self._settled = asyncio.Event()
         self.state = RunState.RUNNING
+        self.told: RunState | None = None
+        """What the broker said the state is; None while it has said nothing."""
         self.version: PolicyVersion | None = None
         self.members: dict[str, Member] = {}
+        self.lost: tuple[str, float] | None = (address, time.monotonic())
+        """The broker's address and since when (time.monotonic) there is no connection to it; None while there is one."""
 
     async def set_state(self, state: RunState) -> None:
         """Tell everybody, now and later, what the run shall do."""
@@ -125,7 +129,7 @@ class ControlPlane:
             await client.publish(mine, self._member.payload(), qos=1, retain=True)
             for topic, payload in self._ours.items():
                 await client.publish(f"{self._prefix}/{topic}", payload, qos=1, retain=True)
-            self._client = client
+            self._client, self.lost = client, None
             connected.set()
             try:
                 async for message in client.messages:
@@ -134,7 +138,7 @@ class ControlPlane:
                         self._buried = False
                         await client.publish(mine, self._member.payload(), qos=1, retain=True)
             finally:
-                self._client = None
+                self._client, self.lost = None, (self._address, time.monotonic())
                 with contextlib.suppress(aiomqtt.MqttError):  # a clean goodbye; a lost connection sends the will instead
                     await client.publish(mine, replace(self._member, alive=False).payload(), qos=1, retain=True)
 
@@ -142,7 +146,7 @@ class ControlPlane:
         try:
             _check_size(payload)
             if topic == "state":
-                self.state = RunState(payload.decode())
+                self.state = self.told = RunState(payload.decode())
             elif topic == "weights":
                 self.version = PolicyVersion.parse(payload.decode())
             elif topic.startswith("members/"):

@@ -1,4 +1,10 @@
-"""The edge of every process: arguments in; one sentence and an exit code out."""
+"""The edge of every process: arguments in; one sentence and an exit code out.
+
+0     the end of its work, or it drained as it was told
+2     an error that stays until somebody does something: configuration, data, model, a taken port, a damaged journal
+75    an error that may pass: a peer that does not answer, a deadline; start it again
+else  a crash, or a signal; start it again
+"""
 
 from __future__ import annotations
 
@@ -16,6 +22,8 @@ from treegrpo.settings import from_arguments
 ERROR_MARK = "error: "
 """What a process's last words begin with."""
 FAILED = 2
+PASSING = 75
+"""EX_TEMPFAIL of sysexits.h."""
 
 
 def run_service(service: Callable[[Config], Coroutine[Any, Any, None]], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -41,7 +49,12 @@ def complain(error: BaseException) -> int:
     if ours is None:
         raise error
     print(f"{ERROR_MARK}{ours}", file=sys.stderr, flush=True)
-    return FAILED
+    return exit_code(ours)
+
+
+def exit_code(error: TreeGrpoError) -> int:
+    """What a process ends with after ``error``."""
+    return PASSING if error.passes else FAILED
 
 
 def find(error: BaseException) -> TreeGrpoError | None:

@@ -8,20 +8,34 @@
     ├── ContractError     (ValueError)       a message that breaks the contract between services
     │   └── TreeError                        a tree, or a part of one, that cannot be trained on
     ├── JournalError      (OSError)          a journal that cannot be written or read
+    ├── DiskError         (OSError)          a disk that is full or fails for now; what was being written is not there
     ├── AddressInUseError (OSError)          a port that somebody else holds
     ├── UnavailableError  (ConnectionError)  a peer that is not there
     ├── DeadlineError     (TimeoutError)     a wait that ran out of time
     ├── RankError         (RuntimeError)     another process of the trainer failed
+    ├── RunError          (RuntimeError)     the run leads nowhere, or a part of it ended for good
     ├── EngineError       (RuntimeError)     generation failed; the node is retried, then excluded
-    └── ToolError         (RuntimeError)     a tool failed; the node is retried, then excluded
+    │   └── EngineAwayError                  the engine is not there; it is waited for
+    ├── ToolError         (RuntimeError)     a tool failed; the node is retried, then excluded
+    │   └── ToolAwayError                    a tool is not there; it is waited for
+    ├── AwayError                            either of these two: no fault of what was asked
+    └── EnvironmentFaultError (RuntimeError) an environment did what none may do; the node is excluded
 
-The message of each is one sentence that names the file, key or address and says what to do. The command line
-prints that sentence and exits with code 2; nothing else catches the base class.
+The message of each is one sentence that names the file, key or address and says what to do. A process that ends with
+one prints that sentence; its exit code says whether it is worth while to start it again (`treegrpo.edge`). Nothing else
+catches the base class.
 """
+
+from __future__ import annotations
+
+from typing import ClassVar
 
 
 class TreeGrpoError(Exception):
     """Base of all errors raised on purpose."""
+
+    passes: ClassVar[bool] = False
+    """Whether the same, tried again a little later, may go well without anybody's help."""
 
 
 class ConfigError(TreeGrpoError, ValueError):
@@ -38,6 +52,8 @@ class ModelError(TreeGrpoError, ValueError):
 
 class WeightsError(TreeGrpoError, ValueError):
     """A policy version is incomplete, corrupt or does not fit the model."""
+
+    passes = True
 
 
 class ContractError(TreeGrpoError, ValueError):
@@ -60,6 +76,19 @@ class JournalError(TreeGrpoError, OSError):
     """The journal cannot be written or read."""
 
 
+class DiskError(TreeGrpoError, OSError):
+    """A disk is full or fails for now; nothing is left of what was being written, which may be tried again."""
+
+    passes = True
+
+    def __init__(self, number: int, message: str) -> None:
+        """``number`` is the system's errno, by which such errors are counted."""
+        super().__init__(number, message)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class AddressInUseError(TreeGrpoError, OSError):
     """An address to listen on is taken."""
 
@@ -67,18 +96,69 @@ class AddressInUseError(TreeGrpoError, OSError):
 class UnavailableError(TreeGrpoError, ConnectionError):
     """A service that is needed does not answer at its address."""
 
+    passes = True
+
 
 class DeadlineError(TreeGrpoError, TimeoutError):
     """A wait ended without what was waited for."""
+
+    passes = True
 
 
 class RankError(TreeGrpoError, RuntimeError):
     """Another rank of the trainer failed, for a reason that it gives itself."""
 
+    passes = True
+
+
+class RunError(TreeGrpoError, RuntimeError):
+    """The run cannot go on without help: its work leads nowhere, or a part ended and starting it again did not help."""
+
 
 class EngineError(TreeGrpoError, RuntimeError):
     """The engine could not generate."""
 
+    passes = True
+
 
 class ToolError(TreeGrpoError, RuntimeError):
     """A tool of the environment could not answer."""
+
+    passes = True
+
+
+class AwayError(TreeGrpoError):
+    """Something that is needed is not there, or says so itself. What was asked of it may be asked again when it is back."""
+
+    passes = True
+
+    def __init__(self, part: str, address: str, reason: str, *, certain: bool) -> None:
+        """What is away, and how that shows.
+
+        Args:
+            part: one word for metrics and sentences, like ``retriever``.
+            address: where it should be.
+            reason: how the sentence goes on after part and address: ``does not answer (ConnectError)``.
+            certain: no question can be at fault. A time-out or a crash may be the doing of what was asked: then it counts
+                as away only if it does not answer a harmless question either.
+        """
+        super().__init__(part, address, reason)
+        self.part = part
+        self.certain = certain
+        self.what = f"the {part} at {address}"
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.reason}"
+
+
+class EngineAwayError(AwayError, EngineError):
+    """The engine's server is not there, restarts or is overloaded."""
+
+
+class ToolAwayError(AwayError, ToolError):
+    """A tool is not there, restarts or is overloaded."""
+
+
+class EnvironmentFaultError(TreeGrpoError, RuntimeError):
+    """An environment raised what it should not, or gave what nobody could train on."""

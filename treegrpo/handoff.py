@@ -9,12 +9,14 @@
                                    ◄── Done
     Evaluate(version)              ──► rolls out the held-out questions once per version, however often it is asked
                                    ◄── Evaluation(done, ...)
-    Report(values)                 ──► appends a line to the run's progress file
+    Report(values)                 ──► appends a line to the run's progress file, unless it has it
                                    ◄── Done
+                                   ◄── Refused(reason), to any of these that cannot be right
 
-The trainer asks, the intake answers, one request at a time. A message is a msgpack map behind its length in 4
-little-endian bytes. A position counts the training groups closed since the run began: like a consumer's offset in the
-journal, it is kept by the trainer, in its checkpoint.
+The trainer asks, the intake answers, one request at a time. Each may be asked again, by a trainer that never got the
+answer, and is then not done twice; so either side may start again at any moment. A message is a msgpack map behind its
+length in 4 little-endian bytes. A position counts the training groups closed since the run began: like a consumer's
+offset in the journal, it is kept by the trainer, in its checkpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any, TypeVar, cast
 import msgpack
 from google.protobuf.message import DecodeError
 
-from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_pb
+from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_bytes
 from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.step import Subtree
 from treegrpo.tree import Group
@@ -90,6 +92,7 @@ class Evaluation:
 @dataclass(frozen=True, slots=True)
 class Report:
     values: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The record of a step; `step`, `version` and `position` say which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +100,16 @@ class Done:
     pass
 
 
-Message = Take | Taken | Publish | Covered | Evaluate | Evaluation | Report | Done
-_TYPES: dict[str, type[Message]] = {t.__name__: t for t in (Take, Taken, Publish, Covered, Evaluate, Evaluation, Report, Done)}
+@dataclass(frozen=True, slots=True)
+class Refused:
+    reason: str
+    """One sentence. Asking again would not help."""
+
+
+Message = Take | Taken | Publish | Covered | Evaluate | Evaluation | Report | Done | Refused
+_TYPES: dict[str, type[Message]] = {
+    t.__name__: t for t in (Take, Taken, Publish, Covered, Evaluate, Evaluation, Report, Done, Refused)
+}
 Answer = TypeVar("Answer", Taken, Evaluation, Done)
 
 
@@ -112,16 +123,13 @@ def socket_path(run_dir: Path) -> str:
 
 def pack_group(group: Group, subtrees: list[Subtree]) -> bytes:
     """A closed group as it crosses the socket: its question and its subtrees in the order they were accepted."""
-    return cast(
-        "bytes",
-        msgpack.packb(
-            {
-                "id": group.id,
-                "question": question_to_pb(group.question).SerializeToString(),
-                "subtrees": [subtree_to_pb(subtree).SerializeToString() for subtree in subtrees],
-            }
-        ),
-    )
+    return pack_encoded(group, [subtree_to_bytes(subtree) for subtree in subtrees])
+
+
+def pack_encoded(group: Group, subtrees: list[bytes]) -> bytes:
+    """The same, of subtrees that have kept their messages."""
+    question = question_to_pb(group.question).SerializeToString()
+    return cast("bytes", msgpack.packb({"id": group.id, "question": question, "subtrees": subtrees}))
 
 
 def unpack_group(data: bytes) -> Group:
@@ -184,13 +192,20 @@ class IntakeClient:
             raise UnavailableError(f"The intake does not answer at {path}; start `treegrpo learner`, which runs both.") from error
 
     def ask(self, request: Message, answer: type[Answer]) -> Answer:
-        """Send ``request`` and wait for its answer. Raises UnavailableError when the intake is gone."""
+        """Send ``request`` and wait for its answer.
+
+        Raises:
+            UnavailableError: the intake is gone or does not answer; this client is of no use any more.
+            ContractError: the intake refuses the request, or is of another version.
+        """
         try:
             self._socket.sendall(encode(request))
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
             reply = decode(self._read(length))
         except OSError as error:
             raise UnavailableError("The intake went away or did not answer in time; see its log.") from error
+        if isinstance(reply, Refused):
+            raise ContractError(reply.reason)
         if not isinstance(reply, answer):
             raise ContractError(f"The intake answered {type(request).__name__} with {type(reply).__name__}.")
         return reply

@@ -29,16 +29,16 @@ class LeaseEndReason(Enum):
     """The grant would not have covered another step."""
     FAILED = "failed"
     LOST = "lost"
-    """The sampler went away or fell silent. This and what follows is the learner's own word, never a sampler's."""
+    """The sampler went away or fell silent. This is the learner's own word, never a sampler's."""
     RETURNED = "returned"
-    """Back unfinished through no fault of its question: its sampler drains, or never saw the lease."""
+    """Back unfinished through no fault of its question: its sampler drains or lacks a tool that is away, or never saw it."""
     INTERRUPTED = "interrupted"
-    """The learner was away, and the sampler did not come back to it."""
+    """The learner was away, and the sampler did not come back to it. Never a sampler's word either."""
 
     @property
     def samplers_word(self) -> bool:
         """A sampler may say so of its lease."""
-        return self in (LeaseEndReason.COMPLETE, LeaseEndReason.STOPPED, LeaseEndReason.BUDGET, LeaseEndReason.FAILED)
+        return not self.silent
 
     @property
     def unfinished(self) -> bool:

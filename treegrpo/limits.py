@@ -16,8 +16,10 @@ HANDSHAKE_SECONDS = 10.0
 """From connecting to the end of the TLS handshake and the first frames; from asking for a stream to Hello."""
 IDLE_SECONDS = 300.0
 """A gRPC connection without any call is closed after this."""
+CHUNK_SECONDS = 60.0
+"""The longest that one chunk of weights may wait for who asked for it."""
 NAME_BYTES = 64
-"""The name of a sampler or of an engine."""
+"""The name of a sampler or of an engine, and the id of a lease."""
 CONTROL_BYTES = 64 << 10
 """One MQTT message. The largest of ours has a few hundred bytes."""
 QUESTION_BYTES = 1 << 20
@@ -27,6 +29,6 @@ REQUEST_BYTES = 1 << 20
 HEADER_BYTES = 16 << 10
 """The head of an HTTP request."""
 REQUEST_SECONDS = 10.0
-"""From the first byte of an HTTP request to the last."""
+"""From the first byte of an HTTP request, or of a unary call, to the last; and without reading anything of the answer."""
 SCRAPERS = 32
 """Connections to one /metrics at once."""

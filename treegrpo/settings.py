@@ -32,6 +32,10 @@ from treegrpo.errors import ConfigError
 from treegrpo.section import Input, Section
 
 ENV_PREFIX = "TREEGRPO_"
+GONE = dict.fromkeys(
+    ("run.resume", "resume"), "a run goes on by itself where it stopped; leave it out, or begin anew in another run.dir"
+)
+"""Keys and flags of earlier versions, with what is right now."""
 
 
 class _Settings(Config, BaseSettings):
@@ -135,6 +139,8 @@ def check_name(name: str, where: str) -> None:
     """Raise ConfigError that names the nearest key unless ``name`` is one."""
     sections = {section: cast("type[Section]", field.annotation) for section, field in Config.model_fields.items()}
     names = [f"{section}.{key}" for section, model in sections.items() for key in model.model_fields]
+    if name in GONE:
+        raise ConfigError(f"{where}: {name} is gone: {GONE[name]}.")
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{where}: {name} is no configuration key; the nearest is {near}.")

@@ -63,11 +63,13 @@ class StepStatus(Enum):
     """The turn or the context was full: a leaf, scored as it is."""
     ENGINE_ERROR = "engine_error"
     TOOL_ERROR = "tool_error"
+    ENVIRONMENT_ERROR = "environment_error"
+    """The environment itself is wrong: it raised, or scored with what is no number."""
 
     @property
     def failed(self) -> bool:
         """A failed step is never a leaf with a reward; its branch is left out and counted."""
-        return self in (StepStatus.ENGINE_ERROR, StepStatus.TOOL_ERROR)
+        return self not in (StepStatus.OK, StepStatus.TRUNCATED)
 
     @property
     def final(self) -> bool:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Callable, Iterable
 from contextlib import closing
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from treegrpo.access import Access
 from treegrpo.errors import AddressInUseError, ConfigError
@@ -25,6 +27,9 @@ class _Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.refresh: Callable[[], None] = lambda: None
+        """Called before each scrape, in its thread: brings up to date what is not counted as it happens."""
+        self.registry.register(_Before(self))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"treegrpo_{name}", text, labels, registry=self.registry)
@@ -34,6 +39,17 @@ class _Metrics:
 
     def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
         return Histogram(f"treegrpo_{name}", text, labels, registry=self.registry, buckets=SECONDS)
+
+
+class _Before(Collector):
+    """The first of the registry to be asked at a scrape; it has nothing to say itself."""
+
+    def __init__(self, metrics: _Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        self._metrics.refresh()
+        return ()
 
 
 class IntakeMetrics(_Metrics):
@@ -75,7 +91,8 @@ class IntakeMetrics(_Metrics):
         self.duplicates = self._counter("subtrees_duplicate", "Subtrees that arrived again and were not counted again")
         self.refused = self._counter("subtrees_refused", "Subtrees refused: lease, or what of them is wrong", "reason")
         self.peers_refused = self._counter("peers_refused", "Calls and streams refused, by what is wrong with the peer", "reason")
-        self.handshakes = self._counter("tls_handshakes", "TLS handshakes begun; those that fail lead to no stream")
+        self.handshakes = self._counter("tls_handshakes", "TLS handshakes begun")
+        self.connections = self._counter("tls_connections", "Connections on which a call came; handshakes that fail lead to none")
         self.weight_bytes = self._counter("weights_served_bytes", "Bytes of weight files sent to samplers")
         self.journal_blocked = self._gauge("journal_blocked", "1 while the disk refuses the journal: no acks, no leases")
         self.journal_bytes = self._gauge("journal_bytes", "Bytes of the journal's segments")
@@ -90,6 +107,9 @@ class TrainerMetrics(_Metrics):
         self.phase = self._histogram("step_phase_seconds", "Seconds of one step by phase", "phase")
         self.waiting = self._counter("learner_waiting_seconds", "Seconds the trainer waited for groups")
         self.skipped = self._counter("steps_skipped", "Steps whose gradient was not applied: no_signal or not_finite", "reason")
+        self.unwritten = self._counter(
+            "trainer_writes_failed", "Attempts to write weights, a checkpoint or final that the disk refused", "what", "error"
+        )
         self.trained_tokens = self._counter("trained_tokens", "Tokens forwarded and backwarded in training")
         self.token_ratio = self._gauge("trained_token_ratio", "Tokens of the last step's paths over its trained tokens")
         self.reward = self._gauge("train_reward_mean", "Mean reward of the leaves of the last step")
@@ -131,6 +151,8 @@ class SamplerMetrics(_Metrics):
         self.waiting = self._counter("sampler_waiting_seconds", "Seconds without any lease")
         self.leases = self._gauge("sampler_leases", "Leases being worked on")
         self.unacked = self._gauge("sampler_unacked_subtrees", "Subtrees sent and not yet acked")
+        self.away = self._counter("sampler_away_seconds", "Seconds that a tool or the engine was away and waited for", "part")
+        self.stalled = self._gauge("sampler_stalled_seconds", "Seconds that nothing goes on for want of something", "part")
         self.errors = self._counter("sampler_errors", "Errors by type; each was retried, reported or ended a lease", "type")
         self.reconnects = self._counter("sampler_reconnects", "Times the stream to the learner was opened again")
         self.turn = self._histogram("turn_seconds", "Seconds of one agent turn by part", "part")

@@ -144,7 +144,7 @@ class Group:
 
         Every node's action is sampled once; what is read is computed once for each distinct prefix.
         """
-        return _computed((tree, tree.steps.values()) for tree in self.trees.values())
+        return _computed((tree, [tree.steps.values()]) for tree in self.trees.values())
 
     def chain_equivalent(self) -> Cost:
         """What independent chains to the same leaves would have computed, on an engine that also caches prefixes.
@@ -153,7 +153,7 @@ class Group:
         for each distinct prefix, because a prefix cache serves chains too: chains of one question share its prompt, and
         those that began with the same words share what these found. Charging it once per chain would flatter the tree.
         """
-        return _computed((tree, tree.path(leaf.node)) for tree, leaf in self.leaves())
+        return _computed((tree, map(tree.path, tree.leaves)) for tree in self.trees.values() if tree.leaves)
 
     def spans(self) -> Iterator[VersionSpan]:
         for tree in self.trees.values():
@@ -161,19 +161,27 @@ class Group:
                 yield from step.spans
 
 
-def _computed(walks: Iterable[tuple[Tree, Iterable[Step]]]) -> Cost:
+def _computed(trees: Iterable[tuple[Tree, Iterable[Iterable[Step]]]]) -> Cost:
     """Every step of every walk samples its action and calls its tools; a prefix is read once, whoever meets it.
 
     Args:
-        walks: steps of a tree, parents before their children.
+        trees: each with walks over its steps, parents before their children.
     """
-    read: dict[bytes, int] = {}
-    cost = Cost()
-    for tree, steps in walks:
-        below = {ROOT: tree.prompt.tobytes()}
-        read[below[ROOT]] = len(tree.prompt)
-        for step in steps:
-            below[step.node] = below[step.parent] + step.action.tobytes() + step.observation.tobytes()
-            read[below[step.node]] = len(step.observation)
-            cost += Cost(decoded=len(step.action), tool_calls=step.cost.tool_calls)
-    return cost + Cost(prefilled=sum(read.values()))
+    numbers: dict[tuple[int, bytes, bytes], int] = {}
+    """Of the distinct prefixes, by the one that each goes on from, and how."""
+    prefilled = decoded = tool_calls = 0
+    for tree, walks in trees:
+        prompt = (ROOT, tree.prompt.tobytes(), b"")
+        if prompt not in numbers:
+            prefilled += len(tree.prompt)
+        at = {ROOT: numbers.setdefault(prompt, len(numbers) + 1)}
+        for step in (step for walk in walks for step in walk):
+            decoded += len(step.action)
+            tool_calls += step.cost.tool_calls
+            if step.node in at:
+                continue
+            prefix = (at[step.parent], step.action.tobytes(), step.observation.tobytes())
+            if prefix not in numbers:
+                prefilled += len(step.observation)
+            at[step.node] = numbers.setdefault(prefix, len(numbers) + 1)
+    return Cost(prefilled=prefilled, decoded=decoded, tool_calls=tool_calls)

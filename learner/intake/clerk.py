@@ -46,13 +46,13 @@ class Clerk:
         """Take a subtree in; the future is done when it is durable. Raises ContractError if it is refused."""
         group = self._book.find(sent.lease)
         subtree = subtree_from_pb(sent, group.group.id if group else "")
-        if not self._book.accept(subtree):
+        encoded = sent.SerializeToString()
+        if not self._book.accept(subtree, encoded):
             self._reporter.duplicate()
             return self._journal.barrier()
         if group is not None:
             self._reporter.accepted(group, subtree)
-        self._reporter.book(self._book)
-        return self._journal.append(events.accepted(sent))
+        return self._journal.append(events.accepted(encoded))
 
     def end(self, end: LeaseEnd) -> OpenGroup:
         """A lease ends."""

@@ -32,8 +32,8 @@ from learner.intake.weights import WeightsServer
 from treegrpo.change import Change
 from treegrpo.codec import plan_to_pb, subtree_cost, version_to_pb
 from treegrpo.control import ControlPlane, RunState
-from treegrpo.errors import ContractError, TreeError, UnavailableError
-from treegrpo.handoff import Evaluation, Taken, pack_group
+from treegrpo.errors import ContractError, RunError, TreeError
+from treegrpo.handoff import Evaluation, Taken, pack_encoded
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Question
 from treegrpo.step import PolicyVersion
@@ -77,9 +77,9 @@ class Desk:
         self._changed = Change()
         self._barren = 0
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Fails with UnavailableError when rolling out on would lead nowhere."""
+        """Fails with RunError when rolling out on would lead nowhere."""
         journal.on_blocked = self.grant
-        reporter.book(book)
+        reporter.keep(book)
 
     # ---- samplers
 
@@ -198,7 +198,7 @@ class Desk:
         if self._barren >= BARREN_GROUPS and not self.broken.done():
             reason = f" ({end.error})" if end.error else ""
             self.broken.set_exception(
-                UnavailableError(
+                RunError(
                     f"The last {BARREN_GROUPS} leases led to no finished episode{reason}; see the samplers' logs. "
                     "Does the retriever answer, and do the prompts fit rollout.max_context?"
                 )
@@ -219,7 +219,6 @@ class Desk:
             peer = self.peers[max(room, key=lambda name: room[name])]
             room[peer.id] -= 1
             peer.send(pb.RolloutResponse(lease=self._clerk.grant(*work, peer.holder)))
-        self._reporter.book(self.book)
 
     # ---- trainer
 
@@ -233,7 +232,7 @@ class Desk:
                 self.grant()
                 if groups and not await durable(self._clerk.given, deadline):
                     groups = []  # a full disk; the trainer asks again
-                return Taken([pack_group(g.group, g.subtrees) for g in groups], state.value)
+                return Taken([pack_encoded(g.group, g.encoded) for g in groups], state.value)
             await self._changed.wait(min(deadline, self._batches.patience))
 
     async def publish(self, version: PolicyVersion, path: Path, position: int) -> None:

@@ -1,41 +1,31 @@
 """Who comes in to the intake's gRPC server, and how much they may do there.
 
-TLS asks everybody for a certificate of our authority; a stranger, an expired certificate and plain text end there. `Gate` lets
-each role call what is its own, `Admission` looks at the first message of a rollout stream. What is refused is counted, and
-logged once for each peer and reason.
-
-    RolloutService, WeightsService   samplers
-    Health                           every role
-
-No call publishes weights: the trainer hands them over by a local socket.
+TLS asks everybody for a certificate of our authority; a stranger, an expired certificate and plain text end there. `Gate` looks
+at each call, `Admission` at the first message of a rollout stream. What is refused is counted, and logged once for each peer
+and reason.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 
+from learner.intake.gate import Gate, holder_of
 from treegrpo import limits
-from treegrpo.access import Access, Keys, roles_in
+from treegrpo.access import Access, Keys
 from treegrpo.errors import ConfigError
+from treegrpo.refusals import Refusals
 from treegrpo.security import Role
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
 
 log = logging.getLogger(__name__)
-ALLOWED = {
-    "treegrpo.v1.RolloutService": {Role.SAMPLER},
-    "treegrpo.v1.WeightsService": {Role.SAMPLER},
-    "grpc.health.v1.Health": set(Role),
-}
 NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{limits.NAME_BYTES}}}")
-REMEMBERED = 1024
-"""Refusals remembered, so that each is logged once."""
+FEW = 8
+"""Handshakes that lead to no call before somebody is told; then twice as many, and so on."""
 OPTIONS = [
     ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
     ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
@@ -61,69 +51,45 @@ class Refusal(NamedTuple):
 
 
 class Watch:
-    """Counts refusals, and logs each once."""
+    """Counts refusals, and logs each once; counts handshakes, of which gRPC does not say how they end."""
 
     def __init__(self, metrics: IntakeMetrics) -> None:
         self._metrics = metrics
-        self._said: dict[tuple[str, str], None] = {}
+        self._refusals = Refusals(log)
+        self._callers: dict[str, None] = {}
+        """Connections that a call came on, the newest of them."""
+        self._astray = 0
+        """Handshakes that no call has followed."""
+        self._suspicious = FEW
 
-    def refused(self, peer: str, reason: str, sentence: str) -> None:
-        """``reason``: few values, the metric's label."""
+    async def refuse(self, context: Context, reason: str, code: grpc.StatusCode, sentence: str) -> NoReturn:
+        """End a call; ``reason``: few values, the metric's label."""
         self._metrics.peers_refused.labels(reason).inc()
-        key = (peer.rpartition(":")[0], sentence)  # a peer comes back from another port
-        if key not in self._said:
-            log.warning("refused %s: %s", peer, sentence)
-            self._said[key] = None
-            while len(self._said) > REMEMBERED:
-                del self._said[next(iter(self._said))]
+        self._refusals.count(context.peer().rpartition(":")[0], reason, sentence)  # a peer comes back from another port
+        await context.abort(code, sentence)
+        raise AssertionError  # it never returns
 
     def handshake(self) -> None:
+        """One begins."""
         self._metrics.handshakes.inc()
-
-
-class Gate(grpc.aio.ServerInterceptor):
-    """Lets each role call what is its own."""
-
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
-
-    async def intercept_service(self, continuation: Callable[..., Awaitable[Any]], handler_call_details: Any) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None  # no such method: gRPC says so
-        method = str(handler_call_details.method)
-        shape = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
-        guarded = self._guarded(getattr(handler, shape), method)
-        make = getattr(grpc, f"{shape}_rpc_method_handler")
-        return make(guarded, handler.request_deserializer, handler.response_serializer)
-
-    def _guarded(self, serve: Callable[..., Any], method: str) -> Callable[..., Any]:
-        """``serve`` behind the gate; a coroutine stays one, a generator too: gRPC asks which it is."""
-        if inspect.isasyncgenfunction(serve):
-
-            async def generate(request: object, context: Context) -> AsyncIterator[Any]:
-                await self._check(method, context)
-                async for response in serve(request, context):
-                    yield response
-
-            return generate
-
-        async def answer(request: object, context: Context) -> Any:
-            await self._check(method, context)
-            return await serve(request, context)
-
-        return answer
-
-    async def _check(self, method: str, context: Context) -> None:
-        holder = holder_of(context)
-        allowed = ALLOWED.get(method.strip("/").partition("/")[0], set[Role]())
-        if holder is None or holder[0] not in allowed:
-            who = f"The role {holder[0].value}" if holder else "A certificate without a role"
-            sentence = (
-                f"{who} may not call {method}; that is for {', '.join(sorted(role.value for role in allowed)) or 'nobody'}."
+        self._astray += 1
+        if self._astray >= self._suspicious:
+            log.warning(
+                "%d TLS handshakes led to no call: somebody comes without a certificate of ours, or in plain text; "
+                "who it is gRPC says with GRPC_VERBOSITY=INFO",
+                self._astray,
             )
-            self._watch.refused(context.peer(), "role", sentence)
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, sentence)
+            self._suspicious *= 2
+
+    def called(self, peer: str) -> None:
+        """A call came; its connection's handshake was a good one."""
+        if peer in self._callers:
+            return
+        self._metrics.connections.inc()
+        self._astray = max(0, self._astray - 1)
+        self._callers[peer] = None
+        while len(self._callers) > 2 * limits.PEERS:
+            del self._callers[next(iter(self._callers))]
 
 
 class Admission:
@@ -136,10 +102,13 @@ class Admission:
         """The Hello, or the end of the call; ``connected``: samplers that have a stream."""
         reason, refusal = _judge(first, holder_of(context), connected)
         if refusal is not None:
-            self._watch.refused(context.peer(), reason, refusal.sentence)
-            await context.abort(*refusal)
+            await self._watch.refuse(context, reason, *refusal)
         assert first is not None  # noqa: S101 - _judge refuses it
         return first.hello
+
+    async def refuse(self, context: Context, reason: str, code: grpc.StatusCode, sentence: str) -> NoReturn:
+        """See `Watch.refuse`."""
+        await self._watch.refuse(context, reason, code, sentence)
 
 
 def _judge(first: pb.RolloutRequest | None, holder: tuple[Role, str] | None, connected: int) -> tuple[str, Refusal | None]:
@@ -164,37 +133,37 @@ def _judge(first: pb.RolloutRequest | None, holder: tuple[Role, str] | None, con
     return "", None
 
 
-def holder_of(context: Context) -> tuple[Role, str] | None:
-    """Role and name in the certificate of who calls; None in plain text."""
-    names = cast("dict[str, list[bytes]]", context.auth_context()).get("x509_subject_alternative_name", [])
-    return roles_in([name.decode(errors="replace") for name in names])
-
-
 def open_server(address: str, access: Access, watch: Watch) -> grpc.aio.Server:
     """A server bound to ``address``, not started. Raises ConfigError for an address that may not be used in plain text."""
     access.check_listen("learner.listen", address)
+    server = grpc.aio.server(options=OPTIONS, interceptors=[Gate(watch, roles=access.keys is not None)])
     if access.keys is None:
-        server = grpc.aio.server(options=OPTIONS)
         server.add_insecure_port(address)
-        return server
-    server = grpc.aio.server(options=OPTIONS, interceptors=[Gate(watch)])
-    server.add_secure_port(address, _credentials(access.keys, watch))
+    else:
+        server.add_secure_port(address, _credentials(access.keys, access.role, watch))
     return server
 
 
-def _credentials(keys: Keys, watch: Watch) -> grpc.ServerCredentials:
+def _credentials(keys: Keys, role: Role, watch: Watch) -> grpc.ServerCredentials:
     """The certificate as it is on disk at each handshake: renewed files serve at once."""
+    served = keys.stamp
 
     def configuration() -> Any:
         pem = keys.pem
         return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], root_certificates=pem.ca)
 
     def renewed() -> Any:
+        nonlocal served
         watch.handshake()
         try:
-            return configuration()
-        except ConfigError as error:
+            if (now := keys.stamp) == served:
+                return None
+            keys.check(role)
+            made = configuration()
+        except ConfigError as error:  # half of a renewal; the next handshake finds the rest
             log.warning("the certificate of before goes on to serve: %s", error)
             return None
+        served = now
+        return made
 
     return grpc.dynamic_ssl_server_credentials(configuration(), renewed, require_client_authentication=True)

@@ -27,8 +27,9 @@ def granted(group: OpenGroup) -> Record:
     return {"event": "granted", "lease": lease.SerializeToString(), "draw": group.draw, "holder": group.holder}
 
 
-def accepted(subtree: tree_pb2.Subtree) -> Record:
-    return {"event": "accepted", "subtree": subtree.SerializeToString()}
+def accepted(subtree: bytes) -> Record:
+    """``subtree``: its message."""
+    return {"event": "accepted", "subtree": subtree}
 
 
 def ended(end: LeaseEnd) -> Record:
@@ -50,7 +51,7 @@ def replay(book: LeaseBook, reporter: Reporter, event: Record) -> None:
             book.replay_grant(lease_from_pb(rollout_pb2.Lease.FromString(event["lease"])), event["draw"], event["holder"])
         case "accepted":
             subtree = subtree_from_pb(tree_pb2.Subtree.FromString(event["subtree"]))
-            if (group := book.replay_accepted(subtree)) is not None:
+            if (group := book.replay_accepted(subtree, event["subtree"])) is not None:
                 reporter.accepted(group, subtree)
         case "closed":
             reporter.closed(book.close(event["draw"]), "overdue")

@@ -69,6 +69,9 @@ class OpenGroup:
     """Its group was closed before its lease ended: what still comes is accounted for, but no longer wanted."""
     group: Group = field(init=False)
     subtrees: list[Subtree] = field(default_factory=list[Subtree])
+    """In the order they were accepted; empty once the group has a position."""
+    encoded: list[bytes] = field(default_factory=list[bytes])
+    """Their messages, which the journal, the snapshots and the trainer get."""
     told_at: float | None = None
     """time.monotonic of the word to stop expanding."""
     refused: dict[tuple[int, int], Cost] = field(default_factory=dict[tuple[int, int], Cost])
@@ -90,36 +93,40 @@ class OpenGroup:
         """Plain data to be restored from, beside lease and subtrees."""
         return {"draw": self.draw, "holder": self.holder, "tries": self.tries, "age": self.age, "closed": self.closed}
 
-    def add(self, subtree: Subtree) -> bool:
+    def add(self, subtree: Subtree, encoded: bytes) -> bool:
         """Accept a subtree; False if it was there already. Raises ContractError."""
         fresh = self.group.add(subtree)
         if fresh:
             self.subtrees.append(subtree)
+            self.encoded.append(encoded)
         return fresh
 
-    def restore(self, subtree: Subtree) -> bool:
+    def restore(self, subtree: Subtree, encoded: bytes) -> bool:
         """Add what was accepted before a restart; False if it was there already.
 
         One that is refused by now stays in what the trainer gets: every group keeps its position, and the trainer, which
         examines all of them, leaves that one out.
         """
         try:
-            return self.add(subtree)
+            return self.add(subtree, encoded)
         except TreeError as error:
             log.warning("the journal has what would be refused today: %s", error)
         self.subtrees.append(subtree)
+        self.encoded.append(encoded)
         return True
 
+    def rest(self) -> None:
+        """Keep only what the trainer gets: nobody looks into the trees any more."""
+        self.group.trees.clear()
+        self.subtrees.clear()
+
     def refuse(self, key: tuple[int, int], cost: Cost, why: str) -> bool:
-        """Leave a subtree out; False if it was refused before."""
+        """Leave a subtree out; False if it was refused before, or more were than its plan has."""
         fresh = key not in self.refused
+        if fresh and len(self.refused) >= self.lease.plan.leaves:
+            return False
         self.refused[key], self.refusal = cost, why
         return fresh
-
-    def depth(self, tree: int, node: int) -> int:
-        """Steps from the root of a tree down to a node; 0 for one that is not there, which `add` refuses."""
-        grown = self.group.trees.get(tree)
-        return len(grown.path(node)) if grown and node in grown.steps else 0
 
     @property
     def has_leaves(self) -> bool:
@@ -201,7 +208,9 @@ class GroupQueue:
     def line_up(self, draws: Sequence[int]) -> None:
         """Give the next positions to these ready groups. Raises ContractError at one that is not ready."""
         for draw in draws:
-            self._line.append(self.leave_out(draw))
+            group = self.leave_out(draw)
+            group.rest()
+            self._line.append(group)
 
     def leave_out(self, draw: int) -> OpenGroup:
         """Take a ready group away. Raises ContractError if it is not ready."""
@@ -255,4 +264,6 @@ class GroupQueue:
         """Become what `state` and `kept` were taken of. What is in training the trainer says when it is back."""
         self._kept, self._covered = state["kept"], state["covered"]
         self._line = deque(groups[: state["in_line"]])
+        for group in self._line:
+            group.rest()
         self._ready = {group.draw: group for group in groups[state["in_line"] :]}

@@ -27,6 +27,7 @@ from learner.intake.groups import TRIES, Fate, OpenGroup
 from learner.intake.order import pressing
 from learner.intake.standing import Standing
 from treegrpo.budget import Budget, Cost
+from treegrpo.codec import subtree_to_bytes
 from treegrpo.errors import ContractError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.question import Question
@@ -66,8 +67,8 @@ class LeaseBook(Standing):
         self._serial += 1
         group = OpenGroup(replace(lease, accepted=()), draw, holder, now)
         if (before := self.unfinished.pop(draw, None)) is not None:
-            group.group, group.subtrees, group.tries = before.group, before.subtrees, before.tries
-            group.age = min(before.age, group.age)
+            group.group, group.subtrees, group.encoded = before.group, before.subtrees, before.encoded
+            group.tries, group.age = before.tries, min(before.age, group.age)
         elif lease.kind is LeaseKind.TRAIN:
             group.tries = self._tries.pop(draw, 0)
         elif self._evaluation and self._evaluation[0][0].id == lease.question.id:
@@ -76,8 +77,8 @@ class LeaseBook(Standing):
         self.ledger.grant(lease.id, lease.kind, lease.grant)
         return group
 
-    def accept(self, subtree: Subtree) -> bool:
-        """Add a subtree to its group; False if it was there already.
+    def accept(self, subtree: Subtree, encoded: bytes = b"") -> bool:
+        """Add a subtree to its group, and its message if that is at hand; False if it was there already.
 
         Raises:
             ContractError: the lease is not open, or its group is closed.
@@ -90,7 +91,7 @@ class LeaseBook(Standing):
         if group.closed:
             raise ContractError(f"Lease {subtree.lease} reached the staleness bound; its group is closed.")
         check_asked_for(group, subtree, self._vocabulary)
-        if not group.add(subtree):
+        if not group.add(subtree, encoded or subtree_to_bytes(subtree)):
             return False
         self._charge(group, subtree)
         return True
@@ -217,11 +218,11 @@ class LeaseBook(Standing):
             self._queue.taken(draw)
         self.granted(lease, draw, holder, now=None)
 
-    def replay_accepted(self, subtree: Subtree) -> OpenGroup | None:
+    def replay_accepted(self, subtree: Subtree, encoded: bytes) -> OpenGroup | None:
         """A subtree read from the journal; its group, or None if it was there already. Raises ContractError: nobody asked."""
         if (group := self.find(subtree.lease)) is None:
             raise ContractError(f"Lease {subtree.lease} is not open; nobody could have accepted its work.")
-        if not group.restore(subtree):
+        if not group.restore(subtree, encoded):
             return None
         self._charge(group, subtree)
         return group

@@ -61,7 +61,8 @@ class Ledger:
         self.accounts[kind].forfeited += left
 
     def outstanding(self, kind: LeaseKind) -> Budget:
-        return sum((left for k, left in self._open.values() if k is kind), Budget())
+        lefts = [left for k, left in tuple(self._open.values()) if k is kind]  # a copy: a scrape asks from its own thread
+        return Budget(sum(left.tokens for left in lefts), sum(left.tool_calls for left in lefts))
 
     def imbalance(self, kind: LeaseKind) -> Budget:
         """Granted minus everything it became: zero, or there is a bug."""
@@ -70,12 +71,13 @@ class Ledger:
 
     def summary(self) -> dict[str, dict[str, dict[str, int]]]:
         """Kind → currency → {granted, spent, refunded, forfeited, outstanding}, for reports."""
-        return {kind.value: {c: self._row(kind, c) for c in ("tokens", "tool_calls")} for kind in LeaseKind}
-
-    def _row(self, kind: LeaseKind, currency: str) -> dict[str, int]:
-        account = self.accounts[kind]
-        parts = {name: getattr(account, name) for name in ("granted", "spent", "refunded", "forfeited")}
-        return {name: getattr(budget, currency) for name, budget in {**parts, "outstanding": self.outstanding(kind)}.items()}
+        rows: dict[str, dict[str, dict[str, int]]] = {}
+        for kind, account in self.accounts.items():
+            parts = {name: getattr(account, name) for name in ("granted", "spent", "refunded", "forfeited")}
+            parts["outstanding"] = self.outstanding(kind)
+            currencies = ("tokens", "tool_calls")
+            rows[kind.value] = {c: {name: getattr(budget, c) for name, budget in parts.items()} for c in currencies}
+        return rows
 
     def state(self) -> dict[str, Any]:
         """Plain data to be restored from."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import shutil
 import time
 from collections import deque
@@ -19,13 +17,12 @@ from prometheus_client import Counter
 from learner.intake.evaluation import Round
 from learner.intake.groups import Fate, OpenGroup
 from learner.intake.leases import LeaseBook
+from learner.intake.progress import ProgressFile
 from treegrpo.budget import Budget
 from treegrpo.lease import LeaseEnd, LeaseKind
 from treegrpo.step import Subtree
 from treegrpo.telemetry import IntakeMetrics
 
-log = logging.getLogger(__name__)
-WAITING_LINES = 1000
 CURRENCIES = ("tokens", "tool_calls")
 TOO_LATE = ("lease", "overdue", "age")
 REPLAYED = ("tokens", "leaves", "failed_steps", "ended", "groups", "set_aside", "forgone", "zero_signal", "unique", "chain")
@@ -36,14 +33,18 @@ class Reporter:
     def __init__(self, metrics: IntakeMetrics, progress: Path, window: int) -> None:
         """``window``: groups that a mean is taken over."""
         self.metrics = metrics
-        self._progress = progress
-        self._lines: deque[str] = deque(maxlen=WAITING_LINES)
+        self._progress = ProgressFile(progress)
+        self._aside = progress.with_name("set_aside.jsonl")
         self._recent = {kind: deque[tuple[float, float]](maxlen=window) for kind in LeaseKind}
         self._spent = {kind: Budget() for kind in LeaseKind}
         self._chain = {kind: Budget() for kind in LeaseKind}
         self._needed = {kind: Budget() for kind in LeaseKind}
         self._samplers = 0
         self._counted: dict[tuple[LeaseKind, str, str], int] = {}
+
+    def keep(self, book: LeaseBook) -> None:
+        """Show ledger and leases at each scrape."""
+        self.metrics.refresh = lambda: self._show(book)
 
     def watch(self, journal: Path, blocked: Callable[[], bool]) -> None:
         """Show the journal in folder ``journal`` at each scrape."""
@@ -128,8 +129,8 @@ class Reporter:
             "why": why,
             "error": error,
         }
-        self._write({"kind": "set_aside", **row})
-        with self._progress.with_name("set_aside.jsonl").open("a", encoding="utf-8") as file:
+        self._progress.add({"kind": "set_aside", **row})
+        with self._aside.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def saving(self, kind: LeaseKind, currency: str) -> float:
@@ -145,8 +146,8 @@ class Reporter:
         spent = self._spent[kind].tokens
         return max(0.0, 1.0 - self._needed[kind].tokens / spent) if spent else 0.0
 
-    def book(self, book: LeaseBook) -> None:
-        """Bring the metrics of ledger and leases up to date."""
+    def _show(self, book: LeaseBook) -> None:
+        """Bring the metrics of ledger and leases up to date. In the thread of the scrape."""
         for kind, accounts in book.ledger.summary().items():
             for currency, row in accounts.items():
                 self.metrics.outstanding.labels(kind, currency).set(row.pop("outstanding"))
@@ -160,17 +161,16 @@ class Reporter:
         self.metrics.ready.set(book.groups.waiting)
 
     def step(self, values: Mapping[str, object], book: LeaseBook) -> None:
-        """A progress line of the trainer's, with the books beside it."""
-        self._write({"kind": "step", **values, **self._books(book)})
+        """A progress line of the trainer's, with the books beside it; none if it is there already."""
+        self._progress.add({"kind": "step", **values, **self._books(book)})
 
     def evaluated(self, done: Round, book: LeaseBook) -> None:
-        """A progress line of a finished evaluation."""
+        """A progress line of a finished evaluation; none if it is there already."""
         result = done.result()
         row = {"version": str(done.version), "questions": result.questions, "em": result.em, "reward": result.reward}
-        self._write({"kind": "eval", **row, "failed": result.failed, **self._books(book)})
+        self._progress.add({"kind": "eval", **row, "failed": result.failed, **self._books(book)})
 
     def _books(self, book: LeaseBook) -> dict[str, object]:
-        self.book(book)
         return {
             "ledger": book.ledger.summary(),
             "chain_tokens": self._chain[LeaseKind.TRAIN].tokens,
@@ -209,22 +209,6 @@ class Reporter:
             )
             if self._recent[kind]:
                 self._means(kind)
-
-    def _write(self, row: Mapping[str, object]) -> None:
-        """Append a line; those that a full disk does not take wait for the next one."""
-        self._lines.append(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
-        data = "".join(self._lines).encode()
-        size = self._progress.stat().st_size if self._progress.exists() else 0
-        try:
-            with self._progress.open("ab", buffering=0) as file:
-                while written := file.write(data):
-                    data = data[written:]
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self._progress, size)
-            log.warning("%s takes no line (%s); %d wait", self._progress, error.strerror, len(self._lines))
-        else:
-            self._lines.clear()
 
 
 def _samples(counter: Counter) -> list[tuple[dict[str, str], float]]:

@@ -31,7 +31,10 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def Rollout(self, request_iterator: object, context: Context) -> None:  # noqa: ARG002 - named by the contract
         """Serve one sampler until either side closes the stream."""
-        first = await self._read(context, HANDSHAKE_SECONDS)
+        try:
+            first = await self._read(context, HANDSHAKE_SECONDS)
+        except ContractError as error:
+            await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
         peer = self._desk.join(await self._admission.admit(first, context, len(self._desk.peers)))
         writer = asyncio.create_task(self._write(peer, context), name=f"to-{peer.id}")
         try:
@@ -39,7 +42,7 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.farewell)
         except ContractError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
             writer.cancel()
             self._desk.leave(peer)
@@ -59,9 +62,8 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
             async with asyncio.timeout(seconds):
                 request = await context.read()
         except TimeoutError:
-            await context.abort(
-                grpc.StatusCode.DEADLINE_EXCEEDED, f"Nothing came for {seconds:.0f} s; send Hello and heartbeats."
-            )
+            sentence = f"Nothing came for {seconds:.0f} s; send Hello and heartbeats."
+            await self._admission.refuse(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
         return None if request == EOF else request
 
     async def _write(self, peer: Peer, context: Context) -> None:

@@ -14,6 +14,7 @@ import signal
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
+from learner.intake import pause
 from learner.intake.compaction import Compaction
 from learner.intake.desk import Desk
 from learner.intake.disk import RealDisk
@@ -21,7 +22,7 @@ from learner.intake.doors import Admission, Watch, open_server
 from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
 from learner.intake.questions import QuestionQueue, load_questions
-from learner.intake.recovery import JOURNAL, SNAPSHOTS, recover
+from learner.intake.recovery import JOURNAL, SNAPSHOTS, holds_run, recover
 from learner.intake.report import Reporter
 from learner.intake.rollout import RolloutServer
 from learner.intake.snapshot import Capture, Snapshots
@@ -31,8 +32,8 @@ from learner.intake.weights import WeightsServer
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.control import ControlPlane, Member, RunState
-from treegrpo.errors import ConfigError
 from treegrpo.handoff import socket_path
+from treegrpo.identity import keep_identity
 from treegrpo.security import Role
 from treegrpo.telemetry import IntakeMetrics, check_free, serve
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
@@ -75,18 +76,15 @@ async def run(config: Config) -> None:
     reporter = Reporter(metrics, run_dir / "progress.jsonl", window=config.train.batch)
     heldout = load_questions(config.data.heldout)[: config.eval.questions or None]
     book = _book(config)
+    keep_identity(config, begun=holds_run(run_dir))
     recovered = recover(disk, folder, snapshots, book, reporter)
-    if not recovered.fresh and not config.run.resume:
-        raise ConfigError(f"run.dir = {run_dir} holds a run already; add --resume to continue it, or choose another.")
     serve(metrics, config.learner.metrics, "learner.metrics", access)
     member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics)
     with Journal.open(disk, folder, recovered.end) as journal:
         compaction = Compaction(disk, folder, journal, snapshots, lambda: Capture(book, reporter))
         reporter.watch(folder, lambda: journal.blocked)
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
-            await control.settled()
-            if control.state is not RunState.PAUSED:  # a pause outlives a restart; a drain is over with the process that drained
-                await control.set_state(RunState.RUNNING)
+            await pause.begin(control, run_dir)
             weights = WeightsServer(metrics)
             desk = Desk(
                 *(book, journal, control, weights, reporter),
@@ -98,9 +96,10 @@ async def run(config: Config) -> None:
             async with asyncio.TaskGroup() as tasks:
                 writing = tasks.create_task(journal.write_forever(), name="journal")
                 following = tasks.create_task(desk.follow(), name="control")
+                pausing = tasks.create_task(pause.remember(control, run_dir), name="pause")
                 compacting = tasks.create_task(compaction.run_forever(), name="compaction")
                 await _serve(config, desk, weights, control, metrics, access)
-                for task in (compacting, writing, following):
+                for task in (compacting, writing, following, pausing):
                     task.cancel()
 
 

@@ -22,17 +22,16 @@ from learner.intake.frames import BrokenFrameError, Record, batches, encode, fra
 from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
 from learner.intake.report import Reporter
-from treegrpo.codec import lease_from_pb, lease_to_pb, subtree_from_pb, subtree_to_pb
+from treegrpo.codec import lease_from_pb, lease_to_pb, subtree_from_pb
 from treegrpo.errors import JournalError
 from treegrpo.lease import Lease
-from treegrpo.step import Subtree
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
 FORMAT = 1
 GENERATIONS = 2
 STATE = "state"
 PLACES = ("kept", "unfinished", "open")
-Row = tuple[Lease, Record, tuple[Subtree, ...]]
+Row = tuple[Lease, Record, tuple[bytes, ...]]
 
 
 class Capture:
@@ -49,13 +48,13 @@ class Capture:
         for lease, row, subtrees in self._groups:
             yield {**row, "lease": lease_to_pb(lease).SerializeToString()}
             for subtree in subtrees:
-                yield {"event": "subtree", "subtree": subtree_to_pb(subtree).SerializeToString()}
+                yield {"event": "subtree", "subtree": subtree}
             count += 1 + len(subtrees)
         yield {"event": "whole", "records": count}
 
 
 def _row(group: OpenGroup, place: str) -> Row:
-    return group.lease, {"event": "group", "place": place, **group.state()}, tuple(group.subtrees)
+    return group.lease, {"event": "group", "place": place, **group.state()}, tuple(group.encoded)
 
 
 def restore(book: LeaseBook, reporter: Reporter, records: Iterator[Record]) -> None:
@@ -73,7 +72,7 @@ def restore(book: LeaseBook, reporter: Reporter, records: Iterator[Record]) -> N
             group = OpenGroup.of(lease_from_pb(rollout_pb2.Lease.FromString(record["lease"])), record)
             groups[record["place"]].append(group)
         elif group is not None:
-            group.restore(subtree_from_pb(tree_pb2.Subtree.FromString(record["subtree"])))
+            group.restore(subtree_from_pb(tree_pb2.Subtree.FromString(record["subtree"])), record["subtree"])
     book.restore(head["book"], open_=groups["open"], unfinished=groups["unfinished"], kept=groups["kept"])
     reporter.restore(head["report"])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from learner.intake.desk import Desk
 from treegrpo.errors import AddressInUseError, ContractError
-from treegrpo.handoff import Covered, Done, Evaluate, Message, Publish, Report, Take, encode, receive
+from treegrpo.handoff import Covered, Done, Evaluate, Message, Publish, Refused, Report, Take, encode, receive
 from treegrpo.step import PolicyVersion
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,14 @@ async def _answer(desk: Desk, request: Message) -> Message:
     return Done()
 
 
+async def _answer_or_refuse(desk: Desk, request: Message) -> Message:
+    try:
+        return await _answer(desk, request)
+    except ContractError as error:
+        log.error("the trainer is refused: %s", error)  # noqa: TRY400 - one sentence is enough
+        return Refused(str(error))
+
+
 @contextlib.asynccontextmanager
 async def listen(desk: Desk, path: str) -> AsyncGenerator[None]:
     """Answer trainers at a Unix socket for the time of the block. Raises AddressInUseError."""
@@ -41,7 +49,7 @@ async def listen(desk: Desk, path: str) -> AsyncGenerator[None]:
         log.info("the trainer connected")
         try:
             while (request := await receive(reader)) is not None:
-                writer.write(encode(await _answer(desk, request)))
+                writer.write(encode(await _answer_or_refuse(desk, request)))
                 await writer.drain()
         except (ContractError, ConnectionError) as error:
             log.error("the trainer's connection ends: %s", error)  # noqa: TRY400 - one sentence is enough

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from treegrpo import limits
 from treegrpo.codec import version_from_pb, version_to_pb
 from treegrpo.handoff import KEEP_VERSIONS
 from treegrpo.step import PolicyVersion
@@ -78,7 +79,13 @@ class WeightsServer(weights_pb2_grpc.WeightsServiceServicer):
     ) -> AsyncIterator[weights_pb2.FetchWeightsResponse]:
         version, files = await self._files(version_from_pb(request.version), context)
         if request.name not in files:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"Version {version} has no file {request.name!r}.")
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"Version {version} has no file {request.name[: limits.NAME_BYTES]!r}."
+            )
+        if request.offset > files[request.name].size:
+            await context.abort(
+                grpc.StatusCode.OUT_OF_RANGE, f"{request.name} ends before byte {request.offset}; ask from a byte that is there."
+            )
         with files[request.name].path.open("rb") as file:
             file.seek(request.offset)
             offset = request.offset

@@ -2,7 +2,11 @@
 
     checkpoints/step-000020/   a Hugging Face directory in float32
         state/                 moments of the optimiser and random states, by torch.distributed.checkpoint
-        progress.json          lineage, step, position; written last
+        records.jsonl          of the steps since the checkpoint before, to be said again
+        progress.json          lineage, step, position
+        manifest.json          size and SHA-256 of all of these; written last
+        evaluation.json        held-out exact match, if it became known later
+    checkpoints/step-000040.damaged/   one that is not as it was written; kept to be looked at, never read
 
 Weights stand in the Hugging Face files alone. Every rank writes its part of the moments and reads whatever part it needs
 of all that was written. A checkpoint is there completely or not at all. The newest few are kept, and the best of those
@@ -13,12 +17,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +35,21 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from learner.trainer import manifest
+from learner.trainer.durable import on_disk
 from learner.trainer.publish import write_model
 from learner.trainer.ranks import ALONE, Ranks
-from treegrpo.errors import ModelError
+from treegrpo.errors import DiskError, ModelError
 from treegrpo.step import PolicyVersion
 
 log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, besides its count of steps."""
+PROGRESS, RECORDS, EVALUATION = "progress.json", "records.jsonl", "evaluation.json"
+DAMAGED = ".damaged"
+_NAME = re.compile(r"step-(\d{6,})")
+Record = dict[str, Any]
+"""What a step said of itself; see `report.step_values`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,30 +77,86 @@ def save(
     tokenizer_from: Path,
     keep: int,
     ranks: Ranks = ALONE,
+    records: Sequence[Record] = (),
 ) -> Path:
-    """Write a checkpoint below ``root`` and remove those no longer kept; returns its directory. All ranks call it."""
+    """Write a checkpoint below ``root`` and remove those no longer kept; returns its directory. All ranks call it.
+
+    Raises:
+        DiskError: on all ranks, if the disk is full or fails for one of them; what there was is as it was.
+    """
     folder = root / f"step-{progress.step:06d}"
+
+    def describe(partial: Path) -> None:
+        with on_disk(folder):
+            (partial / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            (partial / PROGRESS).write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
+            manifest.write(partial)
+
     with ranks.whole(folder) as partial:
         write_model(model, partial, tokenizer_from, ranks=ranks)
-        with _by_one_process_too():
-            state_dict_saver.save({**_moments(model, optimizer), **_random_state(ranks)}, checkpoint_id=partial / "state")
-        written = json.dumps(asdict(progress)) + "\n"
-        ranks.first(lambda: (partial / "progress.json").write_text(written, encoding="utf-8"))
+        _write_state({**_moments(model, optimizer), **_random_state(ranks)}, partial / "state", folder, ranks)
+        ranks.first(lambda: describe(partial))
     ranks.first(lambda: _remove_superfluous(root, keep))
     return folder
 
 
+def _write_state(state: dict[str, Tensor], into: Path, folder: Path, ranks: Ranks) -> None:
+    try:
+        with on_disk(folder), _by_one_process_too():
+            state_dict_saver.save(state, checkpoint_id=into)
+    except DiskError as error:  # whoever had it, the library has told everybody
+        ranks.raise_alike(error)
+
+
 def newest(root: Path) -> Path | None:
-    """The directory of the last checkpoint, None if there is none."""
-    return max(root.glob("step-*"), default=None)
+    """The last checkpoint that is as it was written, None if there never was one. Damaged ones are set aside.
+
+    Raises:
+        ModelError: there is none but damaged ones.
+    """
+    for folder in reversed(_folders(root)):
+        if not manifest.exists(folder):
+            log.warning("the checkpoint %s has no %s, so nobody can say whether it is as it was written", folder, manifest.NAME)
+            return folder
+        if not (reason := manifest.damage(folder)):
+            return folder
+        aside = _set_aside(folder)
+        log.warning(
+            "the checkpoint %s is damaged (%s); it is set aside as %s, and the one before is used", folder, reason, aside.name
+        )
+    if damaged := sorted(root.glob(f"*{DAMAGED}")):
+        raise ModelError(
+            f"Every checkpoint in {root} is damaged, {damaged[-1].name} the newest; restore one under its name without "
+            f"{DAMAGED}, or begin a new run.dir."
+        )
+    return None
 
 
 def read_progress(folder: Path) -> Progress:
     """Where the run of a checkpoint stood. Raises ModelError."""
     try:
-        return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+        return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise _broken(folder, error) from error
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records a checkpoint was written with; those of an earlier version of treegrpo have none. Raises ModelError."""
+    if not (path := folder / RECORDS).exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise _broken(folder, error) from error
+
+
+def note_evaluation(root: Path, progress: Progress) -> None:
+    """Say how good the policy of an existing checkpoint turned out to be. Raises DiskError."""
+    path = root / f"step-{progress.step:06d}" / EVALUATION
+    partial = path.with_suffix(".partial")
+    with on_disk(path):
+        partial.write_text(json.dumps({"em": progress.em}) + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
 def restore(folder: Path, model: PreTrainedModel, optimizer: Optimizer, ranks: Ranks = ALONE) -> None:
@@ -145,11 +215,35 @@ def _broken(folder: Path, error: BaseException) -> ModelError:
     return ModelError(f"The checkpoint {folder} is broken ({reason}); remove it to resume from the one before.")
 
 
+def _folders(root: Path) -> list[Path]:
+    """The checkpoints below ``root``, oldest first; those set aside are none."""
+    found = ((match, folder) for folder in root.glob("step-*") if (match := _NAME.fullmatch(folder.name)))
+    return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in found)]
+
+
+def _set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint a name under which it counts no more."""
+    names = (folder.with_name(f"{folder.name}{number}{DAMAGED}") for number in ("", *(f".{n}" for n in count(2))))
+    aside = next(name for name in names if not name.exists())
+    return folder.rename(aside)
+
+
 def _remove_superfluous(root: Path, keep: int) -> None:
-    """All but the newest ``keep`` and the best evaluated one."""
-    folders = sorted(root.glob("step-*"))
-    evaluated = [(em, folder) for folder in folders if (em := read_progress(folder).em) is not None]
+    """All but the newest ``keep`` and the best evaluated one, and what crashes have left half written or half removed."""
+    folders = _folders(root)
+    evaluated = [(em, folder) for folder in folders if (em := _em(folder)) is not None]
     best = max(evaluated, default=(0.0, None))[1]
     for folder in folders[:-keep]:
         if folder != best:
-            shutil.rmtree(folder)
+            folder.rename(folder.with_name(f".{folder.name}.old"))  # there completely or not at all, also when it goes
+    for left in root.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _em(folder: Path) -> float | None:
+    """Held-out exact match of a checkpoint's policy; None if it was not evaluated, or nobody can read what came of it."""
+    for name in (EVALUATION, PROGRESS):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if (em := json.loads((folder / name).read_text(encoding="utf-8"))["em"]) is not None:
+                return float(em)
+    return None

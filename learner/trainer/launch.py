@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from learner.trainer.ranks import ALONE, Ranks, joined
 from treegrpo.config import Config
-from treegrpo.edge import FAILED, complain
+from treegrpo.edge import FAILED, PASSING, complain, exit_code
 from treegrpo.errors import TreeGrpoError
 from treegrpo.settings import from_arguments
 
@@ -40,7 +40,7 @@ def run(work: Callable[[Config, Ranks], None], module: str) -> int:
             work(config, ranks)
         code = 0
     except TreeGrpoError as error:
-        code = complain(error) if ranks.says(error) else FAILED
+        code = complain(error) if ranks.says(error) else exit_code(error)
     if dist.is_initialized():  # with a process group, the end of the interpreter now and then aborts (torch 2.13, gloo)
         logging.shutdown()
         sys.stderr.flush()
@@ -61,8 +61,8 @@ def start(module: str, processes: int, arguments: Sequence[str]) -> int:
     here = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}", f"--shutdown-timeout={DRAIN_SECONDS}"]
     try:
         torchrun.main([*here, "-m", module, *arguments])
-    except ChildFailedError:  # the child has said why
-        return FAILED
+    except ChildFailedError as error:  # the children have said why; another's failure is the reason of most
+        return FAILED if any(failure.exitcode == FAILED for failure in error.failures.values()) else PASSING
     except SignalException as signal:  # it has waited for the ranks; how they ended, their log says
         return SIGNALLED + signal.sigval
     return 0

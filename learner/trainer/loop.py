@@ -9,8 +9,8 @@
     │ intake │                  │ packing    distinct tokens    │
     │        │                  │ ranks      each its own packs │
     │        │                  │ update     policy, loss, AdamW│
-    │        │ Publish, Report  │ publish    weights/0.7/       │
-    │        │ ◄─────────────── │ checkpoint step-000020/       │
+    │        │ Publish, Report  │ shelf      weights/0.7/       │
+    │        │ ◄─────────────── │            step-000020/       │
     └────────┘                  └───────────────────────────────┘
 
     part      produces              waits for                          unblocked by
@@ -21,7 +21,8 @@
 
 The trainer never waits for a sampler by name, and nothing waits for the trainer but the staleness bound. Its position
 counts the groups it is done with; it moves with the step, also when the step had nothing to learn, and is in the
-checkpoint. A step is taken or skipped as a whole, by all ranks alike: each runs this loop, and rank 0 alone talks.
+checkpoint. A step is taken or skipped as a whole, by all ranks alike: each runs this loop, and rank 0 alone talks. An
+intake that is away (`link.py`) and a disk that is full (`shelf.py`) are waited for; neither costs a step.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -42,20 +42,20 @@ from transformers.utils.logging import disable_progress_bar
 
 from learner.trainer import checkpoint
 from learner.trainer.advantages import Options, advantages
-from learner.trainer.checkpoint import Progress
 from learner.trainer.episodes import Episodes, credit, usable
 from learner.trainer.examine import unpack
 from learner.trainer.link import Link
 from learner.trainer.model import load_model
 from learner.trainer.packing import Pack, pack
-from learner.trainer.publish import export, prune, publish, published
 from learner.trainer.ranks import ALONE, CPU, Ranks
 from learner.trainer.report import Phases, show, step_values
+from learner.trainer.shelf import Shelf
 from learner.trainer.update import Updater
 from treegrpo.access import Access
 from treegrpo.config import Config
-from treegrpo.errors import ConfigError, UnavailableError
-from treegrpo.handoff import KEEP_VERSIONS, socket_path
+from treegrpo.errors import UnavailableError
+from treegrpo.handoff import socket_path
+from treegrpo.identity import KEYS, MODEL, check_identity
 from treegrpo.security import Role
 from treegrpo.telemetry import TrainerMetrics, serve, split_address
 
@@ -64,16 +64,15 @@ log = logging.getLogger(__name__)
 
 class Trainer:
     def __init__(self, config: Config, link: Link, metrics: TrainerMetrics, ranks: Ranks = ALONE) -> None:
-        """Load the model, or the last checkpoint if the run is resumed.
+        """Load the last checkpoint of the run in `run.dir`, or the model if it has none.
 
         Raises:
-            ConfigError: the run directory holds a run that is not to be resumed.
             ModelError: the model directory or the checkpoint cannot be used.
         """
         self._config, self._link, self._metrics, self._ranks = config, link, metrics, ranks
-        self._weights, self._checkpoints = config.run.dir / "weights", config.run.dir / "checkpoints"
+        self._shelf = Shelf(config, metrics, link.stop, ranks)
         set_seed(config.run.seed)
-        folder = ranks.first(self._resumed_from)
+        folder, self.progress, self._records = self._shelf.begin()
         device = ranks.device if ranks.world == 1 else CPU  # several ranks load the whole before they share it
         again = config.train.gradient_checkpointing
         reference = load_model(config.model.path, device).requires_grad_(False) if config.train.kl_coef else None
@@ -81,15 +80,15 @@ class Trainer:
         self._updater = Updater(config, policy, reference, ranks)
         if folder:
             checkpoint.restore(folder, policy, self._updater.optimizer, ranks)
-        self.progress = ranks.first(lambda: self._begins_at(folder))
-        self._saved: int | None = self.progress.step if folder else None
         self._evaluated: int | None = None
 
     def run(self) -> None:
         """Train to the end, or until the run drains; either way there is a checkpoint and ``checkpoints/final``.
 
         Raises:
-            UnavailableError: the intake went away while the run was to go on. The checkpoint is written even so.
+            UnavailableError: the intake stayed away while the run was to go on. The checkpoint is written even so.
+            DiskError: a policy version or the last checkpoint could not be written for a long time.
+            ContractError: the intake does not have the groups that come next.
         """
         try:
             self._train()
@@ -101,14 +100,14 @@ class Trainer:
     def _train(self) -> None:
         train, every = self._config.train, self._config.eval.every
         self._publish()
+        self._say_again()
         self._evaluate()
         while self.progress.step < train.steps and (taken := self._take()):
             groups, phases = taken
             self._step(groups, phases)
             if every and self.progress.step % every == 0:
                 self._evaluate()
-            if self.progress.step % train.checkpoint_every == 0:
-                self._checkpoint()
+            if (self.progress.step % train.checkpoint_every == 0 or self._shelf.overdue) and self._checkpoint():
                 self._link.covered(self.progress.position)
         self._finish()
         if self.progress.step >= train.steps:
@@ -135,12 +134,21 @@ class Trainer:
         self.progress = replace(
             self.progress, step=self.progress.step + 1, position=self.progress.position + len(packed), em=None
         )
-        with phases("publish"):
-            self._publish()
-        report = {**step_values(self.progress, groups, batch, update, phases), "groups_refused": len(refused)}
+        try:
+            with phases("publish"):
+                self._publish()
+        finally:  # the step counts, whatever becomes of its version
+            record = {**step_values(self.progress, groups, batch, update, phases), "groups_refused": len(refused)}
+            self._records.append(record)
         self._metrics.refused.inc(len(refused))
-        self._link.report(report)
-        show(self._metrics, report)
+        self._link.report(record)
+        show(self._metrics, record)
+
+    def _say_again(self) -> None:
+        """Report the steps before the checkpoint once more: the intake may have died with a record, and drops what it has."""
+        for record in self._records:
+            self._link.report(record)
+        self._records.clear()
 
     def _packs(self, batch: Sequence[Episodes]) -> list[Pack]:
         """This rank's packs of a minibatch, whose weights in the loss are its own."""
@@ -151,10 +159,9 @@ class Trainer:
         return self._ranks.share_out(pack(credited, train.pack_tokens, keep_zero=keep_zero, ranks=self._ranks.world))
 
     def _publish(self) -> None:
-        model, progress = self._config.model, self.progress
-        folder = publish(self._updater.model, self._weights, progress.version, model.path, model.dtype, self._ranks)
-        self._link.publish(progress.version, folder, progress.position)
-        self._ranks.first(lambda: prune(self._weights, KEEP_VERSIONS))
+        progress = self.progress
+        self._link.publish(progress.version, self._shelf.publish(self._updater.model, progress), progress.position)
+        self._shelf.prune()
         self._metrics.version.set(progress.step)
 
     def _evaluate(self) -> None:
@@ -164,37 +171,23 @@ class Trainer:
         began = time.perf_counter()
         if (result := self._link.evaluate(self.progress.version)) is not None:
             self.progress, self._evaluated = replace(self.progress, em=result.em), self.progress.step
+            self._shelf.note_evaluation(self.progress)
             self._metrics.phase.labels("evaluate").observe(time.perf_counter() - began)
             log.info("version %s: held-out EM %.1f", self.progress.version, 100 * result.em)
 
-    def _checkpoint(self) -> None:
-        if self._saved == self.progress.step:
-            return
-        began = time.perf_counter()
-        updater, config = self._updater, self._config
-        policy, keep = (updater.model, updater.optimizer), config.train.keep_checkpoints
-        checkpoint.save(self._checkpoints, self.progress, *policy, config.model.path, keep, self._ranks)
-        self._saved = self.progress.step
-        self._metrics.phase.labels("checkpoint").observe(time.perf_counter() - began)
+    def _checkpoint(self, *, needed: bool = False) -> bool:
+        """Whether there is a checkpoint of this step now. Raises DiskError only if it is ``needed``."""
+        model, optimizer = self._updater.model, self._updater.optimizer
+        stands = self._shelf.checkpoint(model, optimizer, self.progress, self._records, needed=needed)
+        if stands:
+            self._records.clear()
+        return stands
 
     def _finish(self) -> None:
-        """Leave a checkpoint to resume from and ``final``, the model to go on with."""
-        config = self._config
-        export(self._updater.model, self._checkpoints / "final", config.model.path, config.model.dtype, self._ranks)
-        self._checkpoint()
-        log.info("step %d of %d; the model is in %s", self.progress.step, config.train.steps, self._checkpoints / "final")
-
-    def _resumed_from(self) -> Path | None:
-        folder = checkpoint.newest(self._checkpoints)
-        if folder and not self._config.run.resume:
-            raise ConfigError(f"run.dir = {self._config.run.dir} holds a run already; add --resume, or choose another.")
-        return folder
-
-    def _begins_at(self, folder: Path | None) -> Progress:
-        progress = checkpoint.read_progress(folder) if folder else Progress()
-        # A run that was resumed and died before its first checkpoint has used a lineage that no checkpoint knows.
-        used = [v.lineage for v in published(self._weights)] + ([progress.lineage] if folder else [])
-        return replace(progress, lineage=max(used) + 1) if used else progress
+        """Leave a checkpoint to go on from and ``final``, the model to use."""
+        self._checkpoint(needed=True)
+        final = self._shelf.final(self._updater.model)
+        log.info("step %d of %d; the model is in %s", self.progress.step, self._config.train.steps, final)
 
 
 def split(batch: Sequence[Episodes], minibatches: int) -> list[Sequence[Episodes]]:
@@ -215,4 +208,5 @@ def main(config: Config, ranks: Ranks) -> None:
     access = Access.of(config.security, Role.LEARNER)
     ranks.first(lambda: serve(metrics, own, "learner.metrics (the port after it)", access))
     with closing(Link.open(socket_path(config.run.dir), stop, ranks)) as link:
+        ranks.first(lambda: check_identity(config, (*KEYS, MODEL)))  # the questions are the intake's
         Trainer(config, link, metrics, ranks).run()

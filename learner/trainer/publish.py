@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from learner.trainer.durable import on_disk
 from learner.trainer.ranks import ALONE, Ranks
 from treegrpo.config import Dtype
 from treegrpo.errors import ContractError
@@ -32,19 +33,20 @@ def write_model(
 ) -> None:
     """Write ``model`` as a Hugging Face directory, weights as ``dtype``, with the tokenizer of another directory.
 
-    All ranks call it, as they do with what follows; rank 0 writes.
+    All ranks call it, as they do with what follows; rank 0 writes. Raises DiskError on all of them.
     """
     kind = getattr(torch, dtype)
     state = ranks.whole_state(model, kind)
 
     def write() -> None:
-        model.save_pretrained(folder, state_dict=state)
-        config = cast("Any", copy.deepcopy(model.config))
-        config.dtype = kind
-        config.save_pretrained(folder)
-        for name in _TOKENIZER_FILES:
-            if (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, folder / name)
+        with on_disk(folder):
+            model.save_pretrained(folder, state_dict=state)
+            config = cast("Any", copy.deepcopy(model.config))
+            config.dtype = kind
+            config.save_pretrained(folder)
+            for name in _TOKENIZER_FILES:
+                if (tokenizer_from / name).is_file():
+                    shutil.copyfile(tokenizer_from / name, folder / name)
 
     ranks.first(write)
 
@@ -65,9 +67,11 @@ def publish(
 
 
 def prune(weights: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` versions."""
+    """Remove all but the newest ``keep`` versions, and what crashes have left half written."""
     for version in published(weights)[:-keep]:
-        shutil.rmtree(weights / str(version))
+        shutil.rmtree(weights / str(version), ignore_errors=True)
+    for partial in weights.glob(".*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def published(weights: Path) -> list[PolicyVersion]:

@@ -5,48 +5,103 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amqtt.adapters import ReaderAdapter, StreamReaderAdapter, StreamWriterAdapter, WriterAdapter
+from amqtt.adapters import ReaderAdapter, StreamWriterAdapter, WriterAdapter
 from amqtt.broker import Broker, Server
-from amqtt.contexts import BrokerConfig, ListenerConfig
-from amqtt.errors import AMQTTError
+from amqtt.contexts import BrokerConfig, ListenerConfig, ListenerType
+from amqtt.errors import AMQTTError, CodecError
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
+from amqtt.utils import gen_client_id
 
+from services.cli.broker_peers import Handler, Reader, peer_of
 from treegrpo.access import OPEN, Access, read_secret
 from treegrpo.config import Config
 from treegrpo.edge import run_service
 from treegrpo.errors import ConfigError
-from treegrpo.limits import CONTROL_BYTES, HANDSHAKE_SECONDS, PEERS
+from treegrpo.limits import HANDSHAKE_SECONDS, PEERS
+from treegrpo.refusals import Refusals, seldom
 from treegrpo.security import USERS, Role
 from treegrpo.telemetry import check_free
 
+log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 2.0
 ANYBODY = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
+FILTERS = 16
+"""Topic filters of one client. Ours have one."""
+FILTER_BYTES = 1024
+RETAINED = 2 * PEERS
+"""Topics with a retained message: everybody's presence, and that of those who left."""
+RETAINED_BYTES = 4096
+"""The largest message that is retained. The largest of ours has a few hundred bytes."""
+REFUSED = 0x80
+"""MQTT's word for a subscription that is not made."""
+BAD_CONNECT = (CodecError, ValueError, TypeError, AttributeError, IndexError, OverflowError, struct.error)
+"""What amqtt raises at a CONNECT that is none, beside its own errors."""
 
 
 class PatientBroker(Broker):
-    """amqtt's broker, which hangs up on who sends too much at once or does not say who it is."""
+    """amqtt's broker, which asks who comes before it does anything for them, and has limits for what they may ask."""
 
     _ending = False
 
-    def __init__(self, config: BrokerConfig) -> None:
+    def __init__(self, config: BrokerConfig, context: ssl.SSLContext | None = None) -> None:
+        """``context``: TLS that asks for certificates; None: in plain text."""
         super().__init__(config)
+        self._context = context
+        self._refusals = Refusals(log)
         self._subscriptions = _Subscriptions()
 
     async def shutdown(self) -> None:
         self._ending = True
         await super().shutdown()
 
-    async def _cleanup_session(self, client_id: str) -> None:
-        """Forget a session that ended: the client may have come back under the same id since it was listed for it."""
-        session = self._sessions[client_id][0] if client_id in self._sessions else None
-        if self._ending or session is None or session.transitions.state != "connected":
-            await super()._cleanup_session(client_id)
+    async def _create_server_instance(
+        self,
+        listener_name: str,
+        listener_type: ListenerType,  # noqa: ARG002 - TCP
+        address: str | None,
+        port: int,
+        ssl_context: ssl.SSLContext | None,  # noqa: ARG002 - ours
+    ) -> asyncio.Server:
+        return await asyncio.start_server(
+            partial(self.stream_connected, listener_name=listener_name),
+            address,
+            port,
+            reuse_address=True,
+            ssl=self._context,
+            ssl_handshake_timeout=HANDSHAKE_SECONDS if self._context else None,
+            ssl_shutdown_timeout=HANDSHAKE_SECONDS if self._context else None,
+        )
+
+    async def stream_connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str) -> None:
+        try:
+            if self._servers[listener_name].conn_count < PEERS:  # amqtt would let the next ones wait
+                await self._client_connected(listener_name, Reader(reader), StreamWriterAdapter(writer))
+        finally:
+            writer.close()
+
+    async def _initialize_client_session(
+        self,
+        reader: ReaderAdapter,
+        writer: WriterAdapter,
+        remote_address: str,
+        remote_port: int,  # noqa: ARG002
+    ) -> tuple[BrokerProtocolHandler, Session]:
+        """CONNECT, within HANDSHAKE_SECONDS. Nothing is done yet: amqtt ends or changes the session of that client id here."""
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                return await Handler.init_from_connect(reader, writer, self.plugins_manager)
+        except TimeoutError as error:
+            raise AMQTTError(f"{remote_address} said nothing for {HANDSHAKE_SECONDS:.0f} s") from error
+        except BAD_CONNECT as error:
+            raise AMQTTError(f"{remote_address} sent a CONNECT that is none ({error})") from error
 
     async def _handle_client_session(
         self,
@@ -57,12 +112,60 @@ class PatientBroker(Broker):
         server: Server,
         listener_name: str,
     ) -> None:
-        """Who is refused leaves nothing behind: amqtt would keep a session."""
-        if await self._authenticate(client_session, self.listeners_config[listener_name]):
-            await super()._handle_client_session(reader, writer, client_session, handler, server, listener_name)
+        """Who is refused leaves nothing behind and changes nothing; nobody takes the client id of another user."""
+        session = client_session
+        session.client_id = session.client_id or gen_client_id()
+        there = self._sessions.get(session.client_id)
+        may = await self._authenticate(session, self.listeners_config[listener_name])
+        if not may or (there is not None and there[0].username != session.username):
+            handler.attach(session, reader, writer)
+            await handler.mqtt_connack_authorize(authorize=False)
             return
-        handler.attach(client_session, reader, writer)
-        await handler.mqtt_connack_authorize(authorize=False)
+        session.clean_session = True  # a client that left is not remembered, whatever it asks for
+        if there is not None:
+            await self._take_over(session.client_id)
+        if isinstance(reader, Reader):
+            reader.session = session
+        await super()._handle_client_session(reader, writer, session, handler, server, listener_name)
+
+    async def _take_over(self, client_id: str) -> None:
+        """The connection that has this client id so far ends, and leaves its will."""
+        reader = self._sessions[client_id][1].reader
+        await self._delete_session(client_id)
+        if isinstance(reader, Reader):
+            reader.end()
+
+    async def add_subscription(self, subscription: tuple[str, int], session: Session) -> int:
+        """Refused beyond FILTERS; amqtt keeps those that nobody has any more, and so does not notice when it grows."""
+        topic = subscription[0]
+        for empty in [other for other, sessions in self._subscriptions.items() if not sessions and other != topic]:
+            del self._subscriptions[empty]
+        own = sum(one is session for sessions in self._subscriptions.values() for one, _ in sessions)
+        if own >= FILTERS or len(topic.encode(errors="replace")) > FILTER_BYTES:
+            return REFUSED
+        return await super().add_subscription(subscription, session)
+
+    async def retain_message(
+        self,
+        source_session: Session | None,
+        topic_name: str | None,
+        data: bytes | bytearray | None,
+        qos: int | None = None,
+    ) -> None:
+        """Not beyond RETAINED topics, and nothing large."""
+        room = topic_name in self._retained_messages or len(self._retained_messages) < RETAINED
+        if not data or (room and len(topic_name or "") + len(data) <= RETAINED_BYTES):
+            await super().retain_message(source_session, topic_name, data, qos)
+        else:
+            self._refusals.count(
+                peer_of(source_session), "retained", "its message is not retained: too large, or one topic too many"
+            )
+
+    async def _cleanup_session(self, client_id: str) -> None:
+        """Forget a session that ended: the client may have come back under the same id since it was listed for it."""
+        session = self._sessions[client_id][0] if client_id in self._sessions else None
+        if self._ending or session is None or session.transitions.state != "connected":
+            await super()._cleanup_session(client_id)
 
     async def _handle_message_delivery(
         self, client_session: Session, handler: BrokerProtocolHandler, wait_deliver: asyncio.Future[Any]
@@ -75,28 +178,6 @@ class PatientBroker(Broker):
             message.set_result(queue.get_nowait())
             good = await super()._handle_message_delivery(client_session, handler, message)
         return good
-
-    @staticmethod
-    def _create_ssl_context(listener: ListenerConfig) -> ssl.SSLContext:
-        """Who has no certificate of ours gets no further: amqtt ends the session of a client id before it asks who comes."""
-        context = Broker._create_ssl_context(listener)  # noqa: SLF001 - overridden
-        context.verify_mode = ssl.CERT_REQUIRED
-        return context
-
-    async def stream_connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str) -> None:
-        try:
-            await self._client_connected(listener_name, _Bounded(reader), StreamWriterAdapter(writer))
-        finally:
-            writer.close()
-
-    async def _initialize_client_session(
-        self, reader: ReaderAdapter, writer: WriterAdapter, remote_address: str, remote_port: int
-    ) -> tuple[BrokerProtocolHandler, Session]:
-        try:
-            async with asyncio.timeout(HANDSHAKE_SECONDS):
-                return await super()._initialize_client_session(reader, writer, remote_address, remote_port)
-        except TimeoutError as error:
-            raise AMQTTError(f"{remote_address} said nothing for {HANDSHAKE_SECONDS:.0f} s") from error
 
 
 class _Subscriptions(dict[str, list[tuple[Session, int]]]):
@@ -112,26 +193,12 @@ class _Subscriptions(dict[str, list[tuple[Session, int]]]):
         return {topic: list(sessions) for topic, sessions in super().items()}.items()
 
 
-class _Bounded(StreamReaderAdapter):
-    """Reads no more than a control message at once, for amqtt asks for a whole payload; after a larger one it is at its end."""
-
-    _over = False
-
-    async def read(self, n: int = -1) -> bytes:
-        self._over = self._over or n > CONTROL_BYTES
-        if self._over:
-            raise ConnectionResetError(f"a message of more than {CONTROL_BYTES} bytes")
-        return await super().read(n)
-
-
-def embedded_broker(address: str, access: Access = OPEN, passwords: dict[str, str] | None = None) -> Broker:
+def embedded_broker(address: str, access: Access = OPEN, passwords: dict[str, str] | None = None) -> PatientBroker:
     """An amqtt broker for ``address``, not started: with TLS and users, or for everybody. Needs a running event loop."""
-    files: dict[str, Any] = {}
-    if (keys := access.keys) is not None:
-        files = {"ssl": True, "cafile": keys.ca, "certfile": keys.certificate, "keyfile": keys.key}
-    listener = ListenerConfig(bind=address, max_connections=PEERS, **files)
+    listener = ListenerConfig(bind=address, max_connections=PEERS)
     rules = {"services.cli.broker_rules.Passwords": {"passwords": passwords}, "services.cli.broker_rules.Topics": {}}
-    return PatientBroker(BrokerConfig(listeners={"default": listener}, plugins=rules if passwords else ANYBODY))
+    config = BrokerConfig(listeners={"default": listener}, plugins=rules if passwords else ANYBODY)
+    return PatientBroker(config, access.server_context(ask=True))
 
 
 def passwords_in(directory: Path | None) -> dict[str, str]:
@@ -149,6 +216,7 @@ async def serve(config: Config) -> None:
     check_free(config.broker.address, "broker.address")
     for chatty in ("amqtt", "transitions"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    seldom("amqtt", "asyncio")
     broker = embedded_broker(config.broker.address, access, passwords)
     await broker.start()
     try:

@@ -5,7 +5,8 @@
     operator     state, own presence              everything of treegrpo/
     sampler      own presence                     everything of treegrpo/
 
-Presence is treegrpo/RUN/members/ROLE/ID, own where ROLE is the user and ID the MQTT client id. A last will is looked at when
+Presence is treegrpo/RUN/members/ROLE/ID, own where ROLE is the user and ID the MQTT client id; a certificate for one sampler
+is good for its client id alone. A last will is looked at when
 it is left, since amqtt publishes it without asking.
 """
 
@@ -22,9 +23,14 @@ from amqtt.contexts import Action
 from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
 from amqtt.session import Session
 
+from services.cli.broker_peers import peer_of
 from treegrpo.access import roles_in
+from treegrpo.refusals import Refusals
 
-log = logging.getLogger(__name__)
+REFUSALS = Refusals(logging.getLogger(__name__))
+"""amqtt makes its plugins by itself; a process has one broker."""
+TOPIC_LETTERS = 128
+"""Of a topic in the log."""
 TOPICS = {"learner": ("state", "weights"), "operator": ("state",), "sampler": ()}
 
 
@@ -47,16 +53,18 @@ class Passwords(BaseAuthPlugin):
         user, shown = session.username or "", session.password or ""
         known = self.config.passwords.get(user, "")
         if not known or not hmac.compare_digest(shown.encode(), known.encode()):
-            log.warning("refused MQTT user %r: no such user, or another password", user)
-            return False
-        if session.ssl_object is None or not _certifies(session.ssl_object, user):
-            log.warning("refused MQTT user %r: its certificate is not of that role", user)
-            return False
+            return self._refused(session, "password", "no such user, or another password")
+        if session.ssl_object is None or not _certifies(session.ssl_object, user, session.client_id or ""):
+            return self._refused(session, "certificate", "its certificate is not of that role, or for another client id")
         will = session.will_topic if session.will_flag else None
         if will is not None and not may_publish(user, session.client_id or "", will):
-            log.warning("refused MQTT user %r: it may not leave a will on %s", user, will)
-            return False
+            return self._refused(session, "will", f"it may not leave a will on {will[:TOPIC_LETTERS]!r}")
         return True
+
+    @staticmethod
+    def _refused(session: Session, reason: str, sentence: str) -> bool:
+        REFUSALS.count(peer_of(session), reason, sentence)
+        return False
 
 
 class Topics(BaseTopicPlugin):
@@ -72,12 +80,12 @@ class Topics(BaseTopicPlugin):
             return user in TOPICS and topic.split("/")[0] == "treegrpo"
         allowed = may_publish(user, client, topic)
         if not allowed:
-            log.warning("refused MQTT user %r (%s): it may not publish to %s", user, client, topic)
+            REFUSALS.count(peer_of(session), "topic", f"it may not publish to {topic[:TOPIC_LETTERS]!r}")
         return allowed
 
 
-def _certifies(connection: ssl.SSLObject, user: str) -> bool:
-    """Whether the certificate of a connection says that ``user`` is its role."""
+def _certifies(connection: ssl.SSLObject, user: str, client: str) -> bool:
+    """Whether the certificate of a connection says that ``user`` is its role, and ``client`` its name if it has one."""
     names = cast("Sequence[tuple[str, str]]", (connection.getpeercert() or {}).get("subjectAltName", ()))
     found = roles_in([name for kind, name in names if kind == "URI"])
-    return found is not None and found[0].value == user
+    return found is not None and found[0].value == user and found[1] in ("", client)

@@ -242,8 +242,7 @@ def understand(command: Command, arguments: Sequence[str]) -> Invocation:
         raise ConfigError(f"{next(iter(command.words[len(words) :]), command.words[0])} is missing; see --help.")
     if command.options:
         return Invocation(Config(), (), tuple(words), own_options(command, rest))
-    told = tuple(part for flag in rest for part in (("--run.resume", "true") if flag == "--resume" else (flag,)))
-    return Invocation(from_arguments(told), told, tuple(words))
+    return Invocation(from_arguments(rest), tuple(rest), tuple(words))
 
 
 def option_parser(command: Command, **options: Any) -> argparse.ArgumentParser:

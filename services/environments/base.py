@@ -56,7 +56,12 @@ class Environment(Protocol[State]):
 
         Raises:
             ToolError: a tool failed; the step is tried again, then left out.
+            ToolAwayError: a tool is not there; the step waits until `probe` says that it is back, and is tried again.
         """
+        ...
+
+    async def probe(self) -> None:
+        """Ask the tools something harmless. Raises ToolAwayError if one is not there."""
         ...
 
     async def fork(self, state: State) -> State:

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from treegrpo.errors import ToolError
+from treegrpo.errors import ToolAwayError, ToolError
 
 
 class Retriever(Protocol):
@@ -20,7 +20,8 @@ class Retriever(Protocol):
         r"""The contents (``"Title\\ntext"``) of at most ``topk`` documents, best first.
 
         Raises:
-            ToolError: the search could not be performed.
+            ToolAwayError: the server is not there.
+            ToolError: it refuses this query.
         """
         ...
 
@@ -36,6 +37,10 @@ class _Hit(BaseModel):
 
 class _Answer(BaseModel):
     result: list[list[_Hit]]
+
+
+_PASSING = frozenset((429, 502, 503, 504))
+"""Statuses of a server, or of a proxy before it, that restarts or is overloaded."""
 
 
 class HttpRetriever:
@@ -79,14 +84,23 @@ class HttpRetriever:
             response.raise_for_status()
             (hits,) = _Answer.model_validate_json(response.content).result
         except httpx.HTTPStatusError as error:
-            raise ToolError(
-                f"the retriever at {self._url} refused a query with status {error.response.status_code}: "
-                f"{error.response.text[:200]}"
-            ) from error
+            raise self._refused(error.response) from error
+        except (httpx.DecodingError, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+            raise ToolError(f"the retriever at {self._url} cannot be asked ({_said(error)}); see retriever.url.") from error
         except httpx.HTTPError as error:
-            raise ToolError(
-                f"the retriever at {self._url} does not answer ({type(error).__name__}); is it running there?"
-            ) from error
+            certain = not isinstance(error, httpx.ReadTimeout)
+            raise ToolAwayError("retriever", self._url, f"does not answer ({_said(error)})", certain=certain) from error
         except (ValidationError, ValueError) as error:
             raise ToolError(f"the retriever at {self._url} answered something that is not Search-R1's format") from error
         return [hit.document.contents for hit in hits]
+
+    def _refused(self, response: httpx.Response) -> ToolError:
+        """The error for a status that says so: of a server that is not well, or of one that does not like the query."""
+        status, said = response.status_code, response.text[:200]
+        if status >= 500 or status in _PASSING or status == 408:
+            return ToolAwayError("retriever", self._url, f"answers with status {status}: {said}", certain=status in _PASSING)
+        return ToolError(f"the retriever at {self._url} refused a query with status {status}: {said}")
+
+
+def _said(error: httpx.HTTPError) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -123,6 +123,10 @@ class SearchQA:
         documents = await self._retriever.search(parsed.text, self._topk)
         return Outcome(after, self._observation(documents), (ToolCall("search", parsed.text),))
 
+    async def probe(self) -> None:
+        """A search; see `Environment.probe`."""
+        await self._retriever.search("anything", 1)
+
     def score(self, state: Episode) -> Mapping[str, float]:
         """``em`` or ``f1`` (the one chosen) and ``format``; see `Environment.score`.
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
+
 from treegrpo.budget import Budget, Cost
+from treegrpo.errors import AwayError, ToolError
 
 
 class Allowance:
@@ -60,3 +64,15 @@ class Bill:
         """What was charged since the last call: the cost of the step that ends here."""
         cost, self._step = self._step, Cost()
         return cost
+
+
+@contextlib.contextmanager
+def charged(bill: Bill, call: Cost) -> Generator[None]:
+    """Charge a tool call that failed: it was made, whatever became of it, unless the tool was not there."""
+    try:
+        yield
+    except AwayError:
+        raise
+    except ToolError:
+        bill.charge(call)
+        raise

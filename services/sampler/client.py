@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection
 from typing import Any, Protocol
 
 import grpc
 
 from services.sampler.outbox import Outbox
+from services.sampler.watch import Want
 from treegrpo.change import Change
 from treegrpo.errors import ContractError
 from treegrpo.lease import HEARTBEAT_SECONDS, LeaseEnd, Plan
@@ -62,11 +64,22 @@ class LearnerClient:
         self._closing = False
         self._queue: asyncio.Queue[rollout_pb2.RolloutRequest | None] | None = None
         """What the open stream has still to write; None in it ends the stream, None for it: no stream is open."""
+        self._heard = time.monotonic()
+        """When the learner last answered: with its welcome, with an ack, or by closing the stream."""
 
     @property
     def unacked(self) -> int:
         """Subtrees that the learner is not known to have."""
         return self._outbox.subtrees
+
+    @property
+    def want(self) -> Want | None:
+        """What is waited for of the learner: itself, or that it takes in what it was sent."""
+        if self._queue is None:
+            return Want("learner", f"the learner at {self._address}", self._heard)
+        if self._outbox.full:
+            return Want("learner", f"the learner at {self._address} to take in {self.unacked} subtrees", self._heard)
+        return None
 
     @property
     def leases(self) -> Collection[str]:
@@ -147,12 +160,13 @@ class LearnerClient:
         except grpc.aio.AioRpcError as error:
             return False, self._reason(error)
         finally:
-            self._queue = None
+            if self._queue is not None:
+                self._queue, self._heard = None, time.monotonic()
             call.cancel()
 
     async def _serve(self, call: Any, holder: Holder) -> str | None:
         """Write and read until the stream ends; returns why it broke, if it did."""
-        self._queue = asyncio.Queue()
+        self._queue, self._heard = asyncio.Queue(), time.monotonic()
         for request in (self._demand_request(), *self._outbox, *([None] if self._closing else [])):
             self._queue.put_nowait(request)
         async with asyncio.TaskGroup() as tasks:
@@ -176,6 +190,7 @@ class LearnerClient:
             case "ack":
                 self._outbox.acked(response.ack.lease, response.ack.tree, response.ack.index)
                 self._metrics.unacked.set(self.unacked)
+                self._heard = time.monotonic()
                 self._acked.tell()
                 if response.ack.refusal:
                     self._metrics.errors.labels(ContractError.__name__).inc()

@@ -9,37 +9,28 @@ Ids go in and ids come out: what the policy produced is decoded for the environm
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
-import time
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
 from services.environments.base import Environment, Outcome
-from services.sampler.allowance import Bill
+from services.sampler.branch import Branch, Turn, first_node
+from services.sampler.clock import Clock
 from services.sampler.engines.base import Completion, Engine, Sampling
-from services.sampler.gate import Gate
-from services.sampler.states import States
+from services.sampler.outage import Outage
+from services.sampler.performer import Performer
+from services.sampler.retries import Retries, within
 from treegrpo.budget import Budget, Cost
-from treegrpo.errors import ContractError, EngineError, ToolError, TreeError
-from treegrpo.lease import Lease, Plan
+from treegrpo.errors import EngineError, EnvironmentFaultError, ToolError, TreeError
+from treegrpo.lease import Plan
 from treegrpo.question import Message
 from treegrpo.soundness import check_steps, name
 from treegrpo.step import Leaf, Step, StepStatus, Subtree, TokenIds
 from treegrpo.telemetry import SamplerMetrics
-from treegrpo.tree import Tree
 
-log = logging.getLogger(__name__)
-FIRST_WAIT_SECONDS = 0.1
-"""Before the first retry; doubles with each."""
-ATTEMPT_SECONDS = 600.0
-"""The longest one attempt of an engine or an environment may take, whatever its own time-outs."""
 _NONE = np.zeros(0, np.uint32)
-Result = TypeVar("Result")
 
 
 class Text(Protocol):
@@ -52,52 +43,13 @@ class Text(Protocol):
     def render(self, messages: Sequence[Message]) -> TokenIds: ...
 
 
-def first_node(index: int, plan: Plan) -> int:
-    """The node ids of an expansion follow from its index alone: it has at most max_turns + 1 steps."""
-    return 1 + index * (plan.max_turns + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """An expansion to be played: node ``parent`` of a tree, continued to the end of the episode."""
-
-    lease: Lease
-    tree_index: int
-    index: int
-    parent: int
-    tree: Tree
-    """The tree as it is now; its prompt and the path to ``parent`` are the prefix."""
-    states: States
-    bill: Bill
-    gate: Gate
-
-    @property
-    def prefix(self) -> TokenIds:
-        """[n] prompt and path, as sampled."""
-        return np.concatenate(
-            [self.tree.prompt, *(part for step in self.tree.path(self.parent) for part in (step.action, step.observation))]
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """A turn about to be played."""
-
-    branch: Branch
-    node: int
-    parent: int
-    prefix: TokenIds
-    actions: list[str]
-    """Texts of the actions before it."""
-    last: bool
-    """Tools may no longer be used."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Played:
     step: Step
     leaf: Leaf | None
     action: str
+    error: str = ""
+    """Why it failed."""
 
     @property
     def ended(self) -> bool:
@@ -111,8 +63,21 @@ class Player:
         self._engine = engine
         self._environment = environment
         self._text = text
-        self._retries = retries
         self._metrics = metrics
+        self.clock = Clock(metrics)
+        self._retries = Retries(retries, metrics)
+        self._outage = Outage(engine.health, metrics)
+        self._performer = Performer(environment, self._retries, self.clock, metrics)
+
+    @property
+    def outages(self) -> tuple[Outage, Outage]:
+        """Of the environment's tools and of the engine."""
+        return self._performer.outage, self._outage
+
+    @property
+    def missing(self) -> str:
+        """What is away for so long that nothing should be begun, in words; empty while there is hope."""
+        return next((outage.want.what for outage in self.outages if outage.given_up and outage.want), "")
 
     def context(self, plan: Plan) -> int:
         """Tokens an episode may have."""
@@ -124,24 +89,29 @@ class Player:
         tools = len(branch.tree.path(branch.parent)) < plan.max_turns
         return Budget(length + self._max_tokens(plan, length), int(tools))
 
-    async def play(self, branch: Branch) -> Subtree:
-        """Continue the episode to its end. An error that retries do not cure ends it without a leaf."""
+    async def play(self, branch: Branch) -> tuple[Subtree, str]:
+        """Continue the episode to its end. An error that retries do not cure ends it without a leaf, for the reason returned.
+
+        Raises:
+            DeadlineError: the engine or a tool was away for too long, or the lease came to its end meanwhile.
+        """
         path = branch.tree.path(branch.parent)
         actions = [self._text.decode(step.action) for step in path]
         prefix, parent = branch.prefix, branch.parent
         steps: list[Step] = []
         leaf: Leaf | None = None
+        error = ""
         first = first_node(branch.index, branch.lease.plan)
         for depth in range(len(path), branch.lease.plan.max_turns + 1):
             last = depth == branch.lease.plan.max_turns
-            played = await self._turn(_Turn(branch, first + len(steps), parent, prefix, actions, last))
+            played = await self._turn(Turn(branch, first + len(steps), parent, prefix, actions, last))
             steps.append(played.step)
-            leaf = played.leaf
+            leaf, error = played.leaf, played.error
             if played.ended:
                 break
             actions.append(played.action)
             prefix, parent = np.concatenate([prefix, played.step.action, played.step.observation]), played.step.node
-        return Subtree(
+        subtree = Subtree(
             lease=branch.lease.id,
             tree=branch.tree_index,
             index=branch.index,
@@ -150,44 +120,49 @@ class Player:
             leaves=(leaf,) if leaf else (),
             prompt=branch.tree.prompt if branch.index == 0 else _NONE,
         )
+        return subtree, error
 
-    async def _turn(self, turn: _Turn) -> _Played:
-        bill = turn.branch.bill
+    async def _turn(self, turn: Turn) -> _Played:
         try:
             completion = await self._generate(turn)
-        except EngineError:
-            step = Step(
-                turn.node, turn.parent, _NONE, np.zeros(0, np.float32), _NONE, (), StepStatus.ENGINE_ERROR, cost=bill.close_step()
-            )
-            return _Played(step, None, "")
+        except EngineError as error:
+            cost = turn.branch.bill.close_step()
+            nothing = np.zeros(0, np.float32)
+            step = Step(turn.node, turn.parent, _NONE, nothing, _NONE, (), StepStatus.ENGINE_ERROR, cost=cost)
+            return _Played(step, None, "", str(error))
         text = self._text.decode(completion.ids)
-        truncated = completion.finish == "length"
         try:
-            outcome = await self._perform(turn, text, last=turn.last or truncated)
-        except ToolError:
-            return _Played(_step(turn, completion, StepStatus.TOOL_ERROR), None, text)
-        observation = _NONE if outcome.observation is None else self._text.encode(outcome.observation)
+            return await self._answered(turn, completion, text)
+        except (ToolError, EnvironmentFaultError) as error:
+            status = StepStatus.TOOL_ERROR if isinstance(error, ToolError) else StepStatus.ENVIRONMENT_ERROR
+            return _Played(_step(turn, completion, status), None, text, str(error))
+
+    async def _answered(self, turn: Turn, completion: Completion, text: str) -> _Played:
+        """What the environment makes of an action. Raises ToolError, EnvironmentFaultError, and as `play`."""
+        truncated = completion.finish == "length"
+        outcome = await self._performer.perform(turn, text, last=turn.last or truncated)
+        with self._performer.guarded():
+            observation = _NONE if outcome.observation is None else self._text.encode(outcome.observation)
         length = len(turn.prefix) + len(completion.ids) + len(observation)
         if outcome.observation is not None and length < self.context(turn.branch.lease.plan):
             turn.branch.states.keep(turn.node, outcome.state)
             return _Played(_step(turn, completion, StepStatus.OK, outcome, observation), None, text)
         # An observation after which nobody could act is left out: the episode ends with the action that asked for it.
         truncated = truncated or outcome.observation is not None
-        step = _step(turn, completion, StepStatus.TRUNCATED if truncated else StepStatus.OK, outcome)
-        score, metrics = self._environment.score(outcome.state), self._environment.metrics(outcome.state)
-        return _Played(step, Leaf(turn.node, dict(score), dict(metrics)), text)
+        leaf = self._performer.score(turn.node, outcome.state)
+        return _Played(_step(turn, completion, StepStatus.TRUNCATED if truncated else StepStatus.OK, outcome), leaf, text)
 
     def _max_tokens(self, plan: Plan, length: int) -> int:
         return min(plan.max_action_tokens, self.context(plan) - length)
 
-    async def _generate(self, turn: _Turn) -> Completion:
+    async def _generate(self, turn: Turn) -> Completion:
         plan = turn.branch.lease.plan
         sampling = Sampling(self._max_tokens(plan, len(turn.prefix)), plan.temperature, tuple(self._environment.stop))
 
         async def attempt() -> Completion:
             await turn.branch.gate.open()
-            with self._clock("engine", turn.branch.bill):
-                completion = await _within(self._engine.generate(turn.prefix, sampling), EngineError, "The engine")
+            with self.clock.turn("engine", turn.branch.bill):
+                completion = await within(self._engine.generate(turn.prefix, sampling), EngineError, "The engine")
             cost = Cost(completion.prefilled, completion.cached, len(completion.ids))
             turn.branch.bill.charge(cost)
             for how in ("prefilled", "cached", "decoded"):
@@ -195,72 +170,10 @@ class Player:
             _check(turn, completion)
             return completion
 
-        return await self._retried(attempt)
-
-    async def _perform(self, turn: _Turn, action: str, *, last: bool) -> Outcome[Any]:
-        bill = turn.branch.bill
-
-        async def attempt() -> Outcome[Any]:
-            with self._clock("environment", bill):
-                return await _within(self._step(turn, action, last), ToolError, "The environment")
-
-        outcome = await self._retried(attempt)
-        bill.charge(Cost(tool_calls=len(outcome.tool_calls)))
-        if last and outcome.observation is not None:
-            raise ContractError(
-                f"{type(self._environment).__name__} answered the last action with an observation; with last=True it must end."
-            )
-        return outcome
-
-    async def _step(self, turn: _Turn, action: str, last: bool) -> Outcome[Any]:
-        state = await turn.branch.states.at(turn.parent, turn.actions, turn.branch.bill)
-        try:
-            return await self._environment.step(state, action, last=last)
-        except ToolError:
-            turn.branch.bill.charge(Cost(tool_calls=int(not last)))  # the call was made, whatever became of it
-            raise
-
-    async def _retried(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
-        """The result of the first attempt that succeeds. Raises the last one's EngineError or ToolError."""
-        for wait in [FIRST_WAIT_SECONDS * 2**k for k in range(self._retries)]:
-            try:
-                return await attempt()
-            except (EngineError, ToolError) as error:
-                self._count(error)
-                log.warning("trying again in %.1f s: %s", wait, error)
-                await asyncio.sleep(wait)
-        try:
-            return await attempt()
-        except (EngineError, ToolError) as error:
-            self._count(error)
-            log.warning("a branch is left out after %d attempts: %s", self._retries + 1, error)
-            raise
-
-    def _count(self, error: Exception) -> None:
-        self._metrics.errors.labels(type(error).__name__).inc()
-
-    @contextlib.contextmanager
-    def _clock(self, part: str, bill: Bill) -> Generator[None]:
-        """Charge the seconds of the block, failed or not."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = time.monotonic() - began
-            bill.charge(Cost(seconds=seconds))
-            self._metrics.turn.labels(part).observe(seconds)
+        return await self._retries.run(attempt, self._outage, turn.branch.gate)
 
 
-async def _within(work: Awaitable[Result], error: type[EngineError | ToolError], who: str) -> Result:
-    """Wait ATTEMPT_SECONDS for ``work`` at most. Raises ``error`` afterwards."""
-    try:
-        async with asyncio.timeout(ATTEMPT_SECONDS):
-            return await work
-    except TimeoutError as late:
-        raise error(f"{who} did not answer within {ATTEMPT_SECONDS:.0f} s; see its log.") from late
-
-
-def _check(turn: _Turn, completion: Completion) -> None:
+def _check(turn: Turn, completion: Completion) -> None:
     """An answer that could not be trained on is an engine that failed, before the learner refuses it. Raises EngineError."""
     where = name(turn.branch.lease.id, turn.branch.tree_index)
     try:
@@ -270,7 +183,7 @@ def _check(turn: _Turn, completion: Completion) -> None:
 
 
 def _step(
-    turn: _Turn, completion: Completion, status: StepStatus, outcome: Outcome[Any] | None = None, observation: TokenIds = _NONE
+    turn: Turn, completion: Completion, status: StepStatus, outcome: Outcome[Any] | None = None, observation: TokenIds = _NONE
 ) -> Step:
     tool = outcome.tool_calls[0] if outcome and outcome.tool_calls else None
     return Step(

@@ -21,12 +21,15 @@ import numpy as np
 
 from services.environments.base import Environment
 from services.sampler.allowance import Allowance
+from services.sampler.branch import Branch, first_node
+from services.sampler.clock import Clock
 from services.sampler.engines.base import Engine
-from services.sampler.episode import Branch, Player, Text, first_node
+from services.sampler.episode import Player, Text
 from services.sampler.gate import Gate
+from services.sampler.outage import Outage
 from services.sampler.states import States
 from treegrpo.budget import Budget
-from treegrpo.errors import DataError
+from treegrpo.errors import DataError, DeadlineError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.step import ROOT, Subtree, TokenIds
 from treegrpo.telemetry import SamplerMetrics
@@ -76,40 +79,66 @@ class Expander:
         self._environment = environment
         self._player = Player(engine, environment, tokenizer, retries, self._metrics)
 
+    @property
+    def clock(self) -> Clock:
+        """How turns go."""
+        return self._player.clock
+
+    @property
+    def outages(self) -> tuple[Outage, Outage]:
+        """Of the environment's tools and of the engine."""
+        return self._player.outages
+
     async def grow(self, lease: Lease, emit: Emit, gate: Gate) -> LeaseEnd:
         """Grow the trees of ``lease`` and hand each finished subtree to ``emit`` at once.
 
         Never raises but for cancellation: whatever went wrong ends the lease as FAILED, with its text and with what
-        its unfinished branches cost.
+        its unfinished branches cost. What was left out because the engine or a tool is away, or at the gate's cut, is for
+        another lease: this one ends as RETURNED.
         """
-        growth = _Growth(lease, self._text, emit, gate, self._player, self._environment)
+        growth = _Growth(lease, self._text, emit, gate, self._player, self._environment, self._metrics)
         try:
-            await growth.run()
+            async with gate.working():
+                await growth.run()
+        except TimeoutError:
+            return growth.end(LeaseEndReason.RETURNED, "what still ran when its sampler had to end was left out")
         except Exception as error:  # the edge of a lease: one that fails must not take the others along
             cause = _first(error)
             self._metrics.errors.labels(type(cause).__name__).inc()
             log.exception("lease %s failed", lease.id, exc_info=cause)
             return growth.end(LeaseEndReason.FAILED, f"{type(cause).__name__}: {cause}")
         if growth.leaves == 0 and growth.reason is LeaseEndReason.COMPLETE:
-            return growth.end(LeaseEndReason.FAILED, "no branch came to the end of its episode; see the errors by type")
-        return growth.end(growth.reason)
+            return growth.end(LeaseEndReason.FAILED, f"no branch came to the end of its episode; the last one: {growth.error}")
+        return growth.end(growth.reason, growth.error if growth.reason is LeaseEndReason.RETURNED else "")
 
 
 class _Growth:
     """One lease being worked on."""
 
-    def __init__(self, lease: Lease, text: Text, emit: Emit, gate: Gate, player: Player, environment: Environment[Any]) -> None:
+    def __init__(
+        self,
+        lease: Lease,
+        text: Text,
+        emit: Emit,
+        gate: Gate,
+        player: Player,
+        environment: Environment[Any],
+        metrics: SamplerMetrics,
+    ) -> None:
         self._lease = lease
         self._text = text
         self._emit = emit
         self._gate = gate
         self._player = player
         self._environment = environment
+        self._metrics = metrics
         self._allowance = Allowance(lease.grant)
         self._begun = 0
         """Expansions started, chains not counted."""
         self.leaves = sum(len(subtree.leaves) for subtree in lease.accepted)
         self.reason = LeaseEndReason.COMPLETE
+        self.error = ""
+        """Why the last branch that failed did, or was given back."""
 
     async def run(self) -> None:
         plan, question = self._lease.plan, self._lease.question
@@ -121,6 +150,9 @@ class _Growth:
             )
         if self._gate.stopped:
             self.reason = LeaseEndReason.STOPPED
+            return
+        if missing := self._player.missing:
+            self.reason, self.error = LeaseEndReason.RETURNED, f"{missing}; nothing was begun"
             return
         async with asyncio.TaskGroup() as trees:
             for tree in range(plan.trees):
@@ -156,6 +188,8 @@ class _Growth:
         return Branch(self._lease, tree_index, index, parent, tree, states, self._allowance.bill(), self._gate)
 
     def _may_begin(self, step: Budget) -> bool:
+        if self.reason is LeaseEndReason.RETURNED:
+            return False
         if self._gate.stopped:
             self.reason = LeaseEndReason.STOPPED
         elif not self._allowance.claim(step):
@@ -172,13 +206,24 @@ class _Growth:
             self._allowance.release(step)
 
     async def _play(self, branch: Branch) -> None:
-        subtree = await self._player.play(branch)
+        try:
+            subtree, error = await self._player.play(branch)
+        except DeadlineError as late:
+            self._give_back(branch, late)
+            return
+        self.error = error or self.error
         branch.tree.add(subtree)
         self.leaves += len(subtree.leaves)
-        branch.bill.settled = True
         emitted = self._emit(subtree)
         if inspect.isawaitable(emitted):
             await emitted
+        branch.bill.settled = True  # one that is cut off while it waits here never reaches the learner
+
+    def _give_back(self, branch: Branch, late: DeadlineError) -> None:
+        """Leave a branch out as if it had never been begun, but for what it cost."""
+        self._metrics.errors.labels(type(late).__name__).inc()
+        self._begun -= branch.index > 0
+        self.reason, self.error = LeaseEndReason.RETURNED, str(late)
 
 
 def _first(error: Exception) -> Exception:

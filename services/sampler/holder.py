@@ -12,6 +12,7 @@ from services.sampler.client import LearnerClient
 from services.sampler.engines.base import Engine
 from services.sampler.expansion import Expander
 from services.sampler.gate import Gate
+from services.sampler.watch import Watch
 from services.sampler.weights import Follower
 from treegrpo.change import Change
 from treegrpo.codec import lease_from_pb, plan_from_pb, version_from_pb, version_to_pb
@@ -44,6 +45,7 @@ class LeaseHolder:
         expander: Expander,
         follower: Follower,
         client: LearnerClient,
+        watch: Watch,
         metrics: SamplerMetrics,
         tasks: asyncio.TaskGroup,
     ) -> None:
@@ -52,6 +54,7 @@ class LeaseHolder:
         self._expander = expander
         self._follower = follower
         self._client = client
+        self._watch = watch
         self._metrics = metrics
         self._tasks = tasks
         self._held: dict[str, tuple[Gate, asyncio.Task[None]]] = {}
@@ -61,6 +64,10 @@ class LeaseHolder:
         self._idle_since: float | None = time.monotonic()
         self.draining = asyncio.Event()
         """Set once nothing new may be begun here."""
+        self._enough = 0
+        """Leases that fill the engine; 0 before a learner has said how large they are."""
+        for outage in expander.outages:
+            outage.on_change = self._ask
 
     # ---- what the learner says
 
@@ -75,7 +82,10 @@ class LeaseHolder:
 
     def heartbeat(self) -> rollout_pb2.Heartbeat:
         """See `Holder`."""
-        return rollout_pb2.Heartbeat(version=version_to_pb(self._engine.version))
+        beat = rollout_pb2.Heartbeat(version=version_to_pb(self._engine.version))
+        if (want := self._watch.now()) is not None:
+            beat.waits_for, beat.waited_seconds = want.what, time.monotonic() - want.since
+        return beat
 
     def welcomed(self, welcome: rollout_pb2.Welcome) -> None:
         """See `Holder`. Enough leases to fill the engine are asked for, and one more so that it never runs dry."""
@@ -86,9 +96,9 @@ class LeaseHolder:
         if welcome.HasField("version"):
             self._follower.hear(version_from_pb(welcome.version))
         plan = plan_from_pb(welcome.plan)
-        enough = math.ceil(self._identity.capacity / plan.width) + 1
-        self._client.bound(enough, plan)
-        self._client.demand(0 if self.draining.is_set() else enough)
+        self._enough = math.ceil(self._identity.capacity / plan.width) + 1
+        self._client.bound(self._enough, plan)
+        self._ask()
 
     def leased(self, lease: rollout_pb2.Lease) -> None:
         """See `Holder`. A lease that is held already changes nothing."""
@@ -129,12 +139,17 @@ class LeaseHolder:
         """Finish the branches that run, begin nothing, take no more leases."""
         self.draining.set()
         self._running.set()
-        self._client.demand(0)
+        self._ask()
         for gate, _ in self._held.values():
             gate.stop()
 
-    async def drained(self) -> None:
-        """Return when no lease is held any more. Whoever waits for a goodbye says how long (`service.DRAIN_SECONDS`)."""
+    async def drained(self, seconds: float) -> None:
+        """Return when no lease is held any more. What still runs after ``seconds`` is left out, for another sampler."""
+        deadline = time.monotonic() + seconds
+        while self._held and await self._changed.wait(deadline):
+            pass
+        for gate, _ in self._held.values():
+            gate.cut()
         while self._held:
             await self._changed.wait()
 
@@ -145,13 +160,22 @@ class LeaseHolder:
             self._metrics.waiting.inc(now - self._idle_since)
             self._idle_since = now
 
+    def _ask(self) -> None:
+        """Say how many leases are wanted: none while the engine or a tool is away."""
+        away = any(outage.away for outage in self._expander.outages)
+        self._client.demand(0 if away or self.draining.is_set() else self._enough)
+
     async def _work(self, lease: Lease, gate: Gate) -> None:
         try:
-            await self._follower.serves(lease.min_version)
-            end = await self._expander.grow(lease, self._client.send, gate)
+            async with gate.waiting():
+                await self._follower.serves(lease.min_version)
         except DeadlineError as error:
             self._metrics.errors.labels(type(error).__name__).inc()
-            end = LeaseEnd(lease.id, LeaseEndReason.FAILED, lease.plan.leaves - lease.plan.trees, error=str(error))
+            end = _untouched(lease, str(error))
+        except TimeoutError:
+            end = _untouched(lease, f"its sampler waited for policy version {lease.min_version} when it had to stop")
+        else:
+            end = await self._expander.grow(lease, self._client.send, gate)
         self._client.end(end)
 
     def _dropped(self, lease: str) -> None:
@@ -160,3 +184,8 @@ class LeaseHolder:
         if not self._held:
             self._idle_since = time.monotonic()
         self._changed.tell()
+
+
+def _untouched(lease: Lease, why: str) -> LeaseEnd:
+    """The end of a lease on which nothing was done."""
+    return LeaseEnd(lease.id, LeaseEndReason.RETURNED, lease.plan.leaves - lease.plan.trees, error=why)

@@ -13,9 +13,7 @@ import os
 import secrets
 import signal
 import socket
-import tempfile
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 from services.sampler.channel import connect
 from services.sampler.client import LearnerClient
@@ -23,18 +21,22 @@ from services.sampler.engines.base import Engine
 from services.sampler.expansion import Expander
 from services.sampler.holder import Identity, LeaseHolder
 from services.sampler.parts import observe, open_engine, open_environment
+from services.sampler.scratch import scratch
 from services.sampler.tokenizer import Tokenizer
+from services.sampler.watch import Want, Watch
 from services.sampler.weights import Follower, WeightStore, first_version
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.control import ControlPlane, Member, RunState
-from treegrpo.errors import DeadlineError
+from treegrpo.errors import DeadlineError, EngineAwayError
 from treegrpo.security import Role
 from treegrpo.telemetry import SamplerMetrics, serve, split_address
 
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 20.0
 """The longest goodbye; the intake waits as long for the leases that are out."""
+FINISH_SECONDS = DRAIN_SECONDS / 2
+"""Of it, what branches that run get to come to their end. The rest is for the learner to take in what is done."""
 TICK_SECONDS = 1.0
 
 
@@ -63,8 +65,7 @@ async def run(config: Config) -> None:
         control = await stack.enter_async_context(ControlPlane.connect(config.broker.address, config.run.name, member, access))
         channel = await connect(address, access)
         stack.push_async_callback(channel.close)
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="treegrpo-sampler-")))
-        store = WeightStore(channel, root, metrics)
+        store = WeightStore(channel, stack.enter_context(scratch()), metrics)
         version, path = await first_version(store)
         engine = await stack.enter_async_context(await open_engine(config, path, version, name))
         tokenizer = await asyncio.to_thread(Tokenizer.open, path)
@@ -99,6 +100,14 @@ class Sampler:
         self._control = control
         self._metrics = metrics
         self._follower = Follower(store, engine, metrics)
+        self._watch = Watch(self._wants, lambda: expander.clock.progress, metrics)
+
+    def _wants(self) -> list[Want | None]:
+        """What each part waits for; what holds up others comes first."""
+        parts = (*self._expander.outages, self._client, self._follower)
+        lost = self._control.lost
+        broker = None if lost is None else Want("broker", f"the MQTT broker at {lost[0]}", lost[1])
+        return [*(part.want for part in parts), self._expander.clock.running, broker]
 
     async def run(self) -> None:
         """Work until told to drain, then say goodbye.
@@ -109,7 +118,16 @@ class Sampler:
             ContractError: the learner refuses this sampler.
         """
         async with asyncio.TaskGroup() as tasks:
-            holder = LeaseHolder(self._identity, self._engine, self._expander, self._follower, self._client, self._metrics, tasks)
+            holder = LeaseHolder(
+                self._identity,
+                self._engine,
+                self._expander,
+                self._follower,
+                self._client,
+                self._watch,
+                self._metrics,
+                tasks,
+            )
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, holder.drain)
             streaming = tasks.create_task(self._client.run(holder), name="learner-stream")
@@ -117,6 +135,7 @@ class Sampler:
                 tasks.create_task(self._follower.run(), name="weights"),
                 tasks.create_task(self._obey(holder), name="control"),
                 tasks.create_task(self._tick(holder), name="tick"),
+                *(tasks.create_task(outage.watch(), name="outage") for outage in self._expander.outages),
             ]
             await holder.draining.wait()
             await self._goodbye(holder, streaming)
@@ -138,16 +157,21 @@ class Sampler:
 
     async def _tick(self, holder: LeaseHolder) -> None:
         """Count idle seconds; a dead engine ends the process, and its leases go to another. Raises EngineError."""
+        _, engine_outage = self._expander.outages
         while True:
             holder.count_waiting()
-            await self._engine.health()
+            self._watch.look()
+            try:
+                await self._engine.health()
+            except EngineAwayError as error:
+                engine_outage.suspect(error)
             await asyncio.sleep(TICK_SECONDS)
 
     async def _goodbye(self, holder: LeaseHolder, streaming: asyncio.Task[None]) -> None:
         log.info("draining: running branches are finished")
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
-                await holder.drained()
+                await holder.drained(FINISH_SECONDS)
                 await self._client.delivered()
                 self._client.close()
                 await streaming

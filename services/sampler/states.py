@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from services.environments.base import Environment
-from services.sampler.allowance import Bill
+from services.sampler.allowance import Bill, charged
 from treegrpo.budget import Cost
 from treegrpo.errors import ToolError
 from treegrpo.question import Question
@@ -53,11 +53,8 @@ class States:
     async def _replay(self, actions: list[str], bill: Bill) -> Any:
         state = await self._environment.start(self._question)
         for action in actions:
-            try:
+            with charged(bill, Cost(tool_calls=1)):
                 outcome = await self._environment.step(state, action, last=False)
-            except ToolError:
-                bill.charge(Cost(tool_calls=1))
-                raise
             bill.charge(Cost(tool_calls=len(outcome.tool_calls)))
             if outcome.observation is None:
                 raise ToolError(

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 
 from services.sampler.engines.base import Engine
+from services.sampler.watch import Want
 from treegrpo.change import Change
 from treegrpo.codec import version_from_pb
 from treegrpo.errors import DeadlineError, UnavailableError, WeightsError
@@ -136,6 +137,8 @@ class Follower:
         self._newest = engine.version
         self._heard = Change()
         self._loaded = Change()
+        self._waiting: dict[object, Want] = {}
+        """Of each lease that needs a later version, the oldest first."""
         metrics.version.set(engine.version.step)
 
     def hear(self, version: PolicyVersion | None) -> None:
@@ -144,17 +147,26 @@ class Follower:
             self._newest = version
             self._heard.tell()
 
+    @property
+    def want(self) -> Want | None:
+        """What a lease waits for, for the longest time."""
+        return next(iter(self._waiting.values()), None)
+
     async def serves(self, version: PolicyVersion) -> None:
         """Return once the engine serves ``version`` or a later one. Raises DeadlineError after SERVED_SECONDS."""
         if self._engine.version < version:
             self.hear(version)
-        deadline = time.monotonic() + SERVED_SECONDS
-        while self._engine.version < version:
-            if not await self._loaded.wait(deadline):
-                raise DeadlineError(
-                    f"The engine still serves version {self._engine.version}, not {version}, after {SERVED_SECONDS:.0f} s; "
-                    "see this sampler's log for why the weights do not arrive."
-                )
+        began, lease = time.monotonic(), object()
+        self._waiting[lease] = Want("weights", f"policy version {version} from the learner", began)
+        try:
+            while self._engine.version < version:
+                if not await self._loaded.wait(began + SERVED_SECONDS):
+                    raise DeadlineError(
+                        f"The engine still serves version {self._engine.version}, not {version}, after {SERVED_SECONDS:.0f} s; "
+                        "see this sampler's log for why the weights do not arrive."
+                    )
+        finally:
+            del self._waiting[lease]
 
     async def run(self) -> None:
         """Follow for ever. An update that fails is counted, and tried again with whatever is newest then."""

@@ -74,7 +74,6 @@ class Stage:
             "run.name": RUN,
             "run.dir": str(self.run_dir),
             "run.seed": str(self.seed),
-            "run.resume": "true",
             "train.steps": str(self.steps),
             "train.batch": str(self.batch),
             "train.warmup_ratio": "0",  # of a number of steps that is not known yet

@@ -15,7 +15,7 @@ from learner.intake.segments import FORMAT, path_of
 from tests.chaos.audit import Audit, audit
 from tests.chaos.history import Archive, Row
 from tests.intake.builders import book, chain, complete, grant
-from treegrpo.codec import lease_end_from_pb, subtree_to_pb
+from treegrpo.codec import lease_end_from_pb, subtree_to_bytes
 from treegrpo.lease import LeaseEnd, LeaseEndReason
 from treegrpo.v1 import rollout_pb2
 
@@ -43,7 +43,7 @@ class Run:
         self.journal.append(events.granted(group))
         for tree in range(2):
             self.book.accept(chain(lease, tree))
-            self.journal.append(events.accepted(subtree_to_pb(chain(lease, tree))))
+            self.journal.append(events.accepted(subtree_to_bytes(chain(lease, tree))))
         self.end(complete(lease))
         return group.draw
 

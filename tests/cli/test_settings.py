@@ -38,7 +38,7 @@ def test_input_paths_of_a_file_are_relative_to_it_and_others_are_not(tmp_path: P
 
 
 def test_a_flag_may_be_joined_to_its_value() -> None:
-    assert load(None, ["--train.std_floor=0.1", "--run.resume=true"]).train.std_floor == 0.1
+    assert load(None, ["--train.std_floor=0.1", "--run.seed=3"]).train.std_floor == 0.1
 
 
 def test_the_file_comes_first_among_a_commands_arguments(tmp_path: Path) -> None:
@@ -65,6 +65,14 @@ def test_an_unknown_variable_is_named_with_the_nearest_key(monkeypatch: pytest.M
 def test_an_unknown_flag_is_named_with_the_nearest_key(flag: str) -> None:
     with pytest.raises(ConfigError, match=rf"the flag {flag}: .*the nearest is train\.lr\."):
         load(None, [flag, "3"])
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--run.resume"])
+def test_a_key_of_an_earlier_version_is_refused_with_what_is_right_now(tmp_path: Path, flag: str) -> None:
+    with pytest.raises(ConfigError, match=rf"the flag {flag}: .* is gone: a run goes on by itself"):
+        load(None, [flag, "true"])
+    with pytest.raises(ConfigError, match=r"run\.toml: run\.resume is gone: a run goes on by itself"):
+        load(toml(tmp_path, "[run]\nresume = true"))
 
 
 def test_a_value_that_does_not_fit_names_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,9 +112,7 @@ def test_the_configuration_is_frozen() -> None:
 
 def test_what_dry_run_prints_is_a_file_that_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = load(
-        None, ["--run.name", "x", "--train.lr", "3e-5", "--run.resume", "true", "--model.path", str(tmp_path / 'a "b"')]
-    )
+    config = load(None, ["--run.name", "x", "--train.lr", "3e-5", "--model.path", str(tmp_path / 'a "b"')])
     assert load(toml(Path(), as_toml(config))) == config
 
 

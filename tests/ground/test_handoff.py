@@ -19,6 +19,7 @@ from treegrpo.handoff import (
     IntakeClient,
     Message,
     Publish,
+    Refused,
     Report,
     Take,
     Taken,
@@ -39,6 +40,7 @@ MESSAGES: list[Message] = [
     Evaluate("1.2"),
     Evaluation(True, 3, 0.5, 0.25, 1),
     Report({"loss": 0.1}),
+    Refused("Position 3 is gone."),
     Done(),
 ]
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
 from learner.intake.questions import QuestionQueue
 from treegrpo.budget import Cost
+from treegrpo.codec import subtree_from_pb
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Message, Question
 from treegrpo.step import Leaf, PolicyVersion, Step, StepStatus, Subtree, VersionSpan
+from treegrpo.v1 import tree_pb2
 
 PLAN = Plan(trees=2, rounds=1, expansions=2, max_turns=3, max_action_tokens=16, max_context=128, temperature=1.0)
 VERSION = PolicyVersion(1, 0)
@@ -57,6 +60,11 @@ def chain(
     leaves = () if fails else (Leaf(second, {"em": reward}, {"em": reward}),)
     prompt = np.arange(7, dtype=np.uint32) if index == 0 else np.zeros(0, np.uint32)
     return Subtree(lease, tree, index, parent, (step(first, parent, version=version), last), leaves, prompt)
+
+
+def kept(group: OpenGroup) -> list[Subtree]:
+    """The subtrees of a group, also of one that has a position."""
+    return [subtree_from_pb(tree_pb2.Subtree.FromString(encoded)) for encoded in group.encoded]
 
 
 def complete(lease: str) -> LeaseEnd:

@@ -18,7 +18,7 @@ from learner.intake.leases import LeaseBook
 from learner.intake.recovery import recover
 from learner.intake.report import Reporter
 from learner.intake.snapshot import Capture, Snapshots
-from tests.intake.builders import book, chain, question
+from tests.intake.builders import book, chain, kept, question
 from tests.intake.disks import MemoryDisk
 from treegrpo.codec import subtree_to_pb
 from treegrpo.lease import LeaseEnd, LeaseEndReason
@@ -61,6 +61,7 @@ class Machine:
         self.snapshots = Snapshots(disk, SNAPSHOTS)
         self.book, self.reporter = book(batch=BATCH, questions=6), Reporter(IntakeMetrics(), Path("/dev/null"), window=BATCH)
         self.recovered = recover(disk, JOURNAL, self.snapshots, self.book, self.reporter)
+        self.reporter.keep(self.book)
         disk.make_folder(JOURNAL)
         self.journal = Journal(disk, JOURNAL, self.recovered.end, retry=())
         self.compaction = Compaction(disk, JOURNAL, self.journal, self.snapshots, lambda: Capture(self.book, self.reporter))
@@ -169,7 +170,7 @@ def described(book: LeaseBook) -> dict[str, Any]:
 
 
 def group_described(group: OpenGroup) -> tuple[Any, ...]:
-    subtrees = [(subtree.key, subtree.cost, str(subtree.steps[0].spans)) for subtree in group.subtrees]
+    subtrees = [(subtree.key, subtree.cost, str(subtree.steps[0].spans)) for subtree in kept(group)]
     return group.lease.id, group.group.id, group.state(), subtrees
 
 

@@ -20,7 +20,7 @@ from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
 from learner.intake.order import pressing
 from learner.intake.report import Reporter
-from tests.intake.builders import PLAN, book, chain, complete
+from tests.intake.builders import PLAN, book, chain, complete, kept
 from treegrpo.budget import Budget
 from treegrpo.codec import subtree_to_pb
 from treegrpo.errors import TreeError
@@ -109,7 +109,7 @@ class Run:
         if not got:
             return False
         for group in got:
-            oldest = min(s.version.step for part in group.subtrees for one in part.steps for s in one.spans)
+            oldest = min(s.version.step for part in kept(group) for one in part.steps for s in one.spans)
             assert self.version.step - oldest <= self.max_lag
         draws = [group.draw for group in got]
         assert self.trained.setdefault(self.position, draws) == draws, "a position is for ever"
@@ -154,7 +154,7 @@ class Run:
 def restorable(made: LeaseBook) -> Any:
     """What a restart has to bring back."""
     places = {"kept": made.groups.kept(), "unfinished": made.unfinished.values(), "open": made.open.values()}
-    groups = {place: [(g.lease, g.state(), [s.key for s in g.subtrees]) for g in groups] for place, groups in places.items()}
+    groups = {place: [(g.lease, g.state(), [s.key for s in kept(g)]) for g in groups] for place, groups in places.items()}
     return made.state(), groups
 
 

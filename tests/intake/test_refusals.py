@@ -63,7 +63,7 @@ def test_a_journal_that_has_it_keeps_every_position(name: str, tmp_path: Path) -
     for record in [*records, {"event": "taken", "draws": [0, 1], "stale": []}]:
         replay(again, reporter, record)
     assert [group.group.id for group in again.groups.take(0, 2)] == ["0000000", "0000001"]
-    assert [len(group.subtrees) for group in again.groups.take(0, 2)] == [2, 1]
+    assert [len(group.encoded) for group in again.groups.take(0, 2)] == [2, 1]
     assert again.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 

@@ -63,7 +63,7 @@ def recovered(disk: MemoryDisk) -> Machine:
     machine.book, machine.reporter = book(batch=2, questions=6), Reporter(IntakeMetrics(), Path("/dev/null"), window=2)
     machine.snapshots = Snapshots(disk, SNAPSHOTS)
     recover(disk, JOURNAL, machine.snapshots, machine.book, machine.reporter)
-    machine.reporter.book(machine.book)
+    machine.reporter.keep(machine.book)
     return machine
 
 

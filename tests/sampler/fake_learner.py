@@ -28,6 +28,7 @@ class FakeLearner(rollout_pb2_grpc.RolloutServiceServicer, weights_pb2_grpc.Weig
         self.hellos: asyncio.Queue[rollout_pb2.Hello] = asyncio.Queue()
         self.requests: asyncio.Queue[rollout_pb2.RolloutRequest] = asyncio.Queue()
         """What came after Hello, heartbeats apart."""
+        self.beats: asyncio.Queue[rollout_pb2.Heartbeat] = asyncio.Queue()
         self.goodbyes: asyncio.Queue[str] = asyncio.Queue()
         self._broken: asyncio.Queue[None] = asyncio.Queue()
         self._context: Any = None
@@ -67,7 +68,9 @@ class FakeLearner(rollout_pb2_grpc.RolloutServiceServicer, weights_pb2_grpc.Weig
                 breaking.cancel()
                 self.goodbyes.put_nowait(hello.hello.sampler)
                 return
-            if request.WhichOneof("kind") != "heartbeat":
+            if request.WhichOneof("kind") == "heartbeat":
+                self.beats.put_nowait(request.heartbeat)
+            else:
                 self.requests.put_nowait(request)
 
     async def say(self, **message: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from services.environments.base import Forking, Outcome, ToolCall
 from services.sampler.engines.base import Completion, Sampling
 from treegrpo.budget import Budget
-from treegrpo.errors import EngineError, ToolError, WeightsError
+from treegrpo.errors import AwayError, EngineError, ToolError, WeightsError
 from treegrpo.lease import Lease, LeaseKind, Plan
 from treegrpo.question import Message, Question
 from treegrpo.step import PolicyVersion, TokenIds, VersionSpan
@@ -109,6 +109,9 @@ class FakeEnvironment:
         self.forking: Forking = forking
         self.fail: Callable[[Session, str], bool] = lambda _session, _action: False
         self.observe: Callable[[int], str] = lambda number: f"[ok {number}]"
+        self.away: AwayError | None = None
+        """Why its tool is away."""
+        self.probes = 0
         self.calls = 0
         self.starts = 0
 
@@ -120,6 +123,11 @@ class FakeEnvironment:
         assert self.forking == "fork", "only a forkable environment is forked"
         return Session(list(state.actions))
 
+    async def probe(self) -> None:
+        self.probes += 1
+        if self.away is not None:
+            raise self.away
+
     async def step(self, state: Session, action: str, *, last: bool) -> Outcome[Session]:
         if self.forking == "stateless":
             state = Session(list(state.actions))
@@ -129,6 +137,8 @@ class FakeEnvironment:
             return Outcome(state, None)
         if not action.endswith("s!"):
             return Outcome(state, "[hint]", valid=False)
+        if self.away is not None:
+            raise self.away
         if self.fail(state, action):
             raise ToolError("the tool is broken")
         self.calls += 1

@@ -18,6 +18,7 @@ from services.sampler.channel import connect
 from services.sampler.client import LearnerClient
 from services.sampler.expansion import Expander
 from services.sampler.holder import Identity, LeaseHolder
+from services.sampler.watch import Watch
 from services.sampler.weights import Follower, WeightStore
 from tests.sampler.fake_learner import FakeLearner, serving
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, deep, lease, plan, turns
@@ -28,6 +29,8 @@ from treegrpo.lease import LeaseEnd, LeaseEndReason
 from treegrpo.step import PolicyVersion, Step, Subtree
 from treegrpo.telemetry import SamplerMetrics
 from treegrpo.v1 import rollout_pb2
+
+SECONDS = 10.0
 
 
 @dataclass
@@ -51,7 +54,8 @@ async def sampler(script: Script, learner: FakeLearner | None = None) -> AsyncGe
             following = tasks.create_task(follower.run())
             expander = Expander(engine, FakeEnvironment(), FakeText(), retries=0, metrics=metrics)
             me = Identity("sampler-0", 7, "fake", 16)
-            holder = LeaseHolder(me, engine, expander, follower, client, metrics, tasks)
+            watch = Watch(lambda: [follower.want], lambda: expander.clock.progress, metrics)
+            holder = LeaseHolder(me, engine, expander, follower, client, watch, metrics, tasks)
             streaming = tasks.create_task(client.run(holder))
             yield Bench(learner, client, holder, engine, metrics, streaming)
             streaming.cancel()
@@ -158,7 +162,7 @@ async def test_work_on_a_void_lease_ends_and_what_is_finished_is_offered_once_mo
         bench.learner.break_stream()
         await bench.learner.hellos.get()
         assert (await bench.learner.hellos.get()).leases == ["kept", "void"]
-        await bench.holder.drained()
+        await bench.holder.drained(SECONDS)
         await bench.learner.next("demand")
         for name in ("void", "kept"):
             request = await bench.learner.next("subtree")
@@ -194,7 +198,7 @@ async def test_a_learner_that_does_not_ack_is_waited_for() -> None:
             sent.append(request)
             if bench.metrics.registry.get_sample_value("treegrpo_sampler_leases") == 0:
                 break
-        await bench.holder.drained()
+        await bench.holder.drained(SECONDS)
 
 
 async def test_work_goes_on_while_the_learner_is_away() -> None:
@@ -211,7 +215,7 @@ async def test_work_goes_on_while_the_learner_is_away() -> None:
         await arrived.wait()
         bench.learner.break_stream()
         go_on.set()
-        await bench.holder.drained()
+        await bench.holder.drained(SECONDS)
         await bench.learner.next("demand")
         assert (await bench.learner.next("subtree")).subtree.leaves
         await bench.learner.next("lease_end")
@@ -262,7 +266,7 @@ async def test_draining_delivers_everything_and_closes_the_stream() -> None:
         request = await bench.learner.next("subtree")
         end = await bench.learner.next("lease_end")
         assert (end.lease_end.reason, end.lease_end.forgone) == (rollout_pb2.LEASE_END_REASON_STOPPED, 2)
-        await bench.holder.drained()
+        await bench.holder.drained(SECONDS)
         await bench.learner.ack(request)
         await bench.client.delivered()
         bench.client.close()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from services.environments.base import Forking
-from services.sampler import episode
+from services.sampler import retries as trying
 from services.sampler.engines.base import Completion, Sampling
 from services.sampler.expansion import Expander, Gate
 from tests.sampler.fakes import EOS, MERGED, FakeEngine, FakeEnvironment, FakeText, Session, deep, lease, plan, turns
@@ -23,7 +23,7 @@ CHAIN = plan(1, 0, 0)
 
 @pytest.fixture(autouse=True)
 def _retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    monkeypatch.setattr(episode, "FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(trying, "FIRST_WAIT_SECONDS", 0.0)
 
 
 async def grown(
@@ -239,30 +239,6 @@ async def test_a_chain_that_fails_at_once_leaves_the_root_to_expand() -> None:
     assert [s.parent for s in subtrees] == [ROOT] * 3
     assert [len(s.leaves) for s in subtrees] == [0, 1, 1]
     assert subtrees[0].prompt.size
-
-
-async def test_a_bug_in_an_environment_fails_its_lease_and_accounts_for_what_was_spent() -> None:
-    environment = FakeEnvironment()
-
-    def explode(_session: Session, _action: str) -> bool:
-        raise KeyError("episode")
-
-    environment.fail = explode
-    subtrees, end = await grown(lease(CHAIN), FakeEngine(deep(1)), environment)
-    assert not subtrees
-    assert (end.reason, end.error) == (LeaseEndReason.FAILED, "KeyError: 'episode'")
-    assert end.unaccounted.decoded == 2
-    assert end.unaccounted.prefilled == 2
-
-
-async def test_an_environment_that_goes_on_after_the_last_action_is_refused() -> None:
-    class Endless(FakeEnvironment):
-        async def step(self, state: Session, action: str, *, last: bool):  # noqa: ANN202
-            return await super().step(state, action, last=False)
-
-    _, end = await grown(lease(CHAIN), FakeEngine(lambda _prefix: "s!"), Endless())
-    assert end.reason is LeaseEndReason.FAILED
-    assert "last=True" in end.error
 
 
 async def test_each_step_carries_what_it_cost() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +11,6 @@ import grpc
 import pytest
 
 from learner.intake import doors, rollout
-from learner.intake.doors import Watch
 from services.sampler import channel as channel_module
 from services.sampler.channel import open_channel
 from tests.security.door import SECONDS, hello, serving, stream
@@ -20,7 +18,6 @@ from tests.security.people import access
 from treegrpo import limits
 from treegrpo.access import OPEN
 from treegrpo.security import Role
-from treegrpo.telemetry import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 
@@ -114,11 +111,3 @@ async def test_calls_at_once_on_one_connection_are_bounded(monkeypatch: pytest.M
         await asyncio.gather(third, welcome)
         for call in calls:
             call.cancel()
-
-
-def test_the_log_forgets_who_was_refused_long_ago(caplog: pytest.LogCaptureFixture) -> None:
-    watch = Watch(IntakeMetrics())
-    with caplog.at_level(logging.WARNING):
-        for number in range(3 * doors.REMEMBERED):
-            watch.refused(f"ipv4:10.0.0.1:{number}", "hello", f"sentence {number // 2}")
-    assert len(caplog.records) == 1.5 * doors.REMEMBERED

@@ -22,6 +22,7 @@ from treegrpo.handoff import (
     Evaluation,
     Message,
     Publish,
+    Refused,
     Report,
     Take,
     Taken,
@@ -73,6 +74,10 @@ class FakeIntake:
     """The groups at these positions have a token beyond the vocabulary."""
     torn: frozenset[int] = frozenset()
     """And these have lost their end."""
+    kept: int = 0
+    """Groups at positions before this are gone."""
+    had: frozenset[str] = frozenset()
+    """Versions whose records it has already."""
     asked: list[Message] = field(default_factory=list[Message])
     evaluations: list[str] = field(default_factory=list[str])
     reports: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -115,6 +120,8 @@ class FakeIntake:
 
     def _answer(self, request: Message) -> Message:
         match request:
+            case Take(position) if position < self.kept:
+                return Refused(f"Position {position} is gone.")
             case Take(position, count):
                 if len(self.reports) >= self.steps_before_drain:
                     self.state = "draining"
@@ -130,7 +137,8 @@ class FakeIntake:
                 done = self.evaluations.count(version) > 1
                 return Evaluation(done, 10, em=self._version.step / 100, state=self.state)
             case Report(values):
-                self.reports.append(values)
+                if values["version"] not in {*self.had, *(report["version"] for report in self.reports)}:
+                    self.reports.append(values)
                 return Done()
             case Covered():
                 return Done()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from learner.trainer.publish import published
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.intake import FakeIntake, sampler
 from treegrpo.config import Config
-from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.errors import UnavailableError
 from treegrpo.handoff import Covered, Message, Publish, Report, Take, socket_path
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import TrainerMetrics
@@ -47,9 +46,11 @@ def intake_for(config: Config, **options: Any) -> FakeIntake:
     return FakeIntake(socket_path(config.run.dir), **options)
 
 
-def train(config: Config, stop: threading.Event | None = None, metrics: TrainerMetrics | None = None) -> Trainer:
+def train(
+    config: Config, stop: threading.Event | None = None, metrics: TrainerMetrics | None = None, *, away: float = 1.0
+) -> Trainer:
     """Run a trainer against the intake that serves ``config`` to its end."""
-    link = Link.open(socket_path(config.run.dir), stop or threading.Event(), seconds=1.0)
+    link = Link.open(socket_path(config.run.dir), stop or threading.Event(), seconds=1.0, away=away)
     try:
         trainer = Trainer(config, link, metrics or TrainerMetrics())
         trainer.run()
@@ -60,10 +61,6 @@ def train(config: Config, stop: threading.Event | None = None, metrics: TrainerM
 
 def changed(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
-
-
-def resumed(config: Config, **values: Any) -> Config:
-    return changed(changed(config, "run", resume=True), "train", **values)
 
 
 def test_a_trivial_reward_improves_and_the_model_is_handed_over(config: Config) -> None:
@@ -105,7 +102,7 @@ def test_a_resumed_run_goes_on_in_a_new_lineage(config: Config) -> None:
     with intake_for(config):
         train(config)
     with intake_for(config) as intake:
-        trainer = train(resumed(config, steps=6))
+        trainer = train(changed(config, "train", steps=6))
     assert trainer.progress.version == PolicyVersion(1, 6)
     assert [take.position for take in intake.of(Take)] == [8, 10]
     assert [p.version for p in intake.of(Publish)] == ["1.4", "1.5", "1.6"]
@@ -114,7 +111,7 @@ def test_a_resumed_run_goes_on_in_a_new_lineage(config: Config) -> None:
 def test_a_lineage_that_left_no_checkpoint_is_not_used_again(config: Config) -> None:
     (config.run.dir / "weights" / "3.7").mkdir(parents=True)
     with intake_for(config) as intake:
-        train(resumed(config, steps=1))
+        train(changed(config, "train", steps=1))
     assert [p.version for p in intake.of(Publish)] == ["4.0", "4.1"]
 
 
@@ -126,7 +123,7 @@ def test_a_resumed_run_takes_the_same_steps_as_one_that_was_not_stopped(config: 
     with intake_for(halves, steps_before_drain=2) as first:
         train(halves)
     with intake_for(halves) as second:
-        parts = train(resumed(halves))
+        parts = train(halves)
     assert [r["loss"] for r in through.reports] == [r["loss"] for r in first.reports + second.reports]
     finals = [load_model(c.run.dir / "checkpoints" / "final", CPU) for c in (config, halves)]
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in finals), strict=True))
@@ -190,18 +187,9 @@ def test_the_reference_is_the_initial_model_also_after_a_resume(config: Config) 
     with intake_for(config) as first:
         train(config)
     with intake_for(config) as second:
-        train(resumed(config, steps=5))
+        train(changed(config, "train", steps=5))
     assert first.reports[0]["kl_reference"] == pytest.approx(0, abs=1e-9)
     assert second.reports[0]["kl_reference"] > 1e-3
-
-
-def test_a_used_run_directory_is_refused_unless_resumed(config: Config) -> None:
-    with intake_for(config):
-        train(config)
-        with closing(Link.open(socket_path(config.run.dir), threading.Event())) as link:
-            link.report({})  # the intake has taken the connection, so it also closes it
-            with pytest.raises(ConfigError, match="holds a run already; add --resume"):
-                Trainer(config, link, TrainerMetrics())
 
 
 def test_nobody_at_the_socket_is_said(config: Config) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from learner.trainer.durable import whole
 from learner.trainer.model import load_model
 from learner.trainer.publish import export, prune, publish, published
 from tests.trainer.builders import CPU, tiny
+from tests.trainer.disk import full_beyond
+from treegrpo.errors import DiskError
 from treegrpo.step import PolicyVersion
 
 
@@ -71,9 +74,26 @@ def test_a_crash_leaves_what_was_there_before(policy: PreTrainedModel, tmp_path:
     assert same(load_model(final, CPU), policy)
 
 
+def test_a_full_disk_is_told_from_other_errors_and_leaves_what_was_there(policy: PreTrainedModel, tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    export(policy, final, tmp_path / "model", "float32")
+    for size in (20_000, 100):
+        with (
+            full_beyond(size),
+            pytest.raises(DiskError, match=r"final could not be written \(File too large\); make room") as caught,
+        ):
+            export(policy, final, tmp_path / "model", "float32")
+        assert caught.value.errno == errno.EFBIG
+    assert same(load_model(final, CPU), policy)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    (tmp_path / "weights").touch()
+    with pytest.raises(FileExistsError):
+        publish(policy, tmp_path / "weights", PolicyVersion(), tmp_path / "model", "float32")
+
+
 def test_the_newest_versions_are_kept_across_lineages(tmp_path: Path) -> None:
     for name in ("0.9", "0.10", "1.3", "1.4", "notes", ".1.5.partial"):
         (tmp_path / name).mkdir()
     prune(tmp_path, 3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".1.5.partial", "0.10", "1.3", "1.4", "notes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.10", "1.3", "1.4", "notes"]
     assert published(tmp_path) == [PolicyVersion(0, 10), PolicyVersion(1, 3), PolicyVersion(1, 4)]

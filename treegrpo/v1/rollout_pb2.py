@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from treegrpo.v1 import tree_pb2 as treegrpo_dot_v1_dot_tree__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19treegrpo/v1/rollout.proto\x12\x0btreegrpo.v1\x1a\x16treegrpo/v1/tree.proto\"\xe6\x01\n\x0eRolloutRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.treegrpo.v1.HelloH\x00\x12%\n\x06\x64\x65mand\x18\x02 \x01(\x0b\x32\x13.treegrpo.v1.DemandH\x00\x12\'\n\x07subtree\x18\x03 \x01(\x0b\x32\x14.treegrpo.v1.SubtreeH\x00\x12*\n\tlease_end\x18\x04 \x01(\x0b\x32\x15.treegrpo.v1.LeaseEndH\x00\x12+\n\theartbeat\x18\x05 \x01(\x0b\x32\x16.treegrpo.v1.HeartbeatH\x00\x42\x06\n\x04kind\"\xe3\x01\n\x0fRolloutResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.treegrpo.v1.WelcomeH\x00\x12#\n\x05lease\x18\x02 \x01(\x0b\x32\x12.treegrpo.v1.LeaseH\x00\x12\x1f\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x10.treegrpo.v1.AckH\x00\x12\x34\n\x0estop_expanding\x18\x04 \x01(\x0b\x32\x1a.treegrpo.v1.StopExpandingH\x00\x12#\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x12.treegrpo.v1.DrainH\x00\x42\x06\n\x04kind\"\x8c\x01\n\x05Hello\x12\x0f\n\x07sampler\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x04 \x01(\r\x12+\n\x07version\x18\x05 \x01(\x0b\x32\x1a.treegrpo.v1.PolicyVersion\x12\x0e\n\x06leases\x18\x06 \x03(\t\"y\n\x07Welcome\x12\x0b\n\x03run\x18\x01 \x01(\t\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.treegrpo.v1.PolicyVersion\x12\x13\n\x0bvoid_leases\x18\x03 \x03(\t\x12\x1f\n\x04plan\x18\x04 \x01(\x0b\x32\x11.treegrpo.v1.Plan\"\x18\n\x06\x44\x65mand\x12\x0e\n\x06leases\x18\x01 \x01(\r\"8\n\tHeartbeat\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.treegrpo.v1.PolicyVersion\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"m\n\x08Question\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12$\n\x06prompt\x18\x03 \x03(\x0b\x32\x14.treegrpo.v1.Message\x12\x0f\n\x07targets\x18\x04 \x03(\t\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\"\x91\x01\n\x04Plan\x12\r\n\x05trees\x18\x01 \x01(\r\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x12\n\nexpansions\x18\x03 \x01(\r\x12\x11\n\tmax_turns\x18\x04 \x01(\r\x12\x19\n\x11max_action_tokens\x18\x05 \x01(\r\x12\x13\n\x0bmax_context\x18\x06 \x01(\r\x12\x13\n\x0btemperature\x18\x07 \x01(\x01\",\n\x06\x42udget\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x12\n\ntool_calls\x18\x02 \x01(\x04\"\x8e\x02\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.treegrpo.v1.LeaseKind\x12\'\n\x08question\x18\x03 \x01(\x0b\x32\x15.treegrpo.v1.Question\x12\x1f\n\x04plan\x18\x04 \x01(\x0b\x32\x11.treegrpo.v1.Plan\x12\"\n\x05grant\x18\x05 \x01(\x0b\x32\x13.treegrpo.v1.Budget\x12\x0c\n\x04seed\x18\x06 \x01(\x06\x12/\n\x0bmin_version\x18\x07 \x01(\x0b\x32\x1a.treegrpo.v1.PolicyVersion\x12&\n\x08\x61\x63\x63\x65pted\x18\x08 \x03(\x0b\x32\x14.treegrpo.v1.Subtree\"B\n\x03\x41\x63k\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0c\n\x04tree\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0f\n\x07refusal\x18\x04 \x01(\t\"\x1e\n\rStopExpanding\x12\r\n\x05lease\x18\x01 \x01(\t\"\x07\n\x05\x44rain\"\x8e\x01\n\x08LeaseEnd\x12\r\n\x05lease\x18\x01 \x01(\t\x12+\n\x06reason\x18\x02 \x01(\x0e\x32\x1b.treegrpo.v1.LeaseEndReason\x12\x0f\n\x07\x66orgone\x18\x03 \x01(\r\x12&\n\x0bunaccounted\x18\x04 \x01(\x0b\x32\x11.treegrpo.v1.Cost\x12\r\n\x05\x65rror\x18\x05 \x01(\t*R\n\tLeaseKind\x12\x1a\n\x16LEASE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10LEASE_KIND_TRAIN\x10\x01\x12\x13\n\x0fLEASE_KIND_EVAL\x10\x02*\x85\x02\n\x0eLeaseEndReason\x12 \n\x1cLEASE_END_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19LEASE_END_REASON_COMPLETE\x10\x01\x12\x1c\n\x18LEASE_END_REASON_STOPPED\x10\x02\x12\x1b\n\x17LEASE_END_REASON_BUDGET\x10\x03\x12\x1b\n\x17LEASE_END_REASON_FAILED\x10\x04\x12\x19\n\x15LEASE_END_REASON_LOST\x10\x05\x12\x1d\n\x19LEASE_END_REASON_RETURNED\x10\x06\x12 \n\x1cLEASE_END_REASON_INTERRUPTED\x10\x07\x32Z\n\x0eRolloutService\x12H\n\x07Rollout\x12\x1b.treegrpo.v1.RolloutRequest\x1a\x1c.treegrpo.v1.RolloutResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19treegrpo/v1/rollout.proto\x12\x0btreegrpo.v1\x1a\x16treegrpo/v1/tree.proto\"\xe6\x01\n\x0eRolloutRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.treegrpo.v1.HelloH\x00\x12%\n\x06\x64\x65mand\x18\x02 \x01(\x0b\x32\x13.treegrpo.v1.DemandH\x00\x12\'\n\x07subtree\x18\x03 \x01(\x0b\x32\x14.treegrpo.v1.SubtreeH\x00\x12*\n\tlease_end\x18\x04 \x01(\x0b\x32\x15.treegrpo.v1.LeaseEndH\x00\x12+\n\theartbeat\x18\x05 \x01(\x0b\x32\x16.treegrpo.v1.HeartbeatH\x00\x42\x06\n\x04kind\"\xe3\x01\n\x0fRolloutResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.treegrpo.v1.WelcomeH\x00\x12#\n\x05lease\x18\x02 \x01(\x0b\x32\x12.treegrpo.v1.LeaseH\x00\x12\x1f\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x10.treegrpo.v1.AckH\x00\x12\x34\n\x0estop_expanding\x18\x04 \x01(\x0b\x32\x1a.treegrpo.v1.StopExpandingH\x00\x12#\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x12.treegrpo.v1.DrainH\x00\x42\x06\n\x04kind\"\x8c\x01\n\x05Hello\x12\x0f\n\x07sampler\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x04 \x01(\r\x12+\n\x07version\x18\x05 \x01(\x0b\x32\x1a.treegrpo.v1.PolicyVersion\x12\x0e\n\x06leases\x18\x06 \x03(\t\"y\n\x07Welcome\x12\x0b\n\x03run\x18\x01 \x01(\t\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.treegrpo.v1.PolicyVersion\x12\x13\n\x0bvoid_leases\x18\x03 \x03(\t\x12\x1f\n\x04plan\x18\x04 \x01(\x0b\x32\x11.treegrpo.v1.Plan\"\x18\n\x06\x44\x65mand\x12\x0e\n\x06leases\x18\x01 \x01(\r\"c\n\tHeartbeat\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.treegrpo.v1.PolicyVersion\x12\x11\n\twaits_for\x18\x02 \x01(\t\x12\x16\n\x0ewaited_seconds\x18\x03 \x01(\x01\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"m\n\x08Question\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12$\n\x06prompt\x18\x03 \x03(\x0b\x32\x14.treegrpo.v1.Message\x12\x0f\n\x07targets\x18\x04 \x03(\t\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\"\x91\x01\n\x04Plan\x12\r\n\x05trees\x18\x01 \x01(\r\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x12\n\nexpansions\x18\x03 \x01(\r\x12\x11\n\tmax_turns\x18\x04 \x01(\r\x12\x19\n\x11max_action_tokens\x18\x05 \x01(\r\x12\x13\n\x0bmax_context\x18\x06 \x01(\r\x12\x13\n\x0btemperature\x18\x07 \x01(\x01\",\n\x06\x42udget\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x12\n\ntool_calls\x18\x02 \x01(\x04\"\x8e\x02\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.treegrpo.v1.LeaseKind\x12\'\n\x08question\x18\x03 \x01(\x0b\x32\x15.treegrpo.v1.Question\x12\x1f\n\x04plan\x18\x04 \x01(\x0b\x32\x11.treegrpo.v1.Plan\x12\"\n\x05grant\x18\x05 \x01(\x0b\x32\x13.treegrpo.v1.Budget\x12\x0c\n\x04seed\x18\x06 \x01(\x06\x12/\n\x0bmin_version\x18\x07 \x01(\x0b\x32\x1a.treegrpo.v1.PolicyVersion\x12&\n\x08\x61\x63\x63\x65pted\x18\x08 \x03(\x0b\x32\x14.treegrpo.v1.Subtree\"B\n\x03\x41\x63k\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0c\n\x04tree\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0f\n\x07refusal\x18\x04 \x01(\t\"\x1e\n\rStopExpanding\x12\r\n\x05lease\x18\x01 \x01(\t\"\x07\n\x05\x44rain\"\x8e\x01\n\x08LeaseEnd\x12\r\n\x05lease\x18\x01 \x01(\t\x12+\n\x06reason\x18\x02 \x01(\x0e\x32\x1b.treegrpo.v1.LeaseEndReason\x12\x0f\n\x07\x66orgone\x18\x03 \x01(\r\x12&\n\x0bunaccounted\x18\x04 \x01(\x0b\x32\x11.treegrpo.v1.Cost\x12\r\n\x05\x65rror\x18\x05 \x01(\t*R\n\tLeaseKind\x12\x1a\n\x16LEASE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10LEASE_KIND_TRAIN\x10\x01\x12\x13\n\x0fLEASE_KIND_EVAL\x10\x02*\x85\x02\n\x0eLeaseEndReason\x12 \n\x1cLEASE_END_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19LEASE_END_REASON_COMPLETE\x10\x01\x12\x1c\n\x18LEASE_END_REASON_STOPPED\x10\x02\x12\x1b\n\x17LEASE_END_REASON_BUDGET\x10\x03\x12\x1b\n\x17LEASE_END_REASON_FAILED\x10\x04\x12\x19\n\x15LEASE_END_REASON_LOST\x10\x05\x12\x1d\n\x19LEASE_END_REASON_RETURNED\x10\x06\x12 \n\x1cLEASE_END_REASON_INTERRUPTED\x10\x07\x32Z\n\x0eRolloutService\x12H\n\x07Rollout\x12\x1b.treegrpo.v1.RolloutRequest\x1a\x1c.treegrpo.v1.RolloutResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'treegrpo.v1.rollout_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEASEKIND']._serialized_start=1753
-  _globals['_LEASEKIND']._serialized_end=1835
-  _globals['_LEASEENDREASON']._serialized_start=1838
-  _globals['_LEASEENDREASON']._serialized_end=2099
+  _globals['_LEASEKIND']._serialized_start=1796
+  _globals['_LEASEKIND']._serialized_end=1878
+  _globals['_LEASEENDREASON']._serialized_start=1881
+  _globals['_LEASEENDREASON']._serialized_end=2142
   _globals['_ROLLOUTREQUEST']._serialized_start=67
   _globals['_ROLLOUTREQUEST']._serialized_end=297
   _globals['_ROLLOUTRESPONSE']._serialized_start=300
@@ -47,25 +47,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEMAND']._serialized_start=795
   _globals['_DEMAND']._serialized_end=819
   _globals['_HEARTBEAT']._serialized_start=821
-  _globals['_HEARTBEAT']._serialized_end=877
-  _globals['_MESSAGE']._serialized_start=879
-  _globals['_MESSAGE']._serialized_end=919
-  _globals['_QUESTION']._serialized_start=921
-  _globals['_QUESTION']._serialized_end=1030
-  _globals['_PLAN']._serialized_start=1033
-  _globals['_PLAN']._serialized_end=1178
-  _globals['_BUDGET']._serialized_start=1180
-  _globals['_BUDGET']._serialized_end=1224
-  _globals['_LEASE']._serialized_start=1227
-  _globals['_LEASE']._serialized_end=1497
-  _globals['_ACK']._serialized_start=1499
-  _globals['_ACK']._serialized_end=1565
-  _globals['_STOPEXPANDING']._serialized_start=1567
-  _globals['_STOPEXPANDING']._serialized_end=1597
-  _globals['_DRAIN']._serialized_start=1599
-  _globals['_DRAIN']._serialized_end=1606
-  _globals['_LEASEEND']._serialized_start=1609
-  _globals['_LEASEEND']._serialized_end=1751
-  _globals['_ROLLOUTSERVICE']._serialized_start=2101
-  _globals['_ROLLOUTSERVICE']._serialized_end=2191
+  _globals['_HEARTBEAT']._serialized_end=920
+  _globals['_MESSAGE']._serialized_start=922
+  _globals['_MESSAGE']._serialized_end=962
+  _globals['_QUESTION']._serialized_start=964
+  _globals['_QUESTION']._serialized_end=1073
+  _globals['_PLAN']._serialized_start=1076
+  _globals['_PLAN']._serialized_end=1221
+  _globals['_BUDGET']._serialized_start=1223
+  _globals['_BUDGET']._serialized_end=1267
+  _globals['_LEASE']._serialized_start=1270
+  _globals['_LEASE']._serialized_end=1540
+  _globals['_ACK']._serialized_start=1542
+  _globals['_ACK']._serialized_end=1608
+  _globals['_STOPEXPANDING']._serialized_start=1610
+  _globals['_STOPEXPANDING']._serialized_end=1640
+  _globals['_DRAIN']._serialized_start=1642
+  _globals['_DRAIN']._serialized_end=1649
+  _globals['_LEASEEND']._serialized_start=1652
+  _globals['_LEASEEND']._serialized_end=1794
+  _globals['_ROLLOUTSERVICE']._serialized_start=2144
+  _globals['_ROLLOUTSERVICE']._serialized_end=2234
 # @@protoc_insertion_point(module_scope)

@@ -99,10 +99,14 @@ class Demand(_message.Message):
     def __init__(self, leases: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("version",)
+    __slots__ = ("version", "waits_for", "waited_seconds")
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     version: _tree_pb2.PolicyVersion
-    def __init__(self, version: _Optional[_Union[_tree_pb2.PolicyVersion, _Mapping]] = ...) -> None: ...
+    waits_for: str
+    waited_seconds: float
+    def __init__(self, version: _Optional[_Union[_tree_pb2.PolicyVersion, _Mapping]] = ..., waits_for: _Optional[str] = ..., waited_seconds: _Optional[float] = ...) -> None: ...
 
 class Message(_message.Message):
     __slots__ = ("role", "content")

@@ -14,11 +14,13 @@ class StepStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STEP_STATUS_TRUNCATED: _ClassVar[StepStatus]
     STEP_STATUS_ENGINE_ERROR: _ClassVar[StepStatus]
     STEP_STATUS_TOOL_ERROR: _ClassVar[StepStatus]
+    STEP_STATUS_ENVIRONMENT_ERROR: _ClassVar[StepStatus]
 STEP_STATUS_UNSPECIFIED: StepStatus
 STEP_STATUS_OK: StepStatus
 STEP_STATUS_TRUNCATED: StepStatus
 STEP_STATUS_ENGINE_ERROR: StepStatus
 STEP_STATUS_TOOL_ERROR: StepStatus
+STEP_STATUS_ENVIRONMENT_ERROR: StepStatus
 
 class PolicyVersion(_message.Message):
     __slots__ = ("lineage", "step")

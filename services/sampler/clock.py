@@ -1,0 +1,50 @@
+"""How long turns take, which of them run, and when one last came to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator
+
+from services.sampler.allowance import Bill
+from services.sampler.watch import Want
+from treegrpo.budget import Cost
+from treegrpo.telemetry import SamplerMetrics
+
+WORK_SECONDS = 60.0
+"""A turn may well take so long while nothing else comes to its end."""
+
+
+class Clock:
+    def __init__(self, metrics: SamplerMetrics) -> None:
+        self._metrics = metrics
+        self._calls: dict[object, Want] = {}
+        """What runs now, the oldest first."""
+        self._ended = time.monotonic()
+        """When a call last came to its end."""
+
+    @property
+    def progress(self) -> float:
+        """time.monotonic when something last went on: now, while a call runs that has not run for long."""
+        now = time.monotonic()
+        newest = next(reversed(self._calls.values()), None)
+        return now if newest is not None and now - newest.since < WORK_SECONDS else self._ended
+
+    @property
+    def running(self) -> Want | None:
+        """The call of engine or environment that runs for the longest time."""
+        return next(iter(self._calls.values()), None)
+
+    @contextlib.contextmanager
+    def turn(self, part: str, bill: Bill) -> Generator[None]:
+        """Charge the seconds of the block, failed or not."""
+        began, call = time.monotonic(), object()
+        self._calls[call] = Want(part, f"the {part}, which is in the middle of a turn", began)
+        try:
+            yield
+            self._ended = time.monotonic()
+        finally:
+            del self._calls[call]
+            seconds = time.monotonic() - began
+            bill.charge(Cost(seconds=seconds))
+            self._metrics.turn.labels(part).observe(seconds)

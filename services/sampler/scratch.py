@@ -1,0 +1,63 @@
+"""A directory for what a sampler fetches, gone when it ends; that of one that was killed goes when the next one starts."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+PREFIX = "treegrpo-sampler-"
+
+
+@contextmanager
+def scratch() -> Generator[Path]:
+    """An empty directory among the temporary files, for the time of the block.
+
+    It is locked meanwhile. The kernel unlocks it however its process ends, and whoever finds it unlocked may remove it:
+    on one machine there are never more of them than samplers that run, and those that ended since the last start.
+    """
+    _sweep()
+    path, lock = _make()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _make() -> tuple[Path, int]:
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        if (lock := _lock(path)) is not None:
+            if path.exists():
+                return path, lock
+            os.close(lock)  # another sampler that starts took it for a dead one's, before it was locked
+
+
+def _sweep() -> None:
+    """Remove what dead samplers have left."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):  # somebody else's, or gone meanwhile
+            if path.lstat().st_uid == os.geteuid() and (lock := _lock(path)) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+                log.info("removed %s, which a sampler has left that was killed", path)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the directory's lock; None if another process does, or the directory is gone."""
+    with suppress(FileNotFoundError):
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+        else:
+            return lock
+    return None

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.workbench import GEOHOP, Workbench
+from treegrpo.config import Config
+from treegrpo.errors import ConfigError, DataError
+from treegrpo.identity import FILE_NAME, KEYS, MODEL, check_identity, keep_identity
+from treegrpo.settings import load
+
+
+def begun(folder: Path) -> Workbench:
+    """A run that has begun."""
+    bench = Workbench(folder)
+    bench.run_dir.mkdir()
+    keep_identity(told(bench), begun=False)
+    return bench
+
+
+def told(bench: Workbench, **changes: str) -> Config:
+    return load(None, bench.flags(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train__steps": "500", "train__lr": "1e-3", "train__max_lag": "4", "train__loss": "cispo", "train__estimator": "rloo"},
+        {
+            "run__name": "other",
+            "learner__listen": "127.0.0.1:1",
+            "sampler__count": "9",
+            "security__dir": "certs",
+            "eval__every": "7",
+        },
+    ],
+)
+def test_what_a_run_is_not_made_of_may_change(tmp_path: Path, changes: dict[str, str]) -> None:
+    check_identity(told(begun(tmp_path), **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"run__seed": "5"}, r"run\.seed was 0 and is 5"),
+        ({"train__batch": "4"}, r"train\.batch was 2 and is 4"),
+        ({"eval__questions": "1"}, r"eval\.questions was 0 and is 1"),
+        ({"environment__reward": "f1"}, r"environment\.reward was em and is f1"),
+        (
+            {"rollout__trees": "3", "rollout__temperature": "0.5"},
+            r"rollout\.trees was 2 and is 3, rollout\.temperature was 1\.0 and is 0\.5",
+        ),
+    ],
+)
+def test_another_run_is_refused_with_the_keys_and_both_values(tmp_path: Path, changes: dict[str, str], sentence: str) -> None:
+    bench = begun(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{bench.run_dir} cannot go on as another: {sentence}\. Set it back .*run\.dir"):
+        check_identity(told(bench, **changes))
+
+
+def test_of_files_the_content_counts_not_where_they_lie(tmp_path: Path) -> None:
+    bench = begun(tmp_path)
+    moved = shutil.copyfile(bench.train, tmp_path / "moved.jsonl")
+    model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    check_identity(told(bench, data__train=str(moved), model__path=str(model)))
+    with pytest.raises(ConfigError, match=rf"data\.train was {bench.train} and is {bench.heldout}\."):
+        check_identity(told(bench, data__train=str(bench.heldout)))
+    with bench.heldout.open("a") as file:
+        file.write("\n")
+    with pytest.raises(ConfigError, match=rf"data\.heldout = {bench.heldout} has changed since"):
+        check_identity(told(bench))
+
+
+def test_one_weight_is_another_model(tmp_path: Path) -> None:
+    bench, model = begun(tmp_path), shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"!!")
+    with pytest.raises(ConfigError, match=rf"model\.path was {GEOHOP / 'model'} and is {model}"):
+        check_identity(told(bench, model__path=str(model)))
+
+
+def test_who_has_not_the_questions_compares_the_rest(tmp_path: Path) -> None:
+    bench = begun(tmp_path)
+    bench.train.unlink()
+    check_identity(told(bench), (*KEYS, MODEL))
+    with pytest.raises(DataError, match=r"data\.train = .* cannot be read"):
+        check_identity(told(bench))
+
+
+def test_what_an_earlier_version_began_becomes_what_it_is_told_to_be(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    bench.run_dir.mkdir()
+    check_identity(told(bench))
+    keep_identity(told(bench, run__seed="7"), begun=True)
+    with pytest.raises(ConfigError, match=r"run\.seed was 7 and is 8"):
+        keep_identity(told(bench, run__seed="8"), begun=True)
+    keep_identity(told(bench, run__seed="8"), begun=False)
+    check_identity(told(bench, run__seed="8"))
+
+
+def test_a_damaged_record_is_named_with_the_remedy(tmp_path: Path) -> None:
+    bench = begun(tmp_path)
+    (bench.run_dir / FILE_NAME).write_text("{")
+    with pytest.raises(ConfigError, match=r"run\.json, what the run was .*, cannot be read .*; restore it, or"):
+        check_identity(told(bench))

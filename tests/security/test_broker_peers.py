@@ -1,0 +1,251 @@
+"""The embedded broker and who means it harm: MQTT by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import ssl
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.cli import broker as broker_module
+from services.cli import broker_peers, broker_rules
+from services.cli.broker import PatientBroker
+from services.cli.certs import certs
+from services.cli.ready import broker_ready
+from tests.security.mqtt import (
+    DISCONNECT,
+    SECONDS,
+    broker,
+    connect,
+    dial,
+    joined,
+    packet,
+    publish,
+    subscribe,
+    text,
+    unsubscribe,
+)
+from tests.security.people import access, impostor
+from treegrpo.access import Access
+from treegrpo.refusals import Refusals
+from treegrpo.security import Role
+
+WORDS = {"learner": "l-word", "sampler": "s-word", "operator": "o-word"}
+PUBLISH, SUBACK = 0x30, 0x90
+
+
+def tls(who: Access) -> ssl.SSLContext:
+    context = who.client_context()
+    assert context is not None
+    return context
+
+
+@asynccontextmanager
+async def guarded(made: Path) -> AsyncGenerator[tuple[str, PatientBroker]]:
+    async with broker(access(made, Role.BROKER), WORDS) as there:
+        yield there
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """For what amqtt tells nobody about."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+# ---- who is who
+
+
+async def test_who_fails_to_come_in_changes_nothing_of_who_is_in(made: Path) -> None:
+    """A second CONNECT with the same client id said that the first is the learner, before anybody looked at its password."""
+    sampler, learner = tls(access(made, Role.SAMPLER)), tls(access(made, Role.LEARNER))
+    async with (
+        guarded(made) as (address, _),
+        joined(address, connect("learner", "learner", "l-word"), learner) as listener,
+        joined(address, connect("s7", "sampler", "s-word"), sampler) as first,
+    ):
+        await listener.say(subscribe("treegrpo/#"))
+        await listener.hear()
+        async with dial(address, sampler) as second:
+            await second.say(connect("s7", "learner", "wrong", clean=False, will=("treegrpo/r/state", b"draining")))
+            assert (await second.hear())[1][1] == 5
+        await first.say(publish("treegrpo/r/weights", b"6.6"), publish("treegrpo/r/members/sampler/s7", b"me"))
+        assert await listener.hear() == (PUBLISH, text("treegrpo/r/members/sampler/s7") + b"me")
+
+
+@pytest.mark.parametrize("clean", [True, False])
+async def test_nobody_takes_the_client_id_of_another_user(made: Path, *, clean: bool) -> None:
+    async with (
+        guarded(made) as (address, _),
+        joined(address, connect("learner", "learner", "l-word"), tls(access(made, Role.LEARNER))) as learner,
+    ):
+        async with dial(address, tls(access(made, Role.SAMPLER))) as other:
+            await other.say(connect("learner", "sampler", "s-word", clean=clean))
+            assert (await other.hear())[1][1] == 5
+        await learner.say(subscribe("treegrpo/#"))
+        assert (await learner.hear())[0] == SUBACK
+
+
+async def test_a_certificate_for_one_sampler_is_good_for_its_client_id_alone(made: Path, tmp_path: Path) -> None:
+    named = tls(impostor(tmp_path, made, "named"))
+    async with guarded(made) as (address, _):
+        async with joined(address, connect("s7", "sampler", "s-word"), named):
+            pass
+        async with dial(address, named) as forged:
+            await forged.say(connect("s8", "sampler", "s-word"))
+            assert (await forged.hear())[1][1] == 5
+
+
+async def test_a_connection_that_is_taken_over_ends(made: Path) -> None:
+    sampler = tls(access(made, Role.SAMPLER))
+    hello = connect("s7", "sampler", "s-word")
+    async with guarded(made) as (address, _), joined(address, hello, sampler) as first, joined(address, hello, sampler) as again:
+        assert await first.gone()
+        await again.say(subscribe("treegrpo/#"))
+        assert (await again.hear())[0] == SUBACK
+
+
+async def test_a_refusal_is_logged_once(made: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_rules, "REFUSALS", Refusals(logging.getLogger("rules")))
+    sampler = tls(access(made, Role.SAMPLER))
+    async with guarded(made) as (address, _), joined(address, connect("s7", "sampler", "s-word"), sampler) as client:
+        await client.say(*(publish(f"treegrpo/r/{number}\n", b"x") for number in range(50)), subscribe("treegrpo/#"))
+        await client.hear()
+        await client.say(publish("treegrpo/r/state", b"x"), unsubscribe("treegrpo/#"))
+        await client.hear()
+    lines = [record.getMessage() for record in caplog.records if "may not publish" in record.getMessage()]
+    assert lines == [r"refused 127.0.0.1 (MQTT user 'sampler'): it may not publish to 'treegrpo/r/0\n'"]
+
+
+# ---- who is slow
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16\x03\x01"])
+async def test_a_tls_handshake_that_is_slow_is_hung_up_on(made: Path, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    monkeypatch.setattr(broker_module, "HANDSHAKE_SECONDS", 0.2)
+    async with guarded(made) as (address, _), dial(address) as client:
+        await client.say(said)
+        assert await client.gone()
+
+
+@pytest.mark.parametrize("more", [b"", packet(0x30, b"x" * 99)[:20]])
+async def test_who_misses_its_keep_alive_is_hung_up_on_and_its_will_is_read(monkeypatch: pytest.MonkeyPatch, more: bytes) -> None:
+    monkeypatch.setattr(broker_peers, "GRACE_SECONDS", 0.1)
+    async with broker() as (address, _), joined(address, connect("listener")) as listener:
+        await listener.say(subscribe("treegrpo/#"))
+        await listener.hear()
+        async with joined(address, connect("s7", keepalive=1, will=("treegrpo/r/gone", b"s7"))) as silent:
+            await silent.say(more)
+            assert await silent.gone()
+        assert await listener.hear() == (PUBLISH | 2, text("treegrpo/r/gone") + b"\0\1s7")
+
+
+async def test_no_keep_alive_is_no_way_to_stay_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_peers, "KEEPALIVE_SECONDS", 0.2)
+    monkeypatch.setattr(broker_peers, "GRACE_SECONDS", 0.1)
+    async with broker() as (address, _), joined(address, connect("s7", keepalive=0)) as silent:
+        assert await silent.gone()
+
+
+async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_peers, "UNWRITTEN_BYTES", 1 << 16)
+    async with broker() as (address, made), joined(address, connect("deaf")) as deaf, joined(address, connect("loud")) as loud:
+        await deaf.say(subscribe("treegrpo/#", qos=1))
+        await deaf.hear()
+        for number in range(1, 40):
+            await loud.say(publish("treegrpo/r/x", b"x" * 4000, qos=1, number=number))
+        await until(lambda: "deaf" not in made.sessions or made.sessions["deaf"][0].transitions.state != "connected")
+
+
+# ---- who asks for too much
+
+
+async def test_a_client_that_left_is_not_remembered_whatever_it_asks_for() -> None:
+    async with broker() as (address, made):
+        for number in range(5):
+            async with joined(address, connect(f"s{number}", clean=False)) as client:
+                await client.say(subscribe("treegrpo/#", qos=1), DISCONNECT)
+                assert await client.gone()
+        await until(lambda: not made.sessions)
+        assert not made.subscriptions
+
+
+async def test_topic_filters_are_few_and_those_given_up_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "FILTERS", 3)
+    async with broker() as (address, made), joined(address, connect("s7")) as client:
+        await client.say(subscribe("a", "b", "c", "d", "e" * 2000))
+        assert await client.hear() == (SUBACK, b"\0\1\0\0\0\x80\x80")
+        for name in "abc" * 20:
+            await client.say(unsubscribe(name), subscribe(f"{name}2"), unsubscribe(f"{name}2"))
+            for _ in range(3):
+                await client.hear()
+        assert len(made.subscriptions) <= 4
+
+
+async def test_what_is_retained_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "RETAINED", 3)
+    async with broker() as (address, made), joined(address, connect("s7")) as client:
+        for number in range(9):
+            await client.say(publish(f"treegrpo/{number}/x", b"x", retain=True))
+        await client.say(publish("treegrpo/0/x", b"y" * 5000, retain=True), publish("treegrpo/1/x", b"new", retain=True))
+        await client.say(subscribe("treegrpo/#", qos=0))
+        await until(lambda: any(message.data == b"new" for message in made.retained_messages.values()))
+        assert sorted(made.retained_messages) == ["treegrpo/0/x", "treegrpo/1/x", "treegrpo/2/x"]
+        assert made.retained_messages["treegrpo/0/x"].data == b"x"
+
+
+async def test_who_wants_messages_kept_until_he_says_so_is_hung_up_on() -> None:
+    async with broker() as (address, _), joined(address, connect("s7")) as client:
+        await client.say(publish("treegrpo/r/x", b"x", qos=2))
+        assert await client.gone()
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        packet(0x10, b"\0\4MQTT"),
+        packet(0x10, text("MQTT") + b"\4\xc2\0\x3c" + text(b"\xff\xfe") + text("u") + text("p")),
+        packet(0x10, b""),
+        packet(0x30, b"\0\1x"),
+        packet(0xF0, b""),
+        b"\x10\xff\xff\xff\xff\x7f",
+        packet(0x10, text("MQTT") + b"\4\4\0\x3c" + text("s7") + text("treegrpo/x")),
+        packet(0x10, text("MQIsdp") + b"\3\2\0\x3c" + text("s7")),
+    ],
+)
+async def test_a_connect_that_is_none_takes_no_place(hello: bytes) -> None:
+    """amqtt forgot to free the place of a connection that ended in an error of another kind than it thought of."""
+    async with broker() as (address, made):
+        for _ in range(3):
+            async with dial(address) as client:
+                await client.say(hello)
+                client.writer.write_eof()
+                assert await client.gone()
+        await until(lambda: made._servers["default"].conn_count == 0)  # pyright: ignore[reportPrivateUsage]
+
+
+async def test_one_connection_too_many_is_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "PEERS", 1)
+    async with broker() as (address, _), joined(address, connect("s7")), dial(address) as other:
+        assert await other.gone()
+
+
+async def test_a_renewed_certificate_serves_without_a_restart(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "certs")
+
+    def words(who: Role) -> Any:
+        return access(folder, who)
+
+    passwords = {role: words(Role(role)).broker_password.get_secret_value() for role in ("sampler", "operator")}
+    async with broker(words(Role.BROKER), passwords) as (address, _):
+        await broker_ready(address, words(Role.SAMPLER))
+        for path in [*folder.glob("*.pem"), *folder.glob("*.key")]:
+            path.unlink()
+        certs(folder, [], [], new_ca=False, drop_old_ca=False)  # of another authority: the old files could not serve them
+        await broker_ready(address, words(Role.SAMPLER))

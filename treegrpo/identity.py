@@ -1,0 +1,137 @@
+"""What makes a run what it is: written beside it when it begins, compared whenever it goes on.
+
+A lease that is out, a group half rolled out and the position in the journal mean something only under the questions, the
+seed, the plan and the batch they were made with; rewards and evaluations compare only under one environment. Everything
+else may change from one start to the next: steps, learning rate, loss, estimator, staleness, checkpoints, addresses,
+counts, engines, security. Of files the content counts, not where they lie.
+
+The intake keeps this file, for it alone has the questions and decides which draw is which; the trainer and the command line
+compare what they were told with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from treegrpo.config import Config, RolloutConfig
+from treegrpo.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+FILE_NAME = "run.json"
+KEYS = (
+    "run.seed",
+    *(f"rollout.{key}" for key in RolloutConfig.model_fields),
+    "train.batch",
+    "eval.questions",
+    "environment.reward",
+    "environment.format_penalty",
+    "environment.topk",
+    "environment.max_observation_tokens",
+)
+MODEL, QUESTIONS = "model.path", ("data.train", "data.heldout")
+EDGE_BYTES = 1 << 20
+"""Of a large file the size, the beginning and the end are looked at: fine-tuning leaves neither as it was."""
+
+Identity = Mapping[str, Any]
+"""Key → value, or {path, sha256} of what lies there."""
+
+
+def keep_identity(config: Config, *, begun: bool) -> None:
+    """Write down what the run in ``run.dir`` is, or, if it has ``begun``, that it still is that.
+
+    Raises:
+        ConfigError: it is another now, or what was written cannot be read.
+        DataError: a file cannot be read.
+    """
+    path = config.run.dir / FILE_NAME
+    if begun and path.exists():
+        check_identity(config)
+        return
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(_identity(config, [*KEYS, MODEL, *QUESTIONS]), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    if begun:
+        log.warning("the run in %s began before runs wrote down what they are; it is now what it was told to be", config.run.dir)
+
+
+def check_identity(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -> None:
+    """That the run in ``run.dir`` is still what it was when it began; nothing if nobody wrote that down.
+
+    Args:
+        config: what it is told now.
+        names: the keys to compare; those of files that this process does not have are left out.
+
+    Raises:
+        ConfigError: it is another, or what was written cannot be read.
+        DataError: a file cannot be read.
+    """
+    path = config.run.dir / FILE_NAME
+    if not path.exists():
+        return
+    now, then = _identity(config, names), _read(path)
+    if changes := [change for key in now if key in then for change in _changes(key, then[key], now[key])]:
+        raise ConfigError(
+            f"The run in run.dir = {config.run.dir} cannot go on as another: {', '.join(changes)}. Set it back as it was, or "
+            "begin anew in another run.dir."
+        )
+
+
+def _identity(config: Config, names: Iterable[str]) -> Identity:
+    return {name: _value(config, name) for name in names}
+
+
+def _value(config: Config, name: str) -> Any:
+    section, _, key = name.partition(".")
+    value = getattr(getattr(config, section), key)
+    if not isinstance(value, Path):
+        return value
+    try:
+        return {"path": str(value), "sha256": _model(value) if name == MODEL else _content(value)}
+    except OSError as error:
+        raise DataError(f"{name} = {value} cannot be read ({error.strerror or error}); check the path.") from error
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _model(folder: Path) -> str:
+    """Of the files that decide what is computed: configuration, tokenizer, weights."""
+    found = hashlib.sha256()
+    for path in sorted({*folder.glob("config.json"), *folder.glob("tokenizer*"), *folder.glob("*.safetensors")}):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            found.update(file.read(EDGE_BYTES))
+            file.seek(max(0, size - EDGE_BYTES))
+            found.update(file.read())
+    return found.hexdigest()
+
+
+def _changes(name: str, then: Any, now: Any) -> Iterator[str]:
+    if not isinstance(now, dict):
+        if then != now:
+            yield f"{name} was {then} and is {now}"
+    elif then["sha256"] != now["sha256"]:
+        same = then["path"] == now["path"]
+        yield f"{name} = {now['path']} has changed since" if same else f"{name} was {then['path']} and is {now['path']}"
+
+
+def _read(path: Path) -> Identity:
+    try:
+        return cast("Identity", json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}, what the run was when it began, cannot be read ({error}); restore it, or, if nothing has changed since, "
+            "remove it."
+        ) from error
