@@ -48,6 +48,11 @@ async def open_engine(config: Config, path: Path, version: PolicyVersion, name: 
     )
 
 
+def weights_dir(config: Config) -> Path | None:
+    """Where policy versions are fetched to: where SGLang reads them, so that no copy is needed; None: anywhere."""
+    return config.engine.weights_dir if config.engine.kind == "sglang" and config.engine.weights_dir.is_dir() else None
+
+
 async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, access: Access) -> SGLangEngine:
     engine = config.engine
     if engine.urls:

@@ -34,8 +34,14 @@ def free_port() -> int:
 def launch(**changes: object) -> Launch:
     """A small server on the CPU."""
     shape: dict[str, object] = {
-        **{"installed": Installed(PYTHON, cuda=False), "context": CONTEXT, "max_running": 64, "cache_tokens": 8192},
-        **{"dtype": "float32", "threads": 1, "seed": 0, "flags": ("--log-level", "warning")},
+        "installed": Installed(PYTHON, cuda=False),
+        "context": CONTEXT,
+        "max_running": 64,
+        "cache_tokens": 8192,
+        "dtype": "float32",
+        "threads": 1,
+        "seed": 0,
+        "flags": ("--log-level", "warning"),
     }
     return Launch(**{**shape, **changes})  # pyright: ignore[reportArgumentType]
 
@@ -93,7 +99,11 @@ class Pool:
 
 def demands(path: Path, **changes: object) -> Demands:
     shape: dict[str, object] = {
-        **{"model": path, "version": PolicyVersion(0, 0), "context": CONTEXT, "max_running": 64, "weights_dir": WEIGHTS_DIR}
+        "model": path,
+        "version": PolicyVersion(0, 0),
+        "context": CONTEXT,
+        "max_running": 64,
+        "weights_dir": WEIGHTS_DIR,
     }
     return Demands(**{**shape, **changes})  # pyright: ignore[reportArgumentType]
 

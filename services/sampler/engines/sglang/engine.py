@@ -26,6 +26,7 @@ from services.sampler.tokenizer import Tokenizer
 from treegrpo.errors import (
     ContractError,
     DeadlineError,
+    EngineAwayError,
     EngineError,
     TreeGrpoError,
     UnavailableError,
@@ -104,17 +105,22 @@ class SGLangEngine:
         )
 
     async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
-        """See `Engine.generate`. A failure is retried for about twenty seconds, and for as long as no server is up."""
+        """See `Engine.generate`. A failure is tried again here, for about twenty seconds.
+
+        Raises EngineAwayError as soon as no server is up.
+        """
         ids = self._checked(prefix, sampling)
         draft = Draft(ids, sampling, min(sampling.max_tokens, self.context - len(ids)), self._stops, self._eos)
         failures, sampled = 0, 0
         while draft.finish is None:
             try:
                 await self._go_on(draft)
+            except EngineAwayError:
+                raise
             except (UnavailableError, DeadlineError, ContractError, EngineError) as error:
-                if self._failure:
-                    raise EngineError(self._failure) from error
                 self._count(error)
+                if not self._up:
+                    raise self._away() from error
                 if failures == len(RETRY_SECONDS):
                     raise EngineError(f"{error} It has been tried {failures + 1} times.") from error
                 await asyncio.sleep(RETRY_SECONDS[failures])
@@ -145,9 +151,9 @@ class SGLangEngine:
             await asyncio.to_thread(self._stage.drop, old)
 
     async def health(self) -> None:
-        """See `Engine.health`. A server that is being started again is no reason to raise."""
-        if self._failure:
-            raise EngineError(self._failure)
+        """See `Engine.health`. Raises EngineAwayError while no server is up, EngineError when none will be again."""
+        if not self._up:
+            raise self._away()
 
     async def arrived(self, seconds: float) -> None:
         """Wait until a server is up. Raises DeadlineError, or EngineError when all were given up."""
@@ -157,7 +163,8 @@ class SGLangEngine:
         except TimeoutError as error:
             urls = ", ".join(server.api.url for server in self._floor.servers)
             raise DeadlineError(f"No SGLang server at {urls} served the model within {seconds:.0f} s; see their logs.") from error
-        await self.health()
+        if self._failure:
+            raise EngineError(self._failure)
 
     async def close(self) -> None:
         """End what runs, and the server if it is ours; whoever still waits gets an EngineError."""
@@ -180,6 +187,8 @@ class SGLangEngine:
 
     async def _go_on(self, draft: Draft) -> None:
         """Have one server sample more of ``draft``."""
+        if not self._up:
+            raise self._away()
         server = await self._floor.enter(draft.sequence)
         try:
             answer = await server.ask(draft)
@@ -195,8 +204,9 @@ class SGLangEngine:
 
     async def _swap(self, new: Staged) -> None:
         """Bring ``new`` to every server that is up. One that refuses what another takes is left out until it takes it."""
-        while not (up := [server for server in self._floor.servers if server.up]):
-            await self.health()
+        while not (up := self._up):
+            if self._failure:
+                raise EngineError(self._failure)
             self._arrived.clear()
             await self._arrived.wait()
         results = await asyncio.gather(*(server.swap(new) for server in up), return_exceptions=True)
@@ -229,20 +239,33 @@ class SGLangEngine:
             log.exception("looking after an SGLang server failed")
             why = f"Looking after an SGLang server failed ({error!r})."
         log.error("%s", why)
-        if not any(server.up for server in self._floor.servers):
+        if not self._up:
             self._fail(f"{why} Restart the sampler.")
 
+    @property
+    def _up(self) -> list[Server]:
+        return [server for server in self._floor.servers if server.up]
+
+    def _away(self) -> EngineError:
+        """Why nothing can be generated, when no server is up."""
+        if self._failure:
+            return EngineError(self._failure)
+        urls = ", ".join(server.api.url for server in self._floor.servers)
+        return EngineAwayError("engine", urls, "is being started again" if self._keeper else "does not answer", certain=True)
+
     def _changed(self) -> None:
-        if any(server.up for server in self._floor.servers):
+        if self._up:
             self._arrived.set()
-        self._floor.serve()
+            self._floor.serve()
+        else:
+            self._floor.fail(self._away())
 
     def _count(self, error: BaseException) -> None:
         self._errors[type(error).__name__] += 1
 
     def _fail(self, why: str) -> None:
         self._failure = self._failure or why
-        self._floor.fail(self._failure)
+        self._floor.fail(EngineError(self._failure))
         for server in self._floor.servers:
             server.lose()
         self._arrived.set()

@@ -25,7 +25,7 @@ class Floor:
         return len(self._queue)
 
     async def enter(self, ids: TokenIds) -> Server:
-        """A place for a request with prefix ``ids``; give it back with `leave`. Raises EngineError after `fail`."""
+        """A place for a request with prefix ``ids``; give it back with `leave`. Raises the error of `fail`."""
         future: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         entry = (ids, future)
         self._queue.append(entry)
@@ -56,9 +56,9 @@ class Floor:
                 self.router.remember(ids, server)
                 future.set_result(server)
 
-    def fail(self, why: str) -> None:
-        """Nobody gets a place any more."""
+    def fail(self, error: EngineError) -> None:
+        """Send away those who wait, with ``error``."""
         for _, future in self._queue:
             if not future.done():
-                future.set_exception(EngineError(why))
+                future.set_exception(error)
         self._queue.clear()

@@ -55,9 +55,7 @@ class Server:
         self.asking.add(asking)
         try:
             await asyncio.wait({asking})
-            if asking.cancelled():
-                raise UnavailableError(f"The SGLang server at {self.api.url} was lost while it computed.")
-            answer = asking.result()
+            answer = self._result(asking)
         except BaseException:
             asking.cancel()
             self._abort(rid)
@@ -66,6 +64,11 @@ class Server:
             self.asking.discard(asking)
         self.pressure.retracted(max(0, answer.retractions - sum(start > 0 for _, start in answer.versions)))
         return answer
+
+    def _result(self, asking: asyncio.Task[Answer]) -> Answer:
+        if asking.cancelled():
+            raise UnavailableError(f"The SGLang server at {self.api.url} was lost while it computed.")
+        return asking.result()
 
     def lose(self) -> None:
         """It is gone, or hangs: whoever waits for it learns it now."""
@@ -108,10 +111,10 @@ class Server:
 
     async def close(self) -> None:
         """End what is on its way."""
-        for tasks in (self.asking, self.aborting):
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in (tasks := [*self.asking, *self.aborting]):
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
 
 async def wake(server: Server, served: Staged, *, trusted: bool) -> None:

@@ -1,6 +1,6 @@
 """Policy versions where servers read them: checked, and on a file system in memory.
 
-    published files ─► shapes and values checked ─► linked or copied ─► DIR/treegrpo-sglang-…/1.42/
+    published files ─► shapes and values checked ─► linked or copied ─► DIR/treegrpo-sampler-…/1.42/
 
 A server trusts what it is given: it ignores a missing tensor, serves one that is not finite, and when it fails halfway it
 "rolls back" by reading the new files again. So nothing unchecked is shown to it, and the version it serves stays staged:
@@ -9,21 +9,19 @@ it is what a refused update and a restart go back to.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from services.sampler.engines.checkpoint import read_shapes, read_tensors
+from services.sampler.scratch import scratch
 from treegrpo.errors import ConfigError, WeightsError
 from treegrpo.step import PolicyVersion
 
-PREFIX = "treegrpo-sglang-"
-LOCK = "in-use"
 WEIGHTS = ".safetensors"
 
 
@@ -44,9 +42,8 @@ class Stage:
             raise ConfigError(
                 f"engine.weights_dir = {parent} does not exist; name a directory in memory that the servers see too."
             )
-        _sweep(parent)
-        self._root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        self._lock = _locked(self._root)
+        self._stack = ExitStack()
+        self._root = self._stack.enter_context(scratch(parent))
         self._base: Path | None = None
 
     def first(self, version: PolicyVersion, model: Path) -> Staged:
@@ -96,8 +93,7 @@ class Stage:
                 file.unlink()
 
     def close(self) -> None:
-        shutil.rmtree(self._root, ignore_errors=True)
-        self._lock.close()
+        self._stack.close()
 
 
 def _is_weights(file: Path) -> bool:
@@ -111,20 +107,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system
         shutil.copyfile(source, target)
-
-
-def _locked(root: Path) -> IO[bytes]:
-    lock = (root / LOCK).open("wb")
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return lock
-
-
-def _sweep(parent: Path) -> None:
-    """Remove what samplers left behind that were killed: nobody holds their lock, and it lies in memory."""
-    for root in parent.glob(f"{PREFIX}*"):
-        if (root / LOCK).is_file() and os.access(root, os.W_OK):
-            try:
-                _locked(root).close()
-            except BlockingIOError:
-                continue
-            shutil.rmtree(root, ignore_errors=True)

@@ -65,6 +65,7 @@ async def look_after(server: Server, changed: Callable[[], None], count: Count) 
             changed()
     finally:
         server.lose()
+        changed()
 
 
 async def keep_remote(server: Server, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> str:
