@@ -1,6 +1,6 @@
 """The least a server of the rollout contract can do: leases and acks of the same size as the intake's, and nothing behind.
 
-    python -m bench.echo ADDRESS
+`python -m bench.echo ADDRESS` serves until it is ended.
 """
 
 from __future__ import annotations

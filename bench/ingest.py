@@ -147,6 +147,8 @@ class Case:
             "echo_subtrees_per_s": round(theirs.rate),
             "over_echo": round(rate, 3),
             "cpu_over_echo": round(cpu, 3),
+            "cpu_us": round(1e6 * middle.cpu / middle.subtrees),
+            "echo_cpu_us": round(1e6 * theirs.cpu / theirs.subtrees),
             "p99_ack_s": round(middle.p99, 4),
             "echo_p99_ack_s": round(theirs.p99, 4),
             "rss_mb": round(self.intake[-1].rss / 1e6),
@@ -185,10 +187,10 @@ def measure(samplers: int, size: str, seconds: float, seed: int) -> Case:
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Subtrees through one intake and through an echo")
-    names = ("size", "samplers", "subtrees/s", "MB/s", "echo/s", "over echo", "in CPU time", "p99 ack s", "echo's", "RSS MB", "growth")
-    for name in names:
+    names = ("size", "samplers", "subtrees/s", "MB/s", "echo/s", "over echo", "CPU µs", "echo's", "p99 ack s", "echo's")
+    for name in (*names, "RSS MB", "growth"):
         table.add_column(name, justify="right")
-    keys = ("size", "samplers", "subtrees_per_s", "mb_per_s", "echo_subtrees_per_s", "over_echo", "cpu_over_echo")
+    keys = ("size", "samplers", "subtrees_per_s", "mb_per_s", "echo_subtrees_per_s", "over_echo", "cpu_us", "echo_cpu_us")
     for row in rows:
         table.add_row(*(str(row[key]) for key in (*keys, "p99_ack_s", "echo_p99_ack_s", "rss_mb", "rss_growth_mb")))
     Console(width=130).print(table)

@@ -91,11 +91,11 @@ def delimited(field: int, data: bytes) -> bytes:
 
 
 def varint(number: int) -> bytes:
-    """A number as protobuf writes it.
+    r"""A number as protobuf writes it.
 
     Example:
         >>> varint(300)
-        b'\\xac\\x02'
+        b'\xac\x02'
     """
     out = bytearray()
     while number > 0x7F:

@@ -6,6 +6,7 @@ are free) and *tool calls*.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -27,6 +28,19 @@ class Cost:
     def tokens(self) -> int:
         """Computed tokens: what the token budget is charged."""
         return self.prefilled + self.decoded
+
+    @classmethod
+    def total(cls, costs: Iterable[Cost]) -> Cost:
+        """What they cost together."""
+        prefilled = cached = decoded = tool_calls = 0
+        seconds = 0.0
+        for cost in costs:
+            prefilled += cost.prefilled
+            cached += cost.cached
+            decoded += cost.decoded
+            tool_calls += cost.tool_calls
+            seconds += cost.seconds
+        return cls(prefilled, cached, decoded, tool_calls, seconds)
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(

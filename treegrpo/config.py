@@ -124,7 +124,7 @@ class SamplerConfig(Section):
     metrics: str = "127.0.0.1:0"
     """Prometheus address; port 0 takes a free one and logs it."""
     retries: int = Field(default=2, ge=0)
-    """Times a step is tried again after an engine or tool error."""
+    """Times a step is tried again after an engine or tool error. Waiting for one that is away uses up none."""
 
 
 class BrokerConfig(Section):

@@ -31,14 +31,18 @@ from treegrpo.access import OPEN, Access
 from treegrpo.change import Change
 from treegrpo.errors import UnavailableError
 from treegrpo.limits import CONTROL_BYTES, PEERS
+from treegrpo.refusals import Refusals
 from treegrpo.security import Role, within_reach
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import split_address
+from treegrpo.typed import typed
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
 KEEPALIVE_SECONDS = 10
+NAME_LETTERS = 256
+"""The longest name, address or topic of a member that is believed, and what the log repeats of a stranger's words."""
 ROLES = {role.value for role in Role}
 """A sampler is not called like one of them: `members` goes by name."""
 
@@ -82,6 +86,7 @@ class ControlPlane:
         self._member = member
         self._client: aiomqtt.Client | None = None
         self._changed = Change()
+        self._refusals = Refusals(log)
         self._buried = False
         self._ours: dict[str, bytes] = {}
         self._settled = asyncio.Event()
@@ -150,10 +155,9 @@ class ControlPlane:
             elif topic == "weights":
                 self.version = PolicyVersion.parse(payload.decode())
             elif topic.startswith("members/"):
-                row = cast("dict[str, Any]", msgpack.unpackb(payload))
-                self._meet(topic, Member(**row))
-        except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-            log.warning("ignored a message on %s/%s that does not follow the contract: %s", self._prefix, topic, error)
+                self._meet(topic, typed(Member, msgpack.unpackb(payload)))
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            self._refusals.count(f"{self._prefix}/{topic}"[:NAME_LETTERS], "contract", f"a message: {str(error)[:NAME_LETTERS]}")
             return
         if topic == self._member.topic and payload == self._member.payload():
             self._settled.set()
@@ -162,11 +166,19 @@ class ControlPlane:
         self._changed.tell()
 
     def _meet(self, topic: str, member: Member) -> None:
-        """Note a member. Raises ValueError unless it is the one its topic is for, and there is room."""
+        """Note a member. Raises ValueError unless it is the one its topic is for, and there is room.
+
+        Room is made for who is there by forgetting who left first.
+        """
         if member.topic != topic or (member.id in ROLES and member.id != member.role):
             raise ValueError(f"{member.role} {member.id!r} speaks for another")
+        if not 0 <= member.incarnation < 1 << 64 or len(member.id) > NAME_LETTERS or len(member.metrics) > NAME_LETTERS:
+            raise ValueError("its incarnation, name or address is none")
         if member.id not in self.members and len(self.members) >= PEERS:
-            raise ValueError(f"{PEERS} members are the most")
+            gone = next((name for name, one in self.members.items() if not one.alive), None)
+            if gone is None:
+                raise ValueError(f"{PEERS} members are the most")
+            del self.members[gone]
         self.members[member.id] = member
         self._buried = self._buried or (topic == self._member.topic and not member.alive)
 

@@ -37,6 +37,7 @@ from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, su
 from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.step import Subtree
 from treegrpo.tree import Group
+from treegrpo.typed import typed
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
 MAX_SOCKET_PATH = 100
@@ -159,11 +160,14 @@ def encode(message: Message) -> bytes:
 
 def decode(body: bytes) -> Message:
     """The message in a frame's body. Raises ContractError."""
-    row = cast("dict[str, Any]", msgpack.unpackb(body))
-    kind = _TYPES.get(row.pop("type", ""))
-    if kind is None:
-        raise ContractError("The local socket carried a message of an unknown type; trainer and intake must be of one version.")
-    return kind(**row)
+    try:
+        row = cast("dict[str, Any]", msgpack.unpackb(body))
+        return typed(_TYPES[row.pop("type")], row)
+    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
+        said = str(error)[:100]
+        raise ContractError(
+            f"The local socket carried what is no message of ours ({said}); trainer and intake must be of one version."
+        ) from error
 
 
 async def receive(reader: asyncio.StreamReader) -> Message | None:

@@ -23,19 +23,24 @@ END = b"\r\n\r\n"
 
 
 def serve_page(
-    listener: socket.socket, page: Callable[[], bytes], context: ssl.SSLContext | None, token: SecretStr
+    listener: socket.socket,
+    page: Callable[[], bytes],
+    context: ssl.SSLContext | None,
+    token: SecretStr,
+    refused: Callable[[str], None],
 ) -> threading.Thread:
-    """Answer ``GET /metrics`` with ``page()`` at ``listener`` until the process ends."""
-    server = _Server(page, token)
+    """Answer ``GET /metrics`` with ``page()`` at ``listener`` until the process ends; ``refused`` counts reasons, of few."""
+    server = _Server(page, token, refused)
     thread = threading.Thread(target=asyncio.run, args=(server.run(listener, context),), name="metrics", daemon=True)
     thread.start()
     return thread
 
 
 class _Server:
-    def __init__(self, page: Callable[[], bytes], token: SecretStr) -> None:
+    def __init__(self, page: Callable[[], bytes], token: SecretStr, refused: Callable[[str], None]) -> None:
         self._page = page
         self._token = token
+        self._refused = refused
         self._open = 0
 
     async def run(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
@@ -58,8 +63,15 @@ class _Server:
                 async with asyncio.timeout(REQUEST_SECONDS):
                     writer.write(self._answer(await reader.readuntil(END)))
                     await writer.drain()
-        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
-            pass  # too slow, too much, or gone: nobody to say it to
+            else:
+                self._refused("peers")
+        except TimeoutError:
+            self._refused("slow")
+            writer.transport.abort()  # what it does not read would wait for ever
+        except (asyncio.LimitOverrunError, ValueError):
+            self._refused("large")
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # gone
         finally:
             self._open -= 1
             writer.close()
@@ -69,6 +81,7 @@ class _Server:
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
         method, target, *_ = (*first.split(" "), "", "")
         if not shows(headers.get("authorization", ""), self._token):
+            self._refused("token")
             return _response(
                 HTTPStatus.UNAUTHORIZED, b"Show the token: Authorization: Bearer TOKEN\n", "WWW-Authenticate: Bearer\r\n"
             )

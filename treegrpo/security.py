@@ -128,5 +128,7 @@ def check_address(key: str, address: str, *, safe: bool, verb: str = "listens wh
 def check_url(key: str, url: str, *, safe: bool) -> None:
     """`check_address` for a URL: https is as good as certificates."""
     parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigError(f"{key} = {url!r} is no address of a web server; write http://HOST:PORT or https://HOST:PORT.")
     if parts.scheme != "https":
-        check_address(key, f"[{parts.hostname or ''}]:{parts.port or 80}", safe=safe, verb="is on another machine")
+        check_address(key, f"[{parts.hostname}]:{parts.port or 80}", safe=safe, verb="is on another machine")

@@ -1,38 +1,85 @@
-"""How large a branch may be: as large as its lease's plan lets an episode be. What it says beside its tokens has limits too."""
+"""How large a subtree may be: what its lease's plan lets episodes be. What it says beside its tokens has limits too.
+
+A subtree is a branch, as our samplers send it, or any tree below one node, which the contract allows: several leaves, and more
+steps than one episode. So depth and tokens are counted along each path from the root, and a subtree has as many leaves and
+steps at most as a whole group of its plan.
+"""
 
 from __future__ import annotations
 
-from treegrpo.errors import TreeError
-from treegrpo.lease import Plan
-from treegrpo.step import Subtree
+import math
+
+from treegrpo.budget import Cost
+from treegrpo.errors import ContractError, TreeError
+from treegrpo.lease import LeaseEnd, Plan
+from treegrpo.step import Leaf, Step, Subtree
 
 TEXT_LENGTH = 65536
 """Letters of a tool call."""
 NUMBERS, NAME_LENGTH = 64, 64
 """Rewards and metrics of a leaf, and letters of a name."""
+LARGEST = 1e9
+"""A reward or a metric, either way: their sums stay numbers."""
+TIMES = 1024
+"""No step is computed as often, by retries and new weights: what costs more is no cost. The books add up to 64 bits."""
+SECONDS = 1e7
 
 
-def check_size(subtree: Subtree, depth: int, plan: Plan, where: str) -> None:
-    """A branch below ``depth`` steps is no longer than its plan lets an episode be. Raises TreeError."""
-    steps, here = len(subtree.steps), f"{where}: subtree {subtree.index}"
-    if depth + steps > plan.max_turns + 1:
-        raise TreeError(
-            f"{here} ends {depth + steps} steps below the root, and its plan's episodes have {plan.max_turns + 1} at most.",
-            "steps",
-        )
-    if (tokens := len(subtree.prompt) + sum(step.length for step in subtree.steps)) > plan.max_context:
-        raise TreeError(f"{here} has {tokens} tokens, and its plan's episodes have {plan.max_context} at most.", "tokens")
+def check_size(subtree: Subtree, above: tuple[int, int], plan: Plan, where: str) -> None:
+    """A subtree is no larger than its plan allows; ``above`` it are so many steps and so many tokens. Raises TreeError."""
+    _check_paths(subtree, above, plan, f"{where}: subtree {subtree.index}")
     for step in subtree.steps:
-        if len(step.action) > plan.max_action_tokens:
-            raise TreeError(
-                f"{where}, node {step.node}: action has {len(step.action)} tokens, and the plan's turns "
-                f"{plan.max_action_tokens} at most.",
-                "action",
-            )
-        if len(step.tool) + len(step.tool_arguments) > TEXT_LENGTH:
-            raise TreeError(f"{where}, node {step.node}: tool and tool_arguments are longer than {TEXT_LENGTH} letters.", "tool")
+        _check_step(step, plan, f"{where}, node {step.node}")
     for leaf in subtree.leaves:
-        for field, numbers in (("rewards", leaf.rewards), ("metrics", leaf.metrics)):
-            if len(numbers) > NUMBERS or any(len(key) > NAME_LENGTH for key in numbers):
-                what = f"{field} has more than {NUMBERS} numbers, or a name of more than {NAME_LENGTH} letters"
-                raise TreeError(f"{where}, node {leaf.node}: {what}.", field)
+        _check_leaf(leaf, f"{where}, node {leaf.node}")
+
+
+def _check_paths(subtree: Subtree, above: tuple[int, int], plan: Plan, here: str) -> None:
+    turns = plan.max_turns + 1
+    if len(subtree.leaves) > plan.leaves or len(subtree.steps) > plan.leaves * turns:
+        raise TreeError(f"{here} has more leaves or steps than all {plan.leaves} episodes of its group may have.", "steps")
+    start = (above[0], above[1] + len(subtree.prompt))
+    ends = {subtree.parent: start}
+    for step in subtree.steps:  # an unknown parent is for `Tree.add` to refuse
+        depth, tokens = ends.get(step.parent, start)
+        ends[step.node] = (depth + 1, tokens + step.length)
+    depth, tokens = max(end[0] for end in ends.values()), max(end[1] for end in ends.values())
+    if depth > turns:
+        raise TreeError(f"{here} ends {depth} steps below the root, and its plan's episodes have {turns} at most.", "steps")
+    if tokens > plan.max_context:
+        raise TreeError(
+            f"{here} has a path of {tokens} tokens, and its plan's episodes have {plan.max_context} at most.", "tokens"
+        )
+
+
+def _check_step(step: Step, plan: Plan, here: str) -> None:
+    if len(step.action) > plan.max_action_tokens:
+        raise TreeError(
+            f"{here}: action has {len(step.action)} tokens, and the plan's turns {plan.max_action_tokens} at most.", "action"
+        )
+    if len(step.tool) + len(step.tool_arguments) > TEXT_LENGTH:
+        raise TreeError(f"{here}: tool and tool_arguments are longer than {TEXT_LENGTH} letters.", "tool")
+    if not is_cost(step.cost, plan, steps=1):
+        raise TreeError(f"{here}: cost is {step.cost}, which no step of its plan can cost.", "cost")
+
+
+def _check_leaf(leaf: Leaf, here: str) -> None:
+    for field, numbers in (("rewards", leaf.rewards), ("metrics", leaf.metrics)):
+        if len(numbers) > NUMBERS or any(len(key) > NAME_LENGTH for key in numbers):
+            what = f"{field} has more than {NUMBERS} numbers, or a name of more than {NAME_LENGTH} letters"
+            raise TreeError(f"{here}: {what}.", field)
+        if math.isfinite(sum(numbers.values())) and any(abs(value) > LARGEST for value in numbers.values()):
+            raise TreeError(f"{here}: {field} has a number beyond {LARGEST:g}.", field)
+
+
+def check_end(end: LeaseEnd, plan: Plan) -> None:
+    """What a lease cost beside its steps is something it can have cost. Raises ContractError."""
+    if not is_cost(end.unaccounted, plan, steps=plan.leaves * (plan.max_turns + 1)):
+        raise ContractError(f"Lease {end.lease} ends at a cost of {end.unaccounted}, which its plan cannot cost.")
+
+
+def is_cost(cost: Cost, plan: Plan, steps: int) -> bool:
+    """Whether so many steps of a plan can have cost so much."""
+    most = TIMES * steps * plan.max_context
+    counts = (cost.prefilled, cost.cached, cost.decoded)
+    return all(count <= most for count in counts) and cost.tool_calls <= TIMES * steps and 0.0 <= cost.seconds <= SECONDS

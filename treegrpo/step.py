@@ -21,6 +21,8 @@ from treegrpo.errors import ContractError
 TokenIds = NDArray[np.uint32]
 Logprobs = NDArray[np.float32]
 ROOT = 0
+DIGITS = 10
+"""Of a number of a policy version, which has 32 bits."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -40,10 +42,11 @@ class PolicyVersion:
     @classmethod
     def parse(cls, text: str) -> PolicyVersion:
         """The inverse of ``str``. Raises ContractError on anything else."""
-        lineage, dot, step = text.partition(".")
-        if not (dot and lineage.isdecimal() and step.isdecimal()):
-            raise ContractError(f"{text!r} is not a policy version; one is written LINEAGE.STEP, like 1.42.")
-        return cls(int(lineage), int(step))
+        parts = text.split(".")
+        digits = all(part.isdecimal() and part.isascii() and len(part) <= DIGITS for part in parts)
+        if len(parts) != 2 or not digits or max(map(int, parts)) >= 1 << 32:
+            raise ContractError(f"{text[:64]!r} is not a policy version; one is written LINEAGE.STEP, like 1.42.")
+        return cls(*map(int, parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,4 +144,4 @@ class Subtree:
 
     @property
     def cost(self) -> Cost:
-        return sum((step.cost for step in self.steps), Cost())
+        return Cost.total([step.cost for step in self.steps])

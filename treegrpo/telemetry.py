@@ -30,6 +30,7 @@ class _Metrics:
         self.refresh: Callable[[], None] = lambda: None
         """Called before each scrape, in its thread: brings up to date what is not counted as it happens."""
         self.registry.register(_Before(self))
+        self.scrapes_refused = self._counter("scrapes_refused", "Requests for /metrics refused, by what is wrong", "reason")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"treegrpo_{name}", text, labels, registry=self.registry)
@@ -162,7 +163,7 @@ class RetrieverMetrics(_Metrics):
     def __init__(self) -> None:
         super().__init__()
         self.queries = self._counter("retriever_queries", "Queries answered")
-        self.refused = self._counter("retriever_refused", "Requests refused")
+        self.refused = self._counter("retriever_refused", "Requests and connections refused, by what is wrong", "reason")
         self.seconds = self._histogram("retriever_seconds", "Seconds to answer a request")
         self.documents = self._gauge("retriever_documents", "Documents in the index")
 
@@ -199,5 +200,8 @@ def serve(metrics: _Metrics, address: str, key: str, access: Access) -> int:
     host, port = split_address(address, key)
     check_free(address, key)
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    serve_page(listener, lambda: generate_latest(metrics.registry), access.server_context(), access.metrics_token)
+    serve_page(
+        *(listener, lambda: generate_latest(metrics.registry), access.server_context(), access.metrics_token),
+        refused=lambda reason: metrics.scrapes_refused.labels(reason).inc(),
+    )
     return listener.getsockname()[1]

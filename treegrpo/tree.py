@@ -137,7 +137,7 @@ class Group:
 
     @property
     def cost(self) -> Cost:
-        return sum((step.cost for tree in self.trees.values() for step in tree.steps.values()), Cost())
+        return Cost.total(step.cost for tree in self.trees.values() for step in tree.steps.values())
 
     def needed(self) -> Cost:
         """What its trees need on an engine that forgets nothing and whose weights do not change.

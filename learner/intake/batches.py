@@ -45,10 +45,12 @@ class Batches:
 
     def _assign(self, count: int) -> bool:
         """Give the next positions to ``count`` ready groups; False if it is too early."""
+        if self._book.groups.ready_count < count:
+            return False
         if stale := self._book.stale():
             self._clerk.give([], stale)
         self.press()
-        while len(self._book.groups.ready) >= count:
+        while self._book.groups.ready_count >= count:
             pressing = self._book.pressing(count)
             if not pressing:
                 self._clerk.give([group.draw for group in self._book.groups.ready[:count]], [])
@@ -62,6 +64,8 @@ class Batches:
     @property
     def patience(self) -> float:
         """time.monotonic when the next group that was told to stop may be closed."""
+        if not self._book.overdue():
+            return float("inf")
         told = [group.told_at for group in self._book.open.values() if group.told_at is not None and not group.closed]
         return min((at + PATIENCE_SECONDS for at in told if at + PATIENCE_SECONDS > time.monotonic()), default=float("inf"))
 

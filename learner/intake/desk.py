@@ -19,9 +19,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from learner.intake.asked_for import check_holder, cost_of, reason_of
+from learner.intake.barren import Barren
 from learner.intake.batches import Batches
 from learner.intake.clerk import Clerk
 from learner.intake.evaluation import Round
+from learner.intake.granting import Granting
 from learner.intake.groups import OpenGroup
 from learner.intake.journal import BACKLOG_BYTES, Journal, durable
 from learner.intake.leases import LeaseBook
@@ -30,20 +33,20 @@ from learner.intake.presence import Presence, sampler_of
 from learner.intake.report import Reporter
 from learner.intake.weights import WeightsServer
 from treegrpo.change import Change
-from treegrpo.codec import plan_to_pb, subtree_cost, version_to_pb
+from treegrpo.codec import plan_to_pb, version_to_pb
 from treegrpo.control import ControlPlane, RunState
-from treegrpo.errors import ContractError, RunError, TreeError
+from treegrpo.errors import ContractError
 from treegrpo.handoff import Evaluation, Taken, pack_encoded
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.question import Question
+from treegrpo.refusals import Refusals
+from treegrpo.size import check_end
 from treegrpo.step import PolicyVersion
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import tree_pb2
 
 log = logging.getLogger(__name__)
 LONG_POLL_SECONDS = 5.0
-BARREN_GROUPS = 64
-"""Leases in a row without a single leaf before the run is given up."""
 
 
 class Desk:
@@ -62,7 +65,7 @@ class Desk:
     ) -> None:
         """``checkpointed`` is called when a checkpoint stands, and the journal may get shorter."""
         self.book = book
-        self.presence = Presence({group.holder for group in book.open.values()}, self.lose)
+        self.presence = Presence(set(book.open.holders), self.lose)
         self._journal = journal
         self._control = control
         self._weights = weights
@@ -75,7 +78,9 @@ class Desk:
         self._clerk = Clerk(book, journal, reporter)
         self._batches = Batches(book, self._clerk, self._stop)
         self._changed = Change()
-        self._barren = 0
+        self._refusals = Refusals(log)
+        self._barren = Barren()
+        self._granting = Granting(book, self._clerk, self.peers)
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with RunError when rolling out on would lead nowhere."""
         journal.on_blocked = self.grant
@@ -92,10 +97,10 @@ class Desk:
         """A stream opened. Older incarnations of the same sampler have lost their leases."""
         peer = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
         self.presence.came(peer)
-        for holder in {group.holder for group in self.book.open.values()} - {peer.holder}:
+        for holder in set(self.book.open.holders) - {peer.holder}:
             if sampler_of(holder) == peer.id:
                 self.lose(holder)
-        held = {group.lease.id for group in self.book.of(peer.holder)}
+        held = {group.lease.id for group in self.book.open.of(peer.holder)}
         for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
             self._end(LeaseEnd(lease, LeaseEndReason.RETURNED))
         version = self.book.version
@@ -104,7 +109,7 @@ class Desk:
         if version is not None:
             welcome.version.CopyFrom(version_to_pb(version))
         peer.send(pb.RolloutResponse(welcome=welcome))
-        for group in self.book.of(peer.holder):
+        for group in self.book.open.of(peer.holder):
             if group.told_at is not None:  # it may have been said to a stream that was breaking
                 self._stop(group)
         if self._control.state is RunState.DRAINING:
@@ -128,36 +133,38 @@ class Desk:
         """A sampler is gone for good: others go on with its groups."""
         reason = self.presence.gone(holder)
         self._reporter.samplers(len(self.peers))
-        for group in self.book.of(holder):
+        for group in self.book.open.of(holder):
             log.warning("lease %s of sampler %s is lost, with %d subtrees", group.lease.id, holder, len(group.subtrees))
             self._end(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
         self.grant()
 
     def demand(self, peer: Peer, leases: int) -> None:
         peer.demand = leases
+        self._granting.look_at(peer.id)
         self.grant()
 
     def accept(self, peer: Peer, sent: tree_pb2.Subtree) -> None:
         """Take a subtree in; acked when it is durable, or at once when it is refused (so that it is not sent again)."""
         ack = pb.Ack(lease=sent.lease, tree=sent.tree, index=sent.index)
         try:
+            check_holder(self.book.find(sent.lease), sent.lease, peer.holder)
             kept = self._clerk.accept(sent)
         except ContractError as error:
             ack.refusal = str(error)
-            self._refuse(sent, error)
-            log.warning("refused a subtree of sampler %s: %s", peer.id, error)
+            self._refuse(peer, sent, error)
             peer.send(pb.RolloutResponse(ack=ack))
         else:
             response = pb.RolloutResponse(ack=ack)
             kept.add_done_callback(lambda future: None if future.exception() else peer.send(response))
 
-    def _refuse(self, sent: tree_pb2.Subtree, error: ContractError) -> None:
+    def _refuse(self, peer: Peer, sent: tree_pb2.Subtree, error: ContractError) -> None:
         """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has."""
         group, leaves = self.book.open.get(sent.lease), len(sent.leaves)
-        if group is None:
-            self._reporter.refused("lease", leaves)
-        elif group.refuse((sent.tree, sent.index), subtree_cost(sent), str(error)):
-            reason = error.field if isinstance(error, TreeError) else "overdue"
+        reason = reason_of(group, peer.holder, error)
+        self._refusals.count(peer.id, reason, f"a subtree: {error}")
+        if group is None or reason == "holder":
+            self._reporter.refused(reason, leaves)
+        elif group.refuse((sent.tree, sent.index), cost_of(sent, group.lease.plan), str(error)):
             self._reporter.refused(reason, leaves)
             group.told_at = group.told_at or time.monotonic()
             self._stop(group)
@@ -172,37 +179,28 @@ class Desk:
         await self._journal.room()
 
     def end(self, peer: Peer, end: LeaseEnd) -> None:
-        """A sampler is done with a lease. What it stopped of its own accord is for another to go on with."""
+        """A lease ends. What its sampler stopped by itself another goes on with. Raises ContractError: nothing costs so much."""
         group = self.book.open.get(end.lease)
-        if group is None or not end.reason.samplers_word:
-            log.info("sampler %s ended lease %s, which is not open", peer.id, end.lease)
+        if group is None or not end.reason.samplers_word or group.holder != peer.holder:
+            self._refusals.count(peer.id, "end", f"the end of lease {end.lease!r}, which is not open, or not its own")
             return
+        check_end(end, group.lease.plan)
         end = group.settle(end)
         if end.reason is LeaseEndReason.STOPPED and group.told_at is None and self._control.state is not RunState.DRAINING:
             end = replace(end, reason=LeaseEndReason.RETURNED)
         if end.error:
-            log.warning("lease %s failed on sampler %s: %s", end.lease, peer.id, end.error)
+            log.warning("lease %s ends as %s on sampler %s: %s", end.lease, end.reason.value, peer.id, end.error)
         self._end(end)
         self.grant()
 
     def _end(self, end: LeaseEnd) -> None:
         group = self._clerk.end(end)
-        if end.reason.samplers_word and not group.closed:
-            self._judge(group, end)
+        hopeless = self._barren.judge(group, end)
+        if hopeless is not None and not self.broken.done():
+            self.broken.set_exception(hopeless)
+        self._granting.look_at(sampler_of(group.holder))
         self._batches.press()
         self._changed.tell()
-
-    def _judge(self, group: OpenGroup, end: LeaseEnd) -> None:
-        """Give up when nothing leads to an answer any more."""
-        self._barren = 0 if group.has_leaves else self._barren + 1
-        if self._barren >= BARREN_GROUPS and not self.broken.done():
-            reason = f" ({end.error})" if end.error else ""
-            self.broken.set_exception(
-                RunError(
-                    f"The last {BARREN_GROUPS} leases led to no finished episode{reason}; see the samplers' logs. "
-                    "Does the retriever answer, and do the prompts fit rollout.max_context?"
-                )
-            )
 
     def _stop(self, group: OpenGroup) -> None:
         for peer in self.peers.values():
@@ -210,15 +208,11 @@ class Desk:
                 peer.send(pb.RolloutResponse(stop_expanding=pb.StopExpanding(lease=group.lease.id)))
 
     def grant(self) -> None:
-        """Grant leases while there are both work within the bound and samplers that want it; the least served first."""
+        """Grant what there is to grant, unless the run or the disk stands still."""
         if self._control.state is not RunState.RUNNING or self._journal.blocked:
             return
         self._batches.press()
-        room = {peer.id: peer.demand - len(self.book.of(peer.holder)) for peer in self.peers.values()}
-        while room and max(room.values()) > 0 and (work := self.book.next_lease()) is not None:
-            peer = self.peers[max(room, key=lambda name: room[name])]
-            room[peer.id] -= 1
-            peer.send(pb.RolloutResponse(lease=self._clerk.grant(*work, peer.holder)))
+        self._granting.grant()
 
     # ---- trainer
 

@@ -12,6 +12,7 @@ that has to start from the checkpoint before its newest.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,8 @@ class OpenGroup:
     """time.monotonic of the grant; None when it is read from the journal."""
     tries: int = 0
     """Leases that came to nothing through a fault of their sampler or of the question."""
+    blamed: bool = False
+    """Whether the last lease is one of them."""
     age: int = -1
     """The oldest policy step that any of its tokens may be from; by default that of its lease."""
     closed: bool = False
@@ -87,7 +90,7 @@ class OpenGroup:
     @classmethod
     def of(cls, lease: Lease, state: dict[str, Any]) -> OpenGroup:
         """The group that `state` was taken of, without its subtrees."""
-        return cls(lease, state["draw"], state["holder"], None, state["tries"], state["age"], state["closed"])
+        return cls(lease, state["draw"], state["holder"], None, state["tries"], age=state["age"], closed=state["closed"])
 
     def state(self) -> dict[str, Any]:
         """Plain data to be restored from, beside lease and subtrees."""
@@ -173,6 +176,8 @@ class GroupQueue:
         """Those with a position, from `_kept` on."""
         self._ready: dict[int, OpenGroup] = {}
         """Those without, by draw."""
+        self._ages: list[tuple[int, int]] = []
+        """Their ages and draws, ascending."""
         self._kept = 0
         self._covered = 0
         self._trained = 0
@@ -200,10 +205,16 @@ class GroupQueue:
     @property
     def ready(self) -> list[OpenGroup]:
         """Those without a position, oldest policy first."""
-        return sorted(self._ready.values(), key=lambda group: (group.age, group.draw))
+        return [self._ready[draw] for _, draw in self._ages]
+
+    @property
+    def ready_count(self) -> int:
+        """How many those are."""
+        return len(self._ready)
 
     def close(self, group: OpenGroup) -> None:
         self._ready[group.draw] = group
+        insort(self._ages, (group.age, group.draw))
 
     def line_up(self, draws: Sequence[int]) -> None:
         """Give the next positions to these ready groups. Raises ContractError at one that is not ready."""
@@ -216,7 +227,9 @@ class GroupQueue:
         """Take a ready group away. Raises ContractError if it is not ready."""
         if draw not in self._ready:
             raise ContractError(f"Group {draw:07d} is not ready; it cannot be given to the trainer.")
-        return self._ready.pop(draw)
+        group = self._ready.pop(draw)
+        del self._ages[bisect_left(self._ages, (group.age, draw))]
+        return group
 
     def take(self, position: int, count: int) -> list[OpenGroup]:
         """The groups at ``position`` and after it, up to ``count`` of them; fewer until more are given a position.
@@ -266,4 +279,5 @@ class GroupQueue:
         self._line = deque(groups[: state["in_line"]])
         for group in self._line:
             group.rest()
-        self._ready = {group.draw: group for group in groups[state["in_line"] :]}
+        for group in groups[state["in_line"] :]:
+            self.close(group)

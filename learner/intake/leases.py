@@ -42,19 +42,16 @@ class LeaseBook(Standing):
 
         Evaluation goes first: it is short, and who waits for it waits for all of it. Then what was begun before.
         """
-        if self.version is None:
+        if self.version is None or not self.has_work:
             return None
         if self._evaluation:
             question, _ = self._evaluation[0]
             return self._lease(LeaseKind.EVAL, question, self._plan.as_eval(), self.version), -1
-        out, limit = self.out(LeaseKind.TRAIN) + len(self.unfinished), self.limit
-        if self.unfinished and out <= limit:
+        if self.unfinished:
             draw = min(self.unfinished, key=lambda number: (self.unfinished[number].age, number))
             group = self.unfinished[draw]
             lease = self._lease(LeaseKind.TRAIN, group.lease.question, group.lease.plan, self.version, draw)
             return replace(lease, grant=lease.plan.allowance(group.missing), accepted=tuple(group.subtrees)), draw
-        if out >= limit:
-            return None
         draw = self._queue.draw()
         return self._lease(LeaseKind.TRAIN, self._queue[draw], self._plan, self.version, draw), draw
 
@@ -118,7 +115,8 @@ class LeaseBook(Standing):
             self.ledger.refund(end.lease)
         if group.closed:
             return group
-        group.tries += self._at_fault(group, end)
+        group.blamed = self._at_fault(group, end)
+        group.tries += group.blamed
         finished = not end.reason.unfinished or not group.can_move or group.tries >= TRIES
         self._dispose(group, end.reason.value, finished=finished)
         return group
@@ -166,14 +164,15 @@ class LeaseBook(Standing):
 
     def pressing(self, count: int) -> list[OpenGroup]:
         """The groups that have to close before ``count`` ready ones may be trained, since there is no later step for them."""
-        begun = [group for group in self.open.values() if group.lease.kind is LeaseKind.TRAIN and not group.closed]
-        begun = sorted([*begun, *self.unfinished.values()], key=lambda group: (group.age, group.draw))
+        held = (group for group in self.open.values() if group.lease.kind is LeaseKind.TRAIN and not group.closed)
+        begun = [group for group in (*held, *self.unfinished.values()) if group.age < self.base]  # a later step for the others
+        begun.sort(key=lambda group: (group.age, group.draw))
         ages, ready = [group.age for group in begun], [group.age for group in self.groups.ready]
         return begun[: pressing(ages, ready, self.base, self._batch, count, self._max_lag)]
 
     def overdue(self) -> list[OpenGroup]:
         """The groups that a whole batch is waiting for: it is ready, and may not be trained before them."""
-        if self.version is None or len(self.groups.ready) < self._batch:
+        if self.version is None or self.groups.ready_count < self._batch:
             return []
         return self.pressing(self._batch)
 

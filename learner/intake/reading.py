@@ -32,6 +32,8 @@ def read_request(data: bytes) -> pb.RolloutRequest:
         request = pb.RolloutRequest.FromString(data)
     except DecodeError as error:
         raise ContractError("A sampler sent what is no request; it must be of this version.") from error
+    if len(data) > 2 * PARTS:
+        request.DiscardUnknownFields()  # no way past the limits into the journal
     match request.WhichOneof("kind"):
         case "hello":
             if len(request.hello.leases) > LEASES:
@@ -42,6 +44,9 @@ def read_request(data: bytes) -> pb.RolloutRequest:
         case "lease_end":
             names = [request.lease_end.lease]
             request.lease_end.error = request.lease_end.error[:SENTENCE_LETTERS]
+        case "heartbeat":
+            request.heartbeat.waits_for = request.heartbeat.waits_for[:SENTENCE_LETTERS]
+            names = []
         case _:
             names = []
     if (longest := max(map(len, names), default=0)) > NAME_BYTES:

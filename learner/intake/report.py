@@ -41,6 +41,7 @@ class Reporter:
         self._needed = {kind: Budget() for kind in LeaseKind}
         self._samplers = 0
         self._counted: dict[tuple[LeaseKind, str, str], int] = {}
+        self._labelled: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
 
     def keep(self, book: LeaseBook) -> None:
         """Show ledger and leases at each scrape."""
@@ -51,6 +52,13 @@ class Reporter:
         self.metrics.journal_blocked.set_function(blocked)
         self.metrics.journal_bytes.set_function(lambda: _bytes(journal))
         self.metrics.journal_free.set_function(lambda: shutil.disk_usage(journal).free)
+
+    def _of(self, counter: Counter, *labels: str) -> Counter:
+        """What ``counter.labels`` gives, which takes longer than all else that is counted of a subtree."""
+        found = self._labelled.get((counter, labels))
+        if found is None:
+            found = self._labelled[(counter, labels)] = counter.labels(*labels)
+        return found
 
     def samplers(self, count: int) -> None:
         """So many samplers have an open stream."""
@@ -70,8 +78,8 @@ class Reporter:
         """A subtree came in."""
         kind, cost = group.lease.kind.value, subtree.cost
         for how, tokens in (("prefilled", cost.prefilled), ("cached", cost.cached), ("decoded", cost.decoded)):
-            self.metrics.tokens.labels(kind, how).inc(tokens)
-        self.metrics.leaves.labels(kind).inc(len(subtree.leaves))
+            self._of(self.metrics.tokens, kind, how).inc(tokens)
+        self._of(self.metrics.leaves, kind).inc(len(subtree.leaves))
         if group.granted_at is not None:
             self.metrics.subtree_seconds.observe(time.monotonic() - group.granted_at)
         for step in subtree.steps:
@@ -81,7 +89,7 @@ class Reporter:
     def ended(self, group: OpenGroup, end: LeaseEnd) -> None:
         """A lease ended; what its group is worth is counted when the group is closed."""
         kind = group.lease.kind
-        self.metrics.ended.labels(kind.value, end.reason.value).inc()
+        self._of(self.metrics.ended, kind.value, end.reason.value).inc()
         self._spent[kind] += Budget.of(end.unaccounted)
         if not group.closed:
             self.closed(group, end.reason.value)
@@ -93,8 +101,8 @@ class Reporter:
             self.metrics.set_aside.labels(kind.value, why).inc()
         if group.fate is not Fate.CLOSED:
             return
-        self.metrics.groups.labels(kind.value, why).inc()
-        self.metrics.forgone.labels(kind.value).inc(group.forgone)
+        self._of(self.metrics.groups, kind.value, why).inc()
+        self._of(self.metrics.forgone, kind.value).inc(group.forgone)
         leaves = [leaf for _, leaf in group.group.leaves()]
         if not leaves:  # the journal has what would be refused today
             return
@@ -102,22 +110,22 @@ class Reporter:
         em = sum(leaf.metrics.get("em", 0.0) for leaf in leaves) / len(leaves)
         if kind is LeaseKind.TRAIN and max(rewards) == min(rewards):
             self.metrics.zero_signal.inc()
-        self.metrics.unique.labels(kind.value).inc(group.group.unique_tokens)
+        self._of(self.metrics.unique, kind.value).inc(group.group.unique_tokens)
         self._recent[kind].append((sum(rewards) / len(rewards), em))
         self._spent[kind] += Budget.of(group.group.cost)
         chain = Budget.of(group.group.chain_equivalent())
         self._chain[kind] += chain
         self._needed[kind] += Budget.of(group.group.needed())
         for currency in CURRENCIES:
-            self.metrics.chain.labels(kind.value, currency).inc(getattr(chain, currency))
-        self._means(kind)
+            self._of(self.metrics.chain, kind.value, currency).inc(getattr(chain, currency))
 
     def _means(self, kind: LeaseKind) -> None:
+        recent = tuple(self._recent[kind])
         self.metrics.recomputed.labels(kind.value).set(self.recomputed(kind))
         for currency in CURRENCIES:
             self.metrics.saving.labels(kind.value, currency).set(self.saving(kind, currency))
         for gauge, place in ((self.metrics.reward, 0), (self.metrics.em, 1)):
-            gauge.labels(kind.value).set(sum(row[place] for row in self._recent[kind]) / len(self._recent[kind]))
+            gauge.labels(kind.value).set(sum(row[place] for row in recent) / len(recent))
 
     def gave_up(self, group: OpenGroup, why: str, error: str) -> None:
         """List a group that nobody will try again, for somebody to look at: in progress.jsonl and in set_aside.jsonl."""
@@ -147,7 +155,7 @@ class Reporter:
         return max(0.0, 1.0 - self._needed[kind].tokens / spent) if spent else 0.0
 
     def _show(self, book: LeaseBook) -> None:
-        """Bring the metrics of ledger and leases up to date. In the thread of the scrape."""
+        """Bring up to date what is not counted as it happens. In the thread of the scrape."""
         for kind, accounts in book.ledger.summary().items():
             for currency, row in accounts.items():
                 self.metrics.outstanding.labels(kind, currency).set(row.pop("outstanding"))
@@ -157,6 +165,8 @@ class Reporter:
                     self._counted[place] = total
         for kind in LeaseKind:
             self.metrics.leases.labels(kind.value).set(book.out(kind))
+            if self._recent[kind]:
+                self._means(kind)
         self.metrics.lease_limit.set(book.limit)
         self.metrics.ready.set(book.groups.waiting)
 
@@ -207,8 +217,6 @@ class Reporter:
             self._spent[kind], self._chain[kind], self._needed[kind] = (
                 Budget(*row[name]) for name in ("spent", "chain", "needed")
             )
-            if self._recent[kind]:
-                self._means(kind)
 
 
 def _samples(counter: Counter) -> list[tuple[dict[str, str], float]]:

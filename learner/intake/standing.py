@@ -7,6 +7,7 @@ from typing import Any
 
 from learner.intake.evaluation import Answers
 from learner.intake.groups import GroupQueue, OpenGroup
+from learner.intake.holdings import Holdings
 from learner.intake.ledger import Ledger
 from learner.intake.questions import QuestionQueue
 from treegrpo.lease import LeaseKind, Plan
@@ -43,8 +44,7 @@ class Standing:
         self._serial = 0
         self._tries: dict[int, int] = {}
         """Of draws that were put back."""
-        self.open: dict[str, OpenGroup] = {}
-        """By lease."""
+        self.open = Holdings()
         self.unfinished: dict[int, OpenGroup] = {}
         """Training groups with leaves that wait for another lease, by draw."""
         self.set_aside: Counter[str] = Counter()
@@ -56,7 +56,7 @@ class Standing:
 
     def out(self, kind: LeaseKind) -> int:
         """Leases of a kind that are out and whose work is still wanted."""
-        return sum(group.lease.kind is kind and not group.closed for group in self.open.values())
+        return self.open.wanted(kind)
 
     @property
     def most(self) -> int:
@@ -69,6 +69,14 @@ class Standing:
         return max(0, min(self.most - self.groups.waiting, self._total - self.groups.closed))
 
     @property
+    def has_work(self) -> bool:
+        """Whether there is anything to lease, and room for it."""
+        if self.version is None:
+            return False
+        room = self.limit - self.out(LeaseKind.TRAIN) - len(self.unfinished)
+        return bool(self._evaluation) or room > 0 or (bool(self.unfinished) and room == 0)
+
+    @property
     def base(self) -> int:
         """The policy step that the next groups to be taken are trained from."""
         return (self.version.step if self.version else 0) + self.groups.in_training // self._batch
@@ -79,10 +87,6 @@ class Standing:
         Once another sampler goes on, it makes nodes of the same ids as those that the lost lease may still bring.
         """
         return self.open.get(lease) or next((group for group in self.unfinished.values() if group.lease.id == lease), None)
-
-    def of(self, holder: str) -> list[OpenGroup]:
-        """The groups a sampler works on."""
-        return [group for group in self.open.values() if group.holder == holder]
 
     def state(self) -> dict[str, Any]:
         """Plain data to be restored from, together with the groups that are open, unfinished and closed."""
@@ -105,5 +109,5 @@ class Standing:
         self.ledger.restore(state["ledger"])
         self.groups.restore(state["groups"], kept)
         self.answers.restore(state["answers"])
-        self.open = {group.lease.id: group for group in open_}
+        self.open = Holdings(open_)
         self.unfinished = {group.draw: group for group in unfinished}

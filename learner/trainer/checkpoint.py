@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,7 @@ def _folders(root: Path) -> list[Path]:
 
 def _set_aside(folder: Path) -> Path:
     """Give a damaged checkpoint a name under which it counts no more."""
-    names = (folder.with_name(f"{folder.name}{number}{DAMAGED}") for number in ("", *(f".{n}" for n in count(2))))
+    names = (folder.with_name(f"{folder.name}{number}{DAMAGED}") for number in chain([""], (f".{n}" for n in count(2))))
     aside = next(name for name in names if not name.exists())
     return folder.rename(aside)
 

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from learner.intake.recovery import holds_run
 from learner.intake.vocabulary import vocabulary
+from services.cli.history import steps_done
 from services.sampler import tokenizer
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
+from treegrpo.identity import check_identity
 from treegrpo.security import Role
 from treegrpo.telemetry import check_free, split_address
 
@@ -88,16 +89,14 @@ def _no_file(path: Path, key: str) -> str:
 
 
 def check_run_dir(config: Config) -> str:
-    """The run directory is fresh, or used and to be resumed. Raises ConfigError and JournalError."""
+    """The run directory is fresh, or holds the run that is to go on. Raises ConfigError, JournalError and DataError."""
     path = config.run.dir
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir = {path} is a file; give a directory.")
-    used = any((path / "checkpoints").glob("*")) or holds_run(path)
-    if used and not config.run.resume:
-        raise ConfigError(f"run.dir = {path} holds a run already; continue it with --resume, or give another --run.dir.")
-    if config.run.resume and not used:
-        raise ConfigError(f"run.dir = {path} holds no run to resume; leave --resume out, or check --run.dir.")
-    return f"{path} ({'to be resumed' if used else 'fresh'})"
+    if (done := steps_done(path)) is None:
+        return f"{path} (fresh)"
+    check_identity(config)
+    return f"{path} (goes on after step {done})"
 
 
 def learner_addresses(config: Config) -> list[Address]:
@@ -165,11 +164,11 @@ def learner_checks(config: Config) -> dict[str, Check]:
     """What `treegrpo learner` needs, by name."""
     return {
         "security": partial(check_security, config),
-        "run directory": partial(check_run_dir, config),
         "ports": partial(check_addresses, learner_addresses(config)),
         "model": partial(check_model, config.model.path),
         "training questions": partial(check_questions, config.data.train, "data.train"),
         "held-out questions": partial(check_questions, config.data.heldout, "data.heldout"),
+        "run directory": partial(check_run_dir, config),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from treegrpo.config import Config
-from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.errors import ConfigError, DeadlineError, RunError, UnavailableError
 from treegrpo.settings import is_secret
 
 
@@ -52,18 +52,23 @@ class Command:
 
 def run_up(call: Invocation, *, everything: bool) -> int:
     """`up` and `learner`."""
-    from services.cli.summary import newest_checkpoint, resume_command, summary
+    from services.cli.history import finished, newest_checkpoint
+    from services.cli.summary import command, summary
     from services.cli.up import Run
     from services.cli.view import Screen
 
     screen, run_dir = Screen(Console()), call.config.run.dir
+    if sentence := finished(call.config):
+        screen.say(sentence)
+        return 0
     again = ("up" if everything else "learner", *call.arguments)
+    run = Run(call.config, call.arguments, screen, command("state", "running", *call.arguments), everything=everything)
     try:
-        code = asyncio.run(Run(call.config, call.arguments, screen, everything=everything)())
-    except UnavailableError as error:
+        code = asyncio.run(run())
+    except (UnavailableError, DeadlineError, RunError) as error:
         if newest_checkpoint(run_dir) is None:
             raise
-        raise UnavailableError(f"{error}\ngo on: {resume_command(again)}") from error
+        raise type(error)(f"{error}\ngo on: {command(*again)}") from error
     for line in summary(run_dir, call.config.train.steps, call.toml, again):
         screen.say(line)
     return code
@@ -137,12 +142,12 @@ COMMANDS = {
         """Checks the model, the data, the ports and the run directory, starts every part as a process of its own, trains,
 and ends with the held-out exact match before and after, a plot and a checkpoint in Hugging Face format.
 
-Each process writes RUN_DIR/logs/NAME.log. Ctrl-C drains: the trainer writes a checkpoint, and the command that goes on
-is printed. Ctrl-C again stops at once. A sampler that dies is started again; if another part dies, all are stopped.
+Each process writes RUN_DIR/logs/NAME.log. Ctrl-C drains: the trainer writes a checkpoint. Ctrl-C again stops at once.
+A part that dies is started again, unless it said what only you can mend. The same command goes on with a run that was
+stopped in any way; another run.dir begins a new one.
 
   treegrpo up examples/geohop/geohop.toml
-  treegrpo up examples/geohop/geohop.toml --train.steps 200 --sampler.count 4 --run.dir runs/long
-  treegrpo up examples/geohop/geohop.toml --run.dir runs/long --resume""",
+  treegrpo up examples/geohop/geohop.toml --train.steps 200 --sampler.count 4 --run.dir runs/long""",
         partial(run_up, everything=True),
     ),
     "learner": Command(
@@ -200,7 +205,7 @@ or starts one for the time.
     ),
     "state": Command(
         "tell a run to be running, paused or draining",
-        """All parts obey: paused begins nothing new, draining ends the run with a checkpoint.
+        """All parts obey: paused begins nothing new, until you say running; draining ends the run with a checkpoint.
 
   treegrpo state paused CONFIG.toml""",
         run_state,

@@ -2,130 +2,127 @@
 
     broker ─► retriever ─► intake ─► trainer ─► samplers
 
-Samplers are replaceable: one that dies is started again, while the others go on. The end of any other is the end of all.
+Each is started again when it dies (`keeper.py`). Samplers are replaceable: one that is given up leaves the work to the
+others. When any other part is given up, or the last sampler, the run is over.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from services.cli.keeper import Keeper, Part, Say
 from services.cli.process import Child, Program
-from services.cli.ready import Probe, wait_ready
-from treegrpo.errors import UnavailableError
 
-READY_SECONDS = 60.0
 GRACE_SECONDS = 30.0
 """The intake closes open leases in 20."""
-RESTART_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0)
-SETTLED_SECONDS = 60.0
-"""A sampler that lived this long has earned its restarts back."""
-
-Say = Callable[[str], None]
 
 
 class Crew:
     """The running processes. Use it as an async context manager: at the end of the block none is left."""
 
-    def __init__(self, arguments: Sequence[str], logs: Path, say: Say) -> None:
+    def __init__(self, arguments: Sequence[str], logs: Path, say: Say, at_once: asyncio.Event | None = None) -> None:
         """Args:
         arguments: the configuration as every process is told it, ``[CONFIG.toml] [--section.key value …]``.
         logs: where each process's log file goes.
         say: prints a line for the user.
+        at_once: set to have no more patience with processes that have to end.
         """
         self._arguments = arguments
         self._logs = logs
         self._say = say
-        self._children: dict[str, Child] = {}
-        self._samplers: dict[str, Child] = {}
-        self._keepers: set[asyncio.Task[bool]] = set()
-        self.grace = GRACE_SECONDS
-        """Seconds a process has to end in, before it is killed."""
+        self._at_once = at_once or asyncio.Event()
+        self._keepers: dict[str, Keeper] = {}
+        """By part, in the order they were started."""
+        self._samplers: list[str] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Fails when the run cannot go on."""
+        self.drain = asyncio.Event()
+        """Set when the run ends: from then on nothing is started again."""
 
     async def __aenter__(self) -> Self:
         self._logs.mkdir(parents=True, exist_ok=True)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        await asyncio.gather(*(child.stop(self.grace) for child in self._samplers.values()))
-        for child in reversed(self._children.values()):
-            await child.stop(self.grace)
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._lost.cancel() if not self._lost.done() else self._lost.exception()
+        await asyncio.gather(*map(self._stop, self._samplers))
+        for part in reversed(self._keepers):
+            await self._stop(part)
 
-    async def start(self, program: Program, probe: Probe | None = None) -> Child:
-        """Start ``program`` and wait until ``probe`` finds it ready.
+    async def start(self, part: Part) -> None:
+        """Keep ``part`` running from now on, and return when it is ready. Raises what `watch` raises."""
+        keeper = self._keep(part)
+        ready = asyncio.create_task(keeper.ready.wait(), name=f"{part.name}-ready")
+        try:
+            await asyncio.wait({ready, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+        if self._lost.done():
+            self._lost.result()
 
-        Raises:
-            UnavailableError: it ended instead.
-            DeadlineError: it was not ready in time.
-        """
-        began = asyncio.get_running_loop().time()
-        child = self._children[program.name] = await Child.start(program, self._arguments, self._logs)
-        if probe is not None:
-            waiting = asyncio.create_task(wait_ready(program.name, probe, READY_SECONDS), name=f"wait-for-{program.name}")
-            try:
-                await asyncio.wait({waiting, child.ended}, return_when=asyncio.FIRST_COMPLETED)
-                if child.ended.done():
-                    raise UnavailableError(child.obituary())
-                await waiting
-            finally:
-                waiting.cancel()
-            self._say(f"The {program.name} is ready after {asyncio.get_running_loop().time() - began:.1f} s.")
+    def add(self, part: Part) -> None:
+        """Keep a sampler running from now on."""
+        self._samplers.append(part.name)
+        self._keep(part)
+
+    async def watch(self, part: str) -> None:
+        """Return when the work of ``part`` is over. Raises RunError or DeadlineError when the run cannot go on."""
+        await asyncio.wait({self._tasks[part], self._lost}, return_when=asyncio.FIRST_COMPLETED)
+        if self._lost.done():
+            self._lost.result()
+
+    def runs(self, part: str) -> bool:
+        """Whether a process of a part is there now."""
+        return not self.newest(part).ended.done()
+
+    def newest(self, part: str) -> Child:
+        """The process of a part that was started, or the last one it had."""
+        child = self._keepers[part].child
+        assert child is not None, part  # noqa: S101  # it was started
         return child
 
-    def keep(self, program: Program) -> None:
-        """Keep a sampler running from now on."""
-        self._keepers.add(asyncio.create_task(self._keep(program), name=f"keep-{program.name}"))
-
-    async def watch(self, last: Child) -> None:
-        """Return when ``last`` has ended well.
-
-        Raises:
-            UnavailableError: it, or any other process that is needed, ended otherwise; or the last sampler was given up.
-        """
-        ends = {child.ended for child in self._children.values()}
-        samplers = asyncio.create_task(self._samplers_given_up(), name="samplers-given-up")
-        try:
-            await asyncio.wait({*ends, samplers}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            samplers.cancel()
-        if last.code == 0:
-            return
-        if samplers.done():
-            await samplers
-        gone = [child for child in self._children.values() if child.ended.done()] or list(self._samplers.values())
-        raise UnavailableError(gone[0].obituary())
-
-    async def _samplers_given_up(self) -> None:
-        """Return when none is left and not all went well; where all did, the run drains and the learner has the last word."""
-        given_up = [await asyncio.shield(keeper) for keeper in list(self._keepers)]
-        if not any(given_up):
-            await asyncio.get_running_loop().create_future()
+    def tell(self, part: str, number: signal.Signals) -> None:
+        """Send a signal to a part, if it runs."""
+        with suppress(ProcessLookupError):
+            os.kill(self.newest(part).pid, number)
 
     async def farewell(self, seconds: float) -> None:
         """Wait for samplers that were told to drain."""
-        if self._keepers:
-            await asyncio.wait(self._keepers, timeout=seconds)
+        if self._samplers:
+            await asyncio.wait([self._tasks[name] for name in self._samplers], timeout=seconds)
 
-    async def _keep(self, program: Program) -> bool:
-        """Run ``program`` until it ends well; True if it is given up instead."""
-        clock = asyncio.get_running_loop().time
-        attempt = 0
-        while True:
-            began = clock()
-            child = self._samplers[program.name] = await Child.start(program, self._arguments, self._logs)
-            await asyncio.shield(child.ended)
-            if child.code == 0:  # told to drain
-                return False
-            attempt = 0 if clock() - began > SETTLED_SECONDS else attempt
-            if attempt == len(RESTART_SECONDS):
-                self._say(f"{child.obituary()}; it has been started {attempt + 1} times and is given up.")
-                return True
-            self._say(f"{child.obituary()}; starting it again in {RESTART_SECONDS[attempt]:.0f} s.")
-            await asyncio.sleep(RESTART_SECONDS[attempt])
-            attempt += 1
+    def _keep(self, part: Part) -> Keeper:
+        keeper = self._keepers[part.name] = Keeper(part, self._launch, self._say, self.drain)
+        task = self._tasks[part.name] = asyncio.create_task(keeper.run(), name=f"keep-{part.name}")
+        task.add_done_callback(self._ended)
+        return keeper
+
+    async def _launch(self, program: Program) -> Child:
+        return await Child.start(program, self._arguments, self._logs)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A part is no longer kept: see whether the run can do without it."""
+        if task.cancelled() or (error := task.exception()) is None or self._lost.done() or self.drain.is_set():
+            return
+        samplers = [self._tasks[name] for name in self._samplers]
+        if task not in samplers:
+            self._lost.set_exception(error)
+            return
+        self._say(f"{error}.")
+        if all(one.done() for one in samplers):
+            self._lost.set_exception(error)
+
+    async def _stop(self, part: str) -> None:
+        if (child := self._keepers[part].child) is not None:
+            await child.stop(GRACE_SECONDS, self._at_once)

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from learner.intake.questions import load_questions
 from services.cli.checks import Address, check_addresses, check_corpus, check_model
-from services.cli.crew import Crew, Say
+from services.cli.crew import Crew
+from services.cli.keeper import Part, Say
 from services.cli.process import Program
 from services.cli.ready import retriever_ready
 from services.sampler.expansion import Expander, Gate
@@ -23,7 +24,7 @@ from services.sampler.tokenizer import Tokenizer
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import UnavailableError
-from treegrpo.lease import Lease, LeaseKind
+from treegrpo.lease import Lease, LeaseEndReason, LeaseKind
 from treegrpo.question import Question
 from treegrpo.security import Role
 from treegrpo.step import Leaf, PolicyVersion, Subtree
@@ -53,14 +54,14 @@ async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> A
         with tempfile.TemporaryDirectory() as logs:
             async with Crew(arguments, Path(logs), say) as crew:
                 ready = partial(retriever_ready, config.search_url, access)
-                await crew.start(Program("retriever", "services.retriever"), ready)
+                await crew.start(Part(Program("retriever", "services.retriever"), ready))
                 yield
     else:
         yield
 
 
 async def evaluate(config: Config) -> list[Answered]:
-    """Greedy, one chain for each held-out question. Raises ModelError, DataError."""
+    """Greedy, one chain for each held-out question. Raises ModelError, DataError, UnavailableError."""
     check_model(config.model.path)
     questions = load_questions(config.data.heldout)[: config.eval.questions or None]
     tokenizer = Tokenizer.open(config.model.path)
@@ -77,7 +78,9 @@ async def _answer(config: Config, expander: Expander, question: Question, places
     lease = Lease(question.id, LeaseKind.EVAL, question, plan, plan.grant, config.run.seed, PolicyVersion())
     subtrees: list[Subtree] = []
     async with places:
-        await expander.grow(lease, subtrees.append, Gate())
+        end = await expander.grow(lease, subtrees.append, Gate())
+    if end.reason is LeaseEndReason.RETURNED:  # not the model's fault: a score without this question would be another one
+        raise UnavailableError(f"The evaluation is not complete: {end.error}")
     leaves = [leaf for subtree in subtrees for leaf in subtree.leaves]
     return Answered(question, leaves[0] if leaves else None)
 

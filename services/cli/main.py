@@ -18,7 +18,7 @@ HELP = ("-h", "--help")
 INTERRUPTED = 130
 
 CONFIGURATION = """configuration: CONFIG.toml, then the environment (TREEGRPO_TRAIN__LR=1e-4), then flags (--train.lr 1e-4); the
-later wins. --dry-run prints what comes of it, as TOML, and does nothing else. --resume is short for --run.resume true."""
+later wins. --dry-run prints what comes of it, as TOML, and does nothing else."""
 
 
 def overview() -> str:
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """The entry point: one sentence and exit code 2 for an error of ours."""
+    """The entry point: one sentence and an exit code for an error of ours, see `treegrpo.edge`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         code = run(sys.argv[1:])

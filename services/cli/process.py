@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from treegrpo.edge import ERROR_MARK
 from treegrpo.leash import leashed
 
 TAIL_BYTES = 16384
+KILLED_SECONDS = 10.0
+"""To wait for a process that was killed; one that a device holds may take for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,16 @@ class Child:
         """The exit code; negative after a signal, None while it runs."""
         return self._process.returncode
 
-    async def stop(self, grace: float) -> None:
-        """Ask it to end; kill it after ``grace`` seconds."""
-        for wish, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, None)):
+    async def stop(self, grace: float, at_once: asyncio.Event | None = None) -> None:
+        """Ask it to end; kill it after ``grace`` seconds, or as soon as ``at_once`` is set."""
+        hurry = asyncio.create_task((at_once or asyncio.Event()).wait(), name=f"hurry-{self.name}")
+        for wish, patience, cut_short in ((signal.SIGTERM, grace, {hurry}), (signal.SIGKILL, KILLED_SECONDS, set[Any]())):
             if self.ended.done():
-                return
+                break
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, wish)
-            await asyncio.wait({self.ended}, timeout=patience)
+            await asyncio.wait({self.ended, *cut_short}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
 
     def last_words(self) -> str:
         """The sentence the process ended with, or the last line of its log. Of several ranks' the first is the cause."""

@@ -1,4 +1,4 @@
-"""The run's progress file, progress.jsonl: one record for each step and each evaluation, written by the intake."""
+"""The run's progress file, progress.jsonl: one record for each step, each evaluation and each long wait, by the intake."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from treegrpo.errors import DataError
 from treegrpo.step import PolicyVersion
@@ -71,8 +71,17 @@ class EvalRecord(BaseModel):
         return PolicyVersion.parse(self.version).step
 
 
-Record = StepRecord | EvalRecord
-_KINDS: dict[str, type[Record]] = {"step": StepRecord, "eval": EvalRecord}
+class WaitingRecord(BaseModel):
+    """Nothing has moved for a while."""
+
+    what: str = Field(alias="for")
+    """What is waited for."""
+    seconds: float
+    """For how long."""
+
+
+Record = StepRecord | EvalRecord | WaitingRecord
+_KINDS: dict[str, type[Record]] = {"step": StepRecord, "eval": EvalRecord, "waiting": WaitingRecord}
 
 
 @dataclass(slots=True)
@@ -81,13 +90,16 @@ class Progress:
 
     steps: list[StepRecord] = field(default_factory=list[StepRecord])
     evals: list[EvalRecord] = field(default_factory=list[EvalRecord])
+    waiting: WaitingRecord | None = None
+    """What the run waits for now, if that is worth saying."""
 
     def add(self, record: Record) -> None:
         """Append ``record``; what was recorded for its step or a later one was orphaned by a restart."""
+        self.waiting = record if isinstance(record, WaitingRecord) else None
         if isinstance(record, StepRecord):
             self.steps = [*(old for old in self.steps if old.step < record.step), record]
             self.evals = [old for old in self.evals if old.step < record.step]
-        else:
+        elif isinstance(record, EvalRecord):
             self.evals = [*(old for old in self.evals if old.step < record.step), record]
 
 

@@ -1,12 +1,19 @@
-"""`treegrpo state running|paused|draining`."""
+"""`treegrpo state running|paused|draining`, and hearing it."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
+import aiomqtt
+
 from treegrpo.access import Access
 from treegrpo.config import Config
-from treegrpo.control import RunState, publish_state
+from treegrpo.control import RunState, open_client, publish_state
 from treegrpo.errors import ConfigError
 from treegrpo.security import Role
+
+RETRY_SECONDS = 1.0
 
 
 async def set_state(config: Config, word: str) -> str:
@@ -18,3 +25,17 @@ async def set_state(config: Config, word: str) -> str:
     access = Access.of(config.security, Role.OPERATOR)
     await publish_state(config.broker.address, config.run.name, state, access)
     return f"The run {config.run.name} is told to be {state.value}."
+
+
+async def follow_state(config: Config, access: Access, heard: Callable[[RunState], None]) -> None:
+    """Call ``heard`` with the run state, as it is and whenever somebody sets it, for ever. An absent broker is waited for."""
+    states = {state.value.encode(): state for state in RunState}
+    while True:
+        try:
+            async with open_client(config.broker.address, access) as client:
+                await client.subscribe(f"treegrpo/{config.run.name}/state", qos=1)
+                async for message in client.messages:
+                    if (state := states.get(bytes(message.payload))) is not None:
+                        heard(state)
+        except aiomqtt.MqttError:  # the broker is started again, by us or by others
+            await asyncio.sleep(RETRY_SECONDS)

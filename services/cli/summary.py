@@ -9,18 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from services.cli.history import newest_checkpoint
 from services.cli.plot import FILE_NAME, plot
 from services.cli.progress import Progress, read_progress
 from services.cli.view import count, percent
-
-FINAL = "final"
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The finished run's model, else the last checkpoint, else None."""
-    checkpoints = run_dir / "checkpoints"
-    final = checkpoints / FINAL
-    return final if final.is_dir() else max(checkpoints.glob("step-*"), default=None)
 
 
 def em_line(progress: Progress) -> str:
@@ -46,9 +38,9 @@ def program() -> str:
     return os.path.relpath(script) if script.exists() and shutil.which("treegrpo") is None else "treegrpo"
 
 
-def resume_command(again: Sequence[str]) -> str:
-    """The command that goes on with a run, from the one that began it."""
-    return shlex.join([program(), *again, *([] if "--run.resume" in again else ["--resume"])])
+def command(*words: str) -> str:
+    """A command line of ours, to be typed here."""
+    return shlex.join([program(), *words])
 
 
 def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) -> list[str]:
@@ -65,7 +57,7 @@ def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) 
     """
     progress = read_progress(run_dir)
     if not progress.steps:
-        return [f"No step was made; the logs are in {run_dir / 'logs'}.", f"go on: {resume_command(again)}"]
+        return [f"No step was made; the logs are in {run_dir / 'logs'}.", f"go on: {command(*again)}"]
     picture = run_dir / FILE_NAME
     plot(progress, picture, str(run_dir))
     lines = [em_line(progress), budget_summary(progress), f"plot: {picture}"]
@@ -73,7 +65,7 @@ def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) 
     if model is not None:
         lines.append(f"checkpoint: {model} (Hugging Face format)")
     if progress.steps[-1].step < steps:
-        lines.append(f"go on: {resume_command(again)}")
+        lines.append(f"go on: {command(*again)}")
     elif model is not None:
-        lines.append("next: " + shlex.join([program(), "eval", *([str(toml)] if toml else []), "--model.path", str(model)]))
+        lines.append(f"next: {command('eval', *([str(toml)] if toml else []), '--model.path', str(model))}")
     return lines

@@ -1,7 +1,8 @@
 """`treegrpo up` and `treegrpo learner`: start, watch, drain, sum up.
 
-checks ─► broker ─► retriever ─► intake ─► trainer ─► samplers ─► …the trainer ends…─► summary
-└─ Ctrl-C: draining ─► checkpoint ─► how to resume
+checks ─► broker ─► retriever ─► intake ─► trainer ─► samplers ─► …the trainer is done… ─► summary
+└─ a part dies: it is started again (`keeper.py`), or the run ends with its last words
+└─ Ctrl-C, or the run state "draining": draining ─► checkpoint ─► how to go on
 └─ Ctrl-C again: stop now
 """
 
@@ -9,24 +10,30 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 from services.cli.checks import learner_checks, run_checks, up_checks
 from services.cli.crew import Crew
-from services.cli.process import Child, Program
+from services.cli.history import beginning, is_trained
+from services.cli.keeper import Part
+from services.cli.process import Program
 from services.cli.ready import broker_ready, learner_ready, retriever_ready
+from services.cli.state import follow_state
 from services.cli.view import Screen
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.control import RunState, publish_state
-from treegrpo.errors import UnavailableError
+from treegrpo.errors import RunError, UnavailableError
 from treegrpo.security import Role
 
 DRAIN_SECONDS = 180.0
 FAREWELL_SECONDS = 5.0
 INTERRUPTED = 130
+DRAINED = (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+"""Codes of a trainer that ended as it was told: by the intake, by a signal in its first moment, by one to several ranks."""
 
 BROKER = Program("broker", "services.cli.broker")
 RETRIEVER = Program("retriever", "services.retriever")
@@ -66,17 +73,19 @@ async def unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
 class Run:
     """One run of this machine's processes."""
 
-    def __init__(self, config: Config, arguments: Sequence[str], screen: Screen, *, everything: bool) -> None:
+    def __init__(self, config: Config, arguments: Sequence[str], screen: Screen, go_on: str, *, everything: bool) -> None:
         """Args:
         config: resolved.
         arguments: the same as the processes are told it.
         screen: shows the run.
+        go_on: the command that sets a paused run running.
         everything: broker, retriever and samplers too, not the learner alone.
         """
         self._config = config
         self._access = Access.of(config.security, Role.OPERATOR)
         self._arguments = arguments
         self._screen = screen
+        self._go_on = go_on
         self._everything = everything
         self._interrupts = Interrupts()
 
@@ -85,67 +94,100 @@ class Run:
         config = self._config
         run_checks((up_checks if self._everything else learner_checks)(config).values())
         self._interrupts.arm()
-        async with Crew(self._arguments, config.run.dir / "logs", self._screen.say) as crew:
-            trainer = await unless(self._interrupts.first, self._start(crew))
-            if trainer is None:
+        async with Crew(self._arguments, config.run.dir / "logs", self._screen.say, self._interrupts.second) as crew:
+            if await unless(self._interrupts.first, self._start(crew)) is None:
                 self._screen.say("Stopped before training began.")
                 return INTERRUPTED
-            async with self._screen.follow(config.run.dir, config.learner.metrics, config.train.steps, self._access):
-                code = await self._watch(crew, trainer)
+            async with (
+                self._heeding(crew),
+                self._screen.follow(config.run.dir, config.learner.metrics, config.train.steps, self._access),
+            ):
+                code = await self._watch(crew)
             if code == 0:
-                await self._tell(RunState.DRAINING)
-                await crew.farewell(FAREWELL_SECONDS)
+                crew.drain.set()
+                await unless(self._interrupts.second, self._goodbye(crew))
         return code
 
-    async def _start(self, crew: Crew) -> Child:
-        """Start everything in order; returns the trainer."""
+    async def _start(self, crew: Crew) -> bool:
+        """Start everything in order; returns True."""
         config, access = self._config, self._access
         broker = partial(broker_ready, config.broker.address, access)
-        self._screen.say(f"Starting the run {config.run.name}; each process writes its log to {config.run.dir / 'logs'}.")
+        self._screen.say(f"{beginning(config)}; each process writes its log to {config.run.dir / 'logs'}.")
         if self._everything and config.broker.embedded:
-            await crew.start(BROKER, broker)
+            await crew.start(Part(BROKER, broker))
         else:
             await broker()
-        await publish_state(config.broker.address, config.run.name, RunState.RUNNING, access)
+        retriever = partial(retriever_ready, config.search_url, access)
         if self._everything and not config.retriever.url:
-            await crew.start(RETRIEVER, partial(retriever_ready, config.search_url, access))
+            await crew.start(Part(RETRIEVER, retriever))
         elif self._everything:
-            await retriever_ready(config.search_url, access)
-        await crew.start(INTAKE, partial(learner_ready, config.learner.listen, access))
-        trainer = await crew.start(TRAINER)
+            await retriever()
+        await crew.start(Part(INTAKE, partial(learner_ready, config.learner.listen, access)))
+        await crew.start(Part(TRAINER, done=partial(is_trained, config)))
         for number in range(config.sampler.count if self._everything else 0):
             name = f"sampler-{number}"
-            crew.keep(Program(name, "services.sampler", ("--sampler.id", name)))
-        self._screen.say("The model is being loaded; the first line is the held-out exact match before training.")
-        return trainer
+            crew.add(Part(Program(name, "services.sampler", ("--sampler.id", name))))
+        self._screen.say("The model is being loaded; the first line is the held-out exact match of the policy as it is.")
+        return True
 
-    async def _watch(self, crew: Crew, trainer: Child) -> int:
-        """Until the trainer has ended, by itself or asked to; returns the exit code."""
+    @asynccontextmanager
+    async def _heeding(self, crew: Crew) -> AsyncGenerator[None]:
+        """Follow the run state for the time of the block. The intake has set or confirmed it by now."""
 
-        async def finished() -> bool:
-            await crew.watch(trainer)
+        def heard(state: RunState) -> None:
+            self._screen.paused(f"The run is paused; go on with: {self._go_on}" if state is RunState.PAUSED else "")
+            if state is RunState.DRAINING and not crew.drain.is_set():
+                self._interrupts.first.set()
+
+        following = asyncio.create_task(follow_state(self._config, self._access, heard), name="run-state")
+        try:
+            yield
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+    async def _watch(self, crew: Crew) -> int:
+        """Until the trainer is done, by itself or asked to; returns the exit code."""
+
+        async def over() -> bool:
+            await crew.watch(TRAINER.name)
             return True
 
-        if await unless(self._interrupts.first, finished()):
+        if await unless(self._interrupts.first, over()):
+            return 0
+        crew.drain.set()
+        if not crew.runs(TRAINER.name):
+            self._screen.say("The trainer was about to be started again; the run goes on from its newest checkpoint.")
             return 0
         self._screen.say(
             f"Draining: the trainer writes a checkpoint (at most {DRAIN_SECONDS:.0f} s; Ctrl-C again stops at once)."
         )
-        await self._tell(RunState.DRAINING)
+        told = await unless(self._interrupts.second, self._tell(RunState.DRAINING))
+        if not told or not crew.runs(INTAKE.name):  # nobody passes it on
+            crew.tell(TRAINER.name, signal.SIGTERM)
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
-                drained = await unless(self._interrupts.second, finished())
+                drained = await unless(self._interrupts.second, over())
         except TimeoutError:
             self._screen.say(f"The trainer did not finish within {DRAIN_SECONDS:.0f} s.")
             drained = None
         if not drained:
-            crew.grace = 0.0
+            self._interrupts.second.set()
             return INTERRUPTED
+        if (trainer := crew.newest(TRAINER.name)).code not in DRAINED:
+            raise RunError(trainer.obituary())
         return 0
 
-    async def _tell(self, state: RunState) -> None:
+    async def _goodbye(self, crew: Crew) -> None:
+        """Let samplers end in order."""
+        await self._tell(RunState.DRAINING)
+        await crew.farewell(FAREWELL_SECONDS)
+
+    async def _tell(self, state: RunState) -> bool:
         """Set the run state; a broker that is gone by now must not turn a good end into an error."""
         try:
             await publish_state(self._config.broker.address, self._config.run.name, state, self._access)
         except UnavailableError as error:
             self._screen.say(f"The run state could not be set to {state.value}: {error}")
+            return False
+        return True

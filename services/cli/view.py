@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
-from services.cli.progress import FILE_NAME, Account, EvalRecord, Progress, Record, StepRecord, Tail
+from services.cli.progress import FILE_NAME, Account, EvalRecord, Progress, Record, StepRecord, Tail, WaitingRecord
 from treegrpo.access import Access, bearer
 from treegrpo.errors import DataError
 from treegrpo.security import within_reach
@@ -80,6 +81,11 @@ def eval_line(record: EvalRecord) -> str:
     )
 
 
+def waiting_line(record: WaitingRecord) -> str:
+    """What nothing moves for, as one line."""
+    return f"waiting for {record.what}, since {record.seconds:.0f} s"
+
+
 def ems_line(ems: Sequence[float], newest: int = 4) -> str:
     """Held-out exact match: the first and the newest few."""
     shown = [percent(em) for em in (ems if len(ems) <= newest + 1 else [ems[0], *ems[-newest:]])]
@@ -101,8 +107,8 @@ def account_of(scrape: Scrape) -> Account:
     return Account(**{**totals, "outstanding": int(scrape.get("treegrpo_budget_outstanding/tokens/train", 0))})
 
 
-def panel(progress: Progress, scrape: Scrape, total: int, title: str) -> Panel:
-    """Everything at a glance."""
+def panel(progress: Progress, scrape: Scrape, total: int, title: str, paused: str = "") -> Panel:
+    """Everything at a glance; ``paused`` is the sentence for a run that is."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
@@ -122,6 +128,8 @@ def panel(progress: Progress, scrape: Scrape, total: int, title: str) -> Panel:
     table.add_row("budget", budget_line(account))
     samplers = scrape.get("treegrpo_samplers_connected", last.samplers if last else 0)
     table.add_row("samplers", f"{samplers:.0f}, {scrape.get('treegrpo_leases_outstanding/train', 0):.0f} training leases out")
+    if now := paused or (waiting_line(progress.waiting) if progress.waiting else ""):
+        table.add_row("now", Text(now, style="bold yellow"))
     return Panel(table, title=title, title_align="left")
 
 
@@ -142,17 +150,33 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._paused = ""
 
     def say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def paused(self, sentence: str) -> None:
+        """Show from now on that the run is paused; empty: it no longer is."""
+        if sentence != self._paused:
+            self.say(sentence or "The run is no longer paused.")
+        self._paused = sentence
 
     @asynccontextmanager
     async def follow(self, run_dir: Path, metrics: str, total: int, access: Access) -> AsyncGenerator[None]:
         """Show the run in ``run_dir`` for the time of the block; ``metrics`` is the intake's address.
 
-        A broken progress file ends the showing with a sentence, not the run.
+        What a run that goes on did before is known, not told again. A broken progress file ends the showing with a
+        sentence, not the run.
         """
         tail, progress = Tail(run_dir / FILE_NAME), Progress()
+        try:
+            for record in tail.new():
+                progress.add(record)
+        except DataError as error:
+            self._cannot_show(error)
+            yield
+            return
+        progress.waiting = None
         show = (
             self._panel(progress, metrics, total, run_dir, access) if self._console.is_terminal else self._lines(progress, total)
         )
@@ -164,7 +188,7 @@ class Screen:
                     try:
                         await refresh(tail.new())
                     except DataError as error:
-                        return self.say(f"The progress can no longer be shown: {error}")
+                        return self._cannot_show(error)
                     if done.is_set():
                         return None
                     with suppress(TimeoutError):
@@ -177,12 +201,21 @@ class Screen:
                 finally:
                     done.set()
 
+    def _cannot_show(self, error: DataError) -> None:
+        self.say(f"The progress can no longer be shown: {error}")
+
     @asynccontextmanager
     async def _lines(self, progress: Progress, total: int) -> AsyncGenerator[Refresh]:
         async def refresh(records: list[Record]) -> None:
             for record in records:
                 progress.add(record)
-                self.say(eval_line(record) if isinstance(record, EvalRecord) else step_line(progress.steps, total))
+                match record:
+                    case StepRecord():
+                        self.say(step_line(progress.steps, total))
+                    case EvalRecord():
+                        self.say(eval_line(record))
+                    case WaitingRecord():
+                        self.say(waiting_line(record))
 
         yield refresh
 
@@ -200,7 +233,7 @@ class Screen:
                 async def refresh(records: list[Record]) -> None:
                     for record in records:
                         progress.add(record)
-                    live.update(panel(progress, await _scrape(client, url), total, str(run_dir)), refresh=True)
+                    live.update(panel(progress, await _scrape(client, url), total, str(run_dir), self._paused), refresh=True)
 
                 yield refresh
 

@@ -1,25 +1,37 @@
-"""How long and how much the retriever listens to one request: uvicorn has no limit for a slow head or a large body."""
+"""How long and how much the retriever listens to one client: uvicorn has no limit for slow heads, large bodies, deaf readers."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from treegrpo.limits import REQUEST_BYTES, REQUEST_SECONDS
+from treegrpo.limits import PEERS, REQUEST_BYTES, REQUEST_SECONDS
+
+Refused = Callable[[str, str, str], None]
+"""Told a client's address, a reason of few, and a sentence."""
 
 
 class PatientProtocol(H11Protocol):
-    """Hangs up on a request that is not complete after REQUEST_SECONDS, from the connection or its first byte on."""
+    """Hangs up on a request that is not complete after REQUEST_SECONDS, from the connection or its first byte on, on who reads
+    nothing of an answer for as long, and on one connection too many.
+    """
 
+    refused: Refused
     _patience: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
+    _unread = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait()
+        if len(self.connections) > PEERS:
+            self._give_up("peers", "one connection too many")
+        else:
+            self._wait()
 
     def data_received(self, data: bytes) -> None:
         self._wait()
@@ -27,26 +39,55 @@ class PatientProtocol(H11Protocol):
         if self.conn.their_state not in {h11.IDLE, h11.SEND_BODY}:
             self._stop()
 
+    def send_400_response(self, msg: str) -> None:
+        self.refused(self._who, "http", msg)
+        super().send_400_response(msg)
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.conn.trailing_data[0] and self.conn.their_state is h11.IDLE:  # a part of the next request is here already
             self._wait()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.transport.get_write_buffer_size()
+        self._reading = self.loop.call_later(REQUEST_SECONDS, self._look)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._reading is not None:
+            self._reading.cancel()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        if self._reading is not None:
+            self._reading.cancel()
         super().connection_lost(exc)
+
+    @property
+    def _who(self) -> str:
+        return self.client[0] if self.client else "nobody"
 
     def _wait(self) -> None:
         if self._patience is None:
-            self._patience = self.loop.call_later(REQUEST_SECONDS, self._give_up)
+            self._patience = self.loop.call_later(REQUEST_SECONDS, self._give_up, "slow", "half a request and no more")
 
     def _stop(self) -> None:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
 
-    def _give_up(self) -> None:
+    def _look(self) -> None:
+        """Whether anything was read since it was looked at last."""
+        if (unread := self.transport.get_write_buffer_size()) >= self._unread:
+            self._give_up("slow", "it does not read its answer")
+        else:
+            self._unread = unread
+            self._reading = self.loop.call_later(REQUEST_SECONDS, self._look)
+
+    def _give_up(self, reason: str, sentence: str) -> None:
         self._patience = None
+        self.refused(self._who, reason, sentence)
         self.transport.abort()
 
 

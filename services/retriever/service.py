@@ -9,11 +9,12 @@ GET  /metrics   → Prometheus text
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
 from prometheus_client import generate_latest
@@ -27,9 +28,12 @@ from services.retriever.index import Hit, Index, load_corpus
 from services.retriever.patience import PatientProtocol, TooLargeError, body_of
 from treegrpo.access import Access, shows
 from treegrpo.config import RetrieverConfig
-from treegrpo.limits import HEADER_BYTES, PEERS, REQUEST_BYTES
+from treegrpo.limits import HEADER_BYTES, PEERS, REQUEST_BYTES, REQUEST_SECONDS
+from treegrpo.refusals import Refusals, seldom
+from treegrpo.size import TEXT_LENGTH
 from treegrpo.telemetry import RetrieverMetrics, check_free, split_address
 
+log = logging.getLogger(__name__)
 _DEFAULT_TOPK = 3
 _BACKLOG = 1024
 _IDLE_SECONDS = 30
@@ -42,32 +46,49 @@ class Ask(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    queries: list[str] = Field(min_length=1, max_length=1024)
+    queries: list[Annotated[str, Field(max_length=TEXT_LENGTH)]] = Field(min_length=1, max_length=1024)
     topk: int = Field(default=_DEFAULT_TOPK, ge=1, le=100)
     return_scores: bool = False
 
 
-def app(index: Index, metrics: RetrieverMetrics, access: Access) -> Starlette:
+class Book:
+    """Counts what is refused, and logs it once for each client and reason."""
+
+    def __init__(self, metrics: RetrieverMetrics) -> None:
+        self._metrics = metrics
+        self._refusals = Refusals(log)
+
+    def refused(self, client: str, reason: str, sentence: str) -> None:
+        self._metrics.refused.labels(reason).inc()
+        self._refusals.count(client, reason, sentence)
+
+    def answer(self, request: Request, status: int, reason: str, sentence: str) -> Response:
+        self.refused(request.client.host if request.client else "nobody", reason, sentence)
+        return JSONResponse({"error": sentence}, status_code=status)
+
+
+def app(index: Index, metrics: RetrieverMetrics, access: Access, book: Book) -> Starlette:
     """The web application; starts nothing. /health is for everybody, the rest for who shows its token."""
     metrics.documents.set(len(index.documents))
 
-    def refused(status: int, sentence: str) -> Response:
-        metrics.refused.inc()
-        return JSONResponse({"error": sentence}, status_code=status)
-
     async def retrieve(request: Request) -> Response:
         if not shows(request.headers.get("authorization", ""), access.retriever_token):
-            return refused(401, "Show the token: Authorization: Bearer TOKEN; samplers take it from security.retriever_token.")
+            sentence = "Show the token: Authorization: Bearer TOKEN; samplers take it from security.retriever_token."
+            return book.answer(request, 401, "token", sentence)
         with metrics.seconds.time():
             try:
                 ask = Ask.model_validate_json(await body_of(request))
             except ValidationError as error:
-                return refused(400, _sentence(error))
+                return book.answer(request, 400, "request", _sentence(error))
             except ClientDisconnect:  # nobody hears the answer
                 return Response(status_code=400)
             except TooLargeError:
-                return refused(413, f"The body has more than {REQUEST_BYTES} bytes; send fewer queries at once.")
-            found = [index.search(query, ask.topk) for query in ask.queries]
+                sentence = f"The body has more than {REQUEST_BYTES} bytes; send fewer queries at once."
+                return book.answer(request, 413, "large", sentence)
+            found: list[list[Hit]] = []
+            for query in ask.queries:
+                found.append(index.search(query, ask.topk))
+                await asyncio.sleep(0)  # others wait for one query, not for a thousand
             metrics.queries.inc(len(found))
             return JSONResponse({"result": [[_shown(hit, ask.return_scores) for hit in hits] for hits in found]})
 
@@ -76,7 +97,8 @@ def app(index: Index, metrics: RetrieverMetrics, access: Access) -> Starlette:
 
     async def scrape(request: Request) -> Response:
         if not shows(request.headers.get("authorization", ""), access.metrics_token):
-            return refused(401, "Show the token: Authorization: Bearer TOKEN, of security.metrics_token.")
+            sentence = "Show the token: Authorization: Bearer TOKEN, of security.metrics_token."
+            return book.answer(request, 401, "token", sentence)
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return Starlette(routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health), Route("/metrics", scrape)])
@@ -92,7 +114,7 @@ def _sentence(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"]) or "the body"
     return (
         f'{key}: {first["msg"]}; send {{"queries": [str], "topk": int from 1 to 100, "return_scores": bool}} '
-        "with 1 to 1024 queries."
+        f"with 1 to 1024 queries of {TEXT_LENGTH} letters at most."
     )
 
 
@@ -114,7 +136,12 @@ async def serve(config: RetrieverConfig, access: Access, ready: Callable[[int], 
     check_free(config.listen, "retriever.listen")
     index = Index(load_corpus(config.corpus))
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG)
-    server = _Server(app(index, RetrieverMetrics(), access), access.server_context(), lambda: ready(listener.getsockname()[1]))
+    seldom("uvicorn", "asyncio")
+    metrics = RetrieverMetrics()
+    book = Book(metrics)
+    protocol = type("Protocol", (PatientProtocol,), {"refused": staticmethod(book.refused)})
+    web = app(index, metrics, access, book)
+    server = _Server(web, protocol, access.server_context(), lambda: ready(listener.getsockname()[1]))
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="retriever")
     try:
         await asyncio.shield(serving)
@@ -124,28 +151,50 @@ async def serve(config: RetrieverConfig, access: Access, ready: Callable[[int], 
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that leaves the signals to the process, and tells when it listens."""
+    """Uvicorn that leaves the signals to the process, has little patience with a TLS handshake, and tells when it listens."""
 
-    def __init__(self, application: Starlette, context: ssl.SSLContext | None, ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        application: Starlette,
+        protocol: type[PatientProtocol],
+        context: ssl.SSLContext | None,
+        ready: Callable[[], None],
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 application,
-                http=PatientProtocol,
+                http=protocol,
+                ws="none",
+                log_config=None,
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
                 limit_concurrency=PEERS,
                 h11_max_incomplete_event_size=HEADER_BYTES,
-                ssl_context_factory=None if context is None else lambda _config, _default: context,
                 timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
         )
+        self._protocol = protocol
+        self._context = context
         self._ready = ready
 
     def capture_signals(self) -> AbstractContextManager[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return nullcontext()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """As uvicorn's for one socket; its own waits a minute for a handshake."""
+        assert sockets is not None  # noqa: S101 - `serve` gives one
+        patience = REQUEST_SECONDS if self._context is not None else None
+        self.servers = [
+            await asyncio.get_running_loop().create_server(
+                lambda: self._protocol(self.config, self.server_state, {}),
+                sock=sockets[0],
+                backlog=_BACKLOG,
+                ssl=self._context,
+                ssl_handshake_timeout=patience,
+                ssl_shutdown_timeout=patience,
+            )
+        ]
+        self.started = True
         self._ready()

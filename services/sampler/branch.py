@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,3 +54,8 @@ class Turn:
     """Texts of the actions before it."""
     last: bool
     """Tools may no longer be used."""
+
+    @property
+    def seed(self) -> int:
+        """Of its action. It follows from question and place in the tree, whoever samples it and when."""
+        return zlib.crc32(f"{self.branch.lease.seed}/{self.branch.tree_index}/{self.node}".encode())

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from treegrpo import limits
-from treegrpo.access import Access
-from treegrpo.errors import UnavailableError
+from treegrpo.access import Access, Keys
+from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.security import Role, host_of
 
+log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 PROBE_SECONDS = 2.0
 OPTIONS = (
@@ -42,15 +47,62 @@ def open_channel(address: str, access: Access) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(address, credentials, options=(*OPTIONS, name))
 
 
+class RenewingChannel:
+    """A channel whose calls come with the certificate as it is on disk when they begin. As much of one as stubs need.
+
+    gRPC keeps what a channel was opened with, so renewed files mean another channel. What began on the one before ends on it.
+    """
+
+    def __init__(self, address: str, access: Access, keys: Keys) -> None:
+        self._address = address
+        self._access = access
+        self._keys = keys
+        self._stamp = keys.stamp
+        self._channels = [open_channel(address, access)]
+
+    def unary_unary(self, path: str, **options: Any) -> Callable[..., Any]:
+        return partial(self._call, "unary_unary", path, options)
+
+    def unary_stream(self, path: str, **options: Any) -> Callable[..., Any]:
+        return partial(self._call, "unary_stream", path, options)
+
+    def stream_stream(self, path: str, **options: Any) -> Callable[..., Any]:
+        return partial(self._call, "stream_stream", path, options)
+
+    def _call(self, kind: str, path: str, options: dict[str, Any], *request: object, **more: Any) -> Any:
+        return getattr(self._newest(), kind)(path, **options)(*request, **more)
+
+    async def channel_ready(self) -> None:
+        await self._newest().channel_ready()
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+    def _newest(self) -> Any:
+        try:
+            if (now := self._keys.stamp) != self._stamp:
+                self._keys.check(self._access.role)
+                self._channels.append(open_channel(self._address, self._access))
+                self._stamp = now
+                log.info("%s is shown to the learner as it is now", self._keys.certificate)
+        except ConfigError as error:  # half of a renewal; the next call finds the rest
+            log.warning("the certificate of before goes on to be shown: %s", error)
+        return self._channels[-1]
+
+
 async def connect(address: str, access: Access) -> grpc.aio.Channel:
-    """A channel to a learner that answers.
+    """A channel to a learner that answers, which takes renewed certificates into use by itself.
 
     Raises:
         ConfigError: ``address`` is on another machine, and there is no TLS.
         UnavailableError: nobody answers within CONNECT_SECONDS, or we and the learner do not trust each other.
     """
     access.check_reach("sampler.learner", address)
-    channel = open_channel(address, access)
+    if access.keys is None:
+        channel = open_channel(address, access)
+    else:
+        channel = cast("grpc.aio.Channel", RenewingChannel(address, access, access.keys))
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             await channel.channel_ready()

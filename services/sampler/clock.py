@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Generator
 
@@ -18,8 +19,8 @@ WORK_SECONDS = 60.0
 class Clock:
     def __init__(self, metrics: SamplerMetrics) -> None:
         self._metrics = metrics
-        self._calls: dict[object, Want] = {}
-        """What runs now, the oldest first."""
+        self._calls: dict[object, tuple[str, float]] = {}
+        """What runs now and since when, the oldest first."""
         self._ended = time.monotonic()
         """When a call last came to its end."""
 
@@ -27,19 +28,21 @@ class Clock:
     def progress(self) -> float:
         """time.monotonic when something last went on: now, while a call runs that has not run for long."""
         now = time.monotonic()
-        newest = next(reversed(self._calls.values()), None)
-        return now if newest is not None and now - newest.since < WORK_SECONDS else self._ended
+        _, newest = next(reversed(self._calls.values()), ("", -math.inf))
+        return now if now - newest < WORK_SECONDS else self._ended
 
     @property
     def running(self) -> Want | None:
         """The call of engine or environment that runs for the longest time."""
-        return next(iter(self._calls.values()), None)
+        for part, began in self._calls.values():
+            return Want(part, f"the {part}, which is in the middle of a turn", began)
+        return None
 
     @contextlib.contextmanager
     def turn(self, part: str, bill: Bill) -> Generator[None]:
         """Charge the seconds of the block, failed or not."""
         began, call = time.monotonic(), object()
-        self._calls[call] = Want(part, f"the {part}, which is in the middle of a turn", began)
+        self._calls[call] = (part, began)
         try:
             yield
             self._ended = time.monotonic()

@@ -157,7 +157,8 @@ class Player:
 
     async def _generate(self, turn: Turn) -> Completion:
         plan = turn.branch.lease.plan
-        sampling = Sampling(self._max_tokens(plan, len(turn.prefix)), plan.temperature, tuple(self._environment.stop))
+        stop = tuple(self._environment.stop)
+        sampling = Sampling(self._max_tokens(plan, len(turn.prefix)), plan.temperature, stop, turn.seed)
 
         async def attempt() -> Completion:
             await turn.branch.gate.open()

@@ -73,8 +73,8 @@ class Outage:
 
     @property
     def want(self) -> Want | None:
-        """What is waited for, while it is away."""
-        if self._spell is None or not self._spell.confirmed:
+        """What is waited for, while it is away or has not yet answered the first probe."""
+        if self._spell is None:
             return None
         error = self._spell.error
         return Want(error.part, f"{error.what}, which {error.reason}", self._spell.since)

@@ -26,7 +26,7 @@ OBSERVE_SECONDS = 1.0
 async def open_engine(config: Config, path: Path, version: PolicyVersion, name: str, access: Access) -> OpenEngine:
     """The engine, serving ``version`` from the model directory ``path``. Close it after use.
 
-    Engines of different ``name`` sample differently, the same name in the same run alike.
+    What is sampled without a seed of its own differs between engines of different ``name``, in the same run.
 
     Raises:
         ModelError: the model cannot be served.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import traceback
 from collections.abc import Generator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from services.sampler.outage import Outage
 from services.sampler.retries import Retries, within
 from treegrpo.budget import Cost
 from treegrpo.errors import EnvironmentFaultError, ToolError
+from treegrpo.size import LARGEST
 from treegrpo.step import Leaf
 from treegrpo.telemetry import SamplerMetrics
 
@@ -76,10 +76,10 @@ class Performer:
         """The end of an episode. Raises EnvironmentFaultError."""
         with self.guarded():
             leaf = Leaf(node, _floats(self._environment.score(state)), _floats(self._environment.metrics(state)))
-            if not all(map(math.isfinite, (leaf.reward, *leaf.rewards.values(), *leaf.metrics.values()))):
+            if not all(abs(number) <= LARGEST for number in (*leaf.rewards.values(), *leaf.metrics.values())):
                 raise EnvironmentFaultError(
                     f"{type(self._environment).__name__} scored an episode with {leaf.rewards} and {leaf.metrics}; "
-                    "every number must be finite."
+                    f"every number must be finite, and none beyond {LARGEST:g}."
                 )
         return leaf
 

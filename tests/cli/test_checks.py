@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.frames import encode, frame
-from learner.intake.segments import path_of
 from services.cli.checks import (
     KINDS,
     Address,
@@ -15,7 +13,6 @@ from services.cli.checks import (
     check_corpus,
     check_model,
     check_questions,
-    check_run_dir,
     check_sampler_metrics,
     learner_addresses,
     run_checks,
@@ -82,23 +79,6 @@ def test_files_that_are_not_there_are_named_with_their_key(tmp_path: Path) -> No
         check_questions(tmp_path / "absent.jsonl", "data.train")
     with pytest.raises(DataError, match=r"retriever\.corpus = .*absent\.jsonl does not exist"):
         check_corpus(tmp_path / "absent.jsonl")
-
-
-def test_a_used_run_directory_is_refused_unless_it_is_resumed(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path)
-    fresh, resumed = load(None, bench.flags()), load(None, bench.flags(run__resume="true"))
-    (bench.run_dir / "logs").mkdir(parents=True)
-    check_run_dir(fresh)
-    with pytest.raises(ConfigError, match="holds no run to resume"):
-        check_run_dir(resumed)
-    (bench.run_dir / "journal").mkdir()
-    segment = path_of(bench.run_dir / "journal", 1)
-    segment.write_bytes(header := frame([encode({"format": 1, "segment": 1, "after": 0})]))
-    check_run_dir(fresh)  # a start that failed has left nothing to go on with
-    segment.write_bytes(header + frame([encode({"event": "granted"})]))
-    check_run_dir(resumed)
-    with pytest.raises(ConfigError, match=r"holds a run already; continue it with --resume"):
-        check_run_dir(fresh)
 
 
 def test_a_busy_port_is_named_with_its_key() -> None:

@@ -17,13 +17,13 @@ def test_records_are_read_by_kind_and_others_left_out(tmp_path: Path) -> None:
 def test_a_tail_reads_each_line_once_and_waits_for_one_that_is_being_written(tmp_path: Path) -> None:
     path = write(tmp_path, step_row(1))
     tail = Tail(path)
-    assert [record.step for record in tail.new()] == [1]
+    assert [type(record) for record in tail.new()] == [StepRecord]
     write(tmp_path, step_row(2))
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     assert tail.new() == []
     path.write_bytes(whole)
-    assert [record.step for record in tail.new()] == [2]
+    assert [record for record in tail.new() if isinstance(record, StepRecord) and record.step == 2]
     assert tail.new() == []
 
 
@@ -40,7 +40,17 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
         read_progress(tmp_path)
 
 
-def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_wait_is_known_until_something_happens(tmp_path: Path) -> None:
+    waiting = {"kind": "waiting", "for": "groups", "seconds": 60.0}
+    write(tmp_path, step_row(1), waiting, {**waiting, "seconds": 120.0})
+    progress = read_progress(tmp_path)
+    assert progress.waiting is not None
+    assert (progress.waiting.what, progress.waiting.seconds) == ("groups", 120.0)
+    write(tmp_path, eval_row(1, 0.5))
+    assert read_progress(tmp_path).waiting is None
+
+
+def test_a_run_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, eval_row(0, 0.1), *(step_row(n) for n in (1, 2, 3)), eval_row(3, 0.9))
     write(tmp_path, step_row(2, lineage=1, em=0.5))
     progress = read_progress(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 
 from services.cli.plot import plot
 from services.cli.progress import Progress, read_progress
-from services.cli.summary import em_line, newest_checkpoint, program, summary
+from services.cli.summary import em_line, program, summary
 from tests.cli.records import eval_row, evaluation, step_row, write
 from treegrpo.errors import DataError
 
@@ -33,14 +33,13 @@ def test_the_summary_says_before_and_after_and_what_to_do_next(tmp_path: Path) -
 
 def test_a_run_that_was_cut_short_says_how_to_go_on(tmp_path: Path) -> None:
     lines = summary(finished_run(tmp_path), 10, TOML, ("up", "geohop.toml", "--train.steps", "10"))
-    assert lines[-1] == f"go on: {program()} up geohop.toml --train.steps 10 --resume"
-    assert summary(tmp_path, 10, TOML, ("up", "geohop.toml", "--run.resume", "true"))[-1].endswith("--run.resume true")
+    assert lines[-1] == f"go on: {program()} up geohop.toml --train.steps 10"
 
 
 def test_a_run_without_a_step_says_where_the_logs_are(tmp_path: Path) -> None:
     assert summary(tmp_path, 2, TOML, ("up",)) == [
         f"No step was made; the logs are in {tmp_path / 'logs'}.",
-        f"go on: {program()} up --resume",
+        f"go on: {program()} up",
     ]
 
 
@@ -49,13 +48,6 @@ def test_one_evaluation_has_no_arrow() -> None:
     assert em_line(progress) == "held-out EM: not evaluated"
     progress.add(evaluation(0, 0.5))
     assert em_line(progress) == "held-out EM: 50.0"
-
-
-def test_the_newest_checkpoint_stands_in_for_the_final_model(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path) is None
-    for name in ("step-000020", "step-000100"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000100"
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:

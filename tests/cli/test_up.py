@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import sys
 import uuid
@@ -13,10 +14,12 @@ import pytest
 
 from services.cli.progress import read_progress
 from services.cli.summary import program
-from tests.cli.machine import environment, marked
+from tests.cli.machine import environment, marked, treegrpo
 from tests.cli.workbench import Workbench
+from treegrpo.edge import FAILED, PASSING
 
-SECONDS = 100.0
+SECONDS = 240.0
+pytestmark = pytest.mark.timeout(300)
 FOREVER = "100000"
 
 
@@ -58,9 +61,9 @@ class Running:
         return next(pid for pid, words in names.items() if module.encode() in words and b"treegrpo.leash" not in words)
 
 
-async def up(*flags: str) -> Running:
+async def up(*flags: str, program: str = "services.cli.main") -> Running:
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", "services.cli.main", "up", *flags]
+    command = [sys.executable, "-m", program, "up", *flags]
     output = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *command, env=environment(mark), stdout=output, stderr=asyncio.subprocess.STDOUT, stdin=asyncio.subprocess.DEVNULL
@@ -73,7 +76,12 @@ def bench(tmp_path: Path) -> Workbench:
     return Workbench(tmp_path)
 
 
-async def test_a_run_trains_to_its_end_and_sums_up(bench: Workbench) -> None:
+async def told(bench: Workbench, state: str) -> None:
+    """`treegrpo state`, to its end."""
+    assert (await asyncio.to_thread(treegrpo, "state", state, *bench.flags())).code == 0
+
+
+async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(bench: Workbench) -> None:
     run = await up(*bench.flags(sampler__count="2"))
     assert await run.end() == 0
     progress = read_progress(bench.run_dir)
@@ -87,8 +95,18 @@ async def test_a_run_trains_to_its_end_and_sums_up(bench: Workbench) -> None:
         *("broker", "retriever", "intake", "trainer", "sampler-0", "sampler-1")
     }
 
+    again = await asyncio.to_thread(treegrpo, "up", *bench.flags())
+    assert (again.code, again.left) == (0, [])
+    assert again.out == (
+        f"The run in {bench.run_dir} is finished: step 2 of 2 is done, and its model is in {final}. "
+        "Raise train.steps to go on with it, or choose another run.dir to begin anew.\n"
+    )
+    other = await asyncio.to_thread(treegrpo, "up", *bench.flags(train__steps="3", run__seed="8", rollout__trees="3"))
+    assert (other.code, other.left) == (2, [])
+    assert "run.seed was 0 and is 8, rollout.trees was 2 and is 3. Set it back" in other.sentence
 
-async def test_a_dead_sampler_is_replaced_and_ctrl_c_leaves_a_checkpoint_to_resume_from(bench: Workbench) -> None:
+
+async def test_a_dead_sampler_is_replaced_and_the_same_command_goes_on_after_ctrl_c(bench: Workbench) -> None:
     run = await up(*bench.flags(train__steps=FOREVER))
     await run.line("step 1/")
     os.kill(run.pid_of("services.sampler"), signal.SIGKILL)
@@ -97,11 +115,11 @@ async def test_a_dead_sampler_is_replaced_and_ctrl_c_leaves_a_checkpoint_to_resu
     run.process.send_signal(signal.SIGINT)
     assert await run.end() == 0
     assert run.lines[-1].startswith(f"go on: {program()} up ")
-    assert run.lines[-1].endswith("--resume")
 
     done = read_progress(bench.run_dir).steps[-1].step
-    resumed = await up(*bench.flags(train__steps=str(done + 1)), "--resume")
-    assert await resumed.end() == 0
+    again = await up(*bench.flags(train__steps=str(done + 1)))
+    assert await again.end() == 0
+    assert again.lines[0].startswith(f"Continuing the run in {bench.run_dir} after step {done} of {done + 1}; each process")
     progress = read_progress(bench.run_dir)
     assert [step.step for step in progress.steps] == list(range(1, done + 2))
     assert progress.steps[-1].version == f"1.{done + 1}"
@@ -116,21 +134,86 @@ async def test_a_second_ctrl_c_stops_at_once(bench: Workbench, processes: str) -
     assert await run.end() == 130
 
 
-async def test_the_death_of_the_trainer_ends_the_run_with_a_sentence(bench: Workbench) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER))
-    await run.line("step 1/")
-    os.kill(run.pid_of("learner.trainer"), signal.SIGKILL)
-    assert await run.end() == 2
-    assert run.lines[-1].startswith("error: The trainer ended by signal 9: ")
+async def test_a_run_comes_to_its_end_whatever_part_of_it_is_killed(bench: Workbench) -> None:
+    parts = {"trainer": "learner.trainer", "intake": "learner.intake", "retriever": "services.retriever"}
+    run = await up(*bench.flags(train__steps="40", train__checkpoint_every="1"))
+    for part, module in {**parts, "broker": "services.cli.broker"}.items():
+        await run.line("step ")
+        os.kill(run.pid_of(module), signal.SIGKILL)
+        await run.line(f"The {part} ended by signal 9: ")
+        if part != "trainer":
+            await run.line(f"The {part} is ready again after ")
+    assert await run.end() == 0
+    progress = read_progress(bench.run_dir)
+    assert [step.step for step in progress.steps] == list(range(1, 41))
+    assert progress.evals[-1].step == 40
 
 
-async def test_the_death_of_a_rank_is_the_death_of_the_trainer(bench: Workbench) -> None:
+async def test_a_rank_that_dies_costs_the_trainer_a_new_start(bench: Workbench) -> None:
     run = await up(*bench.flags(train__steps=FOREVER, train__processes="2"))
     await run.line("step 1/")
     os.kill(run.pid_of("learner.trainer", variable="RANK=1"), signal.SIGKILL)
-    assert await run.end() == 2
     lost = "Rank 0 of the trainer lost another; the log has why that one ended."
-    assert run.lines[-1].startswith(f"error: The trainer ended with code 2: {lost} (log: ")
+    await run.line(f"The trainer ended with code {PASSING}: {lost} (log: ")
+    await run.line("held-out after step 0")
+    await run.line("step 1/")
+    run.process.send_signal(signal.SIGINT)
+    assert await run.end() == 0
+
+
+async def test_a_paused_run_that_goes_on_is_still_paused_until_somebody_says_running(bench: Workbench) -> None:
+    run = await up(*bench.flags(train__steps=FOREVER))
+    await run.line("step 1/")
+    await told(bench, "paused")
+    line = await run.line("The run is paused; go on with: ")
+    assert (
+        line.rstrip()
+        == f"The run is paused; go on with: {shlex.join([program(), 'state', 'running', *bench.flags(train__steps=FOREVER)])}"
+    )
+    run.process.send_signal(signal.SIGINT)
+    assert await run.end() == 0
+
+    done = read_progress(bench.run_dir).steps[-1].step
+    again = await up(*bench.flags(train__steps=str(done + 1)))
+    await again.line("Continuing the run")
+    await again.line("The run is paused; go on with: ")
+    assert not any("step " in line for line in again.lines[1:]), again.lines
+    await told(bench, "running")
+    assert await again.end() == 0
+    assert any("no longer paused" in line for line in again.lines)
+    assert read_progress(bench.run_dir).steps[-1].step == done + 1
+
+
+async def test_the_run_state_draining_is_a_ctrl_c(bench: Workbench) -> None:
+    run = await up(*bench.flags(train__steps=FOREVER))
+    await run.line("step 1/")
+    await told(bench, "draining")
+    await run.line("Draining: ")
+    assert await run.end() == 0
+    assert run.lines[-1].startswith(f"go on: {program()} up ")
+
+
+@pytest.mark.parametrize("module", ["learner.trainer", "learner.intake", "services.cli.broker"])
+async def test_ctrl_c_while_a_part_waits_to_be_started_again_ends_the_run_in_order(bench: Workbench, module: str) -> None:
+    run = await up(*bench.flags(train__steps=FOREVER), program="tests.cli.programs.patient")
+    await run.line("step 1/")
+    os.kill(run.pid_of(module), signal.SIGKILL)
+    await run.line("starting it again in 3600 s")
+    run.process.send_signal(signal.SIGINT)
+    assert await run.end() == 0
+    assert run.lines[-1].startswith(f"go on: {program()} up ")
+    assert any("about to be started again" in line for line in run.lines) == (module == "learner.trainer")
+    assert any((bench.run_dir / "checkpoints").glob("step-*")) == (module != "learner.trainer")
+
+
+async def test_an_error_that_stays_ends_the_run_with_its_sentence(bench: Workbench) -> None:
+    run = await up(*bench.flags(train__steps=FOREVER))
+    await run.line("step 1/")
+    bench.train.write_text("{}\n")
+    os.kill(run.pid_of("learner.intake"), signal.SIGKILL)
+    assert await run.end() == FAILED
+    (error,) = [line for line in run.lines if line.startswith("error: ")]
+    assert error.startswith(f"error: The intake ended with code 2: {bench.train}, row 1: ")
 
 
 async def test_ranks_drain_together(bench: Workbench) -> None:

@@ -108,6 +108,31 @@ async def test_in_a_pipe_every_record_is_a_line_also_the_last(tmp_path: Path) ->
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()[1:]] == ["step 1/10", "step 2/10"]
 
 
+async def test_what_a_run_did_before_it_went_on_is_not_told_again(tmp_path: Path) -> None:
+    write(tmp_path, step_row(1), step_row(2))
+    out = io.StringIO()
+    async with Screen(Console(file=out)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
+        write(tmp_path, step_row(3))
+    assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["step 3/10"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+async def test_a_pause_and_what_is_waited_for_are_shown(tmp_path: Path, terminal: bool) -> None:
+    out = io.StringIO()
+    screen = Screen(Console(file=out, force_terminal=terminal, width=120))
+    async with screen.follow(tmp_path, "127.0.0.1:1", 10, OPEN):
+        write(tmp_path, step_row(1), {"kind": "waiting", "for": "2 of 8 groups", "seconds": 125.0})
+    assert "waiting for 2 of 8 groups, since 125 s" in out.getvalue()
+    write(tmp_path, step_row(2))
+    out.truncate(0)
+    async with screen.follow(tmp_path, "127.0.0.1:1", 10, OPEN):
+        for sentence in ("It is paused.", "It is paused.", "", ""):
+            screen.paused(sentence)
+    assert out.getvalue().count("It is paused.") == 1
+    assert out.getvalue().count("no longer paused") == 1
+    assert "waiting for" not in out.getvalue()
+
+
 async def test_a_broken_progress_file_ends_the_showing_with_a_sentence_not_the_run(tmp_path: Path) -> None:
     (tmp_path / "progress.jsonl").write_text("nonsense\n")
     out = io.StringIO()

@@ -20,8 +20,8 @@ from treegrpo.errors import EngineError, ModelError
 
 
 @asynccontextmanager
-async def opened(path: Path, max_running: int = 8, cache_tokens: int = 4096) -> AsyncGenerator[EmbeddedEngine]:
-    engine = await EmbeddedEngine.open(path, max_running=max_running, max_context=512, cache_tokens=cache_tokens, seed=0)
+async def opened(path: Path, max_running: int = 8, cache_tokens: int = 4096, seed: int = 0) -> AsyncGenerator[EmbeddedEngine]:
+    engine = await EmbeddedEngine.open(path, max_running=max_running, max_context=512, cache_tokens=cache_tokens, seed=seed)
     async with engine:
         yield engine
 
@@ -91,6 +91,21 @@ async def test_the_same_seed_draws_the_same_tokens(model: Path) -> None:
         async with opened(model) as engine:
             drawn.append((await engine.generate(builders.prompt(3, 10), Sampling(max_tokens=30))).ids.tolist())
     assert drawn[0] == drawn[1]
+
+
+async def test_a_completion_with_a_seed_does_not_depend_on_what_else_is_asked_or_when(model: Path) -> None:
+    """Bit for bit where it is computed alone and without a cache; see docs/reliability.md."""
+    alone = {"max_running": 1, "cache_tokens": 0}
+    asked = [(builders.prompt(s % 2, 10 + s), Sampling(max_tokens=12, seed=s)) for s in range(6)]
+    async with opened(model, **alone) as engine:
+        forth = await asyncio.gather(*(engine.generate(*one) for one in asked))
+    async with opened(model, **alone, seed=99) as engine:
+        await engine.generate(builders.prompt(0, 10), Sampling(max_tokens=7))
+        back = await asyncio.gather(*(engine.generate(*one) for one in reversed(asked)))
+    for one, other in zip(forth, reversed(back), strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.logprobs.tolist() == other.logprobs.tolist()
+    assert len({tuple(completion.ids.tolist()) for completion in forth}) == len(forth)
 
 
 async def test_closing_fails_what_is_pending(endless: tuple[Path, Path]) -> None:

@@ -8,13 +8,12 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import pytest
 
 from learner.intake import batches, presence
 from learner.intake.desk import Desk
 from learner.intake.disk import RealDisk
-from learner.intake.doors import Admission, Watch
+from learner.intake.doors import Admission, Watch, open_server
 from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
 from learner.intake.recovery import recover
@@ -22,14 +21,15 @@ from learner.intake.report import Reporter
 from learner.intake.rollout import RolloutServer
 from learner.intake.snapshot import Snapshots
 from learner.intake.weights import WeightsServer
+from tests.control.brokers import free_address
 from tests.intake.builders import PLAN, VERSION, question
-from treegrpo.access import Access
+from treegrpo.access import OPEN, Access
 from treegrpo.config import SecurityConfig
 from treegrpo.control import ControlPlane, Member
 from treegrpo.security import Role
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import IntakeMetrics
-from treegrpo.v1 import rollout_pb2_grpc
+from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Doorstep:
     desk: Desk
     control: ControlPlane
     metrics: IntakeMetrics
+    weights: WeightsServer
     address: str
 
     def sample(self, name: str, **labels: str) -> float:
@@ -71,14 +72,15 @@ async def doorstep(book: LeaseBook, folder: Path) -> AsyncGenerator[Doorstep]:
             heldout=[question(90)],
             checkpointed=lambda: None,
         )
-        server = grpc.aio.server()
-        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(Watch(metrics))), server)
-        port = server.add_insecure_port("127.0.0.1:0")
+        watch, address = Watch(metrics), free_address()
+        server = open_server(address, OPEN, watch)
+        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(watch)), server)
+        weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
         await server.start()
         async with asyncio.TaskGroup() as tasks:
             working = [tasks.create_task(journal.write_forever()), tasks.create_task(desk.follow())]
             try:
-                yield Doorstep(desk, control, metrics, f"127.0.0.1:{port}")
+                yield Doorstep(desk, control, metrics, weights, address)
             finally:
                 await server.stop(grace=None)
                 for task in working:

@@ -15,6 +15,7 @@ import pytest
 from tests.intake.harness import Sampler, Setting, Stage
 from treegrpo.control import ControlPlane, Member, RunState, publish_state
 from treegrpo.edge import FAILED, PASSING
+from treegrpo.errors import ContractError
 from treegrpo.handoff import Covered, Done, Evaluate, Evaluation, IntakeClient, Publish, Report, Take, Taken, unpack_group
 from treegrpo.v1 import weights_pb2, weights_pb2_grpc
 
@@ -143,7 +144,9 @@ async def test_a_run_that_leads_nowhere_is_given_up_with_a_sentence(setting: Set
         _, errors = await asyncio.wait_for(stage.intake.communicate(), 30)
         assert stage.intake.returncode == 2
         last = errors.decode().strip().splitlines()[-1]
-        assert last.startswith("error: The last 64 leases led to no finished episode (ToolError: the retriever is not there)")
+        assert last.startswith(
+            "error: The last 64 leases led to no finished episode; the last error is: ToolError: the retriever is not there."
+        )
 
 
 async def train(setting: Setting, stage: Stage, step: int) -> list[str]:
@@ -178,7 +181,7 @@ async def test_what_two_checkpoints_cover_is_forgotten_in_memory_and_on_the_disk
             taken = await train(setting, stage, step)
             await there(snapshots / f"{step + 2:08d}")
             assert await take(stage.trainer, 2 * step) == taken, "a damaged checkpoint leaves the one before"
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ContractError, match="a checkpoint covers everything before 4"):
             await take(stage.trainer, 1)
         await until(lambda: asyncio.to_thread(lambda: not (journal / "00000002.log").exists()))
         stage.intake.kill()

@@ -92,7 +92,7 @@ async def test_health_and_metrics_tell_what_it_did(tmp_path: Path) -> None:
         await post(address, {})
         text = (await client.get(f"{address}/metrics")).text
     assert "treegrpo_retriever_queries_total 2.0" in text
-    assert "treegrpo_retriever_refused_total 1.0" in text
+    assert 'treegrpo_retriever_refused_total{reason="request"} 1.0' in text
     assert "treegrpo_retriever_documents 3.0" in text
 
 

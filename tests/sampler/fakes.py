@@ -51,10 +51,13 @@ class FakeEngine:
         self.refused: set[PolicyVersion] = set()
         self.dead = ""
         """Why it can no longer generate."""
+        self.away: AwayError | None = None
+        """Why its server is away."""
 
     async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
         if len(prefix) + sampling.max_tokens > self.context or sampling.max_tokens < 1:
             raise EngineError(f"{len(prefix)} + {sampling.max_tokens} tokens do not fit")
+        await self.health()
         self.prefixes.append([int(i) for i in prefix])
         self.samplings.append(sampling)
         before = self.version
@@ -84,6 +87,8 @@ class FakeEngine:
     async def health(self) -> None:
         if self.dead:
             raise EngineError(self.dead)
+        if self.away is not None:
+            raise self.away
 
     async def close(self) -> None:
         return

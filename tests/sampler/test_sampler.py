@@ -21,29 +21,35 @@ from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, l
 from treegrpo.control import ControlPlane, Member, RunState
 from treegrpo.errors import DeadlineError, EngineError
 from treegrpo.telemetry import SamplerMetrics
+from treegrpo.v1 import rollout_pb2
 
 
 @dataclass
 class Bench:
     learner: FakeLearner
     engine: FakeEngine
+    environment: FakeEnvironment
+    metrics: SamplerMetrics
     control: ControlPlane
     running: asyncio.Task[None]
 
 
 @asynccontextmanager
-async def sampler(script: Script, root: Path, state: RunState = RunState.RUNNING) -> AsyncGenerator[Bench]:
+async def sampler(
+    script: Script, root: Path, state: RunState = RunState.RUNNING, environment: FakeEnvironment | None = None
+) -> AsyncGenerator[Bench]:
     """A sampler at work; the test ends it. Its control plane says ``state`` and hears of no change."""
     learner, engine, metrics = FakeLearner(), FakeEngine(script), SamplerMetrics()
+    environment = environment or FakeEnvironment()
     control = ControlPlane("127.0.0.1:1", "test", Member("sampler-0", "sampler", 7))
-    control.state = state
+    control.state, control.lost = state, None
     async with serving(learner) as channel:
-        expander = Expander(engine, FakeEnvironment(), FakeText(), retries=0, metrics=metrics)
+        expander = Expander(engine, environment, FakeText(), retries=0, metrics=metrics)
         me, store = Identity("sampler-0", 7, "fake", 16), WeightStore(channel, root, metrics)
         whole = Sampler(me, engine, expander, store, LearnerClient(channel, "test", metrics), control, metrics)
         running = asyncio.create_task(whole.run())
         try:
-            yield Bench(learner, engine, control, running)
+            yield Bench(learner, engine, environment, metrics, control, running)
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -82,7 +88,19 @@ async def test_pausing_holds_back_every_turn(tmp_path: Path) -> None:
 
 
 async def test_a_goodbye_that_takes_too_long_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr(service, "DRAIN_SECONDS", 0.3)
+    async with sampler(lambda _prefix: "a!", tmp_path) as bench:
+        await bench.learner.next("demand")
+        await bench.learner.grant(lease(plan(1, 0, 0)))
+        await bench.learner.next("subtree")  # and does not ack it
+        await bench.learner.say(drain={})
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await bench.running
+    assert caught.group_contains(DeadlineError, match=r"another sampler \(1 subtrees were not acked\)")
+
+
+async def test_what_does_not_come_to_its_end_while_draining_is_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "FINISH_SECONDS", 0.05)
     stuck = asyncio.Event()
 
     async def script(_prefix: str) -> str:
@@ -95,9 +113,10 @@ async def test_a_goodbye_that_takes_too_long_says_what_is_left(tmp_path: Path, m
         await bench.learner.grant(lease(plan(1, 0, 0)))
         await stuck.wait()
         await bench.learner.say(drain={})
-        with pytest.raises(BaseExceptionGroup) as caught:
-            await bench.running
-    assert caught.group_contains(DeadlineError, match="another sampler")
+        assert (await bench.learner.next("demand")).demand.leases == 0
+        end = (await bench.learner.next("lease_end")).lease_end
+        assert end.reason == rollout_pb2.LEASE_END_REASON_RETURNED
+        await bench.running
 
 
 async def test_a_dead_engine_ends_the_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

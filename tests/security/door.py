@@ -54,6 +54,10 @@ class Door:
         return self.metrics.registry.get_sample_value("treegrpo_peers_refused_total", {"reason": reason}) or 0.0
 
     @property
+    def connections(self) -> float:
+        return self.metrics.registry.get_sample_value("treegrpo_tls_connections_total") or 0.0
+
+    @property
     def handshakes(self) -> float:
         return self.metrics.registry.get_sample_value("treegrpo_tls_handshakes_total") or 0.0
 

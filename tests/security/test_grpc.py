@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +27,7 @@ from treegrpo.access import OPEN, Access, Keys
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.security import Role
 from treegrpo.telemetry import IntakeMetrics
+from treegrpo.v1 import rollout_pb2_grpc
 
 
 async def test_a_sampler_streams_and_fetches_weights(made: Path) -> None:
@@ -30,8 +35,7 @@ async def test_a_sampler_streams_and_fetches_weights(made: Path) -> None:
         sampler = access(made, Role.SAMPLER)
         assert await stream(door, sampler, hello()) == (grpc.StatusCode.OK, "")
         assert await describe(door, sampler) is grpc.StatusCode.OK
-        async with await connect(door.address, sampler):
-            pass
+        await (await connect(door.address, sampler)).close()
 
 
 @pytest.mark.parametrize("role", [role for role in Role if role is not Role.SAMPLER])
@@ -64,7 +68,31 @@ async def test_a_bad_certificate_ends_in_the_handshake(made: Path, tmp_path: Pat
         code, _ = await stream(door, impostor(tmp_path, made, who), hello())
         assert code is grpc.StatusCode.UNAVAILABLE
         assert door.reception.peers == {}
-        assert door.handshakes >= 1
+        assert (door.handshakes >= 1, door.connections) == (True, 0)
+        assert await describe(door, access(made, Role.SAMPLER)) is grpc.StatusCode.OK
+        assert door.connections == 1
+
+
+async def test_handshakes_that_lead_nowhere_are_told_of_now_and_then(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """gRPC says nothing of those that fail: they are those that no call follows."""
+    async with serving(access(made, Role.LEARNER)) as door:
+        host, _, port = door.address.rpartition(":")
+        for _ in range(20):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+            writer.close()
+        assert (door.handshakes, door.connections) == (20, 0)
+    said = [record.getMessage().split()[0] for record in caplog.records if "led to no call" in record.getMessage()]
+    assert said == ["8", "16"]
+
+
+def test_failed_handshakes_write_nothing_else() -> None:
+    """gRPC would write a line for each, and any stranger could fill the disk."""
+    program = "import learner.intake, os; print(os.environ['GRPC_VERBOSITY'])"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GRPC_")}
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert said.stdout == "ERROR\n"
 
 
 async def test_nobody_comes_in_without_a_certificate(made: Path) -> None:
@@ -159,3 +187,26 @@ async def test_a_renewed_certificate_serves_without_a_restart(tmp_path: Path, ma
         assert await describe(door, access(folder, Role.SAMPLER)) is grpc.StatusCode.OK
         write(folder / "learner.pem", b"half a fi", secret=False)
         assert await describe(door, access(folder, Role.SAMPLER)) is grpc.StatusCode.OK
+
+
+async def test_a_sampler_shows_a_renewed_certificate_without_a_restart(tmp_path: Path, made: Path) -> None:
+    """The learner trusts another authority from now on; what began before goes on, what begins is let in."""
+    folder = shutil.copytree(made, tmp_path / "certs")
+    async with serving(access(folder, Role.LEARNER)) as door:
+        channel = await connect(door.address, access(folder, Role.SAMPLER))
+        stub = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel))
+        before = stub.Rollout()
+        await before.write(hello())
+        assert await before.read() != grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
+        for path in [*folder.glob("*.pem"), *folder.glob("*.key")]:
+            path.unlink()
+        certs(folder, [], [], new_ca=False, drop_old_ca=False)
+        after = stub.Rollout()
+        await after.write(hello(sampler="s8"))
+        assert await after.read() != grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
+        assert set(door.reception.peers) == {"s7", "s8"}
+        write(folder / "sampler.pem", b"half a fi", secret=False)
+        again = stub.Rollout()
+        await again.write(hello(sampler="s9"))
+        assert await again.read() != grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
+        await channel.close()

@@ -12,6 +12,7 @@ import pytest
 
 from learner.intake.questions import load_questions
 from tests.intake.builders import PLAN, book, chain, grant, step
+from treegrpo.budget import Cost
 from treegrpo.errors import DataError, TreeError
 from treegrpo.limits import QUESTION_BYTES
 from treegrpo.size import NUMBERS, TEXT_LENGTH
@@ -48,6 +49,8 @@ LARGE: dict[str, tuple[Callable[[str], Subtree], str, str]] = {
         "rewards",
         "rewards has more than 64 numbers",
     ),
+    "a large reward": (lambda lease: with_leaf(lease, rewards={"em": 1e10}), "rewards", "rewards has a number beyond 1e+09"),
+    "a cost": (lambda lease: with_step(lease, cost=Cost(decoded=1 << 40)), "cost", "which no step of its plan can cost"),
     "a metric's name": (lambda lease: with_leaf(lease, metrics={"x" * 65: 0.0}), "metrics", "a name of more than 64 letters"),
 }
 
@@ -71,6 +74,43 @@ def test_depth_is_counted_from_the_root() -> None:
     assert made.accept(Subtree(lease, 0, 1, 1, three, (Leaf(13, {"em": 1.0}),)))
     with pytest.raises(TreeError, match="subtree 2 ends 5 steps below the root"):
         made.accept(Subtree(lease, 0, 2, 12, (step(21, 12), step(22, 21)), (Leaf(22, {"em": 1.0}),)))
+
+
+def fork(lease: str, leaves: int, deep: int = 1, parent: int = 0) -> Subtree:
+    """A step, and below it so many branches of ``deep`` steps, each with a leaf."""
+    steps, ends = [step(1, parent)], list[int]()
+    for branch in range(leaves):
+        for level in range(deep):
+            node = 100 + 10 * branch + level
+            steps.append(step(node, node - 1 if level else 1))
+        ends.append(steps[-1].node)
+    return replace(chain(lease), steps=tuple(steps), leaves=tuple(Leaf(node, {"em": 1.0}) for node in ends))
+
+
+def test_a_subtree_may_have_several_leaves_and_more_steps_than_an_episode() -> None:
+    """The contract says so; what bounds it is each of its paths."""
+    made = book()
+    made.accept(fork(grant(made), leaves=4, deep=PLAN.max_turns))
+    with pytest.raises(TreeError, match=f"ends {PLAN.max_turns + 2} steps below the root"):
+        made.accept(fork(grant(made), leaves=2, deep=PLAN.max_turns + 1))
+
+
+def test_a_subtree_has_no_more_leaves_than_a_group_of_its_plan() -> None:
+    made = book()
+    lease = grant(made)
+    with pytest.raises(TreeError, match=f"more leaves or steps than all {PLAN.leaves} episodes"):
+        made.accept(fork(lease, leaves=PLAN.leaves + 1))
+    assert made.accept(fork(lease, leaves=PLAN.leaves))
+
+
+def test_tokens_are_counted_from_the_prompt_on() -> None:
+    """Many branches below each other are no way to a long path."""
+    made = book()
+    lease = grant(made)
+    long = replace(step(1, 0), observation=np.zeros(PLAN.max_context - 30, np.uint32))
+    assert made.accept(replace(chain(lease), steps=(long, step(2, 1)), leaves=(Leaf(2, {"em": 1.0}),)))
+    with pytest.raises(TreeError, match=r"subtree 1 has a path of 1\d\d tokens, and its plan's episodes have 128 at most"):
+        made.accept(replace(chain(lease, index=1, parent=1), steps=(step(11, 1, actions=16, observations=10), step(12, 11))))
 
 
 def test_a_question_that_is_too_long_is_refused_with_its_row(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class FakeIntake:
     """And these have lost their end."""
     kept: int = 0
     """Groups at positions before this are gone."""
+    em: Callable[[int], float] = lambda step: step / 100
+    """By the evaluated step."""
     had: frozenset[str] = frozenset()
     """Versions whose records it has already."""
     asked: list[Message] = field(default_factory=list[Message])
@@ -135,7 +137,7 @@ class FakeIntake:
                 # Asked once it only begins, as the real one may.
                 self.evaluations.append(version)
                 done = self.evaluations.count(version) > 1
-                return Evaluation(done, 10, em=self._version.step / 100, state=self.state)
+                return Evaluation(done, 10, em=self.em(self._version.step), state=self.state)
             case Report(values):
                 if values["version"] not in {*self.had, *(report["version"] for report in self.reports)}:
                     self.reports.append(values)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,47 @@ def test_a_broken_checkpoint_is_refused(tmp_path: Path, broken: str) -> None:
         (folder / broken).touch()
 
 
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def turned(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [torn, turned, Path.unlink], ids=["torn", "turned", "missing"])
+def test_a_checkpoint_that_is_not_as_it_was_written_is_set_aside_whichever_file_it_is(
+    tmp_path: Path, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "kept"
+    _, before = saved(tmp_path, Progress(0, 10))
+    _, folder = saved(tmp_path, Progress(0, 20))
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert {file.name for file in files} > {"model.safetensors", "config.json", "progress.json", ".metadata", "__0_0.distcp"}
+    whole = tmp_path / "whole"
+    folder.rename(whole)
+    for number, file in enumerate(file for file in files if (whole / file).stat().st_size):
+        shutil.copytree(whole, folder)
+        harm(folder / file)
+        assert checkpoint.newest(root) == before
+        assert f"is damaged ({file} " in caplog.text
+        assert len([*root.glob("*.damaged")]) == number + 1
+    whole.rename(folder)
+    assert checkpoint.newest(root) == folder
+
+
+def test_a_torn_manifest_is_damage_and_a_checkpoint_from_before_there_was_one_is_used(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, Progress(0, 20))
+    manifest = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").unlink()
+    assert checkpoint.newest(tmp_path / "kept") == folder
+    (folder / "manifest.json").write_bytes(manifest[:100])
+    with pytest.raises(ModelError, match=r"Every checkpoint in .* is damaged, step-000020.damaged the newest; restore one"):
+        checkpoint.newest(tmp_path / "kept")
+
+
 def test_a_checkpoint_of_before_is_refused_with_the_way_on(tmp_path: Path) -> None:
     updater, folder = saved(tmp_path, Progress(0, 20, 640))
     shutil.rmtree(folder / "state")
@@ -86,6 +128,33 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     newest = checkpoint.newest(tmp_path / "kept")
     assert newest is not None
     assert newest.name == "step-000050"
+
+
+def test_a_damaged_one_is_never_the_best(tmp_path: Path) -> None:
+    for step, em in ((10, 0.9), (20, 0.5)):
+        saved(tmp_path, Progress(0, step, em=em))
+    (tmp_path / "kept" / "step-000010").rename(tmp_path / "kept" / "step-000010.damaged")
+    for step in (30, 40):
+        saved(tmp_path, Progress(0, step), keep=1)
+    assert [p.name for p in sorted((tmp_path / "kept").iterdir())] == ["step-000010.damaged", "step-000020", "step-000040"]
+
+
+def test_what_became_known_of_a_policy_later_counts_too(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, Progress(0, 10))
+    checkpoint.note_evaluation(tmp_path / "kept", Progress(3, 10, em=0.5))
+    assert checkpoint.newest(tmp_path / "kept") == folder
+    for step in (20, 30):
+        saved(tmp_path, Progress(0, step, em=0.1), keep=1)
+    assert [p.name for p in sorted((tmp_path / "kept").iterdir())] == ["step-000010", "step-000030"]
+
+
+def test_its_records_come_with_a_checkpoint(tmp_path: Path) -> None:
+    config = configure(tmp_path)
+    updater = Updater(config, tiny(tmp_path / "model"), None)
+    records = [{"step": 1, "loss": 0.1, "group_ids": ["0000001"]}, {"step": 2}]
+    policy = (updater.model, updater.optimizer)
+    folder = checkpoint.save(tmp_path / "kept", Progress(), *policy, tmp_path / "model", 2, records=records)
+    assert checkpoint.read_records(folder) == records
 
 
 def test_a_half_written_checkpoint_is_never_the_newest(tmp_path: Path) -> None:

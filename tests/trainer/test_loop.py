@@ -15,11 +15,12 @@ import torch
 
 from learner.trainer.checkpoint import Progress, newest, read_progress
 from learner.trainer.link import Link
-from learner.trainer.loop import Trainer, split
+from learner.trainer.loop import split
 from learner.trainer.model import load_model
 from learner.trainer.publish import published
 from tests.trainer.builders import CPU, configure, write_tiny
-from tests.trainer.intake import FakeIntake, sampler
+from tests.trainer.intake import sampler
+from tests.trainer.runs import changed, intake_for, train
 from treegrpo.config import Config
 from treegrpo.errors import UnavailableError
 from treegrpo.handoff import Covered, Message, Publish, Report, Take, socket_path
@@ -40,27 +41,6 @@ def config(tmp_path: Path) -> Config:
     write_tiny(tmp_path / "model")
     (tmp_path / "run").mkdir()
     return configure(tmp_path, checkpoint_every=3)
-
-
-def intake_for(config: Config, **options: Any) -> FakeIntake:
-    return FakeIntake(socket_path(config.run.dir), **options)
-
-
-def train(
-    config: Config, stop: threading.Event | None = None, metrics: TrainerMetrics | None = None, *, away: float = 1.0
-) -> Trainer:
-    """Run a trainer against the intake that serves ``config`` to its end."""
-    link = Link.open(socket_path(config.run.dir), stop or threading.Event(), seconds=1.0, away=away)
-    try:
-        trainer = Trainer(config, link, metrics or TrainerMetrics())
-        trainer.run()
-    finally:
-        link.close()
-    return trainer
-
-
-def changed(config: Config, section: str, **values: Any) -> Config:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
 def test_a_trivial_reward_improves_and_the_model_is_handed_over(config: Config) -> None:
@@ -122,7 +102,7 @@ def test_a_resumed_run_takes_the_same_steps_as_one_that_was_not_stopped(config: 
     halves.run.dir.mkdir()
     with intake_for(halves, steps_before_drain=2) as first:
         train(halves)
-    with intake_for(halves) as second:
+    with intake_for(halves, had=frozenset(r["version"] for r in first.reports)) as second:
         parts = train(halves)
     assert [r["loss"] for r in through.reports] == [r["loss"] for r in first.reports + second.reports]
     finals = [load_model(c.run.dir / "checkpoints" / "final", CPU) for c in (config, halves)]

@@ -28,6 +28,9 @@ class Sampling:
     """0 is greedy; log-probabilities are then those at temperature 1."""
     stop: tuple[str, ...] = ()
     """Generation ends with the token that completes one of these strings, or with an end-of-sequence token."""
+    seed: int | None = None
+    """Of this completion alone, so that it does not matter what else the engine is asked, and when. None: any. It is the same
+    completion only where the engine also computes the same: the embedded one does so alone in its batch and without a cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -63,7 +63,7 @@ class EmbeddedEngine:
             max_running: requests decoded together; more wait their turn.
             max_context: tokens a prefix and its completion may have together.
             cache_tokens: size of the prefix cache.
-            seed: of all sampling of this engine.
+            seed: of what is sampled without one of its own.
             threads: torch threads for its computations.
             version: the policy version these weights are.
 

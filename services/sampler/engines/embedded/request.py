@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from random import Random
 
 import numpy as np
 
@@ -24,6 +25,11 @@ class Request:
     finish: Finish | None = None
     prefilled: int = 0
     cached: int = 0
+    chance: Random | None = field(init=False)
+    """Random numbers of its own; None: the engine's."""
+
+    def __post_init__(self) -> None:
+        self.chance = None if self.sampling.seed is None else Random(self.sampling.seed)
 
     @property
     def length(self) -> int:

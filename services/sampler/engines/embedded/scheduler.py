@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from random import Random
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class Scheduler:
         self._cache = RadixTree(cache_tokens)
         self._stops = StopStrings(tokenizer)
         self._eos = tokenizer.eos
-        self._generator = torch.Generator().manual_seed(seed)
+        self._chance = Random(seed)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         """By row."""
@@ -156,7 +157,8 @@ class Scheduler:
 
     def _sample(self, hidden: torch.Tensor, requests: list[Request]) -> None:
         temperature = torch.tensor([request.sampling.temperature for request in requests])
-        ids, logprobs = draw(self.model.logits(hidden), temperature, self._generator)
+        chance = torch.tensor([(request.chance or self._chance).random() for request in requests], dtype=torch.float64)
+        ids, logprobs = draw(self.model.logits(hidden), temperature, chance)
         if not torch.isfinite(logprobs).all():
             raise EngineError(
                 f"The weights of policy version {self.version} give no finite log-probabilities; go back to an earlier one."

@@ -66,6 +66,8 @@ class Draft:
                 "ignore_eos": False,
                 "skip_special_tokens": False,
                 "no_stop_trim": True,
+                # Heeded only by servers with --enable-deterministic-inference.
+                **({} if self.sampling.seed is None else {"sampling_seed": self.sampling.seed & 0x7FFFFFFF}),
             },
         }
 

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from learner.intake.frames import encode, frame
+from learner.intake.segments import path_of
+from services.cli.checks import check_run_dir
+from services.cli.history import beginning, finished, newest_checkpoint, steps_done
+from tests.cli.records import eval_row, step_row, write
+from tests.cli.workbench import Workbench
+from treegrpo.errors import ConfigError
+from treegrpo.identity import keep_identity
+from treegrpo.settings import load
+
+
+def checkpoint(run_dir: Path, *names: str) -> None:
+    for name in names:
+        (run_dir / "checkpoints" / name).mkdir(parents=True)
+
+
+def test_the_newest_checkpoint_stands_in_for_the_final_model(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    checkpoint(tmp_path, "step-999999", "step-1000000", "step-2000000.damaged")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-1000000"
+    checkpoint(tmp_path, "final")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "final"
+
+
+def test_a_directory_holds_a_run_once_something_is_recorded(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    config = load(None, bench.flags())
+    (bench.run_dir / "logs").mkdir(parents=True)
+    assert (steps_done(bench.run_dir), beginning(config)) == (None, f"Starting the run test in {bench.run_dir}")
+    (bench.run_dir / "journal").mkdir()
+    segment = path_of(bench.run_dir / "journal", 1)
+    segment.write_bytes(header := frame([encode({"format": 1, "segment": 1, "after": 0})]))
+    assert steps_done(bench.run_dir) is None, "a start that failed has left nothing to go on with"
+    segment.write_bytes(header + frame([encode({"event": "granted"})]))
+    assert (steps_done(bench.run_dir), beginning(config)) == (0, f"Continuing the run in {bench.run_dir} after step 0 of 2")
+    checkpoint(bench.run_dir, "step-000001")
+    assert beginning(config) == f"Continuing the run in {bench.run_dir} after step 1 of 2"
+
+
+def test_only_the_run_that_began_there_goes_on_in_a_directory(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    other = load(None, bench.flags(rollout__trees="5"))
+    bench.run_dir.mkdir()
+    keep_identity(load(None, bench.flags()), begun=False)
+    check_run_dir(other)
+    checkpoint(bench.run_dir, "step-000001")
+    with pytest.raises(ConfigError, match=r"rollout\.trees was 2 and is 5"):
+        check_run_dir(other)
+    assert check_run_dir(load(None, bench.flags(train__lr="1e-3"))) == f"{bench.run_dir} (goes on after step 1)"
+    with pytest.raises(ConfigError, match="is a file"):
+        check_run_dir(load(None, bench.flags(run__dir=str(bench.train))))
+
+
+def test_a_run_is_finished_when_its_last_step_is_kept_and_evaluated(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    config = load(None, bench.flags())
+    checkpoint(bench.run_dir, "step-000001", "final")
+    write(bench.run_dir, eval_row(0, 0.1), step_row(1), step_row(2))
+    assert not finished(config)
+    checkpoint(bench.run_dir, "step-000002")
+    assert not finished(config)
+    write(bench.run_dir, eval_row(2, 0.3))
+    assert "is finished: step 2 of 2 is done" in finished(config)
+    assert "Raise train.steps to go on with it, or choose another run.dir" in finished(config)
+    assert not finished(load(None, bench.flags(train__steps="3")))

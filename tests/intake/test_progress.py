@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from learner.intake.progress import ProgressFile
+
+
+def step(number: int, lineage: int = 0) -> dict[str, Any]:
+    return {"kind": "step", "step": number, "version": f"{lineage}.{number}", "position": 2 * number}
+
+
+def versions(path: Path) -> list[str]:
+    return [json.loads(line)["version"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_record_is_written_once_however_often_it_is_said_and_whoever_asks(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    first = ProgressFile(path)
+    for row in (step(1), step(1), step(2)):
+        first.add(row)
+    second = ProgressFile(path)
+    for row in (step(1), step(2), step(2, lineage=1), step(3, lineage=1), {"kind": "eval", "version": "1.3"}):
+        second.add(row)
+    second.add({"kind": "eval", "version": "1.3"})
+    assert versions(path) == ["0.1", "0.2", "1.2", "1.3", "1.3"]
+
+
+def test_a_line_that_a_crash_has_torn_is_cut_off_and_written_when_it_is_said_again(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    for row in (step(1), step(2)):
+        ProgressFile(path).add(row)
+    path.write_bytes(path.read_bytes()[:-9])
+    again = ProgressFile(path)
+    assert versions(path) == ["0.1"]
+    for row in (step(1), step(2)):
+        again.add(row)
+    assert versions(path) == ["0.1", "0.2"]
+
+
+def test_what_may_happen_twice_is_written_twice(tmp_path: Path) -> None:
+    file = ProgressFile(tmp_path / "progress.jsonl")
+    for _ in range(2):
+        file.add({"kind": "set_aside", "draw": 7, "version": ""})
+    assert len(versions(tmp_path / "progress.jsonl")) == 2

@@ -1,0 +1,100 @@
+"""A tool that stays away, with a real intake and a real broker: no question is blamed, nothing is lost, and the run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from services.sampler import outage
+from services.sampler.channel import connect
+from services.sampler.client import LearnerClient
+from services.sampler.expansion import Expander
+from services.sampler.holder import Identity
+from services.sampler.service import Sampler
+from services.sampler.weights import WeightStore
+from tests.control.brokers import embedded, free_address
+from tests.engines.builders import save_model
+from tests.intake.harness import Setting
+from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, deep
+from treegrpo.access import OPEN
+from treegrpo.control import ControlPlane, Member
+from treegrpo.errors import ToolAwayError
+from treegrpo.handoff import Done, Publish, Take, Taken, unpack_group
+from treegrpo.telemetry import SamplerMetrics
+
+ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", "--rollout.max_turns", "2")
+
+
+@pytest.fixture
+async def setting(tmp_path: Path) -> AsyncGenerator[Setting]:
+    broker = embedded(free_address())
+    await broker.start()
+    try:
+        yield Setting(tmp_path, broker.address)
+    finally:
+        await broker.stop()
+
+
+@asynccontextmanager
+async def sampler(setting: Setting, environment: FakeEnvironment, root: Path) -> AsyncGenerator[None]:
+    metrics, engine = SamplerMetrics(), FakeEngine(deep(1))
+    member = Member("s1", "sampler", 1)
+    async with ControlPlane.connect(setting.broker, setting.name, member) as control:
+        channel = await connect(setting.listen, OPEN)
+        expander = Expander(engine, environment, FakeText(), retries=0, metrics=metrics)
+        store, client = WeightStore(channel, root, metrics), LearnerClient(channel, setting.listen, metrics)
+        whole = Sampler(Identity("s1", 1, "fake", 16), engine, expander, store, client, control, metrics)
+        running = asyncio.create_task(whole.run())
+        try:
+            yield
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await channel.close()
+
+
+async def counted(setting: Setting, name: str, least: int) -> dict[str, float]:
+    """The intake's metrics when one of them is large enough; the test's time limit ends it."""
+    while (samples := await setting.samples()).get(name, 0) < least:  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
+    return samples
+
+
+async def test_no_question_is_blamed_for_an_outage_however_long(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lasts for more leases in a row than the intake would bear without a leaf, if they had failed."""
+    monkeypatch.setattr(outage, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(outage, "PROBE_SECONDS", (0.005,))
+    environment = FakeEnvironment()
+    environment.away = ToolAwayError("tool", "nowhere", "does not answer", certain=True)
+    probes = iter(range(1_000_000))
+
+    async def probe() -> None:
+        if environment.away is not None and next(probes) % 4:  # now and then it answers a probe, and no more than that
+            raise environment.away
+
+    environment.probe = probe
+    root = tmp_path / "weights"
+    root.mkdir()
+    async with setting.intake(*ROLLOUT), setting.trainer() as trainer, sampler(setting, environment, root):
+        weights = save_model(setting.run_dir / "weights" / "1.0", seed=0)
+        await asyncio.to_thread(trainer.ask, Publish("1.0", str(weights), 0), Done)
+        await counted(setting, "treegrpo_leases_ended_total/train/returned", 70)
+        environment.away = None
+        while not (taken := await asyncio.to_thread(trainer.ask, Take(0, 2), Taken)).groups:
+            pass
+        samples = await setting.samples()
+    assert [len(list(unpack_group(group).leaves())) for group in taken.groups] == [6, 6]
+    assert "treegrpo_leases_ended_total/train/failed" not in samples
+    assert not [name for name in samples if name.startswith("treegrpo_groups_set_aside_total")]
+    granted, spent, refunded, forfeited, outstanding = (
+        samples.get(f"treegrpo_budget_{part}/train/tokens", 0)
+        for part in ("granted_total", "spent_total", "refunded_total", "forfeited_total", "outstanding")
+    )
+    assert granted == spent + refunded + forfeited + outstanding
+    assert forfeited == 0

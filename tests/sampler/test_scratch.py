@@ -1,0 +1,67 @@
+"""Where weights are kept: gone with its sampler, however that ends, and never in use by two."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from services.sampler.scratch import PREFIX, scratch
+
+HOLD = """
+from services.sampler.scratch import scratch
+with scratch() as path:
+    (path / "1.0").mkdir()
+    (path / "1.0" / "model.safetensors").write_bytes(b"weights")
+    print(path, flush=True)
+    input()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+@contextmanager
+def sampler(root: Path) -> Generator[tuple[subprocess.Popen[str], Path]]:
+    """A process that has weights; killed at the end."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdin=pipe, stdout=pipe, env={"TMPDIR": str(root)}, text=True) as process:
+        assert process.stdout is not None
+        yield process, Path(process.stdout.readline().strip())
+        process.kill()
+
+
+def test_the_directory_is_gone_afterwards() -> None:
+    with scratch() as path:
+        (path / "file").touch()
+    assert not path.exists()
+
+
+def test_what_a_killed_sampler_leaves_is_removed_and_what_another_uses_is_not(tmp_path: Path) -> None:
+    with sampler(tmp_path) as (_, living):
+        with sampler(tmp_path) as (process, dead):
+            process.kill()
+            process.wait()
+            assert dead.exists()
+        with scratch() as path:
+            assert sorted(tmp_path.iterdir()) == sorted([living, path])
+            assert (living / "1.0" / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_what_is_not_a_samplers_directory_stays(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    (tmp_path / f"{PREFIX}link").symlink_to(elsewhere)
+    (tmp_path / f"{PREFIX}file").touch()
+    with scratch():
+        pass
+    assert (elsewhere / "file").exists()
+    assert (tmp_path / f"{PREFIX}file").exists()

@@ -1,0 +1,111 @@
+"""What is said on the broker by somebody who may say it, and is wrong: heard by nobody, fatal to nobody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import pytest
+
+from learner.intake.presence import Presence
+from treegrpo import control
+from treegrpo.control import ControlPlane, Member
+from treegrpo.errors import ContractError
+from treegrpo.handoff import decode
+from treegrpo.step import PolicyVersion
+
+GOOD: dict[str, Any] = {"id": "s7", "role": "sampler", "incarnation": 7, "metrics": "127.0.0.1:1", "alive": False}
+
+
+def plane() -> ControlPlane:
+    return ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1))
+
+
+def hear(listener: ControlPlane, row: object, topic: str = "members/sampler/s7") -> None:
+    payload: Any = msgpack.packb(row)
+    listener._hear(topic, payload)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"incarnation": "seven"},
+        {"incarnation": None},
+        {"incarnation": -1},
+        {"incarnation": 7.5},
+        {"incarnation": True},
+        {"alive": "no"},
+        {"metrics": ["a"]},
+        {"metrics": "x" * 1000},
+        {"more": 1},
+        {"id": b"s7"},
+    ],
+)
+def test_presence_of_the_wrong_type_is_ignored_and_breaks_nothing(change: dict[str, Any]) -> None:
+    """The intake wrote an incarnation in hexadecimal, whatever it was: one message of a sampler ended it."""
+    listener = plane()
+    hear(listener, {**GOOD, **change})
+    assert not listener.members
+    hear(listener, GOOD)
+    assert list(listener.members) == ["s7"]
+    Presence(set(), lambda _: None).heed(listener.members.values())
+
+
+@pytest.mark.parametrize("row", [[], 7, "s7", None, {}, {1: 2}, [GOOD]])
+def test_presence_that_is_no_map_is_ignored(row: object) -> None:
+    listener = plane()
+    hear(listener, row)
+    assert not listener.members
+
+
+def test_what_is_wrong_is_logged_once_and_shortly(caplog: pytest.LogCaptureFixture) -> None:
+    listener = plane()
+    for number in range(100):
+        listener._hear("state", f"x{number}".encode() * 1000)  # pyright: ignore[reportPrivateUsage]
+    assert len(caplog.records) == 1
+    assert len(caplog.records[0].getMessage()) < 400
+
+
+def test_members_that_left_make_room_for_those_who_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers that are named by host and process start again for months."""
+    monkeypatch.setattr(control, "PEERS", 2)
+    listener = plane()
+    for name, alive in (("s1", True), ("s2", False), ("s3", True), ("s4", True)):
+        hear(listener, {**GOOD, "id": name, "alive": alive}, f"members/sampler/{name}")
+    assert list(listener.members) == ["s1", "s3"]
+
+
+@pytest.mark.parametrize("text", ["1.4294967296", "1." + "9" * 5000, "١.٢", "1.2.3", "1", ".", "1.", "-1.2", " 1.2"])
+def test_a_version_beyond_what_the_contract_can_say_is_refused(text: str) -> None:
+    with pytest.raises(ContractError, match="is not a policy version") as refusal:
+        PolicyVersion.parse(text)
+    assert len(str(refusal.value)) < 200
+    assert PolicyVersion.parse("1.4294967295").step == (1 << 32) - 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [],
+        {"type": "Nothing"},
+        {"type": []},
+        {},
+        {"type": "Take", "position": "3", "count": 1},
+        {"type": "Take", "position": True, "count": 1},
+        {"type": "Take", "position": 3},
+        {"type": "Covered", "position": 3, "more": 1},
+        {"type": "Taken", "groups": ["text"], "state": "running"},
+        {"type": "Report", "values": []},
+        {b"type": "Take"},
+    ],
+)
+def test_what_is_no_message_of_the_local_socket_is_refused_in_a_sentence(row: object) -> None:
+    body: Any = msgpack.packb(row)
+    with pytest.raises(ContractError, match="trainer and intake must be of one version"):
+        decode(body)
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"\xdf\xff\xff\xff\xff", b"\x91" * 2000 + b"\xc0", b"\x81\xa4type\xa1\xff"])
+def test_bytes_that_are_none_are_refused_in_a_sentence(body: bytes) -> None:
+    with pytest.raises(ContractError, match="what is no message of ours"):
+        decode(body)

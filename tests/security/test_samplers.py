@@ -1,0 +1,291 @@
+"""A sampler in wrong hands: it has a certificate, and harms its own leases alone. Over gRPC, with a real journal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import msgpack
+import pytest
+
+from learner.intake import gate, reading
+from learner.intake.reading import PARTS, read_request
+from services.sampler.channel import OPTIONS
+from tests.intake.builders import PLAN, VERSION, book, chain, complete
+from tests.intake.doorstep import Doorstep, doorstep
+from tests.intake.harness import Sampler
+from treegrpo.budget import Budget, Cost
+from treegrpo.codec import lease_end_to_pb, subtree_to_pb, version_to_pb
+from treegrpo.errors import ContractError
+from treegrpo.lease import LeaseKind
+from treegrpo.limits import MESSAGE_BYTES
+from treegrpo.size import TIMES
+from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.v1 import weights_pb2, weights_pb2_grpc
+from treegrpo.v1.tree_pb2 import PolicyVersion
+
+SECONDS = 20.0
+
+
+async def granted(sampler: Sampler) -> str:
+    await sampler.want(1)
+    return (await sampler.hear("lease")).id
+
+
+async def ended(sampler: Sampler) -> tuple[grpc.StatusCode, str]:
+    """How the learner ends its stream."""
+    async with asyncio.timeout(SECONDS):
+        return await sampler.call.code(), await sampler.call.details()
+
+
+def refused(door: Doorstep, reason: str) -> float:
+    return door.sample("subtrees_refused_total", reason=reason)
+
+
+# ---- whose lease it is
+
+
+async def test_a_subtree_sent_again_is_counted_once(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+        lease = await granted(sampler)
+        for _ in range(3):
+            await sampler.send_chain(lease)
+            assert not (await sampler.hear("ack")).refusal
+        assert door.sample("subtrees_duplicate_total") == 2
+        assert door.desk.book.ledger.accounts[LeaseKind.TRAIN].spent == Budget(28, 2)
+
+
+async def test_nobody_brings_subtrees_of_another_samplers_lease(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither what the other has sent before nor anything new; and the other notices nothing."""
+    async with (
+        doorstep(book(), tmp_path) as door,
+        Sampler.join(door.address, name="mine") as mine,
+        Sampler.join(door.address, name="other") as other,
+    ):
+        lease = await granted(mine)
+        await mine.send_chain(lease)
+        await mine.hear("ack")
+        shapes: list[dict[str, Any]] = [{}, {"index": 1, "parent": 1}, {"tree": 1}]
+        for shape in shapes * 2:
+            await other.say(subtree=subtree_to_pb(chain(lease, reward=9.0, **shape)))
+            assert "its own sampler speaks for it" in (await other.hear("ack")).refusal
+        assert refused(door, "holder") == 6
+        assert sum("speaks for it" in record.getMessage() for record in caplog.records) == 1
+        group = door.desk.book.open[lease]
+        assert (len(group.encoded), group.told_at, group.refused) == (1, None, {})
+        await mine.send_chain(lease, tree=1)
+        assert not (await mine.hear("ack")).refusal
+
+
+async def test_nobody_ends_another_samplers_lease(tmp_path: Path) -> None:
+    async with (
+        doorstep(book(), tmp_path) as door,
+        Sampler.join(door.address, name="mine") as mine,
+        Sampler.join(door.address, name="other") as other,
+    ):
+        lease = await granted(mine)
+        await other.say(lease_end=lease_end_to_pb(complete(lease)))
+        assert await granted(other) != lease
+        assert lease in door.desk.book.open
+
+
+async def test_a_lease_that_ended_takes_nothing_more(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+        lease = await granted(sampler)
+        await sampler.roll_out(lease)
+        await sampler.hear("lease")
+        shapes: list[dict[str, Any]] = [{}, {"tree": 1}]
+        for shape in shapes:
+            await sampler.send_chain(lease, **shape)
+            assert (await sampler.hear("ack")).refusal == f"Lease {lease} is not open; its work is no longer wanted."
+        assert refused(door, "lease") == 2
+        assert door.desk.book.ledger.accounts[LeaseKind.TRAIN].spent == Budget(28, 2)
+
+
+# ---- what it says
+
+
+WRONG: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
+    "a long id": (lambda _: {"subtree": subtree_to_pb(chain("x" * 100))}, "id of a lease has 100 letters"),
+    "a long id that ends": (lambda _: {"lease_end": lease_end_to_pb(complete("x" * 100))}, "id of a lease has 100 letters"),
+    "a second hello": (lambda _: {"hello": pb.Hello(sampler="s1", engine="fake")}, "sent hello in the middle"),
+    "no reason": (lambda lease: {"lease_end": pb.LeaseEnd(lease=lease, reason=cast("Any", 99))}, "ended for reason 99"),
+    "no cost": (
+        lambda lease: {"lease_end": lease_end_to_pb(replace(complete(lease), unaccounted=Cost(prefilled=2**63)))},
+        "which its plan cannot cost",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+async def test_what_breaks_the_contract_ends_the_stream_and_is_counted(tmp_path: Path, name: str) -> None:
+    says, sentence = WRONG[name]
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+        lease = await granted(sampler)
+        await sampler.say(**says(lease))
+        code, said = await ended(sampler)
+        assert (code, sentence in said) == (grpc.StatusCode.INVALID_ARGUMENT, True), said
+        assert door.sample("peers_refused_total", reason="message") == 1
+        assert lease in door.desk.book.open
+
+
+async def test_bytes_that_are_no_message_end_the_stream_without_a_traceback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+        for _ in range(3):
+            call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")()
+            await call.write(b"\xff\xff\xff")
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert door.sample("peers_refused_total", reason="message") == 3
+    assert [record.exc_info for record in caplog.records if record.levelname != "INFO"] == [None]
+
+
+async def test_a_step_that_costs_more_than_anything_can_is_refused_and_the_books_stay_small(tmp_path: Path) -> None:
+    """Two of them were more than 64 bits, which neither journal nor snapshot can write."""
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+        lease = await granted(sampler)
+        sent = subtree_to_pb(chain(lease))
+        for number, field in enumerate(("prefilled", "cached", "decoded", "tool_calls", "seconds")):
+            bad = pb.RolloutRequest(subtree=sent)
+            bad.subtree.tree = number % 2
+            bad.subtree.index = number // 2
+            huge: Any = float("nan") if field == "seconds" else 2**32 - 1
+            setattr(bad.subtree.steps[0].cost, field, huge)
+            await sampler.call.write(bad)
+            assert "which no step of its plan can cost" in (await sampler.hear("ack")).refusal
+        await sampler.say(lease_end=lease_end_to_pb(complete(lease)))
+        await sampler.hear("lease")
+        spent = door.desk.book.ledger.accounts[LeaseKind.TRAIN].spent
+        assert spent.tokens <= 10 * TIMES * PLAN.max_context
+        assert msgpack.packb(door.desk.book.state())
+
+
+async def test_refusals_of_one_lease_are_bounded(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+        lease = await granted(sampler)
+        for number in range(50):
+            await sampler.send_chain(lease, tree=2 + number)
+            await sampler.hear("ack")
+        assert len(door.desk.book.open[lease].refused) == PLAN.leaves
+        assert refused(door, "tree") == PLAN.leaves
+
+
+@pytest.mark.parametrize("field", [b"\x2a\x00", b"\x32\x00"])
+def test_many_small_parts_are_refused_before_they_are_parsed(field: bytes) -> None:
+    """Empty steps and leaves: 2 bytes here, 70 and more when they are parsed."""
+    body = field * (PARTS + 1)
+    with pytest.raises(ContractError, match="more than 65536 parts"):
+        read_request(b"\x1a" + varint(len(body)) + body)
+    inner = b"\x32\x00" * (PARTS + 1)
+    step = b"\x2a" + varint(len(inner)) + inner
+    with pytest.raises(ContractError, match="more than 65536 parts"):
+        read_request(b"\x1a" + varint(len(step)) + step)
+
+
+def test_a_group_of_the_old_wire_format_is_no_way_around_it() -> None:
+    body = b"\x2a\x00" * (PARTS + 1)
+    with pytest.raises(ContractError, match="no request"):
+        read_request(b"\x9b\x06\x9c\x06\x1a" + varint(len(body)) + body)
+
+
+def test_what_no_contract_knows_is_not_kept() -> None:
+    sent = subtree_to_pb(chain("lease"))
+    junk = b"\x9a\x06" + varint(1 << 20) + b"x" * (1 << 20)
+    body = sent.SerializeToString() + junk
+    assert read_request(b"\x1a" + varint(len(body)) + body).subtree == sent
+
+
+def test_what_a_sampler_says_in_its_own_words_is_cut_off() -> None:
+    end = lease_end_to_pb(replace(complete("lease"), error="x" * 9999))
+    assert len(read_request(pb.RolloutRequest(lease_end=end).SerializeToString()).lease_end.error) == reading.SENTENCE_LETTERS
+
+
+def test_a_hello_that_names_many_leases_is_refused() -> None:
+    hello = pb.Hello(sampler="s1", leases=["x"] * (reading.LEASES + 1))
+    with pytest.raises(ContractError, match="names 4097 leases"):
+        read_request(pb.RolloutRequest(hello=hello).SerializeToString())
+
+
+def varint(number: int) -> bytes:
+    digits = b""
+    while number > 127:
+        digits, number = digits + bytes([number & 127 | 128]), number >> 7
+    return digits + bytes([number])
+
+
+# ---- how slowly it says it, and how it hears
+
+
+async def test_half_a_message_is_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unary call whose message never comes; gRPC would wait for ever."""
+    monkeypatch.setattr(gate, "REQUEST_SECONDS", 0.2)
+    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+        for method in ("DescribeWeights", "FetchWeights"):
+            call = cast("Any", channel).stream_stream(f"/treegrpo.v1.WeightsService/{method}")()
+            assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert door.sample("peers_refused_total", reason="slow") == 2
+
+
+async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "CHUNK_SECONDS", 0.3)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(64 << 20))
+    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+        await door.weights.publish(VERSION, tmp_path / "weights")
+        ask = weights_pb2.FetchWeightsRequest(version=version_to_pb(VERSION), name="model.safetensors")
+        call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)
+        await door.until(lambda: door.sample("peers_refused_total", reason="slow") == 1)
+        with suppress(grpc.aio.AioRpcError):
+            while await call.read() != gate.EOF:
+                pass
+        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"name": "x" * 1000}, grpc.StatusCode.NOT_FOUND),
+        ({"name": "../model.safetensors"}, grpc.StatusCode.NOT_FOUND),
+        ({"offset": 5}, grpc.StatusCode.OUT_OF_RANGE),
+        ({"offset": 2**64 - 1}, grpc.StatusCode.OUT_OF_RANGE),
+        ({"version": PolicyVersion(lineage=7)}, grpc.StatusCode.NOT_FOUND),
+    ],
+)
+async def test_weights_that_are_not_there_are_refused_in_a_sentence(
+    tmp_path: Path, changes: dict[str, Any], code: grpc.StatusCode
+) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(4))
+    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+        await door.weights.publish(VERSION, tmp_path / "weights")
+        asked: dict[str, Any] = {"version": version_to_pb(VERSION), "name": "model.safetensors", **changes}
+        ask = weights_pb2.FetchWeightsRequest(**asked)
+        call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)
+        assert await call.code() is code
+        assert len(await call.details()) < 200
+
+
+# ---- how much it says
+
+
+async def test_metadata_beyond_the_limit_are_refused(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+        call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")(metadata=(("x", "y" * 20_000),))
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "metadata size exceeds" in await call.details()
+
+
+async def test_a_message_beyond_the_limit_is_refused_and_its_lease_is_another_matter(tmp_path: Path) -> None:
+    options = [(key, value) for key, value in OPTIONS if "message_length" not in key]
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as good:
+        async with grpc.aio.insecure_channel(door.address, options=options) as channel:
+            call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")()
+            await call.write(bytes(MESSAGE_BYTES + 1))
+            assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await granted(good)

@@ -1,0 +1,59 @@
+"""The retriever and /metrics on loopback, and raw sockets to them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import httpx
+
+from services.retriever.service import serve
+from treegrpo import telemetry
+from treegrpo.access import Access
+from treegrpo.config import RetrieverConfig
+from treegrpo.telemetry import RetrieverMetrics
+
+SECONDS = 10.0
+
+
+@asynccontextmanager
+async def retriever(tmp_path: Path, who: Access, contents: str = "Kabul\nKabul is large.") -> AsyncGenerator[str]:
+    """The service; yields HOST:PORT."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(json.dumps({"id": "0", "contents": contents}) + "\n")
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    service = asyncio.create_task(serve(RetrieverConfig(corpus=path, listen="127.0.0.1:0"), who, port.set_result))
+    await asyncio.wait([port, service], return_when=asyncio.FIRST_COMPLETED, timeout=SECONDS)
+    try:
+        yield f"127.0.0.1:{port.result()}"
+    finally:
+        service.cancel()
+        with suppress(asyncio.CancelledError):
+            await service
+
+
+def metrics(who: Access) -> str:
+    """Served until the tests end; HOST:PORT."""
+    return f"127.0.0.1:{telemetry.serve(RetrieverMetrics(), '127.0.0.1:0', 'retriever.listen', who)}"
+
+
+def client(who: Access, token: dict[str, str] | None = None) -> httpx.AsyncClient:
+    return httpx.AsyncClient(timeout=SECONDS, verify=who.web_context(), headers=token)
+
+
+async def said_to(address: str, request: bytes, context: ssl.SSLContext | None = None) -> bytes:
+    """All that a server answers to ``request`` until it hangs up, which it has to do by itself."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port), ssl=context)
+    writer.write(request)
+    try:
+        async with asyncio.timeout(SECONDS):
+            return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()

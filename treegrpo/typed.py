@@ -1,0 +1,38 @@
+"""A map from another process as one of our dataclasses: every field is there, and of its type."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+Kind = TypeVar("Kind")
+
+
+def typed(kind: type[Kind], row: object) -> Kind:
+    """``kind(**row)``. Raises ValueError and TypeError, in short: ``row`` is a stranger's.
+
+    Example:
+        >>> typed(Covered, {"position": "3"})
+        ValueError: position is no int
+    """
+    if not isinstance(row, dict):
+        raise TypeError(f"it is no map but {type(row).__name__}")
+    made = kind(**cast("dict[str, Any]", row))
+    for name, hint in _hints(kind).items():
+        if not _is(getattr(made, name), hint):
+            raise ValueError(f"{name} is no {getattr(hint, '__name__', hint)}")
+    return made
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _is(value: object, hint: Any) -> bool:
+    """A bool is no int here; an int is a float."""
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is(one, get_args(hint)[0]) for one in cast("list[object]", value))
+    if get_origin(hint) is dict:
+        return isinstance(value, dict)
+    return type(value) is hint or (hint is float and type(value) is int)
