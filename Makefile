@@ -1,4 +1,4 @@
-# make demo    set up, then train on GeoHop and print held-out exact match before and after
+# make demo    set up, then train on GeoHop and print held-out exact match before and after; ENGINE=sglang samples with SGLang
 # make test    set up, then run all tests
 # make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
 # make lint    style, types, import contracts, contract and stubs
@@ -18,6 +18,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUN_DIR ?= runs/demo
 ARGS ?=
+ENGINE ?= embedded
 SGLANG := .venv-sglang
 SGLANG_READY := $(SGLANG)/.ready
 
@@ -36,10 +37,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 # A run directory is never overwritten: the last demo moves aside, unless it is to be resumed.
-demo: $(READY)
+demo: $(READY) $(if $(filter sglang,$(ENGINE)),$(SGLANG_READY))
 	@if [ -e "$(RUN_DIR)" ] && [[ "$(ARGS)" != *--resume* ]]; then \
 		kept="$(RUN_DIR)-until-$$(date +%Y%m%d-%H%M%S)"; mv "$(RUN_DIR)" "$$kept"; echo "The last run is kept in $$kept."; fi
-	@$(BIN)/treegrpo up examples/geohop/geohop.toml --run.dir "$(RUN_DIR)" $(ARGS)
+	@$(BIN)/treegrpo up examples/geohop/geohop.toml --run.dir "$(RUN_DIR)" --engine.kind "$(ENGINE)" $(ARGS)
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

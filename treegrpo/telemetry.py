@@ -141,6 +141,7 @@ class SamplerMetrics(_Metrics):
         self.running = self._gauge("engine_running", "Generations running")
         self.queued = self._gauge("engine_queued", "Generations waiting for a place")
         self.limit = self._gauge("engine_limit", "Generations that may run at once now; with SGLang it follows its memory")
+        self.stalled_for_weights = self._counter("weights_stall_seconds", "Seconds SGLang servers paused for new weights")
         self.restarts = self._counter("engine_restarts", "Times a server of the engine was started again")
         self.cache_used = self._gauge("engine_cache_used_tokens", "Tokens held by the prefix cache; with SGLang by generations")
         self.cache_size = self._gauge("engine_cache_size_tokens", "Tokens the prefix cache can hold")

@@ -94,6 +94,7 @@ async def observe(engine: OpenEngine, metrics: SamplerMetrics) -> None:
         metrics.cache_size.set(now.cache_capacity)
         metrics.limit.set(now.limit)
         metrics.cache_evicted.inc(now.evicted - seen.evicted)
+        metrics.stalled_for_weights.inc(now.stalled - seen.stalled)
         metrics.restarts.inc(now.restarts - seen.restarts)
         for error, count in now.errors.items():
             metrics.errors.labels(error).inc(count - seen.errors.get(error, 0))

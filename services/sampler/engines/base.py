@@ -69,6 +69,8 @@ class Counters:
     cache_tokens: int = 0
     """Tokens whose keys and values are held now; where an engine tells no more, those of running requests."""
     cache_capacity: int = 0
+    stalled: float = 0.0
+    """Seconds in which servers generated nothing for the sake of new weights, since the start."""
     restarts: int = 0
     """Times a server of the engine was started again."""
     errors: Mapping[str, int] = field(default_factory=dict[str, int])

@@ -62,9 +62,10 @@ class SGLangEngine:
         tokenizer: the model's.
         limits: of every request.
         """
+        self.servers = servers
         self._floor = Floor(servers)
-        self._keeper = keeper
-        self._stage = stage
+        self.keeper = keeper
+        self.stage = stage
         self._served = served
         self._limits = limits
         self._stops = StopStrings(tokenizer)
@@ -89,18 +90,18 @@ class SGLangEngine:
     @property
     def counters(self) -> Counters:
         """What the engine has done and holds now."""
-        servers = self._floor.servers
-        loads = [server.load for server in servers if server.load is not None]
+        loads = [server.load for server in self.servers if server.load is not None]
         return Counters(
             prefilled=self._totals.prefilled,
             cached=self._totals.cached,
             decoded=self._totals.decoded,
             running=sum(load.running for load in loads),
             waiting=self._floor.waiting + sum(load.queued for load in loads),
-            limit=sum(server.pressure.limit for server in servers if server.up),
+            limit=sum(server.pressure.limit for server in self.servers if server.up),
             cache_tokens=sum(load.used for load in loads),
             cache_capacity=sum(load.capacity for load in loads),
-            restarts=self._keeper.restarts if self._keeper else 0,
+            stalled=sum(server.stalled for server in self.servers),
+            restarts=self.keeper.restarts if self.keeper else 0,
             errors=dict(self._errors),
         )
 
@@ -141,14 +142,14 @@ class SGLangEngine:
         async with self._loading:
             if version == self.version:
                 return
-            new = await asyncio.to_thread(self._stage.put, version, path)
+            new = await asyncio.to_thread(self.stage.put, version, path)
             try:
                 await self._swap(new)
             except BaseException:
-                await asyncio.to_thread(self._stage.drop, new)
+                await asyncio.to_thread(self.stage.drop, new)
                 raise
             old, self._served = self._served, new
-            await asyncio.to_thread(self._stage.drop, old)
+            await asyncio.to_thread(self.stage.drop, old)
 
     async def health(self) -> None:
         """See `Engine.health`. Raises EngineAwayError while no server is up, EngineError when none will be again."""
@@ -161,7 +162,7 @@ class SGLangEngine:
             async with asyncio.timeout(seconds):
                 await self._arrived.wait()
         except TimeoutError as error:
-            urls = ", ".join(server.api.url for server in self._floor.servers)
+            urls = ", ".join(server.api.url for server in self.servers)
             raise DeadlineError(f"No SGLang server at {urls} served the model within {seconds:.0f} s; see their logs.") from error
         if self._failure:
             raise EngineError(self._failure)
@@ -172,12 +173,12 @@ class SGLangEngine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for server in self._floor.servers:
+        for server in self.servers:
             await server.close()
             await server.api.close()
-        if self._keeper:
-            await self._keeper.stop()
-        await asyncio.to_thread(self._stage.close)
+        if self.keeper:
+            await self.keeper.stop()
+        await asyncio.to_thread(self.stage.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -227,9 +228,9 @@ class SGLangEngine:
 
     def _keeping(self) -> list[Coroutine[Any, Any, str]]:
         """The endless work that keeps servers up."""
-        if self._keeper:
-            return [self._keeper.run(lambda: self._served, self._changed, self._count)]
-        return [keep_remote(server, lambda: self._served, self._changed, self._count) for server in self._floor.servers]
+        if self.keeper:
+            return [self.keeper.run(lambda: self._served, self._changed, self._count)]
+        return [keep_remote(server, lambda: self._served, self._changed, self._count) for server in self.servers]
 
     async def _guard(self, keep: Coroutine[Any, Any, str]) -> None:
         """Run ``keep``; when it gives up and no server is left, so does the engine."""
@@ -244,14 +245,14 @@ class SGLangEngine:
 
     @property
     def _up(self) -> list[Server]:
-        return [server for server in self._floor.servers if server.up]
+        return [server for server in self.servers if server.up]
 
     def _away(self) -> EngineError:
         """Why nothing can be generated, when no server is up."""
         if self._failure:
             return EngineError(self._failure)
-        urls = ", ".join(server.api.url for server in self._floor.servers)
-        return EngineAwayError("engine", urls, "is being started again" if self._keeper else "does not answer", certain=True)
+        urls = ", ".join(server.api.url for server in self.servers)
+        return EngineAwayError("engine", urls, "is being started again" if self.keeper else "does not answer", certain=True)
 
     def _changed(self) -> None:
         if self._up:
@@ -266,7 +267,7 @@ class SGLangEngine:
     def _fail(self, why: str) -> None:
         self._failure = self._failure or why
         self._floor.fail(EngineError(self._failure))
-        for server in self._floor.servers:
+        for server in self.servers:
             server.lose()
         self._arrived.set()
 

@@ -16,7 +16,7 @@ class Floor:
     """The servers, and the requests that wait for a place on one."""
 
     def __init__(self, servers: Sequence[Server]) -> None:
-        self.servers = servers
+        self._servers = servers
         self.router = Router[Server]()
         self._queue: deque[tuple[TokenIds, asyncio.Future[Server]]] = deque()
 
@@ -47,7 +47,7 @@ class Floor:
         """Give places to those who wait, as far as there are any. Call it whenever one may have become free."""
         while self._queue:
             ids, future = self._queue[0]
-            server = self.router.choose(ids, {server: server.fullness for server in self.servers if server.has_room})
+            server = self.router.choose(ids, {server: server.fullness for server in self._servers if server.has_room})
             if server is None:
                 return
             self._queue.popleft()

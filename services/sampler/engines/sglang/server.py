@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass, field
 from uuid import uuid4
 
@@ -33,6 +34,8 @@ class Server:
     asking: set[asyncio.Task[Answer]] = field(default_factory=set[asyncio.Task[Answer]])
     """Requests on their way."""
     aborting: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    stalled: float = 0.0
+    """Seconds in which it generated nothing for the sake of new weights, since the start."""
     taken: int = 0
     """Places that are taken by requests."""
 
@@ -83,7 +86,7 @@ class Server:
             WeightsError: it refused; it serves what it served before.
             UnavailableError, DeadlineError, ContractError, EngineError: it failed on the way; what it serves is not known.
         """
-        self.swapping = True
+        self.swapping, began = True, time.monotonic()
         old, self.serves = self.serves, None
         try:
             await self.api.pause()
@@ -100,6 +103,7 @@ class Server:
             self.serves = new
         finally:
             self.swapping = False
+            self.stalled += time.monotonic() - began
 
     def _abort(self, rid: str) -> None:
         """End a request that nobody waits for any more, without waiting for that."""

@@ -96,6 +96,11 @@ class Keeper:
         self._child: Child | None = None
         self.restarts = 0
 
+    @property
+    def pid(self) -> int:
+        """Of the process that runs or ran last; 0 before the first."""
+        return self._child.pid if self._child else 0
+
     async def start(self, served: Staged) -> None:
         """Start it and wait until it is ready. Raises EngineError, DeadlineError with its last words."""
         began = time.monotonic()
