@@ -1,4 +1,5 @@
-# make demo    set up, then train on GeoHop and print held-out exact match before and after; ENGINE=sglang samples with SGLang
+# make demo    set up, then train on GeoHop and print held-out exact match before and after; CONTINUE=yes goes on with the last one
+# make demo ENGINE=sglang  the same, sampled with SGLang
 # make test    set up, then run all tests
 # make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
 # make lint    style, types, import contracts, contract and stubs
@@ -18,12 +19,13 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUN_DIR ?= runs/demo
 ARGS ?=
+CONTINUE ?=
 ENGINE ?= embedded
 SGLANG := .venv-sglang
 SGLANG_READY := $(SGLANG)/.ready
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 setup: $(READY)
 
@@ -36,9 +38,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# A run directory is never overwritten: the last demo moves aside, unless it is to be resumed.
+# A run goes on in its directory: the last demo moves aside, unless it is to go on.
 demo: $(READY) $(if $(filter sglang,$(ENGINE)),$(SGLANG_READY))
-	@if [ -e "$(RUN_DIR)" ] && [[ "$(ARGS)" != *--resume* ]]; then \
+	@if [ -e "$(RUN_DIR)" ] && [ -z "$(CONTINUE)" ]; then \
 		kept="$(RUN_DIR)-until-$$(date +%Y%m%d-%H%M%S)"; mv "$(RUN_DIR)" "$$kept"; echo "The last run is kept in $$kept."; fi
 	@$(BIN)/treegrpo up examples/geohop/geohop.toml --run.dir "$(RUN_DIR)" --engine.kind "$(ENGINE)" $(ARGS)
 

@@ -23,6 +23,7 @@ import grpc
 
 from bench.traffic import SIZES, Script, Slice, encoded, percentile
 from treegrpo.change import Change
+from treegrpo.lease import HEARTBEAT_SECONDS
 from treegrpo.v1 import rollout_pb2 as pb
 
 METHOD = "/treegrpo.v1.RolloutService/Rollout"
@@ -48,7 +49,12 @@ class Work:
 
     @property
     def idle(self) -> bool:
-        return not self.held and not self.unacked
+        return self.joined == self.samplers and not self.held and not self.unacked
+
+    def look(self) -> None:
+        """Tell who waits for the end."""
+        if self.idle:
+            self.changed.tell()
 
 
 class Sampler:
@@ -58,8 +64,9 @@ class Sampler:
         self._name, self._call, self._work = name, call, work
         self._line: asyncio.Queue[str | bytes] = asyncio.Queue()
 
-    def want(self, leases: int) -> None:
-        self._line.put_nowait(encoded(demand=pb.Demand(leases=leases)))
+    def say(self, request: bytes) -> None:
+        """Write a request when what is before it is written."""
+        self._line.put_nowait(request)
 
     async def write(self) -> None:
         hello = pb.Hello(sampler=self._name, incarnation=1, engine="bench", capacity=64)
@@ -75,6 +82,7 @@ class Sampler:
                 await self._call.write(request)
             await self._call.write(end)
             self._work.held -= 1
+            self._work.look()
 
     async def read(self) -> None:
         work = self._work
@@ -92,8 +100,7 @@ class Sampler:
                     work.joined += 1
                 case _:
                     pass
-            if work.idle or work.joined == work.samplers:
-                work.changed.tell()
+            work.look()
 
 
 class Crowd:
@@ -114,8 +121,9 @@ class Crowd:
             sampler = Sampler(f"bench-{number}", call, self.work)
             self._samplers.append(sampler)
             running += [tasks.create_task(sampler.write()), tasks.create_task(sampler.read())]
+        running.append(tasks.create_task(self._beat()))
         async with asyncio.timeout(READY_SECONDS):
-            while self.work.joined < self.work.samplers:
+            while not self.work.idle:
                 await self.work.changed.wait()
         return running
 
@@ -135,8 +143,17 @@ class Crowd:
         return Slice(len(waited), took, spent, percentile(waited, 0.99), resident(self._pid))
 
     def _want(self, leases: int) -> None:
+        self._say(encoded(demand=pb.Demand(leases=leases)))
+
+    async def _beat(self) -> None:
+        """Whoever is silent for too long loses its leases."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            self._say(encoded(heartbeat=pb.Heartbeat()))
+
+    def _say(self, request: bytes) -> None:
         for sampler in self._samplers:
-            sampler.want(leases)
+            sampler.say(request)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import uuid
@@ -57,4 +58,43 @@ async def test_an_intake_that_cannot_start_is_said_and_ends_all(tmp_path: Path) 
     assert str(bench.train) in errors[0]
     assert errors[1] == "error: The intake ended with code 2 before it served; its last words are above."
     assert process.returncode == 2
+    assert marked(mark) == []
+
+
+def intake_of(mark: str) -> int:
+    """The process id of the one intake that inherited ``mark``."""
+    (found,) = [pid for pid in marked(mark) if b"learner.intake" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+async def test_an_intake_that_is_killed_is_started_again_and_the_trainer_goes_on(tmp_path: Path) -> None:
+    bench, mark = Workbench(tmp_path), uuid.uuid4().hex
+    flags = bench.flags()
+    broker = embedded(load(None, flags).broker.address)
+    await broker.start()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "learner", *flags), env=environment(mark), stderr=asyncio.subprocess.PIPE
+        )
+        assert process.stderr is not None
+        said: list[str] = []
+
+        async def heard(words: str) -> None:
+            while not any(words in line for line in said):
+                said.append((await process.stderr.readline()).decode())  # pyright: ignore[reportOptionalMemberAccess]
+                assert said[-1], "".join(said)
+
+        async with asyncio.timeout(SECONDS):
+            await heard("the trainer left")  # it only looked whether the intake serves
+            await heard("the trainer connected")
+            os.kill(intake_of(mark), signal.SIGKILL)
+            await heard("The trainer waits for it.")
+            await heard("the intake is back after")
+            process.send_signal(signal.SIGTERM)
+            said += (await process.stderr.read()).decode().splitlines(keepends=True)
+            assert await process.wait() == 0, "".join(said)
+    finally:
+        await broker.stop()
+    assert sum("the intake ended with code -9 and is started again" in line for line in said) == 1
+    assert not any("error: " in line or "Traceback" in line for line in said), "".join(said)
     assert marked(mark) == []

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -61,14 +62,28 @@ class Running:
         return next(pid for pid, words in names.items() if module.encode() in words and b"treegrpo.leash" not in words)
 
 
-async def up(*flags: str, program: str = "services.cli.main") -> Running:
-    mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", program, "up", *flags]
-    output = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        *command, env=environment(mark), stdout=output, stderr=asyncio.subprocess.STDOUT, stdin=asyncio.subprocess.DEVNULL
-    )
-    return Running(process, mark)
+Up = Callable[..., Awaitable[Running]]
+
+
+@pytest.fixture
+async def up() -> AsyncGenerator[Up]:
+    """Starts `treegrpo up`; what a failing test leaves is killed, and its parts with it."""
+    runs: list[Running] = []
+
+    async def start(*flags: str, program: str = "services.cli.main") -> Running:
+        mark, command = uuid.uuid4().hex, [sys.executable, "-m", program, "up", *flags]
+        output = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            *command, env=environment(mark), stdout=output, stderr=asyncio.subprocess.STDOUT, stdin=asyncio.subprocess.DEVNULL
+        )
+        runs.append(Running(process, mark))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        if run.process.returncode is None:
+            run.process.kill()
+            await run.process.wait()
 
 
 @pytest.fixture
@@ -81,7 +96,7 @@ async def told(bench: Workbench, state: str) -> None:
     assert (await asyncio.to_thread(treegrpo, "state", state, *bench.flags())).code == 0
 
 
-async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(bench: Workbench) -> None:
+async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(sampler__count="2"))
     assert await run.end() == 0
     progress = read_progress(bench.run_dir)
@@ -106,7 +121,7 @@ async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(bench:
     assert "run.seed was 0 and is 8, rollout.trees was 2 and is 3. Set it back" in other.sentence
 
 
-async def test_a_dead_sampler_is_replaced_and_the_same_command_goes_on_after_ctrl_c(bench: Workbench) -> None:
+async def test_a_dead_sampler_is_replaced_and_the_same_command_goes_on_after_ctrl_c(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(train__steps=FOREVER))
     await run.line("step 1/")
     os.kill(run.pid_of("services.sampler"), signal.SIGKILL)
@@ -126,7 +141,7 @@ async def test_a_dead_sampler_is_replaced_and_the_same_command_goes_on_after_ctr
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-async def test_a_second_ctrl_c_stops_at_once(bench: Workbench, processes: str) -> None:
+async def test_a_second_ctrl_c_stops_at_once(bench: Workbench, up: Up, processes: str) -> None:
     run = await up(*bench.flags(train__steps=FOREVER, train__processes=processes))
     await run.line("step 1/")
     run.process.send_signal(signal.SIGINT)
@@ -149,7 +164,7 @@ async def test_a_run_comes_to_its_end_whatever_part_of_it_is_killed(bench: Workb
     assert progress.evals[-1].step == 40
 
 
-async def test_a_rank_that_dies_costs_the_trainer_a_new_start(bench: Workbench) -> None:
+async def test_a_rank_that_dies_costs_the_trainer_a_new_start(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(train__steps=FOREVER, train__processes="2"))
     await run.line("step 1/")
     os.kill(run.pid_of("learner.trainer", variable="RANK=1"), signal.SIGKILL)
@@ -161,7 +176,7 @@ async def test_a_rank_that_dies_costs_the_trainer_a_new_start(bench: Workbench) 
     assert await run.end() == 0
 
 
-async def test_a_paused_run_that_goes_on_is_still_paused_until_somebody_says_running(bench: Workbench) -> None:
+async def test_a_paused_run_that_goes_on_is_still_paused_until_somebody_says_running(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(train__steps=FOREVER))
     await run.line("step 1/")
     await told(bench, "paused")
@@ -184,7 +199,7 @@ async def test_a_paused_run_that_goes_on_is_still_paused_until_somebody_says_run
     assert read_progress(bench.run_dir).steps[-1].step == done + 1
 
 
-async def test_the_run_state_draining_is_a_ctrl_c(bench: Workbench) -> None:
+async def test_the_run_state_draining_is_a_ctrl_c(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(train__steps=FOREVER))
     await run.line("step 1/")
     await told(bench, "draining")
@@ -194,7 +209,7 @@ async def test_the_run_state_draining_is_a_ctrl_c(bench: Workbench) -> None:
 
 
 @pytest.mark.parametrize("module", ["learner.trainer", "learner.intake", "services.cli.broker"])
-async def test_ctrl_c_while_a_part_waits_to_be_started_again_ends_the_run_in_order(bench: Workbench, module: str) -> None:
+async def test_ctrl_c_while_a_part_waits_to_be_started_again_ends_the_run_in_order(bench: Workbench, up: Up, module: str) -> None:
     run = await up(*bench.flags(train__steps=FOREVER), program="tests.cli.programs.patient")
     await run.line("step 1/")
     os.kill(run.pid_of(module), signal.SIGKILL)
@@ -206,7 +221,7 @@ async def test_ctrl_c_while_a_part_waits_to_be_started_again_ends_the_run_in_ord
     assert any((bench.run_dir / "checkpoints").glob("step-*")) == (module != "learner.trainer")
 
 
-async def test_an_error_that_stays_ends_the_run_with_its_sentence(bench: Workbench) -> None:
+async def test_an_error_that_stays_ends_the_run_with_its_sentence(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(train__steps=FOREVER))
     await run.line("step 1/")
     bench.train.write_text("{}\n")
@@ -216,7 +231,7 @@ async def test_an_error_that_stays_ends_the_run_with_its_sentence(bench: Workben
     assert error.startswith(f"error: The intake ended with code 2: {bench.train}, row 1: ")
 
 
-async def test_ranks_drain_together(bench: Workbench) -> None:
+async def test_ranks_drain_together(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(train__steps=FOREVER, train__processes="2"))
     await run.line("step 1/")
     run.process.send_signal(signal.SIGINT)

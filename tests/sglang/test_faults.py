@@ -14,6 +14,7 @@ import pytest
 
 from services.sampler.engines.base import Completion, Sampling
 from services.sampler.engines.sglang import Place, SGLangEngine, open_child
+from services.sampler.engines.sglang.stage import Staged
 from services.sampler.engines.sglang.watch import Keeper
 from services.sampler.gate import Gate
 from services.sampler.outage import Outage
@@ -23,7 +24,8 @@ from tests.engines import builders
 from tests.engines.conformance import FIRST, SECOND, check_spans
 from tests.sglang.door import Door
 from tests.sglang.servers import PYTHON, Pool, demands, remote
-from treegrpo.errors import EngineError, WeightsError
+from treegrpo.errors import EngineError, UnavailableError, WeightsError
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import SamplerMetrics
 
 LAUNCH = {"cache_tokens": 8192, "dtype": "float32", "threads": 1, "seed": 0}
@@ -86,7 +88,7 @@ async def test_a_child_that_is_killed_is_started_again_with_the_version_it_serve
     endless: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.sampler.outage.PATIENCE_SECONDS", 240.0)  # two slow cores take longer than a GPU machine
-    log, seeds = tmp_path / "server.log", range(12)
+    log, seeds = tmp_path / "server.log", range(6)
     async with child(endless[0], log) as engine:
         await engine.load(SECOND, endless[1])
         asking = asyncio.create_task(sample(engine, seeds, 400))
@@ -100,8 +102,19 @@ async def test_a_child_that_is_killed_is_started_again_with_the_version_it_serve
         assert engine.counters.errors["UnavailableError"] > 0
         assert all(span.version == SECOND for c in completions for span in c.spans)
         check(completions, seeds, 400, *endless)
-        # A name that is heard in the log, and a process group of which nobody is left.
         assert log.stat().st_size > 0
+
+        # SGLang reads a torn file a second time, to "roll back", and dies of it.
+        asking = asyncio.create_task(sample(engine, seeds, 200))
+        await running(engine)
+        with monkeypatch.context() as patch:
+            spoil(patch, engine, tear)
+            with pytest.raises(UnavailableError):
+                await engine.load(PolicyVersion(0, 2), endless[0])
+        completions = await asking
+        assert engine.version == SECOND
+        assert engine.counters.restarts == 2
+        check(completions, seeds, 200, *endless)
     with pytest.raises(ProcessLookupError):
         os.killpg(before, 0)
 
@@ -147,28 +160,35 @@ async def test_an_update_that_the_server_refuses_leaves_the_old_version_serving(
 ) -> None:
     seeds = range(6)
     async with remote(endless[0], pool.url("qwen2")) as engine:
-        asking = asyncio.create_task(sample(engine, seeds, 300))
+        asking = asyncio.create_task(sample(engine, seeds, 200))
         await running(engine)
-        put = engine.stage.put
-
-        def spoiled(*args: object) -> object:
-            """Checked and put in place; then a file is torn, as by a disk that is full."""
-            staged = put(*args)  # pyright: ignore[reportArgumentType]
-            weights = staged.path / "model.safetensors"
-            weights.unlink()
-            weights.write_bytes(b"torn")
-            return staged
-
-        monkeypatch.setattr(engine.stage, "put", spoiled)
-        with pytest.raises(WeightsError, match=str(SECOND)):
-            await engine.load(SECOND, endless[1])
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            spoil(patch, engine, lambda weights: weights.unlink())
+            with pytest.raises(WeightsError, match=str(SECOND)):
+                await engine.load(SECOND, endless[1])
         assert engine.version == FIRST
         completions = await asking
         assert all(span.version == FIRST for c in completions for span in c.spans)
-        check(completions, seeds, 300, *endless)
+        check(completions, seeds, 200, *endless)
         await engine.load(SECOND, endless[1])
         check(await sample(engine, range(2), 20), range(2), 20, *endless)
+
+
+def spoil(patch: pytest.MonkeyPatch, engine: SGLangEngine, how: Callable[[Path], object]) -> None:
+    """The next version is checked and put in place; then something happens to its file, as when a disk is full."""
+    put = engine.stage.put
+
+    def spoiled(version: PolicyVersion, weights: Path) -> Staged:
+        staged = put(version, weights)
+        how(staged.path / "model.safetensors")
+        return staged
+
+    patch.setattr(engine.stage, "put", spoiled)
+
+
+def tear(weights: Path) -> None:
+    weights.unlink()  # it may be a link to what was published
+    weights.write_bytes(b"torn")
 
 
 async def test_updates_while_more_requests_run_than_there_are_places(pool: Pool, endless: tuple[Path, Path]) -> None:

@@ -112,7 +112,7 @@ class FakeIntake:
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._talks.add(asyncio.current_task())
-        with contextlib.closing(writer):
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):  # a trainer that was killed
             while (request := await receive(reader)) is not None and self.answers(request):
                 self.asked.append(request)
                 writer.write(encode(self._answer(request)))

@@ -1,0 +1,86 @@
+"""A run whose processes are all killed and started again ends as one that nobody disturbed.
+
+In any case with the same groups, each trained once. And with the same weights, bit for bit, where what is sampled does not
+depend on time: docs/reliability.md has the conditions, which are `REPRODUCIBLE`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.audit import Audit
+from tests.resume.house import House, trained
+
+STEPS, BATCH = 5, 2
+KEYS = {
+    "train.steps": str(STEPS),
+    "train.batch": str(BATCH),
+    "train.lr": "1e-3",
+    "train.warmup_ratio": "0",
+    "rollout.max_action_tokens": "24",
+    "eval.questions": "1",
+    "train.checkpoint_every": "1",
+}
+REPRODUCIBLE = {"train.max_lag": "0", "engine.max_running": "1", "engine.cache_tokens": "0"}
+SEED = 4
+
+
+def weights(house: House) -> str:
+    return hashlib.sha256((house.run_dir / "checkpoints" / "final" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def in_order(found: Audit) -> None:
+    assert (found.lost, found.duplicated, found.unbalanced, found.unreported) == ([], [], [], 0)
+    assert [line["step"] for line in found.chain] == [*range(1, STEPS + 1)]
+    assert len(set(trained(found))) == len(trained(found)) == STEPS * BATCH
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], str]:
+    """Ids of the trained groups and the digest of the final weights of a run under `REPRODUCIBLE` conditions."""
+    import asyncio
+
+    async def run() -> tuple[list[str], str]:
+        async with House(tmp_path_factory.mktemp("undisturbed") / "house", 1, {**KEYS, **REPRODUCIBLE}) as house:
+            await house.start()
+            found = await house.complete()
+            in_order(found)
+            assert any("applied" in line["outcomes"] for line in found.chain[2:])  # or all weights would be the first ones
+            return trained(found), weights(house)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.timeout(400)
+async def test_killed_at_any_moment_a_run_trains_the_same_groups_each_once(
+    tmp_path: Path, undisturbed: tuple[list[str], str]
+) -> None:
+    async with House(tmp_path / "house", 2, {**KEYS, "train.checkpoint_every": "2"}) as house:
+        moments = house.moments(random.Random(SEED))
+        for _ in range(4):
+            await house.start()
+            await house.until(next(moments))
+            await house.kill()
+        await house.start()
+        found = await house.complete()
+    in_order(found)
+    assert set(trained(found)) == set(undisturbed[0])
+
+
+@pytest.mark.timeout(300)
+async def test_killed_after_a_step_and_amid_rollouts_a_run_with_one_sampler_ends_with_the_same_weights_bit_for_bit(
+    tmp_path: Path, undisturbed: tuple[list[str], str]
+) -> None:
+    async with House(tmp_path / "house", 1, {**KEYS, **REPRODUCIBLE}) as house:
+        for moment in (lambda: house.recorded(2), lambda: house.journaled(5_000)):
+            await house.start()
+            await house.until(moment())
+            await house.kill()
+        await house.start()
+        found = await house.complete()
+        in_order(found)
+        assert (trained(found), weights(house)) == undisturbed
