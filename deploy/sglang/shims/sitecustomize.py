@@ -20,6 +20,7 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        del path, target
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             import torch
