@@ -14,7 +14,7 @@ from tests.sglang.servers import PYTHON
 OWN = ("data.train", "data.heldout", "retriever.corpus", "model.path", "rollout.max_turns", "rollout.max_action_tokens")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 async def test_geohop_trains_on_sglang(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
     for key in (*OWN, "rollout.max_context"):

@@ -126,9 +126,9 @@ async def wake(server: Server, served: Staged, *, trusted: bool) -> None:
 
     Raises a TreeGrpoError if it cannot be used.
     """
-    await server.api.health()
     # Somebody who died in the middle of an update may have left it paused, or with other weights of the same name.
     await server.api.resume()
+    await server.api.health()
     if trusted:
         server.serves = served
         return

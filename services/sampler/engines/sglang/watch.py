@@ -35,7 +35,7 @@ SETTLED_SECONDS = 120.0
 Count = Callable[[BaseException], None]
 
 
-async def look_after(server: Server, changed: Callable[[], None], count: Count) -> None:
+async def look_after(server: Server, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> None:
     """Watch ``server``, which is up, until it no longer can be used; then return, with it down."""
     healthy, misses = time.monotonic(), 0
     try:
@@ -47,8 +47,9 @@ async def look_after(server: Server, changed: Callable[[], None], count: Count) 
             if server.swapping:
                 healthy = time.monotonic()
                 continue
-            if server.serves is None:
-                log.warning("it is not known which weights the SGLang server at %s serves", server.api.url)
+            # An update may have failed on the way, or passed by a server that was just coming up.
+            if server.serves is None or server.serves.version < served().version:
+                log.warning("the SGLang server at %s does not serve version %s", server.api.url, served().version)
                 return
             try:
                 server.load = await server.api.load()
@@ -82,7 +83,7 @@ async def keep_remote(server: Server, served: Callable[[], Staged], changed: Cal
         server.up = True
         changed()
         log.info("the SGLang server at %s serves version %s", server.api.url, served().version)
-        await look_after(server, changed, count)
+        await look_after(server, served, changed, count)
         since = time.monotonic()
 
 
@@ -117,7 +118,7 @@ class Keeper:
         """Keep the started server running; returns why it is given up."""
         attempt, began = 0, time.monotonic()
         while True:
-            why = await self._until_lost(changed, count) if self._server.up else "It was not ready."
+            why = await self._until_lost(served, changed, count) if self._server.up else "It was not ready."
             attempt = 0 if time.monotonic() - began > SETTLED_SECONDS else attempt
             if attempt == len(RESTART_SECONDS):
                 return f"{why} It has been started {attempt + 1} times and is given up."
@@ -133,11 +134,11 @@ class Keeper:
                 await self.stop()
             changed()
 
-    async def _until_lost(self, changed: Callable[[], None], count: Count) -> str:
+    async def _until_lost(self, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> str:
         """Watch until it ends or hangs; returns its obituary, with no process left."""
         child = self._child
         assert child is not None  # noqa: S101  # it was started
-        watching = asyncio.create_task(look_after(self._server, changed, count), name="sglang-look")
+        watching = asyncio.create_task(look_after(self._server, served, changed, count), name="sglang-look")
         try:
             await asyncio.wait({watching, child.ended}, return_when=asyncio.FIRST_COMPLETED)
             if child.ended.done():
