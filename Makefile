@@ -6,13 +6,14 @@
 # make bench   the benchmarks: rollout, training on trees
 # make sglang-cpu   SGLang in an environment of its own, .venv-sglang, for a machine without a GPU (2 GB)
 # make test-sglang  set it up, then run the tests on real SGLang servers (minutes)
+# make fuzz    100,000 mutated messages to everything that takes a stranger's bytes (a quarter of an hour)
 # make chaos   kill, stop and cut off every part of a run, sixty times, and audit what it wrote down (half an hour)
 # make protos  generate the stubs in treegrpo/v1 again
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint protos bench chaos sglang-cpu test-sglang
+.PHONY: help setup demo test lint protos bench chaos fuzz sglang-cpu test-sglang
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -62,7 +63,7 @@ bench: $(READY)
 sglang-cpu: $(SGLANG_READY)
 
 # SGLang pins its own torch and transformers. What it asks for beyond these files is CUDA, hence --no-deps; the shims stand in for it.
-$(SGLANG_READY): $(wildcard deploy/sglang/requirements-*.txt) Makefile
+$(SGLANG_READY): $(wildcard deploy/sglang/requirements-*.txt)
 	@echo "Setting up $(SGLANG); it takes a few minutes and 2 GB."
 	@test -x $(SGLANG)/bin/python || "$(PYTHON)" -m venv $(SGLANG)
 	@$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check -r deploy/sglang/requirements-torch.txt
@@ -74,6 +75,9 @@ $(SGLANG_READY): $(wildcard deploy/sglang/requirements-*.txt) Makefile
 
 test-sglang: $(READY) $(SGLANG_READY)
 	@SGLANG_PYTHON=$(SGLANG)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sglang --timeout 600 $(ARGS)
+
+fuzz: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 chaos: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)

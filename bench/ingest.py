@@ -39,10 +39,10 @@ QUESTIONS = 1000
 MAX_LAG = 3
 MOST_LEASES, MOST_EACH = 1024, 4
 """Held at once: by all samplers, and by each of a few."""
-BATCH = 32
+BATCH = 128
 """Groups of a step at least; of many leases it is half, so that they are within the bound."""
-STEPS = 20
-"""From one checkpoint to the next, or as many as make 640 groups: both are the defaults of a run."""
+COVER = 640
+"""Groups between two checkpoints: 20 steps of 32, the defaults of a run."""
 READY_SECONDS = 30.0
 
 
@@ -76,7 +76,7 @@ class Trainer(threading.Thread):
                     continue
                 position += self._batch
                 self.publish(position)
-                if position - covered >= STEPS * BATCH:
+                if position - covered >= COVER:
                     self._client.ask(Covered(position), Done)
                     covered = position
 

@@ -45,13 +45,13 @@ _REASON_OF = {v: k for k, v in _REASON.items()}
 def _ids(data: bytes, field: str, where: str) -> TokenIds:
     if len(data) % IDS.itemsize:
         raise TreeError(f"{where}: {field} is {len(data)} bytes long, which is no whole number of uint32 ids.", field)
-    return np.frombuffer(data, IDS).astype(np.uint32, copy=False)
+    return np.frombuffer(data, IDS)
 
 
 def _logprobs(data: bytes, where: str) -> Logprobs:
     if len(data) % LOGPROBS.itemsize:
         raise TreeError(f"{where}: logprobs is {len(data)} bytes long, which is no whole number of float32 values.", "logprobs")
-    return np.frombuffer(data, LOGPROBS).astype(np.float32, copy=False)
+    return np.frombuffer(data, LOGPROBS)
 
 
 def version_to_pb(version: PolicyVersion) -> tree_pb2.PolicyVersion:
@@ -91,21 +91,15 @@ def step_to_pb(step: Step) -> tree_pb2.Step:
 def step_from_pb(pb: tree_pb2.Step, tree: str) -> Step:
     """The step as it was sent, of the ``tree`` that a refusal names. Raises TreeError."""
     where = f"{tree}, node {pb.node}"
-    if pb.status not in _STATUS_OF:
+    status = _STATUS_OF.get(pb.status)
+    if status is None:
         raise TreeError(f"{where}: status is {pb.status}, which this version of the contract does not know.", "status")
+    spans = tuple([VersionSpan(version_from_pb(s.version), s.start, s.end) for s in pb.spans])
+    action, logprobs = _ids(pb.action, "action", where), _logprobs(pb.logprobs, where)
+    observation, cost = _ids(pb.observation, "observation", where), cost_from_pb(pb.cost)
     return Step(
-        node=pb.node,
-        parent=pb.parent,
-        action=_ids(pb.action, "action", where),
-        logprobs=_logprobs(pb.logprobs, where),
-        observation=_ids(pb.observation, "observation", where),
-        spans=tuple([VersionSpan(version_from_pb(s.version), s.start, s.end) for s in pb.spans]),
-        status=_STATUS_OF[pb.status],
-        tool=pb.tool,
-        tool_arguments=pb.tool_arguments,
-        valid=pb.valid,
-        cost=cost_from_pb(pb.cost),
-    )
+        pb.node, pb.parent, action, logprobs, observation, spans, status, pb.tool, pb.tool_arguments, pb.valid, cost
+    )  # fmt: skip
 
 
 def subtree_to_pb(subtree: Subtree) -> tree_pb2.Subtree:

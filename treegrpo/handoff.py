@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import socket
 import struct
 import tempfile
@@ -150,6 +151,17 @@ def unpack_group(data: bytes) -> Group:
     for subtree in subtrees:
         group.add(subtree_from_pb(subtree, group.id))
     return group
+
+
+def check_report(values: dict[str, Any]) -> None:
+    """The record can stand in a line of JSON, under a name. Raises ContractError."""
+    wrong = [key for key in ("kind", "step", "version", "position") if not isinstance(values.get(key), int | str | None)]
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"The record of a step is no JSON ({str(error)[:100]}).") from error
+    if wrong:
+        raise ContractError(f"The record of a step has a {wrong[0]} that names nothing.")
 
 
 def encode(message: Message) -> bytes:

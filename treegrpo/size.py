@@ -81,5 +81,5 @@ def check_end(end: LeaseEnd, plan: Plan) -> None:
 def is_cost(cost: Cost, plan: Plan, steps: int) -> bool:
     """Whether so many steps of a plan can have cost so much."""
     most = TIMES * steps * plan.max_context
-    counts = (cost.prefilled, cost.cached, cost.decoded)
-    return all(count <= most for count in counts) and cost.tool_calls <= TIMES * steps and 0.0 <= cost.seconds <= SECONDS
+    counts = max(cost.prefilled, cost.cached, cost.decoded)
+    return counts <= most and cost.tool_calls <= TIMES * steps and 0.0 <= cost.seconds <= SECONDS

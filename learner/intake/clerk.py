@@ -1,4 +1,7 @@
-"""The clerk: each change goes into the book at once, then into the journal and the reports."""
+"""The clerk: each change goes into the book at once, then into the journal, then into the reports.
+
+In this order, so that no error can part the journal from the book.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +53,10 @@ class Clerk:
         if not self._book.accept(subtree, encoded):
             self._reporter.duplicate()
             return self._journal.barrier()
+        done = self._journal.append(events.accepted(encoded))
         if group is not None:
             self._reporter.accepted(group, subtree)
-        return self._journal.append(events.accepted(encoded))
+        return done
 
     def end(self, end: LeaseEnd) -> OpenGroup:
         """A lease ends."""

@@ -17,7 +17,7 @@ from learner.intake.gate import Gate, holder_of
 from treegrpo import limits
 from treegrpo.access import Access, Keys
 from treegrpo.errors import ConfigError
-from treegrpo.refusals import Refusals
+from treegrpo.refusals import Refusals, seldom
 from treegrpo.security import Role
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
@@ -136,6 +136,7 @@ def _judge(first: pb.RolloutRequest | None, holder: tuple[Role, str] | None, con
 def open_server(address: str, access: Access, watch: Watch) -> grpc.aio.Server:
     """A server bound to ``address``, not started. Raises ConfigError for an address that may not be used in plain text."""
     access.check_listen("learner.listen", address)
+    seldom("grpc", "asyncio")
     server = grpc.aio.server(options=OPTIONS, interceptors=[Gate(watch, roles=access.keys is not None)])
     if access.keys is None:
         server.add_insecure_port(address)

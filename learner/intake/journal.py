@@ -29,6 +29,8 @@ from treegrpo.change import Change
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+GATHER_SECONDS = 0.005
+"""From one commit to the next at least: what comes in meanwhile shares it, and an ack is no later than anybody minds."""
 BACKLOG_BYTES = 2 * MAX_RECORD_BYTES
 """What may wait to be written before `room` makes peers wait."""
 
@@ -120,6 +122,7 @@ class Journal:
                     log.info("the disk takes the journal again, after %.1f s", time.monotonic() - since)
                     self._block(False)
                 self.settle(done)
+                await asyncio.sleep(GATHER_SECONDS)
 
     @property
     def busy(self) -> bool:

@@ -21,7 +21,8 @@ class Peer:
     """Messages that may wait for it. One that does not read its stream is cut off before they are more."""
     demand: int = 0
     """Leases it wants to hold at once."""
-    outbox: asyncio.Queue[RolloutResponse] = field(default_factory=asyncio.Queue[RolloutResponse])
+    outbox: asyncio.Queue[RolloutResponse | None] = field(default_factory=asyncio.Queue[RolloutResponse | None])
+    """None is the end."""
     heard: float = field(default_factory=time.monotonic)
     """time.monotonic of its last message; infinite while the intake itself keeps it waiting."""
     stream: asyncio.Timeout | None = None
@@ -29,16 +30,23 @@ class Peer:
     farewell: str = ""
     """Why the learner ended it."""
 
-    @property
-    def holder(self) -> str:
-        """What its leases are filed under: a restarted sampler is somebody else."""
-        return f"{self.id}/{self.incarnation:016x}"
+    holder: str = field(init=False)
+    """What its leases are filed under: a restarted sampler is somebody else."""
+
+    def __post_init__(self) -> None:
+        self.holder = f"{self.id}/{self.incarnation:016x}"
 
     def send(self, message: RolloutResponse) -> None:
         if self.outbox.qsize() < self.room:
             self.outbox.put_nowait(message)
         else:
             self.hang_up(f"Sampler {self.id} leaves {self.room} messages unread; it has to join again.")
+
+    def close(self) -> None:
+        """Nothing more is written to it than what is being written."""
+        while not self.outbox.empty():
+            self.outbox.get_nowait()
+        self.outbox.put_nowait(None)
 
     def hang_up(self, why: str) -> None:
         """End its stream. It may open another."""

@@ -20,6 +20,8 @@ from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 
 log = logging.getLogger(__name__)
+LAST_WORD_SECONDS = 1.0
+"""The longest that the end of a stream waits for the message before it."""
 EOF: Any = cast("Any", grpc.aio).EOF
 Context = grpc.aio.ServicerContext[pb.RolloutRequest, pb.RolloutResponse]
 
@@ -37,15 +39,22 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
             await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
         peer = self._desk.join(await self._admission.admit(first, context, len(self._desk.peers)))
         writer = asyncio.create_task(self._write(peer, context), name=f"to-{peer.id}")
+        refusal: ContractError | None = None
         try:
             await self._listen(peer, context)
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.farewell)
+            peer.farewell = peer.farewell or f"Sampler {peer.id} took too long."
         except ContractError as error:
-            await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            refusal = error
         finally:
-            writer.cancel()
+            peer.close()
             self._desk.leave(peer)
+            await asyncio.wait({writer}, timeout=LAST_WORD_SECONDS)
+            writer.cancel()
+        if refusal is not None:
+            await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(refusal))
+        if peer.farewell:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.farewell)
 
     async def _listen(self, peer: Peer, context: Context) -> None:
         """Hear a sampler to the end of its stream. Raises TimeoutError when the desk hangs up: it watches for silence."""
@@ -67,12 +76,12 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
         return None if request == EOF else request
 
     async def _write(self, peer: Peer, context: Context) -> None:
-        while True:  # a write that a peer does not read ends when its outbox is full, or its stream
-            try:
-                await context.write(await peer.outbox.get())
-            except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
-                peer.hang_up(f"The stream to sampler {peer.id} broke ({error}); it has to join again.")
-                return
+        """Whole messages to the end: the end of a stream behind half a message is one that no peer ever hears."""
+        try:
+            while (message := await peer.outbox.get()) is not None:
+                await context.write(message)
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            peer.hang_up(f"The stream to sampler {peer.id} broke ({error}); it has to join again.")
 
     def _hear(self, peer: Peer, request: pb.RolloutRequest) -> None:
         match request.WhichOneof("kind"):

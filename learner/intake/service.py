@@ -7,6 +7,7 @@ Stop:   run state "draining" → open leases end → gRPC stops → socket → b
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import signal
@@ -40,6 +41,8 @@ from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
 
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 20.0
+GARBAGE_OBJECTS = 50_000
+"""Made before somebody looks for cycles among them: a subtree is a hundred objects, and none of them is in a cycle."""
 
 
 def _book(config: Config) -> LeaseBook:
@@ -65,6 +68,7 @@ async def run(config: Config) -> None:
         AddressInUseError: an address to listen on is taken.
         UnavailableError: the broker does not answer.
     """
+    gc.set_threshold(GARBAGE_OBJECTS)
     access = Access.of(config.security, Role.LEARNER)
     access.check_listen("learner.listen", config.learner.listen)
     access.check_reach("broker.address", config.broker.address)

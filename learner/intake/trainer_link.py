@@ -10,7 +10,7 @@ from pathlib import Path
 
 from learner.intake.desk import Desk
 from treegrpo.errors import AddressInUseError, ContractError
-from treegrpo.handoff import Covered, Done, Evaluate, Message, Publish, Refused, Report, Take, encode, receive
+from treegrpo.handoff import Covered, Done, Evaluate, Message, Publish, Refused, Report, Take, check_report, encode, receive
 from treegrpo.step import PolicyVersion
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ async def _answer(desk: Desk, request: Message) -> Message:
         case Evaluate(version):
             return await desk.evaluate(PolicyVersion.parse(version))
         case Report(values):
+            check_report(values)
             desk.report(values)
         case _:
             raise ContractError(f"The trainer sent {type(request).__name__}, which only the intake says.")

@@ -115,8 +115,8 @@ class PatientBroker(Broker):
         """Who is refused leaves nothing behind and changes nothing; nobody takes the client id of another user."""
         session = client_session
         session.client_id = session.client_id or gen_client_id()
-        there = self._sessions.get(session.client_id)
         may = await self._authenticate(session, self.listeners_config[listener_name])
+        there = self._sessions.get(session.client_id)
         if not may or (there is not None and there[0].username != session.username):
             handler.attach(session, reader, writer)
             await handler.mqtt_connack_authorize(authorize=False)
@@ -125,7 +125,7 @@ class PatientBroker(Broker):
         if there is not None:
             await self._take_over(session.client_id)
         if isinstance(reader, Reader):
-            reader.session = session
+            reader.listen(session)
         await super()._handle_client_session(reader, writer, session, handler, server, listener_name)
 
     async def _take_over(self, client_id: str) -> None:
@@ -155,7 +155,7 @@ class PatientBroker(Broker):
         """Not beyond RETAINED topics, and nothing large."""
         room = topic_name in self._retained_messages or len(self._retained_messages) < RETAINED
         if not data or (room and len(topic_name or "") + len(data) <= RETAINED_BYTES):
-            await super().retain_message(source_session, topic_name, data, qos)
+            await super().retain_message(None, topic_name, data, qos)  # it would keep the session of who left long ago
         else:
             self._refusals.count(
                 peer_of(source_session), "retained", "its message is not retained: too large, or one topic too many"

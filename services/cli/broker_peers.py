@@ -10,7 +10,6 @@ import asyncio
 import time
 
 from amqtt.adapters import StreamReaderAdapter
-from amqtt.errors import AMQTTError
 from amqtt.mqtt.constants import QOS_2
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.mqtt.publish import PublishPacket
@@ -38,8 +37,15 @@ class Reader(StreamReaderAdapter):
 
     session: Session | None = None
     """Known after CONNECT, which has a time limit of its own."""
+    _patience = 0.0
     _ended = False
     _heard = 0.0
+
+    def listen(self, session: Session) -> None:
+        """From now on the client has to keep itself alive. amqtt's own timers for that do nothing, but outlive the session."""
+        self._patience = MISSED * min(session.keep_alive or KEEPALIVE_SECONDS, KEEPALIVE_SECONDS)
+        session.keep_alive = 0
+        self.session = session
 
     async def read(self, n: int = -1) -> bytes:
         if n > CONTROL_BYTES:
@@ -49,13 +55,12 @@ class Reader(StreamReaderAdapter):
                 await asyncio.sleep(PAUSE_SECONDS)
         if self._ended:
             raise ConnectionResetError
-        data = await (super().read(n) if self.session is None else self._patiently(n, self.session))
+        data = await (super().read(n) if self.session is None else self._patiently(n))
         self._heard = time.monotonic()
         return data
 
-    async def _patiently(self, n: int, session: Session) -> bytes:
-        patience = MISSED * min(session.keep_alive or KEEPALIVE_SECONDS, KEEPALIVE_SECONDS)
-        for seconds in (max(0.0, self._heard + patience - time.monotonic()), GRACE_SECONDS):
+    async def _patiently(self, n: int) -> bytes:
+        for seconds in (max(0.0, self._heard + self._patience - time.monotonic()), GRACE_SECONDS):
             try:
                 async with asyncio.timeout(seconds):
                     return await super().read(n)
@@ -71,7 +76,10 @@ class Reader(StreamReaderAdapter):
 
 
 class Handler(BrokerProtocolHandler):
-    """Cuts off a client that does not read what is sent to it, or wants every message kept until it says so (QoS 2)."""
+    """Cuts off a client that does not read or acknowledge what is sent to it, or wants messages kept until it says so (QoS 2).
+
+    When it comes back it is told the present state, whereas amqtt would let it miss a message in silence.
+    """
 
     _unwritten = 0
 
@@ -85,14 +93,19 @@ class Handler(BrokerProtocolHandler):
         self, topic: str, data: bytes | bytearray, qos: int | None, retain: bool, ack_timeout: int | None = None
     ) -> OutgoingApplicationMessage:
         size = len(topic) + len(data) + OVERHEAD_BYTES
-        if self._unwritten + size > UNWRITTEN_BYTES:
-            self._hang_up()
-            raise AMQTTError(f"more than {UNWRITTEN_BYTES} bytes wait for a client that does not read them")
         self._unwritten += size
         try:
-            return await super().mqtt_publish(topic, data, qos, retain, ack_timeout)
+            if self._unwritten <= UNWRITTEN_BYTES:
+                return await super().mqtt_publish(topic, data, qos, retain, ack_timeout)
+        except TimeoutError:
+            pass
         finally:
             self._unwritten -= size
+        self._hang_up()
+        return OutgoingApplicationMessage(None, topic, qos, data, retain)
+
+    async def _retry_deliveries(self) -> None:
+        """Nothing is left from another connection; amqtt would send again what has just been sent, and wait for it."""
 
     def _hang_up(self) -> None:
         if isinstance(self.reader, Reader):

@@ -55,7 +55,8 @@ class Crew:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        self._lost.cancel() if not self._lost.done() else self._lost.exception()
+        if not self._lost.cancel():
+            self._lost.exception()  # which nobody may have waited for
         await asyncio.gather(*map(self._stop, self._samplers))
         for part in reversed(self._keepers):
             await self._stop(part)
@@ -94,8 +95,9 @@ class Crew:
 
     def tell(self, part: str, number: signal.Signals) -> None:
         """Send a signal to a part, if it runs."""
-        with suppress(ProcessLookupError):
-            os.kill(self.newest(part).pid, number)
+        if self.runs(part):
+            with suppress(ProcessLookupError):
+                os.kill(self.newest(part).pid, number)
 
     async def farewell(self, seconds: float) -> None:
         """Wait for samplers that were told to drain."""

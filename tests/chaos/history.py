@@ -65,5 +65,5 @@ def steps_written(progress: Path) -> int:
 
 def trained_position(checkpoints: Path) -> int:
     """The position of the newest checkpoint, 0 if there is none."""
-    newest = max(checkpoints.glob("step-*/progress.json"), default=None)
+    newest = max((path for path in checkpoints.glob("step-*/progress.json") if not path.parent.suffix), default=None)
     return json.loads(newest.read_text())["position"] if newest else 0

@@ -52,11 +52,16 @@ class Running:
         assert not any("Traceback" in line for line in self.lines), "\n".join(self.lines)
         return code
 
+    @property
+    def pids(self) -> list[int]:
+        """All its processes."""
+        return marked(self._mark)
+
     def pid_of(self, module: str, variable: str = "") -> int:
         """A running process of ``module``, with ``variable`` in its environment."""
         names = {
             pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            for pid in marked(self._mark)
+            for pid in self.pids
             if variable.encode() in Path(f"/proc/{pid}/environ").read_bytes()
         }
         return next(pid for pid, words in names.items() if module.encode() in words and b"treegrpo.leash" not in words)
@@ -176,7 +181,7 @@ async def test_a_rank_that_dies_costs_the_trainer_a_new_start(bench: Workbench, 
     assert await run.end() == 0
 
 
-async def test_a_paused_run_that_goes_on_is_still_paused_until_somebody_says_running(bench: Workbench, up: Up) -> None:
+async def test_a_paused_run_that_drains_and_goes_on_is_still_paused_until_somebody_says_running(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(train__steps=FOREVER))
     await run.line("step 1/")
     await told(bench, "paused")
@@ -185,8 +190,10 @@ async def test_a_paused_run_that_goes_on_is_still_paused_until_somebody_says_run
         line.rstrip()
         == f"The run is paused; go on with: {shlex.join([program(), 'state', 'running', *bench.flags(train__steps=FOREVER)])}"
     )
-    run.process.send_signal(signal.SIGINT)
+    await told(bench, "draining")
+    await run.line("Draining: ")
     assert await run.end() == 0
+    assert run.lines[-1].startswith(f"go on: {program()} up ")
 
     done = read_progress(bench.run_dir).steps[-1].step
     again = await up(*bench.flags(train__steps=str(done + 1)))
@@ -197,15 +204,6 @@ async def test_a_paused_run_that_goes_on_is_still_paused_until_somebody_says_run
     assert await again.end() == 0
     assert any("no longer paused" in line for line in again.lines)
     assert read_progress(bench.run_dir).steps[-1].step == done + 1
-
-
-async def test_the_run_state_draining_is_a_ctrl_c(bench: Workbench, up: Up) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER))
-    await run.line("step 1/")
-    await told(bench, "draining")
-    await run.line("Draining: ")
-    assert await run.end() == 0
-    assert run.lines[-1].startswith(f"go on: {program()} up ")
 
 
 @pytest.mark.parametrize("module", ["learner.trainer", "learner.intake", "services.cli.broker"])

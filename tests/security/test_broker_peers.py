@@ -163,6 +163,16 @@ async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) 
         await until(lambda: "deaf" not in made.sessions or made.sessions["deaf"][0].transitions.state != "connected")
 
 
+async def test_who_does_not_acknowledge_is_hung_up_on() -> None:
+    """amqtt would let it miss the message, and nobody would know."""
+    async with broker() as (address, _), joined(address, connect("deaf")) as deaf, joined(address, connect("loud")) as loud:
+        await deaf.say(subscribe("treegrpo/#", qos=1))
+        await deaf.hear()
+        await loud.say(publish("treegrpo/r/x", b"x", qos=1))
+        assert (await deaf.hear())[0] & 0xF0 == PUBLISH
+        assert await deaf.gone()
+
+
 # ---- who asks for too much
 
 

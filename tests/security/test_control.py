@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
 
 from learner.intake.presence import Presence
+from learner.intake.weights import WeightsServer
 from treegrpo import control
 from treegrpo.control import ControlPlane, Member
 from treegrpo.errors import ContractError
-from treegrpo.handoff import decode
+from treegrpo.handoff import check_report, decode
 from treegrpo.step import PolicyVersion
+from treegrpo.telemetry import IntakeMetrics
 
 GOOD: dict[str, Any] = {"id": "s7", "role": "sampler", "incarnation": 7, "metrics": "127.0.0.1:1", "alive": False}
 
@@ -109,3 +112,16 @@ def test_what_is_no_message_of_the_local_socket_is_refused_in_a_sentence(row: ob
 def test_bytes_that_are_none_are_refused_in_a_sentence(body: bytes) -> None:
     with pytest.raises(ContractError, match="what is no message of ours"):
         decode(body)
+
+
+@pytest.mark.parametrize("values", [{"step": [1]}, {"version": {}}, {"reward": b"x"}, {"x": {1: b"y"}}])
+def test_a_record_that_is_no_json_or_names_nothing_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ContractError, match="record of a step"):
+        check_report(values)
+    check_report({"kind": "step", "step": 1, "version": "1.1", "reward": 0.5})
+
+
+async def test_weights_that_are_not_there_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", Path("a\0b")):
+        with pytest.raises(ContractError, match=r"Version 1\.0 cannot be served .*publish a directory that is there"):
+            await WeightsServer(IntakeMetrics()).publish(PolicyVersion(1, 0), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import httpx
@@ -10,11 +11,17 @@ import pytest
 from services.cli.certs import certs
 from services.cli.progress import read_progress
 from tests.cli.machine import treegrpo
-from tests.cli.test_up import up
+from tests.cli.test_up import Running, Up, up
 from tests.cli.workbench import Workbench
 from tests.security.people import access
-from treegrpo.access import bearer
+from treegrpo.access import Access, bearer
+from treegrpo.control import open_client
 from treegrpo.security import Role
+
+__all__ = ["up"]
+"""The fixture."""
+SECONDS = 30.0
+SECRET = "correct-horse-battery-staple"
 
 
 @pytest.fixture
@@ -29,23 +36,68 @@ def secrets_in(folder: Path) -> list[str]:
     return [*words, *keys]
 
 
-async def test_a_run_with_everything_on_trains_to_its_end_and_tells_no_secret(bench: Workbench) -> None:
+def command_lines(run: Running) -> str:
+    """The arguments of every process of a run."""
+    return "\n".join(Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in run.pids)
+
+
+async def pages(bench: Workbench, who: Access) -> list[str]:
+    """What every /metrics says, with the token and without."""
+    said: list[str] = []
+    addresses = [bench.keys["learner.metrics"], bench.keys["retriever.listen"]]
+    for headers in ({}, bearer(who.metrics_token)):
+        async with httpx.AsyncClient(verify=who.web_context(), headers=headers) as web:
+            said += [(await web.get(f"https://{address}/metrics")).text for address in addresses]
+    return said
+
+
+async def retained(bench: Workbench, who: Access) -> str:
+    """What the broker tells everybody who may read."""
+    heard: dict[str, str] = {}
+    async with open_client(bench.keys["broker.address"], who) as client, asyncio.timeout(SECONDS):
+        await client.subscribe("treegrpo/#", qos=1)
+        async for message in client.messages:
+            heard[message.topic.value] = repr(message.payload)
+            if {topic.split("/")[2] for topic in heard} == {"state", "weights", "members"}:
+                break
+    return str(heard)
+
+
+async def test_a_run_with_everything_on_trains_to_its_end_and_tells_no_secret(bench: Workbench, up: Up) -> None:
+    """Every file it wrote, every argument of its processes, every page and message of it, and what our commands say of it."""
     folder = bench.folder / "certs"
     certs(folder, [], [], new_ca=False, drop_old_ca=False)
-    who = access(folder, Role.OPERATOR)
-    run = await up(*bench.flags(security__dir=str(folder), train__steps="4"))
+    who, flags = access(folder, Role.OPERATOR), bench.flags(security__dir=str(folder), train__steps="4")
+    run = await up(*flags)
     await run.line("step 1/")
-    async with httpx.AsyncClient(verify=who.web_context(), headers=bearer(who.metrics_token)) as web:
-        page = (await web.get(f"https://{bench.keys['learner.metrics']}/metrics")).text
-    assert "treegrpo_tls_handshakes_total" in page
+    told = [*(await pages(bench, who)), await retained(bench, who), command_lines(run)]
+    assert "treegrpo_tls_handshakes_total" in told[2]
+    assert "learner.intake" in told[-1]
+    for command in (["doctor"], ["state", "running"]):
+        done = await asyncio.to_thread(treegrpo, *command, *flags)
+        told += [done.out, done.error]
     assert await run.end() == 0
     assert [step.step for step in read_progress(bench.run_dir).steps] == list(range(1, 5))
 
-    told = [page, *run.lines, treegrpo("up", *bench.flags(security__dir=str(folder)), "--dry-run").out]
-    told += [path.read_text(errors="replace") for path in bench.run_dir.rglob("*") if path.suffix in {".log", ".jsonl", ".json"}]
+    told += [*run.lines, treegrpo("up", *flags, "--dry-run").out]
+    files = [path for path in bench.run_dir.rglob("*") if path.is_file()]
+    assert {"intake.log", "progress.jsonl", "model.safetensors"} <= {path.name for path in files}
+    told += [path.read_bytes().decode(errors="replace") for path in files]
     secrets = secrets_in(folder)
     assert len(secrets) > 20
     assert not [secret for secret in secrets for text in told if secret in text]
+
+
+def test_a_secret_of_the_environment_is_told_by_no_command(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BROKER_PASSWORD", "METRICS_TOKEN", "RETRIEVER_TOKEN"):
+        monkeypatch.setenv(f"TREEGRPO_SECURITY__{name}", SECRET)
+    for command in (["doctor"], ["state", "running"], ["sampler"]):
+        done = treegrpo(*command, *bench.flags())
+        assert done.out + done.error
+        assert SECRET not in done.out + done.error
+    for flag in ("--dry-run", "--security.metrics_token=x"):
+        done = treegrpo("up", *bench.flags(), flag)
+        assert SECRET not in done.out + done.error
 
 
 def test_beyond_this_machine_a_run_is_refused_before_it_begins(bench: Workbench) -> None:

@@ -26,7 +26,7 @@ from treegrpo.lease import LeaseKind
 from treegrpo.limits import MESSAGE_BYTES
 from treegrpo.size import TIMES
 from treegrpo.v1 import rollout_pb2 as pb
-from treegrpo.v1 import weights_pb2, weights_pb2_grpc
+from treegrpo.v1 import rollout_pb2_grpc, weights_pb2, weights_pb2_grpc
 from treegrpo.v1.tree_pb2 import PolicyVersion
 
 SECONDS = 20.0
@@ -289,3 +289,20 @@ async def test_a_message_beyond_the_limit_is_refused_and_its_lease_is_another_ma
             await call.write(bytes(MESSAGE_BYTES + 1))
             assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await granted(good)
+
+
+# ---- how a stream ends
+
+
+async def test_a_stream_that_ends_while_it_is_written_to_comes_to_its_end(tmp_path: Path) -> None:
+    """gRPC cannot say goodbye behind half a message; the handler died of it, and the sampler waited for ever."""
+    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+        for _ in range(50):
+            call = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)).Rollout()
+            await call.write(pb.RolloutRequest(hello=pb.Hello(sampler="s1", incarnation=1, engine="fake")))
+            await call.write(pb.RolloutRequest(demand=pb.Demand(leases=4)))
+            await call.done_writing()
+            async with asyncio.timeout(SECONDS):
+                while await call.read() != gate.EOF:
+                    pass
+                assert await call.code() is grpc.StatusCode.OK

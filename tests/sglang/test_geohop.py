@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.progress import read_progress
-from tests.cli.test_up import up
+from tests.cli.test_up import Up, up  # noqa: F401  # up is a fixture
 from tests.cli.workbench import GEOHOP, Workbench
 from tests.sglang.servers import PYTHON
 
@@ -15,7 +15,7 @@ OWN = ("data.train", "data.heldout", "retriever.corpus", "model.path", "rollout.
 
 
 @pytest.mark.timeout(1200)
-async def test_geohop_trains_on_sglang(tmp_path: Path) -> None:
+async def test_geohop_trains_on_sglang(tmp_path: Path, up: Up) -> None:  # noqa: F811
     bench = Workbench(tmp_path)
     for key in (*OWN, "rollout.max_context"):
         del bench.keys[key]

@@ -18,7 +18,7 @@ from learner.trainer.ranks import FIRST_FAILED
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.intake import FakeIntake
 from treegrpo.config import Config
-from treegrpo.edge import ERROR_MARK, PASSING
+from treegrpo.edge import ERROR_MARK, FAILED, PASSING
 from treegrpo.handoff import Message, Report, socket_path
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "-m")
@@ -86,24 +86,23 @@ def test_a_signal_to_all_drains_and_the_death_of_a_rank_ends_the_run_with_a_sent
         assert (process.returncode, errors, left) == (PASSING, [lost], [])
 
 
-def errors_of(config: Config, intake: FakeIntake) -> tuple[str, list[str]]:
-    """All that a trainer of two ranks says that fails, and its errors."""
+def errors_of(config: Config, intake: FakeIntake, code: int) -> tuple[str, list[str]]:
+    """All that a trainer of two ranks says that fails with ``code``, and its errors."""
     with intake:
         _, said = (process := started(config, 2)).communicate(timeout=100)
-    assert process.returncode == PASSING, said
+    assert process.returncode == code, said
     return said, [line for line in said.splitlines() if line.startswith(ERROR_MARK)]
 
 
 def test_what_all_ranks_end_of_is_said_once(config: Config) -> None:
-    intake = FakeIntake(socket_path(config.run.dir), answers=lambda request: not isinstance(request, Report))
-    said, errors = errors_of(config, intake)
-    assert errors == ["error: The intake went away or did not answer in time; see its log."]
+    said, errors = errors_of(config, FakeIntake(socket_path(config.run.dir), kept=2), FAILED)
+    assert errors == [ERROR_MARK + "Position 0 is gone."]
     assert "Traceback" not in said
 
 
 def test_what_rank_0_alone_ends_of_is_said_by_it_and_the_others_point_at_it(config: Config) -> None:
     (config.run.dir / "weights").touch()
-    said, errors = errors_of(config, FakeIntake(socket_path(config.run.dir)))
+    said, errors = errors_of(config, FakeIntake(socket_path(config.run.dir)), PASSING)
     assert errors == [ERROR_MARK + FIRST_FAILED]
     assert "FileExistsError: " in said
     assert said.count("Traceback (most recent call last)") == 1

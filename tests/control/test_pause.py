@@ -1,0 +1,52 @@
+"""A pause against what may happen meanwhile: the broker forgets, the learner drains, the operator speaks while nobody hears."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from learner.intake.pause import MARK, begin, remember
+from tests.control.brokers import Broker
+from treegrpo.control import ControlPlane, Member, RunState, publish_state
+
+LEARNER = Member("learner", "learner", 1)
+
+
+@pytest.mark.parametrize(
+    ("retained", "noted", "then"),
+    [
+        (None, False, RunState.RUNNING),
+        (None, True, RunState.PAUSED),
+        (RunState.DRAINING, False, RunState.RUNNING),
+        (RunState.DRAINING, True, RunState.PAUSED),
+        (RunState.PAUSED, False, RunState.PAUSED),
+        (RunState.RUNNING, True, RunState.RUNNING),
+    ],
+)
+async def test_a_run_that_goes_on_is_paused_if_the_operator_said_so_last(
+    broker: Broker, run: str, tmp_path: Path, retained: RunState | None, noted: bool, then: RunState
+) -> None:
+    if retained is not None:
+        await publish_state(broker.address, run, retained)
+    if noted:
+        (tmp_path / MARK).touch()
+    async with ControlPlane.connect(broker.address, run, LEARNER) as control:
+        await begin(control, tmp_path)
+        async with ControlPlane.connect(broker.address, run, Member("late", "sampler", 1)) as late:
+            await late.settled()
+            assert late.told is then
+
+
+async def test_a_pause_is_noted_until_somebody_says_running(broker: Broker, run: str, tmp_path: Path) -> None:
+    async with ControlPlane.connect(broker.address, run, LEARNER) as control, asyncio.timeout(30):
+        noting = asyncio.create_task(remember(control, tmp_path))
+        for state, noted in (("paused", True), ("draining", True), ("running", False)):
+            await publish_state(broker.address, run, RunState(state))
+            while control.told is not RunState(state):
+                await control.wait_change()
+            await asyncio.sleep(0)  # whoever waits for the same change has had its turn
+            assert (tmp_path / MARK).exists() == noted
+        noting.cancel()
+        await asyncio.gather(noting, return_exceptions=True)

@@ -1,0 +1,56 @@
+"""`make fuzz`: all 100,000 cases; a table, and one JSON line at the end.
+
+python -m tests.fuzz [--share 1.0] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.fuzz.drive import Count
+from tests.fuzz.run import fuzz_pure, fuzz_servers
+
+GROWTH_MIB = 32.0
+"""Of one server over all its cases: more is a leak, less is how an allocator works."""
+SHOWN = 3000
+"""Letters of a crash."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
+    parser.add_argument("--share", type=float, default=1.0, help="of the 100,000 cases")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    counts, began = list[Count](), time.monotonic()
+    print(f"{'target':10} {'cases':>7} {'seconds':>8} {'slowest s':>9} {'crashes':>7} {'hangs':>6} {'growth MiB':>10}")
+
+    def say(count: Count) -> None:
+        counts.append(count)
+        row = f"{count.name:10} {count.cases:7} {count.seconds:8.1f} {count.slowest:9.3f}"
+        print(f"{row} {len(count.crashes):7} {count.hangs:6} {count.growth_mib:10.1f}", flush=True)
+        for crash in count.crashes:
+            print(crash[-SHOWN:])
+
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        fuzz_servers(options.share, options.seed, Path(folder), say)
+    fuzz_pure(options.share, options.seed, say)
+    summary = {
+        "cases": sum(count.cases for count in counts),
+        "crashes": sum(len(count.crashes) for count in counts),
+        "hangs": sum(count.hangs for count in counts),
+        "growth_mib": round(max(count.growth_mib for count in counts), 1),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    print(json.dumps(summary))
+    return int(summary["crashes"] > 0 or summary["hangs"] > 0 or summary["growth_mib"] > GROWTH_MIB)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

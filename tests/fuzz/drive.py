@@ -1,0 +1,57 @@
+"""Feeds a target its cases and counts what became of them."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+BATCH = 500
+"""Hypothesis remembers all cases of one run; so it runs often."""
+SLOW_SECONDS = 15.0
+"""A case that takes longer hangs: no server is as patient, and other processes may have the machine meanwhile."""
+
+
+@dataclass
+class Count:
+    name: str
+    cases: int = 0
+    slowest: float = 0.0
+    crashes: list[str] = field(default_factory=list[str])
+    hangs: int = 0
+    growth_mib: float = 0.0
+    seconds: float = 0.0
+
+
+def feed(count: Count, made: st.SearchStrategy[Any], case: Callable[[Any], None], cases: int, first_seed: int = 0) -> None:
+    """Feed ``cases`` of ``made`` to ``case``. A crash ends a batch, with its smallest example, and counts once."""
+    began = time.monotonic()
+
+    def one(data: Any) -> None:
+        started = time.monotonic()
+        case(data)
+        took = time.monotonic() - started
+        count.cases += 1
+        count.slowest = max(count.slowest, took)
+        count.hangs += took > SLOW_SECONDS
+
+    for batch in range(0, cases, BATCH):
+        quiet = settings(
+            max_examples=min(BATCH, cases - batch),
+            database=None,
+            deadline=None,
+            suppress_health_check=tuple(cast("Collection[HealthCheck]", HealthCheck)),
+            phases=(Phase.generate, Phase.shrink),
+        )
+        try:
+            seed(first_seed + batch)(quiet(given(made)(one)))()
+        except BaseException as error:  # whatever it is, it is what is looked for
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            count.crashes.append("".join(traceback.format_exception(error)))
+    count.seconds += time.monotonic() - began

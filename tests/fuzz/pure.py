@@ -1,0 +1,124 @@
+"""What takes a stranger's bytes apart, without a network. Each may raise what it says it raises, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+from google.protobuf.message import DecodeError
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from learner.intake.frames import BrokenFrameError, follows, read_frame
+from learner.intake.presence import Presence
+from learner.intake.reading import read_request
+from tests.fuzz import samples
+from tests.fuzz.mutations import packed, protobufs, raw
+from tests.intake.builders import PLAN, book, grant
+from treegrpo import scrape
+from treegrpo.budget import Budget
+from treegrpo.codec import lease_end_from_pb, lease_from_pb, plan_from_pb, subtree_from_pb, version_from_pb
+from treegrpo.control import ControlPlane, Member
+from treegrpo.errors import ContractError
+from treegrpo.handoff import decode, encode, pack_group, unpack_group
+from treegrpo.lease import LeaseKind
+from treegrpo.size import check_end
+from treegrpo.v1 import rollout_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that is fed."""
+
+    name: str
+    cases: int
+    """Of the 100,000 of all."""
+    made: st.SearchStrategy[Any]
+    feed: Callable[[Any], None]
+
+
+def request(data: bytes) -> None:
+    """A sampler's message, into a book as far as it gets: what is accepted can be written down and read again."""
+    made = book()
+    group = made.open[grant(made)]
+    with suppress(ContractError):
+        read = read_request(data)
+        if read.HasField("subtree") and made.accept(subtree_from_pb(read.subtree, "g")):
+            assert unpack_group(pack_group(group.group, group.subtrees)).cost == group.group.cost
+        if read.HasField("lease_end"):
+            end = lease_end_from_pb(read.lease_end)
+            check_end(end, PLAN)
+            if end.lease in made.open and end.reason.samplers_word:
+                made.ended(group.settle(end))
+    assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
+    msgpack.packb(made.state())
+
+
+def response(data: bytes) -> None:
+    """The learner's message, at a sampler."""
+    with suppress(ContractError, DecodeError):
+        read = pb.RolloutResponse.FromString(data)
+        if read.HasField("lease"):
+            lease_from_pb(read.lease)
+        if read.HasField("welcome"):
+            plan_from_pb(read.welcome.plan)
+            str(version_from_pb(read.welcome.version))
+
+
+def handoff(data: bytes) -> None:
+    with suppress(ContractError):
+        encode(decode(data))
+
+
+def group(data: bytes) -> None:
+    with suppress(ContractError):
+        unpack_group(data)
+
+
+def journal(data: bytes) -> None:
+    file = samples.stream(data)
+    try:
+        while read_frame(file) is not None:
+            pass
+    except BrokenFrameError as broken:
+        follows(file, 0, broken.end)
+
+
+def presence() -> Callable[[tuple[int, bytes]], None]:
+    """One listener for all cases: what it holds has to stay small."""
+    plane = ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1))
+    here = Presence({"s7/0000000000000007"}, lambda _: None)
+    topics = ("members/sampler/s7", "state", "weights", "members/learner/learner", "members", "")
+
+    def hear(case: tuple[int, bytes]) -> None:
+        which, payload = case
+        plane._hear(topics[which % len(topics)], payload)  # pyright: ignore[reportPrivateUsage]
+        here.heed(plane.members.values())
+        assert len(plane.members) < 9
+
+    return hear
+
+
+def page() -> Callable[[bytes], None]:
+    server = scrape._Server(lambda: b"page", SecretStr("word"), lambda _: None)  # pyright: ignore[reportPrivateUsage]
+
+    def ask(data: bytes) -> None:
+        assert server._answer(data).startswith(b"HTTP/1.1 ")  # pyright: ignore[reportPrivateUsage]
+
+    return ask
+
+
+WORDS: list[Any] = ["running", "paused", "1.42"]
+HEARD = st.one_of(packed(samples.PRESENCE), packed(WORDS, lambda word: word.encode() if isinstance(word, str) else b"\xff"))
+TARGETS = [
+    Target("request", 34_000, protobufs(samples.REQUESTS), request),
+    Target("response", 10_000, protobufs(samples.RESPONSES), response),
+    Target("handoff", 10_000, packed(samples.HANDOFF), handoff),
+    Target("group", 8_000, packed(samples.GROUPS), group),
+    Target("journal", 10_000, raw([*samples.FRAMES, samples.SEGMENT]), journal),
+    Target("presence", 10_000, st.tuples(st.integers(0, 9), HEARD), presence()),
+    Target("scrape", 2_000, raw(samples.SCRAPES), page()),
+]

@@ -1,0 +1,103 @@
+"""The servers that are fed, each a process of its own as users run it, in plain text on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.cli.ready import broker_ready, learner_ready, retriever_ready, wait_ready
+from tests.control.brokers import free_address
+from tests.intake.harness import Setting
+from treegrpo.handoff import Done, Publish, socket_path
+
+SECONDS = 60.0
+COMPLAINTS = re.compile(r"Traceback|Segmentation|never retrieved|never awaited|Fatal error")
+"""What a log has of something nobody thought of."""
+
+
+@dataclass
+class Server:
+    name: str
+    process: asyncio.subprocess.Process
+    log: Path
+
+    @property
+    def mib(self) -> float:
+        """What it holds in memory."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+    @property
+    def complaints(self) -> list[str]:
+        text = self.log.read_text(errors="replace")
+        return [text[max(0, found.start() - 200) : found.end() + 1500] for found in COMPLAINTS.finditer(text)]
+
+    @property
+    def log_bytes(self) -> int:
+        return self.log.stat().st_size
+
+    @property
+    def alive(self) -> bool:
+        return self.process.returncode is None
+
+
+@dataclass
+class Stage:
+    """Where everything is."""
+
+    setting: Setting
+    retriever: str
+    servers: dict[str, Server]
+
+    @property
+    def socket(self) -> str:
+        return socket_path(self.setting.run_dir)
+
+
+async def _start(name: str, folder: Path, *command: str) -> Server:
+    log = folder / f"{name}.log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", *command),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        )
+    return Server(name, process, log)
+
+
+@contextlib.asynccontextmanager
+async def stage(folder: Path) -> AsyncGenerator[Stage]:
+    """Broker, retriever and intake, which serves a policy version."""
+    (folder / "run").mkdir(parents=True)
+    setting, retriever = Setting(folder, free_address()), free_address()
+    (folder / "corpus.jsonl").write_text(json.dumps({"id": "0", "contents": "Kabul\nKabul is a large city."}) + "\n")
+    where = ("--broker.address", setting.broker)
+    search = ("--retriever.listen", retriever, "--retriever.corpus", str(folder / "corpus.jsonl"))
+    servers: dict[str, Server] = {}
+    try:
+        servers["broker"] = await _start("broker", folder, "services.cli.broker", *where)
+        servers["retriever"] = await _start("retriever", folder, "services.retriever", *search)
+        await wait_ready("broker", lambda: broker_ready(setting.broker), SECONDS)
+        servers["intake"] = await _start("intake", folder, "learner.intake", *setting.flags)
+        await wait_ready("retriever", lambda: retriever_ready(f"http://{retriever}"), SECONDS)
+        await wait_ready("intake", lambda: learner_ready(setting.listen), SECONDS)
+        weights = setting.run_dir / "weights" / "1.0"
+        weights.mkdir(parents=True)
+        (weights / "config.json").write_text("{}")
+        async with setting.trainer() as trainer:
+            await asyncio.to_thread(trainer.ask, Publish("1.0", str(weights), 0), Done)
+        yield Stage(setting, retriever, servers)
+    finally:
+        for server in servers.values():
+            if server.alive:
+                server.process.kill()
+            await server.process.wait()

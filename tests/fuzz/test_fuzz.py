@@ -1,0 +1,58 @@
+"""A share of `make fuzz` for every day: the same targets, fewer cases."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.drive import Count, feed
+from tests.fuzz.mutations import build, parse
+from tests.fuzz.pure import TARGETS, Target
+from tests.fuzz.run import fuzz_servers
+from tests.fuzz.samples import ASKED, REQUESTS, RESPONSES
+
+SHARE = 0.01
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
+    """A refusal is a line in the log."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_mutated_messages_are_refused_as_they_should_be(target: Target) -> None:
+    count = Count(target.name)
+    feed(count, target.made, target.feed, int(target.cases * SHARE))
+    assert not count.crashes, count.crashes[0]
+    assert (count.cases, count.hangs) == (int(target.cases * SHARE), 0)
+
+
+def test_servers_outlive_what_is_sent_to_them(tmp_path: Path) -> None:
+    """Real processes: broker, retriever and intake."""
+    counts: list[Count] = []
+    fuzz_servers(SHARE, 0, tmp_path, counts.append)
+    assert not [crash for count in counts for crash in count.crashes]
+    assert (len(counts), sum(count.hangs for count in counts)) == (6, 0)
+
+
+def test_a_crash_is_found_and_shrinks_to_what_matters() -> None:
+    def broken(data: bytes) -> None:
+        if len(data) > 100:
+            raise KeyError(len(data))
+
+    count = Count("broken")
+    feed(count, TARGETS[0].made, broken, 100)
+    assert len(count.crashes) == 1
+    assert "KeyError: " in count.crashes[0]
+
+
+@pytest.mark.parametrize("message", [*REQUESTS, *RESPONSES, *ASKED], ids=lambda message: type(message).__name__)
+def test_taking_a_message_apart_and_together_changes_nothing(message: object) -> None:
+    data: bytes = message.SerializeToString()  # type: ignore[attr-defined]
+    assert build(parse(data, type(message).DESCRIPTOR)) == data  # type: ignore[attr-defined]

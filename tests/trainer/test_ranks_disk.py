@@ -1,0 +1,58 @@
+"""Two ranks write together: what one of them cannot write, none has written, and all know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from learner.trainer import checkpoint
+from learner.trainer.checkpoint import Progress
+from learner.trainer.model import load_model
+from learner.trainer.ranks import Ranks
+from learner.trainer.update import Updater
+from tests.trainer.builders import CPU, configure, write_tiny
+from tests.trainer.disk import full_beyond
+from tests.trainer.pair import WORLD, Pair
+from treegrpo.config import Config
+from treegrpo.errors import DiskError
+
+MIDDLE = 120_000
+"""Bytes: the weights fit, a rank's moments do not."""
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    with Pair() as two:
+        yield two
+
+
+def attempt(ranks: Ranks, config: Config, policy: tuple[PreTrainedModel, Optimizer], *, full: bool) -> str:
+    try:
+        with full_beyond(MIDDLE) if full else nullcontext():
+            checkpoint.save(config.run.dir / "kept", Progress(0, 1), *policy, config.model.path, 2, ranks)
+    except DiskError as error:
+        return str(error) if ranks.says(error) or not ranks.is_first else "nobody says it"
+    return "written"
+
+
+def attempts(ranks: Ranks, config: Config, rank: int) -> list[str]:
+    """A checkpoint written while the disk of ``rank`` is full, and once more when it is not."""
+    updater = Updater(config, load_model(config.model.path, CPU), None, ranks)
+    policy = updater.model, updater.optimizer
+    return [attempt(ranks, config, policy, full=full) for full in (ranks.rank == rank, False)]
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_the_full_disk_of_one_rank_is_known_to_all_and_leaves_nothing(pair: Pair, tmp_path: Path, rank: int) -> None:
+    write_tiny(tmp_path / "model")
+    config = configure(tmp_path)
+    folder = config.run.dir / "kept" / "step-000001"
+    for said in pair(attempts, config, rank):
+        assert said == [f"{folder} could not be written (File too large); make room on its disk.", "written"]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert checkpoint.newest(folder.parent) == folder
