@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.progress import read_progress
-from tests.cli.test_up import Up, up  # noqa: F401  # up is a fixture
+from tests.cli.test_up import Up, up  # noqa: F401  # pyright: ignore[reportUnusedImport]  # up is a fixture
 from tests.cli.workbench import GEOHOP, Workbench
 from tests.sglang.servers import PYTHON
 
