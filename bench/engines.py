@@ -28,6 +28,7 @@ from services.environments.base import Environment
 from services.sampler.engines.base import Completion, Engine, OpenEngine, Sampling
 from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child
+from services.sampler.engines.sglang.api import IDLE_SECONDS
 from services.sampler.expansion import Expander
 from services.sampler.gate import Gate
 from services.sampler.tokenizer import Tokenizer
@@ -133,7 +134,8 @@ async def grow(path: Path, opened: OpenEngine, shape: tuple[int, int, int]) -> G
 
 async def replay(url: str, asked: list[Asked]) -> float:
     """Make the same requests to the server alone, each as soon as the one before it is answered; tokens per second."""
-    async with httpx.AsyncClient(timeout=600.0, trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
+    async with httpx.AsyncClient(timeout=600.0, trust_env=False, limits=limits) as client:
         (await client.post(f"{url}/flush_cache")).raise_for_status()
 
         async def one(request: Asked) -> int:
