@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from services.sampler.engines.base import Sampling
 from services.sampler.engines.sglang.answers import Answer, read_answer, read_load
 from services.sampler.engines.sglang.command import CPU, Installed, Launch, check_version, find, own_flags
 from services.sampler.engines.sglang.draft import Draft
+from services.sampler.engines.sglang.prefill import Prefills
 from services.sampler.engines.sglang.pressure import HIGH, LOW, Pressure
 from services.sampler.engines.sglang.routing import BLOCK, Router
 from services.sampler.engines.sglang.stage import Stage
@@ -287,3 +289,52 @@ async def test_without_sglang_how_to_install_it_is_said(tmp_path: Path) -> None:
     for python in (tmp_path / "none", Path(sys.executable)):
         with pytest.raises(EngineError, match="make sglang-cpu"):
             await find(python)
+
+
+# ---- prefills
+
+
+async def settled() -> None:
+    """Let every task run until all wait for something."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_siblings_wait_until_the_first_of_them_has_computed_what_they_share() -> None:
+    prefills, order = Prefills(), list[str]()
+    shared = builders.prompt(0, 4 * BLOCK)
+
+    async def ask(name: str, ids: np.ndarray[Any, Any], go: asyncio.Event) -> None:
+        async with prefills.turn(ids) as computed:
+            order.append(f"{name} asks")
+            await go.wait()
+            order.append(f"{name} computed")
+            computed()
+            await done.wait()
+
+    done, go = asyncio.Event(), asyncio.Event()
+    tasks = [asyncio.create_task(ask("a", shared, go))]
+    tasks.append(asyncio.create_task(ask("b", np.concatenate((shared, builders.prompt(1, BLOCK))), go)))
+    tasks.append(asyncio.create_task(ask("c", builders.prompt(2, 4 * BLOCK), go)))
+    await settled()
+    assert order == ["a asks", "c asks"]
+    go.set()
+    await settled()
+    assert order.index("b asks") > order.index("a computed")
+    done.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_who_fails_to_compute_leaves_it_to_the_next_and_what_is_computed_is_waited_for_by_nobody() -> None:
+    prefills, shared = Prefills(), builders.prompt(0, 4 * BLOCK)
+    with pytest.raises(EngineError):
+        async with prefills.turn(shared):
+            raise EngineError("it is gone")
+    async with prefills.turn(shared) as computed:
+        waiting = asyncio.create_task(prefills.turn(shared).__aenter__())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        computed()
+        await waiting
+        async with prefills.turn(np.concatenate((shared, builders.prompt(3, 2)))):
+            pass

@@ -4,6 +4,7 @@
     engine.py    Engine: generate, load, health; start reading here
     floor.py     who gets a place on which server (routing.py by prefix, pressure.py how many)
     server.py    one server: ask it, swap its weights (api.py over HTTP, answers.py what it may say)
+    prefill.py   siblings wait for what one of them computes
     draft.py     one completion from one or several answers; where stop strings cut
     watch.py     is it up; restarts (child.py the process, command.py its command line)
     stage.py     policy versions, checked, where servers read them

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import ssl
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ UPDATE_SECONDS = 300.0
 IDLE_SECONDS = 2.0
 """Connections are given up before the server does so, which it does after five."""
 SAID_CHARACTERS = 300
+EVENT, END = "data: ", "[DONE]"
+NEVER = 1 << 30
+"""Tokens from one event to the next."""
 
 
 class Api:
@@ -44,9 +48,23 @@ class Api:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def generate(self, body: dict[str, Any]) -> Answer:
-        """Sample one completion."""
-        answer = await self._call("POST", "/generate", body, GENERATE_SECONDS)
+    async def generate(self, body: dict[str, Any], started: Callable[[], None]) -> Answer:
+        """Sample one completion; ``started`` is called when its first token is there, so its prefix is computed."""
+        # The first token is an event of its own, the next one is the end.
+        stream = {**body, "stream": True, "sampling_params": {**body["sampling_params"], "stream_interval": NEVER}}
+        last = ""
+        asking = self._client.stream("POST", f"{self.url}/generate", json=stream, timeout=GENERATE_SECONDS)
+        async with self._failing("/generate", GENERATE_SECONDS), asking as response:
+            if response.is_error:
+                await response.aread()
+                raise self._refusal("/generate", response)
+            async for line in response.aiter_lines():
+                if line.startswith(EVENT) and not line.endswith(END):
+                    last = line.removeprefix(EVENT)
+                    started()
+        answer = self._read(lambda: json.loads(last), "/generate")
+        if isinstance(answer, dict) and "error" in answer:
+            raise EngineError(f"The SGLang server at {self.url} answers /generate with an error: {_message(answer)}")
         return self._read(lambda: read_answer(answer, body["sampling_params"]["max_new_tokens"]), "/generate")
 
     async def abort(self, rid: str) -> None:
@@ -99,18 +117,31 @@ class Api:
             )
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> Any:
-        try:
+        async with self._failing(path, seconds):
             response = await self._client.request(method, self.url + path, json=body, timeout=seconds)
+        if response.is_error:
+            raise self._refusal(path, response)
+        if not response.content:
+            return None
+        return self._read(response.json, path)
+
+    @asynccontextmanager
+    async def _failing(self, path: str, seconds: float) -> AsyncGenerator[None]:
+        """Failures of the connection as ours."""
+        try:
+            yield
         except httpx.TimeoutException as error:
             raise DeadlineError(f"The SGLang server at {self.url} did not answer {path} within {seconds:.0f} s.") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             said = str(error) or type(error).__name__
             raise UnavailableError(f"The SGLang server at {self.url} cannot be reached ({said}).") from error
-        if response.is_error:
-            raise EngineError(f"The SGLang server at {self.url} answers {path} with {response.status_code}: {_words(response)}")
-        if not response.content:
-            return None
-        return self._read(response.json, path)
+
+    def _refusal(self, path: str, response: httpx.Response) -> EngineError:
+        try:
+            said = _message(response.json())
+        except ValueError:
+            said = _short(response.text)
+        return EngineError(f"The SGLang server at {self.url} answers {path} with {response.status_code}: {said}")
 
     def _read(self, read: Any, path: str) -> Any:
         try:
@@ -119,12 +150,8 @@ class Api:
             raise ContractError(f"What the server at {self.url} answers to {path} is of no use: {error}.") from error
 
 
-def _words(response: httpx.Response) -> str:
-    """The message in an error, or its beginning."""
-    try:
-        body = response.json()
-    except ValueError:
-        return _short(response.text)
+def _message(body: Any) -> str:
+    """The message in an error."""
     found = body.get("message") or body.get("error") or body if isinstance(body, dict) else body
     if isinstance(found, dict):
         found = found.get("message", found)

@@ -15,9 +15,9 @@ import numpy as np
 
 from treegrpo.step import TokenIds
 
-BLOCK = 16
+BLOCK = 8
 REMEMBERED = 1 << 17
-"""Blocks: two million tokens, 30 MB."""
+"""Blocks: a million tokens, 30 MB."""
 
 Place = TypeVar("Place")
 
@@ -34,7 +34,7 @@ class Router(Generic[Place]):
             return None
         best: Sequence[Place] = list(places)
         if len(places) > 1:
-            for key in _keys(ids):
+            for key in block_keys(ids):
                 if not (held := [place for place in best if place in self._holders.get(key, ())]):
                     break
                 best = held
@@ -42,14 +42,14 @@ class Router(Generic[Place]):
 
     def remember(self, ids: TokenIds, place: Place) -> None:
         """``place`` computes the keys and values of ``ids``."""
-        for key in _keys(ids):
+        for key in block_keys(ids):
             self._holders.setdefault(key, set()).add(place)
             self._holders.move_to_end(key)
         while len(self._holders) > REMEMBERED:
             self._holders.popitem(last=False)
 
 
-def _keys(ids: TokenIds) -> Iterator[int]:
+def block_keys(ids: TokenIds) -> Iterator[int]:
     """One key for each whole block, of everything up to its end."""
     key, raw = 0, np.ascontiguousarray(ids, np.uint32).tobytes()
     for end in range(BLOCK * 4, len(raw) + 1, BLOCK * 4):

@@ -8,9 +8,12 @@ import time
 from dataclasses import dataclass, field
 from uuid import uuid4
 
+import numpy as np
+
 from services.sampler.engines.sglang.answers import Answer, Load
 from services.sampler.engines.sglang.api import Api
 from services.sampler.engines.sglang.draft import Draft
+from services.sampler.engines.sglang.prefill import Prefills
 from services.sampler.engines.sglang.pressure import Pressure
 from services.sampler.engines.sglang.stage import Staged
 from treegrpo.errors import UnavailableError, WeightsError
@@ -27,8 +30,11 @@ class Server:
     up: bool = False
     serves: Staged | None = None
     """None: nobody knows."""
+    space: str = ""
+    """Namespace of its prefix cache: the version served last."""
     swapping: bool = False
     load: Load | None = None
+    prefills: Prefills = field(default_factory=Prefills)
     suspect: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by whoever has reason to think that it is gone."""
     asking: set[asyncio.Task[Answer]] = field(default_factory=set[asyncio.Task[Answer]])
@@ -53,18 +59,20 @@ class Server:
         Raises:
             UnavailableError, DeadlineError, ContractError, EngineError: see `Api`; or it was lost meanwhile.
         """
-        rid, space = uuid4().hex, str(self.serves.version) if self.serves else ""
-        asking = asyncio.create_task(self.api.generate(draft.request(rid, space)), name=f"sglang-{rid}")
-        self.asking.add(asking)
-        try:
-            await asyncio.wait({asking})
-            answer = self._result(asking)
-        except BaseException:
-            asking.cancel()
-            self._abort(rid)
-            raise
-        finally:
-            self.asking.discard(asking)
+        async with self.prefills.turn(draft.sequence) as computed:
+            rid = uuid4().hex
+            asking = asyncio.create_task(self.api.generate(draft.request(rid, self.space), computed), name=f"sglang-{rid}")
+            self.asking.add(asking)
+            try:
+                await asyncio.wait({asking})
+                answer = self._result(asking)
+            except BaseException:
+                asking.cancel()
+                self._abort(rid)
+                raise
+            finally:
+                self.asking.discard(asking)
+        self.prefills.remember(np.concatenate((draft.sequence, np.array(answer.ids, np.uint32))))
         self.pressure.retracted(max(0, answer.retractions - sum(start > 0 for _, start in answer.versions)))
         return answer
 
@@ -76,6 +84,7 @@ class Server:
     def lose(self) -> None:
         """It is gone, or hangs: whoever waits for it learns it now."""
         self.up, self.serves, self.load = False, None, None
+        self.prefills.forget()
         for asking in self.asking:
             asking.cancel()
 
@@ -87,6 +96,7 @@ class Server:
             UnavailableError, DeadlineError, ContractError, EngineError: it failed on the way; what it serves is not known.
         """
         self.swapping, began = True, time.monotonic()
+        self.prefills.forget()
         old, self.serves = self.serves, None
         try:
             await self.api.pause()
@@ -100,7 +110,7 @@ class Server:
                 raise
             finally:
                 await self.api.resume()
-            self.serves = new
+            self.serves, self.space = new, str(new.version)
         finally:
             self.swapping = False
             self.stalled += time.monotonic() - began
@@ -130,7 +140,7 @@ async def wake(server: Server, served: Staged, *, trusted: bool) -> None:
     await server.api.resume()
     await server.api.health()
     if trusted:
-        server.serves = served
+        server.serves, server.space = served, str(served.version)
         return
     try:
         await server.swap(served)
