@@ -25,7 +25,7 @@ from services.sampler.engines.stopping import StopStrings
 from services.sampler.tokenizer import Tokenizer
 from tests.engines import builders
 from treegrpo.errors import ConfigError, ContractError, EngineError, WeightsError
-from treegrpo.step import PolicyVersion, VersionSpan
+from treegrpo.step import PolicyVersion, TokenIds, VersionSpan
 
 FIRST, SECOND = PolicyVersion(0, 0), PolicyVersion(0, 1)
 
@@ -300,29 +300,37 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-async def test_siblings_wait_until_the_first_of_them_has_computed_what_they_share() -> None:
+async def test_siblings_that_come_together_wait_until_the_first_has_computed_what_they_share() -> None:
     prefills, order = Prefills(), list[str]()
     shared = builders.prompt(0, 4 * BLOCK)
 
-    async def ask(name: str, ids: np.ndarray[Any, Any], go: asyncio.Event) -> None:
-        async with prefills.turn(ids) as computed:
-            order.append(f"{name} asks")
+    async def ask(name: str, ids: TokenIds) -> None:
+        async with prefills.turn(ids) as turn:
+            order.append(f"{name} asks{', awaited' if turn.awaited else ''}")
             await go.wait()
             order.append(f"{name} computed")
-            computed()
+            prefills.computed(turn)
             await done.wait()
 
     done, go = asyncio.Event(), asyncio.Event()
-    tasks = [asyncio.create_task(ask("a", shared, go))]
-    tasks.append(asyncio.create_task(ask("b", np.concatenate((shared, builders.prompt(1, BLOCK))), go)))
-    tasks.append(asyncio.create_task(ask("c", builders.prompt(2, 4 * BLOCK), go)))
-    await settled()
-    assert order == ["a asks", "c asks"]
-    go.set()
-    await settled()
-    assert order.index("b asks") > order.index("a computed")
-    done.set()
-    await asyncio.gather(*tasks)
+    prefixes = {"a": shared, "b": np.concatenate((shared, builders.prompt(1, BLOCK))), "c": builders.prompt(2, 4 * BLOCK)}
+    async with asyncio.TaskGroup() as tasks:
+        for name, ids in prefixes.items():
+            tasks.create_task(ask(name, ids))
+        await settled()
+        assert order == ["a asks, awaited", "c asks"]
+        go.set()
+        await settled()
+        assert order.index("b asks") > order.index("a computed")
+        done.set()
+
+
+async def test_who_comes_too_late_to_be_told_waits_for_a_moment_only() -> None:
+    prefills, shared = Prefills(), builders.prompt(0, 4 * BLOCK)
+    async with prefills.turn(shared) as first:
+        assert not first.awaited
+        async with prefills.turn(shared) as second:
+            assert second.keys == []
 
 
 async def test_who_fails_to_compute_leaves_it_to_the_next_and_what_is_computed_is_waited_for_by_nobody() -> None:
@@ -330,11 +338,8 @@ async def test_who_fails_to_compute_leaves_it_to_the_next_and_what_is_computed_i
     with pytest.raises(EngineError):
         async with prefills.turn(shared):
             raise EngineError("it is gone")
-    async with prefills.turn(shared) as computed:
-        waiting = asyncio.create_task(prefills.turn(shared).__aenter__())
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        computed()
-        await waiting
-        async with prefills.turn(np.concatenate((shared, builders.prompt(3, 2)))):
-            pass
+    async with prefills.turn(shared) as first:
+        assert len(first.keys) == 4
+        prefills.computed(first)
+        async with prefills.turn(np.concatenate((shared, builders.prompt(3, 2)))) as second:
+            assert second.keys == []

@@ -48,23 +48,12 @@ class Api:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def generate(self, body: dict[str, Any], started: Callable[[], None]) -> Answer:
-        """Sample one completion; ``started`` is called when its first token is there, so its prefix is computed."""
-        # The first token is an event of its own, the next one is the end.
-        stream = {**body, "stream": True, "sampling_params": {**body["sampling_params"], "stream_interval": NEVER}}
-        last = ""
-        asking = self._client.stream("POST", f"{self.url}/generate", json=stream, timeout=GENERATE_SECONDS)
-        async with self._failing("/generate", GENERATE_SECONDS), asking as response:
-            if response.is_error:
-                await response.aread()
-                raise self._refusal("/generate", response)
-            async for line in response.aiter_lines():
-                if line.startswith(EVENT) and not line.endswith(END):
-                    last = line.removeprefix(EVENT)
-                    started()
-        answer = self._read(lambda: json.loads(last), "/generate")
-        if isinstance(answer, dict) and "error" in answer:
-            raise EngineError(f"The SGLang server at {self.url} answers /generate with an error: {_message(answer)}")
+    async def generate(self, body: dict[str, Any], started: Callable[[], None] | None = None) -> Answer:
+        """Sample one completion; ``started`` is called when its first token is there, hence its prefix computed."""
+        if started is None:
+            answer = await self._call("POST", "/generate", body, GENERATE_SECONDS)
+        else:
+            answer = await self._stream("/generate", body, started)
         return self._read(lambda: read_answer(answer, body["sampling_params"]["max_new_tokens"]), "/generate")
 
     async def abort(self, rid: str) -> None:
@@ -124,6 +113,23 @@ class Api:
         if not response.content:
             return None
         return self._read(response.json, path)
+
+    async def _stream(self, path: str, body: dict[str, Any], started: Callable[[], None]) -> Any:
+        """The last of the events that a request leads to. The first token is one, the next is the end."""
+        body = {**body, "stream": True, "sampling_params": {**body["sampling_params"], "stream_interval": NEVER}}
+        asking, last = self._client.stream("POST", self.url + path, json=body, timeout=GENERATE_SECONDS), ""
+        async with self._failing(path, GENERATE_SECONDS), asking as response:
+            if response.is_error:
+                await response.aread()
+                raise self._refusal(path, response)
+            async for line in response.aiter_lines():
+                if line.startswith(EVENT) and not line.endswith(END):
+                    last = line.removeprefix(EVENT)
+                    started()
+        answer = self._read(lambda: json.loads(last), path)
+        if isinstance(answer, dict) and "error" in answer:
+            raise EngineError(f"The SGLang server at {self.url} answers {path} with an error: {_message(answer)}")
+        return answer
 
     @asynccontextmanager
     async def _failing(self, path: str, seconds: float) -> AsyncGenerator[None]:

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 from services.sampler.engines.sglang.answers import Answer, Load
 from services.sampler.engines.sglang.api import Api
 from services.sampler.engines.sglang.draft import Draft
-from services.sampler.engines.sglang.prefill import Prefills
+from services.sampler.engines.sglang.prefill import Prefills, Turn
 from services.sampler.engines.sglang.pressure import Pressure
 from services.sampler.engines.sglang.stage import Staged
 from treegrpo.errors import UnavailableError, WeightsError
@@ -59,9 +61,9 @@ class Server:
         Raises:
             UnavailableError, DeadlineError, ContractError, EngineError: see `Api`; or it was lost meanwhile.
         """
-        async with self.prefills.turn(draft.sequence) as computed:
+        async with self.prefills.turn(draft.sequence) as turn:
             rid = uuid4().hex
-            asking = asyncio.create_task(self.api.generate(draft.request(rid, self.space), computed), name=f"sglang-{rid}")
+            asking = asyncio.create_task(self._generate(turn, draft.request(rid, self.space)), name=f"sglang-{rid}")
             self.asking.add(asking)
             try:
                 await asyncio.wait({asking})
@@ -75,6 +77,10 @@ class Server:
         self.prefills.remember(np.concatenate((draft.sequence, np.array(answer.ids, np.uint32))))
         self.pressure.retracted(max(0, answer.retractions - sum(start > 0 for _, start in answer.versions)))
         return answer
+
+    async def _generate(self, turn: Turn, body: dict[str, Any]) -> Answer:
+        started = partial(self.prefills.computed, turn) if turn.awaited else None
+        return await self.api.generate(body, started)
 
     def _result(self, asking: asyncio.Task[Answer]) -> Answer:
         if asking.cancelled():
