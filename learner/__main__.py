@@ -30,7 +30,7 @@ from treegrpo.handoff import IntakeClient, socket_path
 from treegrpo.leash import leashed
 
 log = logging.getLogger(__name__)
-READY_SECONDS = 60.0
+READY_SECONDS = 300.0
 GRACE_SECONDS = 30.0
 """The intake closes open leases in 20."""
 RETRY_SECONDS = 0.1

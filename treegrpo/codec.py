@@ -7,6 +7,8 @@ of its message: one schema, with protobuf's rules for change.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from treegrpo.budget import Budget, Cost
@@ -59,7 +61,11 @@ def version_to_pb(version: PolicyVersion) -> tree_pb2.PolicyVersion:
 
 
 def version_from_pb(pb: tree_pb2.PolicyVersion) -> PolicyVersion:
-    return PolicyVersion(pb.lineage, pb.step)
+    return _version(pb.lineage, pb.step)
+
+
+_version = lru_cache(maxsize=64)(PolicyVersion)
+"""Every step names one, and there are few."""
 
 
 def cost_to_pb(cost: Cost) -> tree_pb2.Cost:

@@ -29,7 +29,7 @@ import msgpack
 
 from treegrpo.access import OPEN, Access
 from treegrpo.change import Change
-from treegrpo.errors import UnavailableError
+from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.limits import CONTROL_BYTES, PEERS
 from treegrpo.refusals import Refusals
 from treegrpo.security import Role, within_reach
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
 KEEPALIVE_SECONDS = 10
+GOODBYE_SECONDS = 1.0
+"""To say that we leave; a broker that does not hear it says so for us."""
 NAME_LETTERS = 256
 """The longest name, address or topic of a member that is believed, and what the log repeats of a stranger's words."""
 ROLES = {role.value for role in Role}
@@ -99,7 +101,9 @@ class ControlPlane:
         """The broker's address and since when (time.monotonic) there is no connection to it; None while there is one."""
 
     async def set_state(self, state: RunState) -> None:
-        """Tell everybody, now and later, what the run shall do."""
+        """Tell everybody, now and later, what the run shall do; we do it at once, whether the broker hears us or not."""
+        self.state = state
+        self._changed.tell()
         await self._publish("state", state.value.encode())
 
     async def announce(self, version: PolicyVersion) -> None:
@@ -145,7 +149,9 @@ class ControlPlane:
             finally:
                 self._client, self.lost = None, (self._address, time.monotonic())
                 with contextlib.suppress(aiomqtt.MqttError):  # a clean goodbye; a lost connection sends the will instead
-                    await client.publish(mine, replace(self._member, alive=False).payload(), qos=1, retain=True)
+                    await client.publish(
+                        mine, replace(self._member, alive=False).payload(), qos=1, retain=True, timeout=GOODBYE_SECONDS
+                    )
 
     def _hear(self, topic: str, payload: bytes) -> None:
         try:
@@ -188,8 +194,10 @@ class ControlPlane:
             began = time.monotonic()
             try:
                 await self._session(connected)
-            except aiomqtt.MqttError as error:
+            except (aiomqtt.MqttError, OSError, ConfigError) as error:  # the last two: certificates while they are renewed
                 if not connected.is_set():
+                    if not isinstance(error, aiomqtt.MqttError):
+                        raise
                     remedy = "start one, or set broker.embedded = true and use `treegrpo up`."
                     raise unavailable(self._address, self._access, error, remedy) from error
                 attempt = 0 if time.monotonic() - began > RETRY_SECONDS[-1] else attempt + 1
@@ -209,16 +217,22 @@ class ControlPlane:
         plane = cls(address, run, member, access)
         connected = asyncio.Event()
         task = asyncio.create_task(plane._follow(connected), name="control-plane")
+        block = asyncio.current_task()
+        assert block is not None  # noqa: S101 - a coroutine runs in a task
         ready = asyncio.create_task(connected.wait(), name="control-plane-connected")
         try:
             await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 task.result()
+            task.add_done_callback(lambda ended: ended.cancelled() or block.cancel("the control plane broke"))
             yield plane
         finally:
+            broken = task.exception() if task.done() and not task.cancelled() else None
             ready.cancel()
             task.cancel()
             await asyncio.gather(ready, task, return_exceptions=True)
+            if broken is not None:  # what nobody foresaw ends the process: deaf to a pause it must not go on
+                raise broken
 
 
 async def publish_state(address: str, run: str, state: RunState, access: Access = OPEN) -> None:

@@ -59,6 +59,11 @@ def keep_identity(config: Config, *, begun: bool) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)  # the name has to outlive the machine too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
     if begun:
         log.warning("the run in %s began before runs wrote down what they are; it is now what it was told to be", config.run.dir)
 

@@ -59,12 +59,13 @@ class _Seldom(logging.Filter):
     def __init__(self, libraries: tuple[str, ...]) -> None:
         super().__init__()
         self._libraries = libraries
-        self._said: dict[tuple[str, int], _Said] = {}
+        self._said: dict[tuple[str, int, str], _Said] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.partition(".")[0] not in self._libraries:
             return True
-        now, key = time.monotonic(), (record.pathname, record.lineno)
+        error = record.exc_info[0] if record.exc_info else None  # what it is about, if many errors are said by one line
+        now, key = time.monotonic(), (record.pathname, record.lineno, error.__name__ if error else "")
         said = self._said.setdefault(key, _Said(-AGAIN_SECONDS))
         if now - said.at < AGAIN_SECONDS:
             said.since += 1

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import ssl
+from asyncio import sslproto
 from collections.abc import Sequence
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+sslproto.SSLProtocol.max_size = 32 << 10
+"""Bytes that asyncio sets aside for each connection when it is accepted, before anybody has shown anything: 256 Ki otherwise, a
+gigabyte for four thousand strangers. A TLS record has 16 Ki at most."""
 Stamp = tuple[tuple[int, int], ...]
 
 

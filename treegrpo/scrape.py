@@ -7,17 +7,20 @@ shows the token where there is one. More than SCRAPERS at once are hung up on.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import Any
 
 from pydantic import SecretStr
 
 from treegrpo.access import shows
 from treegrpo.limits import HEADER_BYTES, REQUEST_SECONDS, SCRAPERS
 
+log = logging.getLogger(__name__)
 CONTENT = "text/plain; version=0.0.4; charset=utf-8"
 END = b"\r\n\r\n"
 
@@ -53,7 +56,7 @@ class _Server:
             ssl_handshake_timeout=patience,
             ssl_shutdown_timeout=patience,
         )
-        asyncio.get_running_loop().set_exception_handler(lambda _, __: None)  # a handshake that failed is the peer's affair
+        asyncio.get_running_loop().set_exception_handler(_complain)
         await server.serve_forever()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -87,7 +90,17 @@ class _Server:
             )
         if method != "GET" or target.partition("?")[0] != "/metrics":
             return _response(HTTPStatus.NOT_FOUND, b"There is GET /metrics.\n")
-        return _response(HTTPStatus.OK, self._page())
+        try:
+            return _response(HTTPStatus.OK, self._page())
+        except Exception:  # the edge: a figure that cannot be made is said here, and costs the process nothing
+            log.exception("the figures for %s cannot be made", "/metrics")
+            return _response(HTTPStatus.INTERNAL_SERVER_ERROR, b"A figure cannot be made; see the log of this process.\n")
+
+
+def _complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A handshake that failed is the peer's affair; all else is ours."""
+    if not isinstance(context.get("exception"), OSError):
+        loop.default_exception_handler(context)
 
 
 def _response(status: HTTPStatus, body: bytes, more: str = "") -> bytes:

@@ -86,6 +86,9 @@ class IntakeMetrics(_Metrics):
         self.lease_limit = self._gauge("leases_limit", "Training leases the staleness bound allows now")
         self.ready = self._gauge("groups_ready", "Closed groups that are ready or in training")
         self.samplers = self._gauge("samplers_connected", "Samplers with an open stream")
+        self.stalled = self._gauge(
+            "stalled_seconds", "Seconds since something last went on, by what is waited for", "waiting_for"
+        )
         self.subtree_seconds = self._histogram("subtree_seconds", "Seconds from lease to accepted subtree")
         self.reward = self._gauge("reward_mean", "Mean reward of the leaves of the last groups", "kind")
         self.em = self._gauge("exact_match_ratio", "Share of leaves with an exact match in the last groups", "kind")

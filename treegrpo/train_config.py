@@ -98,7 +98,7 @@ class TrainConfig(Section):
     pack_tokens: int = Field(default=8192, ge=64)
     """Tokens of one forward and backward pass."""
     checkpoint_every: int = Field(default=20, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=2)
     gradient_checkpointing: bool = False
     """Compute a layer again in the backward pass instead of keeping what it made: less memory, about a third more time."""
     processes: int = Field(default=1, ge=1)

@@ -15,7 +15,9 @@ from learner.intake import events
 from learner.intake.frames import Record
 from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
+from learner.intake.pace import Pace
 from learner.intake.report import Reporter
+from treegrpo.budget import Cost
 from treegrpo.codec import lease_to_pb, subtree_from_pb
 from treegrpo.lease import Lease, LeaseEnd
 from treegrpo.v1 import rollout_pb2, tree_pb2
@@ -36,6 +38,7 @@ class Clerk:
         self._book = book
         self._journal = journal
         self._reporter = reporter
+        self.pace = Pace()
         self.given = journal.barrier()
         """Done when all positions that were given are durable."""
 
@@ -54,17 +57,22 @@ class Clerk:
             self._reporter.duplicate()
             return self._journal.barrier()
         done = self._journal.append(events.accepted(encoded))
+        self.pace.progress()
         if group is not None:
             self._reporter.accepted(group, subtree)
         return done
+
+    def refuse(self, lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> asyncio.Future[int] | None:
+        """Leave a subtree of an open lease out; done when that is durable, None if nothing changes."""
+        if not self._book.refuse(lease, key, cost, reason, why):
+            return None
+        return self._journal.append(events.refused(lease, key, cost, reason, why))
 
     def end(self, end: LeaseEnd) -> OpenGroup:
         """A lease ends."""
         group = self._book.ended(end)
         self._journal.append(events.ended(end))
         self._reporter.ended(group, end)
-        if not group.closed:
-            self._look_at(group, end.reason.value, end.error)
         return group
 
     def close(self, draw: int) -> None:
@@ -72,7 +80,6 @@ class Clerk:
         group = self._book.close(draw)
         self._journal.append(events.closed(draw))
         self._reporter.closed(group, "overdue")
-        self._look_at(group, "overdue", "the staleness bound was reached before its first leaf")
 
     def give(self, draws: Sequence[int], stale: Sequence[int]) -> None:
         """The trainer is to get ``draws`` at the next positions, and those that are ``stale`` never."""
@@ -80,11 +87,3 @@ class Clerk:
         self.given = self._journal.append(events.taken(draws, stale))
         for group in left_out:
             self._reporter.closed(group, "stale")
-            self._look_at(group, "stale", "it is older than train.max_lag allows")
-
-    def _look_at(self, group: OpenGroup, why: str, error: str) -> None:
-        """Say so when a group is given up."""
-        if group.given_up:
-            question = group.lease.question.id
-            log.warning("question %s is set aside after %d tries, the last %s: %s", question, group.tries, why, error or why)
-            self._reporter.gave_up(group, why, error)

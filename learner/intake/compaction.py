@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +32,10 @@ class Compaction:
         self._asked.set()
 
     async def run_forever(self) -> None:
-        """Snapshot whenever it was asked for, one at a time. A disk without room for one is logged; the next may fit."""
+        """Snapshot whenever it was asked for, one at a time.
+
+        A disk without room for one is logged. The next checkpoint asks again, and by then there is less to keep.
+        """
         while True:
             await self._asked.wait()
             self._asked.clear()
@@ -43,6 +48,11 @@ class Compaction:
                 log.error("no snapshot before segment %d (%s); the journal stays as it is", number, error.strerror or error)  # noqa: TRY400
 
     def compact(self, number: int, state: Capture) -> None:
-        """Write the snapshot before segment ``number`` and drop what it makes superfluous. Raises OSError."""
+        """Write the snapshot before segment ``number`` and drop what it makes superfluous. Raises OSError.
+
+        One that would not fit is not begun: what room there is the journal needs more.
+        """
+        if self._disk.free(self._folder) < state.bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._snapshots.write(number, state.records())
         drop(self._disk, self._folder, before=self._snapshots.prune())

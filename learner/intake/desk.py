@@ -15,38 +15,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from learner.intake.asked_for import check_holder, cost_of, reason_of
 from learner.intake.barren import Barren
 from learner.intake.batches import Batches
 from learner.intake.clerk import Clerk
-from learner.intake.evaluation import Round
 from learner.intake.granting import Granting
 from learner.intake.groups import OpenGroup
-from learner.intake.journal import BACKLOG_BYTES, Journal, durable
+from learner.intake.journal import BACKLOG_BYTES, Journal
 from learner.intake.leases import LeaseBook
+from learner.intake.pace import Pace
 from learner.intake.peers import Peer
 from learner.intake.presence import Presence, sampler_of
 from learner.intake.report import Reporter
-from learner.intake.weights import WeightsServer
 from treegrpo.change import Change
 from treegrpo.codec import plan_to_pb, version_to_pb
 from treegrpo.control import ControlPlane, RunState
 from treegrpo.errors import ContractError
-from treegrpo.handoff import Evaluation, Taken, pack_encoded
 from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
-from treegrpo.question import Question
 from treegrpo.refusals import Refusals
 from treegrpo.size import check_end
-from treegrpo.step import PolicyVersion
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import tree_pb2
 
 log = logging.getLogger(__name__)
-LONG_POLL_SECONDS = 5.0
 
 
 class Desk:
@@ -55,38 +48,40 @@ class Desk:
         book: LeaseBook,
         journal: Journal,
         control: ControlPlane,
-        weights: WeightsServer,
         reporter: Reporter,
         *,
         run: str,
         plan: Plan,
-        heldout: list[Question],
-        checkpointed: Callable[[], None],
+        heldout: int,
     ) -> None:
-        """``checkpointed`` is called when a checkpoint stands, and the journal may get shorter."""
+        """``heldout``: how many questions an evaluation has."""
         self.book = book
         self.presence = Presence(set(book.open.holders), self.lose)
         self._journal = journal
-        self._control = control
-        self._weights = weights
-        self._reporter = reporter
+        self.control = control
+        self.reporter = reporter
         self._run = run
         self._plan = plan
         self._heldout = heldout
-        self._checkpointed = checkpointed
-        self._round: Round | None = None
-        self._clerk = Clerk(book, journal, reporter)
-        self._batches = Batches(book, self._clerk, self._stop)
-        self._changed = Change()
+        self.clerk = Clerk(book, journal, reporter)
+        self.batches = Batches(book, self.clerk, self._stop)
+        self.changed = Change()
         self._refusals = Refusals(log)
         self._barren = Barren()
-        self._granting = Granting(book, self._clerk, self.peers)
+        self.began = self.state_since = time.monotonic()
+        """When this intake began, and when it heard of the run's present state."""
+        self._granting = Granting(book, self.clerk, self.peers)
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with RunError when rolling out on would lead nowhere."""
         journal.on_blocked = self.grant
         reporter.keep(book)
 
     # ---- samplers
+
+    @property
+    def pace(self) -> Pace:
+        """When something last went on."""
+        return self.clerk.pace
 
     @property
     def peers(self) -> dict[str, Peer]:
@@ -97,42 +92,42 @@ class Desk:
         """A stream opened. Older incarnations of the same sampler have lost their leases."""
         peer = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
         self.presence.came(peer)
-        for holder in set(self.book.open.holders) - {peer.holder}:
-            if sampler_of(holder) == peer.id:
-                self.lose(holder)
         held = {group.lease.id for group in self.book.open.of(peer.holder)}
-        for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
-            self._end(LeaseEnd(lease, LeaseEndReason.RETURNED))
         version = self.book.version
         void = [lease for lease in hello.leases if lease not in held]
         welcome = pb.Welcome(run=self._run, void_leases=void, plan=plan_to_pb(self._plan))
         if version is not None:
             welcome.version.CopyFrom(version_to_pb(version))
-        peer.send(pb.RolloutResponse(welcome=welcome))
+        peer.send(pb.RolloutResponse(welcome=welcome))  # before anything else: what follows may tell it to stop
         for group in self.book.open.of(peer.holder):
             if group.told_at is not None:  # it may have been said to a stream that was breaking
                 self._stop(group)
-        if self._control.state is RunState.DRAINING:
+        if self.control.state is RunState.DRAINING:
             peer.send(pb.RolloutResponse(drain=pb.Drain()))
+        for holder in set(self.book.open.holders) - {peer.holder}:
+            if sampler_of(holder) == peer.id:
+                self.lose(holder)
+        for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
+            self._end(LeaseEnd(lease, LeaseEndReason.RETURNED))
         log.info("sampler %s joined (%s, %d at once)", peer.id, peer.engine, peer.capacity)
-        self._reporter.samplers(len(self.peers))
+        self.reporter.samplers(len(self.peers))
         return peer
 
     @property
     def _room(self) -> int:
         """Messages for one sampler: of every lease there may be itself, an ack of each subtree and the word to stop."""
-        return (self.book.most + len(self._heldout)) * (self._plan.leaves + 2) + 16
+        return (self.book.most + self._heldout) * (self._plan.leaves + 2) + 16
 
     def leave(self, peer: Peer) -> None:
         """Its stream closed: its leases wait for it until it was silent for too long."""
         if self.presence.left(peer):
             log.info("sampler %s left", peer.id)
-            self._reporter.samplers(len(self.peers))
+            self.reporter.samplers(len(self.peers))
 
     def lose(self, holder: str) -> None:
         """A sampler is gone for good: others go on with its groups."""
         reason = self.presence.gone(holder)
-        self._reporter.samplers(len(self.peers))
+        self.reporter.samplers(len(self.peers))
         for group in self.book.open.of(holder):
             log.warning("lease %s of sampler %s is lost, with %d subtrees", group.lease.id, holder, len(group.subtrees))
             self._end(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
@@ -144,30 +139,35 @@ class Desk:
         self.grant()
 
     def accept(self, peer: Peer, sent: tree_pb2.Subtree) -> None:
-        """Take a subtree in; acked when it is durable, or at once when it is refused (so that it is not sent again)."""
+        """Take a subtree in. Acked when it is durable, also that it is refused: it is not sent again."""
         ack = pb.Ack(lease=sent.lease, tree=sent.tree, index=sent.index)
         try:
             check_holder(self.book.find(sent.lease), sent.lease, peer.holder)
-            kept = self._clerk.accept(sent)
+            kept = self.clerk.accept(sent)
         except ContractError as error:
             ack.refusal = str(error)
-            self._refuse(peer, sent, error)
-            peer.send(pb.RolloutResponse(ack=ack))
-        else:
-            response = pb.RolloutResponse(ack=ack)
-            kept.add_done_callback(lambda future: None if future.exception() else peer.send(response))
+            kept = self._refuse(peer, sent, error)
+        response = pb.RolloutResponse(ack=ack)
+        kept.add_done_callback(lambda future: None if future.exception() else peer.send(response))
 
-    def _refuse(self, peer: Peer, sent: tree_pb2.Subtree, error: ContractError) -> None:
-        """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has."""
+    def _refuse(self, peer: Peer, sent: tree_pb2.Subtree, error: ContractError) -> asyncio.Future[int]:
+        """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has.
+
+        Done when that is durable.
+        """
         group, leaves = self.book.open.get(sent.lease), len(sent.leaves)
         reason = reason_of(group, peer.holder, error)
         self._refusals.count(peer.id, reason, f"a subtree: {error}")
         if group is None or reason == "holder":
-            self._reporter.refused(reason, leaves)
-        elif group.refuse((sent.tree, sent.index), cost_of(sent, group.lease.plan), str(error)):
-            self._reporter.refused(reason, leaves)
+            self.reporter.refused(reason, leaves)
+            return self._journal.barrier()
+        cost = cost_of(sent, group.lease.plan)
+        kept = self.clerk.refuse(sent.lease, (sent.tree, sent.index), cost, reason, str(error))
+        if kept is not None:
+            self.reporter.refused(reason, leaves)
             group.told_at = group.told_at or time.monotonic()
             self._stop(group)
+        return kept or self._journal.barrier()
 
     @property
     def behind(self) -> bool:
@@ -186,7 +186,7 @@ class Desk:
             return
         check_end(end, group.lease.plan)
         end = group.settle(end)
-        if end.reason is LeaseEndReason.STOPPED and group.told_at is None and self._control.state is not RunState.DRAINING:
+        if end.reason is LeaseEndReason.STOPPED and group.told_at is None and self.control.state is not RunState.DRAINING:
             end = replace(end, reason=LeaseEndReason.RETURNED)
         if end.error:
             log.warning("lease %s ends as %s on sampler %s: %s", end.lease, end.reason.value, peer.id, end.error)
@@ -194,13 +194,13 @@ class Desk:
         self.grant()
 
     def _end(self, end: LeaseEnd) -> None:
-        group = self._clerk.end(end)
+        group = self.clerk.end(end)
         hopeless = self._barren.judge(group, end)
         if hopeless is not None and not self.broken.done():
             self.broken.set_exception(hopeless)
         self._granting.look_at(sampler_of(group.holder))
-        self._batches.press()
-        self._changed.tell()
+        self.batches.press()
+        self.changed.tell()
 
     def _stop(self, group: OpenGroup) -> None:
         for peer in self.peers.values():
@@ -209,58 +209,10 @@ class Desk:
 
     def grant(self) -> None:
         """Grant what there is to grant, unless the run or the disk stands still."""
-        if self._control.state is not RunState.RUNNING or self._journal.blocked:
+        if self.control.state is not RunState.RUNNING or self._journal.blocked:
             return
-        self._batches.press()
+        self.batches.press()
         self._granting.grant()
-
-    # ---- trainer
-
-    async def take(self, position: int, count: int) -> Taken:
-        """``count`` closed groups from ``position`` on, as soon as there are that many; none after a few seconds."""
-        deadline = time.monotonic() + LONG_POLL_SECONDS
-        while True:
-            state = self._control.state
-            groups = self._batches.batch(position, count) if state is RunState.RUNNING else []
-            if groups or state is RunState.DRAINING or time.monotonic() > deadline:
-                self.grant()
-                if groups and not await durable(self._clerk.given, deadline):
-                    groups = []  # a full disk; the trainer asks again
-                return Taken([pack_encoded(g.group, g.encoded) for g in groups], state.value)
-            await self._changed.wait(min(deadline, self._batches.patience))
-
-    async def publish(self, version: PolicyVersion, path: Path, position: int) -> None:
-        """Serve and announce a policy version; the groups before ``position`` made it."""
-        await self._weights.publish(version, path)
-        self.book.version = version
-        self.book.groups.trained(position)
-        await self._control.announce(version)
-        self.grant()
-
-    def covered(self, position: int) -> None:
-        """A checkpoint covers the groups before ``position``."""
-        self.book.groups.covered(position)
-        self._checkpointed()
-
-    async def evaluate(self, version: PolicyVersion) -> Evaluation:
-        """Begin the evaluation of ``version`` unless it runs, and wait a few seconds for its end."""
-        if self._round is None or self._round.version != version:
-            self._round = Round(version, self._heldout, self.book.answers)
-            missing = self._round.missing
-            if 0 < len(missing) < len(self._heldout):
-                log.info("the evaluation of %s goes on; %d questions of %d are left", version, len(missing), len(self._heldout))
-            self.book.evaluate(version, missing)
-            self.grant()
-        deadline = time.monotonic() + LONG_POLL_SECONDS
-        while not self._round.done and self._control.state is not RunState.DRAINING and await self._changed.wait(deadline):
-            pass
-        if self._round.done:
-            self._reporter.evaluated(self._round, self.book)
-        return replace(self._round.result(), state=self._control.state.value)
-
-    def report(self, values: dict[str, object]) -> None:
-        """A line for the run's progress file."""
-        self._reporter.step(values, self.book)
 
     # ---- control plane
 
@@ -271,24 +223,25 @@ class Desk:
             tasks.create_task(self.presence.watch_over(), name="silence")
 
     async def _obey(self) -> None:
-        before = self._control.state
+        before = self.control.state
         while True:
-            await self._control.wait_change()
-            state = self._control.state
+            await self.control.wait_change()
+            state = self.control.state
             if state is not before:
+                self.state_since = time.monotonic()
                 log.info("the run is %s", state.value)
                 if state is RunState.DRAINING:
                     for peer in self.peers.values():
                         peer.send(pb.RolloutResponse(drain=pb.Drain()))
                 before = state
-            self.presence.heed(self._control.members.values())
+            self.presence.heed(self.control.members.values())
             self.grant()
-            self._changed.tell()
+            self.changed.tell()
 
     async def drained(self, seconds: float) -> None:
         """Wait until no lease is out; those that remain after ``seconds`` are for another time."""
         deadline = time.monotonic() + seconds
-        while self.book.open and await self._changed.wait(deadline):
+        while self.book.open and await self.changed.wait(deadline):
             pass
         for lease in list(self.book.open):
             self._end(LeaseEnd(lease, LeaseEndReason.INTERRUPTED))

@@ -6,6 +6,7 @@ Tests put another one in its place, which crashes or refuses at any of these cal
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -35,6 +36,14 @@ class Disk(Protocol):
 
     def open(self, path: Path) -> BinaryIO:
         """A file to read."""
+        ...
+
+    def sync(self, path: Path) -> None:
+        """Return when what is in a file is on the disk, whoever wrote it."""
+        ...
+
+    def free(self, folder: Path) -> int:
+        """Bytes that can still be written there."""
         ...
 
     def names(self, folder: Path) -> list[str]:
@@ -84,6 +93,12 @@ class RealDisk:
     def open(self, path: Path) -> BinaryIO:
         return path.open("rb")
 
+    def sync(self, path: Path) -> None:
+        _sync(path, os.O_RDONLY)
+
+    def free(self, folder: Path) -> int:
+        return shutil.disk_usage(folder).free
+
     def names(self, folder: Path) -> list[str]:
         return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
 
@@ -100,8 +115,12 @@ class RealDisk:
         path.rmdir() if path.is_dir() else path.unlink()
 
     def sync_folder(self, path: Path) -> None:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

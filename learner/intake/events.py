@@ -2,6 +2,7 @@
 
 {"event": "granted", "lease": bytes, "draw": 12, "holder": "s1/00ff…"}
 {"event": "accepted", "subtree": bytes}
+{"event": "refused", "lease": "train-0000007-…", "tree": 0, "index": 3, "cost": […], "reason": "age", "why": "Group …"}
 {"event": "ended", "end": bytes}
 {"event": "closed", "draw": 12}                          at the staleness bound, before its lease ended
 {"event": "taken", "draws": [9, 12], "stale": []}        given to the trainer at the next positions, in this order
@@ -10,12 +11,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from learner.intake.frames import Record
 from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
 from learner.intake.report import Reporter
+from treegrpo.budget import Cost
 from treegrpo.codec import lease_end_from_pb, lease_end_to_pb, lease_from_pb, lease_to_pb, subtree_from_pb
 from treegrpo.lease import LeaseEnd
 from treegrpo.v1 import rollout_pb2, tree_pb2
@@ -30,6 +32,13 @@ def granted(group: OpenGroup) -> Record:
 def accepted(subtree: bytes) -> Record:
     """``subtree``: its message."""
     return {"event": "accepted", "subtree": subtree}
+
+
+def refused(lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> Record:
+    """Of an open lease: what it cost is settled when the lease ends."""
+    tree, index = key
+    of = {"lease": lease, "tree": tree, "index": index}
+    return {"event": "refused", **of, "cost": list(astuple(cost)), "reason": reason, "why": why}
 
 
 def ended(end: LeaseEnd) -> Record:
@@ -53,6 +62,9 @@ def replay(book: LeaseBook, reporter: Reporter, event: Record) -> None:
             subtree = subtree_from_pb(tree_pb2.Subtree.FromString(event["subtree"]))
             if (group := book.replay_accepted(subtree, event["subtree"])) is not None:
                 reporter.accepted(group, subtree)
+        case "refused":
+            key = (event["tree"], event["index"])
+            book.refuse(event["lease"], key, Cost(*event["cost"]), event["reason"], event["why"])
         case "closed":
             reporter.closed(book.close(event["draw"]), "overdue")
         case "taken":

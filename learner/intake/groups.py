@@ -15,7 +15,7 @@ import logging
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from enum import Enum
 from itertools import islice
 from typing import Any
@@ -81,6 +81,8 @@ class OpenGroup:
     """By (tree, index): what subtrees cost that are no part of the group."""
     refusal: str = ""
     """Why the last of them is none."""
+    reasons: set[str] = field(default_factory=set[str])
+    """Why all of them are none, in a word each."""
     fate: Fate = Fate.OPEN
 
     def __post_init__(self) -> None:
@@ -90,11 +92,16 @@ class OpenGroup:
     @classmethod
     def of(cls, lease: Lease, state: dict[str, Any]) -> OpenGroup:
         """The group that `state` was taken of, without its subtrees."""
-        return cls(lease, state["draw"], state["holder"], None, state["tries"], age=state["age"], closed=state["closed"])
+        group = cls(lease, state["draw"], state["holder"], None, state["tries"], age=state["age"], closed=state["closed"])
+        group.refused = {(tree, index): Cost(*cost) for tree, index, *cost in state["refused"]}
+        group.refusal, group.reasons = state["refusal"], set(state["reasons"])
+        return group
 
     def state(self) -> dict[str, Any]:
         """Plain data to be restored from, beside lease and subtrees."""
-        return {"draw": self.draw, "holder": self.holder, "tries": self.tries, "age": self.age, "closed": self.closed}
+        refused = [[*key, *astuple(cost)] for key, cost in self.refused.items()]
+        more = {"refused": refused, "refusal": self.refusal, "reasons": sorted(self.reasons)}
+        return {"draw": self.draw, "holder": self.holder, "tries": self.tries, "age": self.age, "closed": self.closed, **more}
 
     def add(self, subtree: Subtree, encoded: bytes) -> bool:
         """Accept a subtree; False if it was there already. Raises ContractError."""
@@ -123,12 +130,16 @@ class OpenGroup:
         self.group.trees.clear()
         self.subtrees.clear()
 
-    def refuse(self, key: tuple[int, int], cost: Cost, why: str) -> bool:
-        """Leave a subtree out; False if it was refused before, or more were than its plan has."""
+    def refuse(self, key: tuple[int, int], cost: Cost, reason: str, why: str) -> bool:
+        """Leave a subtree out for ``reason``, a word, and ``why``, a sentence.
+
+        False if it was refused before, or more were than its plan has.
+        """
         fresh = key not in self.refused
         if fresh and len(self.refused) >= self.lease.plan.leaves:
             return False
         self.refused[key], self.refusal = cost, why
+        self.reasons.add(reason)
         return fresh
 
     @property
@@ -159,13 +170,15 @@ class OpenGroup:
         return self.fate is Fate.ASIDE or (self.fate is Fate.CLOSED and self.tries >= TRIES)
 
     def settle(self, end: LeaseEnd) -> LeaseEnd:
-        """``end`` with what refused subtrees cost; a lease of which nothing else came has failed."""
+        """``end`` with what refused subtrees cost; a lease of which nothing else came has failed.
+
+        One that is refused for its age alone has not: the trainer went back to a checkpoint, and its samplers with it.
+        """
         end = replace(end, unaccounted=sum(self.refused.values(), end.unaccounted))
         if not self.refused or self.has_leaves or self.closed:
             return end
-        return replace(
-            end, reason=LeaseEndReason.FAILED, error=f"{len(self.refused)} subtrees refused, the last so: {self.refusal}"
-        )
+        reason = LeaseEndReason.RETURNED if self.reasons == {"age"} else LeaseEndReason.FAILED
+        return replace(end, reason=reason, error=f"{len(self.refused)} subtrees refused, the last so: {self.refusal}")
 
 
 class GroupQueue:

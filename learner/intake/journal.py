@@ -29,7 +29,7 @@ from treegrpo.change import Change
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
-GATHER_SECONDS = 0.005
+GATHER_SECONDS = 0.01
 """From one commit to the next at least: what comes in meanwhile shares it, and an ack is no later than anybody minds."""
 BACKLOG_BYTES = 2 * MAX_RECORD_BYTES
 """What may wait to be written before `room` makes peers wait."""
@@ -54,7 +54,7 @@ class Journal:
     def __init__(self, disk: Disk, folder: Path, end: End, retry: tuple[float, ...]) -> None:
         """Append after ``end``. ``retry``: seconds between attempts while the disk refuses; the last is repeated."""
         self._disk = disk
-        self._folder = folder
+        self.folder = folder
         self._number, self._good = end.number - 1, end.after
         self._retry = retry
         self._file: File | None = None
@@ -66,8 +66,8 @@ class Journal:
         self._committed = Change()
         self._last: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._last.set_result(self._number)
-        self.blocked = False
-        """Whether the disk refuses: nothing is acknowledged, and nothing should be granted."""
+        self.blocked_since: float | None = None
+        """time.monotonic since when the disk refuses: nothing is acknowledged, and nothing should be granted."""
         self.on_blocked: Callable[[], None] = lambda: None
         """Called when `blocked` changes."""
         self.backlog = 0
@@ -103,7 +103,7 @@ class Journal:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            failures, since = 0, time.monotonic()
+            failures = 0
             while self.busy:
                 try:
                     done = await asyncio.to_thread(self.commit)
@@ -112,15 +112,15 @@ class Journal:
                         log.error(  # noqa: TRY400 - one sentence is enough
                             "The disk refuses the journal %s (%s): nothing is acknowledged or granted until it takes it; "
                             "make room, or mend it.",
-                            *(self._folder, error.strerror or error),
+                            *(self.folder, error.strerror or error),
                         )
-                        self._block(True)
+                        self._block(time.monotonic())
                     await asyncio.sleep(self._retry[min(failures, len(self._retry) - 1)])
                     failures += 1
                     continue
-                if self.blocked:
-                    log.info("the disk takes the journal again, after %.1f s", time.monotonic() - since)
-                    self._block(False)
+                if self.blocked_since is not None:
+                    log.info("the disk takes the journal again, after %.1f s", time.monotonic() - self.blocked_since)
+                    self._block(None)
                 self.settle(done)
                 await asyncio.sleep(GATHER_SECONDS)
 
@@ -129,8 +129,12 @@ class Journal:
         """Whether there is something to commit."""
         return bool(self._pending) or self._file is None
 
-    def _block(self, blocked: bool) -> None:
-        self.blocked = blocked
+    @property
+    def blocked(self) -> bool:
+        return self.blocked_since is not None
+
+    def _block(self, since: float | None) -> None:
+        self.blocked_since = since
         self.on_blocked()
 
     def settle(self, done: list[Entry]) -> None:
@@ -169,13 +173,13 @@ class Journal:
 
     def _begin(self) -> None:
         """Begin the next segment; until it is durable the journal stays as it is."""
-        path = path_of(self._folder, self._number + 1)
+        path = path_of(self.folder, self._number + 1)
         file = self._disk.create(path)
         try:
             header = frame([encode({"format": FORMAT, "segment": self._number + 1, "after": self._good})])
             file.write(header)
             file.sync()
-            self._disk.sync_folder(self._folder)
+            self._disk.sync_folder(self.folder)
         except OSError:
             file.close()
             raise
@@ -218,7 +222,7 @@ class Journal:
                 self.commit()
         except OSError as error:
             count, reason = len(self._pending), error.strerror or error
-            log.error("%d events are not in the journal %s (%s): nobody was told of them", count, self._folder, reason)  # noqa: TRY400
+            log.error("%d events are not in the journal %s (%s): nobody was told of them", count, self.folder, reason)  # noqa: TRY400
         if self._file is not None:
             self._file.close()
 
@@ -231,5 +235,7 @@ class Journal:
         """
         disk.make_folder(folder)
         journal = cls(disk, folder, end, retry)
-        yield journal
-        journal._close()
+        try:
+            yield journal
+        finally:
+            journal._close()

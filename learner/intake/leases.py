@@ -93,6 +93,13 @@ class LeaseBook(Standing):
         self._charge(group, subtree)
         return True
 
+    def refuse(self, lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> bool:
+        """Leave a subtree of an open lease out; see `OpenGroup.refuse`. Raises ContractError: the lease is not open."""
+        group = self.open.get(lease)
+        if group is None:
+            raise ContractError(f"Lease {lease} is not open; none of its subtrees is refused.")
+        return group.refuse(key, cost, reason, why)
+
     def _charge(self, group: OpenGroup, subtree: Subtree) -> None:
         if subtree.lease in self.open:
             self.ledger.spend(subtree.lease, Budget.of(subtree.cost))
@@ -168,13 +175,13 @@ class LeaseBook(Standing):
         begun = [group for group in (*held, *self.unfinished.values()) if group.age < self.base]  # a later step for the others
         begun.sort(key=lambda group: (group.age, group.draw))
         ages, ready = [group.age for group in begun], [group.age for group in self.groups.ready]
-        return begun[: pressing(ages, ready, self.base, self._batch, count, self._max_lag)]
+        return begun[: pressing(ages, ready, self.base, self.batch, count, self._max_lag)]
 
     def overdue(self) -> list[OpenGroup]:
         """The groups that a whole batch is waiting for: it is ready, and may not be trained before them."""
-        if self.version is None or self.groups.ready_count < self._batch:
+        if self.version is None or self.groups.ready_count < self.batch:
             return []
-        return self.pressing(self._batch)
+        return self.pressing(self.batch)
 
     def close(self, draw: int) -> OpenGroup:
         """Close a group at the staleness bound with the leaves it has; one that has none begins again from nothing.

@@ -25,6 +25,10 @@ class Peer:
     """None is the end."""
     heard: float = field(default_factory=time.monotonic)
     """time.monotonic of its last message; infinite while the intake itself keeps it waiting."""
+    waits_for: str = ""
+    """What nothing goes on without there, in its own words; empty while something goes on."""
+    waited: float = 0.0
+    """Seconds, at its last heartbeat."""
     stream: asyncio.Timeout | None = None
     """Ends its stream when it is rescheduled."""
     farewell: str = ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from learner.intake.peers import Peer
@@ -16,6 +17,7 @@ from treegrpo.lease import HEARTBEAT_SECONDS, SILENCE_SECONDS, LeaseEndReason
 
 HUSHED_SECONDS = 2 * HEARTBEAT_SECONDS
 """Silent for so long, a last will is believed."""
+SEEN = 3
 TICK_SECONDS = 1.0
 """How often somebody looks who is silent."""
 
@@ -25,6 +27,10 @@ class Presence:
         """``absent`` held leases when the intake was last there; ``lose`` is told the holder that is gone."""
         self.peers: dict[str, Peer] = {}
         """By sampler: the newest stream of each."""
+        self.alone_since = time.monotonic()
+        """When (time.monotonic) the last of them left."""
+        self.last_seen: deque[str] = deque(maxlen=SEEN)
+        """The names of those that left last."""
         self._lose = lose
         self._interrupted = set(absent)
         """Those that have not come back to the intake since it was away itself."""
@@ -43,7 +49,7 @@ class Presence:
         """A stream closed; False if its sampler has another, or was gone before."""
         if self.peers.get(peer.id) is not peer:
             return False
-        del self.peers[peer.id]
+        self._remove(peer)
         self._departed[peer.holder] = min(peer.heard, time.monotonic()) + SILENCE_SECONDS
         return True
 
@@ -52,12 +58,17 @@ class Presence:
         self._departed.pop(holder, None)
         peer = self.peers.get(sampler_of(holder))
         if peer is not None and peer.holder == holder:
-            del self.peers[peer.id]
+            self._remove(peer)
             peer.hang_up(f"Nothing came for {SILENCE_SECONDS:.0f} s; send heartbeats.")
         if holder not in self._interrupted:
             return LeaseEndReason.LOST
         self._interrupted.discard(holder)
         return LeaseEndReason.INTERRUPTED
+
+    def _remove(self, peer: Peer) -> None:
+        del self.peers[peer.id]
+        self.alone_since = time.monotonic()
+        self.last_seen.append(peer.id)
 
     def heed(self, members: Iterable[Member]) -> None:
         """Lose those whose last will came."""

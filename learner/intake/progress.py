@@ -38,15 +38,15 @@ class ProgressFile:
         if whole < self._path.stat().st_size:
             os.truncate(self._path, whole)
 
-    def add(self, row: Mapping[str, object]) -> None:
-        """Append a line unless it is there; those that a full disk does not take wait for the next one."""
+    def add(self, row: Mapping[str, object]) -> bool:
+        """Append a line; False if it is there already. Those that a full disk does not take wait for the next one."""
         name = _name(row)
         if name is not None and name in self._had:
-            log.info("the %s record of version %s is there already", row["kind"], row.get("version"))
-            return
+            return False
         self._had.add(name)
         self._lines.append(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
         self._write()
+        return True
 
     def _write(self) -> None:
         data = "".join(self._lines).encode()
@@ -70,5 +70,7 @@ def _name(row: Mapping[str, object]) -> Hashable:
             return "step", row.get("step"), row.get("version"), row.get("position")
         case "eval":
             return "eval", row.get("version")
+        case "set_aside":
+            return "set_aside", row.get("lease")
         case _:
             return None

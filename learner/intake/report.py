@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import shutil
 import time
 from collections import deque
@@ -23,6 +23,12 @@ from treegrpo.lease import LeaseEnd, LeaseKind
 from treegrpo.step import Subtree
 from treegrpo.telemetry import IntakeMetrics
 
+log = logging.getLogger(__name__)
+SENTENCES = {
+    "overdue": "the staleness bound was reached before its first leaf",
+    "stale": "it is older than train.max_lag allows",
+}
+"""Why a group is given up that no lease's end explains."""
 CURRENCIES = ("tokens", "tool_calls")
 TOO_LATE = ("lease", "overdue", "age")
 REPLAYED = ("tokens", "leaves", "failed_steps", "ended", "groups", "set_aside", "forgone", "zero_signal", "unique", "chain")
@@ -34,7 +40,7 @@ class Reporter:
         """``window``: groups that a mean is taken over."""
         self.metrics = metrics
         self._progress = ProgressFile(progress)
-        self._aside = progress.with_name("set_aside.jsonl")
+        self._aside = ProgressFile(progress.with_name("set_aside.jsonl"))
         self._recent = {kind: deque[tuple[float, float]](maxlen=window) for kind in LeaseKind}
         self._spent = {kind: Budget() for kind in LeaseKind}
         self._chain = {kind: Budget() for kind in LeaseKind}
@@ -92,13 +98,14 @@ class Reporter:
         self._of(self.metrics.ended, kind.value, end.reason.value).inc()
         self._spent[kind] += Budget.of(end.unaccounted)
         if not group.closed:
-            self.closed(group, end.reason.value)
+            self.closed(group, end.reason.value, end.error)
 
-    def closed(self, group: OpenGroup, why: str) -> None:
-        """Count what a group is worth, if it is closed."""
+    def closed(self, group: OpenGroup, why: str, error: str = "") -> None:
+        """Count what a group is worth, if it is closed; list it if nobody will try it again."""
         kind = group.lease.kind
         if group.given_up:
             self.metrics.set_aside.labels(kind.value, why).inc()
+            self._gave_up(group, why, error or SENTENCES.get(why, why))
         if group.fate is not Fate.CLOSED:
             return
         self._of(self.metrics.groups, kind.value, why).inc()
@@ -127,9 +134,11 @@ class Reporter:
         for gauge, place in ((self.metrics.reward, 0), (self.metrics.em, 1)):
             gauge.labels(kind.value).set(sum(row[place] for row in recent) / len(recent))
 
-    def gave_up(self, group: OpenGroup, why: str, error: str) -> None:
-        """List a group that nobody will try again, for somebody to look at: in progress.jsonl and in set_aside.jsonl."""
+    def _gave_up(self, group: OpenGroup, why: str, error: str) -> None:
+        """List a group for somebody to look at: in progress.jsonl and in set_aside.jsonl, once, however often it is replayed."""
         row = {
+            "kind": "set_aside",
+            "lease": group.lease.id,
             "draw": group.draw,
             "question": group.lease.question.id,
             "tries": group.tries,
@@ -137,9 +146,9 @@ class Reporter:
             "why": why,
             "error": error,
         }
-        self._progress.add({"kind": "set_aside", **row})
-        with self._aside.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._progress.add(row)
+        if self._aside.add(row):
+            log.warning("question %s is set aside after %d tries, the last %s: %s", row["question"], group.tries, why, error)
 
     def saving(self, kind: LeaseKind, currency: str) -> float:
         """1 - needed / what chains to the same leaves would have needed, over the closed groups; see docs/adr/0002."""
@@ -179,6 +188,10 @@ class Reporter:
         result = done.result()
         row = {"version": str(done.version), "questions": result.questions, "em": result.em, "reward": result.reward}
         self._progress.add({"kind": "eval", **row, "failed": result.failed, **self._books(book)})
+
+    def waits(self, what: str, seconds: float) -> None:
+        """A progress line of a run in which nothing goes on; the next line of another kind ends it."""
+        self._progress.add({"kind": "waiting", "for": what, "seconds": round(seconds)})
 
     def _books(self, book: LeaseBook) -> dict[str, object]:
         return {

@@ -92,7 +92,8 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
             case "lease_end":
                 self._desk.end(peer, lease_end_from_pb(request.lease_end))
             case "heartbeat":
-                pass
+                beat = request.heartbeat
+                peer.waits_for, peer.waited = " ".join(beat.waits_for.split()), beat.waited_seconds
             case kind:
                 raise ContractError(
                     f"A sampler sent {kind or 'an empty message'} in the middle of its stream; see rollout.proto."

@@ -76,11 +76,21 @@ class Segments:
                 with self._disk.open(path := path_of(self._folder, number)) as file:
                     good = yield from _records(file, path, stop)
                 self.end = End(number + 1, good)
+            self._settle()
         except JournalError:
             raise
         except OSError as error:
             reason = error.strerror or error
             raise JournalError(f"The journal {self._folder} cannot be read ({reason}); mend that and start again.") from error
+
+    def _settle(self) -> None:
+        """What the last segment was read to have is on the disk now.
+
+        Its writer may have been killed between write and fsync. What is acknowledged from here on counts on it.
+        """
+        if self.end.number > self._first:
+            self._disk.sync(path_of(self._folder, self.end.number - 1))
+            self._disk.sync_folder(self._folder)
 
     def _starts(self) -> dict[int, int]:
         """The segments to read, each with the end of the one before, as its first frame says."""

@@ -22,13 +22,16 @@ from learner.intake.disk import RealDisk
 from learner.intake.doors import Admission, Watch, open_server
 from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
+from learner.intake.lock import only_intake
 from learner.intake.questions import QuestionQueue, load_questions
 from learner.intake.recovery import JOURNAL, SNAPSHOTS, holds_run, recover
 from learner.intake.report import Reporter
 from learner.intake.rollout import RolloutServer
 from learner.intake.snapshot import Capture, Snapshots
+from learner.intake.trainer_desk import TrainerDesk
 from learner.intake.trainer_link import listen
 from learner.intake.vocabulary import vocabulary
+from learner.intake.watchdog import Watchdog, look
 from learner.intake.weights import WeightsServer
 from treegrpo.access import Access
 from treegrpo.config import Config
@@ -56,7 +59,7 @@ def _book(config: Config) -> LeaseBook:
         max_lag=train.max_lag,
         total=train.steps * train.batch,
         vocabulary=vocabulary(config.model.path),
-        mark=secrets.token_hex(2),
+        mark=secrets.token_hex(8),
     )
 
 
@@ -73,8 +76,13 @@ async def run(config: Config) -> None:
     access.check_listen("learner.listen", config.learner.listen)
     access.check_reach("broker.address", config.broker.address)
     check_free(config.learner.listen, "learner.listen")
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    with only_intake(config.run.dir):
+        await _run(config, access)
+
+
+async def _run(config: Config, access: Access) -> None:
     run_dir = config.run.dir
-    run_dir.mkdir(parents=True, exist_ok=True)
     disk, folder, snapshots = RealDisk(), run_dir / JOURNAL, Snapshots(RealDisk(), run_dir / SNAPSHOTS)
     metrics = IntakeMetrics()
     reporter = Reporter(metrics, run_dir / "progress.jsonl", window=config.train.batch)
@@ -90,25 +98,29 @@ async def run(config: Config) -> None:
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
             await pause.begin(control, run_dir)
             weights = WeightsServer(metrics)
-            desk = Desk(
-                *(book, journal, control, weights, reporter),
-                run=config.run.name,
-                plan=config.rollout.plan,
-                heldout=heldout,
-                checkpointed=compaction.ask,
-            )
+            plan = config.rollout.plan
+            desk = Desk(book, journal, control, reporter, run=config.run.name, plan=plan, heldout=len(heldout))
+            trainer = TrainerDesk(desk, weights, heldout, checkpointed=compaction.ask)
+            dog = Watchdog(desk.pace, lambda: look(desk, trainer, journal), reporter)
             async with asyncio.TaskGroup() as tasks:
                 writing = tasks.create_task(journal.write_forever(), name="journal")
                 following = tasks.create_task(desk.follow(), name="control")
                 pausing = tasks.create_task(pause.remember(control, run_dir), name="pause")
                 compacting = tasks.create_task(compaction.run_forever(), name="compaction")
-                await _serve(config, desk, weights, control, metrics, access)
-                for task in (compacting, writing, following, pausing):
+                watching = tasks.create_task(dog.run_forever(), name="watchdog")
+                await _serve(config, desk, trainer, weights, control, metrics, access)
+                for task in (watching, compacting, writing, following, pausing):
                     task.cancel()
 
 
 async def _serve(
-    config: Config, desk: Desk, weights: WeightsServer, control: ControlPlane, metrics: IntakeMetrics, access: Access
+    config: Config,
+    desk: Desk,
+    trainer: TrainerDesk,
+    weights: WeightsServer,
+    control: ControlPlane,
+    metrics: IntakeMetrics,
+    access: Access,
 ) -> None:
     """Open the doors, wait for the signal, drain, close them."""
     watch = Watch(metrics)
@@ -120,7 +132,7 @@ async def _serve(
     asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked.set)
-    async with listen(desk, socket_path(config.run.dir)):
+    async with listen(trainer, socket_path(config.run.dir)):
         await server.start()
         await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
         log.info("the intake serves samplers at %s", config.learner.listen)

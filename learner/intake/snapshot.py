@@ -42,6 +42,11 @@ class Capture:
         places = zip(PLACES, (book.groups.kept(), book.unfinished.values(), book.open.values()), strict=True)
         self._groups = [_row(group, place) for place, groups in places for group in groups]
 
+    @property
+    def bytes(self) -> int:
+        """What it takes on the disk, but for what is small."""
+        return sum(len(subtree) for _, _, subtrees in self._groups for subtree in subtrees)
+
     def records(self) -> Iterator[Record]:
         count = 1
         yield self._head

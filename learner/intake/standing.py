@@ -34,7 +34,7 @@ class Standing:
         self._queue = queue
         self._plan = plan
         self._seed = seed
-        self._batch = batch
+        self.batch = batch
         self._max_lag = max_lag
         self._total = total
         self._vocabulary = vocabulary
@@ -61,7 +61,7 @@ class Standing:
     @property
     def most(self) -> int:
         """Training groups that may be on their way at once."""
-        return (self._max_lag + 1) * self._batch
+        return (self._max_lag + 1) * self.batch
 
     @property
     def limit(self) -> int:
@@ -74,12 +74,12 @@ class Standing:
         if self.version is None:
             return False
         room = self.limit - self.out(LeaseKind.TRAIN) - len(self.unfinished)
-        return bool(self._evaluation) or room > 0 or (bool(self.unfinished) and room == 0)
+        return bool(self._evaluation) or bool(self.unfinished) or room > 0
 
     @property
     def base(self) -> int:
         """The policy step that the next groups to be taken are trained from."""
-        return (self.version.step if self.version else 0) + self.groups.in_training // self._batch
+        return (self.version.step if self.version else 0) + self.groups.in_training // self.batch
 
     def find(self, lease: str) -> OpenGroup | None:
         """The group that still takes subtrees of a lease: it is open, or was lost and nobody has gone on with it yet.

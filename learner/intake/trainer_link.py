@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from learner.intake.desk import Desk
+from learner.intake.trainer_desk import TrainerDesk
 from treegrpo.errors import AddressInUseError, ContractError
 from treegrpo.handoff import Covered, Done, Evaluate, Message, Publish, Refused, Report, Take, check_report, encode, receive
 from treegrpo.step import PolicyVersion
@@ -16,7 +16,7 @@ from treegrpo.step import PolicyVersion
 log = logging.getLogger(__name__)
 
 
-async def _answer(desk: Desk, request: Message) -> Message:
+async def _answer(desk: TrainerDesk, request: Message) -> Message:
     match request:
         case Take(position, count):
             return await desk.take(position, count)
@@ -34,24 +34,26 @@ async def _answer(desk: Desk, request: Message) -> Message:
     return Done()
 
 
-async def _answer_or_refuse(desk: Desk, request: Message) -> Message:
+async def _answer_or_refuse(desk: TrainerDesk, request: Message) -> Message:
     try:
-        return await _answer(desk, request)
+        with desk.question():
+            return await _answer(desk, request)
     except ContractError as error:
         log.error("the trainer is refused: %s", error)  # noqa: TRY400 - one sentence is enough
         return Refused(str(error))
 
 
 @contextlib.asynccontextmanager
-async def listen(desk: Desk, path: str) -> AsyncGenerator[None]:
+async def listen(desk: TrainerDesk, path: str) -> AsyncGenerator[None]:
     """Answer trainers at a Unix socket for the time of the block. Raises AddressInUseError."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         log.info("the trainer connected")
         try:
-            while (request := await receive(reader)) is not None:
-                writer.write(encode(await _answer_or_refuse(desk, request)))
-                await writer.drain()
+            with desk.connection():
+                while (request := await receive(reader)) is not None:
+                    writer.write(encode(await _answer_or_refuse(desk, request)))
+                    await writer.drain()
         except (ContractError, ConnectionError) as error:
             log.error("the trainer's connection ends: %s", error)  # noqa: TRY400 - one sentence is enough
         finally:

@@ -51,6 +51,8 @@ class WeightsServer(weights_pb2_grpc.WeightsServiceServicer):
 
     async def publish(self, version: PolicyVersion, directory: Path) -> None:
         """Serve a version from now on; it becomes the newest. Raises ContractError: its files cannot be read."""
+        if version == self.newest:  # the same, said again: its name was given once
+            return
         try:
             self._versions[version] = await asyncio.to_thread(manifest, directory)
         except (OSError, ValueError) as error:

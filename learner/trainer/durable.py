@@ -19,6 +19,8 @@ PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.E
 like a directory that may not be written to, stays as it is and is not waited for."""
 _FROM_RUST = re.compile(r"\(os error (\d+)\)")
 """safetensors reports the system's errors in words."""
+_HALF_WRITTEN = "unexpected pos"
+"""What torch's writer says when it closes a file of which a write has failed; from another rank it comes without its cause."""
 
 
 @contextmanager
@@ -81,6 +83,11 @@ def _system_error(error: BaseException) -> OSError | None:
     if match := _FROM_RUST.search(str(error)):
         number = int(match[1])
         return OSError(number, os.strerror(number))
+    before = error.__cause__ or error.__context__
+    if before is not None and (cause := _system_error(before)) is not None:
+        return cause
+    if _HALF_WRITTEN in str(error):
+        return OSError(errno.EIO, "its file was cut short")
     return None
 
 

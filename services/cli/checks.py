@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -93,6 +94,12 @@ def check_run_dir(config: Config) -> str:
     path = config.run.dir
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir = {path} is a file; give a directory.")
+    try:
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run.dir = {path} cannot be written to ({error.strerror}); choose another directory.") from error
     if (done := steps_done(path)) is None:
         return f"{path} (fresh)"
     check_identity(config)

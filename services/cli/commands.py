@@ -56,9 +56,11 @@ def run_up(call: Invocation, *, everything: bool) -> int:
     from services.cli.summary import command, summary
     from services.cli.up import Run
     from services.cli.view import Screen
+    from treegrpo.identity import check_identity
 
     screen, run_dir = Screen(Console()), call.config.run.dir
     if sentence := finished(call.config):
+        check_identity(call.config)
         screen.say(sentence)
         return 0
     again = ("up" if everything else "learner", *call.arguments)

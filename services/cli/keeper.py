@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from services.cli.process import Child, Program
 from services.cli.ready import Probe, wait_ready
 from treegrpo.edge import FAILED
-from treegrpo.errors import RunError
+from treegrpo.errors import DeadlineError, RunError
 
-READY_SECONDS = 60.0
+READY_SECONDS = 300.0
+"""An intake that reads a long journal back needs minutes."""
 RESTART_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0)
 SETTLED_SECONDS = 60.0
 """A process that lived this long has earned its restarts back."""
@@ -64,13 +65,18 @@ class Keeper:
 
         Raises:
             RunError: it ended for a reason that stays, or too often.
-            DeadlineError: it was not ready in time.
+            DeadlineError: it was not ready in time, at its first start.
         """
         clock, attempt = asyncio.get_running_loop().time, 0
         while not self._drain.is_set():
             began = clock()
             child = self.child = await self._start(self._part.program)
-            await self._live(child, began)
+            try:
+                await self._live(child, began)
+            except DeadlineError:
+                if not self.ready.is_set():
+                    raise
+                await child.stop(0.0)  # it was ready once: it hangs, and that may pass
             if self._drain.is_set() or (child.code == 0 and self._part.done()):
                 return
             if child.code == FAILED:

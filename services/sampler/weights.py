@@ -177,7 +177,7 @@ class Follower:
             try:
                 await self.update()
                 attempt = 0
-            except (WeightsError, UnavailableError) as error:
+            except (WeightsError, UnavailableError, OSError) as error:  # the last: a disk that is full
                 wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
                 attempt += 1
                 self._metrics.errors.labels(type(error).__name__).inc()

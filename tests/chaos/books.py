@@ -68,7 +68,9 @@ class Books:
                 self._ended(rollout_pb2.LeaseEnd.FromString(event["end"]))
             case "taken":
                 self._taken(event["draws"], event["stale"])
-            case "closed":  # at the staleness bound: it changes when a group is closed, not what is in it
+            case (
+                "closed" | "refused"
+            ):  # when a group is closed, not what is in it; what no group has: its lease's end has the cost
                 pass
             case unknown:
                 raise ValueError(f"the audit does not know the journal's event {unknown!r}")

@@ -13,6 +13,7 @@ from services.cli.checks import (
     check_corpus,
     check_model,
     check_questions,
+    check_run_dir,
     check_sampler_metrics,
     learner_addresses,
     run_checks,
@@ -22,6 +23,7 @@ from services.cli.doctor import examine, files, machine
 from services.sampler.engines.embedded import architecture
 from tests.cli.workbench import GEOHOP, Workbench
 from tests.control.brokers import embedded
+from treegrpo.config import Config, RunConfig
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
 from treegrpo.settings import load
 
@@ -119,3 +121,9 @@ def test_the_doctor_finds_every_fault_and_the_machine_fit(tmp_path: Path) -> Non
     verdicts = {finding.subject: finding.verdict for finding in files(up_checks(load(None, bench.flags())))}
     assert {subject for subject, verdict in verdicts.items() if verdict == "fail"} == {"corpus", "training questions"}
     assert all(finding.verdict != "fail" for finding in machine())
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused() -> None:
+    config = Config(run=RunConfig(dir=Path("/proc/nowhere/run")))
+    with pytest.raises(ConfigError, match=r"run\.dir = /proc/nowhere/run cannot be written to \(.*\); choose another directory"):
+        check_run_dir(config)

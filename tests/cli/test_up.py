@@ -154,7 +154,7 @@ async def test_a_second_ctrl_c_stops_at_once(bench: Workbench, up: Up, processes
     assert await run.end() == 130
 
 
-async def test_a_run_comes_to_its_end_whatever_part_of_it_is_killed(bench: Workbench) -> None:
+async def test_a_run_comes_to_its_end_whatever_part_of_it_is_killed(bench: Workbench, up: Up) -> None:
     parts = {"trainer": "learner.trainer", "intake": "learner.intake", "retriever": "services.retriever"}
     run = await up(*bench.flags(train__steps="40", train__checkpoint_every="1"))
     for part, module in {**parts, "broker": "services.cli.broker"}.items():

@@ -34,6 +34,8 @@ class MemoryDisk:
         self.log: list[str] = []
         """The calls so far."""
         self.crash_at: int | None = None
+        self.room = 1 << 30
+        """Bytes that are free; `full` says what is refused."""
         self.partial = 0.0
         """Share of the bytes of a write that a crash or a refusal lets through."""
         self.full: dict[str, int] = {}
@@ -72,7 +74,19 @@ class MemoryDisk:
                 left.folders |= set(path.parents)
         return left
 
+    def after_kill(self) -> MemoryDisk:
+        """The same disk as the next process finds it: all that was written, durable or not."""
+        left = MemoryDisk()
+        left.folders, left.kept_files = set(self.folders), dict(self.kept_files)
+        again = {inode: Inode(bytearray(inode.data), inode.durable, inode.failed) for inode in self.files.values()}
+        left.files = {path: again[inode] for path, inode in self.files.items()}
+        left.kept_files = {path: again.get(inode, inode) for path, inode in self.kept_files.items()}
+        return left
+
     # ---- Disk
+
+    def sync(self, path: Path) -> None:
+        MemoryFile(self, self.files[path]).sync()
 
     def create(self, path: Path) -> MemoryFile:
         self.call("create")
@@ -87,6 +101,9 @@ class MemoryDisk:
         if path not in self.files:
             raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
         return io.BytesIO(self.files[path].data)
+
+    def free(self, folder: Path) -> int:
+        return self.room
 
     def names(self, folder: Path) -> list[str]:
         return sorted({path.name for path in (*self.files, *self.folders) if path.parent == folder != path})

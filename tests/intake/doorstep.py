@@ -20,6 +20,7 @@ from learner.intake.recovery import recover
 from learner.intake.report import Reporter
 from learner.intake.rollout import RolloutServer
 from learner.intake.snapshot import Snapshots
+from learner.intake.trainer_desk import TrainerDesk
 from learner.intake.weights import WeightsServer
 from tests.control.brokers import free_address
 from tests.intake.builders import PLAN, VERSION, question
@@ -35,6 +36,8 @@ from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
 @dataclass
 class Doorstep:
     desk: Desk
+    trainer: TrainerDesk
+    journal: Journal
     control: ControlPlane
     metrics: IntakeMetrics
     weights: WeightsServer
@@ -65,13 +68,8 @@ async def doorstep(book: LeaseBook, folder: Path) -> AsyncGenerator[Doorstep]:
     book.version = VERSION
     with Journal.open(disk, folder / "journal", recovered.end) as journal:
         weights = WeightsServer(metrics)
-        desk = Desk(
-            *(book, journal, control, weights, reporter),
-            run="test",
-            plan=PLAN,
-            heldout=[question(90)],
-            checkpointed=lambda: None,
-        )
+        desk = Desk(book, journal, control, reporter, run="test", plan=PLAN, heldout=1)
+        trainer = TrainerDesk(desk, weights, [question(90)], checkpointed=lambda: None)
         watch, address = Watch(metrics), free_address()
         server = open_server(address, OPEN, watch)
         rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(watch)), server)
@@ -80,7 +78,7 @@ async def doorstep(book: LeaseBook, folder: Path) -> AsyncGenerator[Doorstep]:
         async with asyncio.TaskGroup() as tasks:
             working = [tasks.create_task(journal.write_forever()), tasks.create_task(desk.follow())]
             try:
-                yield Doorstep(desk, control, metrics, weights, address)
+                yield Doorstep(desk, trainer, journal, control, metrics, weights, address)
             finally:
                 await server.stop(grace=None)
                 for task in working:

@@ -20,6 +20,7 @@ from learner.intake.report import Reporter
 from learner.intake.snapshot import Capture, Snapshots
 from tests.intake.builders import book, chain, kept, question
 from tests.intake.disks import MemoryDisk
+from treegrpo.budget import Cost
 from treegrpo.codec import subtree_to_pb
 from treegrpo.lease import LeaseEnd, LeaseEndReason
 from treegrpo.step import PolicyVersion, Subtree, VersionSpan
@@ -126,9 +127,17 @@ class Machine:
                 version = max(PolicyVersion(1, self.step), group.lease.min_version)
                 self.clerk.accept(subtree_to_pb(sampled(chain(group.lease.id, tree=trees[0]), version)))
 
+    def refuse(self, pick: int = 0, tree: int = 0, reason: str = "age") -> None:
+        """A subtree of an open group is not what was asked for."""
+        if (group := self._open(pick)) is not None:
+            self.clerk.refuse(
+                group.lease.id, (tree, 1), Cost(prefilled=7, decoded=5, tool_calls=1, seconds=0.5), reason, "it is not"
+            )
+
     def end(self, pick: int = 0, reason: LeaseEndReason = LeaseEndReason.COMPLETE) -> None:
         if (group := self._open(pick)) is not None:
-            self.clerk.end(LeaseEnd(group.lease.id, reason))
+            end = LeaseEnd(group.lease.id, reason)
+            self.clerk.end(group.settle(end) if reason.samplers_word else end)
 
     def evaluate(self) -> None:
         assert self.book.version is not None

@@ -279,8 +279,9 @@ async def three_lives(disk: MemoryDisk, acked: list[int]) -> None:
 async def test_killed_at_any_call_what_was_acked_is_there_and_what_is_there_was_written(partial: float) -> None:
     whole, everything = MemoryDisk(), list[int]()
     await three_lives(whole, everything)
+    calls = len(whole.log)
     assert read(whole) == everything == list(range(1, 13))
-    for crash in range(1, len(whole.log) + 1):
+    for crash in range(1, calls + 1):
         disk, acked = MemoryDisk(), list[int]()
         disk.partial, disk.crash_at = partial, crash
         with contextlib.suppress(CrashError):

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from learner.intake import desk as desk_module
+from learner.intake import trainer_desk
 from tests.intake.builders import PLAN, book, complete
 from tests.intake.doorstep import Doorstep, doorstep, hurry
 from tests.intake.harness import Sampler
@@ -176,7 +176,8 @@ async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path) -> No
         await door.until(lambda: door.desk.book.groups.closed == 1)
         assert door.sample("groups_set_aside_total", kind="train", reason="failed") == 1
         (row,) = [json.loads(line) for line in (tmp_path / "set_aside.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert row == {
+        assert row | {"lease": "", "time": 0.0} == {
+            "kind": "set_aside", "time": 0.0, "lease": "",
             "draw": 0, "question": asked[0], "tries": 3, "leaves": 0, "why": "failed", "error": "KeyError: 'title'"
         }  # fmt: skip
         assert balanced(door)
@@ -204,7 +205,7 @@ async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told to stop, trains on what it has when it does not answer, and its cost is known in the end all the same."""
-    monkeypatch.setattr(desk_module, "LONG_POLL_SECONDS", 2.0)
+    monkeypatch.setattr(trainer_desk, "LONG_POLL_SECONDS", 2.0)
     async with doorstep(book(batch=1, max_lag=1), tmp_path) as door, Sampler.join(door.address) as sampler:
         beating = asyncio.create_task(beat(sampler))
         await sampler.want(9)
@@ -212,13 +213,13 @@ async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(
         await sampler.send_chain(slow.id)
         await sampler.hear("ack")
         await sampler.roll_out(fast.id)
-        assert len((await door.desk.take(0, 1)).groups) == 1
+        assert len((await door.trainer.take(0, 1)).groups) == 1
         door.publish(1, 1)
         third = await sampler.hear("lease")
         assert PolicyVersion(1, 1) == PolicyVersion(third.min_version.lineage, third.min_version.step)
         await sampler.roll_out(third.id)
         assert (await sampler.hear("stop_expanding")).lease == slow.id
-        assert len((await door.desk.take(1, 1)).groups) == 1
+        assert len((await door.trainer.take(1, 1)).groups) == 1
         assert [group.draw for group in door.desk.book.groups.take(0, 9)] == [1, 0]
         assert door.sample("groups_closed_total", kind="train", reason="overdue") == 1
         assert door.sample("rollout_forgone_expansions_total", kind="train") == 3 * (PLAN.leaves - PLAN.trees)
@@ -253,7 +254,7 @@ async def test_a_trainer_that_is_slow_makes_nobody_grow(tmp_path: Path) -> None:
             await door.until(lambda: len(made.groups.ready) == made.most)
             assert (most, made.out(LeaseKind.TRAIN), made.next_lease()) == (6, 0, None)
             assert all(peer.outbox.qsize() == 0 for peer in door.desk.peers.values())
-            assert len((await door.desk.take(3 * step, 3)).groups) == 3
+            assert len((await door.trainer.take(3 * step, 3)).groups) == 3
             door.publish(step + 1, 3 * step + 3)
         for task in working:
             task.cancel()

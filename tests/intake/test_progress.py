@@ -42,5 +42,5 @@ def test_a_line_that_a_crash_has_torn_is_cut_off_and_written_when_it_is_said_aga
 def test_what_may_happen_twice_is_written_twice(tmp_path: Path) -> None:
     file = ProgressFile(tmp_path / "progress.jsonl")
     for _ in range(2):
-        file.add({"kind": "set_aside", "draw": 7, "version": ""})
+        file.add({"kind": "waiting", "for": "a sampler", "version": ""})
     assert len(versions(tmp_path / "progress.jsonl")) == 2

@@ -72,6 +72,9 @@ def killed(disk: MemoryDisk, history: History, script: list[Any], number: int, p
     disk.crash_at, disk.partial = number, partial
     with pytest.raises(CrashError):
         play(Machine(disk, history), script)
+    process, then = disk.after_kill(), history.copy()
+    Machine(process, then)  # has what no fsync has made durable, and counts on it from now on
+    Machine(process.after_crash(), then)
     for names, kept, zeros in (("lost", 0.0, False), ("kept", 1.0, False), ("some", 0.5, bool(number % 2))):
         then = history.copy()
         left = disk.after_crash(kept, names=names, zeros=zeros, seed=number)
@@ -84,6 +87,7 @@ def killed(disk: MemoryDisk, history: History, script: list[Any], number: int, p
 HAPPENS = st.one_of(
     st.tuples(st.just("grant"), st.sampled_from(["s/1", "t/2"])),
     st.tuples(st.just("subtree"), st.integers(0, 5)),
+    st.tuples(st.just("refuse"), st.integers(0, 5), st.integers(0, 3), st.sampled_from(["age", "prompt"])),
     st.tuples(st.just("end"), st.integers(0, 5), st.sampled_from(list(LeaseEndReason))),
     *(st.tuples(st.just(name)) for name in ("commit", "train", "train", "evaluate", "compact", "fall_back")),
 )

@@ -13,13 +13,15 @@ from learner.intake.report import Reporter
 from learner.intake.vocabulary import vocabulary
 from tests.ground.unsound import EVERY
 from tests.intake.builders import PLAN, book, chain, complete, grant
-from tests.intake.harness import Setting
+from tests.intake.doorstep import doorstep
+from tests.intake.harness import Sampler, Setting
 from tests.intake.test_service import publish
 from treegrpo.budget import Budget
 from treegrpo.codec import lease_end_to_pb, lease_to_pb, subtree_to_pb
 from treegrpo.errors import ModelError, TreeError
 from treegrpo.handoff import Take, Taken, unpack_group
 from treegrpo.lease import LeaseEndReason, LeaseKind
+from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
 
@@ -72,8 +74,8 @@ def test_what_a_refused_subtree_cost_is_settled_with_its_lease() -> None:
     lease = grant(made)
     made.accept(chain(lease))
     group = made.open[lease]
-    assert group.refuse((0, 1), chain(lease).cost, "wrong")
-    assert not group.refuse((0, 1), chain(lease).cost, "wrong again"), "it is counted once, however often it is sent"
+    assert group.refuse((0, 1), chain(lease).cost, "logprobs", "wrong")
+    assert not group.refuse((0, 1), chain(lease).cost, "logprobs", "wrong again"), "it is counted once, however often it is sent"
     end = group.settle(complete(lease))
     assert (end.reason, end.error) == (complete(lease).reason, "")
     made.ended(end)
@@ -86,10 +88,24 @@ def test_a_lease_of_which_everything_is_refused_has_failed_and_says_why() -> Non
     made = book()
     group = made.open[grant(made)]
     for tree in range(2):
-        group.refuse((tree, 0), chain("a").cost, f"Group 0000000, tree {tree}: wrong.")
+        group.refuse((tree, 0), chain("a").cost, "logprobs", f"Group 0000000, tree {tree}: wrong.")
     end = group.settle(complete(group.lease.id))
     assert (end.reason, end.unaccounted.tokens) == (LeaseEndReason.FAILED, 2 * 28)
     assert end.error == "2 subtrees refused, the last so: Group 0000000, tree 1: wrong."
+
+
+def test_a_trainer_that_goes_back_is_no_fault_of_the_questions_under_way() -> None:
+    """What its samplers then make is older than their leases allow; the groups begin again, and no try is counted."""
+    made = book()
+    made.version = PolicyVersion(1, 30)
+    group = made.open[grant(made)]
+    made.version = PolicyVersion(2, 20)
+    for tree in range(2):
+        group.refuse((tree, 0), chain("a").cost, "age", "too old")
+    end = group.settle(complete(group.lease.id))
+    assert end.reason is LeaseEndReason.RETURNED
+    assert (made.ended(end).tries, end.unaccounted.tokens) == (0, 2 * 28)
+    assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
 async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(setting: Setting) -> None:
@@ -118,6 +134,19 @@ async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(setti
         assert samples["treegrpo_subtrees_refused_total/logprobs"] == 1
         assert samples["treegrpo_budget_spent_total/tokens/train"] == 3 * 28, "what was refused was computed all the same"
         assert samples["treegrpo_groups_closed_total/train/complete"] == 2
+
+
+async def test_what_a_refused_subtree_cost_outlives_a_restart(tmp_path: Path) -> None:
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+        await sampler.want(1)
+        lease = await sampler.hear("lease")
+        await sampler.say(subtree=subtree_to_pb(EVERY["positive logprob"].of(lease.id)))
+        assert (await sampler.hear("ack")).refusal
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address, leases=(lease.id,)) as sampler:
+        await sampler.say(lease_end=lease_end_to_pb(complete(lease.id)))
+        await door.until(lambda: lease.id not in door.desk.book.open)
+        assert door.sample("budget_spent_total", kind="train", currency="tokens") == 28
+        assert door.desk.book.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
 async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(setting: Setting) -> None:

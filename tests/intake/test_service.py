@@ -8,6 +8,7 @@ import json
 import resource
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,7 +18,7 @@ from treegrpo.control import ControlPlane, Member, RunState, publish_state
 from treegrpo.edge import FAILED, PASSING
 from treegrpo.errors import ContractError
 from treegrpo.handoff import Covered, Done, Evaluate, Evaluation, IntakeClient, Publish, Report, Take, Taken, unpack_group
-from treegrpo.v1 import weights_pb2, weights_pb2_grpc
+from treegrpo.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
 
 
 def version_directory(setting: Setting, step: int) -> Path:
@@ -237,10 +238,9 @@ async def test_an_evaluation_goes_on_where_a_killed_intake_left_it(setting: Sett
         await publish(setting, stage.trainer, 0, 0)
         await stage.sampler.hear("welcome")
         asked = asyncio.create_task(asyncio.to_thread(stage.trainer.ask, Evaluate("1.0"), Evaluation))
-        await there(setting.run_dir / "journal" / "00000001.log")
         await stage.sampler.want(1)
-        await stage.sampler.roll_out((await stage.sampler.hear("lease")).id, reward=1.0)
-        await stage.sampler.send_chain((await stage.sampler.hear("lease")).id, fails=True)
+        await stage.sampler.roll_out((await evaluation_lease(stage.sampler)).id, reward=1.0)
+        await stage.sampler.send_chain((await evaluation_lease(stage.sampler)).id, fails=True)
         await stage.sampler.hear("ack")
         stage.intake.kill()
         await stage.intake.wait()
@@ -250,15 +250,18 @@ async def test_an_evaluation_goes_on_where_a_killed_intake_left_it(setting: Sett
         await asyncio.to_thread(stage.trainer.ask, Publish("1.0", str(setting.run_dir / "weights" / "1.0"), 0), Done)
         asked = asyncio.create_task(asyncio.to_thread(evaluated, stage.trainer))
         await stage.sampler.want(9)
-        rolled_out = 0
-        while rolled_out < 2:  # training leases come as well
-            lease = await stage.sampler.hear("lease")
-            if lease.kind == 2:
-                await stage.sampler.roll_out(lease.id, reward=0.0)
-                rolled_out += 1
+        for _ in range(2):
+            await stage.sampler.roll_out((await evaluation_lease(stage.sampler)).id, reward=0.0)
         result = await asked
         assert result.questions == 3
         assert result.em == pytest.approx(1 / 3)
+
+
+async def evaluation_lease(sampler: Sampler) -> Any:
+    """The next lease of an evaluation, which the trainer asks for meanwhile; training leases that come first are done."""
+    while (lease := await sampler.hear("lease")).kind != rollout_pb2.LEASE_KIND_EVAL:
+        await sampler.roll_out(lease.id)
+    return lease
 
 
 def evaluated(trainer: IntakeClient) -> Evaluation:

@@ -129,6 +129,20 @@ async def test_a_disk_without_room_for_a_snapshot_costs_nothing_but_the_snapshot
     assert not [name for name in disk.names(SNAPSHOTS) if name.startswith(".")], "what was half written is gone"
 
 
+async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
+    disk, history = await played()
+    machine = Machine(disk, history)
+    state = Capture(machine.book, machine.reporter)
+    assert state.bytes > 0
+    disk.room, calls = state.bytes - 1, len(disk.log)
+    with pytest.raises(OSError, match="No space"):
+        machine.compaction.compact(3, state)
+    assert len(disk.log) == calls, "nothing was written, and nothing dropped"
+    disk.room = state.bytes
+    play(machine, [("compact",)])
+    assert described(Machine(disk, history).book) == history.states[-1]
+
+
 async def test_snapshots_are_taken_when_asked_for_and_what_comes_meanwhile_is_behind_them() -> None:
     disk = MemoryDisk()
     disk.make_folder(JOURNAL)

@@ -246,16 +246,17 @@ async def test_one_connection_too_many_is_closed_at_once(monkeypatch: pytest.Mon
         assert await other.gone()
 
 
-async def test_a_renewed_certificate_serves_without_a_restart(made: Path, tmp_path: Path) -> None:
+async def test_a_renewed_certificate_serves_without_a_restart_of_either_side(made: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(made, tmp_path / "certs")
 
     def words(who: Role) -> Any:
         return access(folder, who)
 
     passwords = {role: words(Role(role)).broker_password.get_secret_value() for role in ("sampler", "operator")}
+    sampler = words(Role.SAMPLER)
     async with broker(words(Role.BROKER), passwords) as (address, _):
-        await broker_ready(address, words(Role.SAMPLER))
+        await broker_ready(address, sampler)
         for path in [*folder.glob("*.pem"), *folder.glob("*.key")]:
             path.unlink()
         certs(folder, [], [], new_ca=False, drop_old_ca=False)  # of another authority: the old files could not serve them
-        await broker_ready(address, words(Role.SAMPLER))
+        await broker_ready(address, sampler)

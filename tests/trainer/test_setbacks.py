@@ -264,9 +264,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(config: Con
 
 
 def test_the_best_checkpoint_stays_though_its_evaluation_came_after_it_and_in_another_start(config: Config) -> None:
-    config = changed(config, "train", keep_checkpoints=1)
-    with intake_for(config, em={0: 0.1, 4: 0.9, 8: 0.2}.__getitem__):
+    with intake_for(config, em={0: 0.1, 4: 0.9, 8: 0.2, 12: 0.3}.__getitem__):
         train(config)
         train(changed(config, "train", steps=8))
+        train(changed(config, "train", steps=12))
     folders = sorted(path.name for path in (config.run.dir / "checkpoints").glob("step-*"))
-    assert folders == ["step-000004", "step-000008"]
+    assert folders == ["step-000004", "step-000010", "step-000012"]
