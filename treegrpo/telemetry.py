@@ -99,6 +99,7 @@ class IntakeMetrics(_Metrics):
         self.connections = self._counter("tls_connections", "Connections on which a call came; handshakes that fail lead to none")
         self.weight_bytes = self._counter("weights_served_bytes", "Bytes of weight files sent to samplers")
         self.journal_blocked = self._gauge("journal_blocked", "1 while the disk refuses the journal: no acks, no leases")
+        self.journal_short = self._gauge("journal_short", "1 while the disk has no room to spare for the journal: no leases")
         self.journal_bytes = self._gauge("journal_bytes", "Bytes of the journal's segments")
         self.journal_free = self._gauge("journal_free_bytes", "Bytes that are free on the journal's disk")
 

@@ -209,7 +209,8 @@ class Desk:
 
     def grant(self) -> None:
         """Grant what there is to grant, unless the run or the disk stands still."""
-        if self.control.state is not RunState.RUNNING or self._journal.blocked:
+        journal = self._journal
+        if self.control.state is not RunState.RUNNING or journal.blocked or journal.short_since is not None:
             return
         self.batches.press()
         self._granting.grant()

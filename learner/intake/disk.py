@@ -42,6 +42,10 @@ class Disk(Protocol):
         """Return when what is in a file is on the disk, whoever wrote it."""
         ...
 
+    def reserve(self, path: Path, size: int) -> None:
+        """A file that takes so many bytes, whatever is in it; one that is there stays."""
+        ...
+
     def free(self, folder: Path) -> int:
         """Bytes that can still be written there."""
         ...
@@ -95,6 +99,13 @@ class RealDisk:
 
     def sync(self, path: Path) -> None:
         _sync(path, os.O_RDONLY)
+
+    def reserve(self, path: Path, size: int) -> None:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.posix_fallocate(handle, 0, size)
+        finally:
+            os.close(handle)
 
     def free(self, folder: Path) -> int:
         return shutil.disk_usage(folder).free

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import threading
 import time
@@ -28,6 +29,7 @@ from learner.intake.segments import FORMAT, End, path_of
 from treegrpo.change import Change
 
 log = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 GATHER_SECONDS = 0.01
 """From one commit to the next at least: what comes in meanwhile shares it, and an ack is no later than anybody minds."""
@@ -68,8 +70,12 @@ class Journal:
         self._last.set_result(self._number)
         self.blocked_since: float | None = None
         """time.monotonic since when the disk refuses: nothing is acknowledged, and nothing should be granted."""
+        self.short_since: float | None = None
+        """time.monotonic since when the disk has no room to spare: nothing should be granted. See `reserve.py`."""
         self.on_blocked: Callable[[], None] = lambda: None
-        """Called when `blocked` changes."""
+        """Called when any of the two changes."""
+        self.on_full: Callable[[], bool] = lambda: False
+        """Called when there is no room; True if there is some now."""
         self.backlog = 0
         """Bytes that wait to be written."""
 
@@ -108,6 +114,8 @@ class Journal:
                 try:
                     done = await asyncio.to_thread(self.commit)
                 except OSError as error:
+                    if error.errno in FULL and self.on_full():
+                        continue
                     if not self.blocked:
                         log.error(  # noqa: TRY400 - one sentence is enough
                             "The disk refuses the journal %s (%s): nothing is acknowledged or granted until it takes it; "
@@ -135,6 +143,11 @@ class Journal:
 
     def _block(self, since: float | None) -> None:
         self.blocked_since = since
+        self.on_blocked()
+
+    def run_short(self, since: float | None) -> None:
+        """The disk has no room to spare, or has some again."""
+        self.short_since = since
         self.on_blocked()
 
     def settle(self, done: list[Entry]) -> None:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from prometheus_client import Counter
 
 from learner.intake.evaluation import Round
 from learner.intake.groups import Fate, OpenGroup
+from learner.intake.journal import Journal
 from learner.intake.leases import LeaseBook
 from learner.intake.progress import ProgressFile
 from treegrpo.budget import Budget
@@ -53,11 +54,12 @@ class Reporter:
         """Show ledger and leases at each scrape."""
         self.metrics.refresh = lambda: self._show(book)
 
-    def watch(self, journal: Path, blocked: Callable[[], bool]) -> None:
-        """Show the journal in folder ``journal`` at each scrape."""
-        self.metrics.journal_blocked.set_function(blocked)
-        self.metrics.journal_bytes.set_function(lambda: _bytes(journal))
-        self.metrics.journal_free.set_function(lambda: shutil.disk_usage(journal).free)
+    def watch(self, journal: Journal) -> None:
+        """Show the journal at each scrape."""
+        self.metrics.journal_blocked.set_function(lambda: journal.blocked)
+        self.metrics.journal_short.set_function(lambda: journal.short_since is not None)
+        self.metrics.journal_bytes.set_function(lambda: _bytes(journal.folder))
+        self.metrics.journal_free.set_function(lambda: shutil.disk_usage(journal.folder).free)
 
     def _of(self, counter: Counter, *labels: str) -> Counter:
         """What ``counter.labels`` gives, which takes longer than all else that is counted of a subtree."""

@@ -26,6 +26,7 @@ from learner.intake.lock import only_intake
 from learner.intake.questions import QuestionQueue, load_questions
 from learner.intake.recovery import JOURNAL, SNAPSHOTS, holds_run, recover
 from learner.intake.report import Reporter
+from learner.intake.reserve import Reserve
 from learner.intake.rollout import RolloutServer
 from learner.intake.snapshot import Capture, Snapshots
 from learner.intake.trainer_desk import TrainerDesk
@@ -94,7 +95,7 @@ async def _run(config: Config, access: Access) -> None:
     member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics)
     with Journal.open(disk, folder, recovered.end) as journal:
         compaction = Compaction(disk, folder, journal, snapshots, lambda: Capture(book, reporter))
-        reporter.watch(folder, lambda: journal.blocked)
+        reporter.watch(journal)
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
             await pause.begin(control, run_dir)
             weights = WeightsServer(metrics)
@@ -106,10 +107,11 @@ async def _run(config: Config, access: Access) -> None:
                 writing = tasks.create_task(journal.write_forever(), name="journal")
                 following = tasks.create_task(desk.follow(), name="control")
                 pausing = tasks.create_task(pause.remember(control, run_dir), name="pause")
+                keeping = tasks.create_task(Reserve(disk, journal).keep_forever(), name="reserve")
                 compacting = tasks.create_task(compaction.run_forever(), name="compaction")
                 watching = tasks.create_task(dog.run_forever(), name="watchdog")
                 await _serve(config, desk, trainer, weights, control, metrics, access)
-                for task in (watching, compacting, writing, following, pausing):
+                for task in (watching, compacting, keeping, writing, following, pausing):
                     task.cancel()
 
 

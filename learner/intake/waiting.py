@@ -75,6 +75,8 @@ class Scene:
     """The run is in this state."""
     blocked: float | None = None
     """The disk refuses the journal; None: it takes it."""
+    short: float | None = None
+    """The disk has no room to spare, and nothing is granted."""
     folder: str = ""
     """Of the journal."""
     trainer: Asker = field(default_factory=Asker)
@@ -108,6 +110,9 @@ def cause(scene: Scene) -> Cause:
         return Cause(Part.OPERATOR, (), f"the operator: the run has been paused for {_time(scene.changed)}")
     if scene.blocked is not None:
         sentence = f"the disk, which has refused the journal {scene.folder} for {_time(scene.blocked)}; make room, or mend it"
+        return Cause(Part.DISK, (), sentence)
+    if scene.short is not None and not scene.out:
+        sentence = f"the disk of {scene.folder}, which has had no room to spare for {_time(scene.short)}; make room"
         return Cause(Part.DISK, (), sentence)
     if (found := _trainer(scene)) is not None:
         return found

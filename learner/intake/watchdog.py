@@ -32,6 +32,7 @@ def look(desk: Desk, trainer: TrainerDesk, journal: Journal) -> Scene:
         state=desk.control.state,
         changed=now - desk.state_since,
         blocked=None if journal.blocked_since is None else now - journal.blocked_since,
+        short=None if journal.short_since is None else now - journal.short_since,
         folder=str(journal.folder),
         trainer=trainer.seen,
         workers=[_worker(desk, peer, now) for peer in presence.peers.values()],

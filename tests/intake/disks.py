@@ -22,6 +22,8 @@ class CrashError(Exception):
 class Inode:
     data: bytearray = field(default_factory=bytearray)
     durable: bytes = b""
+    reserved: int = 0
+    """Bytes that it takes beside its data."""
     failed: bool = False
     """An fsync failed: the kernel calls what it could not write clean, so a later one would say yes and keep nothing."""
 
@@ -34,8 +36,8 @@ class MemoryDisk:
         self.log: list[str] = []
         """The calls so far."""
         self.crash_at: int | None = None
-        self.room = 1 << 30
-        """Bytes that are free; `full` says what is refused."""
+        self.size = 1 << 30
+        """Bytes that it takes."""
         self.partial = 0.0
         """Share of the bytes of a write that a crash or a refusal lets through."""
         self.full: dict[str, int] = {}
@@ -103,7 +105,17 @@ class MemoryDisk:
         return io.BytesIO(self.files[path].data)
 
     def free(self, folder: Path) -> int:
-        return self.room
+        return self.size - sum(len(inode.data) + inode.reserved for inode in self.files.values())
+
+    def reserve(self, path: Path, size: int) -> None:
+        self.call("reserve")
+        self.take(size)
+        self.files[path] = Inode(reserved=size)
+
+    def take(self, size: int) -> None:
+        """Raises OSError if there is no room for so many bytes more."""
+        if self.free(Path("/")) < size:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     def names(self, folder: Path) -> list[str]:
         return sorted({path.name for path in (*self.files, *self.folders) if path.parent == folder != path})
@@ -157,6 +169,7 @@ class MemoryFile:
         except (CrashError, OSError):
             self._inode.data += data[: int(len(data) * self._disk.partial)]
             raise
+        self._disk.take(len(data))
         self._inode.data += data
 
     def sync(self) -> None:

@@ -26,7 +26,7 @@ class Told:
 
 
 class Forgetful:
-    blocked, backlog = False, 0
+    blocked, short_since, backlog = False, None, 0
 
     def __init__(self) -> None:
         self._done: asyncio.Future[int] = asyncio.get_running_loop().create_future()

@@ -37,6 +37,11 @@ SEEN: dict[str, tuple[Scene, Part, str]] = {
         Part.DISK,
         "the disk, which has refused the journal run/journal for 70 s; make room, or mend it",
     ),
+    "a disk without room to spare": (
+        Scene(short=70.0, folder="run/journal", trainer=WAITS),
+        Part.DISK,
+        "the disk of run/journal, which has had no room to spare for 70 s; make room",
+    ),
     "a trainer that never came": (
         Scene(trainer=Asker(since=75.0), workers=[STUCK]),
         Part.TRAINER,
