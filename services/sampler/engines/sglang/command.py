@@ -5,15 +5,14 @@ The environment of the server is not ours: it pins its own torch and transformer
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import re
 import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from treegrpo.errors import ConfigError, EngineError
+from treegrpo.errors import ConfigError
 
 TESTED = ("0.5.21", "0.5.23")
 OLDEST = (0, 5, 21)
@@ -21,18 +20,9 @@ OLDEST = (0, 5, 21)
 MARGIN = 8
 """Tokens of context a server keeps for itself."""
 PROBE_SECONDS = 120.0
-PROBE = """
-import importlib.metadata as m, json
-try:
-    version = m.version("sglang")
-except m.PackageNotFoundError:
-    version = ""
-cuda = False
-if version:
-    import torch
-    cuda = torch.cuda.is_available()
-print(json.dumps({"version": version, "cuda": cuda}))
-"""
+VERSION = "import importlib.metadata as m; print(*(d.version for d in m.distributions(name='sglang')))"
+CUDA = "import torch; print(torch.cuda.is_available())"
+INSTALL = "install it with `make sglang-cpu`, or see docs/sglang.md for a GPU, and name its Python in engine.python."
 OURS = ("--model-path", "--model", "--host", "--port", "--weight-version", "--context-length", "--random-seed")
 """Flags that follow from the rest of the configuration."""
 CPU = (
@@ -112,37 +102,40 @@ def own_flags(text: str) -> tuple[str, ...]:
     return flags
 
 
-async def find(python: Path) -> Installed:
-    """The SGLang that ``python`` runs.
+def find(python: Path) -> Installed:
+    """The SGLang that ``python`` runs. Raises what `check_installed` raises; takes as long as torch needs to be imported."""
+    check_installed(python)
+    return Installed(_absolute(python), cuda=_say(python, CUDA) == "True")
 
-    Raises:
-        EngineError: there is no such Python, it has no SGLang, or not one that this project can use.
-    """
-    install = "install it with `make sglang-cpu`, or see docs/sglang.md for a GPU, and name its Python in engine.python."
-    python = Path(os.path.abspath(python))  # noqa: ASYNC240, PTH100  # a virtual environment is known by the path of its link
-    if not os.access(python, os.X_OK):
-        raise EngineError(f"SGLang is not installed: engine.python = {python} does not exist; {install}")
-    process = await asyncio.create_subprocess_exec(
-        python, "-c", PROBE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        out, err = await asyncio.wait_for(process.communicate(), PROBE_SECONDS)
-        found = json.loads(out)
-    except (TimeoutError, ValueError) as error:
-        raise EngineError(f"engine.python = {python} does not tell its SGLang's version; {install}") from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-    if not found["version"]:
-        raise EngineError(
-            f"SGLang is not installed in the environment of engine.python = {python}; {install} {err.decode()}".strip()
-        )
-    check_version(found["version"], f"the environment of engine.python = {python}")
-    return Installed(python, found["cuda"])
+
+def check_installed(python: Path) -> str:
+    """The version of the SGLang that ``python`` runs. Raises ConfigError if there is none, or not one that can be used."""
+    if not os.access(_absolute(python), os.X_OK):
+        raise ConfigError(f"SGLang is not installed: engine.python = {python} does not exist; {INSTALL}")
+    if not (versions := _say(python, VERSION)):
+        raise ConfigError(f"SGLang is not installed in the environment of engine.python = {python}; {INSTALL}")
+    version = versions.split()[0]  # of two on the path, the first is what is imported
+    check_version(version, f"the environment of engine.python = {python}")
+    return version
 
 
 def check_version(version: str, where: str) -> None:
-    """Raise EngineError if an SGLang of this ``version`` cannot be used."""
+    """Raise ConfigError if an SGLang of this ``version`` cannot be used."""
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if not OLDEST <= numbers < (0, 6):
-        raise EngineError(f"SGLang {version} in {where} cannot be used; install {' or '.join(TESTED)} there.")
+        raise ConfigError(f"SGLang {version} in {where} cannot be used; install {' or '.join(TESTED)} there.")
+
+
+def _absolute(python: Path) -> Path:
+    """A virtual environment is known by the path of its link, so links stay."""
+    return Path(os.path.abspath(python))  # noqa: PTH100
+
+
+def _say(python: Path, code: str) -> str:
+    """What ``code`` prints in that Python. Raises ConfigError if it cannot be run."""
+    try:
+        asked = [_absolute(python), "-c", code]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"engine.python = {python} cannot be used ({error}); {INSTALL}") from error
+    return done.stdout.strip()

@@ -22,7 +22,7 @@ from services.sampler.engines.sglang.server import Server
 from services.sampler.engines.sglang.stage import Stage, Staged
 from services.sampler.engines.sglang.watch import Keeper
 from services.sampler.tokenizer import Tokenizer
-from treegrpo.errors import DeadlineError, EngineError, ModelError, TreeGrpoError, UnavailableError
+from treegrpo.errors import ConfigError, DeadlineError, ModelError, TreeGrpoError, UnavailableError
 from treegrpo.step import PolicyVersion
 
 ANSWER_SECONDS = 60.0
@@ -67,12 +67,12 @@ async def open_child(demands: Demands, place: Place, python: Path, flags: tuple[
         launch: cache_tokens, dtype, threads and seed of `Launch`.
 
     Raises:
-        EngineError: SGLang is not installed, is too old, or ended; with its own words.
-        ModelError, WeightsError, ConfigError: the model or engine.weights_dir cannot be used.
+        EngineError: it ended; with its own words.
+        ModelError, WeightsError, ConfigError: the model, engine.python or engine.weights_dir cannot be used.
         DeadlineError: it was not ready in time.
     """
     limits = _limits(demands)
-    installed = await find(python)
+    installed = await asyncio.to_thread(find, python)
     plan = Launch(installed, limits.context, demands.max_running, flags=flags, **launch)
     port = place.port or _free_port(place.host)
     server = Server(Api(f"http://{place.host}:{port}"), Pressure(demands.max_running))
@@ -97,7 +97,7 @@ async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLCont
     """Use the servers at ``urls``; at least one must be there, the others are used once they are.
 
     Raises:
-        EngineError: a server is too old, serves another model, or was started without what is needed.
+        ConfigError: a server is too old, serves another model, or was started without what is needed.
         DeadlineError, UnavailableError: none answers, or none takes the weights.
         ModelError, WeightsError, ConfigError: the model or engine.weights_dir cannot be used.
     """
@@ -120,7 +120,7 @@ async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLCont
 
 
 async def _examine(demands: Demands, servers: Sequence[Server]) -> list[int]:
-    """The contexts of the servers that answer, one at least. Raises UnavailableError, EngineError."""
+    """The contexts of the servers that answer, one at least. Raises UnavailableError, ConfigError."""
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         found = await asyncio.gather(*(_context(demands, server.api) for server in servers), return_exceptions=True)
@@ -136,14 +136,14 @@ async def _examine(demands: Demands, servers: Sequence[Server]) -> list[int]:
 
 
 async def _context(demands: Demands, api: Api) -> int:
-    """Tokens that a request to the server may have. Raises EngineError if it cannot be used, UnavailableError."""
+    """Tokens that a request to the server may have. Raises ConfigError if it cannot be used, UnavailableError."""
     info = await api.info()
     check_version(info.version, f"the server at {api.url}")
     if info.skip_tokenizer_init:
-        raise EngineError(f"The SGLang server at {api.url} has no tokenizer; start it without --skip-tokenizer-init.")
+        raise ConfigError(f"The SGLang server at {api.url} has no tokenizer; start it without --skip-tokenizer-init.")
     serves, ours = await api.model_type(), _config(demands.model).get("model_type")
     if serves != ours:
-        raise EngineError(
+        raise ConfigError(
             f"The SGLang server at {api.url} serves a {serves}, the learner trains a {ours}; start it on that model."
         )
     room = info.max_total_num_tokens - MARGIN
