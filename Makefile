@@ -89,7 +89,7 @@ $(SGLANG_NEXT_READY): $(SGLANG_READY) deploy/sglang/requirements-0.5.23.txt
 test-sglang: $(READY) $(SGLANG_READY) $(SGLANG_NEXT_READY)
 	@SGLANG_PYTHON=$(SGLANG)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sglang --timeout 600 $(ARGS)
 	@SGLANG_PYTHON=$(SGLANG_NEXT)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-		tests/sglang/test_conformance.py tests/sglang/test_commands.py --timeout 600
+		tests/sglang/test_conformance.py tests/sglang/test_commands.py tests/sglang/test_bad_input.py --timeout 600
 
 fuzz: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)

@@ -69,11 +69,16 @@ class Pool:
     def url(self, kind: str) -> str:
         """A server that takes weights of ``kind``; its own end-of-sequence tokens are none."""
         if kind not in self.running:
-            path = self.root / kind
+            self.running[kind] = self.start(self.model(kind))
+        return self.running[kind].url
+
+    def model(self, kind: str) -> Path:
+        """Weights that no test asks for, with a tokenizer that knows no end of a sequence."""
+        path = self.root / kind
+        if not path.exists():
             builders.make_model(kind, seed=99).save_pretrained(path)
             builders.save_tokenizer(path, end=None)
-            self.running[kind] = self.start(path)
-        return self.running[kind].url
+        return path
 
     def start(self, path: Path, port: int = 0) -> Running:
         """Start a server on ``path`` and wait until it is healthy."""

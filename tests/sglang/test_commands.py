@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import tomllib
+from email import message_from_string
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from services.sampler.engines.sglang.command import MARGIN, Installed, own_flags
 from tests.sglang.servers import CONTEXT, PYTHON, launch
 from treegrpo.config import EngineConfig
 
+PROJECT: dict[str, Any] = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
 RECIPES: dict[str, EngineConfig] = {
     name: EngineConfig.model_validate({"kind": "sglang", **recipe})
     for name, recipe in tomllib.loads(Path("deploy/sglang/recipes.toml").read_text(encoding="utf-8")).items()
@@ -74,3 +77,19 @@ def test_the_flags_for_a_cpu_are_known_and_what_the_configuration_says_wins(pars
 
 def test_a_flag_that_sglang_does_not_know_is_found_out(parsed: dict[str, Any]) -> None:
     assert "unrecognized arguments: --tensor-size" in parsed[UNKNOWN]
+
+
+def test_the_extra_can_be_installed_beside_what_the_project_needs() -> None:
+    """As far as the two speak of the same packages themselves."""
+    (extra,) = map(Requirement, PROJECT["optional-dependencies"]["sglang"])
+    (theirs,) = PYTHON.parent.parent.glob("lib/python*/site-packages/sglang-*.dist-info/METADATA")
+    said = message_from_string(theirs.read_text(encoding="utf-8"))
+    if said["Version"] not in extra.specifier:
+        pytest.skip(f"SGLang {said['Version']} is not the one for GPUs")
+    ours = {needed.name: needed.specifier for needed in map(Requirement, PROJECT["dependencies"])}
+    needs = [
+        needed for needed in map(Requirement, said.get_all("Requires-Dist", [])) if needed.name in ours and not needed.marker
+    ]
+    pinned = {needed.name: pin.version for needed in needs for pin in needed.specifier if pin.operator == "=="}
+    assert pinned.keys() >= {"torch", "transformers", "tokenizers"}
+    assert {name: version for name, version in pinned.items() if version not in ours[name]} == {}

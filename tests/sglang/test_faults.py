@@ -5,78 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
-from services.sampler.engines.base import Completion, Sampling
-from services.sampler.engines.sglang import Place, SGLangEngine, open_child
+from services.sampler.engines.sglang import SGLangEngine
 from services.sampler.engines.sglang.stage import Staged
 from services.sampler.engines.sglang.watch import Keeper
-from services.sampler.gate import Gate
-from services.sampler.outage import Outage
-from services.sampler.retries import Retries
 from tests.chaos.proxy import Mode, Proxy
-from tests.engines import builders
-from tests.engines.conformance import FIRST, SECOND, check_spans
+from tests.engines.conformance import FIRST, SECOND
+from tests.sglang.asking import check, child, running, sample, until
 from tests.sglang.door import Door
-from tests.sglang.servers import PYTHON, Pool, demands, remote
-from treegrpo.errors import EngineError, UnavailableError, WeightsError
+from tests.sglang.servers import Pool, remote
+from treegrpo.errors import UnavailableError, WeightsError
 from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import SamplerMetrics
-
-LAUNCH = {"cache_tokens": 8192, "dtype": "float32", "threads": 1, "seed": 0}
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two versions of a model that never ends a sequence."""
-    paths = tmp_path_factory.mktemp("endless0"), tmp_path_factory.mktemp("endless1")
-    for seed, path in enumerate(paths):
-        builders.make_model("qwen2", seed + 10).save_pretrained(path)
-        builders.save_tokenizer(path, end=None)
-    return paths
-
-
-@asynccontextmanager
-async def child(path: Path, log: Path, *flags: str) -> AsyncGenerator[SGLangEngine]:
-    place = Place("127.0.0.1", 0, log)
-    engine = await open_child(demands(path, max_running=16), place, PYTHON, ("--log-level", "warning", *flags), **LAUNCH)
-    async with engine:
-        yield engine
-
-
-async def sample(engine: SGLangEngine, seeds: range, tokens: int) -> list[Completion]:
-    """Ask as the sampler does: what is away is waited for."""
-    metrics = SamplerMetrics()
-    outage, retries = Outage(engine.health, metrics), Retries(2, metrics)
-
-    async def one(seed: int) -> Completion:
-        return await retries.run(lambda: engine.generate(builders.prompt(seed, 20), Sampling(tokens)), outage, Gate())
-
-    return await asyncio.gather(*(one(seed) for seed in seeds))
-
-
-def check(completions: list[Completion], seeds: range, tokens: int, *models: Path) -> None:
-    """All are complete, and each token has the log-probability that its version's weights give it."""
-    references = dict(zip((FIRST, SECOND), map(builders.open_reference, models), strict=False))
-    for seed, completion in zip(seeds, completions, strict=True):
-        assert len(completion.ids) == tokens
-        check_spans(builders.prompt(seed, 20), completion, references)
-
-
-async def until(is_so: Callable[[], object]) -> None:
-    """Wait for something that servers do in their own time; the test's time limit ends it."""
-    while not is_so():  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
-
-
-async def running(engine: SGLangEngine) -> None:
-    """Wait until the server says that it computes."""
-    await until(lambda: engine.counters.running)
 
 
 def keeper(engine: SGLangEngine) -> Keeper:
@@ -120,11 +64,11 @@ async def test_a_child_that_is_killed_is_started_again_with_the_version_it_serve
 
 
 async def test_a_server_that_others_run_is_used_again_when_it_is_back(
-    pool: Pool, endless: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Connections are refused for as long as a start takes, about twenty seconds; it comes back with other weights."""
     monkeypatch.setattr("services.sampler.outage.PATIENCE_SECONDS", 240.0)
-    path = builders.save_model(tmp_path / "other", "qwen2", seed=77)
+    path = pool.model("qwen2")
     first = await asyncio.to_thread(pool.start, path)
     seeds = range(8)
     async with remote(endless[0], first.url) as engine:
@@ -153,6 +97,42 @@ async def test_slow_cut_and_garbled_answers_are_asked_for_again(pool: Pool, endl
         await until(lambda: engine.counters.errors.get("ContractError"))
         door.garbage = False
         check(await asking, seeds, 50, *endless)
+
+
+async def test_a_request_that_is_not_answered_in_time_is_made_again(
+    pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sampler.engines.sglang.api.GENERATE_SECONDS", 5.0)
+    proxy, seeds = Proxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(4)
+    async with proxy.serving(), remote(endless[0], f"http://{proxy.address}") as engine, asyncio.TaskGroup() as tasks:
+        tasks.create_task(proxy.fail(Mode.DROP, 7.0))
+        check(await sample(engine, seeds, 20), seeds, 20, *endless)
+        assert engine.counters.errors["DeadlineError"] > 0
+
+
+async def test_requests_that_are_put_back_for_want_of_memory_end_well_and_fewer_run(
+    endless: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The server takes in more than it has room for, and puts back what does not fit."""
+    seeds, put_back, limits = range(16), list[int](), list[int]()
+    flags = ("--max-total-tokens", "1200", "--schedule-conservativeness", "0.1")
+    async with child(endless[0], tmp_path / "server.log", *flags) as engine:
+        pressure = engine.servers[0].pressure
+        noted, looked = pressure.retracted, pressure.look
+
+        def retracted(times: int) -> None:
+            put_back.append(times)
+            noted(times)
+
+        def look(usage: float, running: int) -> None:
+            looked(usage, running)
+            limits.append(pressure.limit)
+
+        pressure.retracted, pressure.look = retracted, look  # pyright: ignore[reportAttributeAccessIssue]
+        check(await sample(engine, seeds, 400), seeds, 400, *endless)
+        assert not engine.counters.errors
+    assert sum(put_back) > 0
+    assert min(limits) < limits[0]
 
 
 async def test_an_update_that_the_server_refuses_leaves_the_old_version_serving(
@@ -211,43 +191,3 @@ async def test_requests_that_somebody_else_aborts_go_on(pool: Pool, endless: tup
         async with httpx.AsyncClient(trust_env=False) as client:
             await client.post(f"{engine.servers[0].api.url}/abort_request", json={"rid": "", "abort_all": True})
         check(await asking, seeds, 400, *endless)
-
-
-async def test_two_servers_share_the_work_and_one_goes_on_when_the_other_dies(
-    pool: Pool, endless: tuple[Path, Path], tmp_path: Path
-) -> None:
-    seeds = range(16)
-    path = builders.save_model(tmp_path / "other", "qwen2", seed=78)
-    doomed = await asyncio.to_thread(pool.start, path)
-    try:
-        async with remote(endless[0], pool.url("qwen2"), doomed.url, max_running=16) as engine:
-            await until(lambda: all(server.up for server in engine.servers))
-            asking = asyncio.create_task(sample(engine, seeds, 300))
-            await until(lambda: all(server.taken for server in engine.servers))
-            doomed.stop()
-            check(await asking, seeds, 300, *endless)
-            await engine.health()
-    finally:
-        doomed.stop()
-
-
-async def test_a_server_that_ends_at_once_is_told_in_its_own_words(tmp_path: Path, endless: tuple[Path, Path]) -> None:
-    with pytest.raises(EngineError, match="unrecognized arguments: --no-such-flag"):
-        async with child(endless[0], tmp_path / "server.log", "--no-such-flag"):
-            pass
-
-
-async def test_a_model_it_refuses_is_told_in_its_own_words(tmp_path: Path) -> None:
-    path = builders.save_model(tmp_path / "model", "qwen2")
-    config = (path / "config.json").read_text(encoding="utf-8")
-    (path / "config.json").write_text(config.replace("Qwen2ForCausalLM", "NoSuchModel"), encoding="utf-8")
-    with pytest.raises(EngineError, match="NoSuchModel"):
-        async with child(path, tmp_path / "server.log"):
-            pass
-
-
-async def test_where_no_server_is_that_is_said(endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.open.ANSWER_SECONDS", 0.5)
-    with pytest.raises(ConnectionError, match=r"engine\.urls"):
-        async with remote(endless[0], "http://127.0.0.1:9"):
-            pass
