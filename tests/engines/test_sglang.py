@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import sys
 import venv
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from services.sampler.engines.base import Sampling
 from services.sampler.engines.sglang.answers import Answer, read_answer, read_load
+from services.sampler.engines.sglang.child import Child
 from services.sampler.engines.sglang.command import CPU, Installed, Launch, check_installed, find, own_flags
 from services.sampler.engines.sglang.draft import Draft
 from services.sampler.engines.sglang.prefill import Prefills
@@ -303,6 +305,17 @@ def environment_with(path: Path, version: str) -> Path:
     (site / f"sglang-{version}.dist-info").mkdir()
     (site / f"sglang-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
     return path / "bin" / "python"
+
+
+async def test_a_port_that_cannot_be_had_is_told_whatever_the_server_says_later(tmp_path: Path) -> None:
+    said = ["ERROR:    [Errno 98] address already in use", "TimeoutError: timed out"]
+    child = await Child.start(
+        [sys.executable, "-c", f"print(*{said}, sep='\\n'); raise SystemExit(1)"], os.environ, tmp_path / "log"
+    )
+    await child.ended
+    assert child.obituary().startswith(
+        "The SGLang server ended with exit code 1; its last words: [Errno 98] address already in use"
+    )
 
 
 # ---- prefills

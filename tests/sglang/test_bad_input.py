@@ -61,7 +61,7 @@ async def test_a_port_that_somebody_took_is_told_in_its_own_words(endless: tuple
     """`treegrpo` looks first; this is for who comes between the look and the start."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = Place("127.0.0.1", taken.getsockname()[1], tmp_path / "server.log")
-        with pytest.raises(EngineError, match=r"(?i)address already in use|not available|in use"):
+        with pytest.raises(EngineError, match="address already in use"):
             await open_child(demands(endless[0]), place, PYTHON, ("--log-level", "warning"), **LAUNCH)
 
 

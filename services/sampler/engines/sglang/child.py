@@ -17,6 +17,8 @@ from treegrpo.leash import leashed
 PAUSE_SECONDS = 0.25
 TAIL_BYTES = 65536
 GRACE_SECONDS = 5.0
+_BIND = re.compile(r"ERROR: +(\[Errno \d+\].*)")
+"""That the address cannot be had; what SGLang says after that is about calls to itself that nobody answers."""
 _CAUSE = re.compile(r"^(?:\[.*?\] )?(?:[\w.]+\.)?\w*(?:Error|Exception)\b:? ?.*")
 
 
@@ -90,10 +92,11 @@ class Child:
         return f"The SGLang server {how}; its last words: {self.last_words()} ({self.log})"
 
     def last_words(self) -> str:
-        """The last error in its log since it started, or else the last line."""
+        """Why it could not listen, or else the last error in its log since it started, or else the last line."""
         with self.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._offset, size - TAIL_BYTES))
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        binding = [found[1] for line in lines if (found := _BIND.search(line))]
         causes = [line for line in lines if _CAUSE.match(line)]
-        return (causes or lines or ["nothing"])[-1]
+        return (binding or causes or lines or ["nothing"])[-1]
