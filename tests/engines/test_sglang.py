@@ -308,14 +308,10 @@ def environment_with(path: Path, version: str) -> Path:
 
 
 async def test_a_port_that_cannot_be_had_is_told_whatever_the_server_says_later(tmp_path: Path) -> None:
-    said = ["ERROR:    [Errno 98] address already in use", "TimeoutError: timed out"]
-    child = await Child.start(
-        [sys.executable, "-c", f"print(*{said}, sep='\\n'); raise SystemExit(1)"], os.environ, tmp_path / "log"
-    )
+    code = "print('ERROR:    [Errno 98] address already in use', 'TimeoutError: timed out', sep=chr(10)); raise SystemExit(1)"
+    child = await Child.start([sys.executable, "-c", code], os.environ, tmp_path / "log")
     await child.ended
-    assert child.obituary().startswith(
-        "The SGLang server ended with exit code 1; its last words: [Errno 98] address already in use"
-    )
+    assert "ended with exit code 1; its last words: [Errno 98] address already in use" in child.obituary()
 
 
 # ---- prefills
