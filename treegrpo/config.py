@@ -79,12 +79,24 @@ class EnvironmentConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["embedded"] = "embedded"
+    kind: Literal["embedded", "sglang"] = "embedded"
+    """`embedded` computes in the sampler's process on the CPU; `sglang` in a server (docs/sglang.md)."""
     max_running: int = Field(default=64, ge=1)
-    """Generations that run at once."""
+    """Generations that run at once; with SGLang at most, on all servers together, as memory allows."""
     cache_tokens: int = Field(default=65536, ge=0)
-    """Tokens whose keys and values the prefix cache keeps."""
+    """Tokens whose keys and values the prefix cache keeps; with SGLang on a GPU --mem-fraction-static says it."""
     threads: int = Field(default=1, ge=1)
+    """Of computations on the CPU."""
+    urls: tuple[str, ...] = ()
+    """SGLang servers that others run; empty: each sampler starts one."""
+    python: Path = Path(".venv-sglang/bin/python")
+    """The Python of the environment SGLang is installed in, to start a server with."""
+    listen: str = "127.0.0.1:0"
+    """Where a server that is started listens; port 0 takes a free one, another lets Prometheus find it."""
+    flags: str = ""
+    """More flags for `sglang.launch_server`, as in a shell: "--tp-size 2 --mem-fraction-static 0.85"."""
+    weights_dir: Path = Path("/dev/shm")  # noqa: S108  # it is meant to be memory
+    """Where policy versions are put for SGLang servers to read, under the same path there: best a directory in memory."""
 
 
 class RetrieverConfig(Section):

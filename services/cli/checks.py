@@ -13,6 +13,7 @@ from typing import NamedTuple
 from learner.intake.vocabulary import vocabulary
 from services.cli.history import steps_done
 from services.sampler import tokenizer
+from services.sampler.engines.sglang.command import check_installed, own_flags
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
@@ -147,6 +148,30 @@ def check_sampler_metrics(config: Config) -> str:
     return config.sampler.metrics
 
 
+def check_engine(config: Config) -> str:
+    """The engine can be started, or its servers be used. Raises ConfigError and AddressInUseError."""
+    engine = config.engine
+    if engine.kind == "embedded":
+        return "embedded"
+    if not engine.weights_dir.is_dir():
+        raise ConfigError(f"engine.weights_dir = {engine.weights_dir} does not exist; name a directory in memory.")
+    if engine.urls:
+        if config.sampler.count > 1:
+            raise ConfigError(
+                f"engine.urls would be shared by {config.sampler.count} samplers, and each would give the servers its own "
+                "weights; set sampler.count = 1, which uses all of them."
+            )
+        return ", ".join(engine.urls)
+    own_flags(engine.flags)
+    if split_address(engine.listen, "engine.listen")[1] and config.sampler.count > 1:
+        raise ConfigError(
+            f"engine.listen = {engine.listen} would be shared by the SGLang servers of {config.sampler.count} samplers; "
+            "give port 0, and each takes a free one."
+        )
+    check_free(engine.listen, "engine.listen")
+    return f"SGLang {check_installed(engine.python)} of {engine.python}"
+
+
 def check_security(config: Config) -> str:
     """Certificates, passwords and tokens can be read, and no address is in the open without them. Raises ConfigError."""
     access = Access.of(config.security, Role.LEARNER)
@@ -186,6 +211,7 @@ def up_checks(config: Config) -> dict[str, Check]:
         **learner_checks(config),
         "ports": partial(check_addresses, all_addresses(config)),
         "sampler metrics": partial(check_sampler_metrics, config),
+        "engine": partial(check_engine, config),
         "security of the parts": partial(check_parts_security, config),
         **corpus,
     }

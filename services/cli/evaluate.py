@@ -65,8 +65,8 @@ async def evaluate(config: Config) -> list[Answered]:
     check_model(config.model.path)
     questions = load_questions(config.data.heldout)[: config.eval.questions or None]
     tokenizer = Tokenizer.open(config.model.path)
-    engine = await open_engine(config, config.model.path, PolicyVersion(), "eval")
     access = Access.of(config.security, Role.OPERATOR)
+    engine = await open_engine(config, config.model.path, PolicyVersion(), "eval", access)
     async with engine, open_environment(config, tokenizer, access) as environment:
         expander = Expander(engine, environment, tokenizer, retries=config.sampler.retries)
         places = asyncio.Semaphore(config.engine.max_running)

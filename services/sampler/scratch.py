@@ -16,14 +16,15 @@ PREFIX = "treegrpo-sampler-"
 
 
 @contextmanager
-def scratch() -> Generator[Path]:
-    """An empty directory among the temporary files, for the time of the block.
+def scratch(parent: Path | None = None) -> Generator[Path]:
+    """An empty directory in ``parent``, or else among the temporary files, for the time of the block.
 
     It is locked meanwhile. The kernel unlocks it however its process ends, and whoever finds it unlocked may remove it:
     on one machine there are never more of them than samplers that run, and those that ended since the last start.
     """
-    _sweep()
-    path, lock = _make()
+    parent = parent or Path(tempfile.gettempdir())
+    _sweep(parent)
+    path, lock = _make(parent)
     try:
         yield path
     finally:
@@ -31,18 +32,18 @@ def scratch() -> Generator[Path]:
         os.close(lock)
 
 
-def _make() -> tuple[Path, int]:
+def _make(parent: Path) -> tuple[Path, int]:
     while True:
-        path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         if (lock := _lock(path)) is not None:
             if path.exists():
                 return path, lock
             os.close(lock)  # another sampler that starts took it for a dead one's, before it was locked
 
 
-def _sweep() -> None:
+def _sweep(parent: Path) -> None:
     """Remove what dead samplers have left."""
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for path in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):  # somebody else's, or gone meanwhile
             if path.lstat().st_uid == os.geteuid() and (lock := _lock(path)) is not None:
                 shutil.rmtree(path, ignore_errors=True)

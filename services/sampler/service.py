@@ -20,7 +20,7 @@ from services.sampler.client import LearnerClient
 from services.sampler.engines.base import Engine
 from services.sampler.expansion import Expander
 from services.sampler.holder import Identity, LeaseHolder
-from services.sampler.parts import observe, open_engine, open_environment
+from services.sampler.parts import observe, open_engine, open_environment, weights_dir
 from services.sampler.scratch import scratch
 from services.sampler.tokenizer import Tokenizer
 from services.sampler.watch import Want, Watch
@@ -66,9 +66,9 @@ async def run(config: Config) -> None:
         await _not_draining(control)
         channel = await connect(address, access)
         stack.push_async_callback(channel.close)
-        store = WeightStore(channel, stack.enter_context(scratch()), metrics)
+        store = WeightStore(channel, stack.enter_context(scratch(weights_dir(config))), metrics)
         version, path = await first_version(store)
-        engine = await stack.enter_async_context(await open_engine(config, path, version, name))
+        engine = await stack.enter_async_context(await open_engine(config, path, version, name, access))
         tokenizer = await asyncio.to_thread(Tokenizer.open, path)
         environment = await stack.enter_async_context(open_environment(config, tokenizer, access))
         expander = Expander(engine, environment, tokenizer, retries=config.sampler.retries, metrics=metrics)

@@ -65,6 +65,13 @@ def test_a_busy_port(bench: Workbench) -> None:
     assert not bench.run_dir.exists()
 
 
+def test_an_engine_that_is_not_installed(bench: Workbench) -> None:
+    flags = bench.flags(engine__kind="sglang", engine__python="/nowhere/python")
+    for command in ("up", "eval"):
+        refused(treegrpo(command, *flags), "SGLang is not installed: engine.python = /nowhere/python", "make sglang-cpu")
+    assert not bench.run_dir.exists()
+
+
 def test_a_broker_that_is_not_there(bench: Workbench) -> None:
     address = bench.keys["broker.address"]
     for command in (["sampler"], ["learner"], ["state", "paused"]):

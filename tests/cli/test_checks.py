@@ -11,6 +11,7 @@ from services.cli.checks import (
     Address,
     check_addresses,
     check_corpus,
+    check_engine,
     check_model,
     check_questions,
     check_run_dir,
@@ -100,6 +101,22 @@ def test_several_samplers_cannot_share_a_metrics_port() -> None:
     with pytest.raises(ConfigError, match="would be shared by 2 samplers"):
         check_sampler_metrics(load(None, ["--sampler.metrics", "127.0.0.1:9500"]))
     check_sampler_metrics(load(None, ["--sampler.metrics", "127.0.0.1:9500", "--sampler.count", "1"]))
+
+
+def test_an_sglang_that_cannot_be_started_is_found_before_anything_is() -> None:
+    def refused(error: type[Exception], sentence: str, *flags: str) -> None:
+        with pytest.raises(error, match=sentence):
+            check_engine(load(None, ["--engine.kind", "sglang", *flags]))
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused(AddressInUseError, rf"engine\.listen = {address} is taken", "--engine.listen", address, "--sampler.count", "1")
+    refused(ConfigError, r"engine\.listen = .* would be shared by the SGLang servers of 2 samplers", "--engine.listen", address)
+    refused(ConfigError, r"engine\.urls would be shared by 2 samplers", "--engine.urls", '["http://127.0.0.1:30000"]')
+    refused(ConfigError, r"engine\.flags has --port", "--engine.flags=--port 3")
+    refused(ConfigError, r"engine\.weights_dir = /nowhere does not exist", "--engine.weights_dir", "/nowhere")
+    refused(ConfigError, "SGLang is not installed.*make sglang-cpu", "--engine.python", "/nowhere/python")
+    check_engine(load(None, ["--engine.python", "/nowhere/python"]))
 
 
 async def test_the_doctor_takes_the_ports_of_a_run_that_is_up_for_no_fault(tmp_path: Path) -> None:

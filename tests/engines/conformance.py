@@ -182,7 +182,7 @@ async def test_a_swap_under_load_serves_nothing_of_the_old_version(open_engine: 
     async with open_engine(endless[0]) as engine:
         running = [asyncio.create_task(engine.generate(p, Sampling(max_tokens=400))) for p in prefixes]
         # When this one is done, the others have been sampling beside it.
-        await engine.generate(shared, Sampling(max_tokens=8))
+        await engine.generate(shared, Sampling(max_tokens=64))
         await engine.load(SECOND, endless[1])
         assert engine.version == SECOND
         later = [await engine.generate(p, Sampling(max_tokens=30)) for p in prefixes]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sampler.engines.embedded.stopping import StopStrings
+from services.sampler.engines.stopping import StopStrings
 from services.sampler.tokenizer import Tokenizer
 from tests.engines import builders
 

@@ -12,6 +12,7 @@ import yaml
 from learner.__main__ import GRACE_SECONDS
 from learner.trainer.launch import DRAIN_SECONDS as TRAINER_SECONDS
 from services.sampler.service import DRAIN_SECONDS as SAMPLER_SECONDS
+from treegrpo.config import Config
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
@@ -76,6 +77,20 @@ def test_every_image_is_of_one_version() -> None:
     for image in named:
         default = re.sub(r"\$\{\w+:-(.*)\}", r"\1", image)
         assert re.fullmatch(r"[a-z0-9/-]+:v?\d[\w.-]*", default), image
+
+
+def test_every_key_of_the_configuration_that_is_set_is_one() -> None:
+    named = re.findall(r"\bTREEGRPO_[A-Z_]+", COMPOSE + (ROOT / ".env.example").read_text(encoding="utf-8"))
+    named += re.findall(r"TREEGRPO_[A-Z_]+", (ROOT / "deploy" / "kubernetes" / "kustomization.yaml").read_text(encoding="utf-8"))
+    keys = {name.removeprefix("TREEGRPO_").lower() for name in named} - {"section__key"}
+    known = {f"{section}__{key}" for section, field in Config.model_fields.items() for key in fields(field.annotation)}
+    assert len(keys) > 12
+    assert keys <= known
+
+
+def fields(section: Any) -> set[str]:
+    """The keys of a section."""
+    return set(section.model_fields)
 
 
 def test_kubernetes_takes_the_same_images() -> None:

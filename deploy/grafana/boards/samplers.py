@@ -19,8 +19,12 @@ SAMPLERS = Board(
                 Panel(
                     "Generations",
                     "none",
-                    {"{{instance}} running": "treegrpo_engine_running{@s}", "{{instance}} queued": "treegrpo_engine_queued{@s}"},
-                    "Queued: waiting for a place in the engine.",
+                    {
+                        "{{instance}} running": "treegrpo_engine_running{@s}",
+                        "{{instance}} queued": "treegrpo_engine_queued{@s}",
+                        "{{instance}} may run": "treegrpo_engine_limit{@s}",
+                    },
+                    "Queued: waiting for a place in the engine. With SGLang places follow its memory.",
                 ),
                 Panel(
                     "Without a lease",
@@ -86,8 +90,9 @@ SAMPLERS = Board(
                     {
                         "fetch": "sum(rate(treegrpo_weights_fetch_seconds_sum{@s}[5m])) / sum(rate(treegrpo_weights_fetch_seconds_count{@s}[5m]) > 0)",
                         "swap": "sum(rate(treegrpo_weights_swap_seconds_sum{@s}[5m])) / sum(rate(treegrpo_weights_swap_seconds_count{@s}[5m]) > 0)",
+                        "paused per minute": "60 * avg(rate(treegrpo_weights_stall_seconds_total{@s}[5m]))",
                     },
-                    "Mean seconds to fetch a version and to swap to it.",
+                    "Mean seconds to fetch a version and to swap to it; and of each minute those that SGLang servers stood still for it.",
                 ),
                 Panel(
                     "Updates that failed",
@@ -101,6 +106,7 @@ SAMPLERS = Board(
                     {
                         "{{type}}": "sum by (type) (increase(treegrpo_sampler_errors_total{@s}[5m])) or on () vector(0)",
                         "reconnects": "sum(increase(treegrpo_sampler_reconnects_total{@s}[5m]))",
+                        "servers started again": "sum(increase(treegrpo_engine_restarts_total{@s}[5m]))",
                     },
                     "In 5 minutes. Each was retried, reported, or ended a lease.",
                 ),

@@ -6,11 +6,14 @@ behaviour.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
+import numpy as np
+
+from treegrpo.errors import EngineError
 from treegrpo.step import Logprobs, PolicyVersion, TokenIds, VersionSpan
 
 Finish = Literal["stop", "length"]
@@ -47,6 +50,33 @@ class Completion:
     """Prefix tokens whose keys and values the cache held."""
 
 
+@dataclass(slots=True)
+class Counters:
+    """What an engine has done and holds, for metrics."""
+
+    prefilled: int = 0
+    """Prefix tokens computed, since the start."""
+    cached: int = 0
+    """Prefix tokens served from the cache, since the start."""
+    decoded: int = 0
+    """Tokens sampled, since the start."""
+    evicted: int = 0
+    """Tokens evicted from the cache for want of room, since the start; 0 where the engine does not tell."""
+    running: int = 0
+    waiting: int = 0
+    limit: int = 0
+    """Requests that may run at once now."""
+    cache_tokens: int = 0
+    """Tokens whose keys and values are held now; where an engine tells no more, those of running requests."""
+    cache_capacity: int = 0
+    stalled: float = 0.0
+    """Seconds in which servers generated nothing for the sake of new weights, since the start."""
+    restarts: int = 0
+    """Times a server of the engine was started again."""
+    errors: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Failures that the engine has dealt with itself, by type, since the start."""
+
+
 class Engine(Protocol):
     """Generates from the current policy version. Safe to call from many tasks of one event loop."""
 
@@ -79,3 +109,28 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class OpenEngine(Engine, Protocol):
+    """An engine that says what it does, closed at the end of an ``async with`` block."""
+
+    @property
+    def counters(self) -> Counters:
+        """What the engine has done and holds now."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+def check_request(prefix: Sequence[int] | TokenIds, sampling: Sampling, context: int, vocabulary: int) -> TokenIds:
+    """The prefix as ids. Raises EngineError for what no engine of this ``context`` and ``vocabulary`` can run."""
+    ids = np.asarray(prefix, np.int64)
+    if not 0 < len(ids) < context:
+        raise EngineError(f"A prefix of {len(ids)} tokens leaves no room in a context of {context}; give 1 to {context - 1}.")
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise EngineError(f"The prefix has an id outside the model's vocabulary 0 … {vocabulary - 1}; use the model's tokenizer.")
+    if sampling.max_tokens < 1 or sampling.temperature < 0 or not all(sampling.stop):
+        raise EngineError(f"{sampling} is out of range; ask for a token or more, a temperature ≥ 0, no empty stop string.")
+    return ids.astype(np.uint32)

@@ -7,6 +7,5 @@ Start reading at `scheduler.py`.
 """
 
 from services.sampler.engines.embedded.engine import EmbeddedEngine
-from services.sampler.engines.embedded.scheduler import Counters
 
-__all__ = ["Counters", "EmbeddedEngine"]
+__all__ = ["EmbeddedEngine"]

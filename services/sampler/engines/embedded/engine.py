@@ -15,13 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 
-from services.sampler.engines.base import Completion, Sampling
+from services.sampler.engines.base import Completion, Counters, Sampling, check_request
 from services.sampler.engines.embedded.model import Model
 from services.sampler.engines.embedded.request import Request
-from services.sampler.engines.embedded.scheduler import Counters, Scheduler
+from services.sampler.engines.embedded.scheduler import Scheduler
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.errors import EngineError
 from treegrpo.step import PolicyVersion, TokenIds
@@ -143,19 +142,7 @@ class EmbeddedEngine:
     def _checked(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> TokenIds:
         if self._failure:
             raise EngineError(self._failure)
-        ids = np.asarray(prefix, np.int64)
-        vocabulary = self._scheduler.model.architecture.vocabulary
-        if not 0 < len(ids) < self.context:
-            raise EngineError(
-                f"A prefix of {len(ids)} tokens leaves no room in a context of {self.context}; give 1 to {self.context - 1}."
-            )
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            raise EngineError(
-                f"The prefix has an id outside the model's vocabulary 0 … {vocabulary - 1}; use the model's tokenizer."
-            )
-        if sampling.max_tokens < 1 or sampling.temperature < 0 or not all(sampling.stop):
-            raise EngineError(f"{sampling} is out of range; ask for a token or more, a temperature ≥ 0, no empty stop string.")
-        return ids.astype(np.uint32)
+        return check_request(prefix, sampling, self.context, self._scheduler.model.architecture.vocabulary)
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.append(command)

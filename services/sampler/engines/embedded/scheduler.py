@@ -12,44 +12,26 @@ Nothing here is safe to call from two threads at a time; `engine.py` takes care 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
 import torch
 
+from services.sampler.engines.base import Counters
 from services.sampler.engines.embedded.attention import DecodeAttention, PrefillAttention, Stretch
 from services.sampler.engines.embedded.memory import Memory
 from services.sampler.engines.embedded.model import Model
 from services.sampler.engines.embedded.radix import RadixTree, common_prefix
 from services.sampler.engines.embedded.request import Request
 from services.sampler.engines.embedded.sampling import draw
-from services.sampler.engines.embedded.stopping import StopStrings
+from services.sampler.engines.stopping import StopStrings
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.errors import EngineError
 from treegrpo.step import PolicyVersion, TokenIds
 
 _PREFILL_TOKENS = 4096
 """New prefix tokens in one forward pass, unless one request alone has more: bounds the step's memory and duration."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What the engine has done and holds, for metrics."""
-
-    prefilled: int = 0
-    """Prefix tokens computed, since the start."""
-    cached: int = 0
-    """Prefix tokens served from the cache, since the start."""
-    decoded: int = 0
-    """Tokens sampled, since the start."""
-    evicted: int = 0
-    """Tokens evicted from the cache for want of room, since the start."""
-    running: int = 0
-    waiting: int = 0
-    cache_tokens: int = 0
-    """Tokens in the cache now."""
-    cache_capacity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +67,13 @@ class Scheduler:
 
     def counters(self) -> Counters:
         """A snapshot."""
-        t = self._totals
-        evicted = t.evicted + self._cache.evicted
-        return Counters(
-            t.prefilled,
-            t.cached,
-            t.decoded,
-            evicted,
-            len(self._running),
-            len(self._waiting),
-            self._cache.used,
-            self._cache.capacity,
+        return replace(
+            self._totals,
+            evicted=self._totals.evicted + self._cache.evicted,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            limit=self._max_running,
+            cache_tokens=self._cache.used,
         )
 
     def submit(self, request: Request) -> None:

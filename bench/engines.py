@@ -1,0 +1,269 @@
+"""The same trees on the embedded engine, on SGLang through the sampler, and on SGLang alone over its own HTTP API.
+
+sampler grows trees ─► every request is noted ─► made again, in the same order of cause and effect, by a bare client
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.rollout import save_model
+from bench.synthetic import TURNS, Reading, Turns
+from services.environments.base import Environment
+from services.sampler.engines.base import Completion, Engine, OpenEngine, Sampling
+from services.sampler.engines.embedded import EmbeddedEngine
+from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child
+from services.sampler.engines.sglang.api import IDLE_SECONDS
+from services.sampler.expansion import Expander
+from services.sampler.gate import Gate
+from services.sampler.tokenizer import Tokenizer
+from treegrpo.budget import Cost
+from treegrpo.lease import Lease, LeaseEndReason, LeaseKind, Plan
+from treegrpo.question import Message, Question
+from treegrpo.step import PolicyVersion, TokenIds
+from treegrpo.tree import Group
+
+SHAPES = ((2, 2, 1), (4, 4, 2))
+"""(M, N, L): trees, expansions a round, rounds."""
+QUESTIONS = 8
+CONTEXT = 1024
+MAX_RUNNING = 64
+CACHE_TOKENS = 1 << 16
+LOAD_TOKENS = 400
+UPDATES = 5
+
+
+@dataclass(eq=False)
+class Asked:
+    """One request, and the one whose completion its prefix goes on from."""
+
+    prefix: TokenIds
+    tokens: int
+    after: Asked | None
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Noting:
+    """An engine that is asked greedily, so that a second time gives the same tokens, and that notes what it is asked."""
+
+    def __init__(self, engine: OpenEngine) -> None:
+        self._engine = engine
+        self.version = engine.version
+        self.context = engine.context
+        self.asked: list[Asked] = []
+        self._ends: dict[bytes, Asked] = {}
+
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
+        ids = np.asarray(prefix, np.uint32)
+        completion = await self._engine.generate(ids, replace(sampling, temperature=0.0))
+        raw = ids.tobytes()
+        after = next((self._ends[raw[:end]] for end in range(len(raw), 0, -4) if raw[:end] in self._ends), None)
+        asked = Asked(ids, sampling.max_tokens, after)
+        self._ends.setdefault(raw + completion.ids.tobytes(), asked)
+        self.asked.append(asked)
+        return completion
+
+    async def load(self, version: PolicyVersion, path: Path) -> None:
+        await self._engine.load(version, path)
+
+    async def health(self) -> None:
+        await self._engine.health()
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """What growing all groups of one shape took."""
+
+    cost: Cost
+    unique: int
+    seconds: float
+    asked: list[Asked]
+
+    @property
+    def rate(self) -> float:
+        """Tokens sampled per second."""
+        return self.cost.decoded / self.seconds
+
+    @property
+    def computed_over_unique(self) -> float:
+        return self.cost.tokens / self.unique
+
+
+async def grow(path: Path, opened: OpenEngine, shape: tuple[int, int, int]) -> Grown:
+    """Grow `QUESTIONS` groups at once with the sampler's own expander."""
+    trees, expansions, rounds = shape
+    plan = Plan(trees, rounds, expansions, TURNS, max_action_tokens=24, max_context=CONTEXT, temperature=1.0)
+    reading, noting = Reading(), Noting(opened)
+    environment: Environment[int] = reading
+    engine: Engine = Turns(noting)
+    expander = Expander(engine, environment, Tokenizer.open(path), retries=0)
+
+    async def one(number: int) -> Group:
+        question = Question(
+            f"bench/all/{number}", "bench", (Message("user", f"question {number}:{reading.words(100)}"),), ("none",)
+        )
+        group = Group(question.id, question)
+        lease = Lease(question.id, LeaseKind.TRAIN, question, plan, plan.grant, number, PolicyVersion())
+        end = await expander.grow(lease, lambda subtree: (group.add(subtree), None)[1], Gate())
+        assert end.reason is LeaseEndReason.COMPLETE, end
+        return group
+
+    began = time.perf_counter()
+    groups = await asyncio.gather(*(one(number) for number in range(QUESTIONS)))
+    seconds = time.perf_counter() - began
+    return Grown(sum((g.cost for g in groups), Cost()), sum(g.unique_tokens for g in groups), seconds, noting.asked)
+
+
+async def replay(url: str, asked: list[Asked]) -> float:
+    """Make the same requests to the server alone, each as soon as the one before it is answered; tokens per second."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
+    async with httpx.AsyncClient(timeout=600.0, trust_env=False, limits=limits) as client:
+        (await client.post(f"{url}/flush_cache")).raise_for_status()
+
+        async def one(request: Asked) -> int:
+            if request.after is not None:
+                await request.after.done.wait()
+            body = {
+                "input_ids": request.prefix.tolist(),
+                "return_logprob": True,
+                "sampling_params": {"max_new_tokens": request.tokens, "temperature": 0.0, "ignore_eos": True},
+            }
+            answer = (await client.post(f"{url}/generate", json=body)).raise_for_status().json()
+            request.done.set()
+            return len(answer["output_ids"])
+
+        began = time.perf_counter()
+        decoded = sum(await asyncio.gather(*(one(request) for request in asked)))
+        return decoded / (time.perf_counter() - began)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One shape, medians over the repeats."""
+
+    shape: str
+    embedded: float
+    sampler: float
+    raw: float
+    sampler_over_raw: float
+    computed_over_unique: dict[str, float]
+
+
+async def compare(
+    path: Path, embedded: EmbeddedEngine, sglang: SGLangEngine, shape: tuple[int, int, int], repeats: int
+) -> Compared:
+    """All three in turns, so that a noisy machine is noisy for all; the first turn warms up."""
+    turns: list[tuple[Grown, Grown, float]] = []
+    for _ in range(repeats + 1):
+        for engine in (embedded, sglang):  # new weights empty the cache
+            await engine.load(_after(engine.version), path)
+        ours, theirs = await grow(path, embedded, shape), await grow(path, sglang, shape)
+        turns.append((ours, theirs, await replay(sglang.servers[0].api.url, theirs.asked)))
+    del turns[0]
+    return Compared(
+        str(shape).replace(" ", ""),
+        embedded=statistics.median(ours.rate for ours, _, _ in turns),
+        sampler=statistics.median(theirs.rate for _, theirs, _ in turns),
+        raw=statistics.median(raw for _, _, raw in turns),
+        sampler_over_raw=statistics.median(theirs.rate / raw for _, theirs, raw in turns),
+        computed_over_unique={
+            "embedded": statistics.median(ours.computed_over_unique for ours, _, _ in turns),
+            "sglang": statistics.median(theirs.computed_over_unique for _, theirs, _ in turns),
+        },
+    )
+
+
+async def stall(path: Path, engine: SGLangEngine) -> float:
+    """Seconds that the server stands still for one weight update while 32 requests run: the median."""
+    stalls: list[float] = []
+    prefixes = np.random.default_rng(0).integers(0, 2048, (32, 16)).astype(np.uint32)
+    running = [asyncio.create_task(engine.generate(prefix, Sampling(LOAD_TOKENS))) for prefix in prefixes]
+    await engine.generate(prefixes[0], Sampling(8))
+    for _ in range(UPDATES):
+        before = engine.counters.stalled
+        await engine.load(_after(engine.version), path)
+        stalls.append(engine.counters.stalled - before)
+        await engine.generate(prefixes[0], Sampling(8))
+    await asyncio.gather(*running)
+    return statistics.median(stalls)
+
+
+def _after(version: PolicyVersion) -> PolicyVersion:
+    return PolicyVersion(version.lineage, version.step + 1)
+
+
+def report(compared: list[Compared], stalled: float, parameters: int, repeats: int) -> None:
+    console = Console(width=120)
+    table = Table(
+        title=f"{QUESTIONS} groups of trees (M,N,L), Qwen2 of {parameters / 1e6:.1f} M, float32: tokens sampled per second"
+    )
+    for column in ("shape", "embedded", "SGLang through the sampler", "SGLang alone", "sampler / alone", "computed / unique"):
+        table.add_column(column, justify="right")
+    for one in compared:
+        computed = ", ".join(f"{name} {value:.3f}" for name, value in one.computed_over_unique.items())
+        table.add_row(
+            one.shape, f"{one.embedded:.0f}", f"{one.sampler:.0f}", f"{one.raw:.0f}", f"{one.sampler_over_raw:.3f}", computed
+        )
+    console.print(table)
+    console.print(f"stall of one weight update under load: {1000 * stalled:.1f} ms")
+    summary: dict[str, Any] = {
+        "sampler_over_raw": {one.shape: round(one.sampler_over_raw, 4) for one in compared},
+        "computed_over_unique": {
+            one.shape: {name: round(value, 4) for name, value in one.computed_over_unique.items()} for one in compared
+        },
+        "tokens_per_s": {
+            one.shape: {"embedded": round(one.embedded), "sampler": round(one.sampler), "raw": round(one.raw)} for one in compared
+        },
+        "stall_s_per_update": round(stalled, 4),
+        "repeats": repeats,
+        "parameters": parameters,
+    }
+    print(json.dumps(summary))
+
+
+async def run(python: Path, repeats: int) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model"
+        parameters = save_model(path)
+        demands = Demands(path, PolicyVersion(), CONTEXT, MAX_RUNNING, Path("/dev/shm"))
+        shape: dict[str, Any] = {"cache_tokens": CACHE_TOKENS, "threads": 1, "seed": 0}
+        place = Place("127.0.0.1", 0, Path(directory) / "sglang.log")
+        embedded = await EmbeddedEngine.open(path, max_running=MAX_RUNNING, max_context=CONTEXT, **shape)
+        async with (
+            embedded,
+            await open_child(demands, place, python, ("--log-level", "warning"), dtype="float32", **shape) as sglang,
+        ):
+            compared = [await compare(path, embedded, sglang, one, repeats) for one in SHAPES]
+            stalled = await stall(path, sglang)
+    report(compared, stalled, parameters, repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.engines", description="The same trees on each engine.")
+    parser.add_argument("--python", type=Path, default=Path(".venv-sglang/bin/python"), help="of the environment with SGLang")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    asyncio.run(run(options.python, options.repeats))
+
+
+if __name__ == "__main__":
+    main()

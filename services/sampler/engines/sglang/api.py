@@ -1,0 +1,169 @@
+"""One SGLang server over HTTP: every call has a deadline, every failure one of our types.
+
+connection refused, reset, cut off      UnavailableError
+no answer in time                       DeadlineError
+an answer that is none                  ContractError
+an answer that says no                  EngineError, for weights WeightsError
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from services.sampler.engines.sglang.answers import Answer, Info, Load, read_answer, read_info, read_load
+from treegrpo.errors import ContractError, DeadlineError, EngineError, TreeGrpoError, UnavailableError, WeightsError
+from treegrpo.step import PolicyVersion
+
+GENERATE_SECONDS = 300.0
+"""The longest one completion may take; a request that takes longer is given up and made again."""
+CONTROL_SECONDS = 10.0
+HEALTH_SECONDS = 30.0
+"""The server itself waits 20 for its scheduler."""
+UPDATE_SECONDS = 300.0
+"""The longest a server may take to read new weights."""
+IDLE_SECONDS = 2.0
+"""Connections are given up before the server does so, which it does after five."""
+SAID_CHARACTERS = 300
+EVENT, END = "data: ", "[DONE]"
+NEVER = 1 << 30
+"""Tokens from one event to the next."""
+
+
+class Api:
+    """The calls this project makes to the server at ``url``."""
+
+    def __init__(self, url: str, verify: ssl.SSLContext | bool = True) -> None:
+        """``verify``: what HTTPS servers are verified with."""
+        self.url = url.rstrip("/")
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
+        self._client = httpx.AsyncClient(verify=verify, limits=limits, trust_env=False)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def generate(self, body: dict[str, Any], started: Callable[[], None] | None = None) -> Answer:
+        """Sample one completion; ``started`` is called when its first token is there, hence its prefix computed."""
+        if started is None:
+            answer = await self._call("POST", "/generate", body, GENERATE_SECONDS)
+        else:
+            answer = await self._stream("/generate", body, started)
+        return self._read(lambda: read_answer(answer, body["sampling_params"]["max_new_tokens"]), "/generate")
+
+    async def abort(self, rid: str) -> None:
+        """End a request. That the server is gone, and the request with it, is no error."""
+        with suppress(TreeGrpoError):
+            await self._call("POST", "/abort_request", {"rid": rid}, CONTROL_SECONDS)
+
+    async def load(self) -> Load:
+        """How busy it is."""
+        body = await self._call("GET", "/v1/loads?include=core", None, CONTROL_SECONDS)
+        return self._read(lambda: read_load(body), "/v1/loads")
+
+    async def info(self) -> Info:
+        """What it is and was started with."""
+        body = await self._call("GET", "/server_info", None, CONTROL_SECONDS)
+        return self._read(lambda: read_info(body), "/server_info")
+
+    async def model_type(self) -> str:
+        """What kind of model it serves, as config.json says it."""
+        body = await self._call("GET", "/model_info", None, CONTROL_SECONDS)
+        return str(body.get("model_type")) if isinstance(body, dict) else ""
+
+    async def health(self) -> None:
+        """Return if it can generate."""
+        await self._call("GET", "/health", None, HEALTH_SECONDS)
+
+    async def pause(self) -> None:
+        """Send running requests back to its queue and begin none; their keys and values are forgotten."""
+        await self._call("POST", "/pause_generation", {"mode": "retract"}, CONTROL_SECONDS)
+
+    async def resume(self) -> None:
+        """The opposite of `pause`; of a server that runs, too."""
+        await self._call("POST", "/continue_generation", {"torch_empty_cache": False}, CONTROL_SECONDS)
+
+    async def update(self, version: PolicyVersion, path: Path) -> None:
+        """Read the weights in ``path`` and forget every key and value; call it between `pause` and `resume`.
+
+        Raises:
+            WeightsError: the server refused them, with its words. What it serves now is not known.
+        """
+        # Without abort_all_requests = false a server may end the very requests that the pause has kept.
+        body = {"model_path": str(path), "weight_version": str(version), "flush_cache": True, "abort_all_requests": False}
+        try:
+            answer = await self._call("POST", "/update_weights_from_disk", body, UPDATE_SECONDS)
+        except EngineError as error:
+            raise WeightsError(f"The weights of version {version} were refused: {error}") from error
+        if not (isinstance(answer, dict) and answer.get("success") is True):
+            raise WeightsError(
+                f"The SGLang server at {self.url} does not confirm version {version}; it says {_short(str(answer))}"
+            )
+
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> Any:
+        async with self._failing(path, seconds):
+            response = await self._client.request(method, self.url + path, json=body, timeout=seconds)
+        if response.is_error:
+            raise self._refusal(path, response)
+        if not response.content:
+            return None
+        return self._read(response.json, path)
+
+    async def _stream(self, path: str, body: dict[str, Any], started: Callable[[], None]) -> Any:
+        """The last of the events that a request leads to. The first token is one, the next is the end."""
+        body = {**body, "stream": True, "sampling_params": {**body["sampling_params"], "stream_interval": NEVER}}
+        asking, last = self._client.stream("POST", self.url + path, json=body, timeout=GENERATE_SECONDS), ""
+        async with self._failing(path, GENERATE_SECONDS), asking as response:
+            if response.is_error:
+                await response.aread()
+                raise self._refusal(path, response)
+            async for line in response.aiter_lines():
+                if line.startswith(EVENT) and not line.endswith(END):
+                    last = line.removeprefix(EVENT)
+                    started()
+        answer = self._read(lambda: json.loads(last), path)
+        if isinstance(answer, dict) and "error" in answer:
+            raise EngineError(f"The SGLang server at {self.url} answers {path} with an error: {_message(answer)}")
+        return answer
+
+    @asynccontextmanager
+    async def _failing(self, path: str, seconds: float) -> AsyncGenerator[None]:
+        """Failures of the connection as ours."""
+        try:
+            yield
+        except httpx.TimeoutException as error:
+            raise DeadlineError(f"The SGLang server at {self.url} did not answer {path} within {seconds:.0f} s.") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            said = str(error) or type(error).__name__
+            raise UnavailableError(f"The SGLang server at {self.url} cannot be reached ({said}).") from error
+
+    def _refusal(self, path: str, response: httpx.Response) -> EngineError:
+        try:
+            said = _message(response.json())
+        except ValueError:
+            said = _short(response.text)
+        return EngineError(f"The SGLang server at {self.url} answers {path} with {response.status_code}: {said}")
+
+    def _read(self, read: Any, path: str) -> Any:
+        try:
+            return read()
+        except (ContractError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ContractError(f"What the server at {self.url} answers to {path} is of no use: {error}.") from error
+
+
+def _message(body: Any) -> str:
+    """The message in an error."""
+    found = body.get("message") or body.get("error") or body if isinstance(body, dict) else body
+    if isinstance(found, dict):
+        found = found.get("message", found)
+    return _short(str(found))
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SAID_CHARACTERS else text[:SAID_CHARACTERS] + " …"

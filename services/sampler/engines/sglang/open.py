@@ -1,0 +1,185 @@
+"""Opening the engine: a server started here, or servers that others run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.sampler.engines.sglang.api import Api
+from services.sampler.engines.sglang.child import Child
+from services.sampler.engines.sglang.command import MARGIN, Launch, check_version, find
+from services.sampler.engines.sglang.engine import Limits, SGLangEngine
+from services.sampler.engines.sglang.pressure import Pressure
+from services.sampler.engines.sglang.server import Server
+from services.sampler.engines.sglang.stage import Stage, Staged
+from services.sampler.engines.sglang.watch import Keeper
+from services.sampler.tokenizer import Tokenizer
+from treegrpo.errors import ConfigError, DeadlineError, ModelError, TreeGrpoError, UnavailableError
+from treegrpo.step import PolicyVersion
+
+ANSWER_SECONDS = 60.0
+"""The longest that servers which others run may take to be there."""
+RETRY_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """What the engine is to be able to do."""
+
+    model: Path
+    """A Hugging Face directory with config.json, safetensors and tokenizer."""
+    version: PolicyVersion
+    """The policy version these weights are."""
+    context: int
+    """Tokens a prefix and its completion may have together."""
+    max_running: int
+    """Requests that run at once, at most, on all servers together."""
+    weights_dir: Path
+    """Where versions are put for the servers to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a child listens and what becomes of its output."""
+
+    host: str
+    port: int
+    """0: a free one."""
+    log: Path
+
+
+async def open_child(demands: Demands, place: Place, python: Path, flags: tuple[str, ...], **launch: Any) -> SGLangEngine:
+    """Start a server and wait until it is ready; it ends with the engine, and with this process.
+
+    Args:
+        demands: what it is to serve.
+        place: where it listens.
+        python: of the environment that has SGLang.
+        flags: of `sglang.launch_server`, beside those that follow from the rest.
+        launch: cache_tokens, dtype, threads and seed of `Launch`.
+
+    Raises:
+        EngineError: it ended; with its own words.
+        ModelError, WeightsError, ConfigError: the model, engine.python or engine.weights_dir cannot be used.
+        DeadlineError: it was not ready in time.
+    """
+    limits = _limits(demands)
+    installed = await asyncio.to_thread(find, python)
+    plan = Launch(installed, limits.context, demands.max_running, flags=flags, **launch)
+    port = place.port or _free_port(place.host)
+    server = Server(Api(f"http://{place.host}:{port}"), Pressure(demands.max_running))
+
+    async def start(served: Staged) -> Child:
+        command = plan.command(served.path, str(served.version), place.host, port)
+        return await Child.start(command, plan.environment(), place.log)
+
+    stage, served, tokenizer = await _staged(demands)
+    keeper = Keeper(server, start)
+    try:
+        await keeper.start(served)
+    except BaseException:
+        await keeper.stop()
+        await server.api.close()
+        stage.close()
+        raise
+    return SGLangEngine([server], keeper, stage, served, tokenizer, limits)
+
+
+async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLContext | bool) -> SGLangEngine:
+    """Use the servers at ``urls``; at least one must be there, the others are used once they are.
+
+    Raises:
+        ConfigError: a server is too old, serves another model, or was started without what is needed.
+        DeadlineError, UnavailableError: none answers, or none takes the weights.
+        ModelError, WeightsError, ConfigError: the model or engine.weights_dir cannot be used.
+    """
+    limits = _limits(demands)
+    share = -(-demands.max_running // len(urls))
+    servers = [Server(Api(url, verify), Pressure(share)) for url in urls]
+    try:
+        contexts = await _examine(demands, servers)
+        stage, served, tokenizer = await _staged(demands)
+    except BaseException:
+        await asyncio.gather(*(server.api.close() for server in servers))
+        raise
+    engine = SGLangEngine(servers, None, stage, served, tokenizer, Limits(min(limits.context, *contexts), limits.vocabulary))
+    try:
+        await engine.arrived(ANSWER_SECONDS)
+    except TreeGrpoError:
+        await engine.close()
+        raise
+    return engine
+
+
+async def _examine(demands: Demands, servers: Sequence[Server]) -> list[int]:
+    """The contexts of the servers that answer, one at least. Raises UnavailableError, ConfigError."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        found = await asyncio.gather(*(_context(demands, server.api) for server in servers), return_exceptions=True)
+        errors = [error for error in found if isinstance(error, BaseException)]
+        for error in errors:
+            if not isinstance(error, UnavailableError | DeadlineError):
+                raise error
+        if contexts := [context for context in found if isinstance(context, int)]:
+            return contexts
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"{errors[0]} Start it, or mend engine.urls.") from errors[0]
+        await asyncio.sleep(RETRY_SECONDS)
+
+
+async def _context(demands: Demands, api: Api) -> int:
+    """Tokens that a request to the server may have. Raises ConfigError if it cannot be used, UnavailableError."""
+    info = await api.info()
+    check_version(info.version, f"the server at {api.url}")
+    if info.skip_tokenizer_init:
+        raise ConfigError(f"The SGLang server at {api.url} has no tokenizer; start it without --skip-tokenizer-init.")
+    serves, ours = await api.model_type(), _config(demands.model).get("model_type")
+    if serves != ours:
+        raise ConfigError(
+            f"The SGLang server at {api.url} serves a {serves}, the learner trains a {ours}; start it on that model."
+        )
+    room = info.max_total_num_tokens - MARGIN
+    return min(room, info.context_length - MARGIN) if info.context_length else room
+
+
+async def _staged(demands: Demands) -> tuple[Stage, Staged, Tokenizer]:
+    tokenizer = await asyncio.to_thread(Tokenizer.open, demands.model)
+    stage = await asyncio.to_thread(Stage, demands.weights_dir)
+    try:
+        return stage, await asyncio.to_thread(stage.first, demands.version, demands.model), tokenizer
+    except BaseException:
+        stage.close()
+        raise
+
+
+def _limits(demands: Demands) -> Limits:
+    config = _config(demands.model)
+    longest = config.get("max_position_embeddings", demands.context)
+    if longest < demands.context:
+        raise ModelError(
+            f"{demands.model} was made for {longest} tokens, not {demands.context}; lower the context (rollout.max_context)."
+        )
+    return Limits(demands.context, config["vocab_size"])
+
+
+def _config(model: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{model} has no config.json; give a Hugging Face causal LM directory.") from error
+    except ValueError as error:
+        raise ModelError(f"{model / 'config.json'} is not valid JSON ({error}); restore it from the model's source.") from error
+    return {**config, **config.get("text_config", {})}
+
+
+def _free_port(host: str) -> int:
+    with closing(socket.create_server((host, 0))) as listener:
+        return listener.getsockname()[1]

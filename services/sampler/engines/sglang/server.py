@@ -1,0 +1,154 @@
+"""One server as the engine sees it: is it up, how full is it, which weights does it serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from services.sampler.engines.sglang.answers import Answer, Load
+from services.sampler.engines.sglang.api import Api
+from services.sampler.engines.sglang.draft import Draft
+from services.sampler.engines.sglang.prefill import Prefills, Turn
+from services.sampler.engines.sglang.pressure import Pressure
+from services.sampler.engines.sglang.stage import Staged
+from treegrpo.errors import UnavailableError, WeightsError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Server:
+    """State of one server; the engine's tasks change it, all on one event loop."""
+
+    api: Api
+    pressure: Pressure
+    up: bool = False
+    serves: Staged | None = None
+    """None: nobody knows."""
+    space: str = ""
+    """Namespace of its prefix cache: the version served last."""
+    swapping: bool = False
+    load: Load | None = None
+    prefills: Prefills = field(default_factory=Prefills)
+    suspect: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by whoever has reason to think that it is gone."""
+    asking: set[asyncio.Task[Answer]] = field(default_factory=set[asyncio.Task[Answer]])
+    """Requests on their way."""
+    aborting: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    stalled: float = 0.0
+    """Seconds in which it generated nothing for the sake of new weights, since the start."""
+    taken: int = 0
+    """Places that are taken by requests."""
+
+    @property
+    def has_room(self) -> bool:
+        return self.up and not self.swapping and self.taken < self.pressure.limit
+
+    @property
+    def fullness(self) -> float:
+        return self.taken / self.pressure.limit
+
+    async def ask(self, draft: Draft) -> Answer:
+        """Let it go on with ``draft``. Cancelling the call ends the request over there.
+
+        Raises:
+            UnavailableError, DeadlineError, ContractError, EngineError: see `Api`; or it was lost meanwhile.
+        """
+        async with self.prefills.turn(draft.sequence) as turn:
+            rid = uuid4().hex
+            asking = asyncio.create_task(self._generate(turn, draft.request(rid, self.space)), name=f"sglang-{rid}")
+            self.asking.add(asking)
+            try:
+                await asyncio.wait({asking})
+                answer = self._result(asking)
+            except BaseException:
+                asking.cancel()
+                self._abort(rid)
+                raise
+            finally:
+                self.asking.discard(asking)
+        self.prefills.remember(np.concatenate((draft.sequence, np.array(answer.ids, np.uint32))))
+        self.pressure.retracted(max(0, answer.retractions - sum(start > 0 for _, start in answer.versions)))
+        return answer
+
+    async def _generate(self, turn: Turn, body: dict[str, Any]) -> Answer:
+        started = partial(self.prefills.computed, turn) if turn.awaited else None
+        return await self.api.generate(body, started)
+
+    def _result(self, asking: asyncio.Task[Answer]) -> Answer:
+        if asking.cancelled():
+            raise UnavailableError(f"The SGLang server at {self.api.url} was lost while it computed.")
+        return asking.result()
+
+    def lose(self) -> None:
+        """It is gone, or hangs: whoever waits for it learns it now."""
+        self.up, self.serves, self.load = False, None, None
+        self.prefills.forget()
+        for asking in self.asking:
+            asking.cancel()
+
+    async def swap(self, new: Staged) -> None:
+        """Serve ``new``; requests that run go on with it.
+
+        Raises:
+            WeightsError: it refused; it serves what it served before.
+            UnavailableError, DeadlineError, ContractError, EngineError: it failed on the way; what it serves is not known.
+        """
+        self.swapping, began = True, time.monotonic()
+        self.prefills.forget()
+        old, self.serves = self.serves, None
+        try:
+            await self.api.pause()
+            try:
+                await self.api.update(new.version, new.path)
+            except WeightsError:
+                if old is not None:
+                    log.warning("weights %s were refused; %s are read again", new.version, old.version)
+                    await self.api.update(old.version, old.path)
+                    self.serves = old
+                raise
+            finally:
+                await self.api.resume()
+            self.serves, self.space = new, str(new.version)
+        finally:
+            self.swapping = False
+            self.stalled += time.monotonic() - began
+
+    def _abort(self, rid: str) -> None:
+        """End a request that nobody waits for any more, without waiting for that."""
+        if not self.up:
+            return
+        task = asyncio.create_task(self.api.abort(rid), name=f"sglang-abort-{rid}")
+        self.aborting.add(task)
+        task.add_done_callback(self.aborting.discard)
+
+    async def close(self) -> None:
+        """End what is on its way."""
+        for task in (tasks := [*self.asking, *self.aborting]):
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+async def wake(server: Server, served: Staged, *, trusted: bool) -> None:
+    """Make a server that answers serve ``served``; ``trusted``: it was started with exactly that.
+
+    Raises a TreeGrpoError if it cannot be used.
+    """
+    # Somebody who died in the middle of an update may have left it paused, or with other weights of the same name.
+    await server.api.resume()
+    await server.api.health()
+    if trusted:
+        server.serves, server.space = served, str(served.version)
+        return
+    try:
+        await server.swap(served)
+    except WeightsError as error:
+        raise UnavailableError(f"{error} It is left out until it serves version {served.version}.") from error

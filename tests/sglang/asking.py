@@ -1,0 +1,58 @@
+"""Asking engines as the sampler does, and what must be true of the answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from services.sampler.engines.base import Completion, Sampling
+from services.sampler.engines.sglang import Place, SGLangEngine, open_child
+from services.sampler.gate import Gate
+from services.sampler.outage import Outage
+from services.sampler.retries import Retries
+from tests.engines import builders
+from tests.engines.conformance import FIRST, SECOND, check_spans
+from tests.sglang.servers import PYTHON, demands
+from treegrpo.telemetry import SamplerMetrics
+
+LAUNCH = {"cache_tokens": 8192, "dtype": "float32", "threads": 1, "seed": 0}
+
+
+@asynccontextmanager
+async def child(path: Path, log: Path, *flags: str) -> AsyncGenerator[SGLangEngine]:
+    place = Place("127.0.0.1", 0, log)
+    engine = await open_child(demands(path, max_running=16), place, PYTHON, ("--log-level", "warning", *flags), **LAUNCH)
+    async with engine:
+        yield engine
+
+
+async def sample(engine: SGLangEngine, seeds: range, tokens: int) -> list[Completion]:
+    """Ask as the sampler does: what is away is waited for."""
+    metrics = SamplerMetrics()
+    outage, retries = Outage(engine.health, metrics), Retries(2, metrics)
+
+    async def one(seed: int) -> Completion:
+        return await retries.run(lambda: engine.generate(builders.prompt(seed, 20), Sampling(tokens)), outage, Gate())
+
+    return await asyncio.gather(*(one(seed) for seed in seeds))
+
+
+def check(completions: list[Completion], seeds: range, tokens: int, *models: Path) -> None:
+    """All are complete, and each token has the log-probability that its version's weights give it."""
+    references = dict(zip((FIRST, SECOND), map(builders.open_reference, models), strict=False))
+    for seed, completion in zip(seeds, completions, strict=True):
+        assert len(completion.ids) == tokens
+        check_spans(builders.prompt(seed, 20), completion, references)
+
+
+async def until(is_so: Callable[[], object]) -> None:
+    """Wait for something that servers do in their own time; the test's time limit ends it."""
+    while not is_so():  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+
+
+async def running(engine: SGLangEngine) -> None:
+    """Wait until the server says that it computes."""
+    await until(lambda: engine.counters.running)

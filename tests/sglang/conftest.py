@@ -1,0 +1,33 @@
+"""Tests on real SGLang servers: `make test-sglang` runs them; elsewhere they are left out, for want of an SGLang."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from tests.engines import builders
+from tests.sglang.servers import Pool
+
+pytest.register_assert_rewrite("tests.engines.conformance", "tests.sglang.asking")
+if "SGLANG_PYTHON" not in os.environ:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Generator[Pool]:
+    pool = Pool(tmp_path_factory.mktemp("sglang"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two versions of a model that never ends a sequence."""
+    paths = tmp_path_factory.mktemp("endless0"), tmp_path_factory.mktemp("endless1")
+    for seed, path in enumerate(paths):
+        builders.make_model("qwen2", seed + 10).save_pretrained(path)
+        builders.save_tokenizer(path, end=None)
+    return paths

@@ -1,0 +1,65 @@
+"""A door in front of a server that can answer for it, with garbage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+
+GARBAGE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 29\r\n\r\n" + b'{"meta_info": {"oops": "no"}}'
+
+
+class Door:
+    """Passes bytes on to ``target``; while `garbage` is set, every request is answered with it."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.garbage = False
+        self.address = ""
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncGenerator[Door]:
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.create_task(self._carry(reader, writer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        server = await asyncio.start_server(connected, "127.0.0.1", 0)
+        self.address = "{}:{}".format(*server.sockets[0].getsockname()[:2])
+        try:
+            yield self
+        finally:
+            server.close()
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far = None
+        try:
+            far_reader, far = await asyncio.open_connection(*self._target)
+            await asyncio.gather(self._there(reader, far, writer), self._back(far_reader, writer))
+        except OSError:
+            pass  # a connection that the other side has reset
+        finally:
+            for one in filter(None, (writer, far)):
+                one.transport.abort()
+
+    async def _there(self, reader: asyncio.StreamReader, far: asyncio.StreamWriter, near: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            if self.garbage:
+                near.write(GARBAGE)
+            else:
+                far.write(data)
+                await far.drain()
+        far.close()
+
+    @staticmethod
+    async def _back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        with suppress(OSError):
+            writer.close()

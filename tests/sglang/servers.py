@@ -1,0 +1,121 @@
+"""Real SGLang servers for tests, started once for each kind of model and given whatever weights a test needs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from services.sampler.engines.sglang import Demands, SGLangEngine, open_remote
+from services.sampler.engines.sglang.command import Installed, Launch
+from tests.engines import builders
+from treegrpo.leash import leashed
+from treegrpo.step import PolicyVersion
+
+PYTHON = Path(os.environ.get("SGLANG_PYTHON", ".venv-sglang/bin/python")).absolute()
+CONTEXT = 512
+READY_SECONDS = 180.0
+WEIGHTS_DIR = Path("/dev/shm")
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        return listener.getsockname()[1]
+
+
+def launch(**changes: object) -> Launch:
+    """A small server on the CPU."""
+    shape: dict[str, object] = {
+        "installed": Installed(PYTHON, cuda=False),
+        "context": CONTEXT,
+        "max_running": 64,
+        "cache_tokens": 8192,
+        "dtype": "float32",
+        "threads": 1,
+        "seed": 0,
+        "flags": ("--log-level", "warning"),
+    }
+    return Launch(**{**shape, **changes})  # pyright: ignore[reportArgumentType]
+
+
+@dataclass
+class Running:
+    """A server process."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@dataclass
+class Pool:
+    """Servers by the kind of model they were started with."""
+
+    root: Path
+    running: dict[str, Running] = field(default_factory=dict[str, Running])
+
+    def url(self, kind: str) -> str:
+        """A server that takes weights of ``kind``; its own end-of-sequence tokens are none."""
+        if kind not in self.running:
+            self.running[kind] = self.start(self.model(kind))
+        return self.running[kind].url
+
+    def model(self, kind: str) -> Path:
+        """Weights that no test asks for, with a tokenizer that knows no end of a sequence."""
+        path = self.root / kind
+        if not path.exists():
+            builders.make_model(kind, seed=99).save_pretrained(path)
+            builders.save_tokenizer(path, end=None)
+        return path
+
+    def start(self, path: Path, port: int = 0) -> Running:
+        """Start a server on ``path`` and wait until it is healthy."""
+        port = port or free_port()
+        plan, log = launch(), self.root / f"{path.name}-{port}.log"
+        command = leashed(plan.command(path, "0.0", "127.0.0.1", port))
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, env=plan.environment(), stdout=out, stderr=out, start_new_session=True)
+        running, deadline = Running(f"http://127.0.0.1:{port}", process), time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                if httpx.get(f"{running.url}/health", timeout=30, trust_env=False).is_success:
+                    return running
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        running.stop()
+        raise AssertionError(log.read_text()[-3000:])
+
+    def close(self) -> None:
+        for running in self.running.values():
+            running.stop()
+
+
+def demands(path: Path, **changes: object) -> Demands:
+    shape: dict[str, object] = {
+        "model": path,
+        "version": PolicyVersion(0, 0),
+        "context": CONTEXT,
+        "max_running": 64,
+        "weights_dir": WEIGHTS_DIR,
+    }
+    return Demands(**{**shape, **changes})  # pyright: ignore[reportArgumentType]
+
+
+@asynccontextmanager
+async def remote(path: Path, *urls: str, **changes: object) -> AsyncGenerator[SGLangEngine]:
+    """The engine on servers that run already."""
+    async with await open_remote(demands(path, **changes), urls, verify=True) as engine:
+        yield engine

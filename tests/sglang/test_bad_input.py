@@ -1,0 +1,77 @@
+"""What stands in the way of real servers is told in a sentence; and what is said of their metrics is so."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+
+from services.sampler.engines.base import Sampling
+from services.sampler.engines.sglang import Place, open_child
+from tests.engines import builders
+from tests.sglang.asking import LAUNCH, child
+from tests.sglang.servers import PYTHON, Pool, demands, remote
+from treegrpo.errors import ConfigError, EngineError
+
+DOCS = Path("docs/sglang.md").read_text(encoding="utf-8")
+
+
+async def test_a_server_that_ends_at_once_is_told_in_its_own_words(tmp_path: Path, endless: tuple[Path, Path]) -> None:
+    with pytest.raises(EngineError, match="unrecognized arguments: --no-such-flag"):
+        async with child(endless[0], tmp_path / "server.log", "--no-such-flag"):
+            pass
+
+
+async def test_a_model_it_refuses_is_told_in_its_own_words(tmp_path: Path) -> None:
+    path = builders.save_model(tmp_path / "model", "qwen2")
+    config = (path / "config.json").read_text(encoding="utf-8")
+    (path / "config.json").write_text(config.replace("Qwen2ForCausalLM", "NoSuchModel"), encoding="utf-8")
+    with pytest.raises(EngineError, match="NoSuchModel"):
+        async with child(path, tmp_path / "server.log"):
+            pass
+
+
+async def test_where_no_server_is_that_is_said(endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.sampler.engines.sglang.open.ANSWER_SECONDS", 0.5)
+    with pytest.raises(ConnectionError, match=r"engine\.urls"):
+        async with remote(endless[0], "http://127.0.0.1:9"):
+            pass
+
+
+async def test_a_server_with_another_model_or_of_another_version_is_not_used(
+    pool: Pool,
+    endless: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llama, url = builders.save_model(tmp_path, "llama"), pool.url("qwen2")
+    with pytest.raises(ConfigError, match=f"{url} serves a qwen2, the learner trains a llama"):
+        async with remote(llama, url):
+            pass
+    monkeypatch.setattr("services.sampler.engines.sglang.command.OLDEST", (0, 5, 99))
+    with pytest.raises(ConfigError, match=rf"SGLang 0\.5\.2\d in the server at {url} cannot be used; install"):
+        async with remote(endless[0], url):
+            pass
+
+
+async def test_a_port_that_somebody_took_is_told_in_its_own_words(endless: tuple[Path, Path], tmp_path: Path) -> None:
+    """`treegrpo` looks first; this is for who comes between the look and the start."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = Place("127.0.0.1", taken.getsockname()[1], tmp_path / "server.log")
+        with pytest.raises(EngineError, match="address already in use"):
+            await open_child(demands(endless[0]), place, PYTHON, ("--log-level", "warning"), **LAUNCH)
+
+
+async def test_the_metrics_that_the_docs_name_are_there(pool: Pool, endless: tuple[Path, Path]) -> None:
+    named = set(re.findall(r"`(sglang:\w+)", DOCS))
+    assert len(named) >= 5
+    async with remote(endless[0], pool.url("qwen2")) as engine, httpx.AsyncClient(trust_env=False) as client:
+        for _ in range(2):
+            await engine.generate(builders.prompt(0, 40), Sampling(8))
+        page = (await client.get(f"{engine.servers[0].api.url}/metrics")).text
+    assert named <= set(re.findall(r"^(sglang:\w+)", page, re.MULTILINE))
+    modes = set(re.findall(r'^sglang:realtime_tokens_total\{.*mode="(\w+)"', page, re.MULTILINE))
+    assert modes >= {"prefill_cache", "prefill_compute"}

@@ -1,0 +1,193 @@
+"""What goes wrong with real servers: nothing is lost, every failure is counted by its type."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from services.sampler.engines.sglang import SGLangEngine
+from services.sampler.engines.sglang.stage import Staged
+from services.sampler.engines.sglang.watch import Keeper
+from tests.chaos.proxy import Mode, Proxy
+from tests.engines.conformance import FIRST, SECOND
+from tests.sglang.asking import check, child, running, sample, until
+from tests.sglang.door import Door
+from tests.sglang.servers import Pool, remote
+from treegrpo.errors import UnavailableError, WeightsError
+from treegrpo.step import PolicyVersion
+
+
+def keeper(engine: SGLangEngine) -> Keeper:
+    assert engine.keeper is not None
+    return engine.keeper
+
+
+async def test_a_child_that_is_killed_is_started_again_with_the_version_it_served(
+    endless: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sampler.outage.PATIENCE_SECONDS", 240.0)  # two slow cores take longer than a GPU machine
+    log, seeds = tmp_path / "server.log", range(6)
+    async with child(endless[0], log) as engine:
+        await engine.load(SECOND, endless[1])
+        asking = asyncio.create_task(sample(engine, seeds, 400))
+        await running(engine)
+        before = keeper(engine).pid
+        os.kill(before, signal.SIGKILL)
+        completions = await asking
+        assert keeper(engine).pid != before
+        assert engine.version == SECOND
+        assert engine.counters.restarts == 1
+        assert engine.counters.errors["UnavailableError"] > 0
+        assert all(span.version == SECOND for c in completions for span in c.spans)
+        check(completions, seeds, 400, *endless)
+        assert log.stat().st_size > 0
+
+        # SGLang reads a torn file a second time, to "roll back", and dies of it.
+        asking = asyncio.create_task(sample(engine, seeds, 200))
+        await running(engine)
+        with monkeypatch.context() as patch:
+            spoil(patch, engine, tear)
+            with pytest.raises(UnavailableError):
+                await engine.load(PolicyVersion(0, 2), endless[0])
+        completions = await asking
+        assert engine.version == SECOND
+        assert engine.counters.restarts == 2
+        check(completions, seeds, 200, *endless)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(before, 0)
+
+
+async def test_a_server_that_others_run_is_used_again_when_it_is_back(
+    pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections are refused for as long as a start takes, about twenty seconds; it comes back with other weights."""
+    monkeypatch.setattr("services.sampler.outage.PATIENCE_SECONDS", 240.0)
+    path = pool.model("qwen2")
+    first = await asyncio.to_thread(pool.start, path)
+    seeds = range(8)
+    async with remote(endless[0], first.url) as engine:
+        asking = asyncio.create_task(sample(engine, seeds, 400))
+        await running(engine)
+        first.stop()
+        second = await asyncio.to_thread(pool.start, path, int(first.url.rsplit(":", 1)[1]))
+        try:
+            check(await asking, seeds, 400, *endless)
+        finally:
+            second.stop()
+        assert engine.counters.errors["UnavailableError"] > 0
+
+
+async def test_slow_cut_and_garbled_answers_are_asked_for_again(pool: Pool, endless: tuple[Path, Path]) -> None:
+    proxy, seeds = Proxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(8)
+    async with proxy.serving(), Door(proxy.address).serving() as door, remote(endless[0], f"http://{door.address}") as engine:
+        for fault in (Mode.DELAY, Mode.CUT, Mode.RESET):
+            asking = asyncio.create_task(sample(engine, seeds, 200))
+            await running(engine)
+            await proxy.fail(fault, 1.0)
+            check(await asking, seeds, 200, *endless)
+        assert engine.counters.errors["UnavailableError"] > 0
+        door.garbage = True
+        asking = asyncio.create_task(sample(engine, seeds, 50))
+        await until(lambda: engine.counters.errors.get("ContractError"))
+        door.garbage = False
+        check(await asking, seeds, 50, *endless)
+
+
+async def test_a_request_that_is_not_answered_in_time_is_made_again(
+    pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sampler.engines.sglang.api.GENERATE_SECONDS", 5.0)
+    proxy, seeds = Proxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(4)
+    async with proxy.serving(), remote(endless[0], f"http://{proxy.address}") as engine, asyncio.TaskGroup() as tasks:
+        tasks.create_task(proxy.fail(Mode.DROP, 7.0))
+        check(await sample(engine, seeds, 20), seeds, 20, *endless)
+        assert engine.counters.errors["DeadlineError"] > 0
+
+
+async def test_requests_that_are_put_back_for_want_of_memory_end_well_and_fewer_run(
+    endless: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The server takes in more than it has room for, and puts back what does not fit."""
+    seeds, put_back, limits = range(16), list[int](), list[int]()
+    flags = ("--max-total-tokens", "1200", "--schedule-conservativeness", "0.1")
+    async with child(endless[0], tmp_path / "server.log", *flags) as engine:
+        pressure = engine.servers[0].pressure
+        noted, looked = pressure.retracted, pressure.look
+
+        def retracted(times: int) -> None:
+            put_back.append(times)
+            noted(times)
+
+        def look(usage: float, running: int) -> None:
+            looked(usage, running)
+            limits.append(pressure.limit)
+
+        pressure.retracted, pressure.look = retracted, look  # pyright: ignore[reportAttributeAccessIssue]
+        check(await sample(engine, seeds, 400), seeds, 400, *endless)
+        assert not engine.counters.errors
+    assert sum(put_back) > 0
+    assert min(limits) < limits[0]
+
+
+async def test_an_update_that_the_server_refuses_leaves_the_old_version_serving(
+    pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = range(6)
+    async with remote(endless[0], pool.url("qwen2")) as engine:
+        asking = asyncio.create_task(sample(engine, seeds, 200))
+        await running(engine)
+        with monkeypatch.context() as patch:
+            spoil(patch, engine, lambda weights: weights.unlink())
+            with pytest.raises(WeightsError, match=str(SECOND)):
+                await engine.load(SECOND, endless[1])
+        assert engine.version == FIRST
+        completions = await asking
+        assert all(span.version == FIRST for c in completions for span in c.spans)
+        check(completions, seeds, 200, *endless)
+        await engine.load(SECOND, endless[1])
+        check(await sample(engine, range(2), 20), range(2), 20, *endless)
+
+
+def spoil(patch: pytest.MonkeyPatch, engine: SGLangEngine, how: Callable[[Path], object]) -> None:
+    """The next version is checked and put in place; then something happens to its file, as when a disk is full."""
+    put = engine.stage.put
+
+    def spoiled(version: PolicyVersion, weights: Path) -> Staged:
+        staged = put(version, weights)
+        how(staged.path / "model.safetensors")
+        return staged
+
+    patch.setattr(engine.stage, "put", spoiled)
+
+
+def tear(weights: Path) -> None:
+    weights.unlink()  # it may be a link to what was published
+    weights.write_bytes(b"torn")
+
+
+async def test_updates_while_more_requests_run_than_there_are_places(pool: Pool, endless: tuple[Path, Path]) -> None:
+    seeds = range(30)
+    async with remote(endless[0], pool.url("qwen2"), max_running=8) as engine:
+        asking = asyncio.create_task(sample(engine, seeds, 150))
+        await running(engine)
+        await engine.load(SECOND, endless[1])
+        completions = await asking
+        assert {span.version for c in completions for span in c.spans} == {FIRST, SECOND}
+        check(completions, seeds, 150, *endless)
+        assert not engine.counters.errors
+
+
+async def test_requests_that_somebody_else_aborts_go_on(pool: Pool, endless: tuple[Path, Path]) -> None:
+    seeds = range(4)
+    async with remote(endless[0], pool.url("qwen2")) as engine:
+        asking = asyncio.create_task(sample(engine, seeds, 400))
+        await running(engine)
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await client.post(f"{engine.servers[0].api.url}/abort_request", json={"rid": "", "abort_all": True})
+        check(await asking, seeds, 400, *endless)

@@ -1,0 +1,56 @@
+"""GeoHop from end to end with SGLang: a few steps of what `make demo ENGINE=sglang` runs, with a fault on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from services.cli.progress import read_progress
+from tests.chaos.audit import audit
+from tests.chaos.history import Archive
+from tests.cli.test_up import Up, up  # noqa: F401  # pyright: ignore[reportUnusedImport]  # up is a fixture
+from tests.cli.workbench import GEOHOP, Workbench
+from tests.sglang.servers import PYTHON
+
+OWN = ("data.train", "data.heldout", "retriever.corpus", "model.path", "rollout.max_turns", "rollout.max_action_tokens")
+
+
+@pytest.mark.timeout(1200)
+async def test_geohop_trains_on_sglang_and_loses_nothing_when_the_server_is_killed(
+    tmp_path: Path,
+    up: Up,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tests.cli.test_up.SECONDS", 1100.0)
+    bench = Workbench(tmp_path)
+    for key in (*OWN, "rollout.max_context"):
+        del bench.keys[key]
+    changes = {
+        "train__steps": "3",
+        "train__batch": "4",
+        "train__checkpoint_every": "3",
+        "eval__every": "3",
+        "eval__questions": "24",
+        "engine__kind": "sglang",
+        "engine__python": str(PYTHON),
+    }
+    run = await up(str(GEOHOP / "geohop.toml"), *bench.flags(**changes))
+    archive = Archive(bench.run_dir / "journal", tmp_path / "archive")
+    for step in (1, 2):
+        await run.line(f"step {step}/")
+        archive.keep()
+        if step == 1:
+            os.kill(run.pid_of("sglang.launch_server"), signal.SIGKILL)
+    assert await run.end() == 0, "\n".join(run.lines)
+    archive.keep()
+    progress = read_progress(bench.run_dir)
+    assert [step.step for step in progress.steps] == [1, 2, 3]
+    assert [record.step for record in progress.evals] == [0, 3]
+    assert [record.failed for record in progress.evals] == [0, 0]
+    found = audit(bench.run_dir, archive, ended=True)
+    assert found.clean, found
+    assert "it is started again" in (bench.run_dir / "logs" / "sampler-0.log").read_text(encoding="utf-8").lower()
+    assert (bench.run_dir / "logs" / "sampler-0-sglang.log").is_file()
