@@ -28,6 +28,7 @@ OURS = ("--model-path", "--model", "--host", "--port", "--weight-version", "--co
 CPU = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
     *("--disable-cuda-graph", "--disable-overlap-schedule"),  # there is nothing that a second stream could overlap with
+    "--sleep-on-idle",  # a scheduler that looks for work all the time takes it from the learner
 )
 ENVIRONMENT = {
     # The prefix of siblings is computed once, also when they start together and share a beginning with what is cached.
