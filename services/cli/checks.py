@@ -13,7 +13,7 @@ from typing import NamedTuple
 from learner.intake.vocabulary import vocabulary
 from services.cli.history import steps_done
 from services.sampler import tokenizer
-from services.sampler.engines.sglang.command import check_installed, own_flags
+from services.sampler.engines.sglang.command import check_installed, check_listen, own_flags
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
@@ -163,6 +163,7 @@ def check_engine(config: Config) -> str:
             )
         return ", ".join(engine.urls)
     own_flags(engine.flags)
+    check_listen(engine.listen, insecure_network=config.security.insecure_network)
     if split_address(engine.listen, "engine.listen")[1] and config.sampler.count > 1:
         raise ConfigError(
             f"engine.listen = {engine.listen} would be shared by the SGLang servers of {config.sampler.count} samplers; "
@@ -187,6 +188,9 @@ def check_parts_security(config: Config) -> str:
     sampler, retriever = Access.of(config.security, Role.SAMPLER), Access.of(config.security, Role.RETRIEVER)
     sampler.check_metrics("sampler.metrics", config.sampler.metrics)
     sampler.check_url("retriever.url", config.search_url)
+    if config.engine.kind == "sglang":
+        for url in config.engine.urls:
+            sampler.check_url("engine.urls", url)
     retriever.check_metrics("retriever.listen", config.retriever.listen)
     Access.of(config.security, Role.BROKER)
     return "sampler, retriever, broker"

@@ -6,13 +6,25 @@ import fcntl
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-PREFIX = "treegrpo-sampler-"
+
+
+def _kernel() -> str:
+    """Which running system this is. A directory's lock is known to it alone: on a file system that several machines share,
+    one does not see that another holds it.
+    """
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
+    return socket.gethostname()
+
+
+PREFIX = f"treegrpo-sampler-{_kernel()}-"
 
 
 @contextmanager
@@ -20,7 +32,8 @@ def scratch(parent: Path | None = None) -> Generator[Path]:
     """An empty directory in ``parent``, or else among the temporary files, for the time of the block.
 
     It is locked meanwhile. The kernel unlocks it however its process ends, and whoever finds it unlocked may remove it:
-    on one machine there are never more of them than samplers that run, and those that ended since the last start.
+    on one machine, until it is started anew, there are never more of them than samplers that run, and those that ended
+    since the last start.
     """
     parent = parent or Path(tempfile.gettempdir())
     _sweep(parent)

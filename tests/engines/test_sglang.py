@@ -133,6 +133,7 @@ def test_a_good_answer_is_read() -> None:
         ("cached_tokens", 6),
         ("output_token_logprobs", [[None, 7, None]] * 3),
         ("output_token_logprobs", [[-0.5, -7, None]] * 3),
+        ("output_token_logprobs", [[-0.5, 1 << 32, None]] * 3),
         ("output_token_logprobs", [[-0.5, 7, None]] * 4),
         ("output_token_logprobs", "many"),
         ("weight_versions", []),

@@ -65,3 +65,11 @@ def test_what_is_not_a_samplers_directory_stays(tmp_path: Path) -> None:
         pass
     assert (elsewhere / "file").exists()
     assert (tmp_path / f"{PREFIX}file").exists()
+
+
+def test_what_another_machine_uses_stays(tmp_path: Path) -> None:
+    """Where several machines share a file system, none sees the locks of the others."""
+    theirs = tmp_path / "treegrpo-sampler-00000000-abc"
+    theirs.mkdir()
+    with scratch():
+        assert theirs.exists()

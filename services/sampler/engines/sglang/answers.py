@@ -14,6 +14,8 @@ from treegrpo.step import PolicyVersion
 
 AnswerFinish = Literal["stop", "length", "abort"]
 M = TypeVar("M", bound=BaseModel)
+IDS = 1 << 32
+"""What `TokenIds` can hold."""
 
 
 class _Finish(BaseModel):
@@ -99,9 +101,9 @@ def read_answer(body: Any, asked: int) -> Answer:
     ends = [0, *(span.end for span in spans)]
     if [span.start for span in spans] != ends[:-1] or ends[-1] != len(triples):
         raise ContractError(f"it says that versions {meta.weight_versions} sampled {len(triples)} tokens")
-    if len(triples) > asked or any(not math.isfinite(logprob) or token < 0 for logprob, token, _ in triples):
+    if len(triples) > asked or any(not (math.isfinite(logprob) and 0 <= token < IDS) for logprob, token, _ in triples):
         raise ContractError(
-            f"its {len(triples)} tokens, {asked} at most, have ids below 0 or log-probabilities that are not finite"
+            f"its {len(triples)} tokens, {asked} at most, have ids that are none or log-probabilities that are not finite"
         )
     if meta.cached_tokens > meta.prompt_tokens:
         raise ContractError(f"{meta.cached_tokens} of {meta.prompt_tokens} prompt tokens were cached, it says")

@@ -8,9 +8,10 @@ an answer that says no                  EngineError, for weights WeightsError
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ UPDATE_SECONDS = 300.0
 IDLE_SECONDS = 2.0
 """Connections are given up before the server does so, which it does after five."""
 SAID_CHARACTERS = 300
-EVENT, END = "data: ", "[DONE]"
+EVENT, END = b"data: ", b"[DONE]"
 NEVER = 1 << 30
 """Tokens from one event to the next."""
 
@@ -117,12 +118,12 @@ class Api:
     async def _stream(self, path: str, body: dict[str, Any], started: Callable[[], None]) -> Any:
         """The last of the events that a request leads to. The first token is one, the next is the end."""
         body = {**body, "stream": True, "sampling_params": {**body["sampling_params"], "stream_interval": NEVER}}
-        asking, last = self._client.stream("POST", self.url + path, json=body, timeout=GENERATE_SECONDS), ""
+        asking, last = self._client.stream("POST", self.url + path, json=body, timeout=GENERATE_SECONDS), b""
         async with self._failing(path, GENERATE_SECONDS), asking as response:
             if response.is_error:
                 await response.aread()
                 raise self._refusal(path, response)
-            async for line in response.aiter_lines():
+            async for line in _lines(response.aiter_bytes()):
                 if line.startswith(EVENT) and not line.endswith(END):
                     last = line.removeprefix(EVENT)
                     started()
@@ -133,10 +134,11 @@ class Api:
 
     @asynccontextmanager
     async def _failing(self, path: str, seconds: float) -> AsyncGenerator[None]:
-        """Failures of the connection as ours."""
+        """Failures of the connection as ours. httpx allows ``seconds`` for each piece of an answer, this for all of it."""
         try:
-            yield
-        except httpx.TimeoutException as error:
+            async with asyncio.timeout(seconds):
+                yield
+        except (TimeoutError, httpx.TimeoutException) as error:
             raise DeadlineError(f"The SGLang server at {self.url} did not answer {path} within {seconds:.0f} s.") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             said = str(error) or type(error).__name__
@@ -154,6 +156,16 @@ class Api:
             return read()
         except (ContractError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ContractError(f"What the server at {self.url} answers to {path} is of no use: {error}.") from error
+
+
+async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """Lines as an event stream ends them; httpx also ends one at U+0085 and U+2028, which a policy may sample."""
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
 
 
 def _message(body: Any) -> str:

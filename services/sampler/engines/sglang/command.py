@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treegrpo.errors import ConfigError
+from treegrpo.security import is_local
 
 TESTED = ("0.5.21", "0.5.23")
 OLDEST = (0, 5, 21)
@@ -101,6 +102,15 @@ def own_flags(text: str) -> tuple[str, ...]:
         if (name := flag.partition("=")[0]) in OURS:
             raise ConfigError(f"engine.flags has {name}, which follows from the rest of the configuration; leave it out.")
     return flags
+
+
+def check_listen(listen: str, *, insecure_network: bool) -> None:
+    """Raise ConfigError if others could reach the server: whoever does can give it weights."""
+    if not (insecure_network or is_local(listen)):
+        raise ConfigError(
+            f"engine.listen = {listen} lets everybody who reaches it change the weights, for SGLang asks for no password; "
+            "listen on 127.0.0.1, or accept that with security.insecure_network = true."
+        )
 
 
 def find(python: Path) -> Installed:

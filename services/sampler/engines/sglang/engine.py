@@ -78,6 +78,8 @@ class SGLangEngine:
         self._failure = ""
         """Why no request can be served any more; empty while all is well."""
         self._tasks = [asyncio.create_task(self._guard(keep), name="sglang-keep") for keep in self._keeping()]
+        self._kept = len(self._tasks)
+        """Servers that are not given up."""
 
     @property
     def version(self) -> PolicyVersion:
@@ -233,14 +235,15 @@ class SGLangEngine:
         return [keep_remote(server, lambda: self._served, self._changed, self._count) for server in self.servers]
 
     async def _guard(self, keep: Coroutine[Any, Any, str]) -> None:
-        """Run ``keep``; when it gives up and no server is left, so does the engine."""
+        """Run ``keep``; when it gives up and was the last to do so, so does the engine."""
         try:
             why = await keep
         except Exception as error:  # whatever it was, nobody may wait for ever
             log.exception("looking after an SGLang server failed")
             why = f"Looking after an SGLang server failed ({error!r})."
         log.error("%s", why)
-        if not self._up:
+        self._kept -= 1
+        if not self._kept:
             self._fail(f"{why} Restart the sampler.")
 
     @property

@@ -33,10 +33,9 @@ class Floor:
         try:
             return await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
+            self._queue = deque(other for other in self._queue if other is not entry)
+            if future.done() and not future.cancelled() and future.exception() is None:
                 self.leave(future.result())
-            else:
-                self._queue = deque(other for other in self._queue if other is not entry)
             raise
 
     def leave(self, server: Server) -> None:

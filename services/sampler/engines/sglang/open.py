@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from services.sampler.engines.sglang.server import Server
 from services.sampler.engines.sglang.stage import Stage, Staged
 from services.sampler.engines.sglang.watch import Keeper
 from services.sampler.tokenizer import Tokenizer
-from treegrpo.errors import ConfigError, DeadlineError, ModelError, TreeGrpoError, UnavailableError
+from treegrpo.errors import ConfigError, DeadlineError, ModelError, UnavailableError
 from treegrpo.step import PolicyVersion
 
 ANSWER_SECONDS = 60.0
@@ -110,10 +111,13 @@ async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLCont
     except BaseException:
         await asyncio.gather(*(server.api.close() for server in servers))
         raise
-    engine = SGLangEngine(servers, None, stage, served, tokenizer, Limits(min(limits.context, *contexts), limits.vocabulary))
+    limits = Limits(min(limits.context, *contexts), limits.vocabulary)
+    for server in servers:
+        server.examine = partial(_context, demands, server.api, limits.context)
+    engine = SGLangEngine(servers, None, stage, served, tokenizer, limits)
     try:
         await engine.arrived(ANSWER_SECONDS)
-    except TreeGrpoError:
+    except BaseException:
         await engine.close()
         raise
     return engine
@@ -135,8 +139,8 @@ async def _examine(demands: Demands, servers: Sequence[Server]) -> list[int]:
         await asyncio.sleep(RETRY_SECONDS)
 
 
-async def _context(demands: Demands, api: Api) -> int:
-    """Tokens that a request to the server may have. Raises ConfigError if it cannot be used, UnavailableError."""
+async def _context(demands: Demands, api: Api, least: int = 1) -> int:
+    """Tokens that a request to the server may have. Raises ConfigError if it cannot be used, or has not ``least``."""
     info = await api.info()
     check_version(info.version, f"the server at {api.url}")
     if info.skip_tokenizer_init:
@@ -146,8 +150,10 @@ async def _context(demands: Demands, api: Api) -> int:
         raise ConfigError(
             f"The SGLang server at {api.url} serves a {serves}, the learner trains a {ours}; start it on that model."
         )
-    room = info.max_total_num_tokens - MARGIN
-    return min(room, info.context_length - MARGIN) if info.context_length else room
+    room = min(info.max_total_num_tokens, info.context_length or info.max_total_num_tokens) - MARGIN
+    if room < least:
+        raise ConfigError(f"The SGLang server at {api.url} has room for {room} tokens, {least} are needed; start it with more.")
+    return room
 
 
 async def _staged(demands: Demands) -> tuple[Stage, Staged, Tokenizer]:

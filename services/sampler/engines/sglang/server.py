@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +19,8 @@ from services.sampler.engines.sglang.draft import Draft
 from services.sampler.engines.sglang.prefill import Prefills, Turn
 from services.sampler.engines.sglang.pressure import Pressure
 from services.sampler.engines.sglang.stage import Staged
-from treegrpo.errors import UnavailableError, WeightsError
+from treegrpo.errors import ContractError, UnavailableError, WeightsError
+from treegrpo.step import PolicyVersion
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ class Server:
     up: bool = False
     serves: Staged | None = None
     """None: nobody knows."""
+    given: set[PolicyVersion] = field(default_factory=set[PolicyVersion])
+    """Versions it was told to serve since the start."""
     space: str = ""
     """Namespace of its prefix cache: the version served last."""
     swapping: bool = False
@@ -46,6 +50,8 @@ class Server:
     """Seconds in which it generated nothing for the sake of new weights, since the start."""
     taken: int = 0
     """Places that are taken by requests."""
+    examine: Callable[[], Awaitable[object]] | None = None
+    """Raises a TreeGrpoError if it is not what is needed; None: it was started here, with exactly that."""
 
     @property
     def has_room(self) -> bool:
@@ -62,12 +68,14 @@ class Server:
             UnavailableError, DeadlineError, ContractError, EngineError: see `Api`; or it was lost meanwhile.
         """
         async with self.prefills.turn(draft.sequence) as turn:
+            if not self.up:  # nobody knows which weights it has now
+                raise UnavailableError(f"The SGLang server at {self.api.url} was lost before it was asked.")
             rid = uuid4().hex
             asking = asyncio.create_task(self._generate(turn, draft.request(rid, self.space)), name=f"sglang-{rid}")
             self.asking.add(asking)
             try:
                 await asyncio.wait({asking})
-                answer = self._result(asking)
+                answer = self._known(self._result(asking))
             except BaseException:
                 asking.cancel()
                 self._abort(rid)
@@ -87,6 +95,18 @@ class Server:
             raise UnavailableError(f"The SGLang server at {self.api.url} was lost while it computed.")
         return asking.result()
 
+    def _known(self, answer: Answer) -> Answer:
+        """An answer of versions that are ours. Otherwise somebody else gives it weights: it has to be given ours again."""
+        for version, _ in answer.versions:
+            if version not in self.given:
+                self.serves = None
+                self.suspect.set()
+                raise ContractError(
+                    f"The SGLang server at {self.api.url} sampled with version {version}, which is none of ours; "
+                    "a server belongs to one sampler."
+                )
+        return answer
+
     def lose(self) -> None:
         """It is gone, or hangs: whoever waits for it learns it now."""
         self.up, self.serves, self.load = False, None, None
@@ -99,11 +119,13 @@ class Server:
 
         Raises:
             WeightsError: it refused; it serves what it served before.
-            UnavailableError, DeadlineError, ContractError, EngineError: it failed on the way; what it serves is not known.
+            UnavailableError, DeadlineError, ContractError, EngineError: it failed on the way; what it serves is not known,
+                and it stays paused, so that no token of unknown weights bears the name of the old version.
         """
         self.swapping, began = True, time.monotonic()
         self.prefills.forget()
         old, self.serves = self.serves, None
+        self.given.add(new.version)
         try:
             await self.api.pause()
             try:
@@ -112,10 +134,10 @@ class Server:
                 if old is not None:
                     log.warning("weights %s were refused; %s are read again", new.version, old.version)
                     await self.api.update(old.version, old.path)
+                    await self.api.resume()
                     self.serves = old
                 raise
-            finally:
-                await self.api.resume()
+            await self.api.resume()
             self.serves, self.space = new, str(new.version)
         finally:
             self.swapping = False
@@ -137,17 +159,16 @@ class Server:
             await asyncio.wait(tasks)
 
 
-async def wake(server: Server, served: Staged, *, trusted: bool) -> None:
-    """Make a server that answers serve ``served``; ``trusted``: it was started with exactly that.
-
-    Raises a TreeGrpoError if it cannot be used.
-    """
+async def wake(server: Server, served: Staged) -> None:
+    """Make a server that answers serve ``served``. Raises a TreeGrpoError if it cannot be used."""
     # Somebody who died in the middle of an update may have left it paused, or with other weights of the same name.
     await server.api.resume()
     await server.api.health()
-    if trusted:
+    if server.examine is None:
+        server.given.add(served.version)
         server.serves, server.space = served, str(served.version)
         return
+    await server.examine()
     try:
         await server.swap(served)
     except WeightsError as error:

@@ -71,16 +71,20 @@ async def look_after(server: Server, served: Callable[[], Staged], changed: Call
 
 async def keep_remote(server: Server, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> str:
     """Use a server that others run whenever it can be used; returns why it is given up."""
-    since = time.monotonic()
+    since, said = time.monotonic(), ""
     while True:
         try:
-            await wake(server, served(), trusted=False)
+            await wake(server, served())
         except TreeGrpoError as error:
             if time.monotonic() - since > ABSENT_SECONDS:
                 return f"{error} It has been so for {ABSENT_SECONDS:.0f} s."
+            if str(error) != said:
+                said = str(error)
+                count(error)
+                log.warning("%s", said)
             await asyncio.sleep(LOOK_SECONDS)
             continue
-        server.up = True
+        server.up, said = True, ""
         changed()
         log.info("the SGLang server at %s serves version %s", server.api.url, served().version)
         await look_after(server, served, changed, count)
@@ -108,7 +112,7 @@ class Keeper:
         child = self._child = await self._launch(served)
 
         async def ready() -> None:
-            await wake(self._server, served, trusted=True)
+            await wake(self._server, served)
 
         await child.ready(ready, START_SECONDS)
         self._server.up = True
@@ -116,21 +120,23 @@ class Keeper:
 
     async def run(self, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> str:
         """Keep the started server running; returns why it is given up."""
-        attempt, began = 0, time.monotonic()
+        attempt, why = 0, ""
         while True:
-            why = await self._until_lost(served, changed, count) if self._server.up else "It was not ready."
-            attempt = 0 if time.monotonic() - began > SETTLED_SECONDS else attempt
+            if self._server.up:
+                began = time.monotonic()  # how long it took to be ready earns nothing
+                why = await self._until_lost(served, changed, count)
+                attempt = 0 if time.monotonic() - began > SETTLED_SECONDS else attempt
             if attempt == len(RESTART_SECONDS):
                 return f"{why} It has been started {attempt + 1} times and is given up."
             log.warning("%s It is started again in %.0f s.", why, RESTART_SECONDS[attempt])
             await asyncio.sleep(RESTART_SECONDS[attempt])
-            attempt, began = attempt + 1, time.monotonic()
+            attempt += 1
             self.restarts += 1
             try:
                 await self.start(served())
             except TreeGrpoError as error:
                 count(error)
-                log.warning("%s", error)
+                why = str(error)
                 await self.stop()
             changed()
 

@@ -1,0 +1,245 @@
+"""Places on SGLang servers, updates and restarts: what of them needs no SGLang."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.sampler.engines.base import Sampling
+from services.sampler.engines.sglang.api import Api
+from services.sampler.engines.sglang.child import Child
+from services.sampler.engines.sglang.command import check_listen
+from services.sampler.engines.sglang.draft import Draft
+from services.sampler.engines.sglang.engine import Limits, SGLangEngine
+from services.sampler.engines.sglang.floor import Floor
+from services.sampler.engines.sglang.open import Demands, open_remote
+from services.sampler.engines.sglang.pressure import Pressure
+from services.sampler.engines.sglang.server import Server, wake
+from services.sampler.engines.sglang.stage import Stage, Staged
+from services.sampler.engines.sglang.watch import Keeper
+from services.sampler.engines.stopping import StopStrings
+from services.sampler.tokenizer import Tokenizer
+from tests.engines import builders
+from treegrpo.errors import (
+    ConfigError,
+    ContractError,
+    DeadlineError,
+    EngineAwayError,
+    EngineError,
+    UnavailableError,
+    WeightsError,
+)
+from treegrpo.step import PolicyVersion
+
+NOWHERE = "http://127.0.0.1:9"
+OLD, NEW = Staged(PolicyVersion(0, 0), Path("/old")), Staged(PolicyVersion(0, 1), Path("/new"))
+META: dict[str, Any] = {
+    "finish_reason": {"type": "length"},
+    "prompt_tokens": 5,
+    "cached_tokens": 0,
+    "output_token_logprobs": [[-0.5, 7, None]],
+    "weight_versions": [{"version": "0.0", "start": 0, "end": 1}],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builders.save_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+def server(api: Api | None = None) -> Server:
+    return Server(api or Api(NOWHERE), Pressure(2), up=True, serves=OLD)
+
+
+@asynccontextmanager
+async def answering(answers: dict[str, bytes], *, drip: bool = False) -> AsyncGenerator[str]:
+    """The URL of a web server that gives ``answers`` by their path; ``drip``: and then, bit by bit, endlessly more."""
+
+    tasks = set[asyncio.Task[Any]]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())  # pyright: ignore[reportArgumentType]
+        try:
+            path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + answers.get(path, b"{}"))
+            while drip:
+                await asyncio.sleep(0.02)
+                writer.write(b"\n")
+                await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+        except OSError:
+            pass  # the other side has had enough
+        finally:
+            writer.transport.abort()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# ---- requests
+
+
+@pytest.mark.parametrize("drawn", ["plain", "next\u0085line", "line\u2028separator"])
+async def test_an_event_is_read_whole_whatever_the_policy_said(drawn: str) -> None:
+    event = json.dumps({"text": drawn, "meta_info": META}, ensure_ascii=False).encode()
+    async with answering({"/generate": b"data: " + event + b"\n\ndata: [DONE]\n\n"}) as url:
+        api, told = Api(url), list[bool]()
+        answer = await api.generate({"sampling_params": {"max_new_tokens": 1}}, lambda: told.append(True))
+        await api.close()
+    assert (answer.ids, told) == ([7], [True])
+
+
+async def test_an_answer_that_never_ends_meets_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.sampler.engines.sglang.api.GENERATE_SECONDS", 0.2)
+    async with answering({}, drip=True) as url:
+        api = Api(url)
+        with pytest.raises(DeadlineError):
+            await asyncio.wait_for(api.generate({"sampling_params": {"max_new_tokens": 1}}), 10)
+        await api.close()
+
+
+async def test_a_server_that_was_lost_while_a_request_waited_for_its_turn_is_not_asked(model: Path) -> None:
+    tokenizer, one = Tokenizer.open(model), server()
+    draft = Draft(builders.prompt(0, 40), Sampling(4), 4, StopStrings(tokenizer), tokenizer.eos)
+    async with one.prefills.turn(draft.sequence):
+        late = asyncio.create_task(one.ask(draft))
+        await asyncio.sleep(0)
+        one.lose()
+    with pytest.raises(UnavailableError, match="before it was asked"):
+        await late
+
+
+async def test_what_was_sampled_from_somebody_elses_weights_is_not_taken(model: Path) -> None:
+    tokenizer = Tokenizer.open(model)
+    async with answering({"/generate": json.dumps({"meta_info": META}).encode()}) as url:
+        one = server(Api(url))
+        one.given.add(NEW.version)
+        with pytest.raises(ContractError, match=r"version 0\.0, which is none of ours"):
+            await one.ask(Draft(builders.prompt(0, 5), Sampling(1), 1, StopStrings(tokenizer), tokenizer.eos))
+        assert (one.serves, one.suspect.is_set()) == (None, True)
+        await one.close()
+        await one.api.close()
+
+
+async def test_who_is_cancelled_as_the_last_server_goes_is_cancelled() -> None:
+    floor = Floor([])
+    waiting = asyncio.create_task(floor.enter(builders.prompt(0, 8)))
+    await asyncio.sleep(0)
+    floor.fail(EngineError("gone"))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert floor.waiting == 0
+
+
+# ---- updates
+
+
+class Noted(Api):
+    """Says no to updates by their path, and notes what it is told."""
+
+    def __init__(self, refusals: dict[Path, Exception]) -> None:
+        super().__init__(NOWHERE)
+        self._refusals = refusals
+        self.told: list[str] = []
+
+    async def pause(self) -> None:
+        self.told.append("pause")
+
+    async def resume(self) -> None:
+        self.told.append("resume")
+
+    async def update(self, version: PolicyVersion, path: Path) -> None:
+        self.told.append(path.name)
+        if path in self._refusals:
+            raise self._refusals[path]
+
+
+@pytest.mark.parametrize(
+    ("refusals", "told", "serves"),
+    [
+        ({}, ["pause", "new", "resume"], NEW),
+        ({NEW.path: WeightsError("no")}, ["pause", "new", "old", "resume"], OLD),
+        ({NEW.path: WeightsError("no"), OLD.path: WeightsError("gone")}, ["pause", "new", "old"], None),
+        ({NEW.path: DeadlineError("late")}, ["pause", "new"], None),
+        ({NEW.path: UnavailableError("cut")}, ["pause", "new"], None),
+    ],
+)
+async def test_a_server_of_which_nobody_knows_what_it_serves_stays_paused(
+    refusals: dict[Path, Exception], told: list[str], serves: Staged | None
+) -> None:
+    api = Noted(refusals)
+    one = server(api)
+    if serves == NEW:
+        await one.swap(NEW)
+    else:
+        with pytest.raises(tuple(type(error) for error in refusals.values())):
+            await one.swap(NEW)
+    assert (api.told, one.serves, one.swapping) == (told, serves, False)
+
+
+# ---- servers that come and go
+
+
+async def test_a_server_that_never_becomes_ready_is_given_up_however_long_each_start_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.sampler.engines.sglang.watch.RESTART_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("services.sampler.engines.sglang.watch.SETTLED_SECONDS", -1.0)
+    one, counted = server(), list[BaseException]()
+    one.lose()
+
+    async def launch(_: Staged) -> Child:
+        raise EngineError("There is no memory left.")
+
+    why = await asyncio.wait_for(Keeper(one, launch).run(lambda: OLD, lambda: None, counted.append), 10)
+    assert why == "There is no memory left. It has been started 3 times and is given up."
+    assert len(counted) == 2
+
+
+async def test_one_server_given_up_leaves_the_engine_to_those_that_are_not(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sampler.engines.sglang.watch.ABSENT_SECONDS", -1.0)
+    async with answering({}, drip=True) as url:  # this one is waited for
+        servers = [Server(Api(NOWHERE), Pressure(2)), Server(Api(url), Pressure(2))]
+        engine = SGLangEngine(servers, None, Stage(tmp_path), OLD, Tokenizer.open(model), Limits(512, builders.VOCABULARY))
+        async with engine:
+            await asyncio.wait(engine._tasks, return_when=asyncio.FIRST_COMPLETED)  # pyright: ignore[reportPrivateUsage]
+            with pytest.raises(EngineAwayError):
+                await engine.health()
+
+
+async def test_a_server_that_comes_later_is_examined_as_the_first_were(tmp_path: Path, model: Path) -> None:
+    info = {"version": "0.5.21", "context_length": 512, "max_total_num_tokens": 4096}
+    answers = {
+        "/server_info": json.dumps(info).encode(),
+        "/model_info": b'{"model_type": "qwen2"}',
+        "/update_weights_from_disk": b'{"success": true}',
+    }
+    demands = Demands(model, PolicyVersion(0, 0), 256, 4, tmp_path)
+    async with answering(answers) as url, await open_remote(demands, [url], verify=True) as engine:
+        (one,) = engine.servers
+        answers["/server_info"] = json.dumps(info | {"context_length": 128}).encode()
+        with pytest.raises(ConfigError, match="has room for 120 tokens, 256 are needed"):
+            await wake(one, OLD)
+        answers["/model_info"] = b'{"model_type": "llama"}'
+        with pytest.raises(ConfigError, match="serves a llama"):
+            await wake(one, OLD)
+
+
+def test_a_server_that_others_could_reach_is_not_started_without_a_word() -> None:
+    check_listen("127.0.0.1:0", insecure_network=False)
+    check_listen("0.0.0.0:30000", insecure_network=True)
+    with pytest.raises(ConfigError, match=r"engine\.listen = 0\.0\.0\.0:30000 .*insecure_network"):
+        check_listen("0.0.0.0:30000", insecure_network=False)
