@@ -272,7 +272,7 @@ def test_what_the_configuration_says_comes_last_and_a_cpu_gets_its_flags() -> No
     assert "SGLANG_USE_CPU_ENGINE" not in on_gpu.environment()
 
 
-@pytest.mark.parametrize("flags", ["--port 3", "--model-path=x", "--weight-version 1"])
+@pytest.mark.parametrize("flags", ["--port 3", "--model-path=x", "--weight-version 1", "--api-key x", "--ssl-certfile=x"])
 def test_flags_that_follow_from_the_configuration_are_refused(flags: str) -> None:
     with pytest.raises(ConfigError, match="leave it out"):
         own_flags(flags)

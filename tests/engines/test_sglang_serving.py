@@ -119,12 +119,14 @@ async def test_a_server_that_was_lost_while_a_request_waited_for_its_turn_is_not
         await late
 
 
-async def test_what_was_sampled_from_somebody_elses_weights_is_not_taken(model: Path) -> None:
+@pytest.mark.parametrize("version", ["0.0", "default"], ids=["another sampler's", "that of a server which began again"])
+async def test_what_was_sampled_from_somebody_elses_weights_is_not_taken(model: Path, version: str) -> None:
     tokenizer = Tokenizer.open(model)
-    async with answering({"/generate": json.dumps({"meta_info": META}).encode()}) as url:
+    meta = {**META, "weight_versions": [{**META["weight_versions"][0], "version": version}]}
+    async with answering({"/generate": json.dumps({"meta_info": meta}).encode()}) as url:
         one = server(Api(url))
         one.given.add(NEW.version)
-        with pytest.raises(ContractError, match=r"version 0\.0, which is none of ours"):
+        with pytest.raises(ContractError, match=f"version '?{version}'?, which is none of ours"):
             await one.ask(Draft(builders.prompt(0, 5), Sampling(1), 1, StopStrings(tokenizer), tokenizer.eos))
         assert (one.serves, one.suspect.is_set()) == (None, True)
         await one.close()

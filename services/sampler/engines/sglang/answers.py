@@ -18,6 +18,10 @@ IDS = 1 << 32
 """What `TokenIds` can hold."""
 
 
+class ForeignVersionError(ContractError):
+    """Tokens of a version that is none of ours: somebody else gave the server its weights, or it began again unseen."""
+
+
 class _Finish(BaseModel):
     type: AnswerFinish
     matched: int | str | list[int] | None = None
@@ -95,7 +99,7 @@ class Load:
 
 
 def read_answer(body: Any, asked: int) -> Answer:
-    """The answer to a request for at most ``asked`` tokens. Raises ContractError when it is not one."""
+    """The answer to a request for at most ``asked`` tokens. Raises ContractError when it is not one, ForeignVersionError among them."""
     meta = _parse(_Generated, body).meta_info
     triples, spans = meta.output_token_logprobs, [span for span in meta.weight_versions if span.end > span.start]
     ends = [0, *(span.end for span in spans)]
@@ -110,13 +114,20 @@ def read_answer(body: Any, asked: int) -> Answer:
     return Answer(
         ids=[token for _, token, _ in triples],
         logprobs=[logprob for logprob, _, _ in triples],
-        versions=[(PolicyVersion.parse(span.version), span.start) for span in spans],
+        versions=[(_version(span.version), span.start) for span in spans],
         finish=meta.finish_reason.type,
         matched=matched if isinstance(matched := meta.finish_reason.matched, int) else None,
         prompt=meta.prompt_tokens,
         cached=meta.cached_tokens,
         retractions=meta.num_retractions,
     )
+
+
+def _version(text: str) -> PolicyVersion:
+    try:
+        return PolicyVersion.parse(text)
+    except ContractError as error:
+        raise ForeignVersionError(f"it sampled with version {text[:64]!r}, which is none of ours") from error
 
 
 def read_load(body: Any) -> Load:

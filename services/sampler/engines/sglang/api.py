@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from services.sampler.engines.sglang.answers import Answer, Info, Load, read_answer, read_info, read_load
+from services.sampler.engines.sglang.answers import Answer, ForeignVersionError, Info, Load, read_answer, read_info, read_load
 from treegrpo.errors import ContractError, DeadlineError, EngineError, TreeGrpoError, UnavailableError, WeightsError
 from treegrpo.step import PolicyVersion
 
@@ -155,7 +155,8 @@ class Api:
         try:
             return read()
         except (ContractError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ContractError(f"What the server at {self.url} answers to {path} is of no use: {error}.") from error
+            kind = ForeignVersionError if isinstance(error, ForeignVersionError) else ContractError
+            raise kind(f"What the server at {self.url} answers to {path} is of no use: {error}.") from error
 
 
 async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:

@@ -26,6 +26,8 @@ CUDA = "import torch; print(torch.cuda.is_available())"
 INSTALL = "install it with `make sglang-cpu`, or see docs/sglang.md for a GPU, and name its Python in engine.python."
 OURS = ("--model-path", "--model", "--host", "--port", "--weight-version", "--context-length", "--random-seed")
 """Flags that follow from the rest of the configuration."""
+LOCKS = ("--api-key", "--admin-api-key", "--ssl")
+"""What these begin asks a client for more than ours has."""
 CPU = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
     *("--disable-cuda-graph", "--disable-overlap-schedule"),  # there is nothing that a second stream could overlap with
@@ -101,6 +103,8 @@ def own_flags(text: str) -> tuple[str, ...]:
     for flag in flags:
         if (name := flag.partition("=")[0]) in OURS:
             raise ConfigError(f"engine.flags has {name}, which follows from the rest of the configuration; leave it out.")
+        if name.startswith(LOCKS):
+            raise ConfigError(f"engine.flags has {name}, and the sampler speaks to its own server without; leave it out.")
     return flags
 
 

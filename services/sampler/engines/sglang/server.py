@@ -13,13 +13,13 @@ from uuid import uuid4
 
 import numpy as np
 
-from services.sampler.engines.sglang.answers import Answer, Load
+from services.sampler.engines.sglang.answers import Answer, ForeignVersionError, Load
 from services.sampler.engines.sglang.api import Api
 from services.sampler.engines.sglang.draft import Draft
 from services.sampler.engines.sglang.prefill import Prefills, Turn
 from services.sampler.engines.sglang.pressure import Pressure
 from services.sampler.engines.sglang.stage import Staged
-from treegrpo.errors import ContractError, UnavailableError, WeightsError
+from treegrpo.errors import UnavailableError, WeightsError
 from treegrpo.step import PolicyVersion
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Server:
             self.asking.add(asking)
             try:
                 await asyncio.wait({asking})
-                answer = self._known(self._result(asking))
+                answer = self._result(asking)
             except BaseException:
                 asking.cancel()
                 self._abort(rid)
@@ -93,15 +93,18 @@ class Server:
     def _result(self, asking: asyncio.Task[Answer]) -> Answer:
         if asking.cancelled():
             raise UnavailableError(f"The SGLang server at {self.api.url} was lost while it computed.")
-        return asking.result()
+        try:
+            return self._known(asking.result())
+        except ForeignVersionError:  # it has to be given ours again
+            self.serves = None
+            self.suspect.set()
+            raise
 
     def _known(self, answer: Answer) -> Answer:
-        """An answer of versions that are ours. Otherwise somebody else gives it weights: it has to be given ours again."""
+        """An answer of versions that are ours. Raises ForeignVersionError."""
         for version, _ in answer.versions:
             if version not in self.given:
-                self.serves = None
-                self.suspect.set()
-                raise ContractError(
+                raise ForeignVersionError(
                     f"The SGLang server at {self.api.url} sampled with version {version}, which is none of ours; "
                     "a server belongs to one sampler."
                 )
