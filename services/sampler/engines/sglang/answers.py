@@ -99,7 +99,7 @@ class Load:
 
 
 def read_answer(body: Any, asked: int) -> Answer:
-    """The answer to a request for at most ``asked`` tokens. Raises ContractError when it is not one, ForeignVersionError among them."""
+    """The answer to a request for at most ``asked`` tokens. Raises ContractError, also ForeignVersionError, when it is none."""
     meta = _parse(_Generated, body).meta_info
     triples, spans = meta.output_token_logprobs, [span for span in meta.weight_versions if span.end > span.start]
     ends = [0, *(span.end for span in spans)]
