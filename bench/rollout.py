@@ -19,6 +19,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,21 +59,21 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def save_model(path: Path) -> int:
+def save_model(path: Path, config: Mapping[str, Any] = CONFIG, seed: int = 0) -> int:
     """Write a random Qwen2 with a byte-level tokenizer that never ends a sequence; returns its parameters."""
     from tokenizers import Tokenizer as Bpe
     from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(0)
-    model: Any = Qwen2ForCausalLM(Qwen2Config(**CONFIG))
+    torch.manual_seed(seed)
+    model: Any = Qwen2ForCausalLM(Qwen2Config(**config))
     model.save_pretrained(path)
     bpe = Bpe(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        [" ".join(WORDS)] * 2, trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], initial_alphabet=alphabet)
+        [" ".join(WORDS)] * 2, trainers.BpeTrainer(vocab_size=config["vocab_size"], initial_alphabet=alphabet)
     )
     PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(path)
     return sum(p.numel() for p in model.parameters())
