@@ -118,7 +118,7 @@ async def test_questions_become_trees_under_the_newest_weights_until_the_run_dra
         await connected(setting, 0)
         samples = await setting.samples()
         assert samples["treegrpo_leases_outstanding/train"] == 0
-        assert not samples.get("treegrpo_leases_ended_total/train/lost")
+        assert samples["treegrpo_leases_ended_total/train/lost"] == 0
 
 
 async def test_a_broker_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
