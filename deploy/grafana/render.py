@@ -72,6 +72,7 @@ def render(board: Board, url: str, folder: Path, minutes: float) -> Path:
     for axes in cells[len(board.panels) :]:
         axes.set_axis_off()
     figure.suptitle(f"{board.title}: {board.about}", fontsize=10)
+    figure.supxlabel("minutes", fontsize=8)
     path = folder / f"dashboard-{board.uid}.png"
     figure.savefig(path, dpi=80)
     return path
