@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
@@ -59,6 +59,23 @@ class _Before(Collector):
     def collect(self) -> Iterable[Metric]:
         self._metrics.refresh()
         return ()
+
+
+class Relay(Collector):
+    """Passes on what others say to Prometheus, with who said it in the label ``server``."""
+
+    def __init__(self) -> None:
+        self.families: Mapping[str, Sequence[Metric]] = {}
+        """By server."""
+
+    def collect(self) -> Iterable[Metric]:
+        merged: dict[str, Metric] = {}
+        for server, families in self.families.items():
+            for family in families:
+                same = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    same.add_sample(sample.name, {**sample.labels, "server": server}, sample.value)
+        return merged.values()
 
 
 class IntakeMetrics(_Metrics):
@@ -157,6 +174,8 @@ class TrainerMetrics(_Metrics):
 class SamplerMetrics(_Metrics):
     def __init__(self) -> None:
         super().__init__()
+        self.servers = Relay()
+        self.registry.register(self.servers)
         self.tokens = self._counter("engine_tokens", "Tokens of the engine by how: prefilled, cached, decoded", "how")
         self.running = self._gauge("engine_running", "Generations running")
         self.queued = self._gauge("engine_queued", "Generations waiting for a place")

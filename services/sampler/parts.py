@@ -97,6 +97,7 @@ async def observe(engine: OpenEngine, metrics: SamplerMetrics) -> None:
         metrics.cache_evicted.inc(now.evicted - seen.evicted)
         metrics.stalled_for_weights.inc(now.stalled - seen.stalled)
         metrics.restarts.inc(now.restarts - seen.restarts)
+        metrics.servers.families = engine.families
         for error, count in now.errors.items():
             metrics.errors.labels(error).inc(count - seen.errors.get(error, 0))
         seen = now

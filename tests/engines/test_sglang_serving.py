@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
 from services.sampler.engines.base import Sampling
 from services.sampler.engines.sglang.api import Api
@@ -36,6 +37,7 @@ from treegrpo.errors import (
     WeightsError,
 )
 from treegrpo.step import PolicyVersion
+from treegrpo.telemetry import SamplerMetrics
 
 NOWHERE = "http://127.0.0.1:9"
 OLD, NEW = Staged(PolicyVersion(0, 0), Path("/old")), Staged(PolicyVersion(0, 1), Path("/new"))
@@ -245,3 +247,37 @@ def test_a_server_that_others_could_reach_is_not_started_without_a_word() -> Non
     check_listen("0.0.0.0:30000", insecure_network=True)
     with pytest.raises(ConfigError, match=r"engine\.listen = 0\.0\.0\.0:30000 .*insecure_network"):
         check_listen("0.0.0.0:30000", insecure_network=False)
+
+
+# ---- what servers say to Prometheus
+
+PAGE = b"""# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{model_name="m"} 3.0
+# TYPE sglang:prompt_tokens_total counter
+sglang:prompt_tokens_total{model_name="m"} 40.0
+# TYPE python_gc_objects_collected_total counter
+python_gc_objects_collected_total{generation="0"} 7.0
+"""
+
+
+async def test_the_page_of_a_sampler_has_what_its_servers_say_and_who_says_it() -> None:
+    metrics = SamplerMetrics()
+    async with answering({"/metrics/": PAGE}) as one, answering({"/metrics/": PAGE}) as other:
+        apis = [Api(one), Api(other)]
+        metrics.servers.families = {api.url: await api.metrics() for api in apis}
+        for api in apis:
+            await api.close()
+    page = generate_latest(metrics.registry).decode()
+    for url in (one, other):
+        assert f'sglang:num_running_reqs{{model_name="m",server="{url}"}} 3.0' in page
+        assert f'sglang:prompt_tokens_total{{model_name="m",server="{url}"}} 40.0' in page
+    assert page.count("# TYPE sglang:num_running_reqs gauge") == 1
+    assert "python_gc" not in page
+
+
+async def test_a_page_that_is_none_is_refused() -> None:
+    async with answering({"/metrics/": b"sglang:x{ 3"}) as url:
+        api = Api(url)
+        with pytest.raises(ContractError, match="no page of metrics"):
+            await api.metrics()
+        await api.close()

@@ -6,7 +6,6 @@ import re
 import socket
 from pathlib import Path
 
-import httpx
 import pytest
 
 from services.sampler.engines.base import Sampling
@@ -68,10 +67,11 @@ async def test_a_port_that_somebody_took_is_told_in_its_own_words(endless: tuple
 async def test_the_metrics_that_the_docs_name_are_there(pool: Pool, endless: tuple[Path, Path]) -> None:
     named = set(re.findall(r"`(sglang:\w+)", DOCS))
     assert len(named) >= 5
-    async with remote(endless[0], pool.url("qwen2")) as engine, httpx.AsyncClient(trust_env=False) as client:
+    async with remote(endless[0], pool.url("qwen2")) as engine:
         for _ in range(2):
             await engine.generate(builders.prompt(0, 40), Sampling(8))
-        page = (await client.get(f"{engine.servers[0].api.url}/metrics")).text
-    assert named <= set(re.findall(r"^(sglang:\w+)", page, re.MULTILINE))
-    modes = set(re.findall(r'^sglang:realtime_tokens_total\{.*mode="(\w+)"', page, re.MULTILINE))
+        families = await engine.servers[0].api.metrics()
+    samples = [sample for family in families for sample in family.samples]
+    assert named <= {sample.name for sample in samples}
+    modes = {sample.labels["mode"] for sample in samples if sample.name == "sglang:realtime_tokens_total"}
     assert modes >= {"prefill_cache", "prefill_compute"}

@@ -124,6 +124,41 @@ SAMPLERS = Board(
                 ),
             ],
         ),
+        Row(
+            "SGLang, in its own words",
+            [
+                Panel(
+                    "SGLang requests",
+                    "none",
+                    {
+                        "{{server}} running": "sglang:num_running_reqs{@s} or on () vector(0)",
+                        "{{server}} queued": "sglang:num_queue_reqs{@s} or on () vector(0)",
+                    },
+                    "0 where the engine is another. Queued: beyond what the sampler meant to have running.",
+                ),
+                Panel(
+                    "SGLang memory in use",
+                    "percentunit",
+                    {"{{server}}": "sglang:token_usage{@s} or on () vector(0)"},
+                    "Keys and values held by running requests; the number of requests follows it.",
+                ),
+                Panel(
+                    "SGLang tokens per second",
+                    "short",
+                    {"{{server}}": "sglang:gen_throughput{@s} or on () vector(0)"},
+                    "Generated, of each server.",
+                ),
+                Panel(
+                    "SGLang prefix hits",
+                    "percentunit",
+                    {
+                        "{{server}}": 'sum by (server) (rate(sglang:realtime_tokens_total{@s, mode="prefill_cache"}[5m])) / '
+                        'sum by (server) (rate(sglang:realtime_tokens_total{@s, mode=~"prefill_.*"}[5m])) or on () vector(0)'
+                    },
+                    "Share of the prompt tokens whose keys and values were there.",
+                ),
+            ],
+        ),
     ],
     by_sampler=True,
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol, Self
 
 import numpy as np
+from prometheus_client import Metric
 
 from treegrpo.errors import EngineError
 from treegrpo.step import Logprobs, PolicyVersion, TokenIds, VersionSpan
@@ -117,6 +118,11 @@ class OpenEngine(Engine, Protocol):
     @property
     def counters(self) -> Counters:
         """What the engine has done and holds now."""
+        ...
+
+    @property
+    def families(self) -> Mapping[str, Sequence[Metric]]:
+        """What servers of its own say to Prometheus, by URL."""
         ...
 
     async def __aenter__(self) -> Self: ...

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
 import torch
+from prometheus_client import Metric
 
 from services.sampler.engines.base import Completion, Counters, Sampling, check_request
 from services.sampler.engines.embedded.model import Model
@@ -86,6 +87,11 @@ class EmbeddedEngine:
     def counters(self) -> Counters:
         """What the engine has done and holds now."""
         return self._scheduler.counters()
+
+    @property
+    def families(self) -> Mapping[str, Sequence[Metric]]:
+        """None: it has no servers."""
+        return {}
 
     async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
         """See `Engine.generate`."""

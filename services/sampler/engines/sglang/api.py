@@ -13,10 +13,13 @@ import json
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from services.sampler.engines.sglang.answers import Answer, ForeignVersionError, Info, Load, read_answer, read_info, read_load
 from treegrpo.errors import ContractError, DeadlineError, EngineError, TreeGrpoError, UnavailableError, WeightsError
@@ -32,6 +35,8 @@ UPDATE_SECONDS = 300.0
 IDLE_SECONDS = 2.0
 """Connections are given up before the server does so, which it does after five."""
 SAID_CHARACTERS = 300
+OWN = "sglang:"
+"""How the names of its metrics begin; the others are of its Python."""
 EVENT, END = b"data: ", b"[DONE]"
 NEVER = 1 << 30
 """Tokens from one event to the next."""
@@ -66,6 +71,20 @@ class Api:
         """How busy it is."""
         body = await self._call("GET", "/v1/loads?include=core", None, CONTROL_SECONDS)
         return self._read(lambda: read_load(body), "/v1/loads")
+
+    async def metrics(self) -> list[Metric]:
+        """What it says of itself to Prometheus; nothing where others started it without ``--enable-metrics``."""
+        async with self._failing("/metrics", CONTROL_SECONDS):
+            response = await self._client.get(f"{self.url}/metrics/", timeout=CONTROL_SECONDS, follow_redirects=True)
+        if response.status_code == HTTPStatus.NOT_FOUND:
+            return []
+        if response.is_error:
+            raise self._refusal("/metrics", response)
+        try:
+            families = list(text_string_to_metric_families(response.text))
+        except ValueError as error:
+            raise ContractError(f"What the server at {self.url} answers to /metrics is no page of metrics: {error}.") from error
+        return [family for family in families if family.name.startswith(OWN)]
 
     async def info(self) -> Info:
         """What it is and was started with."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from prometheus_client import Metric
 
 from services.sampler.engines.base import Completion, Counters, Sampling, check_request
 from services.sampler.engines.sglang.draft import Draft
@@ -106,6 +108,11 @@ class SGLangEngine:
             restarts=self.keeper.restarts if self.keeper else 0,
             errors=dict(self._errors),
         )
+
+    @property
+    def families(self) -> Mapping[str, Sequence[Metric]]:
+        """What its servers say to Prometheus, by URL."""
+        return {server.api.url: server.families for server in self.servers}
 
     async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
         """See `Engine.generate`. A failure is tried again here, for about twenty seconds.

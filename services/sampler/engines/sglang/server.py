@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
+from prometheus_client import Metric
 
 from services.sampler.engines.sglang.answers import Answer, ForeignVersionError, Load
 from services.sampler.engines.sglang.api import Api
@@ -40,6 +41,8 @@ class Server:
     """Namespace of its prefix cache: the version served last."""
     swapping: bool = False
     load: Load | None = None
+    families: Sequence[Metric] = ()
+    """What it last said to Prometheus."""
     prefills: Prefills = field(default_factory=Prefills)
     suspect: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by whoever has reason to think that it is gone."""
@@ -112,7 +115,7 @@ class Server:
 
     def lose(self) -> None:
         """It is gone, or hangs: whoever waits for it learns it now."""
-        self.up, self.serves, self.load = False, None, None
+        self.up, self.serves, self.load, self.families = False, None, None, ()
         self.prefills.forget()
         for asking in self.asking:
             asking.cancel()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -20,6 +21,8 @@ from treegrpo.errors import TreeGrpoError, UnavailableError
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
+METRICS_SECONDS = 5.0
+"""Between two looks at its metrics, which Prometheus gets from the sampler."""
 HEALTH_SECONDS = 15.0
 """Between two requests that prove that it generates; `Api` says how long each may take."""
 MISSES = 3
@@ -37,7 +40,7 @@ Count = Callable[[BaseException], None]
 
 async def look_after(server: Server, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> None:
     """Watch ``server``, which is up, until it no longer can be used; then return, with it down."""
-    healthy, misses = time.monotonic(), 0
+    healthy, read, misses = time.monotonic(), -math.inf, 0
     try:
         while misses < MISSES:
             with suppress(TimeoutError):
@@ -56,6 +59,9 @@ async def look_after(server: Server, served: Callable[[], Staged], changed: Call
                 if time.monotonic() - healthy > HEALTH_SECONDS:
                     await server.api.health()
                     healthy = time.monotonic()
+                if time.monotonic() - read > METRICS_SECONDS:
+                    read = time.monotonic()
+                    server.families = await server.api.metrics()
             except TreeGrpoError as error:
                 misses += 1
                 count(error)
