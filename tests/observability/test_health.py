@@ -47,7 +47,7 @@ def last_line(*arguments: str, **environment: str) -> str:
 
 
 def test_the_sentence_a_process_ends_with_is_json_where_logs_are() -> None:
-    wrong = ("-m", "services.retriever", "--retriever.corpus", "/nowhere.jsonl")
+    wrong = ("-m", "services.retriever", "--retriever.listen", "127.0.0.1:0", "--retriever.corpus", "/nowhere.jsonl")
     row = json.loads(last_line(*wrong, LOG_FORMAT="json"))
     assert row["level"] == "CRITICAL"
     assert "/nowhere.jsonl" in row["message"]
