@@ -25,6 +25,7 @@ class Door:
             task = asyncio.create_task(self._carry(reader, writer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda _: writer.transport.abort())  # also of one that was cancelled before it began
 
         server = await asyncio.start_server(connected, "127.0.0.1", 0)
         self.address = "{}:{}".format(*server.sockets[0].getsockname()[:2])
