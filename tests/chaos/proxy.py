@@ -80,6 +80,7 @@ class Proxy:
             task = asyncio.create_task(self._carry(reader, writer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda _: writer.transport.abort())  # also of one that was cancelled while it waited
 
         server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=CHUNK_BYTES)
         host, port = server.sockets[0].getsockname()[:2]
@@ -90,7 +91,7 @@ class Proxy:
             server.close()
             for link in list(self._links):
                 link.reset()
-            for task in self._tasks:
+            for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 

@@ -130,3 +130,16 @@ async def test_a_target_that_is_not_there_ends_the_connection() -> None:
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
         writer.close()
         await writer.wait_closed()
+
+
+async def test_a_connection_that_still_waits_is_closed_with_the_proxy() -> None:
+    """One that is held back was never joined to the target: nobody else closes it."""
+    async with Proxy("127.0.0.1:1", seed=0).serving() as proxy:
+        failing = asyncio.create_task(proxy.fail(Mode.DROP, SECONDS))
+        others = len(asyncio.all_tasks())
+        reader, writer = await Wire(proxy, asyncio.Queue()).client()
+        while len(asyncio.all_tasks()) == others:  # noqa: ASYNC110  # until it is taken in, of which nothing tells
+            await asyncio.sleep(0)
+    assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+    failing.cancel()
+    writer.close()
