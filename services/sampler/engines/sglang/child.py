@@ -29,7 +29,7 @@ class Child:
         self.log = log
         self._process = process
         self._offset = offset
-        self.ended = asyncio.create_task(process.wait(), name=f"end-of-sglang-{process.pid}")
+        self.ended = asyncio.create_task(self._until_ended(), name=f"end-of-sglang-{process.pid}")
 
     @classmethod
     async def start(cls, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Self:
@@ -77,13 +77,20 @@ class Child:
         finally:
             waiting.cancel()
 
+    async def _until_ended(self) -> int:
+        code = await self._process.wait()
+        # At once: when none of the group is left, the kernel may give its number to a stranger.
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        return code
+
     async def stop(self) -> None:
-        """Ask it to end, then kill it, with the processes it has started."""
+        """Ask it to end, then kill it. What it has started is killed when it has ended, however it did."""
         for wish, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
-            with suppress(ProcessLookupError):
-                os.killpg(self.pid, wish)
-            if not self.ended.done():
-                await asyncio.wait({self.ended}, timeout=patience)
+            if self._process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(self.pid, wish)
+            await asyncio.wait({self.ended}, timeout=patience)
 
     def obituary(self) -> str:
         """How it ended, in a sentence."""
