@@ -48,15 +48,12 @@ async def heard(pipe: int) -> bytes:
 
 
 @pytest.mark.parametrize(("leader", "code"), [("ends", 0), ("obeys", -signal.SIGTERM), ("ignores", -signal.SIGKILL)])
-async def test_no_process_is_left_however_the_first_of_them_ends(
-    tmp_path: Path, pipe: int, monkeypatch: pytest.MonkeyPatch, leader: str, code: int
-) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.child.GRACE_SECONDS", 0.5)
+async def test_no_process_is_left_however_the_first_of_them_ends(tmp_path: Path, pipe: int, leader: str, code: int) -> None:
     command = [sys.executable, "-c", LEADER, str(tmp_path / "pipe"), leader]
     child = await Child.start(command, os.environ, tmp_path / "log")
     assert await heard(pipe) == b"up"
     if leader != "ends":
-        await child.stop()
+        await child.stop(0.5)
     assert await child.ended == code
     assert await heard(pipe) == b""
 
