@@ -70,3 +70,10 @@ async def test_a_group_whose_leader_has_ended_is_signalled_only_once(tmp_path: P
     await child.stop()
     await child.stop()
     assert signalled == [(child.pid, signal.SIGKILL)]
+
+
+async def test_a_port_that_cannot_be_had_is_told_whatever_the_server_says_later(tmp_path: Path) -> None:
+    code = "print('ERROR:    [Errno 98] address already in use', 'TimeoutError: timed out', sep=chr(10)); raise SystemExit(1)"
+    child = await Child.start([sys.executable, "-c", code], os.environ, tmp_path / "log")
+    await child.ended
+    assert "ended with exit code 1; its last words: [Errno 98] address already in use" in child.obituary()
