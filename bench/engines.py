@@ -23,25 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.rollout import save_model
-from bench.synthetic import TURNS, Reading, Turns
-from services.environments.base import Environment
-from services.sampler.engines.base import Completion, Engine, OpenEngine, Sampling
+from bench.synthetic import CONTEXT, QUESTIONS, SHAPES, Around, Grown, grow, label
+from services.sampler.engines.base import Completion, Engine, Sampling
 from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child
 from services.sampler.engines.sglang.api import IDLE_SECONDS
-from services.sampler.expansion import Expander
-from services.sampler.gate import Gate
-from services.sampler.tokenizer import Tokenizer
-from treegrpo.budget import Cost
-from treegrpo.lease import Lease, LeaseEndReason, LeaseKind, Plan
-from treegrpo.question import Message, Question
 from treegrpo.step import PolicyVersion, TokenIds
-from treegrpo.tree import Group
 
-SHAPES = ((2, 2, 1), (4, 4, 2))
-"""(M, N, L): trees, expansions a round, rounds."""
-QUESTIONS = 8
-CONTEXT = 1024
 MAX_RUNNING = 64
 CACHE_TOKENS = 1 << 16
 LOAD_TOKENS = 400
@@ -58,13 +46,11 @@ class Asked:
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Noting:
+class Noting(Around):
     """An engine that is asked greedily, so that a second time gives the same tokens, and that notes what it is asked."""
 
-    def __init__(self, engine: OpenEngine) -> None:
-        self._engine = engine
-        self.version = engine.version
-        self.context = engine.context
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
         self.asked: list[Asked] = []
         self._ends: dict[bytes, Asked] = {}
 
@@ -77,59 +63,6 @@ class Noting:
         self._ends.setdefault(raw + completion.ids.tobytes(), asked)
         self.asked.append(asked)
         return completion
-
-    async def load(self, version: PolicyVersion, path: Path) -> None:
-        await self._engine.load(version, path)
-
-    async def health(self) -> None:
-        await self._engine.health()
-
-    async def close(self) -> None:
-        await self._engine.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Grown:
-    """What growing all groups of one shape took."""
-
-    cost: Cost
-    unique: int
-    seconds: float
-    asked: list[Asked]
-
-    @property
-    def rate(self) -> float:
-        """Tokens sampled per second."""
-        return self.cost.decoded / self.seconds
-
-    @property
-    def computed_over_unique(self) -> float:
-        return self.cost.tokens / self.unique
-
-
-async def grow(path: Path, opened: OpenEngine, shape: tuple[int, int, int]) -> Grown:
-    """Grow `QUESTIONS` groups at once with the sampler's own expander."""
-    trees, expansions, rounds = shape
-    plan = Plan(trees, rounds, expansions, TURNS, max_action_tokens=24, max_context=CONTEXT, temperature=1.0)
-    reading, noting = Reading(), Noting(opened)
-    environment: Environment[int] = reading
-    engine: Engine = Turns(noting)
-    expander = Expander(engine, environment, Tokenizer.open(path), retries=0)
-
-    async def one(number: int) -> Group:
-        question = Question(
-            f"bench/all/{number}", "bench", (Message("user", f"question {number}:{reading.words(100)}"),), ("none",)
-        )
-        group = Group(question.id, question)
-        lease = Lease(question.id, LeaseKind.TRAIN, question, plan, plan.grant, number, PolicyVersion())
-        end = await expander.grow(lease, lambda subtree: (group.add(subtree), None)[1], Gate())
-        assert end.reason is LeaseEndReason.COMPLETE, end
-        return group
-
-    began = time.perf_counter()
-    groups = await asyncio.gather(*(one(number) for number in range(QUESTIONS)))
-    seconds = time.perf_counter() - began
-    return Grown(sum((g.cost for g in groups), Cost()), sum(g.unique_tokens for g in groups), seconds, noting.asked)
 
 
 async def replay(url: str, asked: list[Asked]) -> float:
@@ -175,11 +108,12 @@ async def compare(
     for _ in range(repeats + 1):
         for engine in (embedded, sglang):  # new weights empty the cache
             await engine.load(_after(engine.version), path)
-        ours, theirs = await grow(path, embedded, shape), await grow(path, sglang, shape)
-        turns.append((ours, theirs, await replay(sglang.servers[0].api.url, theirs.asked)))
+        ours, noting = await grow(path, Noting(embedded), shape), Noting(sglang)
+        theirs = await grow(path, noting, shape)
+        turns.append((ours, theirs, await replay(sglang.servers[0].api.url, noting.asked)))
     del turns[0]
     return Compared(
-        str(shape).replace(" ", ""),
+        label(shape),
         embedded=statistics.median(ours.rate for ours, _, _ in turns),
         sampler=statistics.median(theirs.rate for _, theirs, _ in turns),
         raw=statistics.median(raw for _, _, raw in turns),

@@ -29,24 +29,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.synthetic import TURNS, WORDS, Reading, Turns
-from services.environments.base import Environment
-from services.sampler.engines.base import Engine, Sampling
+from bench.synthetic import CONTEXT, QUESTIONS, SHAPES, TURNS, WORDS, Grown, grow, label
+from services.sampler.engines.base import Sampling
 from services.sampler.engines.embedded import EmbeddedEngine
-from services.sampler.expansion import Expander
-from services.sampler.gate import Gate
-from services.sampler.tokenizer import Tokenizer
-from treegrpo.budget import Cost
-from treegrpo.lease import Lease, LeaseEndReason, LeaseKind, Plan
-from treegrpo.question import Message, Question
-from treegrpo.step import PolicyVersion, TokenIds
-from treegrpo.tree import Group
+from treegrpo.step import TokenIds
 
 REQUESTS, PROMPT, TOKENS = 32, 16, 128
-SHAPES = ((2, 2, 1), (4, 4, 2))
-"""(M, N, L): trees, expansions a round, rounds."""
-QUESTIONS = 8
-"""Groups that grow at the same time."""
 CONFIG: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 256,
@@ -80,7 +68,9 @@ def save_model(path: Path, config: Mapping[str, Any] = CONFIG, seed: int = 0) ->
 
 
 async def open_engine(path: Path, threads: int) -> EmbeddedEngine:
-    return await EmbeddedEngine.open(path, max_running=REQUESTS, max_context=1024, cache_tokens=1 << 16, seed=0, threads=threads)
+    return await EmbeddedEngine.open(
+        path, max_running=REQUESTS, max_context=CONTEXT, cache_tokens=1 << 16, seed=0, threads=threads
+    )
 
 
 def prompts(seed: int) -> TokenIds:
@@ -167,48 +157,13 @@ async def measure_speed(path: Path, threads: int, repeats: int) -> Speed:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Reuse:
-    """Tokens of all groups of one shape."""
-
-    shape: str
-    cost: Cost
-    unique: int
-    seconds: float
-
-    @property
-    def ratio(self) -> float:
-        return self.cost.tokens / self.unique
+async def measure_reuse(path: Path, shape: tuple[int, int, int], threads: int) -> Grown:
+    """Grow groups of one shape on an engine that has cached nothing."""
+    async with await open_engine(path, threads) as engine:
+        return await grow(path, engine, shape)
 
 
-async def measure_reuse(path: Path, shape: tuple[int, int, int], threads: int) -> Reuse:
-    """Grow `QUESTIONS` groups at once and count."""
-    trees, expansions, rounds = shape
-    plan = Plan(trees, rounds, expansions, TURNS, max_action_tokens=24, max_context=1024, temperature=1.0)
-    reading = Reading()
-    environment: Environment[int] = reading
-    async with await open_engine(path, threads) as embedded:
-        engine: Engine = Turns(embedded)
-        expander = Expander(engine, environment, Tokenizer.open(path), retries=0)
-
-        async def grow(number: int) -> Group:
-            prompt = (Message("user", f"question {number}:" + reading.words(100)),)
-            question = Question(f"bench/all/{number}", "bench", prompt, ("none",))
-            group = Group(question.id, question)
-            lease = Lease(question.id, LeaseKind.TRAIN, question, plan, plan.grant, number, PolicyVersion())
-            end = await expander.grow(lease, lambda subtree: (group.add(subtree), None)[1], Gate())
-            assert end.reason is LeaseEndReason.COMPLETE, end
-            return group
-
-        began = time.perf_counter()
-        groups = await asyncio.gather(*(grow(number) for number in range(QUESTIONS)))
-        seconds = time.perf_counter() - began
-    return Reuse(
-        str(shape).replace(" ", ""), sum((g.cost for g in groups), Cost()), sum(g.unique_tokens for g in groups), seconds
-    )
-
-
-def report(parameters: int, speeds: list[Speed], reuses: list[Reuse]) -> None:
+def report(parameters: int, speeds: list[Speed], reuses: dict[str, Grown]) -> None:
     console = Console(width=110)
     table = Table(
         title=f"{REQUESTS} requests × {TOKENS} tokens with log-probabilities, Qwen2 of {parameters / 1e6:.1f} M, float32"
@@ -221,9 +176,9 @@ def report(parameters: int, speeds: list[Speed], reuses: list[Reuse]) -> None:
     table = Table(title=f"{QUESTIONS} groups of trees (M,N,L), {TURNS} turns of about 20 + 40 tokens and an answer")
     for column in ("shape", "prefilled", "cached", "decoded", "unique", "computed / unique", "decoded/s"):
         table.add_column(column, justify="right")
-    for r in reuses:
+    for shape, r in reuses.items():
         counts = (r.cost.prefilled, r.cost.cached, r.cost.decoded, r.unique)
-        table.add_row(r.shape, *map(str, counts), f"{r.ratio:.3f}", f"{r.cost.decoded / r.seconds:.0f}")
+        table.add_row(shape, *map(str, counts), f"{r.computed_over_unique:.3f}", f"{r.rate:.0f}")
     console.print(table)
     best = speeds[-1]
     summary: dict[str, Any] = {
@@ -231,10 +186,10 @@ def report(parameters: int, speeds: list[Speed], reuses: list[Reuse]) -> None:
         "generate_tokens_per_s": round(best.generate),
         "speed_vs_generate": round(best.ratio, 3),
         "cpu_speed_vs_generate": round(best.cpu_ratio, 3),
-        "computed_over_unique": {r.shape: round(r.ratio, 4) for r in reuses},
+        "computed_over_unique": {shape: round(r.computed_over_unique, 4) for shape, r in reuses.items()},
         "counts": {
-            r.shape: {"prefilled": r.cost.prefilled, "cached": r.cost.cached, "decoded": r.cost.decoded, "unique": r.unique}
-            for r in reuses
+            shape: {"prefilled": r.cost.prefilled, "cached": r.cost.cached, "decoded": r.cost.decoded, "unique": r.unique}
+            for shape, r in reuses.items()
         },
         "speed_by_threads": {s.threads: round(s.ratio, 3) for s in speeds},
         "threads": best.threads,
@@ -249,7 +204,7 @@ async def run(threads: list[int], repeats: int) -> None:
         path = Path(directory)
         parameters = save_model(path)
         speeds = [await measure_speed(path, count, repeats) for count in threads]
-        reuses = [await measure_reuse(path, shape, threads[-1]) for shape in SHAPES]
+        reuses = {label(shape): await measure_reuse(path, shape, threads[-1]) for shape in SHAPES}
     report(parameters, speeds, reuses)
 
 

@@ -1,18 +1,31 @@
-"""A stand-in for agent and task with known sizes: actions of 16 to 24 tokens, observations of about 40."""
+"""Trees that grow on any engine, with a stand-in for agent and task: actions of 16 to 24 tokens, observations of about 40."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from services.environments.base import Forking, Outcome, ToolCall
+from services.environments.base import Environment, Forking, Outcome, ToolCall
 from services.sampler.engines.base import Completion, Engine, Finish, Sampling
-from treegrpo.question import Question
+from services.sampler.expansion import Expander
+from services.sampler.gate import Gate
+from services.sampler.tokenizer import Tokenizer
+from treegrpo.budget import Cost
+from treegrpo.lease import Lease, LeaseEndReason, LeaseKind, Plan
+from treegrpo.question import Message, Question
 from treegrpo.step import PolicyVersion, TokenIds
+from treegrpo.tree import Group
 
+SHAPES = ((2, 2, 1), (4, 4, 2))
+"""(M, N, L): trees, expansions a round, rounds."""
+QUESTIONS = 8
+"""Groups that grow at the same time."""
+CONTEXT = 1024
 TURNS = 3
 WORDS = [
     "river",
@@ -33,19 +46,13 @@ WORDS = [
 ]
 
 
-class Turns:
-    """The engine with actions of 16 to 24 tokens that count as ended by themselves: a random policy never stops."""
+class Around:
+    """An engine around another one: who extends it says how it generates."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._rng = np.random.default_rng(0)
         self.version = engine.version
         self.context = engine.context
-
-    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
-        size = int(self._rng.integers(16, 25))
-        finish: Finish = "stop"
-        return replace(await self._engine.generate(prefix, replace(sampling, max_tokens=size)), finish=finish)
 
     async def load(self, version: PolicyVersion, path: Path) -> None:
         await self._engine.load(version, path)
@@ -55,6 +62,19 @@ class Turns:
 
     async def close(self) -> None:
         await self._engine.close()
+
+
+class Turns(Around):
+    """The engine with actions of 16 to 24 tokens that count as ended by themselves: a random policy never stops."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._rng = np.random.default_rng(0)
+
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
+        size = int(self._rng.integers(16, 25))
+        finish: Finish = "stop"
+        return replace(await self._engine.generate(prefix, replace(sampling, max_tokens=size)), finish=finish)
 
 
 class Reading:
@@ -91,3 +111,49 @@ class Reading:
     def metrics(self, state: int) -> Mapping[str, float]:
         del state
         return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """What growing all groups of one shape took."""
+
+    cost: Cost
+    unique: int
+    """Tokens, a shared one counted once."""
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens sampled per second."""
+        return self.cost.decoded / self.seconds
+
+    @property
+    def computed_over_unique(self) -> float:
+        return self.cost.tokens / self.unique
+
+
+async def grow(model: Path, engine: Engine, shape: tuple[int, int, int]) -> Grown:
+    """Grow `QUESTIONS` groups at once with the sampler's own expander; ``model`` has the engine's tokenizer."""
+    trees, expansions, rounds = shape
+    plan = Plan(trees, rounds, expansions, TURNS, max_action_tokens=24, max_context=CONTEXT, temperature=1.0)
+    reading, turns = Reading(), Turns(engine)
+    environment: Environment[int] = reading
+    expander = Expander(turns, environment, Tokenizer.open(model), retries=0)
+
+    async def one(number: int) -> Group:
+        prompt = (Message("user", f"question {number}:" + reading.words(100)),)
+        question = Question(f"bench/all/{number}", "bench", prompt, ("none",))
+        group = Group(question.id, question)
+        lease = Lease(question.id, LeaseKind.TRAIN, question, plan, plan.grant, number, PolicyVersion())
+        end = await expander.grow(lease, lambda subtree: (group.add(subtree), None)[1], Gate())
+        assert end.reason is LeaseEndReason.COMPLETE, end
+        return group
+
+    began = time.perf_counter()
+    groups = await asyncio.gather(*(one(number) for number in range(QUESTIONS)))
+    seconds = time.perf_counter() - began
+    return Grown(sum((g.cost for g in groups), Cost()), sum(g.unique_tokens for g in groups), seconds)
+
+
+def label(shape: tuple[int, int, int]) -> str:
+    return str(shape).replace(" ", "")

@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 PR_SET_PDEATHSIG = 1
 
@@ -20,7 +21,7 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def leashed(command: list[str]) -> list[str]:
+def leashed(command: Sequence[str]) -> list[str]:
     """``command`` so that it dies with the process that runs it."""
     return [sys.executable, "-m", "treegrpo.leash", str(os.getpid()), *command]
 

@@ -117,10 +117,15 @@ class Group:
         self.trees[subtree.tree] = tree
         return fresh
 
-    def depth(self, tree: int, node: int) -> int:
-        """Steps from the root to ``node``; 0 where there is no such node."""
-        known = self.trees.get(tree)
-        return len(known.path(node)) if known is not None and node in known.steps else 0
+    def depths(self, subtree: Subtree) -> list[int]:
+        """Of each of its steps: how many lead from the root to it; 0 where ``subtree`` was not added."""
+        tree = self.trees.get(subtree.tree)
+        if tree is None or subtree.index not in tree.indices:
+            return [0] * len(subtree.steps)
+        depths = {subtree.parent: len(tree.path(subtree.parent))}
+        for step in subtree.steps:  # parents come first
+            depths[step.node] = depths[step.parent] + 1
+        return [depths[step.node] for step in subtree.steps]
 
     def leaves(self) -> Iterator[tuple[Tree, Leaf]]:
         """Every leaf with its tree, in (tree, node) order."""

@@ -6,21 +6,16 @@ intake ──► broker                        trainer ──► intake over a U
 
 from __future__ import annotations
 
-import os
-import random
-import socket
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.cli.process import Program
 from tests.chaos.proxy import Proxy
+from tests.ports import free_ports
 
 GEOHOP = Path(__file__).parents[2] / "examples" / "geohop" / "geohop.toml"
 RUN = "chaos"
 SERVICES = ("broker", "retriever", "intake")
-PORTS = range(20000, 32000)
-"""Below those that systems give to outgoing connections: a part that starts again finds its port free."""
 
 
 @dataclass(slots=True)
@@ -39,7 +34,8 @@ class Stage:
     """By (client, service)."""
 
     def __post_init__(self) -> None:
-        names = [*SERVICES, *self.samplers, "metrics"]
+        # The trainer's metrics are one port further than the intake's, which is what the configuration says.
+        names = [*SERVICES, *self.samplers, "metrics", "trainer"]
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         clients = [*((name, service) for name in self.samplers for service in SERVICES), ("intake", "broker")]
         self.proxies = {link: Proxy(self.address(link[1]), self.seed + n) for n, link in enumerate(clients)}
@@ -50,17 +46,16 @@ class Stage:
         return ["broker", "retriever", "intake", "trainer", *self.samplers]
 
     def address(self, name: str) -> str:
-        """Where a service listens; of a sampler and of the learner's metrics: where its metrics are."""
+        """Where a service listens; of a sampler and the trainer, and for the intake as "metrics": where its metrics are."""
         return f"127.0.0.1:{self.ports[name]}"
 
     @property
     def metrics(self) -> dict[str, str]:
         """Part → where its /metrics is."""
-        learner = self.ports["metrics"]
         return {
             "retriever": self.address("retriever"),
-            "intake": f"127.0.0.1:{learner}",
-            "trainer": f"127.0.0.1:{learner + 1}",
+            "intake": self.address("metrics"),
+            "trainer": self.address("trainer"),
             **{name: self.address(name) for name in self.samplers},
         }
 
@@ -98,18 +93,3 @@ class Stage:
         """Where ``client`` finds ``service``."""
         proxy = self.proxies.get((client, service))
         return proxy.address if proxy else self.address(service)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on; the one after the last is free too."""
-    chance = random.Random(os.getpid())
-    while True:
-        first = chance.choice(PORTS)
-        ports = list(range(first, first + count))
-        with ExitStack() as stack:
-            try:
-                for port in (*ports, first + count):
-                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            except OSError:
-                continue
-        return ports

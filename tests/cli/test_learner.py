@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -19,39 +21,68 @@ from treegrpo.settings import load
 SECONDS = 100.0
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-async def test_rank_0_starts_an_intake_and_ends_it_after_the_trainer(tmp_path: Path, processes: str) -> None:
-    bench, mark = Workbench(tmp_path), uuid.uuid4().hex
-    flags = bench.flags(train__processes=processes)
-    broker = embedded(load(None, flags).broker.address)
+class Learner:
+    """A learner that runs, and what it has said so far."""
+
+    def __init__(self, process: asyncio.subprocess.Process, mark: str) -> None:
+        self.said: list[str] = []
+        self._process = process
+        self._mark = mark
+
+    async def heard(self, words: str, times: int = 1) -> None:
+        """Read on until so many lines have ``words``."""
+        assert self._process.stderr is not None
+        while sum(words in line for line in self.said) < times:
+            self.said.append((await self._process.stderr.readline()).decode())
+            assert self.said[-1], "".join(self.said)
+
+    async def terminated(self) -> int:
+        """Send it SIGTERM; its exit code."""
+        assert self._process.stderr is not None
+        self._process.send_signal(signal.SIGTERM)
+        self.said += (await self._process.stderr.read()).decode().splitlines(keepends=True)
+        return await self._process.wait()
+
+    def intake(self) -> int:
+        """The process id of its one intake."""
+        (found,) = [pid for pid in marked(self._mark) if b"learner.intake" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return found
+
+
+async def start(flags: Sequence[str], mark: str) -> asyncio.subprocess.Process:
+    command = (sys.executable, "-m", "learner", *flags)
+    return await asyncio.create_subprocess_exec(*command, env=environment(mark), stderr=asyncio.subprocess.PIPE)
+
+
+@asynccontextmanager
+async def learner(flags: Sequence[str]) -> AsyncGenerator[Learner]:
+    """A learner with a broker, which the block ends; it has told of no error, and nothing of it is left."""
+    mark, broker = uuid.uuid4().hex, embedded(load(None, flags).broker.address)
     await broker.start()
     try:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "learner", *flags), env=environment(mark), stderr=asyncio.subprocess.PIPE
-        )
-        assert process.stderr is not None
-        said: list[str] = []
+        one = Learner(await start(flags, mark), mark)
         async with asyncio.timeout(SECONDS):
-            while sum("the trainer connected" in line for line in said) < 2:  # first it looked whether the intake serves
-                said.append((await process.stderr.readline()).decode())
-                assert said[-1], "".join(said)
-            process.send_signal(signal.SIGTERM)
-            said += (await process.stderr.read()).decode().splitlines(keepends=True)
-            assert await process.wait() == (0 if processes == "1" else 128 + signal.SIGTERM), "".join(said)
+            yield one
     finally:
         await broker.stop()
-    assert (bench.run_dir / "checkpoints" / "step-000000" / "state").is_dir()
-    assert any("the trainer left" in line for line in said)
-    assert not any("error: " in line or "Traceback" in line for line in said), "".join(said)
+    assert not any("error: " in line or "Traceback" in line for line in one.said), "".join(one.said)
     assert marked(mark) == []
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_rank_0_starts_an_intake_and_ends_it_after_the_trainer(tmp_path: Path, processes: str) -> None:
+    bench = Workbench(tmp_path)
+    async with learner(bench.flags(train__processes=processes)) as one:
+        await one.heard("the trainer connected", 2)  # first it looked whether the intake serves
+        assert await one.terminated() == (0 if processes == "1" else 128 + signal.SIGTERM), "".join(one.said)
+    assert (bench.run_dir / "checkpoints" / "step-000000" / "state").is_dir()
+    assert any("the trainer left" in line for line in one.said)
 
 
 async def test_an_intake_that_cannot_start_is_said_and_ends_all(tmp_path: Path) -> None:
     bench, mark = Workbench(tmp_path), uuid.uuid4().hex
     bench.train.unlink()
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "learner", *bench.flags()), env=environment(mark), stderr=asyncio.subprocess.PIPE
-    )
+    process = await start(bench.flags(), mark)
     async with asyncio.timeout(SECONDS):
         _, said = await process.communicate()
     errors = [line for line in said.decode().splitlines() if line.startswith("error: ")]
@@ -61,40 +92,12 @@ async def test_an_intake_that_cannot_start_is_said_and_ends_all(tmp_path: Path) 
     assert marked(mark) == []
 
 
-def intake_of(mark: str) -> int:
-    """The process id of the one intake that inherited ``mark``."""
-    (found,) = [pid for pid in marked(mark) if b"learner.intake" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return found
-
-
 async def test_an_intake_that_is_killed_is_started_again_and_the_trainer_goes_on(tmp_path: Path) -> None:
-    bench, mark = Workbench(tmp_path), uuid.uuid4().hex
-    flags = bench.flags()
-    broker = embedded(load(None, flags).broker.address)
-    await broker.start()
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "learner", *flags), env=environment(mark), stderr=asyncio.subprocess.PIPE
-        )
-        assert process.stderr is not None
-        said: list[str] = []
-
-        async def heard(words: str) -> None:
-            while not any(words in line for line in said):
-                said.append((await process.stderr.readline()).decode())  # pyright: ignore[reportOptionalMemberAccess]
-                assert said[-1], "".join(said)
-
-        async with asyncio.timeout(SECONDS):
-            await heard("the trainer left")  # it only looked whether the intake serves
-            await heard("the trainer connected")
-            os.kill(intake_of(mark), signal.SIGKILL)
-            await heard("The trainer waits for it.")
-            await heard("the intake is back after")
-            process.send_signal(signal.SIGTERM)
-            said += (await process.stderr.read()).decode().splitlines(keepends=True)
-            assert await process.wait() == 0, "".join(said)
-    finally:
-        await broker.stop()
-    assert sum("the intake ended with code -9 and is started again" in line for line in said) == 1
-    assert not any("error: " in line or "Traceback" in line for line in said), "".join(said)
-    assert marked(mark) == []
+    async with learner(Workbench(tmp_path).flags()) as one:
+        await one.heard("the trainer left")  # it only looked whether the intake serves
+        await one.heard("the trainer connected")
+        os.kill(one.intake(), signal.SIGKILL)
+        await one.heard("The trainer waits for it.")
+        await one.heard("the intake is back after")
+        assert await one.terminated() == 0, "".join(one.said)
+    assert sum("the intake ended with code -9 and is started again" in line for line in one.said) == 1

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from services.cli.pages import pages
 from services.cli.troubles import JOURNAL_BLOCKED, JOURNAL_SHORT, TRAINER_BLOCKED, Troubles
-from tests.cli.workbench import free_ports, two_ports_in_a_row
+from tests.ports import free_address, free_ports
 from treegrpo.access import OPEN
 from treegrpo.config import Config
 from treegrpo.telemetry import IntakeMetrics, TrainerMetrics, serve
@@ -56,7 +56,7 @@ async def test_a_damaged_checkpoint_that_is_passed_over_is_said_once_and_an_old_
 
 
 async def test_it_is_read_from_the_pages_of_intake_and_trainer(tmp_path: Path) -> None:
-    port, said = two_ports_in_a_row(), asyncio.Queue[str]()
+    (port, _), said = free_ports(2), asyncio.Queue[str]()
     intake, trainer = IntakeMetrics(), TrainerMetrics()
     serve(intake, f"127.0.0.1:{port}", "learner.metrics", OPEN)
     serve(trainer, f"127.0.0.1:{port + 1}", "learner.metrics", OPEN)
@@ -71,7 +71,7 @@ async def test_it_is_read_from_the_pages_of_intake_and_trainer(tmp_path: Path) -
 
 
 async def test_a_page_that_is_refused_is_as_good_as_none(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
-    serve(IntakeMetrics(), f"127.0.0.1:{port}", "learner.metrics", replace(OPEN, metrics_token=SecretStr("secret")))
+    address = free_address()
+    serve(IntakeMetrics(), address, "learner.metrics", replace(OPEN, metrics_token=SecretStr("secret")))
     async with pages(OPEN) as read:
-        assert await read(f"127.0.0.1:{port}") == {}
+        assert await read(address) == {}

@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tests.ports import free_address, free_ports
+
 GEOHOP = Path(__file__).parents[2] / "examples" / "geohop"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, all different."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
-
-
-def two_ports_in_a_row() -> int:
-    """The first of two neighbouring free ports."""
-    while True:
-        (port,) = free_ports(1)
-        try:
-            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
-                return port
-        except OSError:
-            continue
 
 
 def question(index: int, city: str, answer: str | None) -> dict[str, Any]:
@@ -58,7 +40,6 @@ class Workbench:
         )
         self.train = write_rows(folder / "train.jsonl", [question(n, city, "Laos") for n, city in enumerate(cities)])
         self.heldout = write_rows(folder / "heldout.jsonl", [question(9, "Ghazni", "Laos"), question(10, "Mubi", "Laos")])
-        broker, retriever, learner = free_ports(3)
         self.keys: dict[str, str] = {
             "run.name": "test",
             "run.dir": str(self.run_dir),
@@ -66,10 +47,10 @@ class Workbench:
             "data.train": str(self.train),
             "data.heldout": str(self.heldout),
             "retriever.corpus": str(self.corpus),
-            "retriever.listen": f"127.0.0.1:{retriever}",
-            "broker.address": f"127.0.0.1:{broker}",
-            "learner.listen": f"127.0.0.1:{learner}",
-            "learner.metrics": f"127.0.0.1:{two_ports_in_a_row()}",
+            "retriever.listen": free_address(),
+            "broker.address": free_address(),
+            "learner.listen": free_address(),
+            "learner.metrics": f"127.0.0.1:{free_ports(2)[0]}",
             "rollout.max_turns": "1",
             "rollout.max_action_tokens": "8",
             "rollout.max_context": "256",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -13,6 +12,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "treegrpo-test"
@@ -57,15 +58,10 @@ def within(seconds: float) -> float:
     return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 class Stack:
     def __init__(self, folder: Path) -> None:
         self._command = compose_command()
-        self._port = free_port()
+        (self._port,) = free_ports(1)
         self._env = folder / "test.env"
         settings = SETTINGS | {"PROMETHEUS_PORT": str(self._port), "ENV_FILE": str(self._env)}
         settings |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from services.cli.ready import broker_ready, wait_ready
+from tests.ports import free_address
 
 READY_SECONDS = 30.0
-
-
-def free_address() -> str:
-    """An address nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 def mosquitto_binary() -> str | None:

@@ -9,7 +9,8 @@ from contextlib import AbstractAsyncContextManager
 import aiomqtt
 import pytest
 
-from tests.control.brokers import Broker, free_address
+from tests.control.brokers import Broker
+from tests.ports import free_address
 from treegrpo.control import ControlPlane, Member, RunState, publish_state
 from treegrpo.errors import UnavailableError
 from treegrpo.step import PolicyVersion

@@ -84,11 +84,16 @@ def _stir(model: Any) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
-def save_model(path: Path, kind: str = "qwen2", seed: int = 0, **changes: Any) -> Path:
+def save_model(path: Path, kind: str = "qwen2", seed: int = 0, end: str | None = END, **changes: Any) -> Path:
     """A model directory with config, weights and tokenizer."""
     make_model(kind, seed, **changes).save_pretrained(path)
-    save_tokenizer(path)
+    save_tokenizer(path, end)
     return path
+
+
+def save_endless(folder: Path) -> tuple[Path, Path]:
+    """Two versions of a model that never ends a sequence, for tests that need long completions."""
+    return save_model(folder / "0", seed=10, end=None), save_model(folder / "1", seed=11, end=None)
 
 
 def open_reference(path: Path) -> Any:

@@ -49,12 +49,7 @@ def next_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two versions of a model that never ends a sequence, for tests that need long completions."""
-    paths = tmp_path_factory.mktemp("endless0"), tmp_path_factory.mktemp("endless1")
-    for seed, path in enumerate(paths):
-        builders.make_model("qwen2", seed + 10).save_pretrained(path)
-        builders.save_tokenizer(path, end=None)
-    return paths
+    return builders.save_endless(tmp_path_factory.mktemp("endless"))
 
 
 async def test_greedy_tokens_equal_a_plain_hugging_face_loop(open_engine: OpenEngine, each_model: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def open_engine() -> OpenEngine:
 @pytest.mark.parametrize(
     "changes", [{"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}]
 )
-async def test_variants_of_the_architecture_equal_hugging_face(tmp_path: Path, changes: dict[str, object]) -> None:
+async def test_variants_of_the_architecture_equal_hugging_face(tmp_path: Path, changes: dict[str, Any]) -> None:
     builders.save_model(tmp_path, "llama", seed=5, **changes)
     prefix = builders.prompt(1, 30)
     async with opened(tmp_path) as engine:

@@ -1,21 +1,12 @@
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.sampler.engines.stopping import StopStrings
 from services.sampler.tokenizer import Tokenizer
-from tests.engines import builders
 
 STOP = ("</search>", "</answer>", "fin.\n", "né", "☃")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer")
-    builders.save_tokenizer(path)
-    return Tokenizer.open(path)
 
 
 PIECES = st.sampled_from(

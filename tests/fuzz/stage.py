@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.cli.ready import broker_ready, learner_ready, retriever_ready, wait_ready
-from tests.control.brokers import free_address
 from tests.intake.harness import Setting
+from tests.ports import free_address
 from treegrpo.handoff import Done, Publish, socket_path
 
 SECONDS = 60.0

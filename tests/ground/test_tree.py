@@ -115,6 +115,22 @@ def test_every_leaf_has_one_path_and_no_step_is_counted_twice(draws: list[tuple[
     assert tree.unique_tokens == 7 + sum(s.length for s in tree.steps.values())
 
 
+@given(st.lists(st.integers(0, 50), max_size=12))
+def test_the_depth_of_a_step_is_the_length_of_its_path(picks: list[int]) -> None:
+    group = Group("g", question(0))
+    first = chain("a")
+    group.add(first)
+    assert group.depths(first) == [1, 2]
+    tree = group.trees[0]
+    for index, pick in enumerate(picks, start=1):
+        places = tree.expandable()
+        subtree = chain("a", index=index, parent=places[pick % len(places)])
+        assert group.depths(subtree) == [0, 0], "it was not added yet"
+        group.add(subtree)
+        assert group.depths(subtree) == [len(tree.path(step.node)) for step in subtree.steps]
+    assert group.depths(chain("a", tree=1)) == [0, 0]
+
+
 @pytest.mark.parametrize(("m", "n", "rounds", "leaves"), [(2, 2, 1, 6), (4, 0, 1, 4), (4, 4, 2, 36), (3, 2, 0, 3)])
 def test_a_group_has_m_times_nl_plus_one_leaves(m: int, n: int, rounds: int, leaves: int) -> None:
     plan = Plan(m, rounds, n, 4, 16, 128, 1.0)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.control.brokers import Broker, embedded, free_address
+from tests.control.brokers import Broker, embedded
 from tests.intake.harness import Setting
+from tests.ports import free_address
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from learner.intake.rollout import RolloutServer
 from learner.intake.snapshot import Snapshots
 from learner.intake.trainer_desk import TrainerDesk
 from learner.intake.weights import WeightsServer
-from tests.control.brokers import free_address
 from tests.intake.builders import PLAN, VERSION, question
+from tests.ports import free_address
 from treegrpo.access import OPEN, Access
 from treegrpo.config import SecurityConfig
 from treegrpo.control import ControlPlane, Member

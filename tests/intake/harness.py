@@ -16,8 +16,8 @@ import grpc
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.control.brokers import free_address
 from tests.intake.builders import VERSION, chain, complete
+from tests.ports import free_address
 from treegrpo.codec import lease_end_to_pb, subtree_to_pb, version_from_pb
 from treegrpo.handoff import IntakeClient, socket_path
 from treegrpo.lease import LeaseEnd, LeaseEndReason

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from learner.intake.report import Reporter
-from tests.intake.builders import PLAN, book, chain, complete, grant
+from learner.intake.report import DEEPEST, Reporter
+from tests.intake.builders import PLAN, book, chain, complete, grant, step
 from treegrpo.lease import LeaseEnd, LeaseEndReason
 from treegrpo.telemetry import IntakeMetrics
 
@@ -49,10 +50,23 @@ def test_what_a_turn_begins_from_is_counted_by_its_depth(tmp_path: Path) -> None
     made.accept(subtree)
     told.accepted(made.open[lease], subtree)
     sample = told.metrics.registry.get_sample_value
-    for depth, step in enumerate(subtree.steps, 1):
+    for depth, turn in enumerate(subtree.steps, 1):
         for how in ("cached", "prefilled"):
             labels = {"depth": str(depth), "how": how}
-            assert sample("treegrpo_rollout_prefix_tokens_total", labels) == getattr(step.cost, how)
+            assert sample("treegrpo_rollout_prefix_tokens_total", labels) == getattr(turn.cost, how)
+
+
+def test_what_turns_far_from_the_root_begin_from_is_counted_together(tmp_path: Path) -> None:
+    made, told = book(), reporter(tmp_path)
+    group = made.open[grant(made)]
+    subtree = replace(chain(group.lease.id), steps=tuple(step(n, n - 1) for n in range(1, DEEPEST + 3)), leaves=())
+    group.group.add(subtree)
+    told.accepted(group, subtree)
+    sample = told.metrics.registry.get_sample_value
+    for how in ("cached", "prefilled"):
+        counted = [sample("treegrpo_rollout_prefix_tokens_total", {"depth": str(n), "how": how}) for n in range(1, DEEPEST + 2)]
+        each = getattr(subtree.steps[0].cost, how)
+        assert counted == [each] * (DEEPEST - 1) + [3 * each, None]
 
 
 def test_a_lease_that_is_lost_is_seen_in_a_rate_although_it_is_the_first(tmp_path: Path) -> None:

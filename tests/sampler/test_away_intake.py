@@ -16,9 +16,10 @@ from services.sampler.expansion import Expander
 from services.sampler.holder import Identity
 from services.sampler.service import Sampler
 from services.sampler.weights import WeightStore
-from tests.control.brokers import embedded, free_address
+from tests.control.brokers import embedded
 from tests.engines.builders import save_model
 from tests.intake.harness import Setting
+from tests.ports import free_address
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, deep
 from treegrpo.access import OPEN
 from treegrpo.control import ControlPlane, Member

@@ -11,9 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.control.brokers import embedded, free_address
+from tests.control.brokers import embedded
 from tests.engines.builders import save_model
 from tests.intake.harness import Setting
+from tests.ports import free_address
 from treegrpo.control import RunState, publish_state
 from treegrpo.edge import PASSING
 from treegrpo.handoff import Done, Evaluate, Evaluation, IntakeClient, Publish, Take, Taken, unpack_group

@@ -18,7 +18,7 @@ from learner.intake.peers import Peer
 from learner.intake.rollout import RolloutServer
 from learner.intake.weights import WeightsServer
 from services.sampler.channel import open_channel
-from tests.control.brokers import free_address
+from tests.ports import free_address
 from treegrpo.access import Access
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb

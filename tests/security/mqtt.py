@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from services.cli.broker import PatientBroker, embedded_broker
-from tests.control.brokers import free_address
+from tests.ports import free_address
 from treegrpo.access import OPEN, Access
 
 SECONDS = 10.0

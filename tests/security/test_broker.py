@@ -22,7 +22,8 @@ from services.cli.broker import embedded_broker
 from services.cli.broker_rules import may_publish
 from services.cli.certs import certs
 from services.cli.ready import broker_ready, wait_ready
-from tests.control.brokers import free_address, mosquitto_binary
+from tests.control.brokers import mosquitto_binary
+from tests.ports import free_address
 from tests.security.people import access, impostor
 from treegrpo.access import OPEN, Access
 from treegrpo.control import ControlPlane, Member, RunState, open_client, publish_state

@@ -25,9 +25,4 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Generator[Pool]:
 
 @pytest.fixture(scope="session")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two versions of a model that never ends a sequence."""
-    paths = tmp_path_factory.mktemp("endless0"), tmp_path_factory.mktemp("endless1")
-    for seed, path in enumerate(paths):
-        builders.make_model("qwen2", seed + 10).save_pretrained(path)
-        builders.save_tokenizer(path, end=None)
-    return paths
+    return builders.save_endless(tmp_path_factory.mktemp("endless"))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import httpx
 from services.sampler.engines.sglang import Demands, SGLangEngine, open_remote
 from services.sampler.engines.sglang.command import Installed, Launch
 from tests.engines import builders
+from tests.ports import free_ports
 from treegrpo.leash import leashed
 from treegrpo.step import PolicyVersion
 
@@ -24,11 +24,6 @@ PYTHON = Path(os.environ.get("SGLANG_PYTHON", ".venv-sglang/bin/python")).absolu
 CONTEXT = 512
 READY_SECONDS = 180.0
 WEIGHTS_DIR = Path("/dev/shm")
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        return listener.getsockname()[1]
 
 
 def launch(**changes: object) -> Launch:
@@ -76,13 +71,12 @@ class Pool:
         """Weights that no test asks for, with a tokenizer that knows no end of a sequence."""
         path = self.root / kind
         if not path.exists():
-            builders.make_model(kind, seed=99).save_pretrained(path)
-            builders.save_tokenizer(path, end=None)
+            builders.save_model(path, kind, seed=99, end=None)
         return path
 
     def start(self, path: Path, port: int = 0) -> Running:
         """Start a server on ``path`` and wait until it is healthy."""
-        port = port or free_port()
+        port = port or free_ports(1)[0]
         plan, log = launch(), self.root / f"{path.name}-{port}.log"
         command = leashed(plan.command(path, "0.0", "127.0.0.1", port))
         with log.open("wb") as out:

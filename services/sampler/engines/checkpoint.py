@@ -29,6 +29,16 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def weights_among(shapes: Shapes, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Those of a checkpoint's tensors that are weights.
+
+    A model whose output matrix is ``tied`` to its embedding may carry a copy of it, an old one its rotary buffers.
+    """
+    return {
+        name: shape for name, shape in shapes.items() if not (name.endswith("inv_freq") or (tied and name == "lm_head.weight"))
+    }
+
+
 def read_tensors(path: Path, expected: Shapes, *, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of the checkpoint in ``path``, one after the other, each checked.
 
@@ -40,19 +50,17 @@ def read_tensors(path: Path, expected: Shapes, *, tied: bool) -> Iterator[tuple[
     Raises:
         WeightsError: files or tensors are missing, unreadable, of another shape, unknown to the model, or not finite.
     """
-    # A tied model may carry a copy of its embedding, an old one its rotary buffers: neither is a weight.
-    shapes = read_shapes(path)
-    left_out = {name for name in shapes if name.endswith("inv_freq") or (tied and name == "lm_head.weight")}
+    shapes = weights_among(read_shapes(path), tied=tied)
     if missing := sorted(expected.keys() - shapes.keys()):
         raise WeightsError(f"{path} lacks {len(missing)} tensors of the model, {missing[0]} first; publish the complete model.")
-    if unknown := sorted(shapes.keys() - expected.keys() - left_out):
+    if unknown := sorted(shapes.keys() - expected.keys()):
         raise WeightsError(
             f"{path} has {len(unknown)} tensors the model does not know, {unknown[0]} first; publish weights of the same model."
         )
     for file in _files(path):
         with _Opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
-                if name not in left_out:
+                if name in shapes:
                     yield name, _checked(name, tensors.get_tensor(name), expected[name], path)
 
 

@@ -118,7 +118,7 @@ class Scheduler:
             if len(self._running) + len(admitted) == self._max_running or tokens > _PREFILL_TOKENS:
                 waiting += self._waiting[at:]
                 break
-            sequence = request.sequence()
+            sequence = request.sequence
             # The last token is always computed: its logits are what is sampled from.
             slots = self._cache.match(sequence[:-1])
             if any(common_prefix(sequence[:-1], other.sequence) > len(slots) for other in admitted):
@@ -177,7 +177,7 @@ class Scheduler:
         for request in finished:
             row = self._running.index(request)
             # The last token was sampled but never an input: it has no key and value.
-            self._share(row, request.sequence()[:-1])
+            self._share(row, request.sequence[:-1])
             self._release(row)
         return finished
 

@@ -8,40 +8,22 @@ from the ids: what the server sampled beyond is cut off, and where it stopped to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-from services.sampler.engines.base import Completion, Finish, Sampling
+from services.sampler.engines.sampled import Sampled
 from services.sampler.engines.sglang.answers import Answer
 from services.sampler.engines.stopping import StopStrings
-from treegrpo.step import PolicyVersion, TokenIds, VersionSpan
 
 
-@dataclass(slots=True)
-class Draft:
+@dataclass(slots=True, eq=False)
+class Draft(Sampled):
     """Prefix, and the tokens that answers have added to it."""
 
-    prefix: TokenIds
-    sampling: Sampling
     room: int
     """Tokens the completion may have."""
     stops: StopStrings
     eos: frozenset[int]
-    ids: list[int] = field(default_factory=list[int])
-    logprobs: list[float] = field(default_factory=list[float])
-    versions: list[tuple[PolicyVersion, int]] = field(default_factory=list[tuple[PolicyVersion, int]])
-    """(version, index of the first token it sampled)"""
-    finish: Finish | None = None
-    prefilled: int = 0
-    cached: int = 0
-    answers: int = 0
-
-    @property
-    def sequence(self) -> TokenIds:
-        """[n] the prefix and what has been sampled."""
-        return np.concatenate((self.prefix, np.array(self.ids, np.uint32))) if self.ids else self.prefix
+    answers: int = field(default=0, init=False)
 
     def request(self, rid: str, space: str) -> dict[str, Any]:
         """The body that asks a server to go on; ``space`` keeps its cache apart from other policy versions'."""
@@ -76,10 +58,7 @@ class Draft:
         self._charge(answer)
         starts = {start: version for version, start in answer.versions}
         for at, (token, logprob) in enumerate(zip(answer.ids, answer.logprobs, strict=True)):
-            if at in starts and (not self.versions or self.versions[-1][0] != starts[at]):
-                self.versions.append((starts[at], len(self.ids)))
-            self.ids.append(token)
-            self.logprobs.append(logprob)
+            self.append(token, logprob, starts.get(at) or self.versions[-1][0])
             if token in self.eos or self.stops.completed(self.ids, self.sampling.stop):
                 self.finish = "stop"
             elif len(self.ids) == self.room:
@@ -96,17 +75,3 @@ class Draft:
         # New weights make the server compute everything again; what siblings then share it does not tell.
         redone = sum(answer.prompt + start for _, start in answer.versions if start)
         self.prefilled += answer.prompt - answer.cached + redone
-
-    def completion(self) -> Completion:
-        """The result; call it once `finish` is set."""
-        assert self.finish is not None  # noqa: S101  # only finished drafts are delivered
-        bounds = [*(start for _, start in self.versions), len(self.ids)]
-        spans = (VersionSpan(version, *ends) for (version, _), ends in zip(self.versions, pairwise(bounds), strict=True))
-        return Completion(
-            ids=np.array(self.ids, np.uint32),
-            logprobs=np.array(self.logprobs, np.float32),
-            finish=self.finish,
-            spans=tuple(spans),
-            prefilled=self.prefilled,
-            cached=self.cached,
-        )

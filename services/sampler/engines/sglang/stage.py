@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.sampler.engines.checkpoint import read_shapes, read_tensors
+from services.sampler.engines.checkpoint import read_shapes, read_tensors, weights_among
 from services.sampler.scratch import scratch
 from treegrpo.errors import ConfigError, WeightsError
 from treegrpo.step import PolicyVersion
@@ -50,11 +50,7 @@ class Stage:
         """Stage the complete model directory ``model``. Raises WeightsError."""
         config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
         self._tied = bool(config.get("tie_word_embeddings"))
-        self._shapes = {
-            name: shape
-            for name, shape in read_shapes(model).items()
-            if not (name.endswith("inv_freq") or (self._tied and name == "lm_head.weight"))
-        }
+        self._shapes = weights_among(read_shapes(model), tied=self._tied)
         staged = self.put(version, model)
         self._base = staged.path
         return staged
