@@ -21,7 +21,16 @@ import httpx
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.sampler.engines.sglang.answers import Answer, ForeignVersionError, Info, Load, read_answer, read_info, read_load
+from services.sampler.engines.sglang.answers import (
+    Answer,
+    ForeignVersionError,
+    Info,
+    Load,
+    read_answer,
+    read_info,
+    read_load,
+    read_model_type,
+)
 from treegrpo.errors import ContractError, DeadlineError, EngineError, TreeGrpoError, UnavailableError, WeightsError
 from treegrpo.step import PolicyVersion
 
@@ -94,7 +103,7 @@ class Api:
     async def model_type(self) -> str:
         """What kind of model it serves, as config.json says it."""
         body = await self._call("GET", "/model_info", None, CONTROL_SECONDS)
-        return str(body.get("model_type")) if isinstance(body, dict) else ""
+        return self._read(lambda: read_model_type(body), "/model_info")
 
     async def health(self) -> None:
         """Return if it can generate."""

@@ -23,7 +23,7 @@ from services.sampler.engines.sglang.server import Server
 from services.sampler.engines.sglang.stage import Stage, Staged
 from services.sampler.engines.sglang.watch import Keeper
 from services.sampler.tokenizer import Tokenizer
-from treegrpo.errors import ConfigError, DeadlineError, ModelError, UnavailableError
+from treegrpo.errors import ConfigError, ContractError, DeadlineError, EngineError, ModelError, UnavailableError
 from treegrpo.step import PolicyVersion
 
 ANSWER_SECONDS = 60.0
@@ -124,13 +124,18 @@ async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLCont
 
 
 async def _examine(demands: Demands, servers: Sequence[Server]) -> list[int]:
-    """The contexts of the servers that answer, one at least. Raises UnavailableError, ConfigError."""
+    """The contexts of the servers that answer, one at least; one that gives no good answer may come later.
+
+    Raises:
+        ConfigError: one answers, and is none that can be used: better told now than found missing later.
+        UnavailableError: none gives a good answer.
+    """
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         found = await asyncio.gather(*(_context(demands, server.api) for server in servers), return_exceptions=True)
         errors = [error for error in found if isinstance(error, BaseException)]
         for error in errors:
-            if not isinstance(error, UnavailableError | DeadlineError):
+            if not isinstance(error, UnavailableError | DeadlineError | ContractError | EngineError):
                 raise error
         if contexts := [context for context in found if isinstance(context, int)]:
             return contexts

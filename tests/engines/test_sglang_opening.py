@@ -1,0 +1,103 @@
+"""Which SGLang servers a start takes, which it waits for, and which end it with a sentence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child, open_remote
+from tests.engines import builders
+from tests.engines.stubs import answering, answers, installed
+from treegrpo.errors import ConfigError, EngineAwayError, UnavailableError
+from treegrpo.step import PolicyVersion
+
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builders.save_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+@pytest.fixture
+def demands(tmp_path: Path, model: Path) -> Demands:
+    return Demands(model, PolicyVersion(0, 0), CONTEXT, 4, tmp_path)
+
+
+# ---- servers that others run
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [("503 Service Unavailable", {}), ("502 Bad Gateway", {"/server_info": b"<html>"}), ("200 OK", {"/server_info": b"{}"})],
+    ids=["not ready yet", "a proxy answers for it", "garbled"],
+)
+async def test_a_server_that_gives_no_good_answer_yet_does_not_keep_the_others_from_starting(
+    demands: Demands, status: str, said: Mapping[str, bytes]
+) -> None:
+    async with (
+        answering(answers()) as url,
+        answering({**answers(), **said}, status=status) as late,
+        await open_remote(demands, [late, url], verify=True) as engine,
+    ):
+        assert [server.up for server in engine.servers] == [False, True]
+
+
+async def test_a_server_that_gives_no_good_answer_yet_is_used_once_it_does(demands: Demands) -> None:
+    late = {**answers(), "/server_info": b"starting"}
+    async with (
+        answering(answers()) as url,
+        answering(late) as other,
+        await open_remote(demands, [other, url], verify=True) as engine,
+    ):
+        late.update(answers())
+        while not engine.servers[0].up:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_a_server_that_never_gives_a_good_answer_is_told_as_it_is(
+    demands: Demands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sampler.engines.sglang.open.ANSWER_SECONDS", -1.0)
+    async with answering({}, status="503 Service Unavailable") as url:
+        with pytest.raises(UnavailableError, match=rf"{url} answers /server_info with 503.* mend engine\.urls"):
+            await open_remote(demands, [url], verify=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (answers(version="0.4.9"), r"SGLang 0\.4\.9 in the server at http.* cannot be used"),
+        (answers(skip_tokenizer_init=True), "has no tokenizer; start it without"),
+        (answers() | {"/model_info": b'{"model_type": "llama"}'}, "serves a llama, the learner trains a qwen2"),
+    ],
+)
+async def test_a_server_that_cannot_be_used_is_told_at_the_start_though_others_can(
+    demands: Demands, said: dict[str, bytes], sentence: str
+) -> None:
+    async with answering(answers()) as url, answering(said) as wrong:
+        with pytest.raises(ConfigError, match=sentence):
+            await open_remote(demands, [url, wrong], verify=True)
+
+
+# ---- a server of its own
+
+
+async def child(demands: Demands, path: Path, *, host: str = "127.0.0.1", said: dict[str, bytes] | None = None) -> SGLangEngine:
+    """The engine on an SGLang that is installed in ``path``, and is none."""
+    python = installed(path / "environment", said or answers())
+    shape = {"cache_tokens": 1024, "dtype": "float32", "threads": 1, "seed": 0}
+    return await open_child(demands, Place(host, 0, path / "server.log"), python, (), **shape)
+
+
+async def ended(engine: SGLangEngine) -> None:
+    """Return, with its last words raised, when it says that it will not come back."""
+    while True:
+        try:
+            await engine.health()
+        except EngineAwayError:
+            assert not engine.counters.restarts
+        await asyncio.sleep(0.05)
