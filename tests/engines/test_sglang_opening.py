@@ -93,6 +93,14 @@ async def child(demands: Demands, path: Path, *, host: str = "127.0.0.1", said: 
     return await open_child(demands, Place(host, 0, path / "server.log"), python, (), **shape)
 
 
+@pytest.mark.parametrize("info", [{"max_total_num_tokens": 200}, {"context_length": 200}], ids=["memory", "context"])
+async def test_a_server_without_room_for_one_request_is_told_at_the_start(
+    demands: Demands, tmp_path: Path, info: dict[str, int]
+) -> None:
+    with pytest.raises(ConfigError, match=r"room for 192 tokens.* rollout\.max_context = 256.*--mem-fraction-static"):
+        await child(demands, tmp_path, said=answers(**info))
+
+
 async def ended(engine: SGLangEngine) -> None:
     """Return, with its last words raised, when it says that it will not come back."""
     while True:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from services.sampler.engines.sglang.answers import Info
 from services.sampler.engines.sglang.api import Api
 from services.sampler.engines.sglang.child import Child
 from services.sampler.engines.sglang.command import MARGIN, Launch, check_version, find
@@ -86,6 +87,7 @@ async def open_child(demands: Demands, place: Place, python: Path, flags: tuple[
     keeper = Keeper(server, start)
     try:
         await keeper.start(served)
+        await _check_room(server.api, limits.context)
     except BaseException:
         await keeper.stop()
         await server.api.close()
@@ -155,10 +157,23 @@ async def _context(demands: Demands, api: Api, least: int = 1) -> int:
         raise ConfigError(
             f"The SGLang server at {api.url} serves a {serves}, the learner trains a {ours}; start it on that model."
         )
-    room = min(info.max_total_num_tokens, info.context_length or info.max_total_num_tokens) - MARGIN
-    if room < least:
+    if (room := _room(info)) < least:
         raise ConfigError(f"The SGLang server at {api.url} has room for {room} tokens, {least} are needed; start it with more.")
     return room
+
+
+async def _check_room(api: Api, context: int) -> None:
+    """Raise ConfigError if the server that was started here has no room for one request of ``context`` tokens."""
+    if (room := _room(await api.info())) < context:
+        raise ConfigError(
+            f"The SGLang server has room for {room} tokens, and a request may have rollout.max_context = {context}; lower that, "
+            "or give the server more memory with --mem-fraction-static or --max-total-tokens in engine.flags."
+        )
+
+
+def _room(info: Info) -> int:
+    """Tokens that one request may have there."""
+    return min(info.max_total_num_tokens, info.context_length or info.max_total_num_tokens) - MARGIN
 
 
 async def _staged(demands: Demands) -> tuple[Stage, Staged, Tokenizer]:
