@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from prometheus_client import Metric
 
@@ -235,16 +236,16 @@ class SGLangEngine:
             refused = next((error for error in errors if isinstance(error, WeightsError)), None)
             raise refused or UnavailableError(f"No server took version {new.version}: {errors[0]}") from errors[0]
 
-    def _keeping(self) -> list[Coroutine[Any, Any, str]]:
+    def _keeping(self) -> list[Callable[[], Awaitable[str]]]:
         """The endless work that keeps servers up."""
         if self.keeper:
-            return [self.keeper.run(lambda: self._served, self._changed, self._count)]
-        return [keep_remote(server, lambda: self._served, self._changed, self._count) for server in self.servers]
+            return [partial(self.keeper.run, lambda: self._served, self._changed, self._count)]
+        return [partial(keep_remote, server, lambda: self._served, self._changed, self._count) for server in self.servers]
 
-    async def _guard(self, keep: Coroutine[Any, Any, str]) -> None:
+    async def _guard(self, keep: Callable[[], Awaitable[str]]) -> None:
         """Run ``keep``; when it gives up and was the last to do so, so does the engine."""
         try:
-            why = await keep
+            why = await keep()
         except Exception as error:  # whatever it was, nobody may wait for ever
             log.exception("looking after an SGLang server failed")
             why = f"Looking after an SGLang server failed ({error!r})."
