@@ -93,6 +93,12 @@ async def child(demands: Demands, path: Path, *, host: str = "127.0.0.1", said: 
     return await open_child(demands, Place(host, 0, path / "server.log"), python, (), **shape)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::", "localhost"])
+async def test_a_server_listens_and_is_found_wherever_it_is_told_to(demands: Demands, tmp_path: Path, host: str) -> None:
+    async with await child(demands, tmp_path, host=host) as engine:
+        await engine.health()
+
+
 @pytest.mark.parametrize("info", [{"max_total_num_tokens": 200}, {"context_length": 200}], ids=["memory", "context"])
 async def test_a_server_without_room_for_one_request_is_told_at_the_start(
     demands: Demands, tmp_path: Path, info: dict[str, int]

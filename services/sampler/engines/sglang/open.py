@@ -25,6 +25,7 @@ from services.sampler.engines.sglang.stage import Stage, Staged
 from services.sampler.engines.sglang.watch import Keeper
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.errors import ConfigError, ContractError, DeadlineError, EngineError, ModelError, UnavailableError
+from treegrpo.security import within_reach
 from treegrpo.step import PolicyVersion
 
 ANSWER_SECONDS = 60.0
@@ -77,7 +78,7 @@ async def open_child(demands: Demands, place: Place, python: Path, flags: tuple[
     installed = await asyncio.to_thread(find, python)
     plan = Launch(installed, limits.context, demands.max_running, flags=flags, **launch)
     port = place.port or _free_port(place.host)
-    server = Server(Api(f"http://{place.host}:{port}"), Pressure(demands.max_running))
+    server = Server(Api(f"http://{_reached(place.host, port)}"), Pressure(demands.max_running))
 
     async def start(served: Staged) -> Child:
         command = plan.command(served.path, str(served.version), place.host, port)
@@ -206,6 +207,11 @@ def _config(model: Path) -> dict[str, Any]:
     return {**config, **config.get("text_config", {})}
 
 
+def _reached(host: str, port: int) -> str:
+    """The address at which who listens on ``host`` is reached from here."""
+    return within_reach(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
 def _free_port(host: str) -> int:
-    with closing(socket.create_server((host, 0))) as listener:
+    with closing(socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)) as listener:
         return listener.getsockname()[1]
