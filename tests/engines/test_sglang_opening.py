@@ -11,7 +11,7 @@ import pytest
 from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child, open_remote
 from tests.engines import builders
 from tests.engines.stubs import answering, answers, installed
-from treegrpo.errors import ConfigError, EngineAwayError, UnavailableError
+from treegrpo.errors import ConfigError, EngineAwayError, EngineError, UnavailableError
 from treegrpo.step import PolicyVersion
 
 CONTEXT = 256
@@ -105,6 +105,16 @@ async def test_a_server_without_room_for_one_request_is_told_at_the_start(
 ) -> None:
     with pytest.raises(ConfigError, match=r"room for 192 tokens.* rollout\.max_context = 256.*--mem-fraction-static"):
         await child(demands, tmp_path, said=answers(**info))
+
+
+async def test_what_goes_wrong_in_looking_after_a_server_is_told(
+    demands: Demands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake of ours is not mended by starting the server again."""
+    async with await child(demands, tmp_path) as engine:
+        monkeypatch.setattr(engine.servers[0].pressure, "look", None)
+        with pytest.raises(EngineError, match=r"Looking after an SGLang server failed \(TypeError"):
+            await asyncio.wait_for(ended(engine), 10)
 
 
 async def ended(engine: SGLangEngine) -> None:

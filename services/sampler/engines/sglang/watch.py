@@ -147,7 +147,7 @@ class Keeper:
             changed()
 
     async def _until_lost(self, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> str:
-        """Watch until it ends or hangs; returns its obituary, with no process left."""
+        """Watch until it ends or hangs; returns its obituary, with no process left. Raises what watching it raised."""
         child = self._child
         assert child is not None  # noqa: S101  # it was started
         watching = asyncio.create_task(look_after(self._server, served, changed, count), name="sglang-look")
@@ -159,6 +159,8 @@ class Keeper:
             watching.cancel()
             await asyncio.wait({watching})
             await child.stop()
+        if not watching.cancelled():
+            watching.result()
         return child.obituary()
 
     async def stop(self) -> None:
