@@ -101,11 +101,22 @@ async def test_who_is_cancelled_as_the_last_server_goes_is_cancelled() -> None:
     floor = Floor([])
     waiting = asyncio.create_task(floor.enter(builders.prompt(0, 8)))
     await asyncio.sleep(0)
-    floor.fail(EngineError("gone"))
+    floor.fail(lambda: EngineError("gone"))
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert floor.waiting == 0
+
+
+async def test_each_who_is_sent_away_gets_an_error_of_its_own() -> None:
+    """One that many raise carries the tracebacks of all, and never lets go of what they held."""
+    floor = Floor([])
+    waiting = [asyncio.create_task(floor.enter(builders.prompt(0, 8))) for _ in range(2)]
+    await asyncio.sleep(0)
+    floor.fail(lambda: EngineError("gone"))
+    first, second = await asyncio.gather(*waiting, return_exceptions=True)
+    assert str(first) == str(second) == "gone"
+    assert first is not second
 
 
 # ---- updates

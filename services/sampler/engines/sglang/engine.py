@@ -270,14 +270,14 @@ class SGLangEngine:
             self._arrived.set()
             self._floor.serve()
         else:
-            self._floor.fail(self._away())
+            self._floor.fail(self._away)
 
     def _count(self, error: BaseException) -> None:
         self._errors[type(error).__name__] += 1
 
     def _fail(self, why: str) -> None:
         self._failure = self._failure or why
-        self._floor.fail(EngineError(self._failure))
+        self._floor.fail(lambda: EngineError(self._failure))
         for server in self.servers:
             server.lose()
         self._arrived.set()
