@@ -90,10 +90,9 @@ class Api:
         if response.is_error:
             raise self._refusal("/metrics", response)
         try:
-            families = list(text_string_to_metric_families(response.text))
+            return await asyncio.to_thread(_families, response.text)
         except ValueError as error:
             raise ContractError(f"What the server at {self.url} answers to /metrics is no page of metrics: {error}.") from error
-        return [family for family in families if family.name.startswith(OWN)]
 
     async def info(self) -> Info:
         """What it is and was started with."""
@@ -195,6 +194,11 @@ async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         for line in lines:
             yield line
     yield rest
+
+
+def _families(page: str) -> list[Metric]:
+    """SGLang's own metrics on a page, which may be long. Raises ValueError when it is none."""
+    return [family for family in text_string_to_metric_families(page) if family.name.startswith(OWN)]
 
 
 def _message(body: Any) -> str:

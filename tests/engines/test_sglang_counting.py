@@ -1,0 +1,82 @@
+"""What the SGLang engine says of itself is so: tokens, failures, pressure."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.sampler.engines.sglang.answers import Answer, Load
+from services.sampler.engines.sglang.api import Api
+from services.sampler.engines.sglang.pressure import Pressure
+from services.sampler.engines.sglang.server import Server
+from services.sampler.engines.sglang.stage import Staged
+from services.sampler.engines.sglang.watch import look_after
+from tests.engines import builders
+from tests.engines.stubs import answering, answers
+from treegrpo.errors import WeightsError
+from treegrpo.step import PolicyVersion
+
+FIRST, SECOND = PolicyVersion(0, 0), PolicyVersion(0, 1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builders.save_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+class Obedient(Api):
+    """A server that does what it is told, but for the versions it refuses."""
+
+    def __init__(self, name: str, *refused: PolicyVersion) -> None:
+        super().__init__(f"http://{name}")
+        self._refused = refused
+        self.asked, self.go_on = asyncio.Event(), asyncio.Event()
+        self.retractions = 0
+
+    async def generate(self, body: dict[str, Any], started: object = None) -> Answer:
+        self.asked.set()
+        await self.go_on.wait()
+        return Answer([7], [-0.5], [(FIRST, 0)], "length", None, 5, 0, self.retractions)
+
+    async def update(self, version: PolicyVersion, path: Path) -> None:
+        if version in self._refused:
+            raise WeightsError(f"The weights of version {version} were refused by {self.url}.")
+
+    async def load(self) -> Load:
+        return Load(0, 0, 0, 4096, 0.0)
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def health(self) -> None: ...
+
+    async def metrics(self) -> list[Any]:
+        return []
+
+
+# ---- failures
+
+
+async def test_a_page_of_metrics_that_is_none_is_counted_and_the_server_used_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.sampler.engines.sglang.watch.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("services.sampler.engines.sglang.watch.METRICS_SECONDS", 0.0)
+    served, counted, looks, enough = Staged(FIRST, Path("/first")), list[BaseException](), list[None](), asyncio.Event()
+    async with answering(answers() | {"/metrics/": b"sglang:x{ 3"}) as url:
+        server = Server(Api(url), Pressure(2), up=True, serves=served)
+
+        def changed() -> None:
+            looks.append(None)
+            if len(looks) == 5:
+                enough.set()
+
+        looking = asyncio.create_task(look_after(server, lambda: served, changed, counted.append))
+        await asyncio.wait_for(enough.wait(), 10)
+        assert server.up
+        assert {type(error).__name__ for error in counted} == {"ContractError"}
+        looking.cancel()
+        await asyncio.wait({looking})
+        await server.api.close()
