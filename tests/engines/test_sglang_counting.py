@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from services.sampler.engines.base import Sampling
+from services.sampler.engines.sglang import Demands, open_remote
 from services.sampler.engines.sglang.answers import Answer, Load
 from services.sampler.engines.sglang.api import Api
 from services.sampler.engines.sglang.pressure import Pressure
@@ -15,8 +18,8 @@ from services.sampler.engines.sglang.server import Server
 from services.sampler.engines.sglang.stage import Staged
 from services.sampler.engines.sglang.watch import look_after
 from tests.engines import builders
-from tests.engines.stubs import answering, answers
-from treegrpo.errors import WeightsError
+from tests.engines.stubs import META, answering, answers
+from treegrpo.errors import EngineError, WeightsError
 from treegrpo.step import PolicyVersion
 
 FIRST, SECOND = PolicyVersion(0, 0), PolicyVersion(0, 1)
@@ -56,6 +59,24 @@ class Obedient(Api):
 
     async def metrics(self) -> list[Any]:
         return []
+
+
+# ---- tokens
+
+
+async def test_tokens_of_a_completion_that_is_given_up_were_computed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer brings two of three tokens; the second again two, more than were asked for."""
+    monkeypatch.setattr("services.sampler.engines.sglang.engine.RETRY_SECONDS", ())
+    two = {"output_token_logprobs": [[-0.5, 7, None]] * 2, "weight_versions": [{"version": "0.0", "start": 0, "end": 2}]}
+    said = {**answers(), "/generate": json.dumps({"meta_info": META | two | {"cached_tokens": 1}}).encode()}
+    demands = Demands(model, FIRST, 256, 4, tmp_path)
+    async with answering(said) as url, await open_remote(demands, [url], verify=True) as engine:
+        with pytest.raises(EngineError, match="its 2 tokens, 1 at most"):
+            await engine.generate(builders.prompt(0, 5), Sampling(3))
+        done = engine.counters
+    assert (done.prefilled, done.cached, done.decoded) == (4, 1, 2)
 
 
 # ---- failures

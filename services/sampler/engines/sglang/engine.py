@@ -19,6 +19,7 @@ from typing import Self
 from prometheus_client import Metric
 
 from services.sampler.engines.base import Completion, Counters, Sampling, check_request
+from services.sampler.engines.sglang.answers import Answer
 from services.sampler.engines.sglang.draft import Draft
 from services.sampler.engines.sglang.floor import Floor
 from services.sampler.engines.sglang.server import Server
@@ -138,11 +139,7 @@ class SGLangEngine:
                 failures += 1
             if len(draft.ids) > sampled:
                 failures, sampled = 0, len(draft.ids)
-        completion = draft.completion()
-        self._totals.prefilled += completion.prefilled
-        self._totals.cached += completion.cached
-        self._totals.decoded += len(completion.ids)
-        return completion
+        return draft.completion()
 
     async def load(self, version: PolicyVersion, path: Path) -> None:
         """See `Engine.load`. The files are checked and put into memory beside the running requests.
@@ -203,7 +200,7 @@ class SGLangEngine:
         server = await self._floor.enter(draft.sequence)
         try:
             answer = await server.ask(draft)
-            draft.take(answer)
+            self._take(draft, answer)
             if not answer.ids:
                 raise EngineError(f"The SGLang server at {server.api.url} ended a request ({answer.finish}) without a token.")
             self._floor.router.remember(draft.sequence, server)
@@ -212,6 +209,14 @@ class SGLangEngine:
             raise
         finally:
             self._floor.leave(server)
+
+    def _take(self, draft: Draft, answer: Answer) -> None:
+        """Add ``answer`` to ``draft`` and to what was computed, which counts even if the draft is given up later."""
+        prefilled, cached = draft.prefilled, draft.cached
+        draft.take(answer)
+        self._totals.prefilled += draft.prefilled - prefilled
+        self._totals.cached += draft.cached - cached
+        self._totals.decoded += len(answer.ids)
 
     async def _swap(self, new: Staged) -> None:
         """Bring ``new`` to every server that is up. One that refuses what another takes is left out until it takes it."""
