@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from services.sampler.engines.base import Sampling
-from services.sampler.engines.sglang import Demands, open_remote
+from services.sampler.engines.sglang import Demands, SGLangEngine, open_remote
 from services.sampler.engines.sglang.answers import Answer, Load
 from services.sampler.engines.sglang.api import Api
+from services.sampler.engines.sglang.engine import Limits
 from services.sampler.engines.sglang.pressure import Pressure
 from services.sampler.engines.sglang.server import Server
-from services.sampler.engines.sglang.stage import Staged
+from services.sampler.engines.sglang.stage import Stage, Staged
 from services.sampler.engines.sglang.watch import look_after
+from services.sampler.tokenizer import Tokenizer
 from tests.engines import builders
 from tests.engines.stubs import META, answering, answers
 from treegrpo.errors import EngineError, WeightsError
@@ -80,6 +82,27 @@ async def test_tokens_of_a_completion_that_is_given_up_were_computed(
 
 
 # ---- failures
+
+
+@pytest.mark.parametrize(
+    ("refusing", "counted"),
+    [((True,), {}), ((True, True), {"WeightsError": 1}), ((True, False), {"WeightsError": 1})],
+    ids=["the only one, which is told", "both, of which one is told", "one of two, which is nobody else's business"],
+)
+async def test_an_update_that_fails_is_counted_here_unless_it_is_told(
+    tmp_path: Path, model: Path, refusing: tuple[bool, ...], counted: dict[str, int]
+) -> None:
+    stage = Stage(tmp_path)
+    served = stage.first(FIRST, model)
+    apis = [Obedient(f"server-{n}", *([SECOND] if refuses else [])) for n, refuses in enumerate(refusing)]
+    servers = [Server(api, Pressure(2), up=True, serves=served) for api in apis]
+    async with SGLangEngine(servers, None, stage, served, Tokenizer.open(model), Limits(256, builders.VOCABULARY)) as engine:
+        if all(refusing):
+            with pytest.raises(WeightsError):
+                await engine.load(SECOND, model)
+        else:
+            await engine.load(SECOND, model)
+        assert engine.counters.errors == counted
 
 
 async def test_a_page_of_metrics_that_is_none_is_counted_and_the_server_used_on(monkeypatch: pytest.MonkeyPatch) -> None:

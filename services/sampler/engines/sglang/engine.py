@@ -219,7 +219,10 @@ class SGLangEngine:
         self._totals.decoded += len(answer.ids)
 
     async def _swap(self, new: Staged) -> None:
-        """Bring ``new`` to every server that is up. One that refuses what another takes is left out until it takes it."""
+        """Bring ``new`` to every server that is up. One that refuses what another takes is left out until it takes it.
+
+        What is raised is for the caller to count.
+        """
         while not (up := self._up):
             if self._failure:
                 raise EngineError(self._failure)
@@ -227,19 +230,23 @@ class SGLangEngine:
             await self._arrived.wait()
         results = await asyncio.gather(*(server.swap(new) for server in up), return_exceptions=True)
         errors = [error for error in results if isinstance(error, BaseException)]
+        # A refusal is the one to tell: the others may have failed for any reason.
+        told = min(errors, key=lambda error: not isinstance(error, WeightsError)) if len(errors) == len(up) else None
         for error in errors:
             if not isinstance(error, TreeGrpoError):
                 raise error
-            self._count(error)
-            log.warning("%s", error)
+            if error is not told:
+                self._count(error)
+                log.warning("%s", error)
         for server in up:
-            if len(errors) < len(up) and server.serves != new:
+            if told is None and server.serves != new:
                 server.serves = None
             server.suspect.set()
         self._floor.serve()
-        if len(errors) == len(up):
-            refused = next((error for error in errors if isinstance(error, WeightsError)), None)
-            raise refused or UnavailableError(f"No server took version {new.version}: {errors[0]}") from errors[0]
+        if isinstance(told, WeightsError):
+            raise told
+        if told is not None:
+            raise UnavailableError(f"No server took version {new.version}: {told}") from told
 
     def _keeping(self) -> list[Callable[[], Awaitable[str]]]:
         """The endless work that keeps servers up."""
