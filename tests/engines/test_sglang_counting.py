@@ -13,11 +13,13 @@ from services.sampler.engines.base import Sampling
 from services.sampler.engines.sglang import Demands, SGLangEngine, open_remote
 from services.sampler.engines.sglang.answers import Answer, Load
 from services.sampler.engines.sglang.api import Api
+from services.sampler.engines.sglang.draft import Draft
 from services.sampler.engines.sglang.engine import Limits
-from services.sampler.engines.sglang.pressure import Pressure
+from services.sampler.engines.sglang.pressure import HIGH, LOW, Pressure
 from services.sampler.engines.sglang.server import Server
 from services.sampler.engines.sglang.stage import Stage, Staged
 from services.sampler.engines.sglang.watch import look_after
+from services.sampler.engines.stopping import StopStrings
 from services.sampler.tokenizer import Tokenizer
 from tests.engines import builders
 from tests.engines.stubs import META, answering, answers
@@ -124,3 +126,26 @@ async def test_a_page_of_metrics_that_is_none_is_counted_and_the_server_used_on(
         looking.cancel()
         await asyncio.wait({looking})
         await server.api.close()
+
+
+# ---- pressure
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["taken", "refused"])
+@pytest.mark.parametrize(("retractions", "limit"), [(1, 4), (2, 3)], ids=["by the pause", "once more for want of memory"])
+async def test_a_request_that_new_weights_put_back_is_no_sign_of_pressure(
+    model: Path, refused: bool, retractions: int, limit: int
+) -> None:
+    tokenizer, api = Tokenizer.open(model), Obedient("server", *([SECOND] if refused else []))
+    server = Server(api, Pressure(8), up=True, serves=Staged(FIRST, Path("/first")), given={FIRST})
+    asking = asyncio.create_task(server.ask(Draft(builders.prompt(0, 5), Sampling(1), 1, StopStrings(tokenizer), tokenizer.eos)))
+    await api.asked.wait()
+    try:
+        await server.swap(Staged(SECOND, Path("/second")))
+    except WeightsError:
+        assert refused
+    api.retractions = retractions
+    api.go_on.set()
+    await asking
+    server.pressure.look((LOW + HIGH) / 2, 4)
+    assert server.pressure.limit == limit
