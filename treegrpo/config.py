@@ -16,6 +16,7 @@ from treegrpo.security import SecurityConfig, within_reach
 from treegrpo.train_config import TrainConfig
 
 Dtype = Literal["float32", "bfloat16"]
+EngineKind = Literal["embedded", "sglang"]
 
 
 class RunConfig(Section):
@@ -79,7 +80,7 @@ class EnvironmentConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["embedded", "sglang"] = "embedded"
+    kind: EngineKind = "embedded"
     """`embedded` computes in the sampler's process on the CPU; `sglang` in a server (docs/sglang.md)."""
     max_running: int = Field(default=64, ge=1)
     """Generations that run at once; with SGLang at most, on all servers together, as memory allows."""

@@ -15,7 +15,7 @@ from services.cli.history import steps_done
 from services.sampler import tokenizer
 from services.sampler.engines.sglang.command import check_installed, check_listen, own_flags
 from treegrpo.access import Access
-from treegrpo.config import Config
+from treegrpo.config import Config, EngineKind
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
 from treegrpo.identity import check_identity
 from treegrpo.security import Role
@@ -24,6 +24,7 @@ from treegrpo.telemetry import check_free, split_address
 Check = Callable[[], str]
 
 KINDS = ("qwen2", "qwen3", "llama")
+"""What the embedded engine runs."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -34,8 +35,8 @@ class Address(NamedTuple):
     value: str
 
 
-def check_model(path: Path) -> str:
-    """The model directory has configuration, weights and tokenizer. Raises ModelError."""
+def check_model(path: Path, engine: EngineKind) -> str:
+    """The model directory has configuration, weights and tokenizer, and ``engine`` runs its kind. Raises ModelError."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
@@ -47,8 +48,12 @@ def check_model(path: Path) -> str:
         if not any((path / name).is_file() for name in names):
             raise ModelError(f"model.path = {path} cannot be used: it has no {what} ({' or '.join(names)}); save them there.")
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in KINDS:
-        raise ModelError(f"model.path = {path} has model_type {kind!r}; the embedded engine runs {', '.join(KINDS)}.")
+    if not isinstance(kind, str):
+        raise ModelError(f"model.path = {path} has model_type {kind!r}; restore its config.json from the model's source.")
+    if engine == "embedded" and kind not in KINDS:  # what SGLang runs it says itself
+        raise ModelError(
+            f"model.path = {path} has model_type {kind!r}; the embedded engine runs {', '.join(KINDS)}: use SGLang for others."
+        )
     vocabulary(path)
     _check_readable(path)
     return f"{path} ({kind})"
@@ -201,7 +206,7 @@ def learner_checks(config: Config) -> dict[str, Check]:
     return {
         "security": partial(check_security, config),
         "ports": partial(check_addresses, learner_addresses(config)),
-        "model": partial(check_model, config.model.path),
+        "model": partial(check_model, config.model.path, config.engine.kind),
         "training questions": partial(check_questions, config.data.train, "data.train"),
         "held-out questions": partial(check_questions, config.data.heldout, "data.heldout"),
         "run directory": partial(check_run_dir, config),

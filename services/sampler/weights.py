@@ -38,6 +38,10 @@ FIRST_RETRY_SECONDS = 0.5
 SERVED_SECONDS = 600.0
 """The longest a lease waits for the version it needs."""
 RETRY_SECONDS = (0.2, 1.0, 2.0, 5.0, 10.0)
+REFUSED_SECONDS = (5.0, 60.0, 300.0)
+"""Before a version that the engine refused is offered to it again. Its files arrived whole, so most likely it is refused for
+what they are, and each offer makes the engine pause for nothing; but a file system that servers share may show them late, and
+memory come free."""
 BROKEN_STREAMS = 5
 """Times one file is resumed from where its stream broke."""
 
@@ -136,6 +140,12 @@ class Follower:
         self._engine = engine
         self._metrics = metrics
         self._newest = engine.version
+        self._refused: PolicyVersion | None = None
+        """What the engine last said no to."""
+        self._refusals = 0
+        """Times it had said so before."""
+        self._again = 0.0
+        """When it is offered again, in time.monotonic."""
         self._heard = Change()
         self._loaded = Change()
         self._waiting: dict[object, Want] = {}
@@ -183,7 +193,7 @@ class Follower:
                 attempt += 1
                 self._metrics.errors.labels(type(error).__name__).inc()
                 self._metrics.not_updated.labels(type(error).__name__).inc()
-                log.warning("no new weights, trying again in %.1f s: %s", wait, error)
+                log.warning("no new weights, looking again in %.1f s: %s", wait, error)
                 await asyncio.sleep(wait)
 
     async def update(self) -> None:
@@ -193,13 +203,25 @@ class Follower:
         version = version_from_pb(described.version)
         if self._newest == asked:  # else something was announced meanwhile, and is asked for next
             self._newest = version
-        if version != self._engine.version:
-            path = await self._store.fetch(described)
+        if version == self._refused and time.monotonic() < self._again:
+            if self._newest == version:
+                await self._heard.wait(self._again)
+        elif version != self._engine.version:
+            await self._load(version, await self._store.fetch(described))
+
+    async def _load(self, version: PolicyVersion, path: Path) -> None:
+        try:
             with self._metrics.swap.time():
                 await self._engine.load(version, path)
-            self._metrics.version.set(version.step)
-            log.info("serving version %s", version)
-            self._loaded.tell()
+        except WeightsError:
+            self._refusals = self._refusals + 1 if version == self._refused else 0
+            rest = pause(REFUSED_SECONDS, self._refusals)
+            self._refused, self._again = version, time.monotonic() + rest
+            log.warning("version %s is refused, and offered again in %.0f s; a newer one at once", version, rest)
+            raise
+        self._metrics.version.set(version.step)
+        log.info("serving version %s", version)
+        self._loaded.tell()
 
 
 async def first_version(store: WeightStore) -> tuple[PolicyVersion, Path]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from pathlib import Path
@@ -45,15 +46,15 @@ def test_an_incomplete_model_directory_says_what_it_lacks(tmp_path: Path, missin
     model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
     (model / missing).unlink()
     with pytest.raises(ModelError, match=sentence):
-        check_model(model)
+        check_model(model, "embedded")
 
 
 def test_a_model_that_is_not_there_or_not_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no such directory"):
-        check_model(tmp_path / "absent")
+        check_model(tmp_path / "absent", "embedded")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="is not valid JSON"):
-        check_model(tmp_path)
+        check_model(tmp_path, "embedded")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,18 @@ def test_a_model_that_cannot_be_served_is_found_before_the_start(tmp_path: Path,
     model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
     (model / name).write_text(text)
     with pytest.raises(ModelError, match=sentence):
-        check_model(model)
+        check_model(model, "embedded")
+
+
+def test_a_kind_that_only_sglang_runs_is_refused_only_for_the_embedded_engine(tmp_path: Path) -> None:
+    model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gemma3_text"}))
+    assert check_model(model, "sglang").endswith("(gemma3_text)")
+    with pytest.raises(ModelError, match="use SGLang for others"):
+        check_model(model, "embedded")
+    flags = Workbench(tmp_path).flags(model__path=str(model), engine__kind="sglang")
+    assert up_checks(load(None, flags))["model"]().endswith("(gemma3_text)")
 
 
 def test_the_check_and_the_engine_agree_on_what_can_be_served() -> None:

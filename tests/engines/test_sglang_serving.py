@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client import generate_latest
@@ -27,6 +24,7 @@ from services.sampler.engines.sglang.watch import Keeper
 from services.sampler.engines.stopping import StopStrings
 from services.sampler.tokenizer import Tokenizer
 from tests.engines import builders
+from tests.engines.stubs import META, answering
 from treegrpo.errors import (
     ConfigError,
     ContractError,
@@ -41,13 +39,6 @@ from treegrpo.telemetry import SamplerMetrics
 
 NOWHERE = "http://127.0.0.1:9"
 OLD, NEW = Staged(PolicyVersion(0, 0), Path("/old")), Staged(PolicyVersion(0, 1), Path("/new"))
-META: dict[str, Any] = {
-    "finish_reason": {"type": "length"},
-    "prompt_tokens": 5,
-    "cached_tokens": 0,
-    "output_token_logprobs": [[-0.5, 7, None]],
-    "weight_versions": [{"version": "0.0", "start": 0, "end": 1}],
-}
 
 
 @pytest.fixture(scope="module")
@@ -57,35 +48,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def server(api: Api | None = None) -> Server:
     return Server(api or Api(NOWHERE), Pressure(2), up=True, serves=OLD)
-
-
-@asynccontextmanager
-async def answering(answers: dict[str, bytes], *, drip: bool = False) -> AsyncGenerator[str]:
-    """The URL of a web server that gives ``answers`` by their path; ``drip``: and then, bit by bit, endlessly more."""
-
-    tasks = set[asyncio.Task[Any]]()
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.current_task())  # pyright: ignore[reportArgumentType]
-        try:
-            path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
-            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + answers.get(path, b"{}"))
-            while drip:
-                await asyncio.sleep(0.02)
-                writer.write(b"\n")
-                await writer.drain()
-            writer.close()
-            await writer.wait_closed()
-        except OSError:
-            pass  # the other side has had enough
-        finally:
-            writer.transport.abort()
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
-        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # ---- requests
@@ -139,11 +101,22 @@ async def test_who_is_cancelled_as_the_last_server_goes_is_cancelled() -> None:
     floor = Floor([])
     waiting = asyncio.create_task(floor.enter(builders.prompt(0, 8)))
     await asyncio.sleep(0)
-    floor.fail(EngineError("gone"))
+    floor.fail(lambda: EngineError("gone"))
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert floor.waiting == 0
+
+
+async def test_each_who_is_sent_away_gets_an_error_of_its_own() -> None:
+    """One that many raise carries the tracebacks of all, and never lets go of what they held."""
+    floor = Floor([])
+    waiting = [asyncio.create_task(floor.enter(builders.prompt(0, 8))) for _ in range(2)]
+    await asyncio.sleep(0)
+    floor.fail(lambda: EngineError("gone"))
+    first, second = await asyncio.gather(*waiting, return_exceptions=True)
+    assert str(first) == str(second) == "gone"
+    assert first is not second
 
 
 # ---- updates

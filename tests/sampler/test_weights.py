@@ -191,6 +191,48 @@ async def test_an_engine_that_refuses_a_version_gets_the_next(tmp_path: Path) ->
         assert [version for version, _ in engine.loaded] == [V2]
 
 
+async def test_a_version_that_is_refused_is_not_offered_again_until_there_is_another(tmp_path: Path) -> None:
+    """Whatever is heard meanwhile: a lease may name an older version than the one that was refused."""
+    learner = FakeLearner()
+    learner.versions[V2] = files(2)
+    async with following(learner, tmp_path) as (follower, engine, metrics):
+        engine.refused = {V2}
+        offered, load = list[PolicyVersion](), engine.load
+
+        async def noted(version: PolicyVersion, path: Path) -> None:
+            offered.append(version)
+            await load(version, path)
+
+        engine.load = noted
+        follower.hear(V2)
+        for _ in range(2):  # it is refused between the two
+            await learner.described.get()
+        follower.hear(V1)
+        await learner.described.get()
+        learner.versions[V3] = files(3)
+        await follower.serves(V3)
+        assert offered == [V2, V3]
+        assert metrics.registry.get_sample_value("treegrpo_weights_updates_failed_total", {"type": "WeightsError"}) == 1
+
+
+async def test_a_version_that_is_refused_is_offered_again_much_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "REFUSED_SECONDS", (0.05,))
+    learner = FakeLearner()
+    learner.versions[V1] = files(1)
+    async with following(learner, tmp_path) as (follower, engine, _):
+        engine.refused, load = {V1}, engine.load
+
+        async def refused_once(version: PolicyVersion, path: Path) -> None:
+            try:
+                await load(version, path)
+            finally:
+                engine.refused = set()
+
+        engine.load = refused_once
+        await follower.serves(V1)
+        assert [version for version, _ in engine.loaded] == [V1]
+
+
 async def test_an_announcement_left_over_from_another_run_loads_nothing(tmp_path: Path) -> None:
     """The retained announcement may be stale: the learner's own word counts."""
     learner = FakeLearner()

@@ -1,4 +1,4 @@
-"""A door in front of a server that can answer for it, with garbage."""
+"""A door in front of a server that can answer for it, with garbage, and be shut."""
 
 from __future__ import annotations
 
@@ -16,26 +16,38 @@ class Door:
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: asyncio.Server | None = None
         self.garbage = False
         self.address = ""
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[Door]:
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.create_task(self._carry(reader, writer))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            task.add_done_callback(lambda _: writer.transport.abort())  # also of one that was cancelled before it began
-
-        server = await asyncio.start_server(connected, "127.0.0.1", 0)
-        self.address = "{}:{}".format(*server.sockets[0].getsockname()[:2])
+        self._listener = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.address = "{}:{}".format(*self._listener.sockets[0].getsockname()[:2])
         try:
             yield self
         finally:
-            server.close()
-            for task in list(self._tasks):
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._close()
+
+    async def shut(self, seconds: float) -> None:
+        """Cut all connections, and have new ones refused for so long."""
+        await self._close()
+        await asyncio.sleep(seconds)  # how long the fault lasts
+        host, _, port = self.address.rpartition(":")
+        self._listener = await asyncio.start_server(self._connected, host, int(port))
+
+    async def _close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._carry(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: writer.transport.abort())  # also of one that was cancelled before it began
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far = None

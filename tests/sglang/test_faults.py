@@ -83,6 +83,21 @@ async def test_a_server_that_others_run_is_used_again_when_it_is_back(
         assert engine.counters.errors["UnavailableError"] > 0
 
 
+async def test_connections_that_are_refused_for_twenty_seconds_are_sat_out(pool: Pool, endless: tuple[Path, Path]) -> None:
+    """With the patience of every run."""
+    seeds = range(8)
+    async with (
+        Door(pool.url("qwen2").removeprefix("http://")).serving() as door,
+        remote(endless[0], f"http://{door.address}") as engine,
+    ):
+        asking = asyncio.create_task(sample(engine, seeds, 400))
+        await running(engine)
+        await door.shut(20.0)
+        assert not asking.done()
+        check(await asking, seeds, 400, *endless)
+        assert engine.counters.errors["UnavailableError"] > 0
+
+
 async def test_slow_cut_and_garbled_answers_are_asked_for_again(pool: Pool, endless: tuple[Path, Path]) -> None:
     proxy, seeds = Proxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(8)
     async with proxy.serving(), Door(proxy.address).serving() as door, remote(endless[0], f"http://{door.address}") as engine:

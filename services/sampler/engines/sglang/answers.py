@@ -67,6 +67,10 @@ class Info(BaseModel):
     skip_tokenizer_init: bool = False
 
 
+class _Model(BaseModel):
+    model_type: str
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a server sampled after the ids it was given."""
@@ -145,6 +149,11 @@ def read_load(body: Any) -> Load:
 def read_info(body: Any) -> Info:
     """The answer of `/server_info`. Raises ContractError."""
     return _parse(Info, body)
+
+
+def read_model_type(body: Any) -> str:
+    """What the answer of `/model_info` says the model is. Raises ContractError."""
+    return _parse(_Model, body).model_type
 
 
 def _parse(model: type[M], body: Any) -> M:

@@ -21,7 +21,16 @@ import httpx
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.sampler.engines.sglang.answers import Answer, ForeignVersionError, Info, Load, read_answer, read_info, read_load
+from services.sampler.engines.sglang.answers import (
+    Answer,
+    ForeignVersionError,
+    Info,
+    Load,
+    read_answer,
+    read_info,
+    read_load,
+    read_model_type,
+)
 from treegrpo.errors import ContractError, DeadlineError, EngineError, TreeGrpoError, UnavailableError, WeightsError
 from treegrpo.step import PolicyVersion
 
@@ -81,10 +90,9 @@ class Api:
         if response.is_error:
             raise self._refusal("/metrics", response)
         try:
-            families = list(text_string_to_metric_families(response.text))
+            return await asyncio.to_thread(_families, response.text)
         except ValueError as error:
             raise ContractError(f"What the server at {self.url} answers to /metrics is no page of metrics: {error}.") from error
-        return [family for family in families if family.name.startswith(OWN)]
 
     async def info(self) -> Info:
         """What it is and was started with."""
@@ -94,7 +102,7 @@ class Api:
     async def model_type(self) -> str:
         """What kind of model it serves, as config.json says it."""
         body = await self._call("GET", "/model_info", None, CONTROL_SECONDS)
-        return str(body.get("model_type")) if isinstance(body, dict) else ""
+        return self._read(lambda: read_model_type(body), "/model_info")
 
     async def health(self) -> None:
         """Return if it can generate."""
@@ -186,6 +194,11 @@ async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         for line in lines:
             yield line
     yield rest
+
+
+def _families(page: str) -> list[Metric]:
+    """SGLang's own metrics on a page, which may be long. Raises ValueError when it is none."""
+    return [family for family in text_string_to_metric_families(page) if family.name.startswith(OWN)]
 
 
 def _message(body: Any) -> str:

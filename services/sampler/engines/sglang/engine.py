@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from prometheus_client import Metric
 
 from services.sampler.engines.base import Completion, Counters, Sampling, check_request
+from services.sampler.engines.sglang.answers import Answer
 from services.sampler.engines.sglang.draft import Draft
 from services.sampler.engines.sglang.floor import Floor
 from services.sampler.engines.sglang.server import Server
@@ -137,11 +139,7 @@ class SGLangEngine:
                 failures += 1
             if len(draft.ids) > sampled:
                 failures, sampled = 0, len(draft.ids)
-        completion = draft.completion()
-        self._totals.prefilled += completion.prefilled
-        self._totals.cached += completion.cached
-        self._totals.decoded += len(completion.ids)
-        return completion
+        return draft.completion()
 
     async def load(self, version: PolicyVersion, path: Path) -> None:
         """See `Engine.load`. The files are checked and put into memory beside the running requests.
@@ -202,7 +200,7 @@ class SGLangEngine:
         server = await self._floor.enter(draft.sequence)
         try:
             answer = await server.ask(draft)
-            draft.take(answer)
+            self._take(draft, answer)
             if not answer.ids:
                 raise EngineError(f"The SGLang server at {server.api.url} ended a request ({answer.finish}) without a token.")
             self._floor.router.remember(draft.sequence, server)
@@ -212,8 +210,19 @@ class SGLangEngine:
         finally:
             self._floor.leave(server)
 
+    def _take(self, draft: Draft, answer: Answer) -> None:
+        """Add ``answer`` to ``draft`` and to what was computed, which counts even if the draft is given up later."""
+        prefilled, cached = draft.prefilled, draft.cached
+        draft.take(answer)
+        self._totals.prefilled += draft.prefilled - prefilled
+        self._totals.cached += draft.cached - cached
+        self._totals.decoded += len(answer.ids)
+
     async def _swap(self, new: Staged) -> None:
-        """Bring ``new`` to every server that is up. One that refuses what another takes is left out until it takes it."""
+        """Bring ``new`` to every server that is up. One that refuses what another takes is left out until it takes it.
+
+        What is raised is for the caller to count.
+        """
         while not (up := self._up):
             if self._failure:
                 raise EngineError(self._failure)
@@ -221,30 +230,34 @@ class SGLangEngine:
             await self._arrived.wait()
         results = await asyncio.gather(*(server.swap(new) for server in up), return_exceptions=True)
         errors = [error for error in results if isinstance(error, BaseException)]
+        # A refusal is the one to tell: the others may have failed for any reason.
+        told = min(errors, key=lambda error: not isinstance(error, WeightsError)) if len(errors) == len(up) else None
         for error in errors:
             if not isinstance(error, TreeGrpoError):
                 raise error
-            self._count(error)
-            log.warning("%s", error)
+            if error is not told:
+                self._count(error)
+                log.warning("%s", error)
         for server in up:
-            if len(errors) < len(up) and server.serves != new:
+            if told is None and server.serves != new:
                 server.serves = None
             server.suspect.set()
         self._floor.serve()
-        if len(errors) == len(up):
-            refused = next((error for error in errors if isinstance(error, WeightsError)), None)
-            raise refused or UnavailableError(f"No server took version {new.version}: {errors[0]}") from errors[0]
+        if isinstance(told, WeightsError):
+            raise told
+        if told is not None:
+            raise UnavailableError(f"No server took version {new.version}: {told}") from told
 
-    def _keeping(self) -> list[Coroutine[Any, Any, str]]:
+    def _keeping(self) -> list[Callable[[], Awaitable[str]]]:
         """The endless work that keeps servers up."""
         if self.keeper:
-            return [self.keeper.run(lambda: self._served, self._changed, self._count)]
-        return [keep_remote(server, lambda: self._served, self._changed, self._count) for server in self.servers]
+            return [partial(self.keeper.run, lambda: self._served, self._changed, self._count)]
+        return [partial(keep_remote, server, lambda: self._served, self._changed, self._count) for server in self.servers]
 
-    async def _guard(self, keep: Coroutine[Any, Any, str]) -> None:
+    async def _guard(self, keep: Callable[[], Awaitable[str]]) -> None:
         """Run ``keep``; when it gives up and was the last to do so, so does the engine."""
         try:
-            why = await keep
+            why = await keep()
         except Exception as error:  # whatever it was, nobody may wait for ever
             log.exception("looking after an SGLang server failed")
             why = f"Looking after an SGLang server failed ({error!r})."
@@ -269,14 +282,14 @@ class SGLangEngine:
             self._arrived.set()
             self._floor.serve()
         else:
-            self._floor.fail(self._away())
+            self._floor.fail(self._away)
 
     def _count(self, error: BaseException) -> None:
         self._errors[type(error).__name__] += 1
 
     def _fail(self, why: str) -> None:
         self._failure = self._failure or why
-        self._floor.fail(EngineError(self._failure))
+        self._floor.fail(lambda: EngineError(self._failure))
         for server in self.servers:
             server.lose()
         self._arrived.set()

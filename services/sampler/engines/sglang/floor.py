@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from services.sampler.engines.sglang.routing import Router
 from services.sampler.engines.sglang.server import Server
@@ -55,9 +55,9 @@ class Floor:
                 self.router.remember(ids, server)
                 future.set_result(server)
 
-    def fail(self, error: EngineError) -> None:
-        """Send away those who wait, with ``error``."""
+    def fail(self, error: Callable[[], EngineError]) -> None:
+        """Send away those who wait, each with an ``error`` of its own: whoever raises one adds to its traceback."""
         for _, future in self._queue:
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(error())
         self._queue.clear()

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from services.sampler.engines.sglang.answers import Info
 from services.sampler.engines.sglang.api import Api
 from services.sampler.engines.sglang.child import Child
 from services.sampler.engines.sglang.command import MARGIN, Launch, check_version, find
@@ -23,7 +24,8 @@ from services.sampler.engines.sglang.server import Server
 from services.sampler.engines.sglang.stage import Stage, Staged
 from services.sampler.engines.sglang.watch import Keeper
 from services.sampler.tokenizer import Tokenizer
-from treegrpo.errors import ConfigError, DeadlineError, ModelError, UnavailableError
+from treegrpo.errors import ConfigError, ContractError, DeadlineError, EngineError, ModelError, UnavailableError
+from treegrpo.security import within_reach
 from treegrpo.step import PolicyVersion
 
 ANSWER_SECONDS = 60.0
@@ -76,7 +78,7 @@ async def open_child(demands: Demands, place: Place, python: Path, flags: tuple[
     installed = await asyncio.to_thread(find, python)
     plan = Launch(installed, limits.context, demands.max_running, flags=flags, **launch)
     port = place.port or _free_port(place.host)
-    server = Server(Api(f"http://{place.host}:{port}"), Pressure(demands.max_running))
+    server = Server(Api(f"http://{_reached(place.host, port)}"), Pressure(demands.max_running))
 
     async def start(served: Staged) -> Child:
         command = plan.command(served.path, str(served.version), place.host, port)
@@ -86,6 +88,7 @@ async def open_child(demands: Demands, place: Place, python: Path, flags: tuple[
     keeper = Keeper(server, start)
     try:
         await keeper.start(served)
+        await _check_room(server.api, limits.context)
     except BaseException:
         await keeper.stop()
         await server.api.close()
@@ -124,13 +127,18 @@ async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLCont
 
 
 async def _examine(demands: Demands, servers: Sequence[Server]) -> list[int]:
-    """The contexts of the servers that answer, one at least. Raises UnavailableError, ConfigError."""
+    """The contexts of the servers that answer, one at least; one that gives no good answer may come later.
+
+    Raises:
+        ConfigError: one answers, and is none that can be used: better told now than found missing later.
+        UnavailableError: none gives a good answer.
+    """
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         found = await asyncio.gather(*(_context(demands, server.api) for server in servers), return_exceptions=True)
         errors = [error for error in found if isinstance(error, BaseException)]
         for error in errors:
-            if not isinstance(error, UnavailableError | DeadlineError):
+            if not isinstance(error, UnavailableError | DeadlineError | ContractError | EngineError):
                 raise error
         if contexts := [context for context in found if isinstance(context, int)]:
             return contexts
@@ -150,10 +158,23 @@ async def _context(demands: Demands, api: Api, least: int = 1) -> int:
         raise ConfigError(
             f"The SGLang server at {api.url} serves a {serves}, the learner trains a {ours}; start it on that model."
         )
-    room = min(info.max_total_num_tokens, info.context_length or info.max_total_num_tokens) - MARGIN
-    if room < least:
+    if (room := _room(info)) < least:
         raise ConfigError(f"The SGLang server at {api.url} has room for {room} tokens, {least} are needed; start it with more.")
     return room
+
+
+async def _check_room(api: Api, context: int) -> None:
+    """Raise ConfigError if the server that was started here has no room for one request of ``context`` tokens."""
+    if (room := _room(await api.info())) < context:
+        raise ConfigError(
+            f"The SGLang server has room for {room} tokens, and a request may have rollout.max_context = {context}; lower that, "
+            "or give the server more memory with --mem-fraction-static or --max-total-tokens in engine.flags."
+        )
+
+
+def _room(info: Info) -> int:
+    """Tokens that one request may have there."""
+    return min(info.max_total_num_tokens, info.context_length or info.max_total_num_tokens) - MARGIN
 
 
 async def _staged(demands: Demands) -> tuple[Stage, Staged, Tokenizer]:
@@ -186,6 +207,11 @@ def _config(model: Path) -> dict[str, Any]:
     return {**config, **config.get("text_config", {})}
 
 
+def _reached(host: str, port: int) -> str:
+    """The address at which who listens on ``host`` is reached from here."""
+    return within_reach(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
 def _free_port(host: str) -> int:
-    with closing(socket.create_server((host, 0))) as listener:
+    with closing(socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)) as listener:
         return listener.getsockname()[1]

@@ -49,6 +49,8 @@ class Server:
     asking: set[asyncio.Task[Answer]] = field(default_factory=set[asyncio.Task[Answer]])
     """Requests on their way."""
     aborting: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    pauses: int = 0
+    """Times it was told to put running requests back for the sake of new weights, since the start."""
     stalled: float = 0.0
     """Seconds in which it generated nothing for the sake of new weights, since the start."""
     taken: int = 0
@@ -73,7 +75,7 @@ class Server:
         async with self.prefills.turn(draft.sequence) as turn:
             if not self.up:  # nobody knows which weights it has now
                 raise UnavailableError(f"The SGLang server at {self.api.url} was lost before it was asked.")
-            rid = uuid4().hex
+            rid, pauses = uuid4().hex, self.pauses
             asking = asyncio.create_task(self._generate(turn, draft.request(rid, self.space)), name=f"sglang-{rid}")
             self.asking.add(asking)
             try:
@@ -86,7 +88,8 @@ class Server:
             finally:
                 self.asking.discard(asking)
         self.prefills.remember(np.concatenate((draft.sequence, np.array(answer.ids, np.uint32))))
-        self.pressure.retracted(max(0, answer.retractions - sum(start > 0 for _, start in answer.versions)))
+        # A pause puts it back once at most: not while it waits for its turn over there.
+        self.pressure.retracted(max(0, answer.retractions - (self.pauses - pauses)))
         return answer
 
     async def _generate(self, turn: Turn, body: dict[str, Any]) -> Answer:
@@ -132,6 +135,7 @@ class Server:
         self.prefills.forget()
         old, self.serves = self.serves, None
         self.given.add(new.version)
+        self.pauses += 1
         try:
             await self.api.pause()
             try:

@@ -59,9 +59,6 @@ async def look_after(server: Server, served: Callable[[], Staged], changed: Call
                 if time.monotonic() - healthy > HEALTH_SECONDS:
                     await server.api.health()
                     healthy = time.monotonic()
-                if time.monotonic() - read > METRICS_SECONDS:
-                    read = time.monotonic()
-                    server.families = await server.api.metrics()
             except TreeGrpoError as error:
                 misses += 1
                 count(error)
@@ -70,9 +67,22 @@ async def look_after(server: Server, served: Callable[[], Staged], changed: Call
             misses = 0
             server.pressure.look(server.load.usage, server.taken)
             changed()
+            if time.monotonic() - read > METRICS_SECONDS:
+                read = time.monotonic()
+                await _read_metrics(server, count)
     finally:
         server.lose()
         changed()
+
+
+async def _read_metrics(server: Server, count: Count) -> None:
+    """Read what it says to Prometheus. That it does not say it well is no reason to use it less."""
+    try:
+        server.families = await server.api.metrics()
+    except TreeGrpoError as error:
+        server.families = ()
+        count(error)
+        log.warning("%s", error)
 
 
 async def keep_remote(server: Server, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> str:
@@ -147,7 +157,7 @@ class Keeper:
             changed()
 
     async def _until_lost(self, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> str:
-        """Watch until it ends or hangs; returns its obituary, with no process left."""
+        """Watch until it ends or hangs; returns its obituary, with no process left. Raises what watching it raised."""
         child = self._child
         assert child is not None  # noqa: S101  # it was started
         watching = asyncio.create_task(look_after(self._server, served, changed, count), name="sglang-look")
@@ -159,6 +169,8 @@ class Keeper:
             watching.cancel()
             await asyncio.wait({watching})
             await child.stop()
+        if not watching.cancelled():
+            watching.result()
         return child.obituary()
 
     async def stop(self) -> None:

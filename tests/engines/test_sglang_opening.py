@@ -1,0 +1,127 @@
+"""Which SGLang servers a start takes, which it waits for, and which end it with a sentence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child, open_remote
+from tests.engines import builders
+from tests.engines.stubs import answering, answers, installed
+from treegrpo.errors import ConfigError, EngineAwayError, EngineError, UnavailableError
+from treegrpo.step import PolicyVersion
+
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builders.save_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+@pytest.fixture
+def demands(tmp_path: Path, model: Path) -> Demands:
+    return Demands(model, PolicyVersion(0, 0), CONTEXT, 4, tmp_path)
+
+
+# ---- servers that others run
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [("503 Service Unavailable", {}), ("502 Bad Gateway", {"/server_info": b"<html>"}), ("200 OK", {"/server_info": b"{}"})],
+    ids=["not ready yet", "a proxy answers for it", "garbled"],
+)
+async def test_a_server_that_gives_no_good_answer_yet_does_not_keep_the_others_from_starting(
+    demands: Demands, status: str, said: Mapping[str, bytes]
+) -> None:
+    async with (
+        answering(answers()) as url,
+        answering({**answers(), **said}, status=status) as late,
+        await open_remote(demands, [late, url], verify=True) as engine,
+    ):
+        assert [server.up for server in engine.servers] == [False, True]
+
+
+async def test_a_server_that_gives_no_good_answer_yet_is_used_once_it_does(demands: Demands) -> None:
+    late = {**answers(), "/server_info": b"starting"}
+    async with (
+        answering(answers()) as url,
+        answering(late) as other,
+        await open_remote(demands, [other, url], verify=True) as engine,
+    ):
+        late.update(answers())
+        while not engine.servers[0].up:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_a_server_that_never_gives_a_good_answer_is_told_as_it_is(
+    demands: Demands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sampler.engines.sglang.open.ANSWER_SECONDS", -1.0)
+    async with answering({}, status="503 Service Unavailable") as url:
+        with pytest.raises(UnavailableError, match=rf"{url} answers /server_info with 503.* mend engine\.urls"):
+            await open_remote(demands, [url], verify=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (answers(version="0.4.9"), r"SGLang 0\.4\.9 in the server at http.* cannot be used"),
+        (answers(skip_tokenizer_init=True), "has no tokenizer; start it without"),
+        (answers() | {"/model_info": b'{"model_type": "llama"}'}, "serves a llama, the learner trains a qwen2"),
+    ],
+)
+async def test_a_server_that_cannot_be_used_is_told_at_the_start_though_others_can(
+    demands: Demands, said: dict[str, bytes], sentence: str
+) -> None:
+    async with answering(answers()) as url, answering(said) as wrong:
+        with pytest.raises(ConfigError, match=sentence):
+            await open_remote(demands, [url, wrong], verify=True)
+
+
+# ---- a server of its own
+
+
+async def child(demands: Demands, path: Path, *, host: str = "127.0.0.1", said: dict[str, bytes] | None = None) -> SGLangEngine:
+    """The engine on an SGLang that is installed in ``path``, and is none."""
+    python = installed(path / "environment", said or answers())
+    shape = {"cache_tokens": 1024, "dtype": "float32", "threads": 1, "seed": 0}
+    return await open_child(demands, Place(host, 0, path / "server.log"), python, (), **shape)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::", "localhost"])
+async def test_a_server_listens_and_is_found_wherever_it_is_told_to(demands: Demands, tmp_path: Path, host: str) -> None:
+    async with await child(demands, tmp_path, host=host) as engine:
+        await engine.health()
+
+
+@pytest.mark.parametrize("info", [{"max_total_num_tokens": 200}, {"context_length": 200}], ids=["memory", "context"])
+async def test_a_server_without_room_for_one_request_is_told_at_the_start(
+    demands: Demands, tmp_path: Path, info: dict[str, int]
+) -> None:
+    with pytest.raises(ConfigError, match=r"room for 192 tokens.* rollout\.max_context = 256.*--mem-fraction-static"):
+        await child(demands, tmp_path, said=answers(**info))
+
+
+async def test_what_goes_wrong_in_looking_after_a_server_is_told(
+    demands: Demands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake of ours is not mended by starting the server again."""
+    async with await child(demands, tmp_path) as engine:
+        monkeypatch.setattr(engine.servers[0].pressure, "look", None)
+        with pytest.raises(EngineError, match=r"Looking after an SGLang server failed \(TypeError"):
+            await asyncio.wait_for(ended(engine), 10)
+
+
+async def ended(engine: SGLangEngine) -> None:
+    """Return, with its last words raised, when it says that it will not come back."""
+    while True:
+        try:
+            await engine.health()
+        except EngineAwayError:
+            assert not engine.counters.restarts
+        await asyncio.sleep(0.05)
