@@ -1,6 +1,9 @@
 """The same trees on the embedded engine, on SGLang through the sampler, and on SGLang alone over its own HTTP API.
 
 sampler grows trees ─► every request is noted ─► made again, in the same order of cause and effect, by a bare client
+
+A turn goes on from the turn before it, and a round's branches go on from nodes drawn among all that the rounds before have
+made: so a bare client, too, has to wait for these.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.rollout import save_model
-from bench.synthetic import CONTEXT, QUESTIONS, SHAPES, Around, Grown, grow, label
+from bench.synthetic import CONTEXT, QUESTIONS, SHAPES, Around, Grown, grow, label, plan_of
+from services.sampler.branch import action_seed, first_node
 from services.sampler.engines.base import Completion, Engine, Sampling
 from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child
@@ -38,42 +42,60 @@ UPDATES = 5
 
 @dataclass(eq=False)
 class Asked:
-    """One request, and the one whose completion its prefix goes on from."""
+    """One request, and those whose answers led to it."""
 
     prefix: TokenIds
     tokens: int
-    after: Asked | None
+    after: list[Asked]
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Noting(Around):
     """An engine that is asked greedily, so that a second time gives the same tokens, and that notes what it is asked."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, shape: tuple[int, int, int]) -> None:
         super().__init__(engine)
-        self.asked: list[Asked] = []
-        self._ends: dict[bytes, Asked] = {}
+        self._plan = plan_of(shape)
+        self._places = {
+            action_seed(question, tree, node): (question, tree, node)
+            for question in range(QUESTIONS)
+            for tree in range(self._plan.trees)
+            for node in range(1, first_node(self._plan.branches, self._plan))
+        }
+        self._asked: dict[tuple[int, int, int], Asked] = {}
+        """By question, tree and node, in the order in which they were answered."""
+
+    @property
+    def asked(self) -> list[Asked]:
+        return list(self._asked.values())
 
     async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
         ids = np.asarray(prefix, np.uint32)
         completion = await self._engine.generate(ids, replace(sampling, temperature=0.0))
-        raw = ids.tobytes()
-        after = next((self._ends[raw[:end]] for end in range(len(raw), 0, -4) if raw[:end] in self._ends), None)
-        asked = Asked(ids, sampling.max_tokens, after)
-        self._ends.setdefault(raw + completion.ids.tobytes(), asked)
-        self.asked.append(asked)
+        assert sampling.seed is not None
+        place = self._places[sampling.seed]
+        self._asked[place] = Asked(ids, sampling.max_tokens, self._causes(*place))
         return completion
+
+    def _causes(self, question: int, tree: int, node: int) -> list[Asked]:
+        """The turn before; of a branch's first turn, all that the rounds before have made of its tree."""
+        index, turn = divmod(node - 1, first_node(1, self._plan) - 1)
+        if turn:
+            return [self._asked[question, tree, node - 1]]
+        begun = 1 + (index - 1) // self._plan.expansions * self._plan.expansions if index else 0
+        known = range(1, first_node(begun, self._plan))
+        return [self._asked[question, tree, other] for other in known if (question, tree, other) in self._asked]
 
 
 async def replay(url: str, asked: list[Asked]) -> float:
-    """Make the same requests to the server alone, each as soon as the one before it is answered; tokens per second."""
+    """Make the same requests to the server alone, each as soon as those that led to it are answered; tokens per second."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
     async with httpx.AsyncClient(timeout=600.0, trust_env=False, limits=limits) as client:
         (await client.post(f"{url}/flush_cache")).raise_for_status()
 
         async def one(request: Asked) -> int:
-            if request.after is not None:
-                await request.after.done.wait()
+            for cause in request.after:
+                await cause.done.wait()
             body = {
                 "input_ids": request.prefix.tolist(),
                 "return_logprob": True,
@@ -108,7 +130,7 @@ async def compare(
     for _ in range(repeats + 1):
         for engine in (embedded, sglang):  # new weights empty the cache
             await engine.load(_after(engine.version), path)
-        ours, noting = await grow(path, Noting(embedded), shape), Noting(sglang)
+        ours, noting = await grow(path, Noting(embedded, shape), shape), Noting(sglang, shape)
         theirs = await grow(path, noting, shape)
         turns.append((ours, theirs, await replay(sglang.servers[0].api.url, noting.asked)))
     del turns[0]

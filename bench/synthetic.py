@@ -132,10 +132,15 @@ class Grown:
         return self.cost.tokens / self.unique
 
 
+def plan_of(shape: tuple[int, int, int]) -> Plan:
+    """What a lease of such trees asks for."""
+    trees, expansions, rounds = shape
+    return Plan(trees, rounds, expansions, TURNS, max_action_tokens=24, max_context=CONTEXT, temperature=1.0)
+
+
 async def grow(model: Path, engine: Engine, shape: tuple[int, int, int]) -> Grown:
     """Grow `QUESTIONS` groups at once with the sampler's own expander; ``model`` has the engine's tokenizer."""
-    trees, expansions, rounds = shape
-    plan = Plan(trees, rounds, expansions, TURNS, max_action_tokens=24, max_context=CONTEXT, temperature=1.0)
+    plan = plan_of(shape)
     reading, turns = Reading(), Turns(engine)
     environment: Environment[int] = reading
     expander = Expander(turns, environment, Tokenizer.open(model), retries=0)

@@ -20,6 +20,11 @@ def first_node(index: int, plan: Plan) -> int:
     return 1 + index * (plan.max_turns + 1)
 
 
+def action_seed(lease_seed: int, tree: int, node: int) -> int:
+    """It follows from question and place in the tree, whoever samples it and when."""
+    return zlib.crc32(f"{lease_seed}/{tree}/{node}".encode())
+
+
 @dataclass(frozen=True, slots=True)
 class Branch:
     """An expansion to be played: node ``parent`` of a tree, continued to the end of the episode."""
@@ -57,5 +62,5 @@ class Turn:
 
     @property
     def seed(self) -> int:
-        """Of its action. It follows from question and place in the tree, whoever samples it and when."""
-        return zlib.crc32(f"{self.branch.lease.seed}/{self.branch.tree_index}/{self.node}".encode())
+        """Of its action."""
+        return action_seed(self.branch.lease.seed, self.branch.tree_index, self.node)
