@@ -103,8 +103,19 @@ async def told(bench: Workbench, state: str) -> None:
     assert (await asyncio.to_thread(treegrpo, "state", state, *bench.flags())).code == 0
 
 
-async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(bench: Workbench, up: Up) -> None:
+async def test_a_run_is_one_commands_trains_to_its_end_sums_up_and_is_not_begun_again(
+    bench: Workbench, up: Up, tmp_path: Path
+) -> None:
     run = await up(*bench.flags(sampler__count="2"))
+    await run.line("The broker is ready")
+    (tmp_path / "elsewhere").mkdir()
+    keys = Workbench(tmp_path / "elsewhere").keys
+    ports = {key: keys[key] for key in ("broker.address", "retriever.listen", "learner.listen", "learner.metrics")}
+    flags = bench.flags(**{key.replace(".", "__"): value for key, value in ports.items()})
+    second = await asyncio.to_thread(treegrpo, "up", *flags)
+    assert (second.code, second.left, second.out) == (FAILED, [], "")
+    assert second.sentence.startswith(f"Another `treegrpo up` or `treegrpo learner` works on the run in {bench.run_dir}; ")
+
     assert await run.end() == 0
     progress = read_progress(bench.run_dir)
     assert [step.step for step in progress.steps] == [1, 2]
@@ -147,9 +158,8 @@ async def test_a_dead_sampler_is_replaced_and_the_same_command_goes_on_after_ctr
     assert progress.steps[-1].version == f"1.{done + 1}"
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-async def test_a_second_ctrl_c_stops_at_once(bench: Workbench, up: Up, processes: str) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER, train__processes=processes))
+async def test_a_second_ctrl_c_stops_all_ranks_at_once(bench: Workbench, up: Up) -> None:
+    run = await up(*bench.flags(train__steps=FOREVER, train__processes="2"))
     await run.line("step 1/")
     run.process.send_signal(signal.SIGINT)
     run.process.send_signal(signal.SIGTERM)
@@ -171,7 +181,7 @@ async def test_a_run_comes_to_its_end_whatever_part_of_it_is_killed(bench: Workb
     assert progress.evals[-1].step == 40
 
 
-async def test_a_rank_that_dies_costs_the_trainer_a_new_start(bench: Workbench, up: Up) -> None:
+async def test_a_rank_that_dies_costs_the_trainer_a_new_start_and_ranks_drain_together(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(train__steps=FOREVER, train__processes="2"))
     await run.line("step 1/")
     os.kill(run.pid_of("learner.trainer", variable="RANK=1"), signal.SIGKILL)
@@ -232,20 +242,6 @@ async def test_an_error_that_stays_ends_the_run_with_its_sentence(bench: Workben
     assert run.lines[-1].startswith(f"when that is mended, go on: {program()} up ")
 
 
-async def test_a_second_command_for_a_run_is_refused_before_it_starts_anything(bench: Workbench, up: Up, tmp_path: Path) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER))
-    await run.line("The broker is ready")
-    (tmp_path / "elsewhere").mkdir()
-    keys = Workbench(tmp_path / "elsewhere").keys
-    ports = {key: keys[key] for key in ("broker.address", "retriever.listen", "learner.listen", "learner.metrics")}
-    flags = bench.flags(train__steps=FOREVER, **{key.replace(".", "__"): value for key, value in ports.items()})
-    second = await asyncio.to_thread(treegrpo, "up", *flags)
-    assert (second.code, second.left, second.out) == (FAILED, [], "")
-    assert second.sentence.startswith(f"Another `treegrpo up` or `treegrpo learner` works on the run in {bench.run_dir}; ")
-    run.process.send_signal(signal.SIGINT)
-    await run.end()
-
-
 async def test_ctrl_c_while_the_trainer_waits_for_its_disk_ends_the_run_soon(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(train__steps=FOREVER, train__checkpoint_every="1"))
     await run.line("step 2/")
@@ -258,12 +254,3 @@ async def test_ctrl_c_while_the_trainer_waits_for_its_disk_ends_the_run_soon(ben
     assert error.startswith(f"error: The trainer ended with code {PASSING}: ")
     assert "make room on its disk" in error
     assert run.lines[-1].startswith(f"when that is mended, go on: {program()} up ")
-
-
-async def test_ranks_drain_together(bench: Workbench, up: Up) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER, train__processes="2"))
-    await run.line("step 1/")
-    run.process.send_signal(signal.SIGINT)
-    assert await run.end() == 0
-    assert run.lines[-1].startswith(f"go on: {program()} up ")
-    assert not any("error: " in log.read_text() for log in (bench.run_dir / "logs").iterdir())
