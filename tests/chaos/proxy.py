@@ -80,6 +80,7 @@ class Proxy:
             task = asyncio.create_task(self._carry(reader, writer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda _: writer.transport.abort())  # also of one that was cancelled before there was a link
 
         server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=CHUNK_BYTES)
         host, port = server.sockets[0].getsockname()[:2]

@@ -130,3 +130,17 @@ async def test_a_target_that_is_not_there_ends_the_connection() -> None:
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
         writer.close()
         await writer.wait_closed()
+
+
+async def test_a_connection_that_has_not_got_through_when_the_proxy_closes_is_closed() -> None:
+    proxy = Proxy("127.0.0.1:9", seed=0)
+    async with proxy.serving():
+        dropping = asyncio.create_task(proxy.fail(Mode.DROP, SECONDS))
+        await asyncio.sleep(0)  # it has begun
+        host, _, port = proxy.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+    with contextlib.suppress(ConnectionResetError):
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+    writer.close()
+    dropping.cancel()
+    await asyncio.gather(dropping, return_exceptions=True)
