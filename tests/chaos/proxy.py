@@ -130,6 +130,7 @@ class Proxy:
             link.reset()
         finally:
             self._links.discard(link)
+            link.close()  # here, for what follows may be cancelled before it begins
             await asyncio.gather(_closed(writer), _closed(far))
 
     async def _pump(self, link: _Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
