@@ -83,13 +83,13 @@ async def answering(answers: dict[str, bytes], *, status: str = "200 OK", drip: 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def installed(path: Path, answers: dict[str, bytes]) -> Path:
-    """The Python of an environment whose SGLang starts and gives ``answers``, and whose torch finds no GPU."""
+def installed(path: Path, answers: dict[str, bytes] | None = None, version: str = "0.5.21") -> Path:
+    """The Python of an environment with an SGLang of ``version`` that gives ``answers``, and a torch that finds no GPU."""
     venv.create(path, with_pip=False)
     (site,) = path.glob("lib/python*/site-packages")
     files = {
-        "sglang-0.5.21.dist-info/METADATA": "Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.21\n",
-        "sglang/launch_server.py": LAUNCH_SERVER.replace("ANSWERS", repr(answers)),
+        f"sglang-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n",
+        "sglang/launch_server.py": LAUNCH_SERVER.replace("ANSWERS", repr(answers or {})),
         "torch.py": "class cuda:\n    is_available = staticmethod(lambda: False)\n",
     }
     for name, text in files.items():

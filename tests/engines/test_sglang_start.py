@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from services.sampler.engines.sglang.command import CPU, Installed, Launch, check_installed, find, own_flags
 from services.sampler.engines.sglang.stage import Stage
 from tests.engines import builders
+from tests.engines.stubs import installed
 from treegrpo.errors import ConfigError, WeightsError
 from treegrpo.step import PolicyVersion
 
@@ -91,12 +91,12 @@ def test_flags_that_follow_from_the_configuration_are_refused(flags: str) -> Non
 @pytest.mark.parametrize("version", ["0.4.9", "0.5.20", "0.6.0", "1.0"])
 def test_versions_that_cannot_be_used_are_refused_with_those_that_can(version: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"SGLang {version} in .*bin/python cannot be used; install 0\.5\.21 or 0\.5\.23"):
-        find(environment_with(tmp_path, version))
+        find(installed(tmp_path, version=version))
 
 
 def test_versions_that_can_be_used_are_told(tmp_path: Path) -> None:
     for version in ("0.5.21", "0.5.23", "0.5.23.post1"):
-        assert check_installed(environment_with(tmp_path / version, version)) == version
+        assert check_installed(installed(tmp_path / version, version=version)) == version
 
 
 def test_without_sglang_how_to_install_it_is_said(tmp_path: Path) -> None:
@@ -107,12 +107,3 @@ def test_without_sglang_how_to_install_it_is_said(tmp_path: Path) -> None:
     (tmp_path / "broken").chmod(0o755)
     with pytest.raises(ConfigError, match=r"engine\.python = .*broken cannot be used"):
         find(tmp_path / "broken")
-
-
-def environment_with(path: Path, version: str) -> Path:
-    """The Python of an environment in which an SGLang of ``version`` seems to be installed."""
-    venv.create(path, with_pip=False)
-    (site,) = path.glob("lib/python*/site-packages")
-    (site / f"sglang-{version}.dist-info").mkdir()
-    (site / f"sglang-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
-    return path / "bin" / "python"
