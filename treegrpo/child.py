@@ -19,6 +19,8 @@ GRACE_SECONDS = 5.0
 class ChildProcess:
     """A running program. Its own session, so a terminal's Ctrl-C reaches only who started it, who then decides."""
 
+    whole_group: ClassVar[bool] = False
+    """What it starts dies with it even when this process is killed: not all programs see to that themselves."""
     killed_seconds: ClassVar[float | None] = None
     """To wait for one that was killed, which a device may hold for ever; None: as long as it takes."""
 
@@ -34,7 +36,7 @@ class ChildProcess:
         """Run ``command``; what it says is appended to ``log``."""
         with log.open("ab") as out:
             process = await asyncio.create_subprocess_exec(
-                *leashed(command),
+                *leashed(command, group=cls.whole_group),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

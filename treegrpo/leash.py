@@ -1,7 +1,11 @@
-"""Starts a program that dies with its parent: `python -m treegrpo.leash PARENT_PID PROGRAM [ARGUMENT …]`.
+"""Starts a program that dies with its parent: `python -m treegrpo.leash [--group] PARENT_PID PROGRAM [ARGUMENT …]`.
 
 Linux kills the program the moment its parent ends, however it ends, so nothing is left behind even after `kill -9`.
 The wish to be killed survives exec. Elsewhere the program just starts.
+
+With --group what the program has started in its session dies with it as well, for programs that do not see to that in time:
+
+    parent ends ─► program is killed ─► its watcher, which was started before it, kills the group
 """
 
 from __future__ import annotations
@@ -21,16 +25,35 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def leashed(command: Sequence[str]) -> list[str]:
-    """``command`` so that it dies with the process that runs it."""
-    return [sys.executable, "-m", "treegrpo.leash", str(os.getpid()), *command]
+def leashed(command: Sequence[str], *, group: bool = False) -> list[str]:
+    """``command`` so that it dies with the process that runs it, and with ``group`` its session with it."""
+    return [sys.executable, "-m", "treegrpo.leash", *(["--group"] if group else []), str(os.getpid()), *command]
+
+
+def watch_group() -> None:
+    """Start a process that kills the group of this one, which leads it, when this one ends, whatever it runs by then."""
+    leader = os.getpid()
+    if os.fork():
+        return
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # said to the group, meant for its leader
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, lambda _number, _frame: os.killpg(leader, signal.SIGKILL))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
+    if os.getppid() != leader:  # it ended before we asked
+        os.killpg(leader, signal.SIGKILL)
+    while True:
+        signal.pause()
 
 
 def main(arguments: list[str]) -> None:
-    parent, program = int(arguments[0]), arguments[1:]
+    group = arguments[0] == "--group"
+    parent, *program = arguments[group:]
     die_with_parent()
-    if sys.platform == "linux" and os.getppid() != parent:  # it died before we asked
-        raise SystemExit(1)
+    if sys.platform == "linux":
+        if os.getppid() != int(parent):  # it died before we asked
+            raise SystemExit(1)
+        if group:
+            watch_group()
     os.execv(program[0], program)  # noqa: S606
 
 

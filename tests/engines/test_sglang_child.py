@@ -30,6 +30,17 @@ if sys.argv[2] != "ends":
     signal.pause()
 """
 """Starts a process that ignores SIGTERM; both hold a pipe."""
+SAMPLER = """
+import asyncio, os, sys
+from pathlib import Path
+from services.sampler.engines.sglang.child import Child
+
+async def run():
+    child = await Child.start([sys.executable, "-c", *sys.argv[2:]], os.environ, Path(sys.argv[1]))
+    await child.ended
+
+asyncio.run(run())
+"""
 
 
 @pytest.fixture
@@ -55,6 +66,15 @@ async def test_no_process_is_left_however_the_first_of_them_ends(tmp_path: Path,
     if leader != "ends":
         await child.stop(0.5)
     assert await child.ended == code
+    assert await heard(pipe) == b""
+
+
+async def test_no_process_is_left_when_the_sampler_is_killed(tmp_path: Path, pipe: int) -> None:
+    words = (SAMPLER, str(tmp_path / "log"), LEADER, str(tmp_path / "pipe"), "ignores")
+    sampler = await asyncio.create_subprocess_exec(sys.executable, "-c", *words)
+    assert await heard(pipe) == b"up"
+    sampler.kill()
+    assert await sampler.wait() == -signal.SIGKILL
     assert await heard(pipe) == b""
 
 

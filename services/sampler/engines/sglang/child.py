@@ -21,6 +21,8 @@ _CAUSE = re.compile(r"^(?:\[.*?\] )?(?:[\w.]+\.)?\w*(?:Error|Exception)\b:? ?.*"
 class Child(ChildProcess):
     """A running server process."""
 
+    whole_group = True  # SGLang's own processes look after their parent only when they have imported everything
+
     @classmethod
     async def start(cls, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Self:
         """Run ``command``; what it says is appended to ``log``."""
