@@ -68,8 +68,10 @@ class ChildProcess:
         hurry = asyncio.create_task((at_once or asyncio.Event()).wait(), name=f"hurry-{self.name}")
         if self.code is None:
             self._tell_group(signal.SIGTERM)
-        await asyncio.wait({self.ended, hurry}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
+        try:
+            await asyncio.wait({self.ended, hurry}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hurry.cancel()
         if self.code is None:
             self._tell_group(signal.SIGKILL)
         await asyncio.wait({self.ended}, timeout=self.killed_seconds)

@@ -37,12 +37,11 @@ def watch_group() -> None:
         return
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # said to the group, meant for its leader
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, lambda _number, _frame: os.killpg(leader, signal.SIGKILL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
-    if os.getppid() != leader:  # it ended before we asked
-        os.killpg(leader, signal.SIGKILL)
-    while True:
-        signal.pause()
+    if os.getppid() == leader:  # else it ended before we asked
+        signal.sigwait({signal.SIGUSR1})
+    os.killpg(leader, signal.SIGKILL)
 
 
 def main(arguments: list[str]) -> None:

@@ -103,19 +103,8 @@ async def told(bench: Workbench, state: str) -> None:
     assert (await asyncio.to_thread(treegrpo, "state", state, *bench.flags())).code == 0
 
 
-async def test_a_run_is_one_commands_trains_to_its_end_sums_up_and_is_not_begun_again(
-    bench: Workbench, up: Up, tmp_path: Path
-) -> None:
+async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(bench: Workbench, up: Up) -> None:
     run = await up(*bench.flags(sampler__count="2"))
-    await run.line("The broker is ready")
-    (tmp_path / "elsewhere").mkdir()
-    keys = Workbench(tmp_path / "elsewhere").keys
-    ports = {key: keys[key] for key in ("broker.address", "retriever.listen", "learner.listen", "learner.metrics")}
-    flags = bench.flags(**{key.replace(".", "__"): value for key, value in ports.items()})
-    second = await asyncio.to_thread(treegrpo, "up", *flags)
-    assert (second.code, second.left, second.out) == (FAILED, [], "")
-    assert second.sentence.startswith(f"Another `treegrpo up` or `treegrpo learner` works on the run in {bench.run_dir}; ")
-
     assert await run.end() == 0
     progress = read_progress(bench.run_dir)
     assert [step.step for step in progress.steps] == [1, 2]
@@ -139,8 +128,19 @@ async def test_a_run_is_one_commands_trains_to_its_end_sums_up_and_is_not_begun_
     assert "run.seed was 0 and is 8, rollout.trees was 2 and is 3. Set it back" in other.sentence
 
 
-async def test_a_dead_sampler_is_replaced_and_the_same_command_goes_on_after_ctrl_c(bench: Workbench, up: Up) -> None:
+async def test_a_second_command_is_refused_a_dead_sampler_replaced_and_the_first_command_goes_on_after_ctrl_c(
+    bench: Workbench, up: Up, tmp_path: Path
+) -> None:
     run = await up(*bench.flags(train__steps=FOREVER))
+    await run.line("The broker is ready")
+    (tmp_path / "elsewhere").mkdir()
+    keys = Workbench(tmp_path / "elsewhere").keys
+    ports = {key: keys[key] for key in ("broker.address", "retriever.listen", "learner.listen", "learner.metrics")}
+    flags = bench.flags(train__steps=FOREVER, **{key.replace(".", "__"): value for key, value in ports.items()})
+    second = await asyncio.to_thread(treegrpo, "up", *flags)
+    assert (second.code, second.left, second.out) == (FAILED, [], "")
+    assert second.sentence.startswith(f"Another `treegrpo up` or `treegrpo learner` works on the run in {bench.run_dir}; ")
+
     await run.line("step 1/")
     os.kill(run.pid_of("services.sampler"), signal.SIGKILL)
     await run.line("starting it again")

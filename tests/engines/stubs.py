@@ -31,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(answers.get(self.path, b"{}"))
+        self.wfile.write(answers.get(self.path, b"{}").replace(b"MODEL_PATH", flags["--model-path"].encode()))
 
     do_POST = do_GET
 
@@ -47,7 +47,7 @@ def answers(**info: object) -> dict[str, bytes]:
     """What a server says that serves a Qwen2 and takes every version; ``info`` changes what it says it is."""
     return {
         "/server_info": json.dumps({**INFO, **info}).encode(),
-        "/model_info": b'{"model_type": "qwen2"}',
+        "/model_info": b'{"model_type": "qwen2", "model_path": "MODEL_PATH"}',
         "/v1/loads?include=core": json.dumps(LOADS).encode(),
         "/update_weights_from_disk": b'{"success": true}',
         "/metrics/": b"",

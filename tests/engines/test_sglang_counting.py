@@ -107,11 +107,14 @@ async def test_an_update_that_fails_is_counted_here_unless_it_is_told(
         assert engine.counters.errors == counted
 
 
-async def test_a_page_of_metrics_that_is_none_is_counted_and_the_server_used_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [b"sglang:x{ 3", b'sglang:x{a="b",\t="c"} 1'], ids=["cut off", "no name"])
+async def test_a_page_of_metrics_that_is_none_is_counted_and_the_server_used_on(
+    monkeypatch: pytest.MonkeyPatch, page: bytes
+) -> None:
     monkeypatch.setattr("services.sampler.engines.sglang.watch.LOOK_SECONDS", 0.0)
     monkeypatch.setattr("services.sampler.engines.sglang.watch.METRICS_SECONDS", 0.0)
     served, counted, looks, enough = Staged(FIRST, Path("/first")), list[BaseException](), list[None](), asyncio.Event()
-    async with answering(answers() | {"/metrics/": b"sglang:x{ 3"}) as url:
+    async with answering(answers() | {"/metrics/": page}) as url:
         server = Server(Api(url), Pressure(2), up=True, serves=served)
 
         def changed() -> None:

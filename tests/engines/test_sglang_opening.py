@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,7 +73,10 @@ async def test_a_server_that_never_gives_a_good_answer_is_told_as_it_is(
     [
         (answers(version="0.4.9"), r"SGLang 0\.4\.9 in the server at http.* cannot be used"),
         (answers(skip_tokenizer_init=True), "has no tokenizer; start it without"),
-        (answers() | {"/model_info": b'{"model_type": "llama"}'}, "serves a llama, the learner trains a qwen2"),
+        (
+            answers() | {"/model_info": b'{"model_type": "llama", "model_path": ""}'},
+            "serves a llama, the learner trains a qwen2",
+        ),
     ],
 )
 async def test_a_server_that_cannot_be_used_is_told_at_the_start_though_others_can(
@@ -86,17 +90,35 @@ async def test_a_server_that_cannot_be_used_is_told_at_the_start_though_others_c
 # ---- a server of its own
 
 
-async def child(demands: Demands, path: Path, *, host: str = "127.0.0.1", said: dict[str, bytes] | None = None) -> SGLangEngine:
+async def child(
+    demands: Demands, path: Path, *, host: str = "127.0.0.1", port: int = 0, said: dict[str, bytes] | None = None
+) -> SGLangEngine:
     """The engine on an SGLang that is installed in ``path``, and is none."""
     python = installed(path / "environment", said or answers())
     shape = {"cache_tokens": 1024, "dtype": "float32", "threads": 1, "seed": 0}
-    return await open_child(demands, Place(host, 0, path / "server.log"), python, (), **shape)
+    return await open_child(demands, Place(host, port, path / "server.log"), python, (), **shape)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::", "localhost"])
+IPV6 = pytest.mark.skipif(not (socket.has_ipv6 and Path("/proc/net/if_inet6").exists()), reason="this machine has no IPv6")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=IPV6), pytest.param("::", marks=IPV6), "localhost"])
 async def test_a_server_listens_and_is_found_wherever_it_is_told_to(demands: Demands, tmp_path: Path, host: str) -> None:
     async with await child(demands, tmp_path, host=host) as engine:
         await engine.health()
+
+
+async def test_a_stranger_at_its_port_is_not_taken_for_it(demands: Demands, tmp_path: Path) -> None:
+    """Two samplers may be told the same port: the weights of one must not go to the server of the other."""
+    async with answering(answers() | {"/model_info": b'{"model_type": "qwen2", "model_path": "/a/stranger"}'}) as url:
+        with pytest.raises(EngineError, match=r"ended with exit code 1.*Address already in use"):
+            await child(demands, tmp_path, port=int(url.rpartition(":")[2]))
+
+
+async def test_a_log_that_cannot_be_written_is_told_at_the_start(demands: Demands, tmp_path: Path) -> None:
+    (tmp_path / "server.log").mkdir()
+    with pytest.raises(EngineError, match=r"cannot be started.*Is a directory.*its log would be .*server\.log"):
+        await child(demands, tmp_path)
 
 
 @pytest.mark.parametrize("info", [{"max_total_num_tokens": 200}, {"context_length": 200}], ids=["memory", "context"])

@@ -160,7 +160,8 @@ async def test_a_server_of_which_nobody_knows_what_it_serves_stays_paused(
     if serves == NEW:
         await one.swap(NEW)
     else:
-        with pytest.raises(tuple(type(error) for error in refusals.values())):
+        raised = UnavailableError if OLD.path in refusals else type(refusals[NEW.path])
+        with pytest.raises(raised):
             await one.swap(NEW)
     assert (api.told, one.serves, one.swapping) == (told, serves, False)
 
@@ -201,7 +202,7 @@ async def test_a_server_that_comes_later_is_examined_as_the_first_were(tmp_path:
     info = {"version": "0.5.21", "context_length": 512, "max_total_num_tokens": 4096}
     answers = {
         "/server_info": json.dumps(info).encode(),
-        "/model_info": b'{"model_type": "qwen2"}',
+        "/model_info": b'{"model_type": "qwen2", "model_path": ""}',
         "/update_weights_from_disk": b'{"success": true}',
     }
     demands = Demands(model, PolicyVersion(0, 0), 256, 4, tmp_path)
@@ -210,7 +211,7 @@ async def test_a_server_that_comes_later_is_examined_as_the_first_were(tmp_path:
         answers["/server_info"] = json.dumps(info | {"context_length": 128}).encode()
         with pytest.raises(ConfigError, match="has room for 120 tokens, 256 are needed"):
             await wake(one, OLD)
-        answers["/model_info"] = b'{"model_type": "llama"}'
+        answers["/model_info"] = b'{"model_type": "llama", "model_path": ""}'
         with pytest.raises(ConfigError, match="serves a llama"):
             await wake(one, OLD)
 
@@ -246,6 +247,19 @@ async def test_the_page_of_a_sampler_has_what_its_servers_say_and_who_says_it() 
         assert f'sglang:prompt_tokens_total{{model_name="m",server="{url}"}} 40.0' in page
     assert page.count("# TYPE sglang:num_running_reqs gauge") == 1
     assert "python_gc" not in page
+
+
+@pytest.mark.parametrize(
+    "said", [b"[" * 200_000, b"9" * 5000, b"\xff", b"<html>"], ids=["too deep", "too long", "no text", "no JSON"]
+)
+async def test_an_answer_that_cannot_be_read_is_refused(said: bytes) -> None:
+    async with answering(dict.fromkeys(("/v1/loads?include=core", "/generate"), said)) as url:
+        api = Api(url)
+        with pytest.raises(ContractError, match="is of no use"):
+            await api.load()
+        with pytest.raises(ContractError, match="is of no use"):
+            await api.generate({"sampling_params": {"max_new_tokens": 1}})
+        await api.close()
 
 
 async def test_a_page_that_is_none_is_refused() -> None:

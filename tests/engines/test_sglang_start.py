@@ -40,6 +40,8 @@ def test_a_staged_version_is_complete_and_the_one_before_can_go(tmp_path: Path, 
     assert not (first.path / "model.safetensors").exists()
     third = stage.put(PolicyVersion(0, 2), weights)
     assert (third.path / "config.json").is_file()
+    again = stage.put(FIRST, weights)
+    assert {file.name for file in again.path.iterdir()} == {file.name for file in third.path.iterdir()}
     stage.close()
     assert not third.path.exists()
 
@@ -82,7 +84,11 @@ def test_what_the_configuration_says_comes_last_and_a_cpu_gets_its_flags() -> No
     assert "SGLANG_USE_CPU_ENGINE" not in on_gpu.environment()
 
 
-@pytest.mark.parametrize("flags", ["--port 3", "--model-path=x", "--weight-version 1", "--api-key x", "--ssl-certfile=x"])
+SHORT = ("--hos 0.0.0.0", "--por=5", "--api-k x", "--model-p /x", "--config x.yaml", "--skip-tok")
+"""What argparse takes for one of them, and what would say one of them."""
+
+
+@pytest.mark.parametrize("flags", ["--port 3", "--model-path=x", "--weight-version 1", "--api-key x", "--ssl-certfile=x", *SHORT])
 def test_flags_that_follow_from_the_configuration_are_refused(flags: str) -> None:
     with pytest.raises(ConfigError, match="leave it out"):
         own_flags(flags)

@@ -67,8 +67,12 @@ class Info(BaseModel):
     skip_tokenizer_init: bool = False
 
 
-class _Model(BaseModel):
+class Model(BaseModel):
+    """What `/model_info` says about the model that a server serves."""
+
     model_type: str
+    """As config.json says it."""
+    model_path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +155,9 @@ def read_info(body: Any) -> Info:
     return _parse(Info, body)
 
 
-def read_model_type(body: Any) -> str:
-    """What the answer of `/model_info` says the model is. Raises ContractError."""
-    return _parse(_Model, body).model_type
+def read_model(body: Any) -> Model:
+    """The answer of `/model_info`. Raises ContractError."""
+    return _parse(Model, body)
 
 
 def _parse(model: type[M], body: Any) -> M:

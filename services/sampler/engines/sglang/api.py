@@ -26,10 +26,11 @@ from services.sampler.engines.sglang.answers import (
     ForeignVersionError,
     Info,
     Load,
+    Model,
     read_answer,
     read_info,
     read_load,
-    read_model_type,
+    read_model,
 )
 from treegrpo.errors import ContractError, DeadlineError, EngineError, TreeGrpoError, UnavailableError, WeightsError
 from treegrpo.step import PolicyVersion
@@ -91,7 +92,7 @@ class Api:
             raise self._refusal("/metrics", response)
         try:
             return await asyncio.to_thread(_families, response.text)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:  # the parser has no error of its own
             raise ContractError(f"What the server at {self.url} answers to /metrics is no page of metrics: {error}.") from error
 
     async def info(self) -> Info:
@@ -99,10 +100,10 @@ class Api:
         body = await self._call("GET", "/server_info", None, CONTROL_SECONDS)
         return self._read(lambda: read_info(body), "/server_info")
 
-    async def model_type(self) -> str:
-        """What kind of model it serves, as config.json says it."""
+    async def model(self) -> Model:
+        """What it serves."""
         body = await self._call("GET", "/model_info", None, CONTROL_SECONDS)
-        return self._read(lambda: read_model_type(body), "/model_info")
+        return self._read(lambda: read_model(body), "/model_info")
 
     async def health(self) -> None:
         """Return if it can generate."""
@@ -136,7 +137,7 @@ class Api:
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> Any:
         async with self._failing(path, seconds):
             response = await self._client.request(method, self.url + path, json=body, timeout=seconds)
-        if response.is_error:
+        if not response.is_success:
             raise self._refusal(path, response)
         if not response.content:
             return None
@@ -147,7 +148,7 @@ class Api:
         body = {**body, "stream": True, "sampling_params": {**body["sampling_params"], "stream_interval": NEVER}}
         asking, last = self._client.stream("POST", self.url + path, json=body, timeout=GENERATE_SECONDS), b""
         async with self._failing(path, GENERATE_SECONDS), asking as response:
-            if response.is_error:
+            if not response.is_success:
                 await response.aread()
                 raise self._refusal(path, response)
             async for line in _lines(response.aiter_bytes()):
@@ -181,7 +182,7 @@ class Api:
     def _read(self, read: Any, path: str) -> Any:
         try:
             return read()
-        except (ContractError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ContractError, ValueError, RecursionError) as error:  # the last two of JSON: none, too long a number, too deep
             kind = ForeignVersionError if isinstance(error, ForeignVersionError) else ContractError
             raise kind(f"What the server at {self.url} answers to {path} is of no use: {error}.") from error
 

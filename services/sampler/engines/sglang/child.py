@@ -25,9 +25,12 @@ class Child(ChildProcess):
 
     @classmethod
     async def start(cls, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Self:
-        """Run ``command``; what it says is appended to ``log``."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        return await cls.spawn("sglang", command, environment, log)
+        """Run ``command``; what it says is appended to ``log``. Raises EngineError when this machine cannot do that now."""
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            return await cls.spawn("sglang", command, environment, log)
+        except OSError as error:
+            raise EngineError(f"The SGLang server cannot be started ({error}); its log would be {log}.") from error
 
     async def ready(self, probe: Callable[[], Awaitable[None]], seconds: float) -> None:
         """Wait until ``probe`` no longer raises.

@@ -24,10 +24,12 @@ PROBE_SECONDS = 120.0
 VERSION = "import importlib.metadata as m; print(*(d.version for d in m.distributions(name='sglang')))"
 CUDA = "import torch; print(torch.cuda.is_available())"
 INSTALL = "install it with `make sglang-cpu`, or see docs/sglang.md for a GPU, and name its Python in engine.python."
-OURS = ("--model-path", "--model", "--host", "--port", "--weight-version", "--context-length", "--random-seed")
-"""Flags that follow from the rest of the configuration."""
+OURS = ("--model-path", "--model", "--host", "--port", "--weight-version", "--context-length", "--random-seed", "--config")
+"""Flags that follow from the rest of the configuration, or would say such."""
 LOCKS = ("--api-key", "--admin-api-key", "--ssl")
 """What these begin asks a client for more than ours has."""
+NEEDED = "--skip-tokenizer-init"
+"""Without its tokenizer a server knows no stop strings."""
 CPU = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
     *("--disable-cuda-graph", "--disable-overlap-schedule"),  # there is nothing that a second stream could overlap with
@@ -101,11 +103,19 @@ def own_flags(text: str) -> tuple[str, ...]:
     except ValueError as error:
         raise ConfigError(f"engine.flags = {text!r} cannot be split into words ({error}); close the quotation.") from error
     for flag in flags:
-        if (name := flag.partition("=")[0]) in OURS:
+        name = flag.partition("=")[0]
+        if _means(name, OURS):
             raise ConfigError(f"engine.flags has {name}, which follows from the rest of the configuration; leave it out.")
-        if name.startswith(LOCKS):
+        if name.startswith(LOCKS) or _means(name, LOCKS):
             raise ConfigError(f"engine.flags has {name}, and the sampler speaks to its own server without; leave it out.")
+        if _means(name, (NEEDED,)):
+            raise ConfigError(f"engine.flags has {name}, and stop strings need the server's tokenizer; leave it out.")
     return flags
+
+
+def _means(name: str, flags: tuple[str, ...]) -> bool:
+    """Whether a command line takes ``name`` for one of ``flags``: its beginning is enough."""
+    return len(name) > len("--") and name.startswith("--") and any(flag.startswith(name) for flag in flags)
 
 
 def check_listen(listen: str, *, insecure_network: bool) -> None:

@@ -153,7 +153,7 @@ async def _context(demands: Demands, api: Api, least: int = 1) -> int:
     check_version(info.version, f"the server at {api.url}")
     if info.skip_tokenizer_init:
         raise ConfigError(f"The SGLang server at {api.url} has no tokenizer; start it without --skip-tokenizer-init.")
-    serves, ours = await api.model_type(), _config(demands.model).get("model_type")
+    serves, ours = (await api.model()).model_type, _config(demands.model).get("model_type")
     if serves != ours:
         raise ConfigError(
             f"The SGLang server at {api.url} serves a {serves}, the learner trains a {ours}; start it on that model."
@@ -204,7 +204,7 @@ def _config(model: Path) -> dict[str, Any]:
         raise ModelError(f"{model} has no config.json; give a Hugging Face causal LM directory.") from error
     except ValueError as error:
         raise ModelError(f"{model / 'config.json'} is not valid JSON ({error}); restore it from the model's source.") from error
-    return {**config, **config.get("text_config", {})}
+    return {**config.get("text_config", {}), **config}  # a model that reads text alone has it all outside
 
 
 def _reached(host: str, port: int) -> str:

@@ -142,16 +142,23 @@ class Server:
                 await self.api.update(new.version, new.path)
             except WeightsError:
                 if old is not None:
-                    log.warning("weights %s were refused; %s are read again", new.version, old.version)
-                    await self.api.update(old.version, old.path)
-                    await self.api.resume()
-                    self.serves = old
+                    await self._return_to(old, new.version)
                 raise
             await self.api.resume()
             self.serves, self.space = new, str(new.version)
         finally:
             self.swapping = False
             self.stalled += time.monotonic() - began
+
+    async def _return_to(self, old: Staged, refused: PolicyVersion) -> None:
+        """Serve ``old`` again. Raises UnavailableError when that is refused, too."""
+        log.warning("weights %s were refused; %s are read again", refused, old.version)
+        try:
+            await self.api.update(old.version, old.path)
+        except WeightsError as error:
+            raise UnavailableError(f"{error} So were those of version {refused} before.") from error
+        await self.api.resume()
+        self.serves = old
 
     def _abort(self, rid: str) -> None:
         """End a request that nobody waits for any more, without waiting for that."""

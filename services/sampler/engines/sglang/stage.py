@@ -63,16 +63,18 @@ class Stage:
         """
         for _ in read_tensors(weights, self._shapes, tied=self._tied):
             pass
-        path = self._root / str(version)
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
+        path, new = self._root / str(version), self._root / f"{version}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
         try:
             for source in filter(None, (self._base, weights)):
                 for file in source.iterdir():
                     if file.is_file() and (source == weights or not _is_weights(file)):
-                        _link(file, path / file.name)
+                        _link(file, new / file.name)
+            shutil.rmtree(path, ignore_errors=True)  # last, for it may be the base
+            new.rename(path)
         except OSError as error:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
             raise WeightsError(
                 f"{weights} cannot be copied to {path} ({error.strerror}); make room there, or set engine.weights_dir."
             ) from error

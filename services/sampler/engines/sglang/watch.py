@@ -128,6 +128,9 @@ class Keeper:
         child = self._child = await self._launch(served)
 
         async def ready() -> None:
+            api = self._server.api
+            if (path := (await api.model()).model_path) != str(served.path):
+                raise UnavailableError(f"Another server, with the model in {path}, answers at {api.url}.")
             await wake(self._server, served)
 
         await child.ready(ready, START_SECONDS)
