@@ -127,8 +127,18 @@ def check_address(key: str, address: str, *, safe: bool, verb: str = "listens wh
 
 def check_url(key: str, url: str, *, safe: bool) -> None:
     """`check_address` for a URL: https is as good as certificates."""
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+    scheme, host, port = web_address(key, url)
+    if scheme != "https":
+        check_address(key, f"[{host}]:{port}", safe=safe, verb="is on another machine")
+
+
+def web_address(key: str, url: str) -> tuple[str, str, int]:
+    """Scheme, host and port of a web server's URL. Raises ConfigError if it is none."""
+    try:
+        parts = urlsplit(url)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+    except ValueError:  # the port is no number or too large, or a bracket is missing
+        scheme, host, port = "", None, None
+    if scheme not in {"http", "https"} or not host:
         raise ConfigError(f"{key} = {url!r} is no address of a web server; write http://HOST:PORT or https://HOST:PORT.")
-    if parts.scheme != "https":
-        check_address(key, f"[{parts.hostname}]:{parts.port or 80}", safe=safe, verb="is on another machine")
+    return scheme, host, port or (443 if scheme == "https" else 80)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from learner.intake.vocabulary import vocabulary
 from services.cli.history import steps_done
 from services.sampler import tokenizer
-from services.sampler.engines.sglang.command import check_installed, check_listen, own_flags
+from services.sampler.engines.sglang.command import check_different, check_installed, check_listen, own_flags
 from treegrpo.access import Access
 from treegrpo.config import Config, EngineKind
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
@@ -100,16 +100,21 @@ def check_run_dir(config: Config) -> str:
     path = config.run.dir
     if path.exists() and not path.is_dir():
         raise ConfigError(f"run.dir = {path} is a file; give a directory.")
+    _check_writable("run.dir", path)
+    if (done := steps_done(path)) is None:
+        return f"{path} (fresh)"
+    check_identity(config)
+    return f"{path} (goes on after step {done})"
+
+
+def _check_writable(key: str, path: Path) -> None:
+    """Raise ConfigError if ``path``, or the directory that it will be made in, takes no file."""
     try:
         there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise ConfigError(f"run.dir = {path} cannot be written to ({error.strerror}); choose another directory.") from error
-    if (done := steps_done(path)) is None:
-        return f"{path} (fresh)"
-    check_identity(config)
-    return f"{path} (goes on after step {done})"
+        raise ConfigError(f"{key} = {path} cannot be written to ({error.strerror}); choose another directory.") from error
 
 
 def learner_addresses(config: Config) -> list[Address]:
@@ -128,7 +133,14 @@ def all_addresses(config: Config) -> list[Address]:
         *([Address("broker.address", config.broker.address)] if config.broker.embedded else []),
         *([] if config.retriever.url else [Address("retriever.listen", config.retriever.listen)]),
         *learner_addresses(config),
+        *([Address("engine.listen", config.engine.listen)] if _starts_engine(config) else []),
     ]
+
+
+def _starts_engine(config: Config) -> bool:
+    """Whether an SGLang server is started, at a port that is known."""
+    engine = config.engine
+    return engine.kind == "sglang" and not engine.urls and not engine.listen.endswith(":0")
 
 
 def check_addresses(addresses: list[Address]) -> str:
@@ -160,21 +172,23 @@ def check_engine(config: Config) -> str:
         return "embedded"
     if not engine.weights_dir.is_dir():
         raise ConfigError(f"engine.weights_dir = {engine.weights_dir} does not exist; name a directory in memory.")
+    _check_writable("engine.weights_dir", engine.weights_dir)
     if engine.urls:
         if config.sampler.count > 1:
             raise ConfigError(
                 f"engine.urls would be shared by {config.sampler.count} samplers, and each would give the servers its own "
                 "weights; set sampler.count = 1, which uses all of them."
             )
+        check_different(engine.urls)
         return ", ".join(engine.urls)
     own_flags(engine.flags)
+    _, port = split_address(engine.listen, "engine.listen")
     check_listen(engine.listen, insecure_network=config.security.insecure_network)
-    if split_address(engine.listen, "engine.listen")[1] and config.sampler.count > 1:
+    if port and config.sampler.count > 1:
         raise ConfigError(
             f"engine.listen = {engine.listen} would be shared by the SGLang servers of {config.sampler.count} samplers; "
             "give port 0, and each takes a free one."
         )
-    check_free(engine.listen, "engine.listen")
     return f"SGLang {check_installed(engine.python)} of {engine.python}"
 
 

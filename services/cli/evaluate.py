@@ -1,4 +1,4 @@
-"""`treegrpo eval`: a model's greedy answers to the held-out questions, in this process with the embedded engine."""
+"""`treegrpo eval`: a model's greedy answers to the held-out questions, on the configured engine."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from services.sampler.channel import because, open_channel
 from treegrpo.access import OPEN, Access, bearer
 from treegrpo.control import open_client, unavailable
 from treegrpo.errors import DeadlineError, UnavailableError
-from treegrpo.security import within_reach
+from treegrpo.security import web_address, within_reach
 
 PROBE_SECONDS = 2.0
 PAUSE_SECONDS = 0.1
@@ -33,6 +33,7 @@ async def broker_ready(address: str, access: Access = OPEN) -> None:
 
 async def retriever_ready(url: str, access: Access = OPEN) -> None:
     """The retriever at ``url`` answers a query; asked as samplers ask, since not every server has a /health."""
+    web_address("retriever.url", url)
     body = {"queries": ["anything"], "topk": 1}
     try:
         async with httpx.AsyncClient(

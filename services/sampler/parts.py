@@ -13,7 +13,7 @@ from services.environments.search_qa import SearchQA
 from services.sampler.engines.base import Counters, OpenEngine
 from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child, open_remote
-from services.sampler.engines.sglang.command import check_listen, own_flags
+from services.sampler.engines.sglang.command import check_different, check_listen, own_flags
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.access import Access, bearer
 from treegrpo.config import Config
@@ -58,10 +58,11 @@ async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, a
     if engine.urls:
         for url in engine.urls:
             access.check_url("engine.urls", url)
+        check_different(engine.urls)
         return await open_remote(demands, engine.urls, access.web_context())
+    host, port = split_address(engine.listen, "engine.listen")
     check_listen(engine.listen, insecure_network=access.insecure_network)
     check_free(engine.listen, "engine.listen")
-    host, port = split_address(engine.listen, "engine.listen")
     place = Place(host, port, config.run.dir / "logs" / f"{name}-sglang.log")
     shape = {"cache_tokens": engine.cache_tokens, "dtype": config.model.dtype, "threads": engine.threads, "seed": seed}
     return await open_child(demands, place, engine.python, own_flags(engine.flags), **shape)

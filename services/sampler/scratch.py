@@ -12,6 +12,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from treegrpo.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 
@@ -34,6 +36,9 @@ def scratch(parent: Path | None = None) -> Generator[Path]:
     It is locked meanwhile. The kernel unlocks it however its process ends, and whoever finds it unlocked may remove it:
     on one machine, until it is started anew, there are never more of them than samplers that run, and those that ended
     since the last start.
+
+    Raises:
+        ConfigError: it cannot be made there.
     """
     parent = parent or Path(tempfile.gettempdir())
     _sweep(parent)
@@ -47,7 +52,13 @@ def scratch(parent: Path | None = None) -> Generator[Path]:
 
 def _make(parent: Path) -> tuple[Path, int]:
     while True:
-        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        try:
+            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        except OSError as error:
+            raise ConfigError(
+                f"{parent} cannot be written to ({error.strerror}), where policy versions are put; name another directory: "
+                "engine.weights_dir for SGLang, the variable TMPDIR for all else."
+            ) from error
         if (lock := _lock(path)) is not None:
             if path.exists():
                 return path, lock

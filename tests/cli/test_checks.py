@@ -10,6 +10,7 @@ import pytest
 from services.cli.checks import (
     KINDS,
     Address,
+    all_addresses,
     check_addresses,
     check_corpus,
     check_engine,
@@ -120,15 +121,25 @@ def test_an_sglang_that_cannot_be_started_is_found_before_anything_is() -> None:
         with pytest.raises(error, match=sentence):
             check_engine(load(None, ["--engine.kind", "sglang", *flags]))
 
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        refused(AddressInUseError, rf"engine\.listen = {address} is taken", "--engine.listen", address, "--sampler.count", "1")
+    address = "127.0.0.1:30000"
+    refused(ConfigError, r"engine\.listen = '127\.0\.0\.1' is no address", "--engine.listen", "127.0.0.1")
     refused(ConfigError, r"engine\.listen = .* would be shared by the SGLang servers of 2 samplers", "--engine.listen", address)
     refused(ConfigError, r"engine\.urls would be shared by 2 samplers", "--engine.urls", '["http://127.0.0.1:30000"]')
+    twice = '["http://127.0.0.1:30000", "http://localhost:30000/"]'
+    refused(ConfigError, r"engine\.urls has one server twice, as .* and as", "--engine.urls", twice, "--sampler.count", "1")
     refused(ConfigError, r"engine\.flags has --port", "--engine.flags=--port 3")
     refused(ConfigError, r"engine\.weights_dir = /nowhere does not exist", "--engine.weights_dir", "/nowhere")
+    refused(ConfigError, r"engine\.weights_dir = /proc cannot be written to", "--engine.weights_dir", "/proc")
     refused(ConfigError, "SGLang is not installed.*make sglang-cpu", "--engine.python", "/nowhere/python")
     check_engine(load(None, ["--engine.python", "/nowhere/python"]))
+
+
+def test_where_an_engine_listens_is_an_address_like_the_others() -> None:
+    address = "127.0.0.1:40000"
+    flags = ("--engine.listen", address, "--broker.address", address)
+    assert Address("engine.listen", address) not in all_addresses(load(None, flags))
+    with pytest.raises(AddressInUseError, match=rf"broker\.address and engine\.listen are both {address}"):
+        check_addresses(all_addresses(load(None, ["--engine.kind", "sglang", *flags])))
 
 
 async def test_the_doctor_takes_the_ports_of_a_run_that_is_up_for_no_fault(tmp_path: Path) -> None:

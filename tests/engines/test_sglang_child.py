@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from services.sampler.engines.sglang.child import Child
+from treegrpo.errors import ConfigError, UnavailableError
 
 SECONDS = 30.0
 LEADER = """
@@ -97,3 +98,13 @@ async def test_a_port_that_cannot_be_had_is_told_whatever_the_server_says_later(
     child = await Child.start([sys.executable, "-c", code], os.environ, tmp_path / "log")
     await child.ended
     assert "ended with exit code 1; its last words: [Errno 98] address already in use" in child.obituary()
+
+
+async def test_flags_that_it_does_not_take_are_a_matter_of_the_configuration(tmp_path: Path) -> None:
+    async def never() -> None:
+        raise UnavailableError("Nobody answers.")
+
+    code = "import argparse; argparse.ArgumentParser(prog='serve').parse_args(['--nonsense'])"
+    child = await Child.start([sys.executable, "-c", code], os.environ, tmp_path / "log")
+    with pytest.raises(ConfigError, match="serve: error: unrecognized arguments: --nonsense"):
+        await child.ready(never, SECONDS)

@@ -73,6 +73,7 @@ async def test_a_server_that_never_gives_a_good_answer_is_told_as_it_is(
     [
         (answers(version="0.4.9"), r"SGLang 0\.4\.9 in the server at http.* cannot be used"),
         (answers(skip_tokenizer_init=True), "has no tokenizer; start it without"),
+        (answers(max_total_num_tokens=200), r"room for 192 tokens, .* rollout\.max_context = 256; lower that"),
         (
             answers() | {"/model_info": b'{"model_type": "llama", "model_path": ""}'},
             "serves a llama, the learner trains a qwen2",

@@ -109,7 +109,14 @@ def test_without_sglang_how_to_install_it_is_said(tmp_path: Path) -> None:
     for python in (tmp_path / "none", Path(sys.executable)):
         with pytest.raises(ConfigError, match=rf"SGLang is not installed.*{python}.*make sglang-cpu"):
             find(python)
-    (tmp_path / "broken").write_text("#!/bin/false\n")
-    (tmp_path / "broken").chmod(0o755)
-    with pytest.raises(ConfigError, match=r"engine\.python = .*broken cannot be used"):
-        find(tmp_path / "broken")
+    broken = tmp_path / "broken"
+    for text, sentence in (
+        ("", "is no program that may be run; install it"),
+        ("no program", "cannot be used .*Exec format error"),
+        ("#!/bin/sh\necho about >&2\necho out of order >&2\nexit 3\n", r"ended with code 3 \(out of order\); install it"),
+        ("#!/bin/sh\necho hello\n", "of its SGLang is no version .'hello'.; install it"),
+    ):
+        broken.write_text(text)
+        broken.chmod(0o755 if text else 0o644)
+        with pytest.raises(ConfigError, match=rf"engine\.python = .*broken.*{sentence}"):
+            find(broken)

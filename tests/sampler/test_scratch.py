@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from services.sampler.scratch import PREFIX, scratch
+from treegrpo.errors import ConfigError
 
 HOLD = """
 from services.sampler.scratch import scratch
@@ -73,3 +74,8 @@ def test_what_another_machine_uses_stays(tmp_path: Path) -> None:
     theirs.mkdir()
     with scratch():
         assert theirs.exists()
+
+
+def test_where_nothing_can_be_written_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"/proc cannot be written to .*engine\.weights_dir"), scratch(Path("/proc")):
+        pass

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Self
 
 from treegrpo.child import ChildProcess
-from treegrpo.errors import DeadlineError, EngineError, TreeGrpoError
+from treegrpo.errors import ConfigError, DeadlineError, EngineError, TreeGrpoError
 
 PAUSE_SECONDS = 0.25
+USAGE = 2
+"""The exit code of a program that does not take its flags."""
 _BIND = re.compile(r"ERROR: +(\[Errno \d+\].*)")
 """That the address cannot be had; what SGLang says after that is about calls to itself that nobody answers."""
 _CAUSE = re.compile(r"^(?:\[.*?\] )?(?:[\w.]+\.)?\w*(?:Error|Exception)\b:? ?.*")
@@ -37,6 +39,7 @@ class Child(ChildProcess):
 
         Raises:
             EngineError: the process ended instead, with its last words.
+            ConfigError: so it did, for flags that it does not take.
             DeadlineError: it did not become ready in time.
         """
 
@@ -50,7 +53,7 @@ class Child(ChildProcess):
         try:
             await asyncio.wait({waiting, self.ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if self.ended.done():
-                raise EngineError(self.obituary())
+                raise (ConfigError if self.code == USAGE else EngineError)(self.obituary())
             if not waiting.done():
                 raise DeadlineError(
                     f"The SGLang server was not ready within {seconds:.0f} s; last it said: {self.last_words()} ({self.log})"

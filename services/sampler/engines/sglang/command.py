@@ -9,11 +9,12 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from treegrpo.errors import ConfigError
-from treegrpo.security import is_local
+from treegrpo.security import is_local, web_address
 
 TESTED = ("0.5.21", "0.5.23")
 OLDEST = (0, 5, 21)
@@ -127,6 +128,17 @@ def check_listen(listen: str, *, insecure_network: bool) -> None:
         )
 
 
+def check_different(urls: Sequence[str]) -> None:
+    """Raise ConfigError if two of ``urls`` are one server, which would get each policy version twice at once."""
+    seen: dict[tuple[str, int], str] = {}
+    for url in urls:
+        _, host, port = web_address("engine.urls", url)
+        place = ("127.0.0.1" if host == "localhost" else host, port)
+        if place in seen:
+            raise ConfigError(f"engine.urls has one server twice, as {seen[place]} and as {url}; leave one out.")
+        seen[place] = url
+
+
 def find(python: Path) -> Installed:
     """The SGLang that ``python`` runs. Raises what `check_installed` raises; takes as long as torch needs to be imported."""
     check_installed(python)
@@ -136,7 +148,8 @@ def find(python: Path) -> Installed:
 def check_installed(python: Path) -> str:
     """The version of the SGLang that ``python`` runs. Raises ConfigError if there is none, or not one that can be used."""
     if not os.access(_absolute(python), os.X_OK):
-        raise ConfigError(f"SGLang is not installed: engine.python = {python} does not exist; {INSTALL}")
+        what = "is no program that may be run" if python.exists() else "does not exist"
+        raise ConfigError(f"SGLang is not installed: engine.python = {python} {what}; {INSTALL}")
     if not (versions := _say(python, VERSION)):
         raise ConfigError(f"SGLang is not installed in the environment of engine.python = {python}; {INSTALL}")
     version = versions.split()[0]  # of two on the path, the first is what is imported
@@ -147,6 +160,8 @@ def check_installed(python: Path) -> str:
 def check_version(version: str, where: str) -> None:
     """Raise ConfigError if an SGLang of this ``version`` cannot be used."""
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not numbers:
+        raise ConfigError(f"What {where} says of its SGLang is no version ({version!r}); {INSTALL}")
     if not OLDEST <= numbers < (0, 6):
         raise ConfigError(f"SGLang {version} in {where} cannot be used; install {' or '.join(TESTED)} there.")
 
@@ -161,6 +176,9 @@ def _say(python: Path, code: str) -> str:
     try:
         asked = [_absolute(python), "-c", code]
         done = subprocess.run(asked, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True)  # noqa: S603
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ConfigError(f"engine.python = {python} ended with code {error.returncode} ({said}); {INSTALL}") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(f"engine.python = {python} cannot be used ({error}); {INSTALL}") from error
     return done.stdout.strip()

@@ -108,15 +108,14 @@ async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLCont
     limits = _limits(demands)
     share = -(-demands.max_running // len(urls))
     servers = [Server(Api(url, verify), Pressure(share)) for url in urls]
+    for server in servers:
+        server.examine = partial(_examine, demands, server.api)
     try:
-        contexts = await _examine(demands, servers)
+        await _until_one_is_there(servers)
         stage, served, tokenizer = await _staged(demands)
     except BaseException:
         await asyncio.gather(*(server.api.close() for server in servers))
         raise
-    limits = Limits(min(limits.context, *contexts), limits.vocabulary)
-    for server in servers:
-        server.examine = partial(_context, demands, server.api, limits.context)
     engine = SGLangEngine(servers, None, stage, served, tokenizer, limits)
     try:
         await engine.arrived(ANSWER_SECONDS)
@@ -126,8 +125,8 @@ async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLCont
     return engine
 
 
-async def _examine(demands: Demands, servers: Sequence[Server]) -> list[int]:
-    """The contexts of the servers that answer, one at least; one that gives no good answer may come later.
+async def _until_one_is_there(servers: Sequence[Server]) -> None:
+    """Wait until a server gives good answers; one that does not may come later.
 
     Raises:
         ConfigError: one answers, and is none that can be used: better told now than found missing later.
@@ -135,20 +134,20 @@ async def _examine(demands: Demands, servers: Sequence[Server]) -> list[int]:
     """
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
-        found = await asyncio.gather(*(_context(demands, server.api) for server in servers), return_exceptions=True)
+        found = await asyncio.gather(*(server.examine() for server in servers if server.examine), return_exceptions=True)
         errors = [error for error in found if isinstance(error, BaseException)]
         for error in errors:
             if not isinstance(error, UnavailableError | DeadlineError | ContractError | EngineError):
                 raise error
-        if contexts := [context for context in found if isinstance(context, int)]:
-            return contexts
+        if len(errors) < len(servers):
+            return
         if time.monotonic() > deadline:
             raise UnavailableError(f"{errors[0]} Start it, or mend engine.urls.") from errors[0]
         await asyncio.sleep(RETRY_SECONDS)
 
 
-async def _context(demands: Demands, api: Api, least: int = 1) -> int:
-    """Tokens that a request to the server may have. Raises ConfigError if it cannot be used, or has not ``least``."""
+async def _examine(demands: Demands, api: Api) -> None:
+    """Raise ConfigError if the server, which others run, is none that can be used."""
     info = await api.info()
     check_version(info.version, f"the server at {api.url}")
     if info.skip_tokenizer_init:
@@ -158,9 +157,11 @@ async def _context(demands: Demands, api: Api, least: int = 1) -> int:
         raise ConfigError(
             f"The SGLang server at {api.url} serves a {serves}, the learner trains a {ours}; start it on that model."
         )
-    if (room := _room(info)) < least:
-        raise ConfigError(f"The SGLang server at {api.url} has room for {room} tokens, {least} are needed; start it with more.")
-    return room
+    if (room := _room(info)) < demands.context:
+        raise ConfigError(
+            f"The SGLang server at {api.url} has room for {room} tokens, and a request may have rollout.max_context = "
+            f"{demands.context}; lower that, or start it with more --mem-fraction-static, --max-total-tokens or --context-length."
+        )
 
 
 async def _check_room(api: Api, context: int) -> None:
@@ -174,7 +175,7 @@ async def _check_room(api: Api, context: int) -> None:
 
 def _room(info: Info) -> int:
     """Tokens that one request may have there."""
-    return min(info.max_total_num_tokens, info.context_length or info.max_total_num_tokens) - MARGIN
+    return max(0, min(info.max_total_num_tokens, info.context_length or info.max_total_num_tokens) - MARGIN)
 
 
 async def _staged(demands: Demands) -> tuple[Stage, Staged, Tokenizer]:
