@@ -123,7 +123,10 @@ def test_a_retriever_elsewhere_wants_https(url: str, good: bool) -> None:
             OPEN.check_url("retriever.url", url)
 
 
-@pytest.mark.parametrize("url", ["localhost:8765", "ftp://localhost/x", "http:///x", "search", "http://localhost:99999", "http://[::1:1", "https://a:b"])
+NO_URLS = ("localhost:8765", "ftp://localhost/x", "http:///x", "search", "http://localhost:99999", "http://[::1:1", "https://a:b")
+
+
+@pytest.mark.parametrize("url", NO_URLS)
 def test_a_url_that_is_none_is_refused_before_anybody_waits_for_it(url: str) -> None:
     with pytest.raises(ConfigError, match=r"retriever\.url = .* write http://HOST:PORT"):
         OPEN.check_url("retriever.url", url)
