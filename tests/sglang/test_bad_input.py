@@ -18,8 +18,8 @@ from treegrpo.errors import ConfigError, EngineError
 DOCS = Path("docs/sglang.md").read_text(encoding="utf-8")
 
 
-async def test_a_server_that_ends_at_once_is_told_in_its_own_words(tmp_path: Path, endless: tuple[Path, Path]) -> None:
-    with pytest.raises(EngineError, match="unrecognized arguments: --no-such-flag"):
+async def test_a_flag_it_does_not_take_is_told_in_its_own_words(tmp_path: Path, endless: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="unrecognized arguments: --no-such-flag"):
         async with child(endless[0], tmp_path / "server.log", "--no-such-flag"):
             pass
 
