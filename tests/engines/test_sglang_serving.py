@@ -24,7 +24,7 @@ from services.sampler.engines.sglang.watch import Keeper
 from services.sampler.engines.stopping import StopStrings
 from services.sampler.tokenizer import Tokenizer
 from tests.engines import builders
-from tests.engines.stubs import META, answering
+from tests.engines.stubs import META, answering, answers
 from treegrpo.errors import (
     ConfigError,
     ContractError,
@@ -199,19 +199,14 @@ async def test_one_server_given_up_leaves_the_engine_to_those_that_are_not(
 
 
 async def test_a_server_that_comes_later_is_examined_as_the_first_were(tmp_path: Path, model: Path) -> None:
-    info = {"version": "0.5.21", "context_length": 512, "max_total_num_tokens": 4096}
-    answers = {
-        "/server_info": json.dumps(info).encode(),
-        "/model_info": b'{"model_type": "qwen2", "model_path": ""}',
-        "/update_weights_from_disk": b'{"success": true}',
-    }
+    said = answers()
     demands = Demands(model, PolicyVersion(0, 0), 256, 4, tmp_path)
-    async with answering(answers) as url, await open_remote(demands, [url], verify=True) as engine:
+    async with answering(said) as url, await open_remote(demands, [url], verify=True) as engine:
         (one,) = engine.servers
-        answers["/server_info"] = json.dumps(info | {"context_length": 128}).encode()
+        said.update(answers(context_length=128))
         with pytest.raises(ConfigError, match=r"has room for 120 tokens, .* rollout\.max_context = 256; lower that"):
             await wake(one, OLD)
-        answers["/model_info"] = b'{"model_type": "llama", "model_path": ""}'
+        said["/model_info"] = b'{"model_type": "llama", "model_path": ""}'
         with pytest.raises(ConfigError, match="serves a llama"):
             await wake(one, OLD)
 

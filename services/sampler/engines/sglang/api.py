@@ -198,7 +198,7 @@ async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
 
 
 def _families(page: str) -> list[Metric]:
-    """SGLang's own metrics on a page, which may be long. Raises ValueError when it is none."""
+    """SGLang's own metrics on a page, which may be long. Raises ValueError or IndexError when it is none."""
     return [family for family in text_string_to_metric_families(page) if family.name.startswith(OWN)]
 
 

@@ -88,7 +88,12 @@ async def open_child(demands: Demands, place: Place, python: Path, flags: tuple[
     keeper = Keeper(server, start)
     try:
         await keeper.start(served)
-        await _check_room(server.api, limits.context)
+        _check_room(
+            await server.api.info(),
+            limits.context,
+            "The SGLang server",
+            "give the server more memory with --mem-fraction-static or --max-total-tokens in engine.flags.",
+        )
     except BaseException:
         await keeper.stop()
         await server.api.close()
@@ -107,14 +112,13 @@ async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLCont
     """
     limits = _limits(demands)
     share = -(-demands.max_running // len(urls))
-    servers = [Server(Api(url, verify), Pressure(share)) for url in urls]
-    for server in servers:
-        server.examine = partial(_examine, demands, server.api)
+    apis = [Api(url, verify) for url in urls]
+    servers = [Server(api, Pressure(share), examine=partial(_examine, demands, api)) for api in apis]
     try:
-        await _until_one_is_there(servers)
+        await _until_one_is_there(demands, apis)
         stage, served, tokenizer = await _staged(demands)
     except BaseException:
-        await asyncio.gather(*(server.api.close() for server in servers))
+        await asyncio.gather(*(api.close() for api in apis))
         raise
     engine = SGLangEngine(servers, None, stage, served, tokenizer, limits)
     try:
@@ -125,7 +129,7 @@ async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLCont
     return engine
 
 
-async def _until_one_is_there(servers: Sequence[Server]) -> None:
+async def _until_one_is_there(demands: Demands, apis: Sequence[Api]) -> None:
     """Wait until a server gives good answers; one that does not may come later.
 
     Raises:
@@ -134,12 +138,12 @@ async def _until_one_is_there(servers: Sequence[Server]) -> None:
     """
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
-        found = await asyncio.gather(*(server.examine() for server in servers if server.examine), return_exceptions=True)
+        found = await asyncio.gather(*(_examine(demands, api) for api in apis), return_exceptions=True)
         errors = [error for error in found if isinstance(error, BaseException)]
         for error in errors:
             if not isinstance(error, UnavailableError | DeadlineError | ContractError | EngineError):
                 raise error
-        if len(errors) < len(servers):
+        if len(errors) < len(apis):
             return
         if time.monotonic() > deadline:
             raise UnavailableError(f"{errors[0]} Start it, or mend engine.urls.") from errors[0]
@@ -157,25 +161,17 @@ async def _examine(demands: Demands, api: Api) -> None:
         raise ConfigError(
             f"The SGLang server at {api.url} serves a {serves}, the learner trains a {ours}; start it on that model."
         )
-    if (room := _room(info)) < demands.context:
+    more = "start it with more --mem-fraction-static, --max-total-tokens or --context-length."
+    _check_room(info, demands.context, f"The SGLang server at {api.url}", more)
+
+
+def _check_room(info: Info, context: int, who: str, remedy: str) -> None:
+    """Raise ConfigError if the server has no room for one request of ``context`` tokens."""
+    room = max(0, min(info.max_total_num_tokens, info.context_length or info.max_total_num_tokens) - MARGIN)
+    if room < context:
         raise ConfigError(
-            f"The SGLang server at {api.url} has room for {room} tokens, and a request may have rollout.max_context = "
-            f"{demands.context}; lower that, or start it with more --mem-fraction-static, --max-total-tokens or --context-length."
+            f"{who} has room for {room} tokens, and a request may have rollout.max_context = {context}; lower that, or {remedy}"
         )
-
-
-async def _check_room(api: Api, context: int) -> None:
-    """Raise ConfigError if the server that was started here has no room for one request of ``context`` tokens."""
-    if (room := _room(await api.info())) < context:
-        raise ConfigError(
-            f"The SGLang server has room for {room} tokens, and a request may have rollout.max_context = {context}; lower that, "
-            "or give the server more memory with --mem-fraction-static or --max-total-tokens in engine.flags."
-        )
-
-
-def _room(info: Info) -> int:
-    """Tokens that one request may have there."""
-    return max(0, min(info.max_total_num_tokens, info.context_length or info.max_total_num_tokens) - MARGIN)
 
 
 async def _staged(demands: Demands) -> tuple[Stage, Staged, Tokenizer]:
