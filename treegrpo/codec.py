@@ -139,11 +139,6 @@ def subtree_to_bytes(subtree: Subtree) -> bytes:
     return subtree_to_pb(subtree).SerializeToString()
 
 
-def subtree_cost(pb: tree_pb2.Subtree) -> Cost:
-    """What a subtree says it cost, also one that is refused."""
-    return sum((cost_from_pb(step.cost) for step in pb.steps), Cost())
-
-
 def question_to_pb(question: Question) -> rollout_pb2.Question:
     return rollout_pb2.Question(
         id=question.id,

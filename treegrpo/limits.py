@@ -1,6 +1,6 @@
 """How much a peer may send, open and wait: one place, for both ends of every wire.
 
-What follows from the plan of a run (nodes of a branch, depth, tokens of a prompt) is derived in `learner.intake.doors` and
+What follows from the plan of a run (nodes of a branch, depth, tokens of a prompt) is derived in `treegrpo.size` and
 checked there. These are the numbers that follow from nothing but the memory that a stranger is worth.
 """
 

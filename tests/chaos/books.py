@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from learner.intake.frames import Record
 from treegrpo.budget import Budget, Cost
-from treegrpo.codec import lease_end_from_pb, lease_from_pb, subtree_cost
+from treegrpo.codec import cost_from_pb, lease_end_from_pb, lease_from_pb
 from treegrpo.lease import LeaseKind
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
@@ -91,7 +91,7 @@ class Books:
                 self.twice.append(f"draw {number} was leased after it had been given to the trainer")
 
     def _accepted(self, sent: tree_pb2.Subtree) -> None:
-        self._spend(self.kinds[sent.lease], subtree_cost(sent))
+        self._spend(self.kinds[sent.lease], sum((cost_from_pb(step.cost) for step in sent.steps), Cost()))
         number = self._owner.get(sent.lease)
         if number is None:
             return

@@ -31,6 +31,68 @@ def test_every_test_that_a_document_names_is_there(document: Path) -> None:
     assert missing == []
 
 
+PRODUCT = ("treegrpo", "learner", "services")
+NAMING = sorted(
+    path
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "bench/*.md",
+        "examples/**/*.md",
+        "treegrpo/*.py",
+        "learner/**/*.py",
+        "services/**/*.py",
+    )
+    for path in ROOT.glob(pattern)
+    if path.name != "CHANGELOG.md"  # the past
+)
+"""What points to files, modules and constants of the code: documents, and the docstrings of the product."""
+FILES = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("bench", "deploy", "docs", "examples", "learner", "protos", "services", "tests", "treegrpo")
+    for path in (ROOT / folder).rglob("*.*")
+]
+READ = ("docker-compose.yml", ".env.example", *(name for name in FILES if name.endswith((".py", ".yml", ".yaml", ".sh"))))
+CODE = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in READ if name != "tests/contract/test_docs.py")
+
+
+def _is_there(pointer: str) -> bool:
+    """Whether what a backquoted pointer names exists; what is no pointer to the code passes."""
+    if re.fullmatch(r"[\w./-]+\.(py|proto)", pointer):
+        return any(f"/{name}".endswith(f"/{pointer}") for name in FILES)
+    if re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", pointer):
+        return re.search(rf"\b{pointer}\b", CODE) is not None
+    if re.fullmatch(r"(treegrpo|learner|services|bench|tests)(\.\w+)+", pointer) and not pointer.endswith(".internal"):
+        return _is_module_or_member(ROOT, pointer.split("."))
+    return True
+
+
+def _is_module_or_member(folder: Path, parts: list[str]) -> bool:
+    """Whether ``parts`` lead from ``folder`` to a module or package, or to a name in one."""
+    name, *rest = parts
+    if (folder / name).is_dir() and rest and _is_module_or_member(folder / name, rest):
+        return True
+    file = folder / f"{name}.py" if (folder / f"{name}.py").is_file() else folder / name / "__init__.py"
+    return file.is_file() and (not rest or re.search(rf"\b{rest[0]}\b", file.read_text(encoding="utf-8")) is not None)
+
+
+def test_every_file_module_and_constant_that_is_pointed_to_exists() -> None:
+    stale = [
+        f"{path.relative_to(ROOT)}: {pointer}"
+        for path in NAMING
+        for pointer in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8"))
+        if not _is_there(pointer)
+    ]
+    assert stale == []
+
+
+@pytest.mark.parametrize(
+    "pointer", ["learner/intake/gone.py", "GONE_SECONDS", "learner.intake.gone", "learner.intake.leases.Gone"]
+)
+def test_a_pointer_to_nothing_is_stale(pointer: str) -> None:
+    assert not _is_there(pointer.replace("GONE_SECONDS", "GONE" + "_SECONDS_TOO"))
+
+
 def test_the_documents_do_name_tests() -> None:
     """Else the one above would have nothing to find."""
     assert sum(document.read_text(encoding="utf-8").count("test_") for document in DOCUMENTS) > 50

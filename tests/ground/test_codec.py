@@ -73,12 +73,6 @@ def test_a_prompt_from_a_stranger_is_checked() -> None:
         codec.subtree_from_pb(pb)
 
 
-def test_what_a_subtree_cost_is_known_also_if_it_is_refused() -> None:
-    pb = codec.subtree_to_pb(chain("a"))
-    pb.steps[0].action = b"1"
-    assert codec.subtree_cost(pb) == chain("a").cost
-
-
 def test_a_lease_of_an_unknown_kind_or_an_empty_plan_is_refused() -> None:
     with pytest.raises(ContractError, match="is of kind 0"):
         codec.lease_from_pb(rollout_pb2.Lease(id="a"))
