@@ -22,9 +22,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import SecretStr
 
+from treegrpo.address import is_local
 from treegrpo.errors import ConfigError
 from treegrpo.renewal import Renewal, Stamp, stamp
-from treegrpo.security import Role, SecurityConfig, check_address, check_url, is_local, role_of
+from treegrpo.security import Role, SecurityConfig, check_address, check_url, role_of
 
 WORLD = 0o007
 """Permission bits of everybody."""

@@ -10,9 +10,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from treegrpo.address import within_reach
 from treegrpo.lease import Plan
 from treegrpo.section import InputPath, Section
-from treegrpo.security import SecurityConfig, within_reach
+from treegrpo.security import SecurityConfig
 from treegrpo.train_config import TrainConfig
 
 Dtype = Literal["float32", "bfloat16"]

@@ -28,14 +28,14 @@ import aiomqtt
 import msgpack
 
 from treegrpo.access import OPEN, Access
+from treegrpo.address import split_address, within_reach
 from treegrpo.backoff import pause
 from treegrpo.change import Change
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.limits import CONTROL_BYTES, PEERS
 from treegrpo.refusals import Refusals
-from treegrpo.security import Role, within_reach
+from treegrpo.security import Role
 from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import split_address
 from treegrpo.typed import typed
 
 log = logging.getLogger(__name__)

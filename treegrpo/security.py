@@ -6,13 +6,13 @@ network is safe. `treegrpo.access` reads the files; docs/security.md is the whol
 
 from __future__ import annotations
 
-import ipaddress
 from enum import Enum
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from treegrpo.address import is_local, join_address
 from treegrpo.errors import ConfigError
 from treegrpo.section import OptionalInputPath, Section
 
@@ -97,25 +97,6 @@ class SecurityConfig(Section):
         return self.dir is not None or self.ca is not None
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def is_local(address: str) -> bool:
-    """`is_loopback` for HOST:PORT."""
-    return is_loopback(address.rpartition(":")[0].strip("[]"))
-
-
-def within_reach(address: str) -> str:
-    """``address`` as a client on this machine reaches it: a listener on all interfaces is also at loopback."""
-    host, _, port = address.rpartition(":")
-    return {"0.0.0.0": f"127.0.0.1:{port}", "[::]": f"[::1]:{port}"}.get(host, address)  # noqa: S104 - named, not bound
-
-
 def check_address(key: str, address: str, *, safe: bool, verb: str = "listens where other machines can reach it") -> None:
     """Raise ConfigError when ``address`` (HOST:PORT) is beyond this machine and talk there is not ``safe``."""
     if not safe and not is_local(address):
@@ -129,7 +110,7 @@ def check_url(key: str, url: str, *, safe: bool) -> None:
     """`check_address` for a URL: https is as good as certificates."""
     scheme, host, port = web_address(key, url)
     if scheme != "https":
-        check_address(key, f"[{host}]:{port}", safe=safe, verb="is on another machine")
+        check_address(key, join_address(host, port), safe=safe, verb="is on another machine")
 
 
 def web_address(key: str, url: str) -> tuple[str, str, int]:

@@ -7,16 +7,14 @@ with `serve`.
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.registry import Collector
 
 from treegrpo.access import Access
-from treegrpo.errors import AddressInUseError, ConfigError
+from treegrpo.address import check_free, family_of, split_address
 from treegrpo.lease import LeaseEndReason, LeaseKind
 from treegrpo.scrape import serve_page
 
@@ -211,27 +209,6 @@ class RetrieverMetrics(_Metrics):
         self.documents = self._gauge("retriever_documents", "Documents in the index")
 
 
-def split_address(address: str, key: str) -> tuple[str, int]:
-    """HOST:PORT in two. Raises ConfigError naming ``key``."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"{key} = {address!r} is no address; write HOST:PORT with a port below 65536, like 127.0.0.1:9400.")
-    return host.strip("[]"), int(port)
-
-
-def check_free(address: str, key: str) -> None:
-    """Raise AddressInUseError if somebody listens on ``address`` already."""
-    host, port = split_address(address, key)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            reason = "is taken by another process" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-            raise AddressInUseError(f"{key} = {address} {reason}; stop that process or set {key} to another address.") from error
-
-
 def serve(metrics: _Metrics, address: str, key: str, access: Access) -> int:
     """Serve /metrics and /health from a thread until the process ends; returns the port.
 
@@ -242,7 +219,7 @@ def serve(metrics: _Metrics, address: str, key: str, access: Access) -> int:
     access.check_metrics(key, address)
     host, port = split_address(address, key)
     check_free(address, key)
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener = socket.create_server((host, port), family=family_of(host))
     serve_page(
         listener,
         lambda: generate_latest(metrics.registry),

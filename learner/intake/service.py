@@ -35,12 +35,13 @@ from learner.intake.vocabulary import vocabulary
 from learner.intake.watchdog import Watchdog, look
 from learner.intake.weights import WeightsServer
 from treegrpo.access import Access
+from treegrpo.address import check_free
 from treegrpo.config import Config
 from treegrpo.control import ControlPlane, Member, RunState
 from treegrpo.handoff import socket_path
 from treegrpo.identity import keep_identity
 from treegrpo.security import Role
-from treegrpo.telemetry import IntakeMetrics, check_free, serve
+from treegrpo.telemetry import IntakeMetrics, serve
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
 
 log = logging.getLogger(__name__)

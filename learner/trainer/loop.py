@@ -52,12 +52,13 @@ from learner.trainer.report import Phases, show, step_values
 from learner.trainer.shelf import Shelf
 from learner.trainer.update import Updater
 from treegrpo.access import Access
+from treegrpo.address import join_address, split_address
 from treegrpo.config import Config
 from treegrpo.errors import UnavailableError
 from treegrpo.handoff import socket_path
 from treegrpo.identity import KEYS, MODEL, check_identity
 from treegrpo.security import Role
-from treegrpo.telemetry import TrainerMetrics, serve, split_address
+from treegrpo.telemetry import TrainerMetrics, serve
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def main(config: Config, ranks: Ranks) -> None:
     disable_progress_bar()  # of every model file written
     metrics = TrainerMetrics()
     host, port = split_address(config.learner.metrics, "learner.metrics")
-    own = f"{host}:{port + 1 if port else 0}"
+    own = join_address(host, port + 1 if port else 0)
     access = Access.of(config.security, Role.LEARNER)
     ranks.first(lambda: serve(metrics, own, "learner.metrics (the port after it)", access))
     with closing(Link.open(socket_path(config.run.dir), stop, ranks)) as link:

@@ -22,13 +22,13 @@ from amqtt.utils import gen_client_id
 
 from services.cli.broker_peers import Handler, Reader, peer_of
 from treegrpo.access import OPEN, Access, read_secret
+from treegrpo.address import check_free
 from treegrpo.config import Config
 from treegrpo.edge import run_service
 from treegrpo.errors import ConfigError
 from treegrpo.limits import HANDSHAKE_SECONDS, PEERS
 from treegrpo.refusals import Refusals, seldom
 from treegrpo.security import USERS, Role
-from treegrpo.telemetry import check_free
 
 log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 2.0
@@ -72,7 +72,7 @@ class PatientBroker(Broker):
     ) -> asyncio.Server:
         return await asyncio.start_server(
             partial(self.stream_connected, listener_name=listener_name),
-            address,
+            (address or "").removeprefix("[").removesuffix("]"),
             port,
             reuse_address=True,
             ssl=self._context,

@@ -15,11 +15,11 @@ from services.cli.history import steps_done
 from services.sampler import tokenizer
 from services.sampler.engines.sglang.command import check_different, check_installed, check_listen, own_flags
 from treegrpo.access import Access
+from treegrpo.address import check_free, join_address, split_address
 from treegrpo.config import Config, EngineKind
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
 from treegrpo.identity import check_identity
 from treegrpo.security import Role
-from treegrpo.telemetry import check_free, split_address
 
 Check = Callable[[], str]
 
@@ -123,7 +123,7 @@ def learner_addresses(config: Config) -> list[Address]:
     metrics = {"learner.metrics": port, "learner.metrics (the trainer's, the port after it)": port + 1} if port else {}
     return [
         Address("learner.listen", config.learner.listen),
-        *(Address(key, f"{host}:{number}") for key, number in metrics.items()),
+        *(Address(key, join_address(host, number)) for key, number in metrics.items()),
     ]
 
 

@@ -9,7 +9,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from treegrpo.access import Access, bearer
-from treegrpo.security import within_reach
+from treegrpo.address import within_reach
 
 SCRAPE_SECONDS = 1.0
 

@@ -12,9 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.sampler.channel import because, open_channel
 from treegrpo.access import OPEN, Access, bearer
+from treegrpo.address import within_reach
 from treegrpo.control import open_client, unavailable
 from treegrpo.errors import DeadlineError, UnavailableError
-from treegrpo.security import web_address, within_reach
+from treegrpo.security import web_address
 
 PROBE_SECONDS = 2.0
 PAUSE_SECONDS = 0.1

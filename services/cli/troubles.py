@@ -13,8 +13,8 @@ from learner.trainer.manifest import DAMAGED
 from services.cli.keeper import Say
 from services.cli.pages import Scrape, pages
 from treegrpo.access import Access
+from treegrpo.address import join_address, split_address
 from treegrpo.config import Config
-from treegrpo.telemetry import split_address
 
 LOOK_SECONDS = 1.0
 JOURNAL_BLOCKED = "treegrpo_journal_blocked"
@@ -27,7 +27,7 @@ class Troubles:
         """What is there already is known, and not said; ``say`` prints a line for the user."""
         self._run_dir, self._access, self._say = config.run.dir, access, say
         host, port = split_address(config.learner.metrics, "learner.metrics")
-        self._addresses = (f"{host}:{port}", f"{host}:{port + 1}") if port else ()
+        self._addresses = (join_address(host, port), join_address(host, port + 1)) if port else ()
         self._damaged = set(self._set_aside())
         self._now: set[str] = set()
         self.trainer_blocked = asyncio.Event()

@@ -27,11 +27,12 @@ from starlette.routing import Route
 from services.retriever.index import Hit, Index, load_corpus
 from services.retriever.patience import PatientProtocol, TooLargeError, body_of
 from treegrpo.access import Access, shows
+from treegrpo.address import check_free, family_of, split_address
 from treegrpo.config import RetrieverConfig
 from treegrpo.limits import HEADER_BYTES, PEERS, REQUEST_BYTES, REQUEST_SECONDS
 from treegrpo.refusals import Refusals, seldom
 from treegrpo.size import TEXT_LENGTH
-from treegrpo.telemetry import RetrieverMetrics, check_free, split_address
+from treegrpo.telemetry import RetrieverMetrics
 
 log = logging.getLogger(__name__)
 _DEFAULT_TOPK = 3
@@ -136,7 +137,7 @@ async def serve(config: RetrieverConfig, access: Access, ready: Callable[[int], 
     host, port = split_address(config.listen, "retriever.listen")
     check_free(config.listen, "retriever.listen")
     index = Index(load_corpus(config.corpus))
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG)
+    listener = socket.create_server((host, port), family=family_of(host), backlog=_BACKLOG)
     seldom("uvicorn", "asyncio")
     metrics = RetrieverMetrics()
     book = Book(metrics)

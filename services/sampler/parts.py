@@ -16,9 +16,10 @@ from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_c
 from services.sampler.engines.sglang.command import check_different, check_listen, own_flags
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.access import Access, bearer
+from treegrpo.address import check_free, split_address
 from treegrpo.config import Config
 from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import SamplerMetrics, check_free, split_address
+from treegrpo.telemetry import SamplerMetrics
 
 OBSERVE_SECONDS = 1.0
 

@@ -26,11 +26,12 @@ from services.sampler.tokenizer import Tokenizer
 from services.sampler.watch import Want, Watch
 from services.sampler.weights import Follower, WeightStore, first_version
 from treegrpo.access import Access
+from treegrpo.address import join_address, split_address
 from treegrpo.config import Config
 from treegrpo.control import ControlPlane, Member, RunState
 from treegrpo.errors import DeadlineError, EngineAwayError
 from treegrpo.security import Role
-from treegrpo.telemetry import SamplerMetrics, serve, split_address
+from treegrpo.telemetry import SamplerMetrics, serve
 
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 20.0
@@ -58,9 +59,10 @@ async def run(config: Config) -> None:
     access = Access.of(config.security, Role.SAMPLER)
     access.check_reach("broker.address", config.broker.address)
     port = serve(metrics, config.sampler.metrics, "sampler.metrics", access)
-    log.info("metrics at http://%s:%d/metrics", host, port)
+    metrics_address = join_address(host, port)
+    log.info("metrics at %s", metrics_address)
     incarnation = secrets.randbits(64)
-    member = Member(name, "sampler", incarnation, metrics=f"{host}:{port}")
+    member = Member(name, "sampler", incarnation, metrics=metrics_address)
     async with AsyncExitStack() as stack:
         control = await stack.enter_async_context(ControlPlane.connect(config.broker.address, config.run.name, member, access))
         await _not_draining(control)

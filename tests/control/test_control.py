@@ -11,10 +11,10 @@ import pytest
 
 from tests.control.brokers import Broker
 from tests.ports import free_address
+from treegrpo.address import split_address
 from treegrpo.control import ControlPlane, Member, RunState, publish_state
 from treegrpo.errors import UnavailableError
 from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import split_address
 
 SECONDS = 30.0
 VERSION = PolicyVersion(1, 7)

@@ -14,8 +14,9 @@ from services.cli.authority import issue, new_authority
 from services.cli.commands import as_toml
 from tests.security.people import authority, save
 from treegrpo.access import OPEN, Access, shows
+from treegrpo.address import is_loopback
 from treegrpo.errors import ConfigError
-from treegrpo.security import Role, SecurityConfig, check_address, is_loopback
+from treegrpo.security import Role, SecurityConfig, check_address
 from treegrpo.settings import load
 
 SECRET = "correct-horse-battery-staple"

@@ -256,6 +256,18 @@ async def test_tls_of_the_broker_is_checked_by_name(made: Path, tmp_path: Path) 
         await broker.shutdown()
 
 
+async def test_the_embedded_broker_listens_on_ipv6_as_the_other_parts_do(made: Path) -> None:
+    address = free_address().replace("127.0.0.1", "[::1]")
+    broker = embedded_broker(address, access(made, Role.BROKER), {"sampler": "word"})
+    try:
+        await broker.start()
+        who = replace(access(made, Role.SAMPLER), broker_user="sampler", broker_password=SecretStr("word"))
+        async with ControlPlane.connect(address, "r", Member("s7", "sampler", 7), who) as plane:
+            await until(plane, lambda: "s7" in plane.members)
+    finally:
+        await broker.shutdown()
+
+
 def test_the_embedded_broker_needs_the_directory_of_the_passwords() -> None:
     with pytest.raises(ConfigError, match=r"takes its users from security\.dir"):
         broker_module.passwords_in(None)

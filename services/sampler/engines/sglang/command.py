@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from treegrpo.address import is_local
 from treegrpo.errors import ConfigError
-from treegrpo.security import is_local, web_address
+from treegrpo.security import web_address
 
 TESTED = ("0.5.21", "0.5.23")
 OLDEST = (0, 5, 21)

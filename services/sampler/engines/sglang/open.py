@@ -24,8 +24,8 @@ from services.sampler.engines.sglang.server import Server
 from services.sampler.engines.sglang.stage import Stage, Staged
 from services.sampler.engines.sglang.watch import Keeper
 from services.sampler.tokenizer import Tokenizer
+from treegrpo.address import family_of, join_address, within_reach
 from treegrpo.errors import ConfigError, ContractError, DeadlineError, EngineError, ModelError, UnavailableError
-from treegrpo.security import within_reach
 from treegrpo.step import PolicyVersion
 
 ANSWER_SECONDS = 60.0
@@ -206,9 +206,9 @@ def _config(model: Path) -> dict[str, Any]:
 
 def _reached(host: str, port: int) -> str:
     """The address at which who listens on ``host`` is reached from here."""
-    return within_reach(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    return within_reach(join_address(host, port))
 
 
 def _free_port(host: str) -> int:
-    with closing(socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)) as listener:
+    with closing(socket.create_server((host, 0), family=family_of(host))) as listener:
         return listener.getsockname()[1]
