@@ -162,3 +162,19 @@ class ToolAwayError(AwayError, ToolError):
 
 class EnvironmentFaultError(TreeGrpoError, RuntimeError):
     """An environment raised what it should not, or gave what nobody could train on."""
+
+
+DESCRIBED_LETTERS = 1000
+
+
+def describe(error: BaseException) -> str:
+    """The text of an exception for a sentence: one line, never empty, its type where it has no words of its own.
+
+    Example:
+        >>> describe(TimeoutError())
+        'TimeoutError'
+    """
+    words = " ".join(str(error).split())
+    if not isinstance(error, TreeGrpoError) and len(words) > DESCRIBED_LETTERS:
+        words = f"{words[:DESCRIBED_LETTERS]} …"
+    return words or type(error).__name__

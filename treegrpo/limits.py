@@ -32,3 +32,13 @@ REQUEST_SECONDS = 10.0
 """From the first byte of an HTTP request, or of a unary call, to the last; and without reading anything of the answer."""
 SCRAPERS = 32
 """Connections to one /metrics at once."""
+ANSWER_BYTES = MESSAGE_BYTES
+"""The body of an HTTP answer, as it is sent and decompressed. A hundred documents of 300 KiB."""
+LARGE_BYTES = 1 << 20
+"""An HTTP answer or request beyond this is a large one."""
+LARGE_ANSWERS = 2
+"""Large answers that one client reads at once, and a server makes at once; others wait."""
+LOOP_BYTES = 64 << 10
+"""What a process may take apart on its event loop; more goes to a thread."""
+JSON_PARTS = 1 << 19
+"""Values of a JSON answer: the log-probabilities of 128 Ki tokens."""

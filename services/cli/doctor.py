@@ -19,6 +19,7 @@ from services.cli.ready import broker_ready, learner_ready, retriever_ready
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError, TreeGrpoError, UnavailableError
+from treegrpo.http_client import public_url
 from treegrpo.security import Role
 
 PYTHON = (3, 11)
@@ -64,9 +65,9 @@ async def peers(config: Config) -> list[Finding]:
     except ConfigError as error:  # a finding, not an end
         return [Finding("security", "fail", str(error))]
     return [
-        await _reached("broker", config.broker.address, partial(broker_ready, access=access)),
-        await _reached("learner", learner, partial(learner_ready, access=access)),
-        await _reached("retriever", config.search_url, partial(retriever_ready, access=access)),
+        await _reached("broker", config.broker.address, partial(broker_ready, config.broker.address, access)),
+        await _reached("learner", learner, partial(learner_ready, learner, access)),
+        await _reached("retriever", public_url(config.search_url), partial(retriever_ready, config, access)),
     ]
 
 
@@ -110,9 +111,9 @@ def _tried(subject: str, check: Check) -> Finding:
         return Finding(subject, "fail", str(error))
 
 
-async def _reached(subject: str, address: str, probe: Callable[[str], Awaitable[None]]) -> Finding:
+async def _reached(subject: str, address: str, probe: Callable[[], Awaitable[None]]) -> Finding:
     try:
-        await probe(address)
+        await probe()
     except (UnavailableError, ConfigError) as error:  # a finding, not an end
         return Finding(subject, "warn", str(error))
     return Finding(subject, "ok", f"answers at {address}")

@@ -45,7 +45,7 @@ async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> A
     """A retriever for the time of the block: the one that runs already, or one of our own."""
     access = Access.of(config.security, Role.OPERATOR)
     try:
-        await retriever_ready(config.search_url, access)
+        await retriever_ready(config, access)
     except UnavailableError:
         if config.retriever.url:
             raise
@@ -53,7 +53,7 @@ async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> A
         check_addresses([Address("retriever.listen", config.retriever.listen)])
         with tempfile.TemporaryDirectory() as logs:
             async with Crew(arguments, Path(logs), say) as crew:
-                ready = partial(retriever_ready, config.search_url, access)
+                ready = partial(retriever_ready, config, access)
                 await crew.start(Part(Program("retriever", "services.retriever"), ready))
                 yield
     else:

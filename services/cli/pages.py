@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from treegrpo.access import Access, bearer
 from treegrpo.address import within_reach
+from treegrpo.errors import ContractError, DeadlineError, UnavailableError
+from treegrpo.http_client import Answer, HttpClient
 
 SCRAPE_SECONDS = 1.0
+PAGE_BYTES = 4 << 20
 
 Scrape = Mapping[str, float]
 """Samples of a /metrics page by name and labels, sorted by label: ``treegrpo_budget_spent_total/tokens/train``."""
@@ -28,19 +30,24 @@ def parse_scrape(text: str) -> Scrape:
     }
 
 
+def _samples(page: Answer) -> Scrape:
+    try:
+        return parse_scrape(page.text) if page.ok else {}
+    except (ValueError, IndexError):  # the parser has no error of its own
+        return {}
+
+
 @asynccontextmanager
 async def pages(access: Access) -> AsyncGenerator[Read]:
     """Read pages for the time of the block."""
     scheme = "http" if access.keys is None else "https"
-    async with httpx.AsyncClient(
-        timeout=SCRAPE_SECONDS, verify=access.web_context(), headers=bearer(access.metrics_token)
-    ) as client:
+    async with HttpClient(verify=access.web_context(), headers=bearer(access.metrics_token)) as client:
 
         async def read(address: str) -> Scrape:
+            url = f"{scheme}://{within_reach(address)}/metrics"
             try:
-                page = await client.get(f"{scheme}://{within_reach(address)}/metrics")
-                return parse_scrape(page.raise_for_status().text)
-            except httpx.HTTPError:
+                return await client.ask("GET", url, _samples, seconds=SCRAPE_SECONDS, size=PAGE_BYTES)
+            except (UnavailableError, DeadlineError, ContractError):
                 return {}
 
         yield read

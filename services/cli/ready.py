@@ -7,14 +7,16 @@ from collections.abc import Awaitable, Callable
 
 import aiomqtt
 import grpc
-import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.environments.retrieval import PROBE_QUERY
 from services.sampler.channel import because, open_channel
-from treegrpo.access import OPEN, Access, bearer
+from services.sampler.parts import open_retriever
+from treegrpo.access import OPEN, Access
 from treegrpo.address import within_reach
+from treegrpo.config import Config
 from treegrpo.control import open_client, unavailable
-from treegrpo.errors import DeadlineError, UnavailableError
+from treegrpo.errors import ConfigError, DeadlineError, ToolAwayError, ToolError, UnavailableError
 from treegrpo.security import web_address
 
 PROBE_SECONDS = 2.0
@@ -32,20 +34,23 @@ async def broker_ready(address: str, access: Access = OPEN) -> None:
         raise unavailable(address, access, error, "start one there.") from error
 
 
-async def retriever_ready(url: str, access: Access = OPEN) -> None:
-    """The retriever at ``url`` answers a query; asked as samplers ask, since not every server has a /health."""
-    web_address("retriever.url", url)
-    body = {"queries": ["anything"], "topk": 1}
+async def retriever_ready(config: Config, access: Access = OPEN) -> None:
+    """The retriever answers a query, asked as samplers ask: by the same client, for as many documents, with as much time.
+
+    Raises:
+        UnavailableError: nobody answers.
+        ConfigError: it answers, but not what samplers can use.
+    """
+    web_address("retriever.url", config.search_url)
     try:
-        async with httpx.AsyncClient(
-            timeout=PROBE_SECONDS, verify=access.web_context(), headers=bearer(access.retriever_token)
-        ) as client:
-            (await client.post(f"{url}/retrieve", json=body)).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        async with open_retriever(config, access) as retriever:
+            await retriever.search(PROBE_QUERY, config.environment.topk)
+    except ToolAwayError as error:
         raise UnavailableError(
-            f"No retriever answers at {url} ({error or type(error).__name__}); start one with `treegrpo retriever`, or mend "
-            "retriever.url."
+            f"No retriever answers: {error}; start one with `treegrpo retriever`, or mend retriever.url."
         ) from error
+    except ToolError as error:
+        raise ConfigError(f"The retriever cannot be used: {error}; mend retriever.url or environment.topk.") from error
 
 
 async def learner_ready(address: str, access: Access = OPEN) -> None:

@@ -160,7 +160,7 @@ class Run:
             await crew.start(Part(BROKER, broker))
         else:
             await broker()
-        retriever = partial(retriever_ready, config.search_url, access)
+        retriever = partial(retriever_ready, config, access)
         if self._everything and not config.retriever.url:
             await crew.start(Part(RETRIEVER, retriever))
         elif self._everything:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from services.environments.base import Forking, Outcome, ToolCall
-from services.environments.retrieval import Retriever
+from services.environments.retrieval import PROBE_QUERY, Retriever
 from services.environments.rewards import exact_match, f1
 from treegrpo.question import Question
 
@@ -125,7 +125,7 @@ class SearchQA:
 
     async def probe(self) -> None:
         """A search; see `Environment.probe`."""
-        await self._retriever.search("anything", 1)
+        await self._retriever.search(PROBE_QUERY, self._topk)
 
     def score(self, state: Episode) -> Mapping[str, float]:
         """``em`` or ``f1`` (the one chosen) and ``format``; see `Environment.score`.

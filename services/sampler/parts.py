@@ -69,13 +69,22 @@ async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, a
     return await open_child(demands, place, engine.python, own_flags(engine.flags), **shape)
 
 
+def open_retriever(config: Config, access: Access) -> HttpRetriever:
+    """The client of the retriever that the run searches with; close it after use.
+
+    Raises:
+        ConfigError: others could read what is asked.
+    """
+    access.check_url("retriever.url", config.search_url)
+    headers = bearer(access.retriever_token)
+    return HttpRetriever(config.search_url, config.environment.timeout, verify=access.web_context(), headers=headers)
+
+
 @asynccontextmanager
 async def open_environment(config: Config, tokenizer: Tokenizer, access: Access) -> AsyncGenerator[SearchQA]:
     """The environment, with a client of the retriever it searches with."""
     environment = config.environment
-    access.check_url("retriever.url", config.search_url)
-    verify, headers = access.web_context(), bearer(access.retriever_token)
-    async with HttpRetriever(config.search_url, environment.timeout, verify=verify, headers=headers) as retriever:
+    async with open_retriever(config, access) as retriever:
         yield SearchQA(
             retriever,
             topk=environment.topk,

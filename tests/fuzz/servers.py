@@ -19,6 +19,7 @@ from tests.fuzz import samples
 from tests.fuzz.mutations import DRAWN, VALUES, bytewise, changes_of, packed, protobufs, raw, tree
 from tests.fuzz.stage import Stage
 from tests.security import mqtt
+from treegrpo.config import Config, RetrieverConfig
 from treegrpo.v1 import rollout_pb2 as pb
 
 CASE_SECONDS = 20.0
@@ -177,7 +178,7 @@ SERVED = [
     Served("metrics", "intake", 1_000, raw(samples.SCRAPES), dialling(lambda stage: stage.setting.metrics), _intake),
     Served(
         *("search", "retriever", 2_500, DRAWN.map(_post), dialling(lambda stage: stage.retriever)),
-        lambda stage: retriever_ready(f"http://{stage.retriever}"),
+        lambda stage: retriever_ready(Config(retriever=RetrieverConfig(listen=stage.retriever))),
     ),
     Served(
         *("mqtt", "broker", 2_000, DRAWN.map(_talk), dialling(lambda stage: stage.setting.broker)),

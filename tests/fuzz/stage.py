@@ -15,6 +15,7 @@ from pathlib import Path
 from services.cli.ready import broker_ready, learner_ready, retriever_ready, wait_ready
 from tests.intake.harness import Setting
 from tests.ports import free_address
+from treegrpo.config import Config, RetrieverConfig
 from treegrpo.handoff import Done, Publish, socket_path
 
 SECONDS = 60.0
@@ -88,7 +89,7 @@ async def stage(folder: Path) -> AsyncGenerator[Stage]:
         servers["retriever"] = await _start("retriever", folder, "services.retriever", *search)
         await wait_ready("broker", lambda: broker_ready(setting.broker), SECONDS)
         servers["intake"] = await _start("intake", folder, "learner.intake", *setting.flags)
-        await wait_ready("retriever", lambda: retriever_ready(f"http://{retriever}"), SECONDS)
+        await wait_ready("retriever", lambda: retriever_ready(Config(retriever=RetrieverConfig(listen=retriever))), SECONDS)
         await wait_ready("intake", lambda: learner_ready(setting.listen), SECONDS)
         weights = setting.run_dir / "weights" / "1.0"
         weights.mkdir(parents=True)

@@ -20,11 +20,15 @@ from services.retriever.service import serve
 from tests.security.people import access, impostor
 from tests.security.web import SECONDS, client, metrics, retriever, said_to
 from treegrpo.access import OPEN, bearer
-from treegrpo.config import RetrieverConfig
+from treegrpo.config import Config, RetrieverConfig
 from treegrpo.errors import ConfigError, ToolError, UnavailableError
 from treegrpo.limits import HEADER_BYTES, REQUEST_BYTES
 from treegrpo.security import Role
 from treegrpo.size import TEXT_LENGTH
+
+
+def at(url: str) -> Config:
+    return Config(retriever=RetrieverConfig(url=url))
 
 
 async def test_the_retriever_answers_samplers_over_tls_that_show_its_token(tmp_path: Path, made: Path) -> None:
@@ -36,22 +40,22 @@ async def test_the_retriever_answers_samplers_over_tls_that_show_its_token(tmp_p
         async with HttpRetriever(url, SECONDS, verify=sampler.web_context()) as search:
             with pytest.raises(ToolError, match=r"status 401.*Show the token"):
                 await search.search("Kabul", topk=1)
-        await retriever_ready(url, access(made, Role.OPERATOR))
+        await retriever_ready(at(url), access(made, Role.OPERATOR))
 
 
 async def test_who_does_not_know_the_authority_does_not_talk_to_it(tmp_path: Path, made: Path) -> None:
     async with retriever(tmp_path, access(made, Role.RETRIEVER)) as address:
         with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
-            await retriever_ready(f"https://{address}", OPEN)
+            await retriever_ready(at(f"https://{address}"), OPEN)
         with pytest.raises(UnavailableError, match="No retriever answers"):
-            await retriever_ready(f"http://{address}", OPEN)
+            await retriever_ready(at(f"http://{address}"), OPEN)
 
 
 async def test_a_retriever_of_another_authority_is_not_searched(tmp_path: Path, made: Path) -> None:
     other = impostor(tmp_path, made, "stranger", Role.RETRIEVER)
     async with retriever(tmp_path, other) as address:
         with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
-            await retriever_ready(f"https://{address}", access(made, Role.SAMPLER))
+            await retriever_ready(at(f"https://{address}"), access(made, Role.SAMPLER))
 
 
 async def test_health_is_for_everybody_and_metrics_are_not(tmp_path: Path, made: Path) -> None:
