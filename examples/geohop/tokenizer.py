@@ -22,7 +22,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     It is a Qwen2 tokenizer with a small vocabulary: AutoTokenizer makes one of any tokenizer that lies beside a Qwen2 model.
     """
     markers = [AddedToken(text, normalized=False) for text in (USER, ASSISTANT, *TAGS)]
-    blank = Qwen2Tokenizer(eos_token=END)
+    blank = Qwen2Tokenizer(eos_token=END, unk_token=END, pad_token=END)  # its own would be an id beyond the vocabulary
     tokenizer = blank.train_new_from_iterator(texts, VOCABULARY - len(markers), show_progress=False)
     tokenizer.add_tokens(markers)
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -34,7 +34,9 @@ class Outcome(Generic[State]):
 
     state: State
     observation: str | None
-    """Text the policy reads next; ``None`` when the action ended the episode (the node is a leaf)."""
+    """Text the policy reads next; ``None`` when the action ended the episode (the node is a leaf).
+
+    All of it is plain text to the policy; control strings of the environment's own are written as `Markup`."""
     tool_calls: tuple[ToolCall, ...] = ()
     valid: bool = True
     """False when the action broke the protocol and the policy was told how to act."""

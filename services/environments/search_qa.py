@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from services.environments.base import Forking, Outcome, ToolCall
+from services.environments.markup import Markup
 from services.environments.retrieval import PROBE_QUERY, Retriever
 from services.environments.rewards import exact_match, f1
 from treegrpo.question import Question
 
 Kind = Literal["search", "answer", "invalid"]
 
-HINT = (
+HINT = Markup(
     "\n\nThat was no valid action. Think between <think> and </think>, then either search with <search> query </search> "
     "or finish with <answer> answer </answer>.\n\n"
 )
@@ -148,7 +149,7 @@ class SearchQA:
         targets = state.question.targets
         return {"em": exact_match(state.answer, targets), "f1": f1(state.answer, targets)}
 
-    def _observation(self, documents: list[str]) -> str:
+    def _observation(self, documents: list[str]) -> Markup:
         body = "".join(_document_line(rank, contents) for rank, contents in enumerate(documents, start=1))
         if self._fits(body, len(body)):
             return _information(body)
@@ -165,5 +166,5 @@ def _document_line(rank: int, contents: str) -> str:
     return f"Doc {rank}(Title: {title}) {text}\n"
 
 
-def _information(body: str) -> str:
-    return f"\n\n<information>{body}</information>\n\n"
+def _information(body: str) -> Markup:
+    return Markup("\n\n<information>", body, "</information>\n\n")

@@ -73,6 +73,7 @@ class EmbeddedEngine:
         """
         model = await asyncio.to_thread(Model.open, path, max_context)
         tokenizer = await asyncio.to_thread(Tokenizer.open, path)
+        tokenizer.check_fits(model.architecture.vocabulary, path)
         return cls(Scheduler(model, version, tokenizer, max_running=max_running, cache_tokens=cache_tokens, seed=seed), threads)
 
     @property

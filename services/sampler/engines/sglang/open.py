@@ -84,7 +84,7 @@ async def open_child(demands: Demands, place: Place, python: Path, flags: tuple[
         command = plan.command(served.path, str(served.version), place.host, port)
         return await Child.start(command, plan.environment(), place.log)
 
-    stage, served, tokenizer = await _staged(demands)
+    stage, served, tokenizer = await _staged(demands, limits.vocabulary)
     keeper = Keeper(server, start)
     try:
         await keeper.start(served)
@@ -116,7 +116,7 @@ async def open_remote(demands: Demands, urls: Sequence[str], verify: ssl.SSLCont
     servers = [Server(api, Pressure(share), examine=partial(_examine, demands, api)) for api in apis]
     try:
         await _until_one_is_there(demands, apis)
-        stage, served, tokenizer = await _staged(demands)
+        stage, served, tokenizer = await _staged(demands, limits.vocabulary)
     except BaseException:
         await asyncio.gather(*(api.close() for api in apis))
         raise
@@ -174,8 +174,9 @@ def _check_room(info: Info, context: int, who: str, remedy: str) -> None:
         )
 
 
-async def _staged(demands: Demands) -> tuple[Stage, Staged, Tokenizer]:
+async def _staged(demands: Demands, vocabulary: int) -> tuple[Stage, Staged, Tokenizer]:
     tokenizer = await asyncio.to_thread(Tokenizer.open, demands.model)
+    tokenizer.check_fits(vocabulary, demands.model)
     stage = await asyncio.to_thread(Stage, demands.weights_dir)
     try:
         return stage, await asyncio.to_thread(stage.first, demands.version, demands.model), tokenizer
