@@ -28,6 +28,7 @@ from treegrpo.edge import FAILED
 from treegrpo.errors import DeadlineError, RunError, UnavailableError
 from treegrpo.handoff import IntakeClient, socket_path
 from treegrpo.leash import leashed
+from treegrpo.process_environment import child_environment, python
 
 log = logging.getLogger(__name__)
 READY_SECONDS = 300.0
@@ -102,7 +103,8 @@ class _Keeper:
 
 def _start() -> subprocess.Popen[bytes]:
     """Its own session: a Ctrl-C reaches the trainer alone, which then ends it in order."""
-    return subprocess.Popen(leashed([sys.executable, "-m", "learner.intake", *sys.argv[1:]]), start_new_session=True)  # noqa: S603
+    command = leashed(python("learner.intake", *sys.argv[1:]))
+    return subprocess.Popen(command, start_new_session=True, env=child_environment())  # noqa: S603
 
 
 def _serves(path: str) -> bool:

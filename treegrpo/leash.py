@@ -1,4 +1,4 @@
-"""Starts a program that dies with its parent: `python -m treegrpo.leash [--group] PARENT_PID PROGRAM [ARGUMENT …]`.
+"""Starts a program that dies with its parent: `python leash.py [--group] PARENT_PID PROGRAM [ARGUMENT …]`.
 
 Linux kills the program the moment its parent ends, however it ends, so nothing is left behind even after `kill -9`.
 The wish to be killed survives exec. Elsewhere the program just starts.
@@ -27,7 +27,8 @@ def die_with_parent() -> None:
 
 def leashed(command: Sequence[str], *, group: bool = False) -> list[str]:
     """``command`` so that it dies with the process that runs it, and with ``group`` its session with it."""
-    return [sys.executable, "-m", "treegrpo.leash", *(["--group"] if group else []), str(os.getpid()), *command]
+    leash = [sys.executable, "-P", "-S", __file__]  # the standard library alone, whatever the program is given
+    return [*leash, *(["--group"] if group else []), str(os.getpid()), *command]
 
 
 def watch_group() -> None:

@@ -12,7 +12,7 @@ import ssl
 import sys
 from collections.abc import Sequence
 from http.client import HTTPException
-from urllib.request import urlopen
+from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 PROBE_SECONDS = 3.0
 
@@ -22,7 +22,7 @@ def complaint(url: str) -> str:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        with urlopen(url, timeout=PROBE_SECONDS, context=context):  # noqa: S310 - the health check's own words
+        with build_opener(ProxyHandler({}), HTTPSHandler(context=context)).open(url, timeout=PROBE_SECONDS):
             return ""
     except (OSError, HTTPException, ValueError) as error:
         return f"{url}: {error}"

@@ -2,5 +2,8 @@
 
 import os
 
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-"""Before gRPC is imported: else it writes a line for each handshake that fails, and any stranger could fill the log."""
+from treegrpo.process_environment import DEFAULTS
+
+for _name, _value in DEFAULTS.items():
+    os.environ.setdefault(_name, _value)
+"""Before gRPC is imported: it reads the variable then."""

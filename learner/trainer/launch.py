@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from learner.trainer.ranks import ALONE, Ranks, joined
+from learner.trainer.ranks import ALONE, Ranks, by_torchrun, joined
 from treegrpo import logs
 from treegrpo.config import Config
 from treegrpo.edge import FAILED, PASSING, complain, exit_code
 from treegrpo.errors import TreeGrpoError
+from treegrpo.process_environment import forget_ranks
 from treegrpo.settings import from_arguments
 
 SIGNALLED = 128
@@ -25,13 +26,16 @@ DRAIN_SECONDS = 180
 def run(work: Callable[[Config, Ranks], None], module: str) -> int:
     """Do ``work``, which is what ``python -m module`` does, as the command line says; returns the exit code.
 
-    A process that torchrun started is one of its ranks. Any other is the only rank, or starts `train.processes` of them.
+    A process that torchrun started is one of its ranks. Any other is the only rank, or starts `train.processes` of them,
+    whatever another launcher has left in the environment.
     """
     arguments, ranks = sys.argv[1:], ALONE
     try:
         config = from_arguments(arguments)
-        if config.train.processes > 1 and "RANK" not in os.environ:
-            return start(module, config.train.processes, arguments)
+        if not by_torchrun():
+            forget_ranks()
+            if config.train.processes > 1:
+                return start(module, config.train.processes, arguments)
         with joined() as ranks:
             who = "" if ranks.is_first else f"rank {ranks.rank}: "
             logs.to_stderr(logging.INFO if ranks.is_first else logging.WARNING, who)

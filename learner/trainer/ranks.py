@@ -10,6 +10,7 @@ is rank 0 of 1: the same code, but no process group, and nothing is wrapped. Ran
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,6 +34,9 @@ from treegrpo.leash import die_with_parent
 CPU = torch.device("cpu")
 PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """What torchrun tells a process, and what holds without it."""
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun alone: other launchers, and what they leave in a shell or pod, do not say that ranks are to meet."""
+STORE_SECONDS = 30.0
 PATIENCE = timedelta(minutes=30)
 """Longest that one rank may let the others wait: for a checkpoint to be written, or a dear pack. The intake is asked
 again every few seconds and each answer is shared, so a run that waits or is paused for days stays below it. A rank that
@@ -187,6 +191,36 @@ def balance(costs: Sequence[float], world: int) -> list[list[int]]:
     return shares
 
 
+def by_torchrun() -> bool:
+    """Whether torchrun started this process as one of its ranks.
+
+    Raises:
+        ConfigError: the environment says that it is one of several ranks, and no torchrun is there.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    mend = "unset RANK and WORLD_SIZE, so that train.processes decides, or start the ranks with torchrun."
+    if TORCHRUN not in os.environ:
+        if world != "1":
+            raise ConfigError(f"The environment has WORLD_SIZE = {world!r}, and it was not torchrun that set it; {mend}")
+        return False
+    if not all(os.environ.get(name, default).isdecimal() for name, default in PLACE.items()):
+        place = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in PLACE)
+        raise ConfigError(f"The environment has {place}, which are no numbers; {mend}")
+    if world != "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not _store_answers():
+        raise ConfigError(f"The environment has what torchrun tells its ranks, and that torchrun is gone; {mend}")
+    return True
+
+
+def _store_answers() -> bool:
+    """Whether torchrun's store listens, where the ranks are to meet."""
+    place = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    try:
+        with socket.create_connection(place, timeout=STORE_SECONDS):
+            return True
+    except (OSError, OverflowError):
+        return False
+
+
 @contextmanager
 def joined() -> Generator[Ranks]:
     """This process among those torchrun started, for the time of the block; alone if it did not.
@@ -199,7 +233,7 @@ def joined() -> Generator[Ranks]:
         UnavailableError: another rank has died.
     """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in PLACE.items())
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # killed, torchrun would leave its processes behind
+    if TORCHRUN in os.environ:  # killed, torchrun would leave its processes behind
         die_with_parent()
     ranks = Ranks(rank, world, local)
     if world == 1:

@@ -18,6 +18,7 @@ from rich.console import Console
 from treegrpo.config import Config
 from treegrpo.edge import find
 from treegrpo.errors import ConfigError, DeadlineError, RunError, UnavailableError
+from treegrpo.process_environment import child_environment, python
 from treegrpo.settings import is_secret
 
 
@@ -82,7 +83,7 @@ def run_up(call: Invocation, *, everything: bool) -> int:
 def become(module: str, call: Invocation) -> int:
     """Go on as another program; does not return."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *call.arguments])  # noqa: S606
+    os.execve(sys.executable, python(module, *call.arguments), child_environment())  # noqa: S606
 
 
 def run_eval(call: Invocation) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Self
 
 from treegrpo.child import ChildProcess
 from treegrpo.edge import ERROR_MARK
+from treegrpo.process_environment import child_environment, python
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,8 @@ class Child(ChildProcess):
     @classmethod
     async def start(cls, program: Program, arguments: Sequence[str], logs: Path) -> Self:
         """Start ``program`` with the arguments all have and its own; output is appended to ``logs``/NAME.log."""
-        command = [sys.executable, "-m", program.module, *arguments, *program.flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        command = python(program.module, *arguments, *program.flags)
+        environment = child_environment({"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
         return await cls.spawn(program.name, command, environment, logs / f"{program.name}.log")
 
     def last_words(self) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from treegrpo.address import is_local
 from treegrpo.errors import ConfigError
+from treegrpo.process_environment import child_environment
 from treegrpo.security import web_address
 
 TESTED = ("0.5.21", "0.5.23")
@@ -95,7 +96,7 @@ class Launch:
     def environment(self) -> dict[str, str]:
         """The environment variables of the server."""
         cpu = {} if self.installed.cuda else {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(self.threads)}
-        return {**os.environ, **ENVIRONMENT, **cpu}
+        return child_environment({**ENVIRONMENT, **cpu}, ours=False)
 
 
 def own_flags(text: str) -> tuple[str, ...]:
@@ -176,7 +177,8 @@ def _say(python: Path, code: str) -> str:
     """What ``code`` prints in that Python. Raises ConfigError if it cannot be run."""
     try:
         asked = [_absolute(python), "-c", code]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True)  # noqa: S603
+        environment = child_environment(ours=False)
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True, env=environment)  # noqa: S603
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ConfigError(f"engine.python = {python} ended with code {error.returncode} ({said}); {INSTALL}") from error

@@ -1,0 +1,126 @@
+"""What a process takes over from the environment it is started in, and what it hands on to the processes it starts.
+
+    shell, pod, notebook ─► isolate() ─► this process ─► child_environment() ─► child: the same files, none of the rest
+
+Import path: our packages, and what they need, come from where this process has them: neither the current directory nor
+another directory that has a `services` or `learner` of its own comes before them. Variables that other programs leave
+behind (ranks of a launcher, Prometheus' files for several processes, settings of matplotlib, uvicorn, Python) are not
+handed on. Standard library alone, because it is called before anything else is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The directory that holds our packages."""
+PACKAGES = ("treegrpo", "services", "learner")
+SEARCH = "PYTHONPATH"
+RANKS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
+"""What launchers tell the processes of a job."""
+RANK_PREFIXES = ("TORCHELASTIC_", "PET_", "ACCELERATE_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MPI_LOCAL")
+FOREIGN = (
+    *("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"),
+    *("MPLBACKEND", "MATPLOTLIBRC", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS", "mqtt_proxy", "MQTT_PROXY"),
+    *("PYTHONWARNINGS", "PYTHONINSPECT", "PYTHONIOENCODING", "PYTHONVERBOSE", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP"),
+)
+"""Settings of libraries that this project sets itself, or that would end it."""
+FOREIGN_PREFIXES = ("UVICORN_",)
+FIXED = {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
+"""The current directory is not searched for modules; files and streams are UTF-8."""
+LOOPBACK = "localhost,127.0.0.1,::1"
+"""What nobody asks through a proxy. Our own clients ask everybody directly (`treegrpo.http_client`)."""
+DEFAULTS = {"GRPC_VERBOSITY": "NONE"}
+"""gRPC's own log writes what strangers send, as they send it, a line for each: see docs/security.md."""
+
+
+def isolate() -> None:
+    """Make this process one of ours, before it imports what is not ours: streams, import path, variables."""
+    _open_standard_streams()
+    unwanted = _unwanted()
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) not in unwanted]
+    ranks = {name: value for name, value in os.environ.items() if is_rank(name)}  # `learner.trainer.launch` decides
+    kept = {**child_environment(), **ranks}
+    for name in [name for name in os.environ if name not in kept]:
+        del os.environ[name]
+    os.environ.update(kept)
+
+
+def isolate_module() -> None:
+    """`isolate` if this is the start of ``python -m`` of a module of ours; in a program of others nothing is changed."""
+    if sys.argv[0] == "-m":  # as long as Python looks for the module
+        isolate()
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of ours as this process would import it; goes with `child_environment`."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def child_environment(more: Mapping[str, str] | None = None, *, ours: bool = True) -> dict[str, str]:
+    """The variables of a child process.
+
+    Args:
+        more: variables that are set on top.
+        ours: it runs our packages; False: another environment's Python, which finds its own.
+    """
+    kept = {name: value for name, value in os.environ.items() if not (is_rank(name) or _is_foreign(name))}
+    unwanted = {*_unwanted(), str(ROOT)}
+    search = [path for entry in kept.pop(SEARCH, "").split(os.pathsep) if (path := os.path.realpath(entry)) not in unwanted]
+    if ours and str(ROOT) not in _own_paths():
+        search.insert(0, str(ROOT))
+    if not ours:
+        kept.pop("PYTHONHOME", None)
+    direct = ",".join(filter(None, (kept.get("no_proxy") or kept.get("NO_PROXY"), LOOPBACK)))
+    kept |= {"no_proxy": direct, "NO_PROXY": direct}
+    return {**DEFAULTS, **kept, **({SEARCH: os.pathsep.join(search)} if search else {}), **FIXED, **(more or {})}
+
+
+def is_rank(name: str) -> bool:
+    """Whether a launcher's variable says which process of a job this is."""
+    return name in RANKS or name.startswith(RANK_PREFIXES)
+
+
+def forget_ranks() -> None:
+    """Take what a launcher said from the environment of this process."""
+    for name in [name for name in os.environ if is_rank(name)]:
+        del os.environ[name]
+
+
+def _is_foreign(name: str) -> bool:
+    return name in FOREIGN or name.startswith(FOREIGN_PREFIXES)
+
+
+def _own_paths() -> set[str]:
+    """Where this Python looks by itself."""
+    return {os.path.realpath(path) for path in sysconfig.get_paths().values()}
+
+
+def _unwanted() -> set[str]:
+    """The current directory, and what PYTHONPATH adds that has packages by the names of ours; never where ours lie."""
+    try:
+        here = str(Path.cwd())
+    except OSError:  # it has been deleted
+        here = ""
+    listed = [os.path.realpath(entry) for entry in os.environ.get(SEARCH, "").split(os.pathsep) if entry]
+    shadows = [path for path in listed if any(os.path.exists(f"{path}/{name}{end}") for name in PACKAGES for end in ("", ".py"))]  # noqa: PTH110
+    return {here, *shadows} - {str(ROOT), *_own_paths()}
+
+
+def _open_standard_streams() -> None:
+    """Open what was closed of input, output and error: the next file that is opened would take its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
