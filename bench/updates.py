@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.rollout import save_model
-from services.sampler.engines.checkpoint import read_shapes, read_tensors
+from services.sampler.engines.checkpoint import read_tensors, read_weight_shapes
 from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child
 from treegrpo.step import PolicyVersion
 
@@ -113,7 +113,7 @@ async def from_tensor(engine: SGLangEngine, client: httpx.AsyncClient, published
 
 def _shared(published: Path) -> list[tuple[str, torch.Tensor]]:
     """The checked tensors in one piece of shared memory; many pieces cost more, since the server opens each by its name."""
-    shapes = read_shapes(published)
+    shapes = read_weight_shapes(published, tied=True)
     memory, start = torch.empty(sum(map(math.prod, shapes.values()))).share_memory_(), 0
     tensors: list[tuple[str, torch.Tensor]] = []
     for name, tensor in read_tensors(published, shapes, tied=True):

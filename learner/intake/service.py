@@ -31,7 +31,6 @@ from learner.intake.rollout import RolloutServer
 from learner.intake.snapshot import Capture, Snapshots
 from learner.intake.trainer_desk import TrainerDesk
 from learner.intake.trainer_link import listen
-from learner.intake.vocabulary import vocabulary
 from learner.intake.watchdog import Watchdog, look
 from learner.intake.weights import WeightsServer
 from treegrpo.access import Access
@@ -40,6 +39,7 @@ from treegrpo.config import Config
 from treegrpo.control import ControlPlane, Member, RunState
 from treegrpo.handoff import socket_path
 from treegrpo.identity import keep_identity
+from treegrpo.model_config import read_model_config
 from treegrpo.security import Role
 from treegrpo.telemetry import IntakeMetrics, serve
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
@@ -60,7 +60,7 @@ def _book(config: Config) -> LeaseBook:
         batch=train.batch,
         max_lag=train.max_lag,
         total=train.steps * train.batch,
-        vocabulary=vocabulary(config.model.path),
+        vocabulary=read_model_config(config.model.path).vocabulary,
         mark=secrets.token_hex(8),
     )
 

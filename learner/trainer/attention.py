@@ -26,8 +26,17 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
 from learner.trainer.layout import Layout
+from treegrpo.errors import ModelError
 
 NAME = "treegrpo_tree"
+FOREIGN = {
+    "softcap": "soft-capped attention",
+    "s_aux": "attention sinks",
+    "sliding_window": "a sliding window",
+    "position_bias": "a bias of positions",
+    "attention_bias": "a bias of positions",
+}
+"""What transformers may hand to a layer's attention beside what every model has."""
 BLOCK = 128
 """Tokens of a side of FlexAttention's blocks."""
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001  what scaled_dot_product_attention calls
@@ -138,9 +147,16 @@ def attend(
     scaling: float | None = None,
     *,
     layout: Layout | BlockMask,
-    **_others: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; ``layout`` is `prepared` and handed to the model's decoder."""
+    """What transformers calls in every layer; ``layout`` is `prepared` and handed to the model's decoder.
+
+    Raises:
+        ModelError: the layer asks for more than attention, and would be computed as if it did not.
+    """
+    for name, what in FOREIGN.items():
+        if others.get(name) is not None:
+            raise ModelError(f"its layers ask for {what} ({name}), which attention over trees does not compute")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
     if isinstance(layout, Layout):

@@ -16,16 +16,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from learner.trainer import attention
 from learner.trainer.layout import Layout, lay_out
 from learner.trainer.packing import Pack
+from learner.trainer.suitability import check_suitable
 from treegrpo.config import Dtype
-from treegrpo.errors import ModelError
+from treegrpo.errors import ModelError, WeightsError
+from treegrpo.model_config import read_model_config
+from treegrpo.reasons import reason_of
+from treegrpo.weight_files import check_head, check_plain_numbers, read_heads
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Logits that exist at a time, in float32: 16 MB, which a cache can hold, and 1 GB, which keeps the head's products large."""
-SHORT_SIGHTED = ("sliding_window", "attention_chunk_size")
-MOVING_ROPE = ("dynamic", "longrope")
-"""Rotary frequencies that depend on the longest sequence there is: in a pack that would be another path's."""
-TOLERANCE = 1e-2
-"""Of a logit in `_verify`, relative to the largest: rounding stays far below it, another formula does not."""
+TOLERANCE = 1e-3
+"""Of a logit in `_verify`, relative to the largest: rounding stays far below it, another attention or position does not."""
 
 
 class Policy(nn.Module):
@@ -59,22 +60,30 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
         ModelError: there is no config or no weights, they cannot be read or do not belong together, or the model
             computes something else on a tree than on its paths.
     """
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json; give model.path the directory of a Hugging Face causal LM.")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} has no *.safetensors weights; save the model there with save_pretrained.")
+    read_model_config(folder)
+    try:
+        tensors = read_heads(folder)
+        check_plain_numbers(tensors)
+    except WeightsError as error:
+        raise ModelError(str(error)) from error
     try:
         loaded, info = cast("Any", AutoModelForCausalLM).from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     except Exception as error:  # a broken file surfaces as any of a dozen types
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"The model in {folder} cannot be loaded ({reason}); restore it, or choose another kind.") from error
+        raise ModelError(
+            f"The model in {folder} cannot be loaded ({reason_of(error)}); if its files are whole, choose another kind."
+        ) from error
+    try:
+        check_head(tensors, folder, tied=bool(loaded.config.tie_word_embeddings))
+    except WeightsError as error:
+        raise ModelError(str(error)) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"The weights in {folder} lack {len(missing)} tensors, {missing[0]} first; restore them.")
+    if broken := next((name for name, weight in loaded.named_parameters() if not torch.isfinite(weight).all()), ""):
+        raise ModelError(f"{broken} in {folder} has values that are not finite; restore it from where it came.")
     model = cast("PreTrainedModel", loaded)
-    if reason := _unfit(model.config):
-        raise ModelError(f"The model in {folder} has {reason}; trees need full attention and positions that stay as they are.")
+    check_suitable(model.config, folder)
     # Nothing here is padding, and a token that is also the pad token must learn its embedding like any other.
     cast("Any", model.get_input_embeddings()).padding_idx = None
     # Dropout would make the trained policy another one than the sampled one.
@@ -87,17 +96,6 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
     return model
 
 
-def _unfit(config: Any) -> str:
-    """What in a model's configuration trees cannot be computed with; empty if nothing. It shows on long paths only."""
-    layers = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
-    if layers:
-        return f"layers of the kind {', '.join(sorted(layers))}"
-    if getattr(config, "use_sliding_window", True) and any(getattr(config, name, None) for name in SHORT_SIGHTED):
-        return "layers that see a window"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    return f"rotary positions of the kind {rope}" if rope in MOVING_ROPE else ""
-
-
 def _verify(model: PreTrainedModel, folder: Path) -> None:
     """Compare two paths and their tree: whether the model takes attention and positions as a pack gives them.
 
@@ -108,20 +106,49 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
     paths = [np.array(ids, np.uint32) % whole.config.vocab_size for ids in ([1, 2, 0, 4], [1, 2, 3, 4, 5, 6])]
     layout, places = lay_out(paths, [0, 2])
     with torch.no_grad():
-        alone = [whole(input_ids=torch.from_numpy(path.astype(np.int64))[None].to(device)).logits[0] for path in paths]
+        alone = [_plain_logits(model, torch.from_numpy(path.astype(np.int64)).to(device), folder) for path in paths]
         model.set_attn_implementation(attention.NAME)
         try:
             ids_T, position_T = (torch.from_numpy(of_T).to(device) for of_T in (layout.ids_T, layout.position_T))
             hidden_TH = _hidden(model, ids_T, position_T, layout)
             together_TV = cast("nn.Module", model.get_output_embeddings())(hidden_TH)
         except Exception as error:  # whatever a model does that has no place for a layout
-            raise ModelError(f"The model in {folder} cannot be trained on trees ({type(error).__name__}: {error}).") from error
+            raise ModelError(
+                f"The model in {folder} cannot be trained on trees ({type(error).__name__}: {reason_of(error)}); "
+                "choose another kind."
+            ) from error
     gap = max((together_TV[place] - one).abs().max().item() for place, one in zip(places, alone, strict=True))
     if not gap <= TOLERANCE * max(one.abs().max().item() for one in alone):
         raise ModelError(
             f"The model in {folder} computes something else on a tree than on its paths (logits differ by {gap:.2g}); "
-            "trees need positions that can be given, full attention, and logits that are neither soft-capped nor scaled."
+            "trees need positions that can be given and full attention: choose another kind."
         )
+
+
+def _plain_logits(model: PreTrainedModel, ids_T: Tensor, folder: Path) -> Tensor:
+    """logits_TV of one path, which are what the output matrix makes of the decoder's last hidden states, bit for bit.
+
+    Raises:
+        ModelError: the model scales or caps them before or after, which `score` would leave out.
+    """
+    whole, head = cast("Any", model), cast("nn.Module", model.get_output_embeddings())
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def saw(_module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        seen.append((given[0], made))
+
+    hook = cast("Any", head).register_forward_hook(saw)
+    try:
+        logits = whole(input_ids=ids_T[None], use_cache=False).logits
+    finally:
+        hook.remove()
+    decoded = whole.get_decoder()(input_ids=ids_T[None], use_cache=False).last_hidden_state
+    (given, made), *_ = seen or [(decoded, head(decoded))]
+    if not (torch.equal(given, decoded) and torch.equal(made, logits)):
+        raise ModelError(
+            f"The model in {folder} scales or caps its logits, which training does not compute; choose another kind."
+        )
+    return logits[0]
 
 
 def score(

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from learner.intake.vocabulary import vocabulary
 from services.cli.history import steps_done
-from services.sampler import tokenizer
+from services.cli.model_checks import check_model
 from services.sampler.engines.sglang.command import check_different, check_installed, check_listen, own_flags
 from treegrpo.access import Access
 from treegrpo.address import check_free, join_address, split_address
-from treegrpo.config import Config, EngineKind
-from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
+from treegrpo.config import Config
+from treegrpo.errors import AddressInUseError, ConfigError, DataError
 from treegrpo.identity import check_identity
+from treegrpo.run_directory import check_run_directory, check_writable
 from treegrpo.security import Role
 
 Check = Callable[[], str]
-
-KINDS = ("qwen2", "qwen3", "llama")
-"""What the embedded engine runs."""
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 class Address(NamedTuple):
@@ -33,48 +27,6 @@ class Address(NamedTuple):
 
     key: str
     value: str
-
-
-def check_model(path: Path, engine: EngineKind) -> str:
-    """The model directory has configuration, weights and tokenizer, and ``engine`` runs its kind. Raises ModelError."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = "there is no such directory" if not path.is_dir() else "it has no config.json"
-        raise ModelError(f"model.path = {path} cannot be used: {reason}; give a Hugging Face causal LM directory.") from error
-    except ValueError as error:
-        raise ModelError(f"{path / 'config.json'} is not valid JSON ({error}); restore it from the model's source.") from error
-    for names, what in ((WEIGHTS, "safetensors weights"), (tokenizer.FILES, "tokenizer")):
-        if not any((path / name).is_file() for name in names):
-            raise ModelError(f"model.path = {path} cannot be used: it has no {what} ({' or '.join(names)}); save them there.")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(kind, str):
-        raise ModelError(f"model.path = {path} has model_type {kind!r}; restore its config.json from the model's source.")
-    if engine == "embedded" and kind not in KINDS:  # what SGLang runs it says itself
-        raise ModelError(
-            f"model.path = {path} has model_type {kind!r}; the embedded engine runs {', '.join(KINDS)}: use SGLang for others."
-        )
-    vocabulary(path)
-    _check_readable(path)
-    return f"{path} ({kind})"
-
-
-def _check_readable(path: Path) -> None:
-    """Weights and tokenizer are whole: their heads can be read. Raises ModelError."""
-    from safetensors import SafetensorError, safe_open
-    from tokenizers import Tokenizer
-
-    for part in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(part, "numpy") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{part} cannot be read ({error}); restore it from the model's source.") from error
-    if (file := path / "tokenizer.json").is_file():
-        try:
-            Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise ModelError(f"{file} cannot be read ({error}); restore it from the model's source.") from error
 
 
 def check_questions(path: Path, key: str) -> str:
@@ -98,23 +50,11 @@ def _no_file(path: Path, key: str) -> str:
 def check_run_dir(config: Config) -> str:
     """The run directory is fresh, or holds the run that is to go on. Raises ConfigError, JournalError and DataError."""
     path = config.run.dir
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"run.dir = {path} is a file; give a directory.")
-    _check_writable("run.dir", path)
+    check_run_directory(path)
     if (done := steps_done(path)) is None:
         return f"{path} (fresh)"
     check_identity(config)
     return f"{path} (goes on after step {done})"
-
-
-def _check_writable(key: str, path: Path) -> None:
-    """Raise ConfigError if ``path``, or the directory that it will be made in, takes no file."""
-    try:
-        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{key} = {path} cannot be written to ({error.strerror}); choose another directory.") from error
 
 
 def learner_addresses(config: Config) -> list[Address]:
@@ -172,7 +112,7 @@ def check_engine(config: Config) -> str:
         return "embedded"
     if not engine.weights_dir.is_dir():
         raise ConfigError(f"engine.weights_dir = {engine.weights_dir} does not exist; name a directory in memory.")
-    _check_writable("engine.weights_dir", engine.weights_dir)
+    check_writable(engine.weights_dir, "engine.weights_dir")
     if engine.urls:
         if config.sampler.count > 1:
             raise ConfigError(
@@ -220,7 +160,7 @@ def learner_checks(config: Config) -> dict[str, Check]:
     return {
         "security": partial(check_security, config),
         "ports": partial(check_addresses, learner_addresses(config)),
-        "model": partial(check_model, config.model.path, config.engine.kind),
+        "model": partial(check_model, config.model.path, config.engine.kind, config.rollout.max_context),
         "training questions": partial(check_questions, config.data.train, "data.train"),
         "held-out questions": partial(check_questions, config.data.heldout, "data.heldout"),
         "run directory": partial(check_run_dir, config),

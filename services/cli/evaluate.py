@@ -62,7 +62,7 @@ async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> A
 
 async def evaluate(config: Config) -> list[Answered]:
     """Greedy, one chain for each held-out question. Raises ModelError, DataError, UnavailableError."""
-    check_model(config.model.path, config.engine.kind)
+    check_model(config.model.path, config.engine.kind, config.rollout.max_context)
     questions = load_questions(config.data.heldout)[: config.eval.questions or None]
     tokenizer = Tokenizer.open(config.model.path)
     access = Access.of(config.security, Role.OPERATOR)

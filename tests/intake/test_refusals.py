@@ -10,7 +10,6 @@ import pytest
 
 from learner.intake.events import replay
 from learner.intake.report import Reporter
-from learner.intake.vocabulary import vocabulary
 from tests.ground.unsound import EVERY
 from tests.intake.builders import PLAN, book, chain, complete, grant
 from tests.intake.doorstep import doorstep
@@ -18,9 +17,10 @@ from tests.intake.harness import Sampler, Setting
 from tests.intake.test_service import publish
 from treegrpo.budget import Budget
 from treegrpo.codec import lease_end_to_pb, lease_to_pb, subtree_to_pb
-from treegrpo.errors import ModelError, TreeError
+from treegrpo.errors import TreeError
 from treegrpo.handoff import Take, Taken, unpack_group
 from treegrpo.lease import LeaseEndReason, LeaseKind
+from treegrpo.model_config import read_model_config
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
@@ -174,29 +174,8 @@ async def test_work_for_a_lease_that_is_not_open_is_refused_in_a_sentence(settin
         assert (await setting.samples())["treegrpo_subtrees_refused_total/lease"] == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (None, "cannot be read"),
-        ("{", "is not valid JSON"),
-        ("[]", "has vocab_size None"),
-        ("{}", "has vocab_size None"),
-        ('{"vocab_size": true}', "has vocab_size True"),
-        ('{"vocab_size": 0}', "has vocab_size 0"),
-        ('{"vocab_size": "64"}', "has vocab_size '64'"),
-    ],
-)
-def test_a_model_without_a_vocabulary_is_refused(tmp_path: Path, text: str | None, says: str) -> None:
-    if text is not None:
-        (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ModelError) as refusal:
-        vocabulary(tmp_path)
-    assert str(refusal.value).startswith(f"{tmp_path / 'config.json'} ")
-    assert says in str(refusal.value)
-
-
 async def test_an_intake_without_a_vocabulary_does_not_start(setting: Setting) -> None:
-    assert vocabulary(setting.model) == 1000
+    assert read_model_config(setting.model).vocabulary == 1000
     (setting.model / "config.json").write_text(json.dumps({"model_type": "qwen2"}), encoding="utf-8")
     process = await setting.start()
     _, stderr = await asyncio.wait_for(process.communicate(), 30)

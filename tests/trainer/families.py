@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma3TextConfig,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -38,13 +41,20 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False, attention_bias=True),
     "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=63),
     "mistral": lambda: MistralConfig(**_SIZES, tie_word_embeddings=False, sliding_window=None),
+    # A window that no layer uses: the list of layers says so.
+    "qwen2_full": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=2),
+    "gemma3_full": lambda: Gemma3TextConfig(**_SIZES, sliding_window=4, layer_types=["full_attention"] * 2),
+    "olmo3_full": lambda: Olmo3Config(**_SIZES, sliding_window=4, layer_types=["full_attention"] * 2),
+    "granite": lambda: GraniteConfig(**_SIZES, logits_scaling=1.0, residual_multiplier=0.5, attention_multiplier=0.3),
 }
 _OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2_sliding": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=4096, max_window_layers=0),
     "mistral_sliding": lambda: MistralConfig(**_SIZES, sliding_window=4096),
     "dynamic": lambda: LlamaConfig(**_SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
     "linear": lambda: LlamaConfig(**_SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
-    "granite": lambda: GraniteConfig(**_SIZES, logits_scaling=4.0),
+    "granite_scaled": lambda: GraniteConfig(**_SIZES, logits_scaling=1.004),
+    "cohere_scaled": lambda: CohereConfig(**_SIZES, logit_scale=0.999),
+    "gemma3_capped": lambda: Gemma3TextConfig(**_SIZES, final_logit_softcapping=1000.0, layer_types=["full_attention"] * 2),
 }
 
 

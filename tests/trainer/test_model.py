@@ -7,11 +7,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from learner.trainer import attention
 from learner.trainer import model as module
 from learner.trainer.episodes import Credit, CreditedTree
+from learner.trainer.layout import lay_out
 from learner.trainer.model import load_model, score
 from learner.trainer.packing import Pack, empty_pack, pack
 from tests.trainer.builders import CPU, STOP, VOCABULARY, forked, grown, random_group, tiny, write_tiny
@@ -160,24 +163,63 @@ def test_positions_that_are_scaled_once_and_for_all_are_fine(tmp_path: Path) -> 
     assert load_model(write_family(tmp_path / "model", "linear"), CPU)
 
 
-def test_a_model_whose_trees_are_not_its_paths_is_refused(tmp_path: Path) -> None:
-    folder = write_family(tmp_path / "model", "granite")
-    with pytest.raises(ModelError, match=r"on a tree than on its paths|cannot be trained on trees"):
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("granite_scaled", "scales or caps its logits"),
+        ("cohere_scaled", "scales or caps its logits"),
+        ("gemma3_capped", "scales or caps its logits"),
+    ],
+)
+def test_scalings_and_caps_are_refused_however_slight(tmp_path: Path, family: str, reason: str) -> None:
+    folder = write_family(tmp_path / "model", family)
+    with pytest.raises(ModelError, match=rf"{reason}.*; choose another kind\.$"):
         load_model(folder, CPU)
 
 
+def test_a_layer_that_asks_for_more_than_attention_is_refused() -> None:
+    q_1HTD, layout = torch.ones(1, 2, 4, 8), lay_out([np.arange(4, dtype=np.uint32)], [0])[0]
+    for name in attention.FOREIGN:
+        with pytest.raises(ModelError, match=rf"its layers ask for .* \({name}\)"):
+            attention.attend(nn.Module(), q_1HTD, q_1HTD, q_1HTD, None, layout=layout, **{name: 1.0})
+        attention.attend(nn.Module(), q_1HTD, q_1HTD, q_1HTD, None, layout=layout, **{name: None})
+
+
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"has no config\.json; give model\.path"):
+    with pytest.raises(ModelError, match=r"has no config\.json; give a Hugging Face causal LM"):
         load_model(tmp_path, CPU)
     whole = write_tiny(tmp_path / "model")
     weights = whole / "model.safetensors"
     data = weights.read_bytes()
     weights.unlink()
-    with pytest.raises(ModelError, match=r"no \*\.safetensors weights"):
+    with pytest.raises(ModelError, match=r"model\.safetensors does not exist"):
         load_model(whole, CPU)
     weights.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
         load_model(whole, CPU)
+
+
+def test_weights_that_two_readers_would_read_differently_are_refused(tmp_path: Path) -> None:
+    weights = write_family(tmp_path / "model", "qwen2") / "model.safetensors"
+    tensors = load_file(weights)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, weights, {"format": "pt"})
+    policy = cast("Any", load_model(weights.parent, CPU))
+    assert policy.get_output_embeddings().weight is policy.get_input_embeddings().weight
+    save_file({**tensors, "lm_head.weight": head * 1.01}, weights, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lm_head\.weight unlike model\.embed_tokens\.weight.*tie_word_embeddings = true"):
+        load_model(weights.parent, CPU)
+
+
+def test_weights_that_are_not_finite_or_quantised_are_refused(tmp_path: Path) -> None:
+    weights = write_family(tmp_path / "model", "qwen2") / "model.safetensors"
+    tensors, name = load_file(weights), "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: torch.full_like(tensors[name], torch.inf)}, weights, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name} in .* has values that are not finite"):
+        load_model(weights.parent, CPU)
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, weights, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"quantised weights \({name} is I8\)"):
+        load_model(weights.parent, CPU)
 
 
 def test_a_model_that_lacks_tensors_is_refused(tmp_path: Path) -> None:

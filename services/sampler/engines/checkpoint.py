@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,32 +10,62 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from treegrpo.errors import WeightsError
+from treegrpo.errors import ModelError, WeightsError
+from treegrpo.model_config import RESTORE, read_model_config
+from treegrpo.reasons import reason_of
+from treegrpo.weight_files import HEAD, check_head, read_heads, weight_files
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor by its Hugging Face name."""
-INDEX = "model.safetensors.index.json"
 _CHECKED = (torch.float32, torch.float16, torch.bfloat16)
 """Narrower types cannot say "not finite" on every device."""
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """What the checkpoint in ``path`` holds, from the heads of its files. Raises WeightsError."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _files(path):
-        with _Opened(file) as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  # not a dict
-    return shapes
+def library_config(folder: Path) -> Any:
+    """What the transformers library reads in config.json, with what is usual for its kind of model. Raises ModelError."""
+    config = read_model_config(folder)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a wrong value surfaces as any of a dozen types
+        raise ModelError(f"{config.file} cannot be used ({reason_of(error)}); {RESTORE}.") from error
 
 
-def weights_among(shapes: Shapes, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Those of a checkpoint's tensors that are weights.
+def is_tied(folder: Path) -> bool:
+    """Whether a model's output matrix is its embedding, as config.json says or as is usual for its kind. Raises ModelError."""
+    tied = read_model_config(folder).tied
+    return bool(getattr(library_config(folder), "tie_word_embeddings", False)) if tied is None else tied
+
+
+def read_weight_shapes(path: Path, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """The weights that the checkpoint in ``path`` holds, from the heads of its files.
 
     A model whose output matrix is ``tied`` to its embedding may carry a copy of it, an old one its rotary buffers.
+
+    Raises:
+        WeightsError: a file cannot be read, or the output matrix is not what ``tied`` says.
     """
-    return {
-        name: shape for name, shape in shapes.items() if not (name.endswith("inv_freq") or (tied and name == "lm_head.weight"))
-    }
+    heads = read_heads(path)
+    check_head(heads, path, tied=tied)
+    return {name: tensor.shape for name, tensor in heads.items() if not (name.endswith("inv_freq") or (tied and name == HEAD))}
+
+
+def check_shapes(path: Path, expected: Shapes, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """`read_weight_shapes` of a checkpoint that is as ``expected``. Raises WeightsError."""
+    shapes = read_weight_shapes(path, tied=tied)
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise WeightsError(f"{path} lacks {len(missing)} tensors of the model, {missing[0]} first; publish the complete model.")
+    if unknown := sorted(shapes.keys() - expected.keys()):
+        raise WeightsError(
+            f"{path} has {len(unknown)} tensors the model does not know, {unknown[0]} first; publish weights of the same model."
+        )
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise WeightsError(
+                f"{name} in {path} has shape {shape}, the model needs {expected[name]}; publish weights of the same model."
+            )
+    return shapes
 
 
 def read_tensors(path: Path, expected: Shapes, *, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -50,25 +79,15 @@ def read_tensors(path: Path, expected: Shapes, *, tied: bool) -> Iterator[tuple[
     Raises:
         WeightsError: files or tensors are missing, unreadable, of another shape, unknown to the model, or not finite.
     """
-    shapes = weights_among(read_shapes(path), tied=tied)
-    if missing := sorted(expected.keys() - shapes.keys()):
-        raise WeightsError(f"{path} lacks {len(missing)} tensors of the model, {missing[0]} first; publish the complete model.")
-    if unknown := sorted(shapes.keys() - expected.keys()):
-        raise WeightsError(
-            f"{path} has {len(unknown)} tensors the model does not know, {unknown[0]} first; publish weights of the same model."
-        )
-    for file in _files(path):
+    shapes = check_shapes(path, expected, tied=tied)
+    for file in weight_files(path):
         with _Opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
                 if name in shapes:
-                    yield name, _checked(name, tensors.get_tensor(name), expected[name], path)
+                    yield name, _checked(name, tensors.get_tensor(name), path)
 
 
-def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...], path: Path) -> torch.Tensor:
-    if tuple(tensor.shape) != shape:
-        raise WeightsError(
-            f"{name} in {path} has shape {tuple(tensor.shape)}, the model needs {shape}; publish weights of the same model."
-        )
+def _checked(name: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
     if tensor.dtype in _CHECKED and not torch.isfinite(tensor).all():
         raise WeightsError(f"{name} in {path} has values that are not finite; go back to an earlier policy version.")
     return tensor
@@ -95,18 +114,3 @@ class _Opened:
 
     def _unreadable(self, error: Exception) -> WeightsError:
         return WeightsError(f"{self._file} cannot be read ({error}); fetch this policy version again.")
-
-
-def _files(path: Path) -> list[Path]:
-    if (path / INDEX).is_file():
-        try:
-            names: dict[str, str] = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"{path / INDEX} is not a safetensors index ({error!r}); fetch this version again.") from error
-        files = [path / name for name in sorted(set(names.values()))]
-    else:
-        files = [path / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise WeightsError(f"{file} does not exist; save the model with safetensors (save_pretrained does).")
-    return files

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from services.sampler.engines.checkpoint import check_shapes, library_config
 from treegrpo.errors import ModelError
+from treegrpo.model_config import check_context, read_model_config
 
 KINDS = ("llama", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -84,19 +86,29 @@ def read_config(path: Path) -> Any:
     Raises:
         ModelError: there is none, it cannot be read, or its kind of model is not supported.
     """
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json; give the directory of a Hugging Face causal LM.")
-    try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{path / 'config.json'} is not a JSON object ({error}); restore it from the model's source.") from error
-    if kind not in KINDS:
+    config = read_model_config(path)
+    if config.kind not in KINDS:
         raise ModelError(
-            f"{path / 'config.json'} has model_type {kind!r}; the embedded engine runs {', '.join(KINDS)}; use SGLang for others."
+            f"{config.file} has model_type {config.kind!r}; the embedded engine runs {', '.join(KINDS)}; use SGLang for others."
         )
-    from transformers import AutoConfig
+    return library_config(path)
 
-    return AutoConfig.from_pretrained(path, local_files_only=True)
+
+def check_servable(path: Path, context: int) -> tuple[Any, Architecture]:
+    """The embedded engine can serve the model directory ``path`` for sequences of ``context`` tokens: no weight is read.
+
+    Returns:
+        The Hugging Face config, and what it says.
+
+    Raises:
+        ModelError: it cannot be served.
+        WeightsError: the weights are not those of the model.
+    """
+    check_context(read_model_config(path), context)
+    config = read_config(path)
+    architecture = architecture_of(config, path)
+    check_shapes(path, architecture.tensors(), tied=architecture.tied)
+    return config, architecture
 
 
 def architecture_of(config: Any, path: Path) -> Architecture:

@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear, rms_norm, silu
 
-from services.sampler.engines.embedded.architecture import Architecture, architecture_of, read_config, rope_table
+from services.sampler.engines.embedded.architecture import (
+    Architecture,
+    architecture_of,
+    check_servable,
+    read_config,
+    rope_table,
+)
 from services.sampler.engines.embedded.attention import Attention
 from services.sampler.engines.embedded.weights import Weights, read_weights
 from treegrpo.errors import ModelError, WeightsError
@@ -50,13 +56,8 @@ class Model:
     @classmethod
     def open(cls, path: Path, context: int) -> Model:
         """Load a model directory for sequences of up to ``context`` tokens. Raises ModelError."""
-        config = read_config(path)
-        architecture = architecture_of(config, path)
-        if context > architecture.context:
-            raise ModelError(
-                f"{path / 'config.json'} allows {architecture.context} positions, but {context} are asked for; lower the context."
-            )
         try:
+            config, architecture = check_servable(path, context)
             weights = read_weights(path, architecture)
         except WeightsError as error:
             raise ModelError(str(error)) from error

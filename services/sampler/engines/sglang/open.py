@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import ssl
 import time
@@ -25,7 +24,8 @@ from services.sampler.engines.sglang.stage import Stage, Staged
 from services.sampler.engines.sglang.watch import Keeper
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.address import family_of, join_address, within_reach
-from treegrpo.errors import ConfigError, ContractError, DeadlineError, EngineError, ModelError, UnavailableError
+from treegrpo.errors import ConfigError, ContractError, DeadlineError, EngineError, UnavailableError
+from treegrpo.model_config import check_context, read_model_config
 from treegrpo.step import PolicyVersion
 
 ANSWER_SECONDS = 60.0
@@ -156,7 +156,7 @@ async def _examine(demands: Demands, api: Api) -> None:
     check_version(info.version, f"the server at {api.url}")
     if info.skip_tokenizer_init:
         raise ConfigError(f"The SGLang server at {api.url} has no tokenizer; start it without --skip-tokenizer-init.")
-    serves, ours = (await api.model()).model_type, _config(demands.model).get("model_type")
+    serves, ours = (await api.model()).model_type, read_model_config(demands.model).kind
     if serves != ours:
         raise ConfigError(
             f"The SGLang server at {api.url} serves a {serves}, the learner trains a {ours}; start it on that model."
@@ -186,23 +186,9 @@ async def _staged(demands: Demands, vocabulary: int) -> tuple[Stage, Staged, Tok
 
 
 def _limits(demands: Demands) -> Limits:
-    config = _config(demands.model)
-    longest = config.get("max_position_embeddings", demands.context)
-    if longest < demands.context:
-        raise ModelError(
-            f"{demands.model} was made for {longest} tokens, not {demands.context}; lower the context (rollout.max_context)."
-        )
-    return Limits(demands.context, config["vocab_size"])
-
-
-def _config(model: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{model} has no config.json; give a Hugging Face causal LM directory.") from error
-    except ValueError as error:
-        raise ModelError(f"{model / 'config.json'} is not valid JSON ({error}); restore it from the model's source.") from error
-    return {**config.get("text_config", {}), **config}  # a model that reads text alone has it all outside
+    config = read_model_config(demands.model)
+    check_context(config, demands.context)
+    return Limits(demands.context, config.vocabulary)
 
 
 def _reached(host: str, port: int) -> str:

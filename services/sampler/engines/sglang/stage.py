@@ -9,15 +9,13 @@ it is what a refused update and a restart go back to.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from services.sampler.engines.checkpoint import read_shapes, read_tensors, weights_among
+from services.sampler.engines.checkpoint import is_tied, read_tensors, read_weight_shapes
 from services.sampler.scratch import scratch
 from treegrpo.errors import ConfigError, WeightsError
 from treegrpo.step import PolicyVersion
@@ -47,10 +45,9 @@ class Stage:
         self._base: Path | None = None
 
     def first(self, version: PolicyVersion, model: Path) -> Staged:
-        """Stage the complete model directory ``model``. Raises WeightsError."""
-        config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        self._tied = bool(config.get("tie_word_embeddings"))
-        self._shapes = weights_among(read_shapes(model), tied=self._tied)
+        """Stage the complete model directory ``model``. Raises WeightsError and ModelError."""
+        self._tied = is_tied(model)
+        self._shapes = read_weight_shapes(model, tied=self._tied)
         staged = self.put(version, model)
         self._base = staged.path
         return staged
