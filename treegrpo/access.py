@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import SecretStr
 
 from treegrpo.address import is_local
-from treegrpo.errors import ConfigError
+from treegrpo.errors import ConfigError, describe
 from treegrpo.renewal import Renewal, Stamp, stamp
 from treegrpo.security import Role, SecurityConfig, check_address, check_url, role_of
 
@@ -71,7 +71,9 @@ class Keys(NamedTuple):
             authorities = x509.load_pem_x509_certificates(pem.ca)
             key = load_pem_private_key(pem.key, None)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"One of {self.ca}, {self.certificate} and {self.key} is no good PEM file ({error}).") from error
+            raise ConfigError(
+                f"One of {self.ca}, {self.certificate} and {self.key} is no good PEM file ({describe(error)})."
+            ) from error
         if key.public_key() != certificate.public_key():
             raise ConfigError(f"{self.key} is not the key of {self.certificate}; make both again with `treegrpo certs`.")
         begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
@@ -230,7 +232,7 @@ def read(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = error.strerror or describe(error)
         raise ConfigError(
             f"{path} ({what}) cannot be read ({reason}); make it with `treegrpo certs`, or let this user read it."
         ) from error

@@ -31,7 +31,7 @@ from treegrpo.access import OPEN, Access
 from treegrpo.address import split_address, within_reach
 from treegrpo.backoff import pause
 from treegrpo.change import Change
-from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.errors import ConfigError, UnavailableError, describe
 from treegrpo.limits import CONTROL_BYTES, PEERS
 from treegrpo.refusals import Refusals
 from treegrpo.security import Role
@@ -164,7 +164,9 @@ class ControlPlane:
             elif topic.startswith("members/"):
                 self._meet(topic, typed(Member, msgpack.unpackb(payload)))
         except (ValueError, TypeError, msgpack.UnpackException) as error:
-            self._refusals.count(f"{self._prefix}/{topic}"[:NAME_LETTERS], "contract", f"a message: {str(error)[:NAME_LETTERS]}")
+            self._refusals.count(
+                f"{self._prefix}/{topic}"[:NAME_LETTERS], "contract", f"a message: {describe(error)[:NAME_LETTERS]}"
+            )
             return
         if topic == self._member.topic and payload == self._member.payload():
             self._settled.set()
@@ -203,7 +205,7 @@ class ControlPlane:
                     raise unavailable(self._address, self._access, error, remedy) from error
                 attempt = 0 if time.monotonic() - began > RETRY_SECONDS[-1] else attempt + 1
                 wait = pause(RETRY_SECONDS, attempt)
-                log.warning("lost the MQTT broker at %s (%s); trying again in %.1f s", self._address, error, wait)
+                log.warning("lost the MQTT broker at %s (%s); trying again in %.1f s", self._address, describe(error), wait)
                 await asyncio.sleep(wait)
 
     @classmethod

@@ -35,7 +35,7 @@ import msgpack
 from google.protobuf.message import DecodeError
 
 from treegrpo.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_bytes
-from treegrpo.errors import ContractError, UnavailableError
+from treegrpo.errors import ContractError, UnavailableError, describe
 from treegrpo.step import Subtree
 from treegrpo.tree import Group
 from treegrpo.typed import typed
@@ -147,7 +147,7 @@ def unpack_group(data: bytes) -> Group:
         group = Group(name, question_from_pb(rollout_pb2.Question.FromString(row["question"])))
         subtrees = [tree_pb2.Subtree.FromString(subtree) for subtree in row["subtrees"]]
     except (ValueError, TypeError, KeyError, msgpack.UnpackException, DecodeError) as error:
-        raise ContractError(f"Group {name}: its bytes cannot be read ({type(error).__name__}: {error}).") from error
+        raise ContractError(f"Group {name}: its bytes cannot be read ({type(error).__name__}: {describe(error)}).") from error
     for subtree in subtrees:
         group.add(subtree_from_pb(subtree, group.id))
     return group
@@ -159,7 +159,7 @@ def check_report(values: dict[str, Any]) -> None:
     try:
         json.dumps(values)
     except (TypeError, ValueError) as error:
-        raise ContractError(f"The record of a step is no JSON ({str(error)[:100]}).") from error
+        raise ContractError(f"The record of a step is no JSON ({describe(error)[:100]}).") from error
     if wrong:
         raise ContractError(f"The record of a step has a {wrong[0]} that names nothing.")
 
@@ -176,7 +176,7 @@ def decode(body: bytes) -> Message:
         row = cast("dict[str, Any]", msgpack.unpackb(body))
         return typed(_TYPES[row.pop("type")], row)
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
-        said = str(error)[:100]
+        said = describe(error)[:100]
         raise ContractError(
             f"The local socket carried what is no message of ours ({said}); trainer and intake must be of one version."
         ) from error

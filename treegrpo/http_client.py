@@ -133,7 +133,7 @@ class Reply:
         try:
             plain = stream.decompress(body, self._size + 1)
         except zlib.error as error:
-            raise ContractError(f"The answer of the {self._server} is no {encoding} data ({error}).") from error
+            raise ContractError(f"The answer of the {self._server} is no {encoding} data ({describe(error)}).") from error
         if len(plain) > self._size:
             raise self._too_large()
         if not stream.eof:

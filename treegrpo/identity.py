@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from treegrpo.config import Config, RolloutConfig
-from treegrpo.errors import ConfigError, DataError
+from treegrpo.errors import ConfigError, DataError, describe
 
 log = logging.getLogger(__name__)
 FILE_NAME = "run.json"
@@ -137,6 +137,6 @@ def _read(path: Path) -> Identity:
         return cast("Identity", json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path}, what the run was when it began, cannot be read ({error}); restore it, or, if nothing has changed since, "
-            "remove it."
+            f"{path}, what the run was when it began, cannot be read ({describe(error)}); restore it, or, if nothing has changed "
+            "since, remove it."
         ) from error

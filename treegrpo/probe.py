@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from http.client import HTTPException
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
+from treegrpo.errors import describe
+
 PROBE_SECONDS = 3.0
 
 
@@ -25,7 +27,7 @@ def complaint(url: str) -> str:
         with build_opener(ProxyHandler({}), HTTPSHandler(context=context)).open(url, timeout=PROBE_SECONDS):
             return ""
     except (OSError, HTTPException, ValueError) as error:
-        return f"{url}: {error}"
+        return f"{url}: {describe(error)}"
 
 
 def main(urls: Sequence[str]) -> int:

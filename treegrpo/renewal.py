@@ -8,6 +8,8 @@ from asyncio import sslproto
 from collections.abc import Sequence
 from pathlib import Path
 
+from treegrpo.errors import describe
+
 log = logging.getLogger(__name__)
 sslproto.SSLProtocol.max_size = 32 << 10
 """Bytes that asyncio sets aside for each connection when it is accepted, before anybody has shown anything: 256 Ki otherwise, a
@@ -38,7 +40,7 @@ class Renewal:
                 self._newest = self._load()
                 log.info("%s is served as it is now", self._files[1])
         except OSError as error:  # half of a renewal; the next handshake finds the rest
-            log.warning("the certificate of before goes on to serve: %s: %s", self._files[1], error)
+            log.warning("the certificate of before goes on to serve: %s: %s", self._files[1], describe(error))
         connection.context = self._newest
 
     def _load(self) -> ssl.SSLContext:

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from treegrpo.control import ControlPlane, RunState
+from treegrpo.errors import describe
 
 log = logging.getLogger(__name__)
 MARK = "paused"
@@ -34,5 +35,5 @@ async def remember(control: ControlPlane, run_dir: Path) -> None:
                 case _:  # not heard yet, or the end of a process
                     pass
         except OSError as error:  # a full disk ends nobody
-            log.warning("the pause of the run could not be noted (%s)", error)
+            log.warning("the pause of the run could not be noted (%s)", describe(error))
         await control.wait_change()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from treegrpo.errors import DataError
+from treegrpo.errors import DataError, describe
 from treegrpo.limits import QUESTION_BYTES
 from treegrpo.question import Message, Question
 
@@ -80,7 +80,7 @@ def _rows(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise DataError(f"The questions {path} cannot be read ({error.strerror or error}); check the data path.") from error
     except (UnicodeDecodeError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} is neither JSONL nor parquet ({error}); check the data path.") from error
+        raise DataError(f"{path} is neither JSONL nor parquet ({describe(error)}); check the data path.") from error
 
 
 def _question(row: Any, where: str, number: int) -> Question:

@@ -14,7 +14,7 @@ from learner.intake.desk import Desk
 from learner.intake.doors import Admission
 from learner.intake.peers import Peer
 from treegrpo.codec import lease_end_from_pb
-from treegrpo.errors import ContractError
+from treegrpo.errors import ContractError, describe
 from treegrpo.limits import HANDSHAKE_SECONDS
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
@@ -81,7 +81,7 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
             while (message := await peer.outbox.get()) is not None:
                 await context.write(message)
         except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
-            peer.hang_up(f"The stream to sampler {peer.id} broke ({error}); it has to join again.")
+            peer.hang_up(f"The stream to sampler {peer.id} broke ({describe(error)}); it has to join again.")
 
     def _hear(self, peer: Peer, request: pb.RolloutRequest) -> None:
         match request.WhichOneof("kind"):

@@ -23,7 +23,7 @@ from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
 from learner.intake.report import Reporter
 from treegrpo.codec import lease_from_pb, lease_to_pb, subtree_from_pb
-from treegrpo.errors import JournalError
+from treegrpo.errors import JournalError, describe
 from treegrpo.lease import Lease
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
@@ -130,7 +130,7 @@ class Snapshots:
                         count += 1
                         yield record
         except (OSError, BrokenFrameError) as error:
-            raise JournalError(f"The snapshot {path} is damaged or cannot be read ({error}).") from error
+            raise JournalError(f"The snapshot {path} is damaged or cannot be read ({describe(error)}).") from error
         raise JournalError(f"The snapshot {path} ends too soon.")
 
     def check(self, number: int) -> None:

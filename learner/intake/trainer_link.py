@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from learner.intake.trainer_desk import TrainerDesk
-from treegrpo.errors import AddressInUseError, ContractError
+from treegrpo.errors import AddressInUseError, ContractError, describe
 from treegrpo.handoff import Covered, Done, Evaluate, Message, Publish, Refused, Report, Take, check_report, encode, receive
 from treegrpo.step import PolicyVersion
 
@@ -55,7 +55,7 @@ async def listen(desk: TrainerDesk, path: str) -> AsyncGenerator[None]:
                     writer.write(encode(await _answer_or_refuse(desk, request)))
                     await writer.drain()
         except (ContractError, ConnectionError) as error:
-            log.error("the trainer's connection ends: %s", error)  # noqa: TRY400 - one sentence is enough
+            log.error("the trainer's connection ends: %s", describe(error))  # noqa: TRY400 - one sentence is enough
         finally:
             writer.close()
         log.info("the trainer left")

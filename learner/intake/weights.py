@@ -13,7 +13,7 @@ import grpc
 
 from treegrpo import limits
 from treegrpo.codec import version_from_pb, version_to_pb
-from treegrpo.errors import ContractError
+from treegrpo.errors import ContractError, describe
 from treegrpo.handoff import KEEP_VERSIONS
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import IntakeMetrics
@@ -56,7 +56,7 @@ class WeightsServer(weights_pb2_grpc.WeightsServiceServicer):
         try:
             self._versions[version] = await asyncio.to_thread(manifest, directory)
         except (OSError, ValueError) as error:
-            said = str(error)[:200]
+            said = describe(error)[:200]
             raise ContractError(f"Version {version} cannot be served ({said}); publish a directory that is there.") from error
         while len(self._versions) > KEEP_VERSIONS:
             self._versions.pop(next(iter(self._versions)))

@@ -12,6 +12,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from treegrpo.errors import describe
+
 NAME = "manifest.json"
 DAMAGED = ".damaged"
 """Ends the name of a directory that is not as it was written, and was set aside."""
@@ -39,7 +41,7 @@ def damage(folder: Path) -> str:
         known: dict[str, Entry] = json.loads((folder / NAME).read_text(encoding="utf-8"))
         names = sorted(known, key=lambda name: (folder / name).is_file())  # what is missing is found without reading the rest
     except (OSError, ValueError, TypeError) as error:
-        return f"{NAME} cannot be read: {error}"
+        return f"{NAME} cannot be read: {describe(error)}"
     with ThreadPoolExecutor(READERS) as threads:
         found = threads.map(_difference, [folder / name for name in names], names, [known[name] for name in names])
         return next(filter(None, found), "")

@@ -25,7 +25,7 @@ from treegrpo.access import OPEN, Access, read_secret
 from treegrpo.address import check_free
 from treegrpo.config import Config
 from treegrpo.edge import run_service
-from treegrpo.errors import ConfigError
+from treegrpo.errors import ConfigError, describe
 from treegrpo.limits import HANDSHAKE_SECONDS, PEERS
 from treegrpo.refusals import Refusals, seldom
 from treegrpo.security import USERS, Role
@@ -101,7 +101,7 @@ class PatientBroker(Broker):
         except TimeoutError as error:
             raise AMQTTError(f"{remote_address} said nothing for {HANDSHAKE_SECONDS:.0f} s") from error
         except BAD_CONNECT as error:
-            raise AMQTTError(f"{remote_address} sent a CONNECT that is none ({error})") from error
+            raise AMQTTError(f"{remote_address} sent a CONNECT that is none ({describe(error)})") from error
 
     async def _handle_client_session(
         self,

@@ -24,7 +24,7 @@ from cryptography import x509
 
 from services.cli.authority import Pair, issue, new_authority
 from treegrpo.access import read, read_secret
-from treegrpo.errors import ConfigError
+from treegrpo.errors import ConfigError, describe
 from treegrpo.security import USERS, Role, host_of
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -98,7 +98,9 @@ def _load(certificate: Path, key: Path) -> Pair:
     try:
         return Pair.load(read(certificate, "the authority"), read_secret(key, "the authority's key"))
     except ValueError as error:
-        raise ConfigError(f"{certificate} or {key} is no PEM file of `treegrpo certs` ({error}); restore it.") from error
+        raise ConfigError(
+            f"{certificate} or {key} is no PEM file of `treegrpo certs` ({describe(error)}); restore it."
+        ) from error
 
 
 def _add_authority(directory: Path) -> str:

@@ -13,7 +13,7 @@ import bm25s
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from treegrpo.errors import DataError
+from treegrpo.errors import DataError, describe
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 _WORD = re.compile(r"\w+")
@@ -47,7 +47,9 @@ def load_corpus(path: Path) -> list[Document]:
         with path.open(encoding="utf-8") as lines:
             documents = [_document(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the corpus {path} cannot be read ({error}); name a JSONL file with id and contents") from error
+        raise DataError(
+            f"the corpus {path} cannot be read ({describe(error)}); name a JSONL file with id and contents"
+        ) from error
     if not documents:
         raise DataError(f"the corpus {path} has no documents; give one JSON object per line with id and contents")
     return documents

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from services.sampler.gate import Gate
 from services.sampler.watch import Want
 from treegrpo.change import Change
-from treegrpo.errors import AwayError, DeadlineError
+from treegrpo.errors import AwayError, DeadlineError, describe
 from treegrpo.telemetry import SamplerMetrics
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Outage:
         except (AwayError, TimeoutError) as error:
             self._silent(spell, error)
         except Exception as error:  # noqa: BLE001  # it answers, if in its own way: who needs it will see
-            log.info("%s answers a probe with %s: %s", spell.error.what, type(error).__name__, error)
+            log.info("%s answers a probe with %s: %s", spell.error.what, type(error).__name__, describe(error))
             self._back(spell)
         else:
             self._back(spell)

@@ -70,7 +70,7 @@ class Performer:
                 )
             if isinstance(error, EnvironmentFaultError):
                 raise
-            raise EnvironmentFaultError(f"{kind}: {error}") from error
+            raise EnvironmentFaultError(f"{kind}: {error}" if str(error) else kind) from error
 
     def score(self, node: int, state: Any) -> Leaf:
         """The end of an episode. Raises EnvironmentFaultError."""

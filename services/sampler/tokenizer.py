@@ -15,7 +15,7 @@ from typing import Any, Self
 from services.environments.markup import Markup
 from services.sampler.control_tokens import ControlTokens, sound
 from services.sampler.fences import rendered_pieces
-from treegrpo.errors import ModelError
+from treegrpo.errors import ModelError, describe
 from treegrpo.question import Message
 from treegrpo.step import TokenIds
 
@@ -48,7 +48,9 @@ class Tokenizer:
         try:
             tokenizer = reader.from_pretrained(path, local_files_only=True)
         except Exception as error:  # a broken file surfaces as any of a dozen types
-            raise ModelError(f"The tokenizer in {path} cannot be read ({error}); restore it from the model's source.") from error
+            raise ModelError(
+                f"The tokenizer in {path} cannot be read ({describe(error)}); restore it from the model's source."
+            ) from error
         if not tokenizer.is_fast:
             raise ModelError(f"The tokenizer in {path} has no fast version; save one as tokenizer.json (save_pretrained does).")
         own: int | None = tokenizer.eos_token_id

@@ -23,7 +23,7 @@ from services.sampler.watch import Want
 from treegrpo.backoff import pause
 from treegrpo.change import Change
 from treegrpo.codec import version_from_pb
-from treegrpo.errors import DeadlineError, UnavailableError, WeightsError
+from treegrpo.errors import DeadlineError, UnavailableError, WeightsError, describe
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import SamplerMetrics
 from treegrpo.v1 import weights_pb2, weights_pb2_grpc
@@ -193,7 +193,7 @@ class Follower:
                 attempt += 1
                 self._metrics.errors.labels(type(error).__name__).inc()
                 self._metrics.not_updated.labels(type(error).__name__).inc()
-                log.warning("no new weights, looking again in %.1f s: %s", wait, error)
+                log.warning("no new weights, looking again in %.1f s: %s", wait, describe(error))
                 await asyncio.sleep(wait)
 
     async def update(self) -> None:

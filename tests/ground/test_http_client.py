@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from tests.environments.raw_server import answering, endless, response
-from treegrpo.errors import ConfigError, ContractError, DeadlineError, UnavailableError, describe
+from treegrpo.errors import ConfigError, ContractError, DeadlineError, UnavailableError
 from treegrpo.http_client import Answer, HttpClient, public_url, read_json
 from treegrpo.limits import JSON_PARTS, LARGE_ANSWERS, LARGE_BYTES, LOOP_BYTES
 
@@ -232,12 +232,3 @@ def test_what_is_no_json_is_a_value_error(text: bytes) -> None:
 )  # fmt: skip
 def test_a_url_is_shown_without_secrets(url: str, shown: str) -> None:
     assert public_url(url) == shown
-
-
-@pytest.mark.parametrize(
-    "error", [TimeoutError(), ConnectionResetError(), asyncio.CancelledError(), KeyError("a"), OSError(2, "b\nc")]
-)
-def test_an_exception_is_never_described_by_nothing(error: BaseException) -> None:
-    assert describe(error)
-    assert "\n" not in describe(error)
-    assert len(describe(ValueError("x" * 100_000))) < 1100

@@ -32,7 +32,7 @@ from services.sampler.engines.sglang.answers import (
     read_load,
     read_model,
 )
-from treegrpo.errors import ContractError, DeadlineError, EngineError, TreeGrpoError, UnavailableError, WeightsError
+from treegrpo.errors import ContractError, DeadlineError, EngineError, TreeGrpoError, UnavailableError, WeightsError, describe
 from treegrpo.step import PolicyVersion
 
 GENERATE_SECONDS = 300.0
@@ -93,7 +93,9 @@ class Api:
         try:
             return await asyncio.to_thread(_families, response.text)
         except (ValueError, IndexError) as error:  # the parser has no error of its own
-            raise ContractError(f"What the server at {self.url} answers to /metrics is no page of metrics: {error}.") from error
+            raise ContractError(
+                f"What the server at {self.url} answers to /metrics is no page of metrics: {describe(error)}."
+            ) from error
 
     async def info(self) -> Info:
         """What it is and was started with."""
@@ -169,7 +171,7 @@ class Api:
         except (TimeoutError, httpx.TimeoutException) as error:
             raise DeadlineError(f"The SGLang server at {self.url} did not answer {path} within {seconds:.0f} s.") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            said = str(error) or type(error).__name__
+            said = describe(error)
             raise UnavailableError(f"The SGLang server at {self.url} cannot be reached ({said}).") from error
 
     def _refusal(self, path: str, response: httpx.Response) -> EngineError:
@@ -184,7 +186,7 @@ class Api:
             return read()
         except (ContractError, ValueError, RecursionError) as error:  # the last two of JSON: none, too long a number, too deep
             kind = ForeignVersionError if isinstance(error, ForeignVersionError) else ContractError
-            raise kind(f"What the server at {self.url} answers to {path} is of no use: {error}.") from error
+            raise kind(f"What the server at {self.url} answers to {path} is of no use: {describe(error)}.") from error
 
 
 async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from treegrpo.child import ChildProcess
-from treegrpo.errors import ConfigError, DeadlineError, EngineError, TreeGrpoError
+from treegrpo.errors import ConfigError, DeadlineError, EngineError, TreeGrpoError, describe
 
 PAUSE_SECONDS = 0.25
 USAGE = 2
@@ -32,7 +32,7 @@ class Child(ChildProcess):
             log.parent.mkdir(parents=True, exist_ok=True)
             return await cls.spawn("sglang", command, environment, log)
         except OSError as error:
-            raise EngineError(f"The SGLang server cannot be started ({error}); its log would be {log}.") from error
+            raise EngineError(f"The SGLang server cannot be started ({describe(error)}); its log would be {log}.") from error
 
     async def ready(self, probe: Callable[[], Awaitable[None]], seconds: float) -> None:
         """Wait until ``probe`` no longer raises.
