@@ -147,7 +147,7 @@ def _contents(hit: Any) -> str:
     """The text of a hit, its title first. Raises ValueError when it has none."""
     document = hit.get("document", hit) if isinstance(hit, dict) else hit
     if isinstance(document, str):
-        return _sound(document)
+        return document
     if not isinstance(document, dict):
         raise ValueError(f"a document is a {type(document).__name__}")  # noqa: TRY004 - of JSON, not of code
     text = next((document[key] for key in ("contents", "text", "content") if isinstance(document.get(key), str)), None)
@@ -155,13 +155,8 @@ def _contents(hit: Any) -> str:
         raise ValueError(f"a document has {_names(document)}, and neither contents nor text")
     title = document.get("title")
     if isinstance(title, str) and title and not ("\n" in text and "contents" in document):
-        return _sound(f"{title}\n{text}")
-    return _sound(text)
-
-
-def _sound(text: str) -> str:
-    """``text`` without halves of characters, which JSON can spell and no tokenizer takes."""
-    return text.encode(errors="replace").decode()
+        return f"{title}\n{text}"
+    return text
 
 
 def _names(found: Mapping[str, Any]) -> str:

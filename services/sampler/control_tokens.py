@@ -22,7 +22,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 
-from treegrpo.errors import ModelError
+from treegrpo.errors import ModelError, describe
 from treegrpo.step import TokenIds
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -128,7 +128,9 @@ def _renamed(backend: Backend, names: dict[str, str]) -> Backend:
     try:
         return Backend.from_str(json.dumps(data))
     except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"The tokenizer cannot be used with its control tokens apart ({error}); use another.") from error
+        raise ModelError(
+            f"The tokenizer cannot be used with its control tokens apart ({describe(error)}); use another."
+        ) from error
 
 
 def _ids_as_before(old: Backend, new: Backend, names: dict[str, str]) -> TokenIds | None:

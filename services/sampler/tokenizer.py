@@ -101,7 +101,7 @@ class Tokenizer:
             return self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template raises what it likes
             raise ModelError(
-                f"The chat template fails on messages of the roles {', '.join(roles)} ({error}); mend it or the data."
+                f"The chat template fails on messages of the roles {', '.join(roles)} ({describe(error)}); mend it or the data."
             ) from error
 
 
