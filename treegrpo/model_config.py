@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from treegrpo.errors import ModelError
+from treegrpo.errors import ModelError, describe
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 RESTORE = "restore it from the model's source"
@@ -91,7 +91,7 @@ def _object(file: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error.strerror or error}); give a Hugging Face causal LM.") from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON ({error}); {RESTORE}.") from error
+        raise ModelError(f"{file} is not valid JSON ({describe(error)}); {RESTORE}.") from error
     if not isinstance(found, dict):
         raise ModelError(f"{file} is not a JSON object; {RESTORE}.")
     return cast("Mapping[str, Any]", found)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from treegrpo.errors import WeightsError
+from treegrpo.errors import WeightsError, describe
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -79,7 +79,7 @@ def _head(file: Path) -> Iterator[StoredTensor]:
             (length,) = struct.unpack("<Q", raw.read(8))
             head: dict[str, Any] = json.loads(raw.read(length))
     except (SafetensorError, OSError, ValueError, struct.error) as error:
-        raise WeightsError(f"{file} cannot be read ({error}); {RESTORE}.") from error
+        raise WeightsError(f"{file} cannot be read ({describe(error)}); {RESTORE}.") from error
     for name, about in head.items():
         if name != "__metadata__":
             first, last = about["data_offsets"]

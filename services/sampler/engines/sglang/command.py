@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treegrpo.address import is_local
-from treegrpo.errors import ConfigError
+from treegrpo.errors import ConfigError, describe
 from treegrpo.process_environment import child_environment
 from treegrpo.security import web_address
 
@@ -104,7 +104,9 @@ def own_flags(text: str) -> tuple[str, ...]:
     try:
         flags = tuple(shlex.split(text))
     except ValueError as error:
-        raise ConfigError(f"engine.flags = {text!r} cannot be split into words ({error}); close the quotation.") from error
+        raise ConfigError(
+            f"engine.flags = {text!r} cannot be split into words ({describe(error)}); close the quotation."
+        ) from error
     for flag in flags:
         name = flag.partition("=")[0]
         if _means(name, OURS):
@@ -183,5 +185,5 @@ def _say(python: Path, code: str) -> str:
         said = (error.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ConfigError(f"engine.python = {python} ended with code {error.returncode} ({said}); {INSTALL}") from error
     except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"engine.python = {python} cannot be used ({error}); {INSTALL}") from error
+        raise ConfigError(f"engine.python = {python} cannot be used ({describe(error)}); {INSTALL}") from error
     return done.stdout.strip()
