@@ -17,6 +17,7 @@ from learner.intake.doors import OPTIONS
 from treegrpo.codec import lease_to_pb
 from treegrpo.lease import Lease, LeaseKind
 from treegrpo.question import Message, Question
+from treegrpo.size import message_bytes
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 
@@ -53,7 +54,7 @@ class Echo(rollout_pb2_grpc.RolloutServiceServicer):
 
 
 async def serve(address: str) -> None:
-    server = grpc.aio.server(options=OPTIONS)
+    server = grpc.aio.server(options=[*OPTIONS, ("grpc.max_receive_message_length", message_bytes(PLAN))])
     rollout_pb2_grpc.add_RolloutServiceServicer_to_server(Echo(), server)
     server.add_insecure_port(address)
     await server.start()

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 MESSAGE_BYTES = 32 << 20
 """One gRPC message, on both ends. A branch of 32 turns of 16 Ki tokens with log-probabilities is 6 MiB."""
+RECEIVE_BYTES = 2 << 30
+"""Of messages that are half received, the sum over all calls: so many calls are served at once that it is kept; see `calls`."""
 PEERS = 4096
 """Samplers with an open stream, and connections to each port."""
-STREAMS = 16
+STREAMS = 8
 """Calls at once on one connection: a sampler has a rollout stream and a few calls for weights."""
+NAMED_CALLS = 2 * STREAMS
+"""Calls at once of a sampler whose certificate names it, over all its connections: those of one, and of one that broke."""
+PLAIN = 1
+"""gRPC's bit set of the encodings that are taken, which has identity alone: a few bytes on the wire are no longer megabytes."""
 HANDSHAKE_SECONDS = 10.0
 """From connecting to the end of the TLS handshake and the first frames; from asking for a stream to Hello."""
 IDLE_SECONDS = 300.0
@@ -42,3 +48,13 @@ LOOP_BYTES = 64 << 10
 """What a process may take apart on its event loop; more goes to a thread."""
 JSON_PARTS = 1 << 19
 """Values of a JSON answer: the log-probabilities of 128 Ki tokens."""
+
+
+def calls(message_bytes: int) -> int:
+    """How many calls are served at once, when each may have a message of ``message_bytes`` half received."""
+    return min(2 * PEERS, RECEIVE_BYTES // message_bytes)
+
+
+def samplers(message_bytes: int) -> int:
+    """How many of those may be streams of samplers. The others are for weights, health and who knocks."""
+    return min(PEERS, calls(message_bytes) * 7 // 8)

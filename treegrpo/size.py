@@ -12,6 +12,7 @@ import math
 from treegrpo.budget import Cost
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import LeaseEnd, Plan
+from treegrpo.limits import MESSAGE_BYTES
 from treegrpo.step import Leaf, Step, Subtree
 
 TEXT_LENGTH = 65536
@@ -20,9 +21,17 @@ NUMBERS, NAME_LENGTH = 64, 64
 """Rewards and metrics of a leaf, and letters of a name."""
 LARGEST = 1e9
 """A reward or a metric, either way: their sums stay numbers."""
+BASE_BYTES, TOKEN_BYTES = 512 << 10, 32
+"""Of a sampler's message: a Hello that names all its leases, and what a token of a branch may take. Its id and log-probability
+are 8 bytes, the text of a tool call that it is part of some 4; the rest is for branches that fork, which the contract allows."""
 TIMES = 1024
 """No step is computed as often, by retries and new weights: what costs more is no cost. The books add up to 64 bits."""
 SECONDS = 1e7
+
+
+def message_bytes(plan: Plan) -> int:
+    """The largest message of a sampler in a run of ``plan``."""
+    return min(MESSAGE_BYTES, BASE_BYTES + TOKEN_BYTES * plan.max_context)
 
 
 def check_size(subtree: Subtree, above: tuple[int, int], plan: Plan, where: str) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, NoReturn, Protocol, cast
 
 import grpc
@@ -19,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from learner.intake.reading import read_request
 from treegrpo.access import roles_in
-from treegrpo.limits import CHUNK_SECONDS, REQUEST_SECONDS
+from treegrpo.limits import CHUNK_SECONDS, NAMED_CALLS, REQUEST_SECONDS
 from treegrpo.security import Role
 
 ALLOWED = {
@@ -51,6 +52,8 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         """``roles``: who calls has shown a certificate, and only what its role may do is done."""
         self._guard = guard
         self._roles = roles
+        self._calls = Counter[str]()
+        """That are served, by the name in the caller's certificate."""
 
     async def intercept_service(self, continuation: Callable[..., Awaitable[Any]], handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
@@ -68,9 +71,11 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
     def _guarded(self, serve: Serve, method: str) -> Serve:
         async def answer(requests: object, context: Context) -> Any:
             self._guard.called(context.peer())
+            holder = holder_of(context)
             if self._roles:
-                await self._check(method, context)
-            return await serve(requests, context)
+                await self._check(method, context, holder)
+            async with self._counted(holder[1] if holder else "", context):
+                return await serve(requests, context)
 
         return answer
 
@@ -108,8 +113,24 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
             sentence = f"Nothing was read for {CHUNK_SECONDS:.0f} s; ask again from where it broke."
             await self._guard.refuse(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
 
-    async def _check(self, method: str, context: Context) -> None:
-        holder = holder_of(context)
+    @asynccontextmanager
+    async def _counted(self, name: str, context: Context) -> AsyncGenerator[None]:
+        """A call of ``name`` is served for the time of the block; a certificate without a name is many samplers'."""
+        if not name:
+            yield
+            return
+        if self._calls[name] >= NAMED_CALLS:
+            sentence = f"Sampler {name} has {NAMED_CALLS} calls at once, the most that one may have; end some."
+            await self._guard.refuse(context, "calls", grpc.StatusCode.RESOURCE_EXHAUSTED, sentence)
+        self._calls[name] += 1
+        try:
+            yield
+        finally:
+            self._calls[name] -= 1
+            if not self._calls[name]:
+                del self._calls[name]
+
+    async def _check(self, method: str, context: Context, holder: tuple[Role, str] | None) -> None:
         allowed = ALLOWED.get(method.strip("/").partition("/")[0], set[Role]())
         if holder is None or holder[0] not in allowed:
             who = f"The role {holder[0].value}" if holder else "A certificate without a role"

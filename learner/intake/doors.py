@@ -27,7 +27,8 @@ NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{limits.NAME_BYTES}}}")
 FEW = 8
 """Handshakes that lead to no call before somebody is told; then twice as many, and so on."""
 OPTIONS = [
-    ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
+    ("grpc.compression_enabled_algorithms_bitset", limits.PLAIN),
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
     ("grpc.max_concurrent_streams", limits.STREAMS),
     ("grpc.max_allowed_incoming_connections", limits.PEERS),
@@ -95,12 +96,14 @@ class Visitors:
 class Admission:
     """Looks at the Hello of a rollout stream."""
 
-    def __init__(self, visitors: Visitors) -> None:
+    def __init__(self, visitors: Visitors, message_bytes: int) -> None:
+        """``message_bytes``: the largest message of a sampler."""
         self._visitors = visitors
+        self._most = limits.samplers(message_bytes)
 
     async def admit(self, first: pb.RolloutRequest | None, context: Context, connected: int) -> pb.Hello:
         """The Hello, or the end of the call; ``connected``: samplers that have a stream."""
-        reason, refusal = _judge(first, holder_of(context), connected)
+        reason, refusal = _judge(first, holder_of(context), connected, self._most)
         if refusal is not None:
             await self._visitors.refuse(context, reason, *refusal)
         assert first is not None  # noqa: S101 - _judge refuses it
@@ -111,7 +114,9 @@ class Admission:
         await self._visitors.refuse(context, reason, code, sentence)
 
 
-def _judge(first: pb.RolloutRequest | None, holder: tuple[Role, str] | None, connected: int) -> tuple[str, Refusal | None]:
+def _judge(
+    first: pb.RolloutRequest | None, holder: tuple[Role, str] | None, connected: int, most: int
+) -> tuple[str, Refusal | None]:
     if first is None or first.WhichOneof("kind") != "hello":
         return "hello", Refusal(grpc.StatusCode.INVALID_ARGUMENT, "A rollout stream begins with Hello and the sampler's name.")
     hello = first.hello
@@ -126,18 +131,25 @@ def _judge(first: pb.RolloutRequest | None, holder: tuple[Role, str] | None, con
             grpc.StatusCode.PERMISSION_DENIED,
             f"Sampler {hello.sampler!r} shows the certificate of sampler {holder[1]!r}; set sampler.id = {holder[1]}.",
         )
-    if connected >= limits.PEERS:
+    if connected >= most:
         return "peers", Refusal(
             grpc.StatusCode.RESOURCE_EXHAUSTED, f"{connected} samplers are connected, the most one learner takes; stop some."
         )
     return "", None
 
 
-def open_server(address: str, access: Access, visitors: Visitors) -> grpc.aio.Server:
-    """A server bound to ``address``, not started. Raises ConfigError for an address that may not be used in plain text."""
+def open_server(address: str, access: Access, visitors: Visitors, message_bytes: int) -> grpc.aio.Server:
+    """A server bound to ``address``, not started, that takes messages of ``message_bytes`` at most.
+
+    Raises ConfigError for an address that may not be used in plain text.
+    """
     access.check_listen("learner.listen", address)
     seldom("grpc", "asyncio")
-    server = grpc.aio.server(options=OPTIONS, interceptors=[Doorkeeper(visitors, roles=access.keys is not None)])
+    server = grpc.aio.server(
+        options=[*OPTIONS, ("grpc.max_receive_message_length", message_bytes)],
+        interceptors=[Doorkeeper(visitors, roles=access.keys is not None)],
+        maximum_concurrent_rpcs=limits.calls(message_bytes),
+    )
     if access.keys is None:
         server.add_insecure_port(address)
     else:

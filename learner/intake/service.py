@@ -41,6 +41,7 @@ from treegrpo.handoff import socket_path
 from treegrpo.identity import keep_identity
 from treegrpo.model_config import read_model_config
 from treegrpo.security import Role
+from treegrpo.size import message_bytes
 from treegrpo.telemetry import IntakeMetrics, serve
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
 
@@ -127,8 +128,9 @@ async def _serve(
 ) -> None:
     """Open the doors, wait for the signal, drain, close them."""
     visitors = Visitors(metrics)
-    server = open_server(config.learner.listen, access, visitors)
-    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(visitors)), server)
+    most = message_bytes(config.rollout.plan)
+    server = open_server(config.learner.listen, access, visitors, most)
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(visitors, most)), server)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
     healthy = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 PROBE_SECONDS = 2.0
 OPTIONS = (
+    ("grpc.compression_enabled_algorithms_bitset", limits.PLAIN),
     ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
     ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),

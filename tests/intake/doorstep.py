@@ -27,6 +27,7 @@ from tests.ports import free_address
 from treegrpo.access import OPEN, Access
 from treegrpo.config import SecurityConfig
 from treegrpo.control import ControlPlane, Member
+from treegrpo.limits import MESSAGE_BYTES
 from treegrpo.security import Role
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import IntakeMetrics
@@ -71,8 +72,8 @@ async def doorstep(book: LeaseBook, folder: Path) -> AsyncGenerator[Doorstep]:
         desk = Desk(book, journal, control, reporter, run="test", plan=PLAN, heldout=1)
         trainer = TrainerDesk(desk, weights, [question(90)], checkpointed=lambda: None)
         visitors, address = Visitors(metrics), free_address()
-        server = open_server(address, OPEN, visitors)
-        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(visitors)), server)
+        server = open_server(address, OPEN, visitors, MESSAGE_BYTES)
+        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(visitors, MESSAGE_BYTES)), server)
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
         await server.start()
         async with asyncio.TaskGroup() as tasks:

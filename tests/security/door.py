@@ -20,6 +20,7 @@ from learner.intake.weights import WeightsServer
 from services.sampler.channel import open_channel
 from tests.ports import free_address
 from treegrpo.access import Access
+from treegrpo.limits import MESSAGE_BYTES
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2, weights_pb2_grpc
@@ -63,11 +64,12 @@ class Door:
 
 
 @asynccontextmanager
-async def serving(learner: Access) -> AsyncGenerator[Door]:
+async def serving(learner: Access, message_bytes: int = MESSAGE_BYTES) -> AsyncGenerator[Door]:
     metrics, reception, address = IntakeMetrics(), Reception(), free_address()
     visitors = Visitors(metrics)
-    server = open_server(address, learner, visitors)
-    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(cast("Desk", reception), Admission(visitors)), server)
+    server = open_server(address, learner, visitors, message_bytes)
+    rollout = RolloutServer(cast("Desk", reception), Admission(visitors, message_bytes))
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, server)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServer(metrics), server)
     healthy = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

@@ -25,6 +25,7 @@ from tests.security.door import SECONDS, Door, describe, hello, serving, stream
 from tests.security.people import access, authority, impostor, save
 from treegrpo.access import OPEN, Access, Keys
 from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.limits import MESSAGE_BYTES
 from treegrpo.security import Role
 from treegrpo.telemetry import IntakeMetrics
 from treegrpo.v1 import rollout_pb2_grpc
@@ -173,7 +174,7 @@ async def test_a_sampler_that_is_not_trusted_is_told_so(made: Path, tmp_path: Pa
 
 async def test_beyond_this_machine_nothing_begins_without_certificates() -> None:
     with pytest.raises(ConfigError, match=r"learner\.listen = 0\.0\.0\.0:0 .*in plain text"):
-        open_server("0.0.0.0:0", OPEN, Visitors(IntakeMetrics()))
+        open_server("0.0.0.0:0", OPEN, Visitors(IntakeMetrics()), MESSAGE_BYTES)
     with pytest.raises(ConfigError, match=r"sampler\.learner = 10\.0\.0\.7:1 is on another machine"):
         await connect("10.0.0.7:1", OPEN)
 

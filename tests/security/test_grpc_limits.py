@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import grpc
 import pytest
 
-from learner.intake import doors, rollout
+from bench.http2 import Connection, grpc_frame
+from learner.intake import doorkeeper, doors, rollout
 from services.sampler import channel as channel_module
 from services.sampler.channel import open_channel
+from tests.intake.builders import PLAN, chain, step
 from tests.security.door import SECONDS, hello, serving, stream
-from tests.security.people import access
+from tests.security.people import access, impostor
 from treegrpo import limits
 from treegrpo.access import OPEN
+from treegrpo.codec import subtree_to_bytes
 from treegrpo.security import Role
+from treegrpo.size import TEXT_LENGTH, message_bytes
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 
@@ -57,10 +63,8 @@ async def test_a_stream_without_hello_is_closed(monkeypatch: pytest.MonkeyPatch)
         assert "send Hello" in sentence
 
 
-async def test_a_message_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = [(key, 4096 if key == "grpc.max_receive_message_length" else value) for key, value in doors.OPTIONS]
-    monkeypatch.setattr(doors, "OPTIONS", small)
-    async with serving(OPEN) as door, open_channel(door.address, OPEN) as channel:
+async def test_a_message_beyond_the_limit_is_refused() -> None:
+    async with serving(OPEN, 4096) as door, open_channel(door.address, OPEN) as channel:
         call = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)).Rollout()
         await call.write(hello())
         await call.read()
@@ -69,9 +73,76 @@ async def test_a_message_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyP
         assert "larger than max" in await call.details()
 
 
-def test_both_ends_have_the_same_limit() -> None:
-    for name in ("grpc.max_receive_message_length", "grpc.max_send_message_length"):
-        assert dict(doors.OPTIONS)[name] == dict(channel_module.OPTIONS)[name] == limits.MESSAGE_BYTES == 32 << 20
+async def test_half_a_message_beyond_the_limit_is_refused_at_its_first_bytes() -> None:
+    """gRPC before 1.83.2 took in all of a message, up to 4 GiB, before it looked at its size."""
+    async with serving(OPEN, 4096) as door:
+
+        def open_after(length: int) -> int:
+            with Connection(door.address) as connection:
+                connection.call("/treegrpo.v1.RolloutService/Rollout", grpc_frame(b"", length))
+                connection.pump(SECONDS if length > 4096 else 0.5, answered=length > 4096)
+                return connection.open
+
+        assert await asyncio.to_thread(open_after, 4096) == 1
+        assert await asyncio.to_thread(open_after, 1 << 31) == 0, (
+            f"grpcio {grpc.__version__}: install what pyproject.toml asks for"
+        )
+
+
+@pytest.mark.parametrize("algorithm", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_compressed_messages_are_not_taken(algorithm: grpc.Compression) -> None:
+    """They are a few bytes on the wire and megabytes behind it."""
+    blank, ended = bytes(1 << 20), {grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL}
+
+    async with serving(OPEN) as door, open_channel(door.address, OPEN) as channel:
+        call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")(compression=algorithm)
+        with suppress(grpc.aio.AioRpcError):
+            await call.write(blank)
+        assert await call.code() in ended
+        assert (await stream(door, OPEN, hello()))[0] is grpc.StatusCode.OK
+
+
+def test_neither_end_takes_compressed_messages() -> None:
+    for options in (doors.OPTIONS, channel_module.OPTIONS):
+        assert (
+            dict(options)["grpc.compression_enabled_algorithms_bitset"]
+            == 1 << grpc.Compression.NoCompression.value
+            == limits.PLAIN
+        )
+
+
+def test_what_all_calls_may_have_half_received_is_bounded() -> None:
+    for context in (128, 4096, 32768, 1 << 20, 1 << 26):
+        message = message_bytes(replace(PLAN, max_context=context))
+        assert message <= limits.MESSAGE_BYTES
+        assert limits.calls(message) * message <= limits.RECEIVE_BYTES
+        assert 32 <= limits.samplers(message) < limits.calls(message)
+
+
+def test_the_longest_branch_fits_into_a_message() -> None:
+    """Of tokens that are long words, all of them in calls of a tool."""
+    for context in (128, 4096, 32768):
+        plan = replace(PLAN, max_context=context, max_action_tokens=context)
+        longest = step(1, 0, actions=context, observations=context)
+        text = "x" * min(TEXT_LENGTH, 16 * context)
+        made = replace(chain("train-0000000-0123456789abcdef"), steps=(replace(longest, tool_arguments=text),) * plan.max_turns)
+        assert len(subtree_to_bytes(replace(made, leaves=()))) / plan.max_turns < message_bytes(plan)
+
+
+async def test_calls_of_a_sampler_that_its_certificate_names_are_bounded(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doorkeeper, "NAMED_CALLS", 1)
+    named = impostor(made / "named", made, "named")
+    async with serving(access(made, Role.LEARNER)) as door, open_channel(door.address, named) as channel:
+        stub = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel))
+        first = stub.Rollout()
+        await first.write(hello())
+        await first.read()
+        second = stub.Rollout()
+        assert await second.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await second.details() == "Sampler s7 has 1 calls at once, the most that one may have; end some."
+        assert door.refused("calls") == 1
+        first.cancel()
+        assert await stream(door, access(made, Role.SAMPLER), hello(sampler="other")) == (grpc.StatusCode.OK, "")
 
 
 @pytest.mark.parametrize("tls", [False, True])
