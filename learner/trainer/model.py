@@ -86,14 +86,23 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
     check_suitable(model.config, folder)
     # Nothing here is padding, and a token that is also the pad token must learn its embedding like any other.
     cast("Any", model.get_input_embeddings()).padding_idx = None
-    # Dropout would make the trained policy another one than the sampled one.
+    # Dropout, skipped layers and router noise would make the trained policy another one than the sampled one.
     cast("nn.Module", model.eval()).to(device)
     _verify(model, folder)
     if gradient_checkpointing:
-        for layer in cast("list[Any]", [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]):
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # noqa: SLF001
-            layer.gradient_checkpointing = layer.training = True  # of the layer alone: what is inside has no dropout
+        checkpoint_layers(model)
     return model
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Have every decoder layer computed again in the backward pass, in evaluation mode.
+
+    transformers does it in training mode alone, in which some families (OPT, BioGPT) apply dropout or skip whole layers.
+    No module of a policy is ever in training mode: the policy that is trained is the one that was sampled.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _verify(model: PreTrainedModel, folder: Path) -> None:

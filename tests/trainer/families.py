@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BioGptConfig,
     CohereConfig,
     Gemma3TextConfig,
     GPT2Config,
@@ -16,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo3Config,
+    OPTConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -35,6 +37,9 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 63,
     "pad_token_id": 63,
 }
+_DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+_RANDOM: dict[str, Any] = dict.fromkeys((*_DROPOUTS, "layerdrop"), 0.5)
+"""What OPT and BioGPT do at random in training mode, as each of them calls it."""
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**_SIZES, tie_word_embeddings=True),
@@ -46,6 +51,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3_full": lambda: Gemma3TextConfig(**_SIZES, sliding_window=4, layer_types=["full_attention"] * 2),
     "olmo3_full": lambda: Olmo3Config(**_SIZES, sliding_window=4, layer_types=["full_attention"] * 2),
     "granite": lambda: GraniteConfig(**_SIZES, logits_scaling=1.0, residual_multiplier=0.5, attention_multiplier=0.3),
+    "opt": lambda: OPTConfig(**_SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=256, **_RANDOM),
+    "biogpt": lambda: BioGptConfig(**_SIZES, max_position_embeddings=256, **_RANDOM),
 }
 _OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2_sliding": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=4096, max_window_layers=0),

@@ -104,6 +104,18 @@ def test_layers_computed_again_give_the_same_gradients_and_keep_less(tmp_path: P
     assert kept[1] < kept[0] / 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_computed_again_have_no_randomness(tmp_path: Path, family: str) -> None:
+    """OPT and BioGPT have dropout and skip layers in training mode, which transformers asks for here."""
+    folder, (one,) = write_family(tmp_path / "model", family), packs_of_random_trees(10_000)
+    plain, again = (load_model(folder, CPU, gradient_checkpointing=asked) for asked in (False, True))
+    assert not [name for name, part in again.named_modules() if part.training]
+    for _ in range(2):
+        assert torch.equal(score(again, one, 1.0)[0], score(plain, one, 1.0)[0])
+    found, wanted = gradients(again, one), gradients(plain, one)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, wanted, strict=True))
+
+
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_weights(policy: PreTrainedModel) -> None:
     (one,) = packs_of_random_trees(10_000)
     exact, rough = score(policy, one, 1.0)[0], score(policy, one, 1.0, "bfloat16")[0]
