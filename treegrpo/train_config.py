@@ -11,6 +11,7 @@ from treegrpo.section import Section
 
 Loss = Literal["ppo", "cispo", "gspo", "dppo"]
 Correction = Literal["none", "decoupled", "tis", "icepop", "m2po"]
+M2poTokens = Literal["trust_region", "all"]
 KlEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["leaf_mean", "token_mean"]
 Singleton = Literal["zero", "raw"]
@@ -28,9 +29,9 @@ LOSS_OPTIONS = {
     "ppo": {"clip_low", "clip_high", "dual_clip"},
     "cispo": {"clip_low", "clip_high"},
     "gspo": {"clip_low", "clip_high"},
-    "dppo": {"dppo_delta"},
+    "dppo": {"dppo_delta", "dppo_cap"},
 }
-CORRECTION_OPTIONS = {"tis": {"tis_cap"}, "icepop": {"icepop_low", "icepop_high"}, "m2po": {"m2po_tau"}}
+CORRECTION_OPTIONS = {"tis": {"tis_cap"}, "icepop": {"icepop_low", "icepop_high"}, "m2po": {"m2po_tau", "m2po_tokens"}}
 OPTIONS = {"estimator": ESTIMATOR_OPTIONS, "loss": LOSS_OPTIONS, "correction": CORRECTION_OPTIONS}
 """By the key that chooses: what each choice uses. Options of other choices are refused, not ignored, unless they have
 their default: a configuration that was written out whole can be read again."""
@@ -69,6 +70,8 @@ class TrainConfig(Section):
     """c > 1 bounds the ratio where the advantage is negative (ppo); 0: no bound."""
     dppo_delta: float = Field(default=0.2, gt=0, le=1)
     """δ: a token whose probability moved further than this from the sampler's is not moved on."""
+    dppo_cap: float = Field(default=20.0, ge=0)
+    """C > 1: r weighs at most this in dppo, as in verl; 0: no bound, as in the formula of the paper."""
     correction: Correction = "none"
     """none: the ratio is against the policy that sampled. Otherwise it is against the policy at the start of the batch, and
     the weight ρ between the two is used whole, capped (tis), or masked (icepop, m2po)."""
@@ -79,6 +82,9 @@ class TrainConfig(Section):
     """Tokens with ρ outside icepop_low to icepop_high are left out."""
     m2po_tau: float = Field(default=0.04, gt=0)
     """τ: the tokens of largest (log ρ)² of a batch are left out until the mean of the others is at most this."""
+    m2po_tokens: M2poTokens = "trust_region"
+    """The tokens that m2po measures and may leave out. trust_region: those whose ρ has moved the way their advantage pulls,
+    as in the paper. all: every token, as in AReaL."""
     kl_coef: float = Field(default=0.001, ge=0)
     """β of the penalty against the reference policy; 0 does without the reference model."""
     kl_estimator: KlEstimator = "k3"
@@ -125,6 +131,13 @@ class TrainConfig(Section):
     def _dual_clip_fits(cls, bound: float) -> float:
         if 0 < bound <= 1:
             raise PydanticCustomError("dual_clip", "a dual clip is a bound above 1, like 3; 0 does without")
+        return bound
+
+    @field_validator("dppo_cap")
+    @classmethod
+    def _dppo_cap_fits(cls, bound: float) -> float:
+        if 0 < bound <= 1:
+            raise PydanticCustomError("dppo_cap", "the cap of dppo is a bound above 1, like 20; 0 does without")
         return bound
 
     @field_validator("clip_low", "clip_high")

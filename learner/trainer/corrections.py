@@ -11,6 +11,11 @@ in between and by the arithmetic of two engines. With ρ = π_p / π_q, never wi
 
 and the ratio of the loss is π_θ/π_p for all but the first, so that ρ enters once.
 
+Which tokens m2po looks at is `train.m2po_tokens`. The paper (its Algorithm 1, and its authors' code) looks at those of the
+trust region alone: A > 0 and ρ > 1, or A < 0 and ρ < 1. Any other it neither measures nor masks, like a clip that acts
+where the ratio has moved the way the advantage pulls. AReaL measures and masks "all", whatever their advantage. A token
+on a shared prefix is as many tokens of the trust region as leaves below it pull it the way it went, as it is on the paths.
+
 Shapes: X what is weighed, action tokens (A of `targets`) or places (P); N all action tokens of a batch.
 """
 
@@ -33,8 +38,10 @@ class Weights:
     """The weight in the loss."""
     capped_X: Tensor
     """bool: lowered to the cap."""
-    masked_X: Tensor
-    """bool: left out."""
+    masked_plus_X: Tensor
+    """bool: left out where the advantage is positive."""
+    masked_minus_X: Tensor
+    """bool: left out where it is negative."""
 
 
 def weigh(log_rho_X: Tensor, train: TrainConfig, m2po_limit: float = math.inf) -> Weights:
@@ -43,16 +50,26 @@ def weigh(log_rho_X: Tensor, train: TrainConfig, m2po_limit: float = math.inf) -
     rho_X, no_X = log_rho_X.exp(), torch.zeros_like(log_rho_X, dtype=torch.bool)
     match train.correction:
         case "none":
-            return Weights(torch.ones_like(rho_X), no_X, no_X)
+            return Weights(torch.ones_like(rho_X), no_X, no_X, no_X)
         case "decoupled":
-            return Weights(rho_X, no_X, no_X)
+            return Weights(rho_X, no_X, no_X, no_X)
         case "tis":
-            return Weights(rho_X.clamp(max=train.tis_cap), rho_X > train.tis_cap, no_X)
+            return Weights(rho_X.clamp(max=train.tis_cap), rho_X > train.tis_cap, no_X, no_X)
         case "icepop":
             masked_X = (rho_X < train.icepop_low) | (rho_X > train.icepop_high)
         case "m2po":
             masked_X = log_rho_X.double().square() >= m2po_limit
-    return Weights(rho_X.masked_fill(masked_X, 0), no_X, masked_X)
+    if train.correction == "m2po" and train.m2po_tokens == "trust_region":
+        return Weights(rho_X, no_X, masked_X & (log_rho_X > 0), masked_X & (log_rho_X < 0))
+    return Weights(rho_X.masked_fill(masked_X, 0), no_X, masked_X, masked_X)
+
+
+def m2po_measured(log_rho_A: Tensor, targets: Targets, train: TrainConfig) -> Tensor:
+    """What m2po measures in a pack, as log ρ; over the packs of a batch each token is there once, or once for each leaf."""
+    if train.m2po_tokens == "all":
+        return log_rho_A[targets.counted_A]
+    log_rho_P = log_rho_A[targets.token_P]
+    return log_rho_P[log_rho_P * targets.weight_P * targets.advantage_P > 0]
 
 
 def m2po_limit(log_rho_N: Tensor, tau: float) -> float:

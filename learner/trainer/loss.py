@@ -11,8 +11,12 @@ and `train.loss` sums over action tokens
     cispo  −ρ·sg(clip(r, 1 − ε_low, 1 + ε_high))·(A⁺ + A⁻)·log π_θ            2506.13585
     dppo   −ρ·r·( A⁺·[π_θ − π_q ≤ δ] + A⁻·[π_q − π_θ ≤ δ] )                   2602.04879, total variation
 
-each of which is Σ_ℓ w_ℓ·(the loss of the paper with A_ℓ), term by term. The ratio of a whole leaf is no figure of a
-token: gspo (2507.18071, its token form) is ppo's sum over the places of tokens on paths, with
+each of which is Σ_ℓ w_ℓ·(the loss of the paper with A_ℓ), term by term. In dppo an r above C = `train.dppo_cap` is
+sg(C/r)·r: its gradient is C·∇log π_θ, not nothing. The cap is verl's, 20, and that of the authors' code, 10 unless set; the
+formula of their paper has none.
+
+The ratio of a whole leaf is no figure of a token: gspo (2507.18071, its token form) is ppo's sum over the places of tokens
+on paths, with
 
     r_{ℓ,t} = sg(s_ℓ)·π_θ(t)/sg(π_θ(t))       s_ℓ = exp( mean of log r over the action tokens of ℓ )
 
@@ -23,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,7 +74,8 @@ def policy_loss(
     """The loss of one pack, a sum (the weights are in w), and the tally of what trust region and correction did.
 
     The tally counts `terms` (tokens, or for gspo places) and those of them that are `clip_low` (no longer pushed down),
-    `clip_high` (no longer pulled up), `clip_dual` (held by the dual clip), `capped` and `masked` (by the correction).
+    `clip_high` (no longer pulled up), `clip_dual` (held by the dual clip or the cap of dppo), `capped` and `masked` (by the
+    correction).
 
     Args:
         logprob_A: log π_θ, with the gradient.
@@ -82,15 +87,21 @@ def policy_loss(
     anchor_A = targets.sampled_A if train.correction == "none" else proximal_A
     make = _per_place if train.loss == "gspo" else _per_token
     terms = make(logprob_A, logprob_A - anchor_A, proximal_A - targets.sampled_A, targets)
-    gain = GAINS[train.loss](terms, train)
     weights = weigh(terms.log_rho_X, train, m2po_limit)
+    masked_X = (weights.masked_plus_X & (terms.plus_X > 0)) | (weights.masked_minus_X & (terms.minus_X < 0))
+    terms = replace(
+        terms,
+        plus_X=terms.plus_X.masked_fill(weights.masked_plus_X, 0),
+        minus_X=terms.minus_X.masked_fill(weights.masked_minus_X, 0),
+    )
+    gain = GAINS[train.loss](terms, train)
     figures = {
         "terms": torch.ones_like(gain.low_X),
         "clip_low": gain.low_X,
         "clip_high": gain.high_X,
         "clip_dual": gain.dual_X,
         "capped": weights.capped_X,
-        "masked": weights.masked_X,
+        "masked": masked_X,
     }
     rho_X = weights.rho_X.masked_fill(~terms.credited_X, 0)  # nothing stays nothing where ρ overflows
     return -(rho_X * gain.gain_X).sum(), Tally.over(terms.counted_X, figures)
@@ -175,8 +186,9 @@ def _divergence_mask(terms: _Terms, train: TrainConfig) -> _Gain:
     too_high_X, too_low_X = shift_X > train.dppo_delta, shift_X < -train.dppo_delta
     kept_X = terms.plus_X.masked_fill(too_high_X, 0) + terms.minus_X.masked_fill(too_low_X, 0)
     low_X, high_X = too_low_X & (terms.minus_X < 0), too_high_X & (terms.plus_X > 0)
-    ratio_X = terms.log_ratio_X.masked_fill(kept_X == 0, 0).exp()
-    return _Gain(ratio_X * kept_X, low_X, high_X, torch.zeros_like(low_X))
+    log_r_X = terms.log_ratio_X.masked_fill(kept_X == 0, 0)
+    over_X = (log_r_X.detach() - math.log(train.dppo_cap or math.inf)).clamp(min=0)
+    return _Gain((log_r_X - over_X).exp() * kept_X, low_X, high_X, over_X > 0)
 
 
 GAINS: dict[Loss, Callable[[_Terms, TrainConfig], _Gain]] = {

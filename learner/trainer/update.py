@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from learner.trainer.corrections import m2po_limit, mismatch
+from learner.trainer.corrections import m2po_limit, m2po_measured, mismatch
 from learner.trainer.loss import entropy_bonus, policy_loss, reference_penalty
 from learner.trainer.model import Policy
 from learner.trainer.packing import Pack
@@ -106,11 +106,11 @@ class Updater:
         return [_Proximal(scored, limit) for scored in ahead]
 
     def _m2po_limit(self, minibatches: Sequence[Sequence[Pack]], ahead: Sequence[Sequence[Tensor]]) -> float:
-        """`m2po_limit` over the batch of all ranks; a token that stands in several packs is one."""
+        """`m2po_limit` over the batch of all ranks."""
         log_rho = [torch.zeros(0)]
         for packs, scored in zip(minibatches, ahead, strict=True):
             for pack, proximal_A in zip(packs, scored, strict=True):
-                log_rho.append((proximal_A.cpu() - pack.targets.sampled_A)[pack.targets.counted_A])
+                log_rho.append(m2po_measured(proximal_A.cpu() - pack.targets.sampled_A, pack.targets, self._train))
         return m2po_limit(torch.cat(self._ranks.gather(torch.cat(log_rho))), self._train.m2po_tau)
 
     def _gradients(self, packs: Sequence[Pack], proximal: _Proximal) -> Tally:

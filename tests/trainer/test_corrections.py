@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.trainer.corrections import effective_sample, m2po_limit, mismatch, weigh
+from learner.trainer.corrections import effective_sample, m2po_limit, m2po_measured, mismatch, weigh
 from learner.trainer.tally import Tally
 from learner.trainer.targets import SIGNS
-from tests.trainer.targets import float64, lone
+from tests.trainer.targets import float64, lone, places
 from treegrpo.errors import ConfigError
 from treegrpo.settings import load
 from treegrpo.train_config import OPTIONS, Correction, Estimator, Loss, TrainConfig
@@ -33,9 +33,11 @@ SQUARES = st.lists(st.floats(0, 3).map(lambda x: x if x > 1e-6 else 0.0), min_si
     ],
 )
 def test_what_each_correction_makes_of_rho(correction: Any, weights: list[float], capped: int, masked: int) -> None:
-    found = weigh(RHO.log(), TrainConfig(correction=correction), m2po_limit=math.log(8) ** 2)
+    train = TrainConfig.model_validate({"correction": correction} | ({"m2po_tokens": "all"} if correction == "m2po" else {}))
+    found = weigh(RHO.log(), train, m2po_limit=math.log(8) ** 2)
     assert found.rho_X.tolist() == pytest.approx(weights)
-    assert (found.capped_X.sum().item(), found.masked_X.sum().item()) == (capped, masked)
+    assert (found.capped_X.sum().item(), found.masked_plus_X.sum().item()) == (capped, masked)
+    assert found.masked_plus_X.tolist() == found.masked_minus_X.tolist()
 
 
 def test_the_bounds_of_icepop_are_allowed_themselves() -> None:
@@ -54,13 +56,33 @@ def test_m2po_drops_the_largest_until_the_mean_of_the_others_fits() -> None:
     assert m2po_limit(log_rho, 0.04) == 0.25
     assert m2po_limit(log_rho, 0.08) == 1.0
     assert m2po_limit(log_rho, 0.3) == math.inf
-    kept = weigh(log_rho, TrainConfig(correction="m2po"), m2po_limit(log_rho, 0.04)).masked_X.logical_not()
-    assert kept.tolist() == [False, True, True, False, True]
+    masked = weigh(log_rho, TrainConfig(correction="m2po", m2po_tokens="all"), m2po_limit(log_rho, 0.04)).masked_plus_X
+    assert masked.tolist() == [True, False, False, True, False]
+
+
+def test_m2po_of_the_paper_masks_nothing_that_moved_back() -> None:
+    """ρ = 4 and 1/4, each pulled up by one leaf and down by another: of each only the leaf that pulls on is masked."""
+    log_rho = float64(4.0, 0.25).log()
+    found = weigh(log_rho, TrainConfig(correction="m2po"), m2po_limit=1.0)
+    assert (found.masked_plus_X.tolist(), found.masked_minus_X.tolist()) == ([True, False], [False, True])
+    assert found.rho_X.tolist() == pytest.approx([4, 0.25])
+
+
+def test_m2po_of_the_paper_measures_the_trust_region_alone() -> None:
+    """Leaves (+1, −1) over tokens of log ρ 0.3, −0.1, 0: of the first leaf 0.3 counts, of the second −0.1; of all, all."""
+    targets = places([-1.0] * 3, [[(0, 1.0), (1, 1.0), (2, 1.0)], [(0, -1.0), (1, -1.0)]], [0.5, 0.5])
+    log_rho = float64(0.3, -0.1, 0.0)
+    train = TrainConfig(correction="m2po")
+    assert m2po_measured(log_rho, targets, train).tolist() == [0.3, -0.1]
+    assert m2po_measured(log_rho, targets, train.model_copy(update={"m2po_tokens": "all"})).tolist() == [0.3, -0.1, 0.0]
+    no_weight = places([-1.0] * 3, [[(0, 1.0)]], [0.0])
+    assert m2po_measured(log_rho, no_weight, train).tolist() == []
 
 
 def test_m2po_lets_equals_share_a_fate() -> None:
     log_rho = float64(0.3, -0.3, 0.0)
-    assert weigh(log_rho, TrainConfig(correction="m2po"), m2po_limit(log_rho, 0.05)).masked_X.tolist() == [True, True, False]
+    found = weigh(log_rho, TrainConfig(correction="m2po"), m2po_limit(log_rho, 0.05))
+    assert (found.masked_plus_X | found.masked_minus_X).tolist() == [True, True, False]
 
 
 def test_m2po_of_nothing_drops_nothing() -> None:
@@ -94,7 +116,7 @@ def test_m2po_compares_in_float32_what_it_measured_in_float32() -> None:
     rng = torch.Generator().manual_seed(0)
     log_rho = torch.randn(1000, generator=rng)
     limit = m2po_limit(log_rho, 0.04)
-    assert 0 < weigh(log_rho, TrainConfig(correction="m2po"), limit).masked_X.sum() < 1000
+    assert 0 < weigh(log_rho, TrainConfig(correction="m2po", m2po_tokens="all"), limit).masked_plus_X.sum() < 1000
     assert limit in log_rho.double().square().tolist()
 
 
@@ -134,6 +156,7 @@ def test_tallies_add_up_in_any_order_and_nothing_is_neutral() -> None:
     [
         (["--train.loss", "gspo", "--train.correction", "m2po"], r"train\.correction = 'm2po'.*take icepop or tis"),
         (["--train.dual_clip", "0.5"], r"train\.dual_clip = '0\.5'.*above 1"),
+        (["--train.loss", "dppo", "--train.dppo_cap", "1"], r"train\.dppo_cap = '1'.*above 1"),
         (["--train.dual_clip", "3", "--train.loss", "cispo"], r"train\.dual_clip.*only train\.loss = ppo uses it"),
         (
             [*ICEPOP, "--train.icepop_low", "6"],
@@ -163,10 +186,12 @@ OTHERS: dict[str, Any] = {
     "clip_high": 0.01,
     "dual_clip": 3.0,
     "dppo_delta": 0.1,
+    "dppo_cap": 10.0,
     "tis_cap": 3.0,
     "icepop_low": 0.1,
     "icepop_high": 9.0,
     "m2po_tau": 0.1,
+    "m2po_tokens": "all",
     "singleton": "raw",
     "std_floor": 0.1,
     "inter_weight": 0.5,

@@ -11,16 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.trainer.corrections import m2po_limit
+from learner.trainer.corrections import m2po_limit, m2po_measured
 from learner.trainer.loss import GAINS, entropy_bonus, kl, policy_loss, reference_penalty
 from learner.trainer.tally import Tally
 from learner.trainer.targets import Targets
 from tests.trainer.targets import float64, lone, near, places, random_targets
 from treegrpo.train_config import CORRECTION_OPTIONS, LOSS_OPTIONS, KlEstimator, Loss, TrainConfig
 
-CORRECTIONS = ("none", "decoupled", "tis", "icepop", "m2po")
+ALL = "m2po of all tokens"
+CORRECTIONS = ("none", "decoupled", "tis", "icepop", "m2po", ALL)
 TOKEN_LEVEL: list[dict[str, Any]] = [{"loss": "ppo"}, {"loss": "ppo", "dual_clip": 1.4}, {"loss": "cispo"}, {"loss": "dppo"}]
-BOUNDS = {"clip_low": 0.2, "clip_high": 0.3, "dppo_delta": 0.03, "tis_cap": 1.2, "icepop_low": 0.8, "icepop_high": 1.5}
+BOUNDS = {"clip_low": 0.2, "clip_high": 0.3, "dppo_delta": 0.03, "dppo_cap": 1.3} | {
+    "tis_cap": 1.2,
+    "icepop_low": 0.8,
+    "icepop_high": 1.5,
+}
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -28,17 +33,19 @@ def tight(loss: dict[str, Any], correction: str) -> TrainConfig:
     """With those of the bounds that loss and correction use."""
     used = LOSS_OPTIONS[loss["loss"]] | CORRECTION_OPTIONS.get(correction, set())
     bounds = {name: value for name, value in BOUNDS.items() if name in used}
-    return TrainConfig.model_validate(bounds | loss | {"correction": correction})
+    chosen = {"correction": "m2po", "m2po_tokens": "all"} if correction == ALL else {"correction": correction}
+    return TrainConfig.model_validate(bounds | loss | chosen)
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def rho_of(log_rho: float, train: TrainConfig, limit: float) -> float:
+def rho_of(log_rho: float, train: TrainConfig, limit: float, advantage: float) -> float:
     rho = math.exp(log_rho)
     allowed = train.icepop_low <= rho <= train.icepop_high
-    masked = {"icepop": rho if allowed else 0.0, "m2po": rho if log_rho**2 < limit else 0.0}
+    inside = log_rho**2 < limit or (train.m2po_tokens == "trust_region" and log_rho * advantage <= 0)
+    masked = {"icepop": rho if allowed else 0.0, "m2po": rho if inside else 0.0}
     return {"none": 1.0, "decoupled": rho, "tis": min(rho, train.tis_cap), **masked}[train.correction]
 
 
@@ -51,7 +58,8 @@ def one_path_token(logprob: Tensor, anchor: float, sampled: float, advantage: fl
     if train.loss == "dppo":
         shift = (logprob.exp() - math.exp(sampled)).item()
         outward = abs(shift) > train.dppo_delta and shift * advantage > 0
-        return -ratio * advantage * (0.0 if outward else 1.0)
+        capped = (ratio.detach().clamp(max=train.dppo_cap) / ratio.detach()) * ratio
+        return -capped * advantage * (0.0 if outward else 1.0)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     return -(torch.maximum(gain, float64(train.dual_clip * advantage)[0]) if train.dual_clip and advantage < 0 else gain)
 
@@ -63,7 +71,7 @@ def path_by_path(logprob_A: Tensor, proximal_A: Tensor, targets: Targets, train:
     for token, advantage, weight in zip(*(column.tolist() for column in columns), strict=True):
         p, q = proximal_A[token].item(), targets.sampled_A[token].item()
         anchor = q if train.correction == "none" else p
-        rho = rho_of(p - q, train, limit)
+        rho = rho_of(p - q, train, limit, advantage)
         total = total + weight * rho * one_path_token(logprob_A[token], anchor, q, advantage, train)
     return total
 
@@ -80,7 +88,7 @@ def test_a_shared_token_loses_what_its_leaves_lose_apart(
     train = tight(loss, correction)
     proximal = near(rng, targets.sampled_A, 0.3)
     logprob = near(rng, proximal, 0.5).requires_grad_()
-    limit = m2po_limit(proximal - targets.sampled_A, 0.04) if correction == "m2po" else math.inf
+    limit = m2po_limit(m2po_measured(proximal - targets.sampled_A, targets, train), 0.04)
     apart = path_by_path(logprob, proximal, targets, train, limit)
     shared, _ = policy_loss(logprob, proximal, targets, train, limit)
     assert shared.item() == pytest.approx(apart.item(), abs=1e-12)
@@ -112,7 +120,7 @@ def sequence_loss(logprob_A: Tensor, proximal_A: Tensor, targets: Targets, train
         anchor = q if train.correction == "none" else p
         ratio = (logprob_A[token] - anchor).mean().exp()
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - train.clip_low, 1 + train.clip_high) * advantage)
-        total = total - targets.weight_P[at][0] * len(token) * rho_of((p - q).mean().item(), train, math.inf) * gain
+        total = total - targets.weight_P[at][0] * len(token) * rho_of((p - q).mean().item(), train, math.inf, advantage) * gain
     return total
 
 
@@ -204,6 +212,27 @@ def test_dppo_stops_what_moves_a_probability_further_away_and_nothing_else() -> 
     assert (tally["clip_high"], tally["clip_low"]) == (1, 1)
 
 
+def test_dppo_caps_a_ratio_and_keeps_its_gradient() -> None:
+    """From 0.001 to 0.05, 50-fold: verl's cap is 20. With 0 it is the formula of the paper."""
+    logprob, targets = float64(0.05).log().requires_grad_(), lone([math.log(0.001)], [1])
+    for cap, weight, held in ((20.0, 20.0, 1), (60.0, 50.0, 0), (0.0, 50.0, 0)):
+        loss, tally = policy_loss(logprob, logprob.detach(), targets, TrainConfig(loss="dppo", dppo_cap=cap))
+        assert loss.item() == pytest.approx(-weight)
+        assert torch.autograd.grad(loss, logprob)[0].tolist() == pytest.approx([-weight])
+        assert tally["clip_dual"] == held
+
+
+def test_m2po_masks_a_side_of_a_shared_token_alone() -> None:
+    """ρ = 2 and a limit below (log 2)²: the leaf that would pull the token further up is left out, the other pulls it down."""
+    targets = places([math.log(0.2)], [[(0, 1.0)], [(0, -3.0)]], [1.0, 1.0])
+    logprob = float64(0.4).log().requires_grad_()
+    for tokens, gradient in (("trust_region", 6.0), ("all", 0.0)):
+        train = TrainConfig.model_validate({"correction": "m2po", "m2po_tokens": tokens})
+        loss, tally = policy_loss(logprob, logprob.detach(), targets, train, 0.4)
+        assert torch.autograd.grad(loss, logprob)[0].tolist() == pytest.approx([gradient])
+        assert tally["masked"] == 1
+
+
 @pytest.mark.parametrize("loss", ["ppo", "cispo", "gspo", "dppo"])
 def test_rho_is_applied_once(loss: Any) -> None:
     """At the start of a batch θ = p: whatever the loss, the gradient of a token is π_p/π_q·A·∇log π."""
@@ -232,7 +261,7 @@ def test_corrections_that_have_nothing_to_correct_or_no_bound_agree(loss: dict[s
     assert of("tis", proximal, tis_cap=1e30) == of("decoupled", proximal)
     assert of("icepop", proximal, icepop_low=0, icepop_high=1e30) == of("decoupled", proximal)
     if loss["loss"] == "dppo":
-        assert of("decoupled", proximal) == pytest.approx(of("none", proximal), rel=1e-12)
+        assert of("decoupled", proximal, dppo_cap=0) == pytest.approx(of("none", proximal, dppo_cap=0), rel=1e-12)
     else:
         assert of("decoupled", proximal) != pytest.approx(of("none", proximal), rel=1e-3)
 
@@ -269,12 +298,12 @@ def in_float32(targets: Targets) -> Targets:
     return replace(targets, **{name: getattr(targets, name).float() for name in names})
 
 
-@pytest.mark.parametrize("correction", ["none", "tis", "icepop", "m2po"])
+@pytest.mark.parametrize("correction", ["none", "tis", "icepop", ALL])
 @pytest.mark.parametrize("loss", [*TOKEN_LEVEL, {"loss": "gspo", "clip_low": 0.01, "clip_high": 0.02}], ids=str)
 def test_a_ratio_that_overflows_costs_what_the_paper_says(loss: dict[str, Any], correction: str) -> None:
-    if (loss["loss"], correction) == ("gspo", "m2po"):
+    if (loss["loss"], correction) == ("gspo", ALL):
         return  # refused
-    bounded = correction != "none" or loss["loss"] == "cispo" or "dual_clip" in loss
+    bounded = correction != "none" or loss["loss"] in {"cispo", "dppo"} or "dual_clip" in loss
     logprob, targets = leaf_each(FAR + [(-1.0, -100.0, -1.0)] * bounded)
     train = tight(loss, correction)
     reference = sequence_loss if loss["loss"] == "gspo" else partial(path_by_path, limit=1.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learner.trainer.corrections import m2po_limit
+from learner.trainer.corrections import m2po_limit, m2po_measured
 from learner.trainer.model import load_model, score
 from learner.trainer.packing import pack
 from learner.trainer.ranks import Ranks
@@ -117,7 +117,7 @@ def test_the_proximal_policy_is_scored_ahead_only_where_it_must_be(
 
 def test_m2po_chooses_over_the_whole_batch(tmp_path: Path) -> None:
     """One group is sampled by the policy itself, the other is far from it: alone it would have to lose tokens."""
-    config = configure(tmp_path, correction="m2po", minibatches=2, m2po_tau=0.1)
+    config = configure(tmp_path, correction="m2po", m2po_tokens="all", minibatches=2, m2po_tau=0.1)
     folder, (one, other) = write_tiny(tmp_path / "model"), random_groups(8, 2)
     packs = [packs_of([part], config)[0] for part in (one, other)]
     updater = Updater(config, load_model(folder, CPU), None)
@@ -208,7 +208,7 @@ def test_the_gradient_is_clipped_and_its_norm_reported_as_it_was(tmp_path: Path)
 
 
 def test_every_token_counts_once_in_the_figures_of_a_tree_that_is_split(tmp_path: Path) -> None:
-    groups, config, masked = random_groups(10, 1), configure(tmp_path, correction="m2po"), set[float]()
+    groups, config, masked = random_groups(10, 1), configure(tmp_path, correction="m2po", m2po_tokens="all"), set[float]()
     for pack_tokens in (1024, 16):
         packs = pack(credited(groups, config), pack_tokens, keep_zero=False)
         for one in packs:  # what another pack counts has no say in what m2po drops
@@ -219,6 +219,16 @@ def test_every_token_counts_once_in_the_figures_of_a_tree_that_is_split(tmp_path
         assert (len(packs) > 1) == (pack_tokens == 16)
         masked.add(tally["masked"])
     assert len(masked) == 1
+
+
+def test_m2po_measures_the_same_of_a_tree_that_is_split(tmp_path: Path) -> None:
+    groups, config, measured = random_groups(10, 1), configure(tmp_path, correction="m2po"), list[Tensor]()
+    for pack_tokens in (1024, 16):
+        packs = pack(credited(groups, config), pack_tokens, keep_zero=False)
+        found = [m2po_measured(-1.0 - one.targets.sampled_A, one.targets, config.train) for one in packs]
+        measured.append(torch.cat(found).sort().values)
+    assert len(measured[0]) > 0
+    assert torch.equal(*measured)
 
 
 def test_the_learning_rate_rises_linearly_and_stays() -> None:
