@@ -20,6 +20,9 @@ from treegrpo.scrape import serve_page
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
+MISMATCH_LIMIT = 0.01
+"""Nats per token of `kl_mismatch_lag0`: above it sampler and trainer compute two policies. bfloat16 stays far below."""
+
 
 class _Metrics:
     """A service's own registry and shorthands to fill it."""
@@ -152,6 +155,7 @@ class TrainerMetrics(_Metrics):
         self.loss = self._gauge("loss", "Loss of the last step")
         self.kl = self._gauge("kl_reference", "K3 estimate of KL(policy ‖ reference), nats per token")
         self.mismatch = self._gauge("kl_mismatch", "K3 estimate of KL(sampler ‖ trainer), nats per token")
+        self.mismatch_lag0 = self._gauge("kl_mismatch_lag0", "The same over the tokens that the trained version itself sampled")
         self.log_ratio = self._gauge("log_ratio_max", "Largest |log π_trainer − log π_sampler| of a token of the last step")
         self.effective = self._gauge(
             "effective_sample_ratio", "Effective share of the sampled tokens, by where inter and intra advantage point", "sign"

@@ -83,22 +83,27 @@ def m2po_limit(log_rho_N: Tensor, tau: float) -> float:
     return square_N[over[0, 0]].item() if len(over) else math.inf
 
 
-def mismatch(proximal_A: Tensor, targets: Targets) -> Tally:
+def mismatch(proximal_A: Tensor, targets: Targets, *, at_start: bool = True) -> Tally:
     """How far p is from q on the tokens that count.
 
     `actions` counts them. `kl_mismatch` sums the k3 estimate of KL(q ‖ p), ρ − 1 − log ρ with tokens drawn from q;
     `log_ratio_max` is the largest |log ρ|. `count/S`, `rho/S` and `square/S` are N, Σρ and Σρ² of each class S of
     `SIGNS`, for `effective_sample`. ρ is that of the token, before any cap or mask.
+
+    `actions_lag0` and `kl_mismatch_lag0` are the same of the tokens that p itself has sampled, if ``proximal_A`` is the
+    policy ``at_start`` of the batch. There no update lies between the two: what is left is how sampler and trainer compute.
     """
     log_rho_A = (proximal_A - targets.sampled_A).detach()[targets.counted_A].double()
     rho_A = log_rho_A.exp()
     figures_3A = torch.stack([torch.ones_like(rho_A), rho_A, rho_A.square()])
     sums_3S = figures_3A.new_zeros(3, len(SIGNS)).index_add(1, targets.sign_A[targets.counted_A], figures_3A)
     names = [f"{figure}/{sign}" for figure in ("count", "rho", "square") for sign in SIGNS]
-    whole = torch.stack([(rho_A - 1 - log_rho_A).sum(), torch.cat([log_rho_A.abs(), rho_A.new_zeros(1)]).max()])
-    kl, peak = whole.tolist()
-    sums = {"actions": float(len(rho_A)), "kl_mismatch": kl, **dict(zip(names, sums_3S.flatten().tolist(), strict=True))}
-    return Tally(sums, {"log_ratio_max": peak})
+    k3_A, fresh_A = rho_A - 1 - log_rho_A, targets.fresh_A[targets.counted_A] & at_start
+    peak = torch.cat([log_rho_A.abs(), rho_A.new_zeros(1)]).max()
+    totals = torch.stack([k3_A.sum(), k3_A[fresh_A].sum(), fresh_A.sum().double(), peak])
+    kl, kl_lag0, actions_lag0, log_ratio_max = totals.tolist()
+    sums = {"actions": float(len(rho_A)), "kl_mismatch": kl, "actions_lag0": actions_lag0, "kl_mismatch_lag0": kl_lag0}
+    return Tally(sums | dict(zip(names, sums_3S.flatten().tolist(), strict=True)), {"log_ratio_max": log_ratio_max})
 
 
 def effective_sample(tally: Tally, *signs: str) -> float:

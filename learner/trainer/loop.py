@@ -48,7 +48,7 @@ from learner.trainer.link import Link
 from learner.trainer.model import load_model
 from learner.trainer.packing import Pack, pack
 from learner.trainer.ranks import ALONE, CPU, Ranks
-from learner.trainer.report import Phases, show, step_values
+from learner.trainer.report import MismatchWatch, Phases, show, step_values
 from learner.trainer.shelf import Shelf
 from learner.trainer.update import Updater
 from treegrpo.access import Access
@@ -82,6 +82,7 @@ class Trainer:
         if folder:
             checkpoint.restore(folder, policy, self._updater.optimizer, ranks)
         self._evaluated: int | None = None
+        self._mismatch = MismatchWatch()
 
     def run(self) -> None:
         """Train to the end, or until the run drains; either way there is a checkpoint and ``checkpoints/final``.
@@ -144,6 +145,8 @@ class Trainer:
         self._metrics.refused.inc(len(refused))
         self._link.report(record)
         show(self._metrics, record)
+        if self._ranks.is_first:
+            self._mismatch.look(record)
 
     def _say_again(self) -> None:
         """Report the steps before the checkpoint once more: the intake may have died with a record, and drops what it has."""
@@ -157,7 +160,8 @@ class Trainer:
         values = [advantages(one.branches, Options.of(train)) for one in batch]
         credited = credit(batch, values, train.aggregation)
         keep_zero = train.kl_coef > 0 or train.entropy_coef > 0
-        return self._ranks.share_out(pack(credited, train.pack_tokens, keep_zero=keep_zero, ranks=self._ranks.world))
+        world, now = self._ranks.world, self.progress.version
+        return self._ranks.share_out(pack(credited, train.pack_tokens, keep_zero=keep_zero, ranks=world, now=now))
 
     def _publish(self) -> None:
         progress = self.progress

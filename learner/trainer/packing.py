@@ -25,7 +25,7 @@ from learner.trainer.episodes import Credit, CreditedTree
 from learner.trainer.layout import Layout, PathIds, lay_out, shared
 from learner.trainer.targets import Targets
 from treegrpo.errors import ContractError
-from treegrpo.step import Step
+from treegrpo.step import PolicyVersion, Step
 from treegrpo.tree import Tree
 
 Indices = NDArray[np.int64]
@@ -86,7 +86,9 @@ class _CreditedPath:
     credit: Credit
 
 
-def pack(trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool, ranks: int = 1) -> list[Pack]:
+def pack(
+    trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool, ranks: int = 1, now: PolicyVersion | None = None
+) -> list[Pack]:
     """All credited paths in packs of at most ``pack_tokens`` tokens; a longer path has its own.
 
     Args:
@@ -94,6 +96,7 @@ def pack(trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool, ra
         pack_tokens: the limit.
         keep_zero: also pack paths with no advantage. They matter to a penalty; to the policy loss they are nothing.
         ranks: processes that share the packs; with several, packs are as small as makes the step short.
+        now: the version that the batch is trained from; its own tokens are marked.
 
     Raises:
         ContractError: a tree has no prompt, so that its first token is predicted by nothing.
@@ -104,13 +107,13 @@ def pack(trees: Sequence[CreditedTree], pack_tokens: int, *, keep_zero: bool, ra
     prefixes = [0, *(shared(a.ids, b.ids) for a, b in pairwise(paths))]
     cuts = _best_cuts(np.array([len(path.ids) for path in paths]), np.array(prefixes), pack_tokens, ranks) if paths else []
     signs, counted = _signs(paths), set[Key]()
-    return [_fill(paths[a:b], [0, *prefixes[a + 1 : b]], signs, counted) for a, b in cuts]
+    return [_fill(paths[a:b], [0, *prefixes[a + 1 : b]], signs, counted, now) for a, b in cuts]
 
 
 def empty_pack() -> Pack:
     """A pack of one token that nothing is learned from: for a rank that has to take part in a step and has nothing to do."""
     layout, _ = lay_out([np.zeros(1, np.uint32)], [0])
-    return Pack(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), layout, *_targets([], {}, set()), 0)
+    return Pack(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), layout, *_targets([], {}, set(), None), 0)
 
 
 def _credited_path(tree: Tree, leaf: int, credit: Credit) -> _CreditedPath:
@@ -163,15 +166,21 @@ def _cuts(new: Indices, prefixes: Indices, limit: int) -> Iterator[tuple[int, in
         first = end
 
 
-def _fill(paths: Sequence[_CreditedPath], prefixes: Sequence[int], signs: Mapping[Key, int], counted: set[Key]) -> Pack:
+def _fill(
+    paths: Sequence[_CreditedPath],
+    prefixes: Sequence[int],
+    signs: Mapping[Key, int],
+    counted: set[Key],
+    now: PolicyVersion | None,
+) -> Pack:
     layout, places = lay_out([path.ids for path in paths], prefixes)
-    predictor_A, targets = _targets(list(zip(paths, places, strict=True)), signs, counted)
+    predictor_A, targets = _targets(list(zip(paths, places, strict=True)), signs, counted, now)
     path_tokens = sum(len(path.ids) for path in paths)
     return Pack(torch.from_numpy(layout.ids_T), torch.from_numpy(layout.position_T), layout, predictor_A, targets, path_tokens)
 
 
 def _targets(
-    paths: Sequence[tuple[_CreditedPath, Indices]], signs: Mapping[Key, int], counted: set[Key]
+    paths: Sequence[tuple[_CreditedPath, Indices]], signs: Mapping[Key, int], counted: set[Key], now: PolicyVersion | None
 ) -> tuple[Tensor, Targets]:
     """predictor_A, and the rest of what the loss takes; enters in ``counted`` whatever this pack is the first to have."""
     begins: dict[Key, int] = {}
@@ -197,6 +206,7 @@ def _targets(
         label_A=_join([step.action for step, _, _ in steps], np.int64),
         sampled_A=_join([step.logprobs for step, _, _ in steps], np.float32),
         counted_A=_join([np.full(len(step.action), key not in counted) for step, _, key in steps], np.bool_),
+        fresh_A=_join([_fresh(step, now) for step, _, _ in steps], np.bool_),
         sign_A=_join([np.full(len(step.action), signs[key]) for step, _, key in steps], np.int64),
         token_P=_join(token, np.int64),
         leaf_P=_join(leaf, np.int64),
@@ -206,6 +216,14 @@ def _targets(
     )
     counted.update(begins)
     return _join([place for _, place, _ in steps], np.int64), targets
+
+
+def _fresh(step: Step, now: PolicyVersion | None) -> NDArray[np.bool_]:
+    """Which action tokens of ``step`` the version ``now`` has sampled."""
+    fresh = np.zeros(len(step.action), np.bool_)
+    for span in step.spans:
+        fresh[span.start : span.end] = span.version == now
+    return fresh
 
 
 def _join(parts: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> Tensor:

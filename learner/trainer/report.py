@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,14 @@ from learner.trainer.episodes import Episodes, mixed_siblings, version_lag
 from learner.trainer.targets import SIGNS
 from learner.trainer.update import Update
 from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import TrainerMetrics
+from treegrpo.telemetry import MISMATCH_LIMIT, TrainerMetrics
 from treegrpo.tree import Group
 
+log = logging.getLogger(__name__)
+MISMATCH_SENTENCE = (
+    "Sampler and trainer compute two policies: KL(sampler ‖ trainer) is {:.2g} nats per token at version lag 0, where it "
+    f"should be below {MISMATCH_LIMIT}; see docs/operations.md, MismatchAtLagZero."
+)
 SPLIT = SIGNS[1:]
 """The classes of tokens where inter-tree and intra-tree advantage both say something."""
 
@@ -105,8 +111,27 @@ def _update_values(update: Update) -> dict[str, Any]:
         "effective_sample_ratio": effective(*SIGNS),
         **{f"effective_sample_{sign}_ratio": effective(sign) for sign in SPLIT},
         **{name: per(name, "actions") for name in ("kl_mismatch", "kl_reference", "entropy")},
+        "kl_mismatch_lag0": per("kl_mismatch_lag0", "actions_lag0"),
         **{f"{name}_ratio": per(name, "terms") for name in ("clip_low", "clip_high", "clip_dual", "capped", "masked")},
     }
+
+
+class MismatchWatch:
+    """Logs when sampler and trainer begin to compute two policies, and when they agree again."""
+
+    def __init__(self) -> None:
+        self._above = False
+
+    def look(self, values: dict[str, Any]) -> None:
+        """``values`` is the record of a step; one without a token at lag 0 changes nothing."""
+        found = values.get("kl_mismatch_lag0")
+        if found is None or (found > MISMATCH_LIMIT) == self._above:
+            return
+        self._above = not self._above
+        if self._above:
+            log.error("%s", MISMATCH_SENTENCE.format(found))
+        else:
+            log.info("sampler and trainer agree again at lag 0: %.2g nats per token", found)
 
 
 def show(metrics: TrainerMetrics, values: dict[str, Any]) -> None:
@@ -118,6 +143,7 @@ def show(metrics: TrainerMetrics, values: dict[str, Any]) -> None:
         "loss": metrics.loss,
         "kl_reference": metrics.kl,
         "kl_mismatch": metrics.mismatch,
+        "kl_mismatch_lag0": metrics.mismatch_lag0,
         "token_ratio": metrics.token_ratio,
         "log_ratio_max": metrics.log_ratio,
         "entropy": metrics.entropy,

@@ -25,6 +25,8 @@ class Targets:
     """float32: the log-probabilities the sampler recorded (policy q)."""
     counted_A: Tensor
     """bool: False where another pack counts the token in its figures, on the repeated prefix of a tree that was split."""
+    fresh_A: Tensor
+    """bool: sampled by the version that the batch is trained from, at lag 0."""
     sign_A: Tensor
     """int64: index into `SIGNS`."""
     token_P: Tensor

@@ -52,6 +52,8 @@ class _Proximal:
     logprob_A: list[Tensor] | None
     """For each pack of a minibatch; None: it is the policy that is being differentiated."""
     m2po_limit: float
+    at_start: bool = True
+    """Without ``logprob_A``: no step of the batch comes before this one."""
 
 
 class Updater:
@@ -100,7 +102,7 @@ class Updater:
         """Score everything once before the first step, unless the first step is the only one and sees it by itself."""
         m2po = self._train.correction == "m2po"
         if self._train.correction == "none" or (len(minibatches) == 1 and not m2po):
-            return [_Proximal(None, math.inf) for _ in minibatches]
+            return [_Proximal(None, math.inf, at_start=number == 0) for number in range(len(minibatches))]
         ahead = [[self._fixed(self._policy, pack.to(self._device)) for pack in packs] for packs in minibatches]
         limit = self._m2po_limit(minibatches, ahead) if m2po else math.inf
         return [_Proximal(scored, limit) for scored in ahead]
@@ -119,7 +121,7 @@ class Updater:
         tally = Tally()
         for number, pack in enumerate(packs):
             known_A = proximal.logprob_A[number] if proximal.logprob_A is not None else None
-            loss, figures = self._loss(pack.to(self._device), known_A, proximal.m2po_limit)
+            loss, figures = self._loss(pack.to(self._device), known_A, proximal)
             loss.backward()
             tokens = pack.tokens if pack.path_tokens else 0  # the token of an empty pack is none of the step's
             credit = (pack.targets.weight_P * pack.targets.advantage_P).abs().sum().item()
@@ -127,15 +129,15 @@ class Updater:
             tally += figures + Tally(sums)
         return sum(self._ranks.gather(tally), Tally())
 
-    def _loss(self, pack: Pack, known_A: Tensor | None, limit: float) -> tuple[Tensor, Tally]:
+    def _loss(self, pack: Pack, known_A: Tensor | None, proximal: _Proximal) -> tuple[Tensor, Tally]:
         train, targets = self._train, pack.targets
         bonus = train.entropy_coef > 0
         logprob_A, entropy_A = self._policy(pack, entropy_grad=bonus)
         proximal_A = logprob_A.detach() if known_A is None else known_A
-        loss, tally = policy_loss(logprob_A, proximal_A, targets, train, limit)
+        loss, tally = policy_loss(logprob_A, proximal_A, targets, train, proximal.m2po_limit)
         entropy, counted = entropy_bonus(entropy_A, targets)
         loss = loss - train.entropy_coef * entropy if bonus else loss
-        tally += counted + mismatch(proximal_A, targets)
+        tally += counted + mismatch(proximal_A, targets, at_start=proximal.at_start)
         if self._reference is None:
             return loss, tally
         penalty, counted = reference_penalty(logprob_A, self._fixed(self._reference, pack), targets, train.kl_estimator)

@@ -15,11 +15,13 @@ from services.cli.pages import Scrape, pages
 from treegrpo.access import Access
 from treegrpo.address import join_address, split_address
 from treegrpo.config import Config
+from treegrpo.telemetry import MISMATCH_LIMIT
 
 LOOK_SECONDS = 1.0
 JOURNAL_BLOCKED = "treegrpo_journal_blocked"
 JOURNAL_SHORT = "treegrpo_journal_short"
 TRAINER_BLOCKED = "treegrpo_trainer_blocked"
+MISMATCH = "treegrpo_kl_mismatch_lag0"
 
 
 class Troubles:
@@ -46,30 +48,41 @@ class Troubles:
             if folder not in self._damaged:
                 self._damaged.add(folder)
                 self._say(f"A damaged checkpoint is set aside as {folder}; the run goes on from the one before.")
-        for name, begins, over in self._sentences():
-            there = bool(scrape.get(name, name in self._now))
+        for name, limit, begins, over in self._sentences():
+            there = scrape[name] > limit if name in scrape else name in self._now
             if there != (name in self._now):
                 self._say(begins if there else over)
                 (self._now.add if there else self._now.remove)(name)
         (self.trainer_blocked.set if TRAINER_BLOCKED in self._now else self.trainer_blocked.clear)()
 
-    def _sentences(self) -> tuple[tuple[str, str, str], ...]:
+    def _sentences(self) -> tuple[tuple[str, float, str, str], ...]:
+        """For each metric what it is above in trouble, and what to say at the beginning and at the end."""
         disk = f"The disk of {self._run_dir}"
+        apart = f"Sampler and trainer compute two policies: more than {MISMATCH_LIMIT} nats per token apart at version lag 0"
         return (
             (
                 JOURNAL_SHORT,
+                0,
                 f"{disk} is full: what is under way comes in, but nothing new is granted; make room.",
                 f"{disk} has room again: leases are granted.",
             ),
             (
                 JOURNAL_BLOCKED,
+                0,
                 f"{disk} refuses the journal: nothing is acknowledged or granted until it takes it; make room, or mend it.",
                 f"{disk} takes the journal again.",
             ),
             (
                 TRAINER_BLOCKED,
+                0,
                 f"{disk} refuses what the trainer has to write: it waits; make room, or mend it.",
                 f"{disk} has taken what the trainer had to write.",
+            ),
+            (
+                MISMATCH,
+                MISMATCH_LIMIT,
+                f"{apart} ({MISMATCH}); see docs/operations.md, MismatchAtLagZero.",
+                "Sampler and trainer agree again about what the policy is.",
             ),
         )
 

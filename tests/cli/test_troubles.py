@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr
 
 from services.cli.pages import pages
-from services.cli.troubles import JOURNAL_BLOCKED, JOURNAL_SHORT, TRAINER_BLOCKED, Troubles
+from services.cli.troubles import JOURNAL_BLOCKED, JOURNAL_SHORT, MISMATCH, TRAINER_BLOCKED, Troubles
 from tests.ports import free_address, free_ports
 from treegrpo.access import OPEN
 from treegrpo.config import Config
@@ -42,6 +42,17 @@ async def test_a_full_disk_is_said_when_it_is_full_and_when_it_is_not_any_more(
     assert len(said) == 2
     assert over in said[1]
     assert not troubles.trainer_blocked.is_set()
+
+
+async def test_two_policies_at_lag_0_are_said_when_they_part_and_when_they_meet(tmp_path: Path) -> None:
+    said: list[str] = []
+    troubles = Troubles(config(tmp_path), OPEN, said.append)
+    for value in (0.0, 0.0099, 0.011, 0.056, 0.002):
+        troubles.look({MISMATCH: value})
+    assert [line.split(":")[0] for line in said] == [
+        "Sampler and trainer compute two policies",
+        "Sampler and trainer agree again about what the policy is.",
+    ]
 
 
 async def test_a_damaged_checkpoint_that_is_passed_over_is_said_once_and_an_old_one_not_at_all(tmp_path: Path) -> None:

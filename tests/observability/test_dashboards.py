@@ -15,7 +15,7 @@ import yaml
 
 from deploy.grafana.__main__ import BOARDS, FOLDER, rendered
 from deploy.grafana.queries import alert_rules, annotation_queries, panel_queries
-from treegrpo.telemetry import IntakeMetrics, RetrieverMetrics, SamplerMetrics, TrainerMetrics
+from treegrpo.telemetry import MISMATCH_LIMIT, IntakeMetrics, RetrieverMetrics, SamplerMetrics, TrainerMetrics
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus"
@@ -113,6 +113,10 @@ def test_every_alert_has_a_runbook_that_exists() -> None:
     for name, rule in alert_rules().items():
         assert rule["annotations"]["runbook"].startswith(f"docs/operations.md#{name.lower()}: "), name
         assert f"### {name}\n" in page, name
+
+
+def test_the_alert_of_two_policies_has_the_limit_of_screen_and_log() -> None:
+    assert alert_rules()["MismatchAtLagZero"]["expr"] == f"treegrpo_kl_mismatch_lag0 > {MISMATCH_LIMIT}"
 
 
 def test_every_alert_is_seen_to_fire() -> None:

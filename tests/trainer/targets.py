@@ -26,6 +26,7 @@ def places(sampled: Sequence[float], leaves: Sequence[Sequence[tuple[int, float]
         label_A=torch.zeros(len(sampled), dtype=torch.int64),
         sampled_A=float64(*sampled),
         counted_A=torch.ones(len(sampled), dtype=torch.bool),
+        fresh_A=torch.ones(len(sampled), dtype=torch.bool),
         sign_A=torch.zeros(len(sampled), dtype=torch.int64),
         token_P=torch.tensor([token for token, _, _ in flat], dtype=torch.int64),
         leaf_P=torch.tensor([leaf for _, leaf, _ in flat], dtype=torch.int64),

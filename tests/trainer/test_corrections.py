@@ -128,6 +128,19 @@ def test_the_mismatch_is_nothing_when_sampler_and_trainer_agree() -> None:
         assert tally.peak("log_ratio_max") == pytest.approx(shift)
 
 
+def test_the_mismatch_at_lag_0_is_of_tokens_that_the_version_sampled_itself() -> None:
+    """Of three tokens the second is of an older version and the third counted elsewhere."""
+    targets = lone([-1.0, -1.0, -1.0], [1.0] * 3)
+    targets.fresh_A[1], targets.counted_A[2] = False, False
+    proximal = targets.sampled_A + float64(0.1, 2.0, 2.0)
+    tally = mismatch(proximal, targets)
+    assert (tally["actions"], tally["actions_lag0"]) == (2, 1)
+    assert tally["kl_mismatch_lag0"] == pytest.approx(math.exp(0.1) - 1.1)
+    assert tally["kl_mismatch"] > 4
+    moved = mismatch(proximal, targets, at_start=False)
+    assert (moved["actions_lag0"], moved["kl_mismatch_lag0"], moved["kl_mismatch"]) == (0, 0, tally["kl_mismatch"])
+
+
 def test_the_effective_sample_is_put_together_from_packs_before_it_is_divided() -> None:
     """ρ 1, 3 in one pack and 2 in the next: (1 + 3 + 2)² / (3·(1 + 9 + 4)) = 6/7; the token that does not count is 9."""
     one, other = lone([0.0, 0.0, 0.0], [1.0] * 3), lone([0.0], [1.0])

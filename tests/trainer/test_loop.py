@@ -54,6 +54,7 @@ def test_a_trivial_reward_improves_and_the_model_is_handed_over(config: Config) 
     assert [take.position for take in intake.of(Take)] == [6 * n for n in range(10)]
     assert [(p.version, p.position) for p in intake.of(Publish)] == [(f"0.{n}", 6 * n) for n in range(11)]
     assert all(report["kl_mismatch"] < 1e-6 for report in intake.reports)
+    assert all(report["kl_mismatch_lag0"] < 1e-6 for report in intake.reports)
     tokens, _ = sampler(config.run.dir / "checkpoints" / "final", seed=1)(50)
     assert (tokens < 32).mean() > 0.85
     assert metrics.registry.get_sample_value("treegrpo_step") == 10

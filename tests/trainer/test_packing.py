@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from learner.trainer.packing import Pack, empty_pack, pack
 from learner.trainer.targets import SIGNS
 from tests.trainer.builders import STOP, forked, grown, random_group, step, subtree
 from treegrpo.errors import ContractError
+from treegrpo.step import PolicyVersion, VersionSpan
 from treegrpo.tree import Group, Tree
 
 Place = tuple[tuple[int, ...], int, float, float]
@@ -87,6 +88,19 @@ def test_a_tree_in_one_pack_has_each_token_once_and_no_padding() -> None:
     assert one.targets.counted_A.all()
     assert one.targets.token_P.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6]
     assert one.targets.leaf_P.tolist() == [0] * 4 + [1] * 5
+
+
+def test_tokens_at_lag_0_are_marked_also_within_an_action() -> None:
+    """New weights came in after the first token of node 1; node 3 is of a lineage that was given up."""
+    tree, old, now = grown(forked()), PolicyVersion(0, 4), PolicyVersion(1, 5)
+    mixed = (VersionSpan(old, 0, 1), VersionSpan(now, 1, 2))
+    spans = {1: mixed, 2: (VersionSpan(now, 0, 2),), 3: (VersionSpan(PolicyVersion(0, 5), 0, 3),)}
+    tree.steps.update({node: replace(step, spans=spans[node]) for node, step in tree.steps.items()})
+    given = {2: even(1.0, 0.5), 3: even(-1.0, 0.5)}
+    (one,) = pack([CreditedTree(tree, given)], 1000, keep_zero=False, now=now)
+    assert one.targets.label_A[one.targets.fresh_A].tolist() == [11, 12, STOP]
+    (unknown,) = pack([CreditedTree(tree, given)], 1000, keep_zero=False)
+    assert not unknown.targets.fresh_A.any()
 
 
 def test_the_first_token_of_a_branch_is_predicted_by_the_last_of_its_parent() -> None:

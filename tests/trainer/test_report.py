@@ -7,7 +7,7 @@ import pytest
 
 from learner.trainer.checkpoint import Progress
 from learner.trainer.episodes import usable
-from learner.trainer.report import Phases, show, step_values
+from learner.trainer.report import MismatchWatch, Phases, show, step_values
 from learner.trainer.tally import Tally
 from learner.trainer.update import Update
 from tests.trainer.builders import forked, group
@@ -20,6 +20,8 @@ TALLY = Tally(
         "actions": 10,
         "terms": 20,
         "kl_mismatch": 0.5,
+        "kl_mismatch_lag0": 0.1,
+        "actions_lag0": 4,
         "kl_reference": 2.0,
         "entropy": 15.0,
         "clip_low": 1,
@@ -49,6 +51,7 @@ def test_shares_are_of_the_right_whole() -> None:
         "tokens": 30,
         "token_ratio": 2.5,
         "kl_mismatch": 0.05,
+        "kl_mismatch_lag0": 0.025,
         "kl_reference": 0.2,
         "entropy": 1.5,
         "clip_low_ratio": 0.05,
@@ -105,6 +108,18 @@ def test_the_record_is_on_the_metrics_page() -> None:
     assert found == pytest.approx(expected)
     assert metrics.registry.get_sample_value("treegrpo_log_ratio_max") == 1.25
     assert metrics.registry.get_sample_value("treegrpo_trained_tokens_total") == 30
+
+
+def test_two_policies_are_logged_once_until_they_agree(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    watch = MismatchWatch()
+    for found in ({"kl_mismatch_lag0": 1e-7}, {"kl_mismatch_lag0": 0.056}, {}, {"kl_mismatch_lag0": 0.05}):
+        watch.look(found)
+    assert [(row.levelname, row.message.split(" at ")[0]) for row in caplog.records] == [
+        ("ERROR", "Sampler and trainer compute two policies: KL(sampler ‖ trainer) is 0.056 nats per token"),
+    ]
+    watch.look({"kl_mismatch_lag0": 0.001})
+    assert "agree again at lag 0: 0.001" in caplog.text
 
 
 def test_what_was_not_measured_leaves_its_gauge_alone() -> None:

@@ -59,8 +59,12 @@ LEARNING = Board(
                 Panel(
                     "KL",
                     "none",
-                    {"to the reference": "treegrpo_kl_reference{@}", "sampler to trainer": "treegrpo_kl_mismatch{@}"},
-                    "Nats per token. Sampler to trainer: lag and rounding; above 0.02 look into it.",
+                    {
+                        "to the reference": "treegrpo_kl_reference{@}",
+                        "sampler to trainer": "treegrpo_kl_mismatch{@}",
+                        "the same at lag 0": "treegrpo_kl_mismatch_lag0{@}",
+                    },
+                    "Nats per token. Sampler to trainer: lag and rounding; above 0.02 look into it, at lag 0 above 0.01.",
                 ),
                 Panel(
                     "Largest log-ratio",
