@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from treegrpo.address import within_reach
 from treegrpo.lease import Plan
@@ -71,13 +72,23 @@ class EvalConfig(Section):
 
 class EnvironmentConfig(Section):
     reward: Literal["em", "f1"] = "em"
+    """The judgement of an answer that is trained on; the other is only reported."""
+    reward_shape: Literal["penalty", "tree_grpo"] = "penalty"
+    """What the format counts: `penalty` takes format_penalty off; `tree_grpo` is that of Tree-GRPO's code (docs/search_qa.md)."""
     format_penalty: float = Field(default=0.2, ge=0)
-    """λ_f: taken off when the transcript breaks the protocol."""
+    """λ_f of the shape `penalty`: taken off when the transcript breaks the protocol."""
     topk: int = Field(default=3, ge=1)
     """Documents of one search."""
     max_observation_tokens: int = Field(default=512, ge=16)
     timeout: float = Field(default=20.0, gt=0)
-    """Seconds a search may take."""
+    """Seconds a search may take, from connecting to the last byte of the answer."""
+
+    @field_validator("format_penalty")
+    @classmethod
+    def _shape_uses_it(cls, penalty: float, info: ValidationInfo) -> float:
+        if info.data.get("reward_shape") == "tree_grpo" and penalty != cls.model_fields["format_penalty"].default:
+            raise PydanticCustomError("shape", "environment.reward_shape = tree_grpo has no use for it; leave it out")
+        return penalty
 
 
 class EngineConfig(Section):

@@ -30,6 +30,7 @@ KEYS = (
     "train.batch",
     "eval.questions",
     "environment.reward",
+    "environment.reward_shape",
     "environment.format_penalty",
     "environment.topk",
     "environment.max_observation_tokens",

@@ -38,6 +38,10 @@ REQUEST_SECONDS = 10.0
 """From the first byte of an HTTP request, or of a unary call, to the last; and without reading anything of the answer."""
 SCRAPERS = 32
 """Connections to one /metrics at once."""
+QUERY_LENGTH = 1 << 15
+"""Letters of a query that are searched for."""
+TOPK = 100
+"""Documents that our retriever gives for one query."""
 ANSWER_BYTES = MESSAGE_BYTES
 """The body of an HTTP answer, as it is sent and decompressed. A hundred documents of 300 KiB."""
 LARGE_BYTES = 1 << 20

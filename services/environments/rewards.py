@@ -9,8 +9,15 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable
+from typing import Literal
+
+RewardShape = Literal["penalty", "tree_grpo"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WHOLE = frozenset(("yes", "no", "noanswer"))
+"""Answers of which no part counts."""
+_STRUCTURE, _ANSWERED = 0.2, 0.1
+"""structure_format_score and final_format_score of Tree-GRPO's scripts."""
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -36,14 +43,45 @@ def exact_match(answer: str, targets: Iterable[str]) -> float:
 def f1(answer: str, targets: Iterable[str]) -> float:
     """The best token-multiset F1 of ``answer`` over ``targets``.
 
-    The best, not the last: one more gold answer can only raise the score. Two texts without any token score 1.0.
+    The best, not the last: one more gold answer can only raise the score. As in HotpotQA's evaluation, "yes", "no" and
+    "noanswer" are right or wrong as a whole. Two texts without any token score 1.0.
     """
-    said = normalise(answer).split()
-    return max((_f1(said, normalise(target).split()) for target in targets), default=0.0)
+    said = normalise(answer)
+    words = Counter(said.split())
+    length = words.total()
+    return max((_f1(said, words, length, normalise(target)) for target in targets), default=0.0)
 
 
-def _f1(said: list[str], gold: list[str]) -> float:
-    common = (Counter(said) & Counter(gold)).total()
-    if not said or not gold:
+def _f1(said: str, words: Counter[str], length: int, gold: str) -> float:
+    """F1 of a normalised answer; its ``words`` are counted once for all gold answers."""
+    if said == gold or not {said, gold}.isdisjoint(_WHOLE):
         return float(said == gold)
-    return 2 * common / (len(said) + len(gold))
+    gold_words = gold.split()
+    common = sum(min(count, words[word]) for word, count in Counter(gold_words).items())
+    return 2 * common / (length + len(gold_words))
+
+
+def format_reward(shape: RewardShape, judged: float, *, answered: bool, kept: bool, reward: str, penalty: float) -> float:
+    """What the format adds to the judgement of an answer, or takes off.
+
+    | shape `tree_grpo`, of Tree-GRPO's code | format kept | format broken |
+    |---|---|---|
+    | right (F1: above 0) | 0 | -0.2 |
+    | wrong | 0.2 | 0.1 for `em`, 0 for `f1` |
+    | no answer | | 0 |
+
+    Args:
+        shape: `penalty` takes ``penalty`` off whatever broke the format, once.
+        judged: ``em`` or ``f1`` of the answer, 0 without one.
+        answered: the episode has an answer.
+        kept: every turn is well-formed and the last one answers.
+        reward: which of the two is trained on.
+        penalty: λ_f.
+    """
+    if shape == "penalty":
+        return 0.0 if kept else -penalty
+    if judged > 0:
+        return 0.0 if kept else -_STRUCTURE
+    if kept:
+        return _STRUCTURE
+    return _ANSWERED if answered and reward == "em" else 0.0

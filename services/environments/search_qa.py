@@ -10,16 +10,19 @@ actions and nothing else: a prompt that quotes ``<answer>…</answer>`` cannot b
 
 from __future__ import annotations
 
+import asyncio
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 from services.environments.base import Forking, Outcome, ToolCall
+from services.environments.truncation import fitting_length
 from services.environments.markup import Markup
 from services.environments.retrieval import PROBE_QUERY, Retriever
-from services.environments.rewards import exact_match, f1
+from services.environments.rewards import RewardShape, exact_match, f1, format_reward
+from treegrpo.limits import QUERY_LENGTH
 from treegrpo.question import Question
 
 Kind = Literal["search", "answer", "invalid"]
@@ -28,8 +31,13 @@ HINT = Markup(
     "\n\nThat was no valid action. Think between <think> and </think>, then either search with <search> query </search> "
     "or finish with <answer> answer </answer>.\n\n"
 )
-_ACT = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
-_WELL_FORMED = re.compile(r"\s*<think>([^<]*)</think>\s*<(search|answer)>([^<]*)</\2>\s*(?:(?:<\|[^<>|]+\|>|</s>)\s*)?")
+_OPENING = re.compile(r"<(search|answer)>")
+_TAG = re.compile(r"</?(?:think|search|answer|information)>")
+_END = re.compile(r"\s*(?:(?:<\|[^<>|]+\|>|</s>)\s*)?")
+LETTERS_A_TOKEN = 128
+"""No token of the usual vocabularies stands for more."""
+LOOP_LETTERS = 8192
+"""Documents with more are formatted and cut in a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +66,30 @@ class Episode:
 
 
 def parse_action(text: str) -> Action:
-    """Understand one turn. White space around it and one trailing end-of-turn token are tolerated.
+    """Understand one turn: its first complete search or answer. Linear in ``text``, whatever a policy writes.
+
+    Well-formed is a turn that has the four tags of a think and of one action, in this order, and nothing but white space
+    outside, where one trailing end-of-turn token is tolerated. Inside any text may stand that is no tag of the protocol.
 
     Example:
-        >>> parse_action("<think>first the city</think><search> Ghazni </search>")
+        >>> parse_action("<think>3 < 4, so first the city</think><search> Ghazni </search>")
         Action(kind='search', text='Ghazni', well_formed=True)
     """
-    found = _ACT.search(text)
-    if found is None:
+    ends = {kind: text.rfind(f"</{kind}>") for kind in ("search", "answer")}
+    opening = next((tag for tag in _OPENING.finditer(text) if tag.end() <= ends[tag[1]]), None)
+    if opening is None:
         return Action("invalid", "", well_formed=False)
-    kind: Kind = "search" if found[1] == "search" else "answer"
-    return Action(kind, found[2].strip(), well_formed=_WELL_FORMED.fullmatch(text) is not None)
+    kind: Kind = "search" if opening[1] == "search" else "answer"
+    inside = text[opening.end() : text.index(f"</{kind}>", opening.end())]
+    return Action(kind, inside.strip(), well_formed=_is_well_formed(text, kind))
+
+
+def _is_well_formed(text: str, kind: Kind) -> bool:
+    tags = list(islice(_TAG.finditer(text), 5))
+    if [tag[0] for tag in tags] != ["<think>", "</think>", f"<{kind}>", f"</{kind}>"]:
+        return False
+    before, between = text[: tags[0].start()], text[tags[1].end() : tags[2].start()]
+    return not before.strip() and not between.strip() and _END.fullmatch(text, tags[3].end()) is not None
 
 
 class SearchQA:
@@ -85,6 +106,7 @@ class SearchQA:
         max_observation_tokens: int,
         count_tokens: Callable[[str], int],
         reward: Literal["em", "f1"] = "em",
+        reward_shape: RewardShape = "penalty",
         format_penalty: float = 0.2,
     ) -> None:
         """Set up the task; nothing is opened.
@@ -95,13 +117,15 @@ class SearchQA:
             max_observation_tokens: limit of one observation; longer documents are cut, the tags never.
             count_tokens: length of a text in the policy's tokens.
             reward: the component trained on; the other is only reported.
-            format_penalty: λ_f, taken once from an episode that breaks the protocol.
+            reward_shape: what the format adds or takes off (`format_reward`).
+            format_penalty: λ_f of the shape `penalty`.
         """
         self._retriever = retriever
         self._topk = topk
         self._max_observation_tokens = max_observation_tokens
         self._count_tokens = count_tokens
         self._reward = reward
+        self._reward_shape: RewardShape = reward_shape
         self._format_penalty = format_penalty
 
     async def start(self, question: Question) -> Episode:
@@ -121,8 +145,11 @@ class SearchQA:
             return Outcome(after, None, valid=valid)
         if parsed.kind == "invalid":
             return Outcome(after, HINT, valid=False)
-        documents = await self._retriever.search(parsed.text, self._topk)
-        return Outcome(after, self._observation(documents), (ToolCall("search", parsed.text),))
+        query = parsed.text[:QUERY_LENGTH]
+        documents = await self._retriever.search(query, self._topk)
+        large = sum(map(len, documents)) > LOOP_LETTERS
+        observation = await asyncio.to_thread(self._observation, documents) if large else self._observation(documents)
+        return Outcome(after, observation, (ToolCall("search", query),))
 
     async def probe(self) -> None:
         """A search; see `Environment.probe`."""
@@ -133,8 +160,13 @@ class SearchQA:
 
         The format is broken by a turn that is not well-formed and by an end without an answer.
         """
-        kept = state.answer is not None and all(action.well_formed for action in state.actions)
-        return {self._reward: self._judge(state)[self._reward], "format": 0.0 if kept else -self._format_penalty}
+        answered = state.answer is not None
+        kept = answered and all(action.well_formed for action in state.actions)
+        judged = self._judge(state)[self._reward]
+        format_ = format_reward(
+            self._reward_shape, judged, answered=answered, kept=kept, reward=self._reward, penalty=self._format_penalty
+        )
+        return {self._reward: judged, "format": format_}
 
     def metrics(self, state: Episode) -> Mapping[str, float]:
         """``em``, ``f1``, and the counts ``invalid_actions`` and ``searches``; see `Environment.metrics`."""
@@ -150,15 +182,16 @@ class SearchQA:
         return {"em": exact_match(state.answer, targets), "f1": f1(state.answer, targets)}
 
     def _observation(self, documents: list[str]) -> Markup:
-        body = "".join(_document_line(rank, contents) for rank, contents in enumerate(documents, start=1))
-        if self._fits(body, len(body)):
-            return _information(body)
-        lengths = range(1, len(body))
-        kept = bisect_right(lengths, False, key=lambda length: not self._fits(body, length))
+        """The documents as the policy reads them; what is beyond the limit is cut off, the tags never."""
+        lines, room = list[str](), LETTERS_A_TOKEN * self._max_observation_tokens
+        for rank, contents in enumerate(documents, start=1):
+            if room <= 0:
+                break
+            lines.append(_document_line(rank, contents[:room]))
+            room -= len(lines[-1])
+        body = "".join(lines)
+        kept = fitting_length(body, self._max_observation_tokens, lambda text: self._count_tokens(_information(text)))
         return _information(body[:kept])
-
-    def _fits(self, body: str, length: int) -> bool:
-        return self._count_tokens(_information(body[:length])) <= self._max_observation_tokens
 
 
 def _document_line(rank: int, contents: str) -> str:

@@ -18,6 +18,8 @@ from services.sampler.tokenizer import Tokenizer
 from treegrpo.access import Access, bearer
 from treegrpo.address import check_free, split_address
 from treegrpo.config import Config
+from treegrpo.errors import ConfigError
+from treegrpo.limits import TOPK
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import SamplerMetrics
 
@@ -69,12 +71,27 @@ async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, a
     return await open_child(demands, place, engine.python, own_flags(engine.flags), **shape)
 
 
+def check_topk(config: Config) -> str:
+    """One query gets as many documents as the configuration asks for. Raises ConfigError.
+
+    A retriever of others may give more: `retriever_ready` asks it.
+    """
+    topk = config.environment.topk
+    if topk > TOPK and not config.retriever.url:
+        raise ConfigError(
+            f"environment.topk = {topk} is more than the {TOPK} documents that `treegrpo retriever` gives for one query; lower "
+            "it, or set retriever.url to a server that gives more."
+        )
+    return f"{topk} documents for a query"
+
+
 def open_retriever(config: Config, access: Access) -> HttpRetriever:
     """The client of the retriever that the run searches with; close it after use.
 
     Raises:
-        ConfigError: others could read what is asked.
+        ConfigError: others could read what is asked, or our own retriever gives no such number of documents.
     """
+    check_topk(config)
     access.check_url("retriever.url", config.search_url)
     headers = bearer(access.retriever_token)
     return HttpRetriever(config.search_url, config.environment.timeout, verify=access.web_context(), headers=headers)
@@ -91,6 +108,7 @@ async def open_environment(config: Config, tokenizer: Tokenizer, access: Access)
             max_observation_tokens=environment.max_observation_tokens,
             count_tokens=lambda text: len(tokenizer.encode(text)),
             reward=environment.reward,
+            reward_shape=environment.reward_shape,
             format_penalty=environment.format_penalty,
         )
 

@@ -1,7 +1,11 @@
+import time
+from itertools import product
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.environments.rewards import exact_match, f1, normalise
+from services.environments.rewards import exact_match, f1, format_reward, normalise
 
 texts = st.text(alphabet="ab the.,X ", max_size=20)
 
@@ -25,9 +29,56 @@ def test_f1_counts_common_tokens_as_a_multiset() -> None:
     assert f1("Paris", ["New Delhi"]) == 0.0
 
 
-def test_yes_and_no_are_ordinary_answers_for_f1() -> None:
-    assert f1("yes it does", ["yes"]) == 0.5
-    assert f1("no", ["yes"]) == 0.0
+@pytest.mark.parametrize(
+    ("answer", "targets", "score"),
+    [
+        ("yes no", ["yes"], 0.0),
+        ("yes it does", ["yes"], 0.0),
+        ("no", ["yes"], 0.0),
+        ("Yes.", ["yes"], 1.0),
+        ("yes", ["Yes, Prime Minister"], 0.0),
+        ("noanswer", ["no answer"], 0.0),
+        ("no", ["no man", "the no"], 1.0),
+        ("nobody", ["nobody knows"], 2 / 3),
+    ],
+)
+def test_yes_and_no_are_right_or_wrong_as_a_whole(answer: str, targets: list[str], score: float) -> None:  # HotpotQA's
+    assert f1(answer, targets) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("reward", "judged", "answered", "kept", "total"),
+    [
+        ("em", 1.0, True, True, 1.0),
+        ("em", 1.0, True, False, 0.8),
+        ("em", 0.0, True, True, 0.2),
+        ("em", 0.0, True, False, 0.1),
+        ("em", 0.0, False, False, 0.0),
+        ("f1", 0.5, True, True, 0.5),
+        ("f1", 0.5, True, False, 0.3),
+        ("f1", 0.1, True, False, -0.1),
+        ("f1", 0.0, True, True, 0.2),
+        ("f1", 0.0, True, False, 0.0),
+        ("f1", 0.0, False, False, 0.0),
+    ],
+)
+def test_the_shape_tree_grpo_is_that_of_its_code(reward: str, judged: float, answered: bool, kept: bool, total: float) -> None:
+    shape = format_reward("tree_grpo", judged, answered=answered, kept=kept, reward=reward, penalty=9.0)
+    assert judged + shape == pytest.approx(total)
+
+
+def test_the_shape_penalty_takes_off_once_and_adds_nothing() -> None:
+    for judged, answered, kept in product((0.0, 0.5, 1.0), (True, False), (True, False)):
+        shape = format_reward("penalty", judged, answered=answered, kept=kept, reward="em", penalty=0.3)
+        assert shape == (0.0 if kept else -0.3)
+
+
+def test_a_judgement_is_linear_in_answer_and_gold_answers() -> None:
+    said, targets = " ".join(map(str, range(20_000))), [str(number) for number in range(20_000)]
+    began = time.process_time()
+    assert f1(said, targets) == pytest.approx(2 / 20_001)
+    assert exact_match(said, targets) == 0.0
+    assert time.process_time() - began < 2.0
 
 
 @given(texts, st.lists(texts, min_size=1, max_size=3), texts)

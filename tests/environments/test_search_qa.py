@@ -1,10 +1,17 @@
+import re
+import time
 from dataclasses import FrozenInstanceError
 from typing import Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from services.environments.search_qa import HINT, Episode, SearchQA, parse_action
+from services.environments.truncation import fitting_length
+from services.environments.search_qa import HINT, Action, Episode, SearchQA, parse_action
+from treegrpo.limits import QUERY_LENGTH
 from treegrpo.question import Message, Question
+from treegrpo.size import TEXT_LENGTH
 
 PROMPT = "Answer between the tags, for example <answer> Beijing </answer>. Which capital does Ghazni's country have?"
 SEARCH = "<think>the country</think><search> Ghazni </search>"
@@ -101,6 +108,48 @@ async def test_a_long_observation_loses_text_but_never_its_tag(limit: int) -> No
     assert count(observation) in {4 * limit, min(4 * limit, count(whole))}
 
 
+@pytest.mark.parametrize("letters", [1, 10_000, 4_000_000])
+async def test_large_documents_are_cut_with_few_tokenisations(letters: int) -> None:
+    counted: list[int] = []
+
+    def count(text: str) -> int:
+        counted.append(len(text))
+        return len(text) // 5
+
+    env = make(Shelf(*["Title\n" + "a" * letters] * 3), topk=3, max_observation_tokens=512, count_tokens=count)
+    observation = (await env.step(await env.start(question()), SEARCH, last=False)).observation
+    assert observation is not None
+    assert observation.endswith("</information>\n\n")
+    assert count(observation) == min(512, len(observation) // 5)
+    assert len(observation) > min(2500, 3 * letters)
+    assert len(counted) < 9
+    assert max(counted) < 3 * 512 * 8
+
+
+@given(st.text("ab \n", max_size=400), st.integers(1, 60), st.sampled_from([1, 3, 7, 40]), st.integers(0, 9))
+def test_what_fits_fits_and_no_more_would(text: str, most: int, letters: int, frame: int) -> None:
+    def count(beginning: str) -> int:
+        return (frame + len(beginning)) // letters
+
+    kept = fitting_length(text, most, count)
+    assert count(text[:kept]) <= most or kept == 0
+    assert kept == len(text) or count(text[:kept]) >= min(most, count(text[: kept + 1]) - 1)
+
+
+async def test_a_query_is_no_longer_than_a_step_may_record() -> None:
+    shelf = Shelf("Ghazni\nA city.")
+    outcome = await make(shelf).step(await make().start(question()), f"<search>{'x' * 100_000}</search>", last=False)
+    assert shelf.queries == ["x" * QUERY_LENGTH]
+    assert sum(len(call.name) + len(call.arguments) for call in outcome.tool_calls) <= TEXT_LENGTH
+
+
+async def test_the_reward_can_have_the_shape_of_the_reference() -> None:
+    env = make(reward_shape="tree_grpo")
+    totals = [sum(env.score(await play(env, SEARCH, action)).values()) for action in
+              (ANSWER, "<answer>Kabul</answer>", ANSWER.replace("Kabul", "Herat"), "<answer>Herat</answer>", "hm")]  # fmt: skip
+    assert totals == pytest.approx([1.0, 0.8, 0.2, 0.1, 0.0])
+
+
 async def test_the_last_turn_uses_no_tool_and_is_a_leaf() -> None:  # trap 13
     shelf = Shelf("Ghazni\nA city.")
     env = make(shelf)
@@ -159,6 +208,45 @@ async def test_branches_continue_from_one_state_without_touching_it() -> None:
     assert len(trunk.actions) == 1
     with pytest.raises(FrozenInstanceError):
         trunk.actions = ()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "thought",
+    ["3 < 4 and 5 > 4", "a<b", "</b> <br/> <thinking>", "<|end|> is a token", "< think >", "a\x00\u2028<", "x" * 10_000],
+)
+def test_what_is_no_tag_of_the_protocol_may_stand_in_a_thought(thought: str) -> None:
+    action = parse_action(f"<think>{thought}</think><search>{thought}</search>")
+    assert action == Action("search", thought.strip(), well_formed=True)
+
+
+@pytest.mark.parametrize(
+    "tag", [f"<{mark}{name}>" for name in ("think", "search", "answer", "information") for mark in ("", "/")]
+)
+def test_a_tag_of_the_protocol_in_a_thought_breaks_the_format(tag: str) -> None:
+    assert not parse_action(f"<think>so {tag} it is</think><answer> Kabul </answer>").well_formed
+    assert not parse_action(f"<think>so</think><answer> Kabul {tag}</answer>").well_formed
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<search>" * 65_536, "<answer><search>" * 32_768 + "</answer>", "</search><search>" * 32_768, "<" * 500_000, "<|" * 250_000,
+     "<think>a</think><search>b</search>" + " " * 500_000 + "x", "<think>" + "<" * 500_000, "</answer>" * 50_000 + "<answer>"],
+    ids=range(8),
+)  # fmt: skip
+def test_a_turn_is_parsed_in_linear_time(text: str) -> None:
+    began = time.process_time()
+    parse_action(text)
+    assert time.process_time() - began < 1.0
+
+
+@given(
+    st.lists(st.sampled_from([f"<{mark}{name}>" for name in ("search", "answer", "think") for mark in ("", "/")] + ["x", "<"]))
+)
+def test_an_action_is_what_the_reference_expression_finds(parts: list[str]) -> None:
+    text = "".join(parts)
+    found = re.search(r"<(search|answer)>(.*?)</\1>", text, re.DOTALL)
+    action = parse_action(text)
+    assert (action.kind, action.text) == ((found[1], found[2].strip()) if found else ("invalid", ""))
 
 
 def test_an_action_is_what_comes_first() -> None:
