@@ -225,8 +225,14 @@ class HttpClient:
         shown = public_url(url)
         server = f"{self._name} at {shown}"
         async with _failures(server, seconds), AsyncExitStack() as stack:
-            response = await self._sent(stack, self._client.build_request(method, url, json=body), server)
+            response = await self._sent(stack, self._request(method, url, body), server)
             yield Reply(server, shown, response, size, self._places, stack)
+
+    def _request(self, method: str, url: str, body: Any) -> httpx.Request:
+        if body is None:
+            return self._client.build_request(method, url)
+        content = json.dumps(body).encode()  # httpx would not send half a character, which JSON can spell
+        return self._client.build_request(method, url, content=content, headers={"Content-Type": "application/json"})
 
     async def _sent(self, stack: AsyncExitStack, request: httpx.Request, server: str) -> httpx.Response:
         """The head of the answer, after redirects within the same server."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from services.cli.history import steps_done
 from services.cli.model_checks import check_model
 from services.sampler.engines.sglang.command import check_different, check_installed, check_listen, own_flags
+from services.sampler.retriever_client import check_topk
 from treegrpo.access import Access
 from treegrpo.address import check_free, join_address, split_address
 from treegrpo.config import Config
@@ -177,6 +178,7 @@ def up_checks(config: Config) -> dict[str, Check]:
         "engine": partial(check_engine, config),
         "security of the parts": partial(check_parts_security, config),
         **corpus,
+        "documents of a search": partial(check_topk, config),
     }
 
 

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.environments.retrieval import PROBE_QUERY
 from services.sampler.channel import because, open_channel
-from services.sampler.parts import open_retriever
+from services.sampler.retriever_client import open_retriever
 from treegrpo.access import OPEN, Access
 from treegrpo.address import within_reach
 from treegrpo.config import Config

@@ -18,10 +18,10 @@ from itertools import islice
 from typing import Literal
 
 from services.environments.base import Forking, Outcome, ToolCall
-from services.environments.truncation import fitting_length
 from services.environments.markup import Markup
 from services.environments.retrieval import PROBE_QUERY, Retriever
 from services.environments.rewards import RewardShape, exact_match, f1, format_reward
+from services.environments.truncation import fitting_length
 from treegrpo.limits import QUERY_LENGTH
 from treegrpo.question import Question
 

@@ -29,7 +29,7 @@ from services.retriever.patience import PatientProtocol, TooLargeError, body_of
 from treegrpo.access import Access, shows
 from treegrpo.address import check_free, family_of, split_address
 from treegrpo.config import RetrieverConfig
-from treegrpo.limits import HEADER_BYTES, PEERS, REQUEST_BYTES, REQUEST_SECONDS
+from treegrpo.limits import HEADER_BYTES, PEERS, REQUEST_BYTES, REQUEST_SECONDS, TOPK
 from treegrpo.refusals import Refusals, seldom
 from treegrpo.size import TEXT_LENGTH
 from treegrpo.telemetry import RetrieverMetrics
@@ -48,7 +48,7 @@ class Ask(BaseModel):
     model_config = ConfigDict(strict=True)
 
     queries: list[Annotated[str, Field(max_length=TEXT_LENGTH)]] = Field(min_length=1, max_length=1024)
-    topk: int = Field(default=_DEFAULT_TOPK, ge=1, le=100)
+    topk: int = Field(default=_DEFAULT_TOPK, ge=1, le=TOPK)
     return_scores: bool = False
 
 
@@ -115,7 +115,7 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "the body"
     return (
-        f'{key}: {first["msg"]}; send {{"queries": [str], "topk": int from 1 to 100, "return_scores": bool}} '
+        f'{key}: {first["msg"]}; send {{"queries": [str], "topk": int from 1 to {TOPK}, "return_scores": bool}} '
         f"with 1 to 1024 queries of {TEXT_LENGTH} letters at most."
     )
 

@@ -8,18 +8,16 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from services.environments.retrieval import HttpRetriever
 from services.environments.search_qa import SearchQA
 from services.sampler.engines.base import Counters, OpenEngine
 from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child, open_remote
 from services.sampler.engines.sglang.command import check_different, check_listen, own_flags
+from services.sampler.retriever_client import open_retriever
 from services.sampler.tokenizer import Tokenizer
-from treegrpo.access import Access, bearer
+from treegrpo.access import Access
 from treegrpo.address import check_free, split_address
 from treegrpo.config import Config
-from treegrpo.errors import ConfigError
-from treegrpo.limits import TOPK
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import SamplerMetrics
 
@@ -69,32 +67,6 @@ async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, a
     place = Place(host, port, config.run.dir / "logs" / f"{name}-sglang.log")
     shape = {"cache_tokens": engine.cache_tokens, "dtype": config.model.dtype, "threads": engine.threads, "seed": seed}
     return await open_child(demands, place, engine.python, own_flags(engine.flags), **shape)
-
-
-def check_topk(config: Config) -> str:
-    """One query gets as many documents as the configuration asks for. Raises ConfigError.
-
-    A retriever of others may give more: `retriever_ready` asks it.
-    """
-    topk = config.environment.topk
-    if topk > TOPK and not config.retriever.url:
-        raise ConfigError(
-            f"environment.topk = {topk} is more than the {TOPK} documents that `treegrpo retriever` gives for one query; lower "
-            "it, or set retriever.url to a server that gives more."
-        )
-    return f"{topk} documents for a query"
-
-
-def open_retriever(config: Config, access: Access) -> HttpRetriever:
-    """The client of the retriever that the run searches with; close it after use.
-
-    Raises:
-        ConfigError: others could read what is asked, or our own retriever gives no such number of documents.
-    """
-    check_topk(config)
-    access.check_url("retriever.url", config.search_url)
-    headers = bearer(access.retriever_token)
-    return HttpRetriever(config.search_url, config.environment.timeout, verify=access.web_context(), headers=headers)
 
 
 @asynccontextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from contextlib import asynccontextmanager, suppress
 
 Pieces = Callable[[bytes], AsyncIterable[bytes]]
-"""What is sent in answer to the head of a request, piece by piece."""
+"""What is sent in answer to a request, piece by piece."""
 
 
 @asynccontextmanager
@@ -20,13 +21,15 @@ async def answering(raw: bytes | Pieces | None) -> AsyncGenerator[str]:
         if (task := asyncio.current_task()) is not None:
             open_now[task] = writer
         with suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = await reader.readuntil(b"\r\n\r\n")
+            request = await reader.readuntil(b"\r\n\r\n")
+            if length := re.search(rb"content-length: (\d+)", request, re.IGNORECASE):
+                request += await reader.readexactly(int(length[1]))
             if raw is None:
                 await closing.wait()
             elif isinstance(raw, bytes):
                 writer.write(raw)
             else:
-                async for piece in raw(head):
+                async for piece in raw(request):
                     writer.write(piece)
                     await writer.drain()
         writer.close()

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.environments.truncation import fitting_length
 from services.environments.search_qa import HINT, Action, Episode, SearchQA, parse_action
+from services.environments.truncation import fitting_length
 from treegrpo.limits import QUERY_LENGTH
 from treegrpo.question import Message, Question
 from treegrpo.size import TEXT_LENGTH

@@ -1,0 +1,35 @@
+"""The client of the retriever as the configuration asks for it: one for probes and for use."""
+
+from __future__ import annotations
+
+from services.environments.retrieval import HttpRetriever
+from treegrpo.access import Access, bearer
+from treegrpo.config import Config
+from treegrpo.errors import ConfigError
+from treegrpo.limits import TOPK
+
+
+def check_topk(config: Config) -> str:
+    """One query gets as many documents as the configuration asks for. Raises ConfigError.
+
+    A retriever of others may give more: `retriever_ready` asks it.
+    """
+    topk = config.environment.topk
+    if topk > TOPK and not config.retriever.url:
+        raise ConfigError(
+            f"environment.topk = {topk} is more than the {TOPK} documents that `treegrpo retriever` gives for one query; lower "
+            "it, or set retriever.url to a server that gives more."
+        )
+    return f"{topk} documents for a query"
+
+
+def open_retriever(config: Config, access: Access) -> HttpRetriever:
+    """The client of the retriever that the run searches with; close it after use.
+
+    Raises:
+        ConfigError: others could read what is asked, or our own retriever gives no such number of documents.
+    """
+    check_topk(config)
+    access.check_url("retriever.url", config.search_url)
+    headers = bearer(access.retriever_token)
+    return HttpRetriever(config.search_url, config.environment.timeout, verify=access.web_context(), headers=headers)
