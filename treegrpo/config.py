@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from treegrpo.address import within_reach
 from treegrpo.lease import Plan
-from treegrpo.section import InputPath, Section
+from treegrpo.section import InputPath, Place, Section
 from treegrpo.security import SecurityConfig
 from treegrpo.train_config import TrainConfig
 
@@ -100,11 +100,11 @@ class EngineConfig(Section):
     """Tokens whose keys and values the prefix cache keeps; with SGLang on a GPU --mem-fraction-static says it."""
     threads: int = Field(default=1, ge=1)
     """Of computations on the CPU."""
-    urls: tuple[str, ...] = ()
+    urls: tuple[Place, ...] = ()
     """SGLang servers that others run; empty: each sampler starts one."""
     python: Path = Path(".venv-sglang/bin/python")
     """The Python of the environment SGLang is installed in, to start a server with."""
-    listen: str = "127.0.0.1:0"
+    listen: Place = "127.0.0.1:0"
     """Where a server that is started listens; port 0 takes a free one, another lets Prometheus find it."""
     flags: str = ""
     """More flags for `sglang.launch_server`, as in a shell: "--tp-size 2 --mem-fraction-static 0.85"."""
@@ -115,15 +115,15 @@ class EngineConfig(Section):
 class RetrieverConfig(Section):
     corpus: InputPath = Path("corpus.jsonl")
     """Documents, JSONL with id and contents ("Title\\ntext")."""
-    listen: str = "127.0.0.1:8765"
-    url: str = ""
+    listen: Place = "127.0.0.1:8765"
+    url: Place = ""
     """Where samplers find it; empty: at `listen`."""
 
 
 class LearnerConfig(Section):
-    listen: str = "127.0.0.1:50051"
+    listen: Place = "127.0.0.1:50051"
     """gRPC address samplers connect to."""
-    metrics: str = "127.0.0.1:9400"
+    metrics: Place = "127.0.0.1:9400"
     """Prometheus address of the intake; the trainer's is the next port."""
 
 
@@ -132,16 +132,16 @@ class SamplerConfig(Section):
     """Samplers that `treegrpo up` starts."""
     id: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]{0,64}$")
     """Empty: the host name and process id."""
-    learner: str = ""
+    learner: Place = ""
     """The learner's gRPC address; empty: learner.listen."""
-    metrics: str = "127.0.0.1:0"
+    metrics: Place = "127.0.0.1:0"
     """Prometheus address; port 0 takes a free one and logs it."""
     retries: int = Field(default=2, ge=0)
     """Times a step is tried again after an engine or tool error. Waiting for one that is away uses up none."""
 
 
 class BrokerConfig(Section):
-    address: str = "127.0.0.1:1883"
+    address: Place = "127.0.0.1:1883"
     embedded: bool = True
     """`treegrpo up` starts a broker in a process of its own at `address`; false: one runs there already."""
 

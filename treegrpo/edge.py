@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from treegrpo import logs
 from treegrpo.config import Config
 from treegrpo.errors import TreeGrpoError
+from treegrpo.printable_text import printable
 from treegrpo.settings import from_arguments
 
 ERROR_MARK = "error: "
@@ -51,9 +52,10 @@ def complain(error: BaseException) -> int:
         raise error
     if logs.as_json():
         logs.to_stderr()
-        logging.getLogger(__name__).critical("%s", ours)
+        logging.getLogger(__name__).critical("%s", " ".join([str(ours), *getattr(ours, "__notes__", ())]))
     else:
-        print(f"{ERROR_MARK}{ours}", file=sys.stderr, flush=True)
+        lines = [f"{ERROR_MARK}{ours}", *getattr(ours, "__notes__", ())]  # notes say how to go on
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
     return exit_code(ours)
 
 

@@ -16,6 +16,8 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+from treegrpo.standard_streams import protect
+
 ROOT = Path(__file__).resolve().parents[1]
 """The directory that holds our packages."""
 PACKAGES = ("treegrpo", "services", "learner")
@@ -43,7 +45,7 @@ DEFAULTS = {"GRPC_VERBOSITY": "NONE"}
 
 def isolate() -> None:
     """Make this process one of ours, before it imports what is not ours: streams, import path, variables."""
-    _open_standard_streams()
+    protect()
     unwanted = _unwanted()
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) not in unwanted]
     ranks = {name: value for name, value in os.environ.items() if is_rank(name)}  # `learner.trainer.launch` decides
@@ -112,15 +114,3 @@ def _unwanted() -> set[str]:
     listed = [os.path.realpath(entry) for entry in os.environ.get(SEARCH, "").split(os.pathsep) if entry]
     shadows = [path for path in listed if any(os.path.exists(f"{path}/{name}{end}") for name in PACKAGES for end in ("", ".py"))]  # noqa: PTH110
     return {here, *shadows} - {str(ROOT), *_own_paths()}
-
-
-def _open_standard_streams() -> None:
-    """Open what was closed of input, output and error: the next file that is opened would take its place."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
 
 
 class Input:
@@ -14,6 +15,21 @@ class Input:
 
 InputPath = Annotated[Path, Input()]
 OptionalInputPath = Annotated[Path | None, Input()]
+
+
+def _without_credentials(place: str) -> str:
+    host = place.partition("?")[0].partition("//")[2] or place
+    if "@" in host.partition("/")[0]:
+        raise PydanticCustomError(
+            "credentials",
+            "it has a user or password, which logs and the list of processes would show; the retriever's token is "
+            "security.retriever_token, the broker's password security.broker_password",
+        )
+    return place
+
+
+Place = Annotated[str, AfterValidator(_without_credentials)]
+"""Where a peer is: HOST:PORT, or the URL of a web server. It is shown and handed on, so nothing in it may be secret."""
 
 
 class Section(BaseModel):

@@ -104,7 +104,7 @@ def _refused(error: ValidationError, sources: Sequence[_Source]) -> ConfigError:
     places = [source.where(section, key) for source in sources if key in source.values.get(section, {})]
     reason = first["msg"][:1].lower() + first["msg"][1:]
     where = places[-1] if places else "the default"
-    value = "" if is_secret(section, key) else f" = {first['input']!r}"
+    value = "" if is_secret(section, key) or "@" in str(first["input"]) else f" = {first['input']!r}"  # before it: a password
     return ConfigError(f"{section}.{key}{value} ({where}) is not acceptable: {reason}.")
 
 
@@ -178,7 +178,8 @@ def _from_environment() -> Mapping[str, Any]:
 def _from_flags(flags: Sequence[str]) -> Mapping[str, Any]:
     for flag in flags:  # argparse would name no nearest key
         if flag.startswith("--"):
-            check_name(flag.removeprefix("--").partition("=")[0], f"the flag {flag}")
+            name = flag.partition("=")[0]
+            check_name(name.removeprefix("--"), f"the flag {name}")
     try:
         return CliSettingsSource(_Settings, cli_parse_args=list(flags))()
     except SettingsError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from treegrpo.config import Config
 from treegrpo.edge import find
 from treegrpo.errors import ConfigError, DeadlineError, RunError, UnavailableError
+from treegrpo.printable_text import printable_json
 from treegrpo.process_environment import child_environment, python
 from treegrpo.settings import is_secret
 
@@ -56,11 +54,12 @@ def run_up(call: Invocation, *, everything: bool) -> int:
     """`up` and `learner`."""
     from services.cli.history import finished, newest_checkpoint
     from services.cli.summary import command, summary
+    from services.cli.terminal import Terminal
     from services.cli.up import Run
     from services.cli.view import Screen
     from treegrpo.identity import check_identity
 
-    screen, run_dir = Screen(Console()), call.config.run.dir
+    screen, run_dir = Screen(Terminal()), call.config.run.dir
     if sentence := finished(call.config):
         check_identity(call.config)
         screen.say(sentence)
@@ -74,7 +73,9 @@ def run_up(call: Invocation, *, everything: bool) -> int:
         if not isinstance(ours, UnavailableError | DeadlineError | RunError) or newest_checkpoint(run_dir) is None:
             raise
         go_on = "go on" if ours.passes else "when that is mended, go on"
-        raise type(ours)(f"{ours}\n{go_on}: {command(*again)}") from error
+        last = type(ours)(str(ours))
+        last.add_note(f"{go_on}: {command(*again)}")
+        raise last from error
     for line in summary(run_dir, call.config.train.steps, call.toml, again):
         screen.say(line)
     return code
@@ -89,13 +90,14 @@ def become(module: str, call: Invocation) -> int:
 def run_eval(call: Invocation) -> int:
     """`eval`: exit code 1 when not one question could be rolled out."""
     from services.cli.evaluate import evaluate, report, retriever_for
+    from services.cli.terminal import Terminal
 
-    console = Console()
+    terminal = Terminal()
 
     async def work() -> int:
-        async with retriever_for(call.config, call.arguments, console.print):
+        async with retriever_for(call.config, call.arguments, terminal.say):
             answers = await evaluate(call.config)
-        console.print(report(answers))
+        terminal.show(report(answers))
         return int(all(answer.leaf is None for answer in answers))
 
     return asyncio.run(work())
@@ -104,17 +106,19 @@ def run_eval(call: Invocation) -> int:
 def run_doctor(call: Invocation) -> int:
     """`doctor`: exit code 1 when something fails."""
     from services.cli.doctor import examine, report
+    from services.cli.terminal import Terminal
 
     findings = asyncio.run(examine(call.config))
-    Console().print(report(findings))
+    Terminal().show(report(findings))
     return int(any(finding.verdict == "fail" for finding in findings))
 
 
 def run_state(call: Invocation) -> int:
     """`state`."""
     from services.cli.state import set_state
+    from services.cli.terminal import Terminal
 
-    print(asyncio.run(set_state(call.config, call.words[0])))
+    Terminal().say(asyncio.run(set_state(call.config, call.words[0])))
     return 0
 
 
@@ -122,23 +126,25 @@ def run_plot(call: Invocation) -> int:
     """`plot`."""
     from services.cli.plot import FILE_NAME, plot
     from services.cli.progress import read_progress
+    from services.cli.terminal import Terminal
 
     run_dir = call.config.run.dir
     plot(read_progress(run_dir), run_dir / FILE_NAME, str(run_dir))
-    print(run_dir / FILE_NAME)
+    Terminal().say(str(run_dir / FILE_NAME))
     return 0
 
 
 def run_certs(call: Invocation) -> int:
     """`certs`."""
     from services.cli.certs import certs
+    from services.cli.terminal import Terminal
 
     names, samplers = (call.options[flag].split(",") if call.options[flag] else [] for flag in ("names", "samplers"))
-    directory = Path(call.words[0])
+    directory, terminal = Path(call.words[0]), Terminal()
     new_ca, drop_old_ca = call.options["new_ca"], call.options["drop_old_ca"]
     for line in certs(directory, names, samplers, new_ca=new_ca, drop_old_ca=drop_old_ca):
-        print(line)
-    print(f"use it: --security.dir {directory}, or [security] dir in the configuration file")
+        terminal.say(line)
+    terminal.say(f"use it: --security.dir {directory}, or [security] dir in the configuration file")
     return 0
 
 
@@ -289,4 +295,4 @@ def as_toml(config: Config) -> str:
 def _line(section: str, key: str, value: object) -> str:
     if is_secret(section, key):
         return f"# {key} is {'set in the environment' if value else 'not set'}"
-    return f"# {key} is not set" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    return f"# {key} is not set" if value is None else f"{key} = {printable_json(value)}"

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from services.cli.checks import Check, up_checks
 from services.cli.ready import broker_ready, learner_ready, retriever_ready
+from services.cli.terminal import Justify, cell, table
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError, TreeGrpoError, UnavailableError
@@ -82,10 +83,8 @@ async def examine(config: Config) -> list[Finding]:
 
 def report(findings: list[Finding]) -> Table:
     """The findings as a table."""
-    table = Table("what", "", "found, or what to do", box=None, padding=(0, 2, 0, 0))
-    for finding in findings:
-        table.add_row(finding.subject, f"[{INK[finding.verdict]}]{finding.verdict}[/]", finding.text)
-    return table
+    headings: list[tuple[str, Justify]] = [("what", "left"), ("", "left"), ("found, or what to do", "left")]
+    return table(headings, [(found.subject, cell(found.verdict, INK[found.verdict]), found.text) for found in findings])
 
 
 def _excused(finding: Finding) -> Finding:

@@ -18,6 +18,7 @@ from services.cli.crew import Crew
 from services.cli.keeper import Part, Say
 from services.cli.process import Program
 from services.cli.ready import retriever_ready
+from services.cli.terminal import Justify, cell, table
 from services.sampler.expansion import Expander, Gate
 from services.sampler.parts import open_engine, open_environment
 from services.sampler.tokenizer import Tokenizer
@@ -105,9 +106,10 @@ def row(answers: Sequence[Answered]) -> tuple[str, str, str, str, str]:
 
 def report(answers: Sequence[Answered]) -> Table:
     """One row a family and one for all."""
-    table = Table("family", box=None, padding=(0, 2, 0, 0))
-    for heading in ("questions", "EM %", "reward", "invalid actions", "failed"):
-        table.add_column(heading, justify="right")
-    for family, members in by_family(answers).items():
-        table.add_row(family, *row(members), style="bold" if family == ALL else "")
-    return table
+    figures = ("questions", "EM %", "reward", "invalid actions", "failed")
+    headings: list[tuple[str, Justify]] = [("family", "left"), *((heading, "right") for heading in figures)]
+    shown = [
+        [cell(part, "bold" if family == ALL else "") for part in (family, *row(members))]
+        for family, members in by_family(answers).items()
+    ]
+    return table(headings, shown)

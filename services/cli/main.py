@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from services.cli.commands import COMMANDS, as_toml, option_parser, understand
+from treegrpo import logs
 from treegrpo.edge import complain
 from treegrpo.errors import ConfigError
+from treegrpo.process_environment import isolate
 from treegrpo.settings import flag_parser
+from treegrpo.standard_streams import lost_output
 
 DRY_RUN = "--dry-run"
 HELP = ("-h", "--help")
@@ -74,17 +76,16 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point: one sentence and an exit code for an error of ours, see `treegrpo.edge`."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    isolate()
+    logs.to_stderr(logging.WARNING, form=logs.BRIEF)
     try:
         code = run(sys.argv[1:])
-        sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except Exception as error:  # noqa: BLE001  # the edge: what is not ours is raised again
         code = complain(error)
+    if why := lost_output():
+        print(f"What this command printed is not complete: standard output could not be written ({why}).", file=sys.stderr)
     raise SystemExit(code)
 
 

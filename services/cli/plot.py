@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.cli.progress import Progress
-from treegrpo.errors import DataError
+from treegrpo.errors import DataError, DiskError
+from treegrpo.printable_text import clipped, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILE_NAME = "progress.png"
+TITLE_LETTERS = 160
 INK = {
     "reward": "#4c72b0",
     "train": "#8da0cb",
@@ -25,24 +28,32 @@ INK = {
 
 
 def plot(progress: Progress, path: Path, title: str) -> None:
-    """Write the picture to ``path`` (PNG). Raises DataError before the first step."""
+    """Write the picture to ``path`` (PNG); ``title`` is shown as it is.
+
+    Raises:
+        DataError: there is no step yet.
+        DiskError: the picture cannot be written.
+    """
     if not progress.steps:
         raise DataError(f"There is nothing to plot for {path.parent} yet; wait for its first step.")
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, places = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     drawings = (_reward, _em, _budget, _saving, _lag, _signal)
-    for place, draw in zip(places.flat, drawings, strict=True):
-        draw(place, progress)
-        place.set_xlabel("step")
-        place.grid(alpha=0.3)
-        place.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a title in a script that the font lacks
+        mpl.rcdefaults()  # a matplotlibrc of the user, or of the current directory, could ask for TeX
+        figure = Figure(figsize=(13, 7), layout="constrained")
+        for place, draw in zip(figure.subplots(2, 3).flat, drawings, strict=True):
+            draw(place, progress)
+            place.set_xlabel("step")
+            place.grid(alpha=0.3)
+            place.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(printable(clipped(title, TITLE_LETTERS)), parse_math=False)
+        try:
+            figure.savefig(path, dpi=110, format="png")
+        except OSError as error:
+            raise DiskError(error.errno or 0, f"{path} cannot be written ({error.strerror}); make room there.") from error
 
 
 def _reward(axes: Axes, progress: Progress) -> None:

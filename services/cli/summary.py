@@ -13,6 +13,7 @@ from services.cli.history import newest_checkpoint
 from services.cli.plot import FILE_NAME, plot
 from services.cli.progress import Progress, read_progress
 from services.cli.view import count, percent
+from treegrpo.errors import DiskError
 
 
 def em_line(progress: Progress) -> str:
@@ -35,7 +36,12 @@ def budget_summary(progress: Progress) -> str:
 def program() -> str:
     """What to type for this command here: its name where the shell finds it, else where it lies."""
     script = Path(sys.executable).with_name("treegrpo")
-    return os.path.relpath(script) if script.exists() and shutil.which("treegrpo") is None else "treegrpo"
+    if not script.exists() or shutil.which("treegrpo") is not None:
+        return "treegrpo"
+    try:
+        return os.path.relpath(script)
+    except OSError:  # the current directory is gone
+        return str(script)
 
 
 def command(*words: str) -> str:
@@ -59,8 +65,12 @@ def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) 
     if not progress.steps:
         return [f"No step was made; the logs are in {run_dir / 'logs'}.", f"go on: {command(*again)}"]
     picture = run_dir / FILE_NAME
-    plot(progress, picture, str(run_dir))
-    lines = [em_line(progress), budget_summary(progress), f"plot: {picture}"]
+    try:
+        plot(progress, picture, str(run_dir))
+        drawn = f"plot: {picture}"
+    except DiskError as error:  # the run has ended well without
+        drawn = f"no plot: {error}"
+    lines = [em_line(progress), budget_summary(progress), drawn]
     model = newest_checkpoint(run_dir)
     if model is not None:
         lines.append(f"checkpoint: {model} (Hugging Face format)")

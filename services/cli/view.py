@@ -7,14 +7,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from rich.console import Console
-from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from services.cli.pages import Scrape, pages
 from services.cli.progress import FILE_NAME, Account, EvalRecord, Progress, Record, StepRecord, Tail, WaitingRecord
+from services.cli.terminal import Terminal, cell, panel
 from treegrpo.access import Access
 from treegrpo.errors import DataError
 
@@ -101,30 +99,29 @@ def account_of(scrape: Scrape) -> Account:
     return Account(**{**totals, "outstanding": int(scrape.get("treegrpo_budget_outstanding/tokens/train", 0))})
 
 
-def panel(progress: Progress, scrape: Scrape, total: int, title: str, paused: str = "") -> Panel:
+def overview(progress: Progress, scrape: Scrape, total: int, title: str, paused: str = "") -> Panel:
     """Everything at a glance; ``paused`` is the sentence for a run that is."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column()
     steps, last = progress.steps, progress.steps[-1] if progress.steps else None
-    table.add_row("step", f"{last.step if last else 0}/{total}" + ("" if last else "  (waiting for the first batch)"))
+    rows: list[tuple[str, str | Text]] = [
+        ("step", f"{last.step if last else 0}/{total}" + ("" if last else "  (waiting for the first batch)"))
+    ]
     if last is not None:
-        table.add_row("reward", f"{decimals(last.reward_mean, 3)}  {spark([step.reward_mean for step in steps])}")
-        table.add_row("EM", f"{percent(last.em)}  {spark([step.em for step in steps])}")
-        table.add_row("lag", f"{decimals(last.lag_mean, 1)} versions (max {decimals(last.lag_max, 0)})")
-        table.add_row("sampling", f"{count(tokens_per_second(steps))} tok/s")
-        table.add_row(
-            "saving", f"{percent(last.saving)} of the tokens, {percent(last.saving_tool_calls)} of the tool calls of chains"
-        )
+        rows += [
+            ("reward", f"{decimals(last.reward_mean, 3)}  {spark([step.reward_mean for step in steps])}"),
+            ("EM", f"{percent(last.em)}  {spark([step.em for step in steps])}"),
+            ("lag", f"{decimals(last.lag_mean, 1)} versions (max {decimals(last.lag_max, 0)})"),
+            ("sampling", f"{count(tokens_per_second(steps))} tok/s"),
+            ("saving", f"{percent(last.saving)} of the tokens, {percent(last.saving_tool_calls)} of the tool calls of chains"),
+        ]
     if progress.evals:
-        table.add_row("held-out", ems_line([record.em for record in progress.evals]))
-    account = account_of(scrape) if scrape else last.training if last else Account()
-    table.add_row("budget", budget_line(account))
+        rows.append(("held-out", ems_line([record.em for record in progress.evals])))
+    rows.append(("budget", budget_line(account_of(scrape) if scrape else last.training if last else Account())))
     samplers = scrape.get("treegrpo_samplers_connected", last.samplers if last else 0)
-    table.add_row("samplers", f"{samplers:.0f}, {scrape.get('treegrpo_leases_outstanding/train', 0):.0f} training leases out")
+    leases = scrape.get("treegrpo_leases_outstanding/train", 0)
+    rows.append(("samplers", f"{samplers:.0f}, {leases:.0f} training leases out"))
     if now := paused or (waiting_line(progress.waiting) if progress.waiting else ""):
-        table.add_row("now", Text(now, style="bold yellow"))
-    return Panel(table, title=title, title_align="left")
+        rows.append(("now", cell(now, "bold yellow")))
+    return panel(title, rows)
 
 
 Refresh = Callable[[list[Record]], Awaitable[None]]
@@ -133,12 +130,12 @@ Refresh = Callable[[list[Record]], Awaitable[None]]
 class Screen:
     """Where the command's lines go, and the run's as they come."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
         self._paused = ""
 
     def say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._terminal.say(line)
 
     def paused(self, sentence: str) -> None:
         """Show from now on that the run is paused; empty: it no longer is."""
@@ -163,7 +160,7 @@ class Screen:
             return
         progress.waiting = None
         show = (
-            self._panel(progress, metrics, total, run_dir, access) if self._console.is_terminal else self._lines(progress, total)
+            self._panel(progress, metrics, total, run_dir, access) if self._terminal.is_terminal else self._lines(progress, total)
         )
         async with show as refresh:
             done = asyncio.Event()
@@ -209,11 +206,11 @@ class Screen:
         self, progress: Progress, metrics: str, total: int, run_dir: Path, access: Access
     ) -> AsyncGenerator[Refresh]:
         async with pages(access) as read:
-            with Live(console=self._console, auto_refresh=False) as live:
+            with self._terminal.live() as live:
 
                 async def refresh(records: list[Record]) -> None:
                     for record in records:
                         progress.add(record)
-                    live.update(panel(progress, await read(metrics), total, str(run_dir), self._paused), refresh=True)
+                    live.update(overview(progress, await read(metrics), total, str(run_dir), self._paused), refresh=True)
 
                 yield refresh

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -156,3 +157,36 @@ def test_a_configuration_file_behind_flags_is_told_where_it_goes() -> None:
 def test_an_infinite_value_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.lr"):
         load(None, ["--train.lr", "inf"])
+
+
+@pytest.mark.parametrize("key", ["retriever.url", "engine.urls", "broker.address", "sampler.learner", "learner.listen"])
+@pytest.mark.parametrize("place", ["http://me:s3cret@host:80/retrieve", "https://s3cret@host", "me:s3cret@host:1883"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, place: str
+) -> None:
+    section, name = key.split(".")
+    value = json.dumps([place]) if key == "engine.urls" else place
+    with pytest.raises(ConfigError, match=r"security\.retriever_token") as of_flag:
+        load(None, [f"--{key}", value])
+    with pytest.raises(ConfigError) as of_file:
+        load(toml(tmp_path, f"[{section}]\n{name} = {value if value[0] == '[' else json.dumps(value)}\n"))
+    with pytest.raises(ConfigError) as of_a_wrong_name:
+        load(None, [f"--{key}x={value}"])
+    monkeypatch.setenv(f"TREEGRPO_{section}__{name}".upper(), value)
+    with pytest.raises(ConfigError) as of_the_environment:
+        load(None)
+    for caught in (of_flag, of_file, of_a_wrong_name, of_the_environment):
+        assert key in str(caught.value)
+        assert "s3cret" not in str(caught.value)
+
+
+def test_an_at_sign_in_a_path_is_no_password() -> None:
+    assert load(None, ["--retriever.url", "http://host/@me/retrieve?by=@me"]).retriever.url == "http://host/@me/retrieve?by=@me"
+
+
+def test_what_is_printed_as_toml_is_read_again_whatever_is_in_it(tmp_path: Path) -> None:
+    config = load(None, ["--run.dir", "a\x1b\x9b\u202e\u2028\x7f[red]$é\n\"'\\"])
+    text = as_toml(config)
+    assert load(toml(tmp_path, text)).run == config.run
+    assert "\x1b" not in text
+    assert "\u202e" not in text

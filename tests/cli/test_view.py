@@ -9,6 +9,7 @@ from rich.console import Console
 
 from services.cli.pages import parse_scrape
 from services.cli.progress import Account, Progress, StepRecord
+from services.cli.terminal import Terminal
 from services.cli.view import (
     Screen,
     account_of,
@@ -16,7 +17,7 @@ from services.cli.view import (
     count,
     ems_line,
     eval_line,
-    panel,
+    overview,
     spark,
     step_line,
     tokens_per_second,
@@ -44,7 +45,7 @@ def test_what_a_step_did_not_measure_is_said_to_be_none() -> None:
     steps = [step(1), StepRecord.model_validate(row)]
     assert "reward none  EM none  lag none (max none)" in step_line(steps, 100)
     console = Console(file=io.StringIO(), width=100)
-    console.print(panel(Progress(steps), {}, 100, "runs/demo"))
+    console.print(overview(Progress(steps), {}, 100, "runs/demo"))
 
 
 def test_an_evaluation_is_one_line_that_tells_of_failures() -> None:
@@ -91,9 +92,9 @@ def test_the_panel_shows_a_run_from_its_first_moment_on() -> None:
         full.add(record)
     console = Console(file=io.StringIO(), width=120)
     with console.capture() as capture:
-        console.print(panel(empty, {}, 100, "runs/demo"))
+        console.print(overview(empty, {}, 100, "runs/demo"))
         console.print(
-            panel(full, {"treegrpo_samplers_connected": 3.0, "treegrpo_leases_outstanding/train": 5.0}, 100, "runs/demo")
+            overview(full, {"treegrpo_samplers_connected": 3.0, "treegrpo_leases_outstanding/train": 5.0}, 100, "runs/demo")
         )
     text = capture.get()
     for part in ("0/100", "waiting for the first batch", "2/100", "30.0 %", "50.0 %", "3, 5 training leases out"):
@@ -102,7 +103,7 @@ def test_the_panel_shows_a_run_from_its_first_moment_on() -> None:
 
 async def test_in_a_pipe_every_record_is_a_line_also_the_last(tmp_path: Path) -> None:
     out = io.StringIO()
-    screen = Screen(Console(file=out))
+    screen = Screen(Terminal(file=out))
     async with screen.follow(tmp_path, "127.0.0.1:1", 10, OPEN):
         write(tmp_path, eval_row(0, 0.3), step_row(1), step_row(2))
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()[1:]] == ["step 1/10", "step 2/10"]
@@ -111,7 +112,7 @@ async def test_in_a_pipe_every_record_is_a_line_also_the_last(tmp_path: Path) ->
 async def test_what_a_run_did_before_it_went_on_is_not_told_again(tmp_path: Path) -> None:
     write(tmp_path, step_row(1), step_row(2))
     out = io.StringIO()
-    async with Screen(Console(file=out)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
+    async with Screen(Terminal(file=out)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
         write(tmp_path, step_row(3))
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["step 3/10"]
 
@@ -119,7 +120,7 @@ async def test_what_a_run_did_before_it_went_on_is_not_told_again(tmp_path: Path
 @pytest.mark.parametrize("terminal", [True, False])
 async def test_a_pause_and_what_is_waited_for_are_shown(tmp_path: Path, terminal: bool) -> None:
     out = io.StringIO()
-    screen = Screen(Console(file=out, force_terminal=terminal, width=120))
+    screen = Screen(Terminal(file=out, force_terminal=terminal, width=120))
     async with screen.follow(tmp_path, "127.0.0.1:1", 10, OPEN):
         write(tmp_path, step_row(1), {"kind": "waiting", "for": "2 of 8 groups", "seconds": 125.0})
     assert "waiting for 2 of 8 groups, since 125 s" in out.getvalue()
@@ -136,7 +137,7 @@ async def test_a_pause_and_what_is_waited_for_are_shown(tmp_path: Path, terminal
 async def test_a_broken_progress_file_ends_the_showing_with_a_sentence_not_the_run(tmp_path: Path) -> None:
     (tmp_path / "progress.jsonl").write_text("nonsense\n")
     out = io.StringIO()
-    async with Screen(Console(file=out)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
+    async with Screen(Terminal(file=out)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
         pass
     assert "no longer be shown" in out.getvalue()
     assert "line 1" in out.getvalue()
@@ -145,6 +146,6 @@ async def test_a_broken_progress_file_ends_the_showing_with_a_sentence_not_the_r
 async def test_in_a_terminal_the_panel_is_drawn_without_metrics_too(tmp_path: Path) -> None:
     write(tmp_path, step_row(3))
     out = io.StringIO()
-    async with Screen(Console(file=out, force_terminal=True, width=120)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
+    async with Screen(Terminal(file=out, force_terminal=True, width=120)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
         pass
     assert "3/10" in out.getvalue()

@@ -1,0 +1,29 @@
+"""The intake's gRPC door as a process of ours: ``python -m tests.security.programs.door CERTIFICATES``, until its input ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from tests.security.door import serving
+from tests.security.people import access
+from treegrpo import logs
+from treegrpo.native_log import filter_native_log
+from treegrpo.security import Role
+from treegrpo.standard_streams import protect
+
+
+async def main(folder: Path) -> None:
+    async with serving(access(folder, Role.LEARNER)) as door:
+        print(door.address, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+
+if __name__ == "__main__":
+    protect()
+    logs.to_stderr()
+    if os.environ["GRPC_VERBOSITY"] != "NONE":
+        filter_native_log()
+    asyncio.run(main(Path(sys.argv[1])))

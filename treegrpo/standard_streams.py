@@ -1,0 +1,103 @@
+"""Standard output and error that cannot end a process: what cannot be written is lost, and that is remembered.
+
+A full disk, a reader that has gone (`| head`), a terminal that was closed, an encoding without the letter: each would raise in
+the middle of whatever prints, or log. `protect` puts streams in their place that do not. Children write their logs with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+from typing import Any, TextIO, cast
+
+STREAMS = (("stdout", 1), ("stderr", 2))
+BLOCKED_SECONDS = 5.0
+"""A reader of a pipe that does not block the writer is waited for so long."""
+
+
+class LossyFile(io.RawIOBase):
+    """Raw file of a descriptor, to write to; a write never fails."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.lost: OSError | None = None
+        """Why the first bytes that are missing could not be written."""
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.number
+
+    def isatty(self) -> bool:
+        return os.isatty(self.number)
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest:
+                rest = rest[self._write(rest) :]
+        except OSError as error:
+            self.lost = self.lost or error
+        return size
+
+    def _write(self, data: memoryview) -> int:
+        try:
+            return os.write(self.number, data)
+        except BlockingIOError:
+            if not select.select([], [self.number], [], BLOCKED_SECONDS)[1]:
+                raise
+            return 0
+
+
+def protect() -> None:
+    """Have this process's standard output and error written so; those that were closed lead nowhere."""
+    _open_closed()
+    for name, number in STREAMS:
+        stream = cast("TextIO | None", getattr(sys, name))
+        if stream is None:
+            setattr(sys, name, _text(number, "utf-8"))
+        elif _is_raw(stream, number):
+            stream.flush()
+            setattr(sys, name, _text(number, stream.encoding))
+
+
+def lossy(stream: TextIO) -> LossyFile | None:
+    """The file under a stream that `protect` has made."""
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    return raw if isinstance(raw, LossyFile) else None
+
+
+def lost_output() -> str:
+    """Why standard output is not complete, if somebody still wanted it; empty if it is."""
+    sys.stdout.flush()
+    file = lossy(sys.stdout)
+    error = None if file is None else file.lost
+    return "" if error is None or error.errno == errno.EPIPE else error.strerror or str(error)
+
+
+def _text(number: int, encoding: str) -> TextIO:
+    buffer = io.BufferedWriter(LossyFile(number))
+    return io.TextIOWrapper(buffer, encoding=encoding, errors="replace", line_buffering=True)
+
+
+def _is_raw(stream: TextIO, number: int) -> bool:
+    """Whether a stream is Python's own, not one that a test or notebook has put in its place."""
+    try:
+        return lossy(stream) is None and isinstance(stream, io.TextIOWrapper) and stream.fileno() == number
+    except (OSError, ValueError):
+        return False
+
+
+def _open_closed() -> None:
+    """Open what was closed of input, output and error: the next file that is opened would take its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
