@@ -40,7 +40,11 @@ SHARES = {
     "grafana": ("grafana.password",),
 }
 """By volume, the files in it."""
-SELF_TEST = "-h localhost\n-p 8883\n--cafile /mosquitto/certs/ca.pem\n-u sampler\n-P {password}\n"
+CERTS = "/mosquitto/certs"
+SELF_TEST = (
+    f"-h localhost\n-p 8883\n--cafile {CERTS}/ca.pem\n--cert {CERTS}/broker.pem\n--key {CERTS}/broker.key\n"
+    "-u sampler\n-P {password}\n"
+)
 """What the broker's own health check connects with; the name of the least of its users."""
 
 

@@ -1,11 +1,13 @@
 """The control plane: who is there, what the run shall do, which weights are newest. Over MQTT, retained, QoS 1.
 
-    treegrpo/RUN/state            running | paused | draining, as plain text
-    treegrpo/RUN/weights          newest policy version, as plain text
-    treegrpo/RUN/members/ROLE/ID  msgpack map {role, alive, incarnation, metrics}; alive=false is the last will
+    treegrpo/RUN/state                running | paused | draining, as plain text
+    treegrpo/RUN/weights              newest policy version, as plain text
+    treegrpo/RUN/owner                the id of the run that owns the name RUN (treegrpo/ownership.py), as plain text
+    treegrpo/RUN/members/ROLE/CLIENT  msgpack map of a `Member`; alive=false is the last will
 
-A broker with users lets each do what its role needs: the learner announces weights and state, the operator sets the state,
-and a member its own presence alone: ROLE is its user, ID its MQTT client id.
+A broker with users lets each do what its role needs: the learner all of it, the operator the state, and a sampler its own
+presence alone: ROLE is its user, CLIENT its MQTT client id. Samplers read state, weights, owner and their own presence. The
+learner removes the presence of who left, and what nobody should have retained.
 
 Everything is a level, not an event: a late-comer finds the present state, and hearing it twice changes nothing. State
 and version are plain text so that a person can set the state with any MQTT client:
@@ -19,10 +21,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import replace
 from enum import Enum
-from typing import Any, cast
+from typing import Any
 
 import aiomqtt
 import msgpack
@@ -33,6 +35,7 @@ from treegrpo.backoff import pause
 from treegrpo.change import Change
 from treegrpo.errors import ConfigError, UnavailableError, describe
 from treegrpo.limits import CONTROL_BYTES, PEERS
+from treegrpo.ownership import KEEPALIVE_SECONDS, Claim, Member
 from treegrpo.refusals import Refusals
 from treegrpo.security import Role
 from treegrpo.step import PolicyVersion
@@ -41,13 +44,15 @@ from treegrpo.typed import typed
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
-KEEPALIVE_SECONDS = 10
 GOODBYE_SECONDS = 1.0
 """To say that we leave; a broker that does not hear it says so for us."""
+AGAIN_SECONDS = 0.1
 NAME_LETTERS = 256
 """The longest name, address or topic of a member that is believed, and what the log repeats of a stranger's words."""
 ROLES = {role.value for role in Role}
-"""A sampler is not called like one of them: `members` goes by name."""
+"""A sampler is not called like one of them."""
+HELD = ("state", "weights")
+"""Topics of which a candidate does not know yet whose they are."""
 
 
 class RunState(Enum):
@@ -58,39 +63,24 @@ class RunState(Enum):
     """The run ends: open groups close with the leaves they have, then a checkpoint."""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A process of the run."""
-
-    id: str
-    role: str
-    """sampler or learner."""
-    incarnation: int
-    metrics: str = ""
-    """HOST:PORT of its /metrics."""
-    alive: bool = True
-
-    @property
-    def topic(self) -> str:
-        """Where its presence is, below treegrpo/RUN/."""
-        return f"members/{self.role}/{self.id}"
-
-    def payload(self) -> bytes:
-        return cast("bytes", msgpack.packb(asdict(self)))
-
-
 class ControlPlane:
     """One process's view of the control plane, kept up to date by a background task; see `connect`."""
 
     def __init__(self, address: str, run: str, member: Member, access: Access = OPEN) -> None:
         self._address = address
         self._access = access
+        self._run = run
         self._prefix = f"treegrpo/{run}"
         self._member = member
+        self._claim = Claim(member) if member.run else None
         self._client: aiomqtt.Client | None = None
         self._changed = Change()
         self._refusals = Refusals(log)
-        self._buried = False
+        self._repeat = False
+        """Our presence has to be said again."""
+        self._rubbish: set[str] = set()
+        """Topics whose retained message has to go, as soon as we own the name."""
+        self._held: dict[str, bytes] = {}
         self._ours: dict[str, bytes] = {}
         self._settled = asyncio.Event()
         self.state = RunState.RUNNING
@@ -98,6 +88,7 @@ class ControlPlane:
         """What the broker said the state is; None while it has said nothing."""
         self.version: PolicyVersion | None = None
         self.members: dict[str, Member] = {}
+        """By MQTT client id: a process that is started again is another member."""
         self.lost: tuple[str, float] | None = (address, time.monotonic())
         """The broker's address and since when (time.monotonic) there is no connection to it; None while there is one."""
 
@@ -130,66 +121,140 @@ class ControlPlane:
             with contextlib.suppress(aiomqtt.MqttError):  # lost while publishing: `_session` publishes `_ours` again
                 await self._client.publish(f"{self._prefix}/{topic}", payload, qos=1, retain=True)
 
-    async def _session(self, connected: asyncio.Event) -> None:
-        """One connection: say who we are, repeat what we own, follow the rest."""
-        mine = f"{self._prefix}/{self._member.topic}"
-        will = aiomqtt.Will(mine, replace(self._member, alive=False).payload(), qos=1, retain=True)
-        async with open_client(self._address, self._access, identifier=self._member.id, will=will) as client:
-            await client.subscribe(f"{self._prefix}/#", qos=1)
-            await client.publish(mine, self._member.payload(), qos=1, retain=True)
-            for topic, payload in self._ours.items():
-                await client.publish(f"{self._prefix}/{topic}", payload, qos=1, retain=True)
-            self._client, self.lost = client, None
-            connected.set()
-            try:
-                async for message in client.messages:
-                    self._hear(message.topic.value.removeprefix(f"{self._prefix}/"), message.payload)
-                    if self._buried:  # the will of a connection of ours that the broker had not yet given up
-                        self._buried = False
-                        await client.publish(mine, self._member.payload(), qos=1, retain=True)
-            finally:
-                self._client, self.lost = None, (self._address, time.monotonic())
-                with contextlib.suppress(aiomqtt.MqttError):  # a clean goodbye; a lost connection sends the will instead
-                    await client.publish(
-                        mine, replace(self._member, alive=False).payload(), qos=1, retain=True, timeout=GOODBYE_SECONDS
-                    )
+    @property
+    def _presence(self) -> bytes:
+        return (self._claim.member if self._claim else self._member).payload()
 
-    def _hear(self, topic: str, payload: bytes) -> None:
+    def _topics(self) -> list[str]:
+        """What we listen to; a sampler has no business with the presence of others."""
+        own = ("state", "weights", "owner", self._member.topic)
+        return [f"{self._prefix}/{topic}" for topic in (own if self._member.role == Role.SAMPLER.value else ("#",))]
+
+    async def _session(self, connected: asyncio.Event) -> None:
+        """One connection: say who we are, own the run's name or be refused, repeat what we own, follow the rest."""
+        mine = f"{self._prefix}/{self._member.topic}"
+        farewell = replace(self._member, alive=False).payload()
+        will = aiomqtt.Will(mine, farewell, qos=1, retain=True)
+        self._settled.clear()
+        self._held.clear()
+        if self._claim is not None:
+            self._claim.begin()
+        async with open_client(self._address, self._access, identifier=self._member.client, will=will) as client:
+            await client.subscribe([(topic, 1) for topic in self._topics()])
+            await client.publish(mine, self._presence, qos=1, retain=True)
+            listening = asyncio.create_task(self._listen(client, mine), name="control-plane-listening")
+            try:
+                if self._claim is not None and await _before(listening, self._own(client, mine, self._claim)):
+                    return
+                for topic, payload in self._ours.items():
+                    await client.publish(f"{self._prefix}/{topic}", payload, qos=1, retain=True)
+                self._client, self.lost = client, None
+                connected.set()
+                await listening
+            finally:
+                if self._client is not None:
+                    self._client, self.lost = None, (self._address, time.monotonic())
+                await _ended(listening)
+                with contextlib.suppress(aiomqtt.MqttError):  # a clean goodbye; a lost connection sends the will instead
+                    await client.publish(mine, farewell, qos=1, retain=True, timeout=GOODBYE_SECONDS)
+
+    async def _listen(self, client: aiomqtt.Client, mine: str) -> None:
+        async for message in client.messages:
+            self._hear(message.topic.value.removeprefix(f"{self._prefix}/"), message.payload, retained=message.retain)
+            if self._repeat:  # somebody asks, or it was the will of a connection of ours that the broker had not yet given up
+                self._repeat = False
+                await client.publish(mine, self._presence, qos=1, retain=True)
+            while self._rubbish and self._claim is not None and self._claim.owned:
+                await client.publish(f"{self._prefix}/{self._rubbish.pop()}", b"", qos=0, retain=True)
+
+    async def _own(self, client: aiomqtt.Client, mine: str, claim: Claim) -> None:
+        """Own the run's name, once nobody else does.
+
+        Raises:
+            ConfigError: the broker does not pass on what we say about this name.
+            RunError: another learner owns it.
+        """
+        await self.settled()
+        if not self._settled.is_set():
+            raise ConfigError(
+                f"The MQTT broker at broker.address = {self._address} does not pass on what the learner says about run.name = "
+                f"{self._run}; let its access list name that run (deploy/mosquitto)."
+            )
+        claim.settle()
+        if claim.contested:
+            log.info("another learner may own run.name = %s; waiting until it answers or is gone", self._run)
+        while await self._changed.wait(claim.deadline()):
+            claim.check(self._run, self._address)
+        claim.check(self._run, self._address)
+        claim.own()
+        held, self._held = self._held, {}
+        await client.publish(mine, self._presence, qos=1, retain=True)
+        if claim.stale:
+            log.info("state and weights that the broker has retained are of the run %s; they are removed", claim.before)
+            for topic in held:
+                await client.publish(f"{self._prefix}/{topic}", b"", qos=1, retain=True)
+        else:
+            for topic, payload in held.items():
+                self._hear(topic, payload, retained=True)
+        self._ours["owner"] = claim.member.run.encode()
+
+    def _hear(self, topic: str, payload: bytes, *, retained: bool = False) -> None:
+        if self._claim is not None and not self._claim.owned and topic in HELD:
+            self._held[topic] = payload
+            return
         try:
             _check_size(payload)
-            if topic == "state":
+            if topic == "state" and payload:
                 self.state = self.told = RunState(payload.decode())
             elif topic == "weights":
-                self.version = PolicyVersion.parse(payload.decode())
+                self.version = PolicyVersion.parse(payload.decode()) if payload else None
+            elif topic == "owner" and self._claim is not None:
+                self._claim.before = payload.decode() or None
             elif topic.startswith("members/"):
-                self._meet(topic, typed(Member, msgpack.unpackb(payload)))
+                self._meet(topic, payload, retained=retained)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             self._refusals.count(
                 f"{self._prefix}/{topic}"[:NAME_LETTERS], "contract", f"a message: {describe(error)[:NAME_LETTERS]}"
             )
+            if topic.startswith("members/") and self._claim is not None:
+                self._rubbish.add(topic)
             return
-        if topic == self._member.topic and payload == self._member.payload():
+        if topic == self._member.topic and payload == self._presence:
             self._settled.set()
-        if topic in self._ours:  # somebody else has set it since: what is repeated after a reconnect is the newest word
+        if topic in self._ours and payload:  # somebody else has set it since: what is repeated after a reconnect is the newest
             self._ours[topic] = payload
         self._changed.tell()
 
-    def _meet(self, topic: str, member: Member) -> None:
+    def _meet(self, topic: str, payload: bytes, *, retained: bool) -> None:
         """Note a member. Raises ValueError unless it is the one its topic is for, and there is room.
 
         Room is made for who is there by forgetting who left first.
         """
+        ours = topic == self._member.topic
+        if not payload:
+            if self._claim is not None:
+                self._claim.forget(topic)
+            if (gone := self.members.get(client := topic.rpartition("/")[2])) is not None and gone.alive:
+                del self.members[client]
+            self._repeat = self._repeat or ours
+            return
+        member = typed(Member, msgpack.unpackb(payload))
+        if not 0 <= member.incarnation < 1 << 64 or max(map(len, (member.id, member.metrics, member.run))) > NAME_LETTERS:
+            raise ValueError("its incarnation, name, run or address is none")
         if member.topic != topic or (member.id in ROLES and member.id != member.role):
             raise ValueError(f"{member.role} {member.id!r} speaks for another")
-        if not 0 <= member.incarnation < 1 << 64 or len(member.id) > NAME_LETTERS or len(member.metrics) > NAME_LETTERS:
-            raise ValueError("its incarnation, name or address is none")
-        if member.id not in self.members and len(self.members) >= PEERS:
+        if member.client not in self.members and len(self.members) >= PEERS:
             gone = next((name for name, one in self.members.items() if not one.alive), None)
             if gone is None:
                 raise ValueError(f"{PEERS} members are the most")
             del self.members[gone]
-        self.members[member.id] = member
-        self._buried = self._buried or (topic == self._member.topic and not member.alive)
+        self.members[member.client] = member
+        if self._claim is not None:
+            answer = self._claim.meet(member, live=not retained)
+            self._repeat = self._repeat or answer
+            if not ours:
+                (self._rubbish.discard if member.alive else self._rubbish.add)(topic)
+        self._repeat = self._repeat or (ours and not member.alive)
 
     async def _follow(self, connected: asyncio.Event) -> None:
         attempt = 0
@@ -215,6 +280,7 @@ class ControlPlane:
 
         Raises:
             ConfigError: ``address`` is on another machine, and there is no TLS.
+            RunError: another run owns the name ``run`` there; also later, when we come back to a broker that we lost.
             UnavailableError: no broker answers at ``address`` now, or it and we do not trust each other.
         """
         plane = cls(address, run, member, access)
@@ -231,11 +297,32 @@ class ControlPlane:
             yield plane
         finally:
             broken = task.exception() if task.done() and not task.cancelled() else None
-            ready.cancel()
-            task.cancel()
-            await asyncio.gather(ready, task, return_exceptions=True)
+            await _ended(ready)
+            await _ended(task, 2 * GOODBYE_SECONDS)
             if broken is not None:  # what nobody foresaw ends the process: deaf to a pause it must not go on
                 raise broken
+
+
+async def _before(first: asyncio.Task[None], second: Coroutine[Any, Any, None]) -> bool:
+    """Await ``second`` unless ``first`` ends before it; returns whether that was so. Raises what either raises."""
+    task = asyncio.create_task(second, name="control-plane-claim")
+    try:
+        await asyncio.wait({first, task}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return False
+        first.result()
+        return True
+    finally:
+        await _ended(task)
+
+
+async def _ended(task: asyncio.Task[Any], again: float = AGAIN_SECONDS) -> None:
+    """End a task that talks to the broker; tell it ``again``, for Python 3.11's wait_for, under aiomqtt, may lose it."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=again)
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def publish_state(address: str, run: str, state: RunState, access: Access = OPEN) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from treegrpo.errors import ConfigError, DataError, describe
 
 log = logging.getLogger(__name__)
 FILE_NAME = "run.json"
+ID = "run.id"
 KEYS = (
     "run.seed",
     *(f"rollout.{key}" for key in RolloutConfig.model_fields),
@@ -43,8 +45,10 @@ Identity = Mapping[str, Any]
 """Key → value, or {path, sha256} of what lies there."""
 
 
-def keep_identity(config: Config, *, begun: bool) -> None:
-    """Write down what the run in ``run.dir`` is, or, if it has ``begun``, that it still is that.
+def keep_identity(config: Config, *, begun: bool) -> str:
+    """Write down what the run in ``run.dir`` is, or, if it has ``begun``, that it still is that; returns its id.
+
+    The id is random, and made when the run begins: it tells two runs of one run.name apart.
 
     Raises:
         ConfigError: it is another now, or what was written cannot be read.
@@ -53,10 +57,10 @@ def keep_identity(config: Config, *, begun: bool) -> None:
     path = config.run.dir / FILE_NAME
     if begun and path.exists():
         check_identity(config)
-        return
+        return _id(path)
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(_identity(config, [*KEYS, MODEL, *QUESTIONS]), file, indent=1)
+        json.dump({ID: secrets.token_hex(8), **_identity(config, [*KEYS, MODEL, *QUESTIONS])}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -67,6 +71,7 @@ def keep_identity(config: Config, *, begun: bool) -> None:
         os.close(folder)
     if begun:
         log.warning("the run in %s began before runs wrote down what they are; it is now what it was told to be", config.run.dir)
+    return _id(path)
 
 
 def check_identity(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -> None:
@@ -89,6 +94,12 @@ def check_identity(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTI
             f"The run in run.dir = {config.run.dir} cannot go on as another: {', '.join(changes)}. Set it back as it was, or "
             "begin anew in another run.dir."
         )
+
+
+def _id(path: Path) -> str:
+    """The id in ``path``; a run that began before runs had one is known by what was written down then."""
+    known = _read(path).get(ID)
+    return known if isinstance(known, str) else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _identity(config: Config, names: Iterable[str]) -> Identity:

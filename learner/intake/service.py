@@ -72,6 +72,7 @@ async def run(config: Config) -> None:
     Raises:
         ConfigError, DataError, ModelError, JournalError: something given is not usable.
         AddressInUseError: an address to listen on is taken.
+        RunError: another run owns run.name on the broker.
         UnavailableError: the broker does not answer.
     """
     gc.set_threshold(GARBAGE_OBJECTS)
@@ -91,10 +92,10 @@ async def _run(config: Config, access: Access) -> None:
     reporter = Reporter(metrics, run_dir / "progress.jsonl", window=config.train.batch)
     heldout = load_questions(config.data.heldout)[: config.eval.questions or None]
     book = _book(config)
-    keep_identity(config, begun=holds_run(run_dir))
+    run_id = keep_identity(config, begun=holds_run(run_dir))
     recovered = recover(disk, folder, snapshots, book, reporter)
     serve(metrics, config.learner.metrics, "learner.metrics", access)
-    member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics)
+    member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics, run=run_id)
     with Journal.open(disk, folder, recovered.end) as journal:
         compaction = Compaction(disk, folder, journal, snapshots, lambda: Capture(book, reporter))
         reporter.watch(journal)

@@ -14,7 +14,7 @@ from typing import Any
 
 from amqtt.adapters import ReaderAdapter, StreamWriterAdapter, WriterAdapter
 from amqtt.broker import Broker, Server
-from amqtt.contexts import BrokerConfig, ListenerConfig, ListenerType
+from amqtt.contexts import Action, BrokerConfig, ListenerConfig, ListenerType
 from amqtt.errors import AMQTTError, CodecError
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
@@ -37,7 +37,9 @@ FILTERS = 16
 """Topic filters of one client. Ours have one."""
 FILTER_BYTES = 1024
 RETAINED = 2 * PEERS
-"""Topics with a retained message: everybody's presence, and that of those who left."""
+"""Topics with a retained message: everybody's presence, and that of those who left a moment ago."""
+RESERVED = 64
+"""Further ones for what is no presence: whoever fills the others keeps no run from saying its state."""
 RETAINED_BYTES = 4096
 """The largest message that is retained. The largest of ours has a few hundred bytes."""
 REFUSED = 0x80
@@ -153,13 +155,27 @@ class PatientBroker(Broker):
         qos: int | None = None,
     ) -> None:
         """Not beyond RETAINED topics, and nothing large."""
-        room = topic_name in self._retained_messages or len(self._retained_messages) < RETAINED
+        most = RETAINED + (0 if "/members/" in (topic_name or "") else RESERVED)
+        room = topic_name in self._retained_messages or len(self._retained_messages) < most
         if not data or (room and len(topic_name or "") + len(data) <= RETAINED_BYTES):
             await super().retain_message(None, topic_name, data, qos)  # it would keep the session of who left long ago
         else:
             self._refusals.count(
                 peer_of(source_session), "retained", "its message is not retained: too large, or one topic too many"
             )
+
+    async def _publish_retained_messages_for_subscription(self, subscription: tuple[str, int], session: Session) -> None:
+        """What it may read, of what it subscribed to itself. amqtt would give a new-comer what anybody has subscribed to."""
+        wanted, qos = subscription
+        handler = self._get_handler(session)
+        if handler is None or not any(one is session for one, _ in self._subscriptions.get(wanted, ())):
+            return
+        sending = [
+            handler.mqtt_publish(kept.topic, kept.data, min(qos, kept.qos or qos), retain=True)
+            for topic, kept in list(self._retained_messages.items())
+            if self._matches(topic, wanted) and await self._topic_filtering(session, topic, Action.RECEIVE)
+        ]
+        await asyncio.gather(*sending, return_exceptions=True)
 
     async def _cleanup_session(self, client_id: str) -> None:
         """Forget a session that ended: the client may have come back under the same id since it was listed for it."""

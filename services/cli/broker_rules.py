@@ -1,12 +1,12 @@
 """What the embedded broker lets whom do: users by password, topics by user. deploy/mosquitto says the same to Mosquitto.
 
                  publish                          subscribe
-    learner      state, weights, own presence     everything of treegrpo/
-    operator     state, own presence              everything of treegrpo/
-    sampler      own presence                     everything of treegrpo/
+    learner      everything of treegrpo/RUN/      everything of treegrpo/RUN/
+    operator     state, own presence              everything of treegrpo/RUN/
+    sampler      own presence                     state, weights, owner, own presence
 
-Presence is treegrpo/RUN/members/ROLE/ID, own where ROLE is the user and ID the MQTT client id; a certificate for one sampler
-is good for its client id alone. A last will is looked at when
+RUN is run.name. Presence is treegrpo/RUN/members/ROLE/CLIENT, own where ROLE is the user and CLIENT the MQTT client id, which is
+NAME@INCARNATION; a certificate for one sampler is good for its name alone. A last will is looked at when
 it is left, since amqtt publishes it without asking.
 """
 
@@ -31,15 +31,29 @@ REFUSALS = Refusals(logging.getLogger(__name__))
 """amqtt makes its plugins by itself; a process has one broker."""
 TOPIC_LETTERS = 128
 """Of a topic in the log."""
-TOPICS = {"learner": ("state", "weights"), "operator": ("state",), "sampler": ()}
+WRITES: dict[str, set[str]] = {"learner": {"state", "weights", "owner"}, "operator": {"state"}, "sampler": set()}
+READS = {"state", "weights", "owner"}
+"""Of samplers. To know the client id of another is to be able to throw it out."""
 
 
 def may_publish(user: str, client: str, topic: str) -> bool:
     """Whether ``user``, connected as ``client``, may publish to ``topic``."""
-    parts = topic.split("/")
-    if user not in TOPICS or len(parts) < 3 or parts[0] != "treegrpo":
-        return False
-    return parts[2:] == ["members", user, client] or (len(parts) == 3 and parts[2] in TOPICS[user])
+    match topic.split("/"):
+        case ["treegrpo", _, "members", role, name] if user in WRITES:
+            return user == "learner" or (role, name) == (user, client)
+        case ["treegrpo", _, what]:
+            return what in WRITES.get(user, ())
+        case _:
+            return False
+
+
+def may_subscribe(user: str, client: str, topic: str) -> bool:
+    """Whether ``user``, connected as ``client``, may subscribe to the filter ``topic``, or be sent a message of that topic."""
+    root, _, rest = topic.partition("/")
+    if user != "sampler":
+        return user in WRITES and root == "treegrpo"
+    what = rest.partition("/")[2]
+    return root == "treegrpo" and (what in READS or what == f"members/{user}/{client}")
 
 
 class Passwords(BaseAuthPlugin):
@@ -77,7 +91,7 @@ class Topics(BaseTopicPlugin):
             return False
         user, client = session.username or "", session.client_id or ""
         if action is not Action.PUBLISH:
-            return user in TOPICS and topic.split("/")[0] == "treegrpo"
+            return may_subscribe(user, client, topic)
         allowed = may_publish(user, client, topic)
         if not allowed:
             REFUSALS.count(peer_of(session), "topic", f"it may not publish to {topic[:TOPIC_LETTERS]!r}")
@@ -88,4 +102,4 @@ def _certifies(connection: ssl.SSLObject, user: str, client: str) -> bool:
     """Whether the certificate of a connection says that ``user`` is its role, and ``client`` its name if it has one."""
     names = cast("Sequence[tuple[str, str]]", (connection.getpeercert() or {}).get("subjectAltName", ()))
     found = roles_in([name for kind, name in names if kind == "URI"])
-    return found is not None and found[0].value == user and found[1] in ("", client)
+    return found is not None and found[0].value == user and found[1] in ("", client.partition("@")[0])

@@ -17,7 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from services.cli.ready import learner_ready
 from tests.chaos.history import steps_written
 from tests.chaos.stage import RUN, Stage
-from treegrpo.control import Member
 from treegrpo.errors import UnavailableError
 
 PROBE_SECONDS = 2.0
@@ -41,15 +40,21 @@ async def scrape(address: str) -> dict[str, float]:
 
 async def control_plane(address: str, members: set[str]) -> None:
     """The broker knows state, weights, and all ``members`` as alive. Raises UnavailableError."""
-    missing = {"state", "weights", *(Member(name, "learner" if name == "learner" else "sampler", 0).topic for name in members)}
+    missing = {"state", "weights", *members}
+    there: dict[str, set[str]] = {}
     host, _, port = address.rpartition(":")
     with contextlib.suppress(TimeoutError, aiomqtt.MqttError):
         async with asyncio.timeout(PROBE_SECONDS), aiomqtt.Client(host, int(port), timeout=PROBE_SECONDS) as client:
             await client.subscribe(f"treegrpo/{RUN}/#", qos=1)
             async for message in client.messages:
                 topic = message.topic.value.removeprefix(f"treegrpo/{RUN}/")
-                alive = not topic.startswith("members/") or msgpack.unpackb(message.payload)["alive"]
-                (missing.discard if alive else missing.add)(topic)
+                if not topic.startswith("members/"):
+                    missing.discard(topic)
+                elif message.payload:  # a name may be there twice: who was killed is said to be gone in between
+                    member = msgpack.unpackb(message.payload)
+                    there.setdefault(member["id"], set())
+                    (there[member["id"]].add if member["alive"] else there[member["id"]].discard)(topic)
+                    (missing.discard if there[member["id"]] else missing.add)(member["id"])
                 if not missing:
                     return
     raise UnavailableError(f"the broker lacks {', '.join(sorted(missing))}")

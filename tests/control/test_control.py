@@ -32,8 +32,13 @@ asyncio.run(main())
 
 
 def join(broker: Broker, run: str, name: str, incarnation: int = 1) -> AbstractAsyncContextManager[ControlPlane]:
-    role = "learner" if name == "learner" else "sampler"
+    role = "learner" if name == "learner" else "operator"  # who reads everything, unlike a sampler
     return ControlPlane.connect(broker.address, run, Member(name, role, incarnation))
+
+
+def there(plane: ControlPlane, name: str) -> list[Member]:
+    """Those called ``name`` that are alive."""
+    return [member for member in plane.members.values() if member.id == name and member.alive]
 
 
 async def until(plane: ControlPlane, condition: Callable[[], bool]) -> None:
@@ -52,8 +57,7 @@ async def test_a_late_comer_finds_state_version_and_members(broker: Broker, run:
         await learner.set_state(RunState.PAUSED)
         await learner.announce(VERSION)
         async with join(broker, run, "late") as late:
-            await until(late, lambda: late.version == VERSION and late.state is RunState.PAUSED and "learner" in late.members)
-            assert late.members["learner"].alive
+            await until(late, lambda: late.version == VERSION and late.state is RunState.PAUSED and bool(there(late, "learner")))
 
 
 async def test_everybody_hears_changes(broker: Broker, run: str) -> None:
@@ -81,28 +85,28 @@ async def test_another_run_on_the_same_broker_hears_nothing(broker: Broker, run:
 async def test_a_member_that_leaves_says_so(broker: Broker, run: str) -> None:
     async with join(broker, run, "learner") as learner:
         async with join(broker, run, "guest"):
-            await until(learner, lambda: "guest" in learner.members and learner.members["guest"].alive)
-        await until(learner, lambda: not learner.members["guest"].alive)
+            await until(learner, lambda: bool(there(learner, "guest")))
+        await until(learner, lambda: not there(learner, "guest"))
 
 
 async def test_the_last_will_tells_of_a_member_that_was_killed(broker: Broker, run: str) -> None:
     async with join(broker, run, "learner") as learner:
         doomed = await asyncio.create_subprocess_exec(sys.executable, "-c", SAMPLER, broker.address, run)
-        await until(learner, lambda: "doomed" in learner.members)
+        await until(learner, lambda: bool(there(learner, "doomed")))
         doomed.kill()
         await doomed.wait()
-        await until(learner, lambda: not learner.members["doomed"].alive)
-        assert learner.members["doomed"].incarnation == 5
+        await until(learner, lambda: not there(learner, "doomed"))
+        assert learner.members["doomed@0000000000000005"].incarnation == 5
 
 
 async def test_a_late_will_of_an_earlier_connection_buries_nobody(broker: Broker, run: str) -> None:
     async with join(broker, run, "learner") as learner, join(broker, run, "guest", 2) as guest, raw(broker) as ghost:
-        await until(learner, lambda: "guest" in learner.members)
-        will = Member("guest", "sampler", 1, alive=False).payload()
-        await ghost.publish(f"treegrpo/{run}/members/sampler/guest", will, qos=1, retain=True)
-        await until(learner, lambda: not learner.members["guest"].alive)
-        await until(learner, lambda: learner.members["guest"] == Member("guest", "sampler", 2))
-        await until(guest, lambda: guest.members["guest"].alive)
+        await until(learner, lambda: bool(there(learner, "guest")))
+        will = Member("guest", "operator", 2, alive=False)
+        await ghost.publish(f"treegrpo/{run}/{will.topic}", will.payload(), qos=1, retain=True)
+        await until(learner, lambda: not there(learner, "guest"))
+        await until(learner, lambda: there(learner, "guest") == [Member("guest", "operator", 2)])
+        await until(guest, lambda: bool(there(guest, "guest")))
 
 
 async def test_after_the_broker_restarts_everything_is_there_again(broker: Broker, run: str) -> None:
@@ -113,7 +117,7 @@ async def test_after_the_broker_restarts_everything_is_there_again(broker: Broke
         await broker.stop()
         await broker.start()
         async with join(broker, run, "late") as late:
-            await until(late, lambda: late.version == VERSION and late.state is RunState.PAUSED and "learner" in late.members)
+            await until(late, lambda: late.version == VERSION and late.state is RunState.PAUSED and bool(there(late, "learner")))
 
 
 async def test_a_state_set_from_outside_outlives_a_restart_of_the_broker(broker: Broker, run: str) -> None:
@@ -124,7 +128,7 @@ async def test_a_state_set_from_outside_outlives_a_restart_of_the_broker(broker:
         await broker.stop()
         await broker.start()
         async with join(broker, run, "late") as late:
-            await until(late, lambda: "learner" in late.members)
+            await until(late, lambda: bool(there(late, "learner")))
             await until(late, lambda: late.state is RunState.PAUSED)
 
 

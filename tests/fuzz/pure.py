@@ -89,9 +89,17 @@ def journal(data: bytes) -> None:
 
 def presence() -> Callable[[tuple[int, bytes]], None]:
     """One listener for all cases: what it holds has to stay small."""
-    plane = ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1))
+    plane = ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1, run="r"))
     here = Presence({"s7/0000000000000007"}, lambda _: None)
-    topics = ("members/sampler/s7", "state", "weights", "members/learner/learner", "members", "")
+    topics = (
+        "members/sampler/s7@0000000000000007",
+        "state",
+        "weights",
+        "owner",
+        "members/learner/learner@0000000000000001",
+        "members",
+        "",
+    )
 
     def hear(case: tuple[int, bytes]) -> None:
         which, payload = case

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import re
+import ssl
 import sys
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -26,6 +27,7 @@ from tests.control.brokers import mosquitto_binary
 from tests.ports import free_address
 from tests.security.people import access, impostor
 from treegrpo.access import OPEN, Access
+from treegrpo.address import split_address
 from treegrpo.control import ControlPlane, Member, RunState, open_client, publish_state
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.limits import CONTROL_BYTES
@@ -36,13 +38,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 DEPLOY = Path(__file__).parents[2] / "deploy" / "mosquitto"
 SECONDS = 30.0
 VERSION = PolicyVersion(1, 7)
+S7 = Member("s7", "sampler", 7)
+LEARNER = Member("learner", "learner", 1)
 
 
-def shipped(folder: Path, certificates: Path, address: str) -> Path:
-    """The configuration that is shipped, with this machine's paths and port."""
+def shipped(folder: Path, certificates: Path, address: str, run: str = "+") -> Path:
+    """The configuration that is shipped, with this machine's paths and port, for the runs of all tests or for one."""
     host, _, port = address.rpartition(":")
     for path in DEPLOY.iterdir():
         text = path.read_text().replace("/mosquitto/config", str(folder)).replace("/mosquitto/certs", str(certificates))
+        text = text.replace("RUN_NAME", run)
         (folder / path.name).write_text(re.sub(r"listener \d+", f"listener {port} {host}", text))
     with (folder / "mosquitto.conf").open("a") as config:
         config.write(f"user {Path(certificates).owner()}\n")  # started by root it would not be able to read the key
@@ -118,13 +123,12 @@ async def test_learner_samplers_and_operator_work_together(address: str, run: st
         await learner.set_state(RunState.RUNNING)
         await publish_state(address, run, RunState.PAUSED, access(made, Role.OPERATOR))
         for plane in (learner, sampler):
-            await until(
-                plane, lambda plane=plane: plane.state is RunState.PAUSED and plane.version == VERSION and len(plane.members) == 2
-            )
+            await until(plane, lambda plane=plane: plane.state is RunState.PAUSED and plane.version == VERSION)
 
 
 @pytest.mark.parametrize(
-    "topic", ["state", "weights", "members/learner/learner", "members/learner/s7", "members/sampler/s8", "members/s7", "more"]
+    "topic",
+    ["state", "weights", "owner", "members/learner/learner", "members/learner/s7", "members/sampler/s8", "members/s7", "more"],
 )
 async def test_a_sampler_publishes_its_own_presence_and_nothing_else(address: str, run: str, made: Path, topic: str) -> None:
     """The state is set before and after: what comes in between would have been heard in between."""
@@ -134,17 +138,17 @@ async def test_a_sampler_publishes_its_own_presence_and_nothing_else(address: st
         payload = {"state": b"draining", "weights": b"9.9"}.get(topic, Member("learner", "learner", 66, alive=False).payload())
         async with open_client(address, access(made, Role.OPERATOR)) as listener:
             await listener.subscribe(f"treegrpo/{run}/#", qos=1)
-            async with open_client(address, access(made, Role.SAMPLER), identifier="s7") as sampler:
+            async with open_client(address, access(made, Role.SAMPLER), identifier=S7.client) as sampler:
                 await sampler.publish(f"treegrpo/{run}/{topic}", payload, qos=1, retain=True)
-                await sampler.publish(f"treegrpo/{run}/members/sampler/s7", Member("s7", "sampler", 1).payload(), qos=1)
+                await sampler.publish(f"treegrpo/{run}/{S7.topic}", S7.payload(), qos=1)
             seen: list[tuple[str, Any]] = []
             async with asyncio.timeout(SECONDS):
                 async for message in listener.messages:
                     seen.append((message.topic.value.removeprefix(f"treegrpo/{run}/"), message.payload))
-                    if seen[-1][0] == "members/sampler/s7":
+                    if seen[-1][0] == S7.topic:
                         break
         assert (topic, payload) not in seen
-        assert learner.members["learner"].incarnation == 1
+        assert learner.members["learner@0000000000000001"].alive
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,7 @@ async def test_a_last_will_is_no_way_around_it(address: str, run: str, made: Pat
     """Left behind by a connection that is cut; the embedded broker refuses it, Mosquitto does not publish it."""
     will = aiomqtt.Will(f"treegrpo/{run}/{topic}", b"draining", qos=1, retain=True)
     async with join(address, run, made, Role.LEARNER, "learner") as learner:
-        client = open_client(address, access(made, role), identifier="s7", will=will)
+        client = open_client(address, access(made, role), identifier=S7.client, will=will)
         try:
             async with client, asyncio.timeout(SECONDS):
                 inner: Any = client._client  # pyright: ignore[reportPrivateUsage]
@@ -163,10 +167,10 @@ async def test_a_last_will_is_no_way_around_it(address: str, run: str, made: Pat
         except (aiomqtt.MqttError, OSError):
             pass
         async with join(address, run, made, Role.SAMPLER, "marker"):
-            await until(learner, lambda: "marker" in learner.members)
+            await until(learner, lambda: "marker@0000000000000001" in learner.members)
         assert learner.state is RunState.RUNNING
         assert learner.version is None
-        assert learner.members["learner"].alive
+        assert learner.members["learner@0000000000000001"].alive
 
 
 async def test_the_operator_sets_the_state_and_announces_no_weights(address: str, run: str, made: Path) -> None:
@@ -192,6 +196,49 @@ async def test_a_plaintext_client_is_told_to_set_security(address: str, made: Pa
 async def test_who_trusts_another_authority_does_not_say_its_password(address: str, tmp_path: Path) -> None:
     certs(tmp_path, [], [], new_ca=False, drop_old_ca=False)
     assert "not of an authority in our ca.pem" in await refused(address, access(tmp_path, Role.SAMPLER))
+
+
+async def test_a_sampler_that_calls_itself_learner_throws_nobody_out(address: str, run: str, made: Path) -> None:
+    async with join(address, run, made, Role.LEARNER, "learner") as learner:
+        for name in ("learner", "learner@0000000000000001@", "sampler"):
+            async with open_client(address, access(made, Role.SAMPLER), identifier=name) as sampler:
+                false = Member(name, "sampler", 1)
+                await sampler.publish(f"treegrpo/{run}/members/sampler/{name}", false.payload(), qos=1, retain=True)
+        async with join(address, run, made, Role.SAMPLER, "marker"):
+            await until(learner, lambda: "marker@0000000000000001" in learner.members)
+        assert learner.lost is None
+        assert {member.id for member in learner.members.values()} == {"learner", "marker"}
+
+
+async def test_a_sampler_reads_the_presence_of_nobody_else(address: str, run: str, made: Path) -> None:
+    """It knows no other client id, so it can throw nobody out; nor an incarnation, so it can bury nobody."""
+    async with (
+        join(address, run, made, Role.LEARNER, "learner") as learner,
+        open_client(address, access(made, Role.SAMPLER), identifier=S7.client) as sampler,
+    ):
+        await learner.set_state(RunState.PAUSED)
+        heard = set[str]()
+        async with asyncio.timeout(SECONDS):
+            for topic in (f"treegrpo/{run}/#", "treegrpo/+/members/+/+", f"treegrpo/{run}/state"):
+                await sampler.subscribe(topic, qos=1)
+            await learner.set_state(RunState.DRAINING)
+            async for message in sampler.messages:
+                heard.add(message.topic.value)
+                if message.payload == b"draining":
+                    break
+        assert heard == {f"treegrpo/{run}/state"}
+
+
+async def test_without_a_certificate_nobody_gets_as_far_as_a_password(address: str, made: Path) -> None:
+    context = ssl.create_default_context(cafile=str(made / "ca.pem"))
+    who = access(made, Role.SAMPLER)
+    host, port = split_address(address, "broker.address")
+    word = who.broker_password.get_secret_value()
+    client = aiomqtt.Client(host, port, username="sampler", password=word, tls_context=context, timeout=1.0)
+    with pytest.raises(aiomqtt.MqttError):
+        await client.__aenter__()
+    del client
+    gc.collect()
 
 
 async def test_nobody_reads_what_is_not_the_runs(address: str, made: Path) -> None:
@@ -262,8 +309,8 @@ async def test_the_embedded_broker_listens_on_ipv6_as_the_other_parts_do(made: P
     try:
         await broker.start()
         who = replace(access(made, Role.SAMPLER), broker_user="sampler", broker_password=SecretStr("word"))
-        async with ControlPlane.connect(address, "r", Member("s7", "sampler", 7), who) as plane:
-            await until(plane, lambda: "s7" in plane.members)
+        async with ControlPlane.connect(address, "r", S7, who) as plane:
+            await until(plane, lambda: S7.client in plane.members)
     finally:
         await broker.shutdown()
 
@@ -290,6 +337,10 @@ async def test_beyond_this_machine_no_broker_is_spoken_to_in_plain_text() -> Non
         ("sampler", "treegrpo/r/members/sampler/you", False),
         ("sampler", "treegrpo/r/members/learner/me", False),
         ("learner", "treegrpo/r/members/learner/me", True),
+        ("learner", "treegrpo/r/members/sampler/you", True),
+        ("learner", "treegrpo/r/owner", True),
+        ("operator", "treegrpo/r/owner", False),
+        ("learner", "treegrpo/r/more", False),
         ("sampler", "treegrpo/members/sampler/me", False),
         ("sampler", "treegrpo/r/s/members/sampler/me", False),
         ("sampler", "other/r/members/sampler/me", False),
@@ -300,9 +351,28 @@ def test_the_rules(user: str, topic: str, *, may: bool) -> None:
     assert may_publish(user, "me", topic) is may
 
 
+async def test_mosquittos_access_list_is_good_for_one_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ControlPlane.settled, "__defaults__", (1.0,))
+    where = free_address()
+    if (binary := mosquitto_binary()) is None:
+        pytest.skip("no mosquitto binary on the PATH; .ci/run installs one")
+    quiet = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(binary, "-c", str(shipped(tmp_path, made, where, "ours")), stderr=quiet)
+    try:
+        await wait_ready("broker", lambda: broker_ready(where, access(made, Role.OPERATOR)), SECONDS)
+        async with ControlPlane.connect(where, "ours", replace(LEARNER, run="r"), access(made, Role.LEARNER)) as plane:
+            await publish_state(where, "theirs", RunState.DRAINING, access(made, Role.OPERATOR))
+            assert plane.lost is None
+        with pytest.raises(ConfigError, match=r"run\.name = theirs; let its access list name that run"):
+            await ControlPlane.connect(where, "theirs", replace(LEARNER, run="r"), access(made, Role.LEARNER)).__aenter__()
+    finally:
+        process.kill()
+        await process.wait()
+
+
 def test_mosquittos_rules_name_the_same_users(tmp_path: Path, made: Path) -> None:
     acl = (DEPLOY / "acl").read_text()
     assert re.findall(r"^user (\w+)$", acl, re.MULTILINE) == ["learner", "operator", "sampler"]
-    assert f"message_size_limit {CONTROL_BYTES}" in (DEPLOY / "mosquitto.conf").read_text()
+    assert f"message_size_limit {broker_module.RETAINED_BYTES}" in (DEPLOY / "mosquitto.conf").read_text()
     users = [line.partition(":")[0] for line in (made / "mosquitto.passwd").read_text().splitlines()]
     assert sorted(users) == ["learner", "operator", "sampler"]

@@ -95,10 +95,10 @@ async def test_nobody_takes_the_client_id_of_another_user(made: Path, *, clean: 
 async def test_a_certificate_for_one_sampler_is_good_for_its_client_id_alone(made: Path, tmp_path: Path) -> None:
     named = tls(impostor(tmp_path, made, "named"))
     async with guarded(made) as (address, _):
-        async with joined(address, connect("s7", "sampler", "s-word"), named):
+        async with joined(address, connect("s7@0000000000000001", "sampler", "s-word"), named):
             pass
         async with dial(address, named) as forged:
-            await forged.say(connect("s8", "sampler", "s-word"))
+            await forged.say(connect("s8@0000000000000001", "sampler", "s-word"))
             assert (await forged.hear())[1][1] == 5
 
 
@@ -107,7 +107,7 @@ async def test_a_connection_that_is_taken_over_ends(made: Path) -> None:
     hello = connect("s7", "sampler", "s-word")
     async with guarded(made) as (address, _), joined(address, hello, sampler) as first, joined(address, hello, sampler) as again:
         assert await first.gone()
-        await again.say(subscribe("treegrpo/#"))
+        await again.say(subscribe("treegrpo/r/state"))
         assert (await again.hear())[0] == SUBACK
 
 
@@ -202,12 +202,14 @@ async def test_what_is_retained_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(broker_module, "RETAINED", 3)
     async with broker() as (address, made), joined(address, connect("s7")) as client:
         for number in range(9):
-            await client.say(publish(f"treegrpo/{number}/x", b"x", retain=True))
-        await client.say(publish("treegrpo/0/x", b"y" * 5000, retain=True), publish("treegrpo/1/x", b"new", retain=True))
+            await client.say(publish(f"treegrpo/r/members/{number}", b"x", retain=True))
+        await client.say(
+            publish("treegrpo/r/members/0", b"y" * 5000, retain=True), publish("treegrpo/r/state", b"new", retain=True)
+        )
         await client.say(subscribe("treegrpo/#", qos=0))
         await until(lambda: any(message.data == b"new" for message in made.retained_messages.values()))
-        assert sorted(made.retained_messages) == ["treegrpo/0/x", "treegrpo/1/x", "treegrpo/2/x"]
-        assert made.retained_messages["treegrpo/0/x"].data == b"x"
+        assert sorted(made.retained_messages) == [*(f"treegrpo/r/members/{number}" for number in range(3)), "treegrpo/r/state"]
+        assert made.retained_messages["treegrpo/r/members/0"].data == b"x"
 
 
 async def test_who_wants_messages_kept_until_he_says_so_is_hung_up_on() -> None:

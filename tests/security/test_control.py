@@ -17,6 +17,7 @@ from treegrpo.handoff import check_report, decode
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import IntakeMetrics
 
+S7 = "s7@0000000000000007"
 GOOD: dict[str, Any] = {"id": "s7", "role": "sampler", "incarnation": 7, "metrics": "127.0.0.1:1", "alive": False}
 
 
@@ -24,7 +25,7 @@ def plane() -> ControlPlane:
     return ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1))
 
 
-def hear(listener: ControlPlane, row: object, topic: str = "members/sampler/s7") -> None:
+def hear(listener: ControlPlane, row: object, topic: str = f"members/sampler/{S7}") -> None:
     payload: Any = msgpack.packb(row)
     listener._hear(topic, payload)  # pyright: ignore[reportPrivateUsage]
 
@@ -50,7 +51,7 @@ def test_presence_of_the_wrong_type_is_ignored_and_breaks_nothing(change: dict[s
     hear(listener, {**GOOD, **change})
     assert not listener.members
     hear(listener, GOOD)
-    assert list(listener.members) == ["s7"]
+    assert list(listener.members) == [S7]
     Presence(set(), lambda _: None).heed(listener.members.values())
 
 
@@ -74,8 +75,8 @@ def test_members_that_left_make_room_for_those_who_come(monkeypatch: pytest.Monk
     monkeypatch.setattr(control, "PEERS", 2)
     listener = plane()
     for name, alive in (("s1", True), ("s2", False), ("s3", True), ("s4", True)):
-        hear(listener, {**GOOD, "id": name, "alive": alive}, f"members/sampler/{name}")
-    assert list(listener.members) == ["s1", "s3"]
+        hear(listener, {**GOOD, "id": name, "alive": alive}, f"members/sampler/{name}@{7:016x}")
+    assert [member.id for member in listener.members.values()] == ["s1", "s3"]
 
 
 @pytest.mark.parametrize("text", ["1.4294967296", "1." + "9" * 5000, "١.٢", "1.2.3", "1", ".", "1.", "-1.2", " 1.2"])

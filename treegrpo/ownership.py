@@ -1,0 +1,138 @@
+"""Ownership of run.name on a broker: one learner speaks for a name, another run of that name is refused.
+
+    candidate ─► hears everybody who is there ─► no other learner ─────────────────────► owner
+                                              └► another one ─► it answers ────────────► refused
+                                                              └► its last will, silence ► owner
+
+A learner says in its presence which run it works on (the id in run.json) and whether it owns the name. The broker passes
+everything on in one order, so of two that come at once the second hears of the first before it hears itself. An owner
+answers a candidate by saying its presence again. One that crashed cannot: its last will comes when the broker notices, after
+1.5 keep-alives at the latest; a crashed learner of the same run is not waited for so long. A learner that lost the broker
+is a candidate again when it is back.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import cast
+
+import msgpack
+
+from treegrpo.errors import RunError
+
+KEEPALIVE_SECONDS = 10
+ANSWER_SECONDS = 1.0
+"""The longest that an owner takes to answer, unless it is gone."""
+WILL_SECONDS = 2.0 * KEEPALIVE_SECONDS
+"""A broker publishes the last will of a client that is silent after 1.5 keep-alives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """The presence of a process of the run."""
+
+    id: str
+    role: str
+    """sampler or learner."""
+    incarnation: int
+    """Random, of this process."""
+    metrics: str = ""
+    """HOST:PORT of its /metrics."""
+    run: str = ""
+    """The id of the run that a learner works on; empty for others."""
+    owner: bool = False
+    """Whether a learner owns run.name."""
+    alive: bool = True
+
+    @property
+    def client(self) -> str:
+        """Its MQTT client id: no two processes share one, whatever runs the broker serves."""
+        return f"{self.id}@{self.incarnation:016x}"
+
+    @property
+    def topic(self) -> str:
+        """Where its presence is, below treegrpo/RUN/."""
+        return f"members/{self.role}/{self.client}"
+
+    def payload(self) -> bytes:
+        return cast("bytes", msgpack.packb(asdict(self)))
+
+
+class Claim:
+    """A learner's claim to its run's name; told what is heard, it says how long to wait and whom to answer."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        """Our presence as it is now."""
+        self.before: str | None = None
+        """The id of the run that owned the name last, as the broker has retained it."""
+        self._rivals: dict[str, Member] = {}
+        """By topic, the learners that may be there."""
+        self._since = time.monotonic()
+        self._refused_by: Member | None = None
+
+    @property
+    def owned(self) -> bool:
+        return self.member.owner
+
+    def begin(self) -> None:
+        """Be a candidate: we do not know any more who is there."""
+        self.member = replace(self.member, owner=False)
+        self.before = None
+        self._rivals = {}
+        self._refused_by = None
+
+    def settle(self) -> None:
+        """Everybody who was there is known: from now on they have time to answer."""
+        self._since = time.monotonic()
+
+    @property
+    def contested(self) -> bool:
+        """Whether another learner may be there."""
+        return bool(self._rivals)
+
+    def meet(self, other: Member, *, live: bool) -> bool:
+        """Note what another member says, ``live`` or retained; returns whether it is to be answered."""
+        if other.role != self.member.role or other.topic == self.member.topic:
+            return False
+        if not other.alive:
+            self._rivals.pop(other.topic, None)
+        elif self.owned:
+            return not other.owner
+        else:
+            self._rivals[other.topic] = other
+            if live and other.owner:
+                self._refused_by = other
+        return False
+
+    def forget(self, topic: str) -> None:
+        """The presence at ``topic`` is gone."""
+        self._rivals.pop(topic, None)
+
+    def deadline(self) -> float:
+        """Until when (time.monotonic) somebody may still refuse us; now at the earliest."""
+        if not self._rivals:
+            return self._since
+        ours = all(rival.run == self.member.run for rival in self._rivals.values())
+        return self._since + (ANSWER_SECONDS if ours else WILL_SECONDS)
+
+    def check(self, name: str, address: str) -> None:
+        """Raise RunError if an owner has answered."""
+        if (owner := self._refused_by) is None:
+            return
+        at = f", whose learner has its metrics at {owner.metrics}" if owner.metrics else ""
+        raise RunError(
+            f"run.name = {name} is taken at broker.address = {address} by the run {owner.run or 'without an id'}{at}; "
+            "set run.name to another name, or stop that run."
+        )
+
+    def own(self) -> None:
+        """Nobody has refused us: the name is ours until we lose the broker."""
+        self.member = replace(self.member, owner=True)
+        self._rivals = {}
+
+    @property
+    def stale(self) -> bool:
+        """Whether what the broker has retained of state and weights is another run's."""
+        return self.before not in {None, self.member.run}
