@@ -34,6 +34,8 @@ REQUEST_BYTES = 1 << 20
 """The body of a search request: 1,024 queries of 1 KiB."""
 HEADER_BYTES = 16 << 10
 """The head of an HTTP request."""
+ANSWER_SECONDS = 60.0
+"""From the last byte of a search request to the last of its answer."""
 REQUEST_SECONDS = 10.0
 """From the first byte of an HTTP request, or of a unary call, to the last; and without reading anything of the answer."""
 SCRAPERS = 32

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import bm25s
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from treegrpo.errors import DataError, describe
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
+QUERY_WORDS = 256
+"""Terms of one query: dense retrievers cut theirs at as many tokens."""
 _WORD = re.compile(r"\w+")
 
 
@@ -73,8 +76,22 @@ def words(text: str) -> list[str]:
         >>> words("São Tomé-Nord")
         ['sao', 'tome', 'nord']
     """
-    plain = unicodedata.normalize("NFKD", text.casefold())
-    return _WORD.findall("".join(letter for letter in plain if not unicodedata.combining(letter)))
+    return _WORD.findall(text.casefold().translate(_PLAIN))
+
+
+class _Plain(dict[int, str]):
+    """Letter → its decomposition without accents, letter by letter.
+
+    Decomposing a whole text would also sort the accents of each letter, in quadratic time, for nothing.
+    """
+
+    def __missing__(self, letter: int) -> str:
+        decomposed = unicodedata.normalize("NFKD", chr(letter))
+        plain = self[letter] = "".join(part for part in decomposed if not unicodedata.combining(part))
+        return plain
+
+
+_PLAIN = _Plain()
 
 
 class Index:
@@ -90,8 +107,11 @@ class Index:
         self._scorer.index([words(document.contents) for document in documents], show_progress=False)
 
     def search(self, query: str, topk: int) -> list[Hit]:
-        """The documents that share a term with ``query``, best first, at most ``topk``; equal scores in corpus order."""
-        known = [word for word in words(query) if word in self._scorer.vocab_dict]
+        """The documents that share a term with ``query``, best first, at most ``topk``; equal scores in corpus order.
+
+        The first QUERY_WORDS terms that the corpus knows count.
+        """
+        known = list(islice((word for word in words(query) if word in self._scorer.vocab_dict), QUERY_WORDS))
         if not known or topk < 1:
             return []
         score_D = self._scorer.get_scores(known)  # D = documents of the corpus

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import h11
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from treegrpo.limits import PEERS, REQUEST_BYTES, REQUEST_SECONDS
+from treegrpo.limits import ANSWER_SECONDS, LOOP_BYTES, PEERS, REQUEST_BYTES, REQUEST_SECONDS
 
 Refused = Callable[[str, str, str], None]
 """Told a client's address, a reason of few, and a sentence."""
@@ -18,12 +18,13 @@ Refused = Callable[[str, str, str], None]
 
 class PatientProtocol(H11Protocol):
     """Hangs up on a request that is not complete after REQUEST_SECONDS, from the connection or its first byte on, on who reads
-    nothing of an answer for as long, and on one connection too many.
+    nothing of an answer for as long or takes ANSWER_SECONDS more for all of it, and on one connection too many.
     """
 
     refused: Refused
     _patience: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
+    _answering: asyncio.TimerHandle | None = None
     _unread = 0
 
     def connection_made(self, transport: Any) -> None:
@@ -38,6 +39,7 @@ class PatientProtocol(H11Protocol):
         super().data_received(data)
         if self.conn.their_state not in {h11.IDLE, h11.SEND_BODY}:
             self._stop()
+            self._expect()
 
     def send_400_response(self, msg: str) -> None:
         self.refused(self._who, "http", msg)
@@ -45,6 +47,7 @@ class PatientProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._expect_no_more()
         if self.conn.trailing_data[0] and self.conn.their_state is h11.IDLE:  # a part of the next request is here already
             self._wait()
 
@@ -60,6 +63,7 @@ class PatientProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        self._expect_no_more()
         if self._reading is not None:
             self._reading.cancel()
         super().connection_lost(exc)
@@ -76,6 +80,17 @@ class PatientProtocol(H11Protocol):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+    def _expect(self) -> None:
+        """The application has its own limit for the search; this is for who takes too long to read what it found."""
+        if self._answering is None:
+            seconds = ANSWER_SECONDS + REQUEST_SECONDS
+            self._answering = self.loop.call_later(seconds, self._give_up, "slow", "it takes too long to read its answer")
+
+    def _expect_no_more(self) -> None:
+        if self._answering is not None:
+            self._answering.cancel()
+            self._answering = None
 
     def _look(self) -> None:
         """Whether anything was read since it was looked at last."""
@@ -95,11 +110,17 @@ class TooLargeError(Exception):
     """A body of more than REQUEST_BYTES."""
 
 
-async def body_of(request: Request) -> bytes:
-    """The body of ``request``. Raises TooLargeError before it has been read to the end."""
+async def body_of(request: Request, large: Callable[[], Awaitable[None]]) -> bytes:
+    """The body of ``request``; ``large`` is awaited before more than LOOP_BYTES of it are kept.
+
+    Raises:
+        TooLargeError: before it has been read to the end.
+    """
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > REQUEST_BYTES:
             raise TooLargeError
+        if len(body) > LOOP_BYTES:
+            await large()
     return bytes(body)

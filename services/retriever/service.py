@@ -1,6 +1,6 @@
 """The retriever as a service: Search-R1's HTTP API over an `Index`.
 
-POST /retrieve  {"queries": [str], "topk": int, "return_scores": bool}
+POST /retrieve  {"queries": [str], "topk": int, "return_scores": bool}; the last two may be null or left out
                 → {"result": [[{"document": {"id", "contents"}, "score"}]]}, bare documents without return_scores
 GET  /health    → {"status": "ok", "documents": n}
 GET  /metrics   → Prometheus text
@@ -14,85 +14,35 @@ import socket
 import ssl
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, Any
 
 import uvicorn
 from prometheus_client import generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from services.retriever.index import Hit, Index, load_corpus
-from services.retriever.patience import PatientProtocol, TooLargeError, body_of
+from services.retriever.index import Index, load_corpus
+from services.retriever.patience import PatientProtocol
+from services.retriever.retrieve import Book, Retrieve
 from treegrpo.access import Access, shows
 from treegrpo.address import check_free, family_of, split_address
 from treegrpo.config import RetrieverConfig
-from treegrpo.limits import HEADER_BYTES, PEERS, REQUEST_BYTES, REQUEST_SECONDS, TOPK
-from treegrpo.refusals import Refusals, seldom
-from treegrpo.size import TEXT_LENGTH
+from treegrpo.limits import HEADER_BYTES, PEERS, REQUEST_SECONDS
+from treegrpo.refusals import seldom
 from treegrpo.telemetry import RetrieverMetrics
 
 log = logging.getLogger(__name__)
-_DEFAULT_TOPK = 3
 _BACKLOG = 1024
 _IDLE_SECONDS = 30
 """Longer than clients keep an idle connection (httpx: 5): one that closes as the next query comes would fail it."""
 _GRACE_SECONDS = 2
 
 
-class Ask(BaseModel):
-    """The body of a request."""
-
-    model_config = ConfigDict(strict=True)
-
-    queries: list[Annotated[str, Field(max_length=TEXT_LENGTH)]] = Field(min_length=1, max_length=1024)
-    topk: int = Field(default=_DEFAULT_TOPK, ge=1, le=TOPK)
-    return_scores: bool = False
-
-
-class Book:
-    """Counts what is refused, and logs it once for each client and reason."""
-
-    def __init__(self, metrics: RetrieverMetrics) -> None:
-        self._metrics = metrics
-        self._refusals = Refusals(log)
-
-    def refused(self, client: str, reason: str, sentence: str) -> None:
-        self._metrics.refused.labels(reason).inc()
-        self._refusals.count(client, reason, sentence)
-
-    def answer(self, request: Request, status: int, reason: str, sentence: str) -> Response:
-        self.refused(request.client.host if request.client else "nobody", reason, sentence)
-        return JSONResponse({"error": sentence}, status_code=status)
-
-
 def app(index: Index, metrics: RetrieverMetrics, access: Access, book: Book) -> Starlette:
     """The web application; starts nothing. /health is for everybody, the rest for who shows its token."""
     metrics.documents.set(len(index.documents))
     metrics.serving.set(1)
-
-    async def retrieve(request: Request) -> Response:
-        if not shows(request.headers.get("authorization", ""), access.retriever_token):
-            sentence = "Show the token: Authorization: Bearer TOKEN; samplers take it from security.retriever_token."
-            return book.answer(request, 401, "token", sentence)
-        with metrics.seconds.time():
-            try:
-                ask = Ask.model_validate_json(await body_of(request))
-            except ValidationError as error:
-                return book.answer(request, 400, "request", _sentence(error))
-            except ClientDisconnect:  # nobody hears the answer
-                return Response(status_code=400)
-            except TooLargeError:
-                sentence = f"The body has more than {REQUEST_BYTES} bytes; send fewer queries at once."
-                return book.answer(request, 413, "large", sentence)
-            found: list[list[Hit]] = []
-            for query in ask.queries:
-                found.append(index.search(query, ask.topk))
-                await asyncio.sleep(0)  # others wait for one query, not for a thousand
-            metrics.queries.inc(len(found))
-            return JSONResponse({"result": [[_shown(hit, ask.return_scores) for hit in hits] for hits in found]})
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", "documents": len(index.documents)})
@@ -103,21 +53,8 @@ def app(index: Index, metrics: RetrieverMetrics, access: Access, book: Book) -> 
             return book.answer(request, 401, "token", sentence)
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    retrieve = Retrieve(index, metrics, access, book)
     return Starlette(routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health), Route("/metrics", scrape)])
-
-
-def _shown(hit: Hit, with_score: bool) -> dict[str, Any]:
-    document = hit.document.model_dump()
-    return {"document": document, "score": hit.score} if with_score else document
-
-
-def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "the body"
-    return (
-        f'{key}: {first["msg"]}; send {{"queries": [str], "topk": int from 1 to {TOPK}, "return_scores": bool}} '
-        f"with 1 to 1024 queries of {TEXT_LENGTH} letters at most."
-    )
 
 
 async def serve(config: RetrieverConfig, access: Access, ready: Callable[[int], None] = lambda _: None) -> None:
