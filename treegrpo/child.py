@@ -8,7 +8,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import BinaryIO, ClassVar, Self
 
 from treegrpo.leash import leashed
 
@@ -33,8 +33,8 @@ class ChildProcess:
 
     @classmethod
     async def spawn(cls, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Self:
-        """Run ``command``; what it says is appended to ``log``."""
-        with log.open("ab") as out:
+        """Run ``command``; what it says is appended to ``log``, or lost where that cannot be opened now."""
+        with _appending(log) as out:
             process = await asyncio.create_subprocess_exec(
                 *leashed(command, group=cls.whole_group),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -81,8 +81,19 @@ class ChildProcess:
             os.killpg(self.pid, number)
 
     def said(self) -> list[str]:
-        """The last lines of its log since it started, those that are not blank."""
-        with self.log.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._offset, size - TAIL_BYTES))
-            return [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        """The last lines of its log since it started, those that are not blank; none when nobody can read it."""
+        try:
+            with self.log.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(self._offset, size - TAIL_BYTES))
+                return [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        except OSError:
+            return []
+
+
+def _appending(log: Path) -> BinaryIO:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return log.open("ab")
+    except OSError:  # a full disk; what it has to say is worth less than what it does
+        return Path(os.devnull).open("ab")

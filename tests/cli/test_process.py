@@ -68,3 +68,11 @@ async def test_no_child_outlives_a_killed_parent(tmp_path: Path) -> None:
         assert ready == [child]
     finally:
         os.close(child)
+
+
+async def test_a_process_whose_log_cannot_be_written_runs_without(tmp_path: Path) -> None:
+    (tmp_path / "service.log").mkdir()
+    child = await Child.start(ending("service", "ValueError: 3", 3), [], tmp_path)
+    assert await child.ended == 3
+    assert child.said() == []
+    assert "ended with code 3" in child.obituary()
