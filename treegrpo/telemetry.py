@@ -118,6 +118,7 @@ class IntakeMetrics(_Metrics):
         self.lease_limit = self._gauge("leases_limit", "Training leases the staleness bound allows now")
         self.ready = self._gauge("groups_ready", "Closed groups that are ready or in training")
         self.samplers = self._gauge("samplers_connected", "Samplers with an open stream")
+        self.put_aside = self._gauge("samplers_put_aside", "Of those, the ones whose last leases all came to nothing")
         self.stalled = self._gauge(
             "stalled_seconds", "Seconds since something last went on, by what is waited for", "waiting_for"
         )

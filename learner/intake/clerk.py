@@ -68,10 +68,10 @@ class Clerk:
             return None
         return self._journal.append(events.refused(lease, key, cost, reason, why))
 
-    def end(self, end: LeaseEnd) -> OpenGroup:
-        """A lease ends."""
-        group = self._book.ended(end)
-        self._journal.append(events.ended(end))
+    def end(self, end: LeaseEnd, *, excused: bool = False) -> OpenGroup:
+        """A lease ends; ``excused``: it does not count against its question."""
+        group = self._book.ended(end, excused=excused)
+        self._journal.append(events.ended(end, excused=excused))
         self._reporter.ended(group, end)
         return group
 

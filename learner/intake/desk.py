@@ -18,11 +18,11 @@ import time
 from dataclasses import replace
 
 from learner.intake.asked_for import check_holder, cost_of, reason_of
-from learner.intake.barren import Barren
 from learner.intake.batches import Batches
+from learner.intake.circuit_breaker import Attempts, NoProgressBreaker, Verdict
 from learner.intake.clerk import Clerk
 from learner.intake.granting import Granting
-from learner.intake.groups import OpenGroup
+from learner.intake.groups import Fate, OpenGroup
 from learner.intake.journal import BACKLOG_BYTES, Journal
 from learner.intake.leases import LeaseBook
 from learner.intake.pace import Pace
@@ -67,10 +67,11 @@ class Desk:
         self.batches = Batches(book, self.clerk, self._stop)
         self.changed = Change()
         self._refusals = Refusals(log)
-        self._barren = Barren()
+        self.breaker = NoProgressBreaker()
+        self._attempts = Attempts(self.breaker)
         self.began = self.state_since = time.monotonic()
         """When this intake began, and when it heard of the run's present state."""
-        self._granting = Granting(book, self.clerk, self.peers)
+        self._granting = Granting(book, self.clerk, self.peers, self.breaker.quota)
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with RunError when rolling out on would lead nowhere."""
         journal.on_blocked = self.grant
@@ -92,6 +93,7 @@ class Desk:
         """A stream opened. Older incarnations of the same sampler have lost their leases."""
         peer = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
         self.presence.came(peer)
+        self.breaker.came(peer.id)
         held = {group.lease.id for group in self.book.open.of(peer.holder)}
         version = self.book.version
         void = [lease for lease in hello.leases if lease not in held]
@@ -108,9 +110,9 @@ class Desk:
             if sampler_of(holder) == peer.id:
                 self.lose(holder)
         for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
-            self._end(LeaseEnd(lease, LeaseEndReason.RETURNED))
+            self._end(LeaseEnd(lease, LeaseEndReason.RETURNED), Verdict.NEUTRAL)
         log.info("sampler %s joined (%s, %d at once)", peer.id, peer.engine, peer.capacity)
-        self.reporter.samplers(len(self.peers))
+        self.reporter.samplers(len(self.peers), self.breaker.aside())
         return peer
 
     @property
@@ -122,12 +124,15 @@ class Desk:
         """Its stream closed: its leases wait for it until it was silent for too long."""
         if self.presence.left(peer):
             log.info("sampler %s left", peer.id)
-            self.reporter.samplers(len(self.peers))
+            self.breaker.left(peer.id)
+            self.reporter.samplers(len(self.peers), self.breaker.aside())
 
     def lose(self, holder: str) -> None:
         """A sampler is gone for good: others go on with its groups."""
         reason = self.presence.gone(holder)
-        self.reporter.samplers(len(self.peers))
+        if (name := sampler_of(holder)) not in self.peers:
+            self.breaker.left(name)
+        self.reporter.samplers(len(self.peers), self.breaker.aside())
         for group in self.book.open.of(holder):
             log.warning("lease %s of sampler %s is lost, with %d subtrees", group.lease.id, holder, len(group.subtrees))
             self._end(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
@@ -193,14 +198,34 @@ class Desk:
         self._end(end)
         self.grant()
 
-    def _end(self, end: LeaseEnd) -> None:
-        group = self.clerk.end(end)
-        hopeless = self._barren.judge(group, end)
-        if hopeless is not None and not self.broken.done():
-            self.broken.set_exception(hopeless)
-        self._granting.look_at(sampler_of(group.holder))
+    def _end(self, end: LeaseEnd, verdict: Verdict | None = None) -> None:
+        group = self.book.open[end.lease]
+        name = sampler_of(group.holder)
+        verdict = verdict or Verdict.of(group, end)
+        excused = self.book.at_fault(group, end) and self._attempts.excused(group, name, self.peers)
+        group = self.clerk.end(end, excused=excused)
+        if group.fate in (Fate.CLOSED, Fate.ASIDE):
+            self._attempts.forget(group)
+        self._judge(name, verdict, end.error)
+        self._granting.look_at(name)
         self.batches.press()
         self.changed.tell()
+
+    def _judge(self, name: str, verdict: Verdict, error: str) -> None:
+        """Put a sampler aside that only fails, and give up a run in which all do."""
+        before = self.breaker.put_aside(name)
+        if seconds := self.breaker.judge(name, verdict, error):
+            words = self.breaker.said(name) or "it says nothing of why"
+            log.warning("sampler %s is put aside for %.0f s, its last leases came to nothing; %s", name, seconds, words)
+            asyncio.get_running_loop().call_later(seconds, self._try_again, name)
+        if self.breaker.put_aside(name) is not before:
+            self.reporter.samplers(len(self.peers), self.breaker.aside())
+        if verdict is Verdict.FAILED and not self.broken.done() and (hopeless := self.breaker.hopeless()) is not None:
+            self.broken.set_exception(hopeless)
+
+    def _try_again(self, name: str) -> None:
+        self._granting.look_at(name)
+        self.grant()
 
     def _stop(self, group: OpenGroup) -> None:
         for peer in self.peers.values():

@@ -41,8 +41,10 @@ def refused(lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str)
     return {"event": "refused", **of, "cost": list(astuple(cost)), "reason": reason, "why": why}
 
 
-def ended(end: LeaseEnd) -> Record:
-    return {"event": "ended", "end": lease_end_to_pb(end).SerializeToString()}
+def ended(end: LeaseEnd, *, excused: bool = False) -> Record:
+    """``excused``: it does not count against its question."""
+    record: Record = {"event": "ended", "end": lease_end_to_pb(end).SerializeToString()}
+    return {**record, "excused": True} if excused else record
 
 
 def closed(draw: int) -> Record:
@@ -72,4 +74,4 @@ def replay(book: LeaseBook, reporter: Reporter, event: Record) -> None:
                 reporter.closed(group, "stale")
         case _:
             end = lease_end_from_pb(rollout_pb2.LeaseEnd.FromString(event["end"]))
-            reporter.ended(book.ended(end), end)
+            reporter.ended(book.ended(end, excused=event.get("excused", False)), end)

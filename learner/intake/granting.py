@@ -1,8 +1,11 @@
-"""Who gets the next lease: of the samplers that want more than they hold the one that lacks most."""
+"""Who gets the next lease: of the samplers that want more than they hold the one that holds fewest.
+
+So one that wants very many leaves the others as many as it gets itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heapreplace
 
 from learner.intake.clerk import Clerk
@@ -12,11 +15,12 @@ from treegrpo.v1 import rollout_pb2 as pb
 
 
 class Granting:
-    def __init__(self, book: LeaseBook, clerk: Clerk, peers: Mapping[str, Peer]) -> None:
-        """``peers``: the samplers that have a stream, by name."""
+    def __init__(self, book: LeaseBook, clerk: Clerk, peers: Mapping[str, Peer], quota: Callable[[str], int | None]) -> None:
+        """``peers``: the samplers that have a stream, by name; ``quota``: leases that one may hold, None if it says itself."""
         self._book = book
         self._clerk = clerk
         self._peers = peers
+        self._quota = quota
         self._hungry: set[str] = set()
         """Those that may want more; with a thousand samplers nobody asks all of them at every end of a lease."""
 
@@ -28,20 +32,25 @@ class Granting:
         """Grant while there are both work within the bound and samplers that want it."""
         if not self._book.has_work:
             return
-        line = [(-lacks, name) for name in self._hungry if (lacks := self._lacks(name)) > 0]
+        line = [(self._held(name), name, lacks) for name in self._hungry if (lacks := self._lacks(name)) > 0]
         heapify(line)
-        self._hungry = {name for _, name in line}
+        self._hungry = {name for _, name, _ in line}
         while line and (work := self._book.next_lease()) is not None:
-            lacks, name = line[0]
+            held, name, lacks = line[0]
             peer = self._peers[name]
             peer.send(pb.RolloutResponse(lease=self._clerk.grant(*work, peer.holder)))
-            if lacks < -1:
-                heapreplace(line, (lacks + 1, name))
+            if lacks > 1:
+                heapreplace(line, (held + 1, name, lacks - 1))
             else:
                 heappop(line)
                 self._hungry.discard(name)
 
     def _lacks(self, name: str) -> int:
         """Leases that a sampler wants and does not hold."""
-        peer = self._peers.get(name)
-        return 0 if peer is None else peer.demand - self._book.open.held(peer.holder)
+        peer, quota = self._peers.get(name), self._quota(name)
+        if peer is None:
+            return 0
+        return (peer.demand if quota is None else min(quota, peer.demand)) - self._held(name)
+
+    def _held(self, name: str) -> int:
+        return self._book.open.held(self._peers[name].holder) if name in self._peers else 0

@@ -77,6 +77,8 @@ class OpenGroup:
     """Their messages, which the journal, the snapshots and the trainer get."""
     told_at: float | None = None
     """time.monotonic of the word to stop expanding."""
+    inherited: int = 0
+    """How many of the subtrees earlier leases have brought."""
     refused: dict[tuple[int, int], Cost] = field(default_factory=dict[tuple[int, int], Cost])
     """By (tree, index): what subtrees cost that are no part of the group."""
     refusal: str = ""
@@ -146,6 +148,11 @@ class OpenGroup:
     def has_leaves(self) -> bool:
         """Whether any episode came to its end."""
         return any(subtree.leaves for subtree in self.subtrees)
+
+    @property
+    def progressed(self) -> bool:
+        """Whether its last lease has brought any."""
+        return any(subtree.leaves for subtree in self.subtrees[self.inherited :])
 
     @property
     def missing(self) -> int:

@@ -73,6 +73,7 @@ class LeaseBook(Standing):
             group.tries = self._tries.pop(draw, 0)
         elif self._evaluation and self._evaluation[0][0].id == lease.question.id:
             group.tries = self._evaluation.popleft()[1]
+        group.inherited = len(group.subtrees)
         self.open[lease.id] = group
         self.ledger.grant(lease.id, lease.kind, lease.grant)
         return group
@@ -109,8 +110,8 @@ class LeaseBook(Standing):
         else:
             self.ledger.late(group.lease.kind, Budget.of(subtree.cost))
 
-    def ended(self, end: LeaseEnd) -> OpenGroup:
-        """Close a lease; its `OpenGroup.fate` says what becomes of its group.
+    def ended(self, end: LeaseEnd, *, excused: bool = False) -> OpenGroup:
+        """Close a lease; its `OpenGroup.fate` says what becomes of its group. ``excused``: no try is counted.
 
         Raises:
             ContractError: the lease is not open.
@@ -125,13 +126,13 @@ class LeaseBook(Standing):
             self.ledger.refund(end.lease)
         if group.closed:
             return group
-        group.blamed = self._at_fault(group, end)
+        group.blamed = self.at_fault(group, end) and not excused
         group.tries += group.blamed
         finished = not end.reason.unfinished or not group.can_move or group.tries >= TRIES
         self._dispose(group, end.reason.value, finished=finished)
         return group
 
-    def _at_fault(self, group: OpenGroup, end: LeaseEnd) -> bool:
+    def at_fault(self, group: OpenGroup, end: LeaseEnd) -> bool:
         """Whether a lease counts against its question: it was lost or failed, or was worked on and led to no leaf."""
         if end.reason in (LeaseEndReason.LOST, LeaseEndReason.FAILED):
             return True

@@ -83,10 +83,11 @@ class Reporter:
             found = self._labelled[(counter, labels)] = counter.labels(*labels)
         return found
 
-    def samplers(self, count: int) -> None:
-        """So many samplers have an open stream."""
+    def samplers(self, count: int, aside: int) -> None:
+        """So many samplers have an open stream; so many of them are put aside."""
         self._samplers = count
         self.metrics.samplers.set(count)
+        self.metrics.put_aside.set(aside)
 
     def refused(self, reason: str, leaves: int) -> None:
         """A subtree was not wanted: "lease" or "overdue" if it came too late, else what of it is wrong."""

@@ -146,7 +146,7 @@ async def test_a_run_that_leads_nowhere_is_given_up_with_a_sentence(setting: Set
         assert stage.intake.returncode == 2
         last = errors.decode().strip().splitlines()[-1]
         assert last.startswith(
-            "error: The last 64 leases led to no finished episode; the last error is: ToolError: the retriever is not there."
+            "error: The last 64 leases, of sampler s1, led to no finished episode; sampler s1 says: “ToolError: the retriever"
         )
 
 
