@@ -83,6 +83,10 @@ class Reply:
         self._places = places
         self._stack = stack
 
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
     async def whole(self) -> Answer:
         """The answer with its body, decompressed. Raises ContractError when that is larger than allowed."""
         declared = self.headers.get("content-length", "")

@@ -1,4 +1,4 @@
-"""One SGLang server over HTTP: every call has a deadline, every failure one of our types.
+"""One SGLang server over HTTP: every call has a deadline and a size for its whole answer, every failure one of our types.
 
 connection refused, reset, cut off      UnavailableError
 no answer in time                       DeadlineError
@@ -8,16 +8,14 @@ an answer that says no                  EngineError, for weights WeightsError
 
 from __future__ import annotations
 
-import asyncio
-import json
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import httpx
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -32,7 +30,18 @@ from services.sampler.engines.sglang.answers import (
     read_load,
     read_model,
 )
-from treegrpo.errors import ContractError, DeadlineError, EngineError, TreeGrpoError, UnavailableError, WeightsError, describe
+from treegrpo.errors import (
+    ConfigError,
+    ContractError,
+    DeadlineError,
+    EngineError,
+    TreeGrpoError,
+    UnavailableError,
+    WeightsError,
+    describe,
+)
+from treegrpo.http_client import Answer as HttpAnswer
+from treegrpo.http_client import HttpClient, read_json
 from treegrpo.step import PolicyVersion
 
 GENERATE_SECONDS = 300.0
@@ -44,6 +53,12 @@ UPDATE_SECONDS = 300.0
 """The longest a server may take to read new weights."""
 IDLE_SECONDS = 2.0
 """Connections are given up before the server does so, which it does after five."""
+CONTROL_BYTES = 4 << 20
+"""The largest answer to what is no completion."""
+METRICS_BYTES = 16 << 20
+COMPLETION_BYTES, TOKEN_BYTES = 1 << 20, 1 << 10
+"""The largest answer to a request for a completion, and more for each token that it may have: its number, its
+log-probability, its text."""
 SAID_CHARACTERS = 300
 OWN = "sglang:"
 """How the names of its metrics begin; the others are of its Python."""
@@ -58,16 +73,15 @@ class Api:
     def __init__(self, url: str, verify: ssl.SSLContext | bool = True) -> None:
         """``verify``: what HTTPS servers are verified with."""
         self.url = url.rstrip("/")
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
-        self._client = httpx.AsyncClient(verify=verify, limits=limits, trust_env=False)
+        self._client = HttpClient(name="SGLang server", verify=verify, idle_seconds=IDLE_SECONDS)
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._client.close()
 
     async def generate(self, body: dict[str, Any], started: Callable[[], None] | None = None) -> Answer:
         """Sample one completion; ``started`` is called when its first token is there, hence its prefix computed."""
         if started is None:
-            answer = await self._call("POST", "/generate", body, GENERATE_SECONDS)
+            answer = await self._call("POST", "/generate", body, GENERATE_SECONDS, _size(body))
         else:
             answer = await self._stream("/generate", body, started)
         return self._read(lambda: read_answer(answer, body["sampling_params"]["max_new_tokens"]), "/generate")
@@ -85,13 +99,17 @@ class Api:
     async def metrics(self) -> list[Metric]:
         """What it says of itself to Prometheus; nothing where others started it without ``--enable-metrics``."""
         async with self._failing("/metrics", CONTROL_SECONDS):
-            response = await self._client.get(f"{self.url}/metrics/", timeout=CONTROL_SECONDS, follow_redirects=True)
-        if response.status_code == HTTPStatus.NOT_FOUND:
+            return await self._client.ask(
+                "GET", f"{self.url}/metrics/", self._families, seconds=CONTROL_SECONDS, size=METRICS_BYTES
+            )
+
+    def _families(self, page: HttpAnswer) -> list[Metric]:
+        if page.status == HTTPStatus.NOT_FOUND:
             return []
-        if response.is_error:
-            raise self._refusal("/metrics", response)
+        if not page.ok:
+            raise self._refusal("/metrics", page)
         try:
-            return await asyncio.to_thread(_families, response.text)
+            return _families(page.text)
         except (ValueError, IndexError) as error:  # the parser has no error of its own
             raise ContractError(
                 f"What the server at {self.url} answers to /metrics is no page of metrics: {describe(error)}."
@@ -136,67 +154,62 @@ class Api:
                 f"The SGLang server at {self.url} does not confirm version {version}; it says {_short(str(answer))}"
             )
 
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> Any:
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None, seconds: float, size: int = CONTROL_BYTES) -> Any:
         async with self._failing(path, seconds):
-            response = await self._client.request(method, self.url + path, json=body, timeout=seconds)
-        if not response.is_success:
-            raise self._refusal(path, response)
-        if not response.content:
-            return None
-        return self._read(response.json, path)
+            read = partial(self._value, path)
+            return await self._client.ask(method, self.url + path, read, seconds=seconds, body=body, size=size)
+
+    def _value(self, path: str, answer: HttpAnswer) -> Any:
+        if not answer.ok:
+            raise self._refusal(path, answer)
+        return self._read(lambda: read_json(answer.body), path) if answer.body else None
 
     async def _stream(self, path: str, body: dict[str, Any], started: Callable[[], None]) -> Any:
         """The last of the events that a request leads to. The first token is one, the next is the end."""
-        body = {**body, "stream": True, "sampling_params": {**body["sampling_params"], "stream_interval": NEVER}}
-        asking, last = self._client.stream("POST", self.url + path, json=body, timeout=GENERATE_SECONDS), b""
-        async with self._failing(path, GENERATE_SECONDS), asking as response:
-            if not response.is_success:
-                await response.aread()
-                raise self._refusal(path, response)
-            async for line in _lines(response.aiter_bytes()):
+        streamed = {**body, "stream": True, "sampling_params": {**body["sampling_params"], "stream_interval": NEVER}}
+        asking = self._client.stream("POST", self.url + path, seconds=GENERATE_SECONDS, body=streamed, size=_size(body))
+        last = b""
+        async with self._failing(path, GENERATE_SECONDS), asking as reply:
+            if not reply.ok:
+                raise self._refusal(path, await reply.whole())
+            async for line in reply.lines():
                 if line.startswith(EVENT) and not line.endswith(END):
                     last = line.removeprefix(EVENT)
                     started()
-        answer = self._read(lambda: json.loads(last), path)
+        answer = self._read(lambda: read_json(last), path)
         if isinstance(answer, dict) and "error" in answer:
             raise EngineError(f"The SGLang server at {self.url} answers {path} with an error: {_message(answer)}")
         return answer
 
     @asynccontextmanager
     async def _failing(self, path: str, seconds: float) -> AsyncGenerator[None]:
-        """Failures of the connection as ours. httpx allows ``seconds`` for each piece of an answer, this for all of it."""
+        """Failures of the connection with the path that was asked for."""
         try:
-            async with asyncio.timeout(seconds):
-                yield
-        except (TimeoutError, httpx.TimeoutException) as error:
+            yield
+        except DeadlineError as error:
             raise DeadlineError(f"The SGLang server at {self.url} did not answer {path} within {seconds:.0f} s.") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            said = describe(error)
+        except (UnavailableError, ConfigError) as error:
+            said = describe(error.__cause__ or error)
             raise UnavailableError(f"The SGLang server at {self.url} cannot be reached ({said}).") from error
 
-    def _refusal(self, path: str, response: httpx.Response) -> EngineError:
+    def _refusal(self, path: str, answer: HttpAnswer) -> EngineError:
         try:
-            said = _message(response.json())
+            said = _message(read_json(answer.body))
         except ValueError:
-            said = _short(response.text)
-        return EngineError(f"The SGLang server at {self.url} answers {path} with {response.status_code}: {said}")
+            said = _short(answer.text)
+        return EngineError(f"The SGLang server at {self.url} answers {path} with {answer.status}: {said}")
 
     def _read(self, read: Any, path: str) -> Any:
         try:
             return read()
-        except (ContractError, ValueError, RecursionError) as error:  # the last two of JSON: none, too long a number, too deep
+        except (ContractError, ValueError) as error:  # the second of JSON: none, too long a number, too deep
             kind = ForeignVersionError if isinstance(error, ForeignVersionError) else ContractError
             raise kind(f"What the server at {self.url} answers to {path} is of no use: {describe(error)}.") from error
 
 
-async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-    """Lines as an event stream ends them; httpx also ends one at U+0085 and U+2028, which a policy may sample."""
-    rest = b""
-    async for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            yield line
-    yield rest
+def _size(body: dict[str, Any]) -> int:
+    """Bytes of the answer to a request for a completion."""
+    return COMPLETION_BYTES + TOKEN_BYTES * int(body["sampling_params"]["max_new_tokens"])
 
 
 def _families(page: str) -> list[Metric]:
