@@ -56,6 +56,19 @@ def within_reach(address: str) -> str:
     return f"{'127.0.0.1' if found.version == 4 else '[::1]'}:{port}" if found.is_unspecified else address
 
 
+def check_port(address: str, key: str) -> None:
+    """Raise ConfigError if others could not find who listens on ``address``: port 0 takes a free one that they don't know."""
+    if split_address(address, key)[1] == 0:
+        raise ConfigError(f"{key} = {address} has port 0, and the other processes would not know which that is; give a number.")
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two listeners would share a port: on the same host, or where one listens on all."""
+    (host, port), (host_2, port_2) = _parts(one), _parts(other)
+    names = {_bare(one) if host != "localhost" else "127.0.0.1", _bare(other) if host_2 != "localhost" else "127.0.0.1"}
+    return port == port_2 and (len(names) == 1 or not names.isdisjoint(("0.0.0.0", "::")))  # noqa: S104 - named, not bound
+
+
 def check_free(address: str, key: str) -> None:
     """Raise AddressInUseError if somebody listens on ``address`` already."""
     host, port = split_address(address, key)

@@ -28,6 +28,8 @@ catches the base class.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -165,6 +167,7 @@ class EnvironmentFaultError(TreeGrpoError, RuntimeError):
 
 
 DESCRIBED_LETTERS = 1000
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 
 
 def describe(error: BaseException) -> str:
@@ -175,6 +178,24 @@ def describe(error: BaseException) -> str:
         'TimeoutError'
     """
     words = " ".join(str(error).split())
-    if not isinstance(error, TreeGrpoError) and len(words) > DESCRIBED_LETTERS:
-        words = f"{words[:DESCRIBED_LETTERS]} …"
+    if not isinstance(error, TreeGrpoError):
+        words = _shortened(words).rstrip(".")
     return words or type(error).__name__
+
+
+def _shortened(words: str) -> str:
+    """The sentences that fit in `DESCRIBED_LETTERS`, else the words, so that no address or path is cut."""
+    if len(words) <= DESCRIBED_LETTERS:
+        return words
+    return _fitting(_SENTENCE_END.split(words)) or f"{_fitting(words.split(' ')) or words[:DESCRIBED_LETTERS]} …"
+
+
+def _fitting(parts: Sequence[str]) -> str:
+    """The first of ``parts`` that fit together, with blanks between them."""
+    kept = ""
+    for part in parts:
+        longer = f"{kept} {part}".lstrip()
+        if len(longer) > DESCRIBED_LETTERS:
+            break
+        kept = longer
+    return kept

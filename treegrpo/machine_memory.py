@@ -12,7 +12,7 @@ GIB = 1 << 30
 
 
 def memory_limit() -> int:
-    """Bytes that are certainly too many are more than this."""
+    """Bytes of which more are certainly too many."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(limit for folder in _groups() for limit in _limits(folder))])
 
@@ -20,9 +20,10 @@ def memory_limit() -> int:
 def _groups() -> list[Path]:
     """The directories of this process's control group and of those above it."""
     try:
-        paths = {line.rstrip("\n").partition(":")[2].partition(":")[2].lstrip("/") for line in OWN.open(encoding="ascii")}
+        lines = OWN.read_text(encoding="utf-8").splitlines()
     except OSError:
-        paths = set[str]()
+        lines = list[str]()
+    paths = {line.split(":", 2)[-1].lstrip("/") for line in lines}
     own = [CGROUPS / path for path in paths]
     return [CGROUPS, *own, *(above for path in own for above in path.parents if above.is_relative_to(CGROUPS))]
 

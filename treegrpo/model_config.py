@@ -63,7 +63,7 @@ def read_model_config(folder: Path) -> CausalLMConfig:
         context=values.get("max_position_embeddings"),
         tied=tied,
         quantisation=str(quantised.get("quant_method", "unknown")) if quantised else None,
-        eos=frozenset((*_ids(file, values), *generation_eos(folder))),
+        eos=frozenset(_ids(file, values)) | eos_ids(folder),
     )
 
 
@@ -76,10 +76,10 @@ def check_context(config: CausalLMConfig, context: int) -> None:
         )
 
 
-def generation_eos(folder: Path) -> frozenset[int]:
-    """``eos_token_id`` of generation_config.json; empty where there is no such file. Raises ModelError."""
-    file = folder / GENERATION
-    return frozenset(_ids(file, _object(file))) if file.exists() else frozenset()
+def eos_ids(folder: Path) -> frozenset[int]:
+    """``eos_token_id`` of config.json and generation_config.json, those of them that are there. Raises ModelError."""
+    files = (folder / CONFIG, folder / GENERATION)
+    return frozenset(one for file in files if file.exists() for one in _ids(file, _object(file)))
 
 
 def _object(file: Path) -> Mapping[str, Any]:

@@ -34,12 +34,13 @@ from learner.intake.trainer_link import listen
 from learner.intake.watchdog import Watchdog, look
 from learner.intake.weights import WeightsServer
 from treegrpo.access import Access
-from treegrpo.address import check_free
+from treegrpo.address import check_free, check_port
 from treegrpo.config import Config
 from treegrpo.control import ControlPlane, Member, RunState
 from treegrpo.handoff import socket_path
 from treegrpo.identity import keep_identity
 from treegrpo.model_config import read_model_config
+from treegrpo.run_directory import check_run_directory
 from treegrpo.security import Role
 from treegrpo.size import message_bytes
 from treegrpo.telemetry import IntakeMetrics, serve
@@ -79,7 +80,9 @@ async def run(config: Config) -> None:
     access = Access.of(config.security, Role.LEARNER)
     access.check_listen("learner.listen", config.learner.listen)
     access.check_reach("broker.address", config.broker.address)
+    check_port(config.learner.listen, "learner.listen")
     check_free(config.learner.listen, "learner.listen")
+    check_run_directory(config.run.dir)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     with only_intake(config.run.dir):
         await _run(config, access)

@@ -47,6 +47,7 @@ from learner.trainer.examine import unpack
 from learner.trainer.link import Link
 from learner.trainer.model import load_model
 from learner.trainer.packing import Pack, pack
+from learner.trainer.plan_signal import check_signal
 from learner.trainer.ranks import ALONE, CPU, Ranks
 from learner.trainer.report import MismatchWatch, Phases, show, step_values
 from learner.trainer.shelf import Shelf
@@ -207,6 +208,7 @@ def main(config: Config, ranks: Ranks) -> None:
         signal.signal(number, lambda _number, _frame: stop.set())
     torch.set_num_threads(config.train.threads)
     disable_progress_bar()  # of every model file written
+    check_signal(config)
     metrics = TrainerMetrics()
     host, port = split_address(config.learner.metrics, "learner.metrics")
     own = join_address(host, port + 1 if port else 0)

@@ -18,9 +18,8 @@ from learner.trainer.layout import Layout, lay_out
 from learner.trainer.packing import Pack
 from learner.trainer.suitability import check_suitable
 from treegrpo.config import Dtype
-from treegrpo.errors import ModelError, WeightsError
+from treegrpo.errors import ModelError, WeightsError, describe
 from treegrpo.model_config import read_model_config
-from treegrpo.reasons import reason_of
 from treegrpo.weight_files import check_head, check_plain_numbers, read_heads
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
@@ -72,7 +71,7 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
         )
     except Exception as error:  # a broken file surfaces as any of a dozen types
         raise ModelError(
-            f"The model in {folder} cannot be loaded ({reason_of(error)}); if its files are whole, choose another kind."
+            f"The model in {folder} cannot be loaded ({describe(error)}); if its files are whole, choose another kind."
         ) from error
     try:
         check_head(tensors, folder, tied=bool(loaded.config.tie_word_embeddings))
@@ -123,7 +122,7 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
             together_TV = cast("nn.Module", model.get_output_embeddings())(hidden_TH)
         except Exception as error:  # whatever a model does that has no place for a layout
             raise ModelError(
-                f"The model in {folder} cannot be trained on trees ({type(error).__name__}: {reason_of(error)}); "
+                f"The model in {folder} cannot be trained on trees ({type(error).__name__}: {describe(error)}); "
                 "choose another kind."
             ) from error
     gap = max((together_TV[place] - one).abs().max().item() for place, one in zip(places, alone, strict=True))

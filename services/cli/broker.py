@@ -22,7 +22,7 @@ from amqtt.utils import gen_client_id
 
 from services.cli.broker_peers import Handler, Reader, peer_of
 from treegrpo.access import OPEN, Access, read_secret
-from treegrpo.address import check_free
+from treegrpo.address import check_free, check_port
 from treegrpo.config import Config
 from treegrpo.edge import run_service
 from treegrpo.errors import ConfigError, describe
@@ -229,6 +229,7 @@ async def serve(config: Config) -> None:
     access = Access.of(config.security, Role.BROKER)
     access.check_listen("broker.address", config.broker.address)
     passwords = passwords_in(config.security.dir) if config.security.tls else None
+    check_port(config.broker.address, "broker.address")
     check_free(config.broker.address, "broker.address")
     for chatty in ("amqtt", "transitions"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+from learner.intake.questions import load_questions
+from learner.trainer.plan_signal import check_signal
 from services.cli.history import steps_done
-from services.cli.model_checks import check_model
+from services.cli.model_checks import Caution, check_disk, check_memory, check_model, check_prompts, check_tokenizer
 from services.sampler.engines.sglang.command import check_different, check_installed, check_listen, own_flags
 from services.sampler.retriever_client import check_topk
 from treegrpo.access import Access
-from treegrpo.address import check_free, join_address, split_address
+from treegrpo.address import check_free, check_port, join_address, overlap, split_address
 from treegrpo.config import Config
 from treegrpo.errors import AddressInUseError, ConfigError, DataError
+from treegrpo.http_client import public_url
 from treegrpo.identity import check_identity
+from treegrpo.question import Question
 from treegrpo.run_directory import check_run_directory, check_writable
 from treegrpo.security import Role
 
 Check = Callable[[], str]
+"""Returns what it found, a `Caution` where that should be said; raises with the remedy."""
 
 
 class Address(NamedTuple):
@@ -28,13 +33,6 @@ class Address(NamedTuple):
 
     key: str
     value: str
-
-
-def check_questions(path: Path, key: str) -> str:
-    """Every row of a question file is good. Raises DataError."""
-    from learner.intake.questions import load_questions
-
-    return f"{path} ({len(load_questions(path))} questions)" if path.is_file() else _no_file(path, key)
 
 
 def check_corpus(path: Path) -> str:
@@ -75,6 +73,7 @@ def all_addresses(config: Config) -> list[Address]:
         *([] if config.retriever.url else [Address("retriever.listen", config.retriever.listen)]),
         *learner_addresses(config),
         *([Address("engine.listen", config.engine.listen)] if _starts_engine(config) else []),
+        *([] if config.sampler.metrics.endswith(":0") else [Address("sampler.metrics", config.sampler.metrics)]),
     ]
 
 
@@ -85,11 +84,13 @@ def _starts_engine(config: Config) -> bool:
 
 
 def check_addresses(addresses: list[Address]) -> str:
-    """Each address can be listened on, and no two are the same. Raises ConfigError and AddressInUseError."""
-    value, count = Counter(address.value for address in addresses).most_common(1)[0]
-    if count > 1:
-        first, second, *_ = (address.key for address in addresses if address.value == value)
-        raise AddressInUseError(f"{first} and {second} are both {value}; give one of them another port.")
+    """Each address can be found and listened on, and no two are the same. Raises ConfigError and AddressInUseError."""
+    for address in addresses:
+        check_port(address.value, address.key)
+    for one, other in combinations(addresses, 2):
+        if overlap(one.value, other.value):
+            both = f"both {one.value}" if one.value == other.value else f"{one.value} and {other.value}, on the same port"
+            raise AddressInUseError(f"{one.key} and {other.key} are {both}; give one of them another port.")
     for address in addresses:
         check_free(address.value, address.key)
     return ", ".join(address.value for address in addresses)
@@ -106,8 +107,8 @@ def check_sampler_metrics(config: Config) -> str:
     return config.sampler.metrics
 
 
-def check_engine(config: Config) -> str:
-    """The engine can be started, or its servers be used. Raises ConfigError and AddressInUseError."""
+def check_engine(config: Config, samplers: int) -> str:
+    """The engine of each of so many ``samplers`` can be started, or its servers be used. Raises ConfigError."""
     engine = config.engine
     if engine.kind == "embedded":
         return "embedded"
@@ -115,9 +116,9 @@ def check_engine(config: Config) -> str:
         raise ConfigError(f"engine.weights_dir = {engine.weights_dir} does not exist; name a directory in memory.")
     check_writable(engine.weights_dir, "engine.weights_dir")
     if engine.urls:
-        if config.sampler.count > 1:
+        if samplers > 1:
             raise ConfigError(
-                f"engine.urls would be shared by {config.sampler.count} samplers, and each would give the servers its own "
+                f"engine.urls would be shared by {samplers} samplers, and each would give the servers its own "
                 "weights; set sampler.count = 1, which uses all of them."
             )
         check_different(engine.urls)
@@ -125,9 +126,9 @@ def check_engine(config: Config) -> str:
     own_flags(engine.flags)
     _, port = split_address(engine.listen, "engine.listen")
     check_listen(engine.listen, insecure_network=config.security.insecure_network)
-    if port and config.sampler.count > 1:
+    if port and samplers > 1:
         raise ConfigError(
-            f"engine.listen = {engine.listen} would be shared by the SGLang servers of {config.sampler.count} samplers; "
+            f"engine.listen = {engine.listen} would be shared by the SGLang servers of {samplers} samplers; "
             "give port 0, and each takes a free one."
         )
     return f"SGLang {check_installed(engine.python)} of {engine.python}"
@@ -156,15 +157,104 @@ def check_parts_security(config: Config) -> str:
     return "sampler, retriever, broker"
 
 
+def check_data(train: Sequence[Question], heldout: Sequence[Question], batch: int) -> str:
+    """What is trained on is not what is evaluated on, and a batch is no more than there is."""
+    known = {question.prompt for question in train}
+    if same := sum(question.prompt in known for question in heldout):
+        return Caution(
+            f"{same} of {len(heldout)} prompts of data.heldout are in data.train too, so the held-out score counts what was "
+            "trained on; leave them out of one"
+        )
+    if batch > len(train):
+        return Caution(
+            f"train.batch = {batch} is more than the {len(train)} questions of data.train; a batch has some of them twice"
+        )
+    return f"{len(train)} and {len(heldout)} questions, none in both"
+
+
+def check_limits(config: Config) -> str:
+    """The limits of an episode leave room for each other; and what is set is used."""
+    rollout, environment = config.rollout, config.environment
+    for key, value in (
+        ("rollout.max_action_tokens", rollout.max_action_tokens),
+        ("environment.max_observation_tokens", environment.max_observation_tokens),
+    ):
+        if value >= rollout.max_context:
+            return Caution(
+                f"{key} = {value} is no less than rollout.max_context = {rollout.max_context}: one can fill an episode alone, "
+                "which then ends as truncated; lower the one or raise the other"
+            )
+    if config.retriever.url and "corpus" in config.retriever.model_fields_set:
+        return Caution(
+            f"retriever.corpus is not used, since retriever.url names a retriever that runs: {public_url(config.retriever.url)}"
+        )
+    return f"{rollout.max_context} tokens of an episode, {rollout.max_action_tokens} of a turn"
+
+
+def check_plan(config: Config) -> str:
+    """Groups of this plan can teach something under this estimator. Raises ConfigError."""
+    check_signal(config)
+    return f"{config.rollout.plan.leaves} leaves a question"
+
+
+class Questions:
+    """The questions of a run, read once however many checks look at them."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._read = cache(self._open)
+
+    def __getitem__(self, key: str) -> Sequence[Question]:
+        """Those of ``data.train`` or ``data.heldout``. Raises DataError."""
+        return self._read(key)
+
+    def found(self, key: str) -> str:
+        """Every row is good. Raises DataError."""
+        return f"{self._path(key)} ({len(self[key])} questions)"
+
+    def prompts(self, key: str) -> str:
+        """See `check_prompts`."""
+        config = self._config
+        return check_prompts(config.model.path, self[key], key, config.rollout.max_context)
+
+    def data(self) -> str:
+        """See `check_data`."""
+        return check_data(self["data.train"], self["data.heldout"], self._config.train.batch)
+
+    def _path(self, key: str) -> Path:
+        return self._config.data.train if key == "data.train" else self._config.data.heldout
+
+    def _open(self, key: str) -> Sequence[Question]:
+        path = self._path(key)
+        if not path.is_file():
+            _no_file(path, key)
+        return load_questions(path)
+
+
+def _model_checks(config: Config) -> dict[str, Check]:
+    return {
+        "model": partial(check_model, config.model.path, config.engine.kind, config.rollout.max_context),
+        "tokenizer": partial(check_tokenizer, config.model.path),
+    }
+
+
 def learner_checks(config: Config) -> dict[str, Check]:
     """What `treegrpo learner` needs, by name."""
+    questions = Questions(config)
     return {
         "security": partial(check_security, config),
         "ports": partial(check_addresses, learner_addresses(config)),
-        "model": partial(check_model, config.model.path, config.engine.kind, config.rollout.max_context),
-        "training questions": partial(check_questions, config.data.train, "data.train"),
-        "held-out questions": partial(check_questions, config.data.heldout, "data.heldout"),
+        "plan": partial(check_plan, config),
+        "limits": partial(check_limits, config),
+        **_model_checks(config),
+        "memory for the run": partial(check_memory, config, 0, trains=True),
+        "training questions": partial(questions.found, "data.train"),
+        "held-out questions": partial(questions.found, "data.heldout"),
+        "training prompts": partial(questions.prompts, "data.train"),
+        "held-out prompts": partial(questions.prompts, "data.heldout"),
+        "data": questions.data,
         "run directory": partial(check_run_dir, config),
+        "disk for the run": partial(check_disk, config),
     }
 
 
@@ -174,15 +264,27 @@ def up_checks(config: Config) -> dict[str, Check]:
     return {
         **learner_checks(config),
         "ports": partial(check_addresses, all_addresses(config)),
+        "memory for the run": partial(check_memory, config, config.sampler.count, trains=True),
         "sampler metrics": partial(check_sampler_metrics, config),
-        "engine": partial(check_engine, config),
+        "engine": partial(check_engine, config, config.sampler.count),
         "security of the parts": partial(check_parts_security, config),
         **corpus,
         "documents of a search": partial(check_topk, config),
     }
 
 
-def run_checks(checks: Iterable[Check]) -> None:
-    """Run all; the first that fails raises."""
-    for check in checks:
-        check()
+def eval_checks(config: Config) -> dict[str, Check]:
+    """What `treegrpo eval` needs, by name."""
+    questions = Questions(config)
+    return {
+        **_model_checks(config),
+        "memory for the run": partial(check_memory, config, 1, trains=False),
+        "held-out questions": partial(questions.found, "data.heldout"),
+        "held-out prompts": partial(questions.prompts, "data.heldout"),
+        "engine": partial(check_engine, config, 1),
+    }
+
+
+def run_checks(checks: Iterable[Check]) -> list[Caution]:
+    """Run all; the first that fails raises. Returns what should be said even so."""
+    return [found for check in checks if isinstance(found := check(), Caution)]

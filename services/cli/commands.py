@@ -89,10 +89,13 @@ def become(module: str, call: Invocation) -> int:
 
 def run_eval(call: Invocation) -> int:
     """`eval`: exit code 1 when not one question could be rolled out."""
+    from services.cli.checks import eval_checks, run_checks
     from services.cli.evaluate import evaluate, report, retriever_for
     from services.cli.terminal import Terminal
 
     terminal = Terminal()
+    for caution in run_checks(eval_checks(call.config).values()):
+        terminal.say(f"Note: {caution}.")
 
     async def work() -> int:
         async with retriever_for(call.config, call.arguments, terminal.say):

@@ -15,12 +15,14 @@ from pathlib import Path
 from rich.table import Table
 
 from services.cli.checks import Check, up_checks
+from services.cli.model_checks import Caution
 from services.cli.ready import broker_ready, learner_ready, retriever_ready
 from services.cli.terminal import Justify, cell, table
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError, TreeGrpoError, UnavailableError
 from treegrpo.http_client import public_url
+from treegrpo.machine_memory import memory_limit
 from treegrpo.security import Role
 
 PYTHON = (3, 11)
@@ -48,14 +50,16 @@ def machine() -> list[Finding]:
         Finding("python", python, platform.python_version() + remedy),
         *map(_package, PACKAGES),
         Finding("cores", "ok", str(os.cpu_count())),
-        _at_least("memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), MEMORY_GIB, "use a machine with more"),
+        _at_least("memory", memory_limit(), MEMORY_GIB, "use a machine with more"),
         _at_least("disk", shutil.disk_usage(Path.cwd()).free, DISK_GIB, "make room for checkpoints and weights"),
     ]
 
 
 def files(checks: dict[str, Check]) -> list[Finding]:
-    """The checks `treegrpo up` makes before it starts anything, all of them."""
-    return [_tried(subject, check) for subject, check in checks.items()]
+    """The checks `treegrpo up` makes before it starts anything, all of them; the same fault is told once."""
+    found = [_tried(subject, check) for subject, check in checks.items()]
+    said = [finding.text for finding in found]
+    return [finding for place, finding in enumerate(found) if finding.verdict != "fail" or finding.text not in said[:place]]
 
 
 async def peers(config: Config) -> list[Finding]:
@@ -105,9 +109,10 @@ def _at_least(subject: str, size: float, gib: int, remedy: str) -> Finding:
 
 def _tried(subject: str, check: Check) -> Finding:
     try:
-        return Finding(subject, "ok", check())
+        text = check()
     except TreeGrpoError as error:  # a finding, not an end
         return Finding(subject, "fail", str(error))
+    return Finding(subject, "warn" if isinstance(text, Caution) else "ok", text)
 
 
 async def _reached(subject: str, address: str, probe: Callable[[], Awaitable[None]]) -> Finding:

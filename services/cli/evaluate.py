@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from learner.intake.questions import load_questions
-from services.cli.checks import Address, check_addresses, check_corpus, check_model
+from services.cli.checks import Address, check_addresses, check_corpus
 from services.cli.crew import Crew
 from services.cli.keeper import Part, Say
 from services.cli.process import Program
@@ -63,7 +63,6 @@ async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> A
 
 async def evaluate(config: Config) -> list[Answered]:
     """Greedy, one chain for each held-out question. Raises ModelError, DataError, UnavailableError."""
-    check_model(config.model.path, config.engine.kind, config.rollout.max_context)
     questions = load_questions(config.data.heldout)[: config.eval.questions or None]
     tokenizer = Tokenizer.open(config.model.path)
     access = Access.of(config.security, Role.OPERATOR)

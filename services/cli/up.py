@@ -126,11 +126,19 @@ class Run:
 
     async def __call__(self) -> int:
         """Run to the end; returns the exit code. Raises what the checks and the processes say went wrong."""
+        await self.check()
         config = self._config
-        run_checks((up_checks if self._everything else learner_checks)(config).values())
         self._interrupts.arm()
         with only_here(config.run.dir):
             return await self._together()
+
+    async def check(self) -> None:
+        """Say what should be known before the start. Raises what is certain to go wrong; nothing has been made or started."""
+        config = self._config
+        for caution in run_checks((up_checks if self._everything else learner_checks)(config).values()):
+            self._screen.say(f"Note: {caution}.")
+        if self._everything and config.retriever.url:  # others run it
+            await retriever_ready(config, self._access)
 
     async def _together(self) -> int:
         """The processes, from the first to the last; returns the exit code."""
@@ -163,8 +171,6 @@ class Run:
         retriever = partial(retriever_ready, config, access)
         if self._everything and not config.retriever.url:
             await crew.start(Part(RETRIEVER, retriever))
-        elif self._everything:
-            await retriever()
         await crew.start(Part(INTAKE, partial(learner_ready, config.learner.listen, access)))
         await crew.start(Part(TRAINER, done=partial(is_trained, config)))
         for number in range(config.sampler.count if self._everything else 0):

@@ -55,6 +55,8 @@ def load_corpus(path: Path) -> list[Document]:
         ) from error
     if not documents:
         raise DataError(f"the corpus {path} has no documents; give one JSON object per line with id and contents")
+    if not any(words(document.contents) for document in documents):
+        raise DataError(f"the corpus {path} has no word in any of its {len(documents)} documents; nothing could be found in it")
     return documents
 
 

@@ -27,9 +27,10 @@ from services.sampler.engines.base import Engine
 from services.sampler.episode import Player, Text
 from services.sampler.gate import Gate
 from services.sampler.outage import Outage
+from services.sampler.prompts import check_prompt
 from services.sampler.states import States
 from treegrpo.budget import Budget
-from treegrpo.errors import DataError, DeadlineError
+from treegrpo.errors import DeadlineError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.step import ROOT, Subtree, TokenIds
 from treegrpo.telemetry import SamplerMetrics
@@ -143,11 +144,7 @@ class _Growth:
     async def run(self) -> None:
         plan, question = self._lease.plan, self._lease.question
         prompt, room = self._text.render(question.prompt), self._player.context(plan)
-        if not 0 < len(prompt) < room:
-            raise DataError(
-                f"The prompt of question {question.id} has {len(prompt)} tokens, which leaves no room in a context of {room}; "
-                "raise rollout.max_context or leave the question out."
-            )
+        check_prompt(question, prompt, room)
         if self._gate.stopped:
             self.reason = LeaseEndReason.STOPPED
             return

@@ -16,6 +16,7 @@ from services.environments.markup import Markup
 from services.sampler.control_tokens import ControlTokens, sound
 from services.sampler.fences import rendered_pieces
 from treegrpo.errors import ModelError, describe
+from treegrpo.model_config import eos_ids
 from treegrpo.question import Message
 from treegrpo.step import TokenIds
 
@@ -54,12 +55,16 @@ class Tokenizer:
         if not tokenizer.is_fast:
             raise ModelError(f"The tokenizer in {path} has no fast version; save one as tokenizer.json (save_pretrained does).")
         own: int | None = tokenizer.eos_token_id
-        eos = {*([] if own is None else [own]), *_eos_in(path / "config.json"), *_eos_in(path / "generation_config.json")}
-        return cls(tokenizer, frozenset(eos))
+        return cls(tokenizer, frozenset([] if own is None else [own]) | eos_ids(path))
 
     def __len__(self) -> int:
         """Number of ids, added tokens included."""
         return len(self._tokenizer)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether prompts are rendered by a chat template."""
+        return self._template is not None
 
     def check_fits(self, vocabulary: int, path: Path) -> None:
         """Raise ModelError if an id is beyond a model's ``vocabulary``: there is no embedding for it."""
@@ -110,13 +115,3 @@ def _source(template: Any) -> str | None:
     if not template:
         return None
     return template if isinstance(template, str) else json.dumps(template, ensure_ascii=False)
-
-
-def _eos_in(file: Path) -> list[int]:
-    """``eos_token_id`` of a JSON file: a number, a list or nothing."""
-    if not file.is_file():
-        return []
-    found: Any = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    if found is None:
-        return []
-    return [found] if isinstance(found, int) else list(found)

@@ -9,11 +9,11 @@ import pytest
 
 from services.cli.checks import (
     Address,
+    Questions,
     all_addresses,
     check_addresses,
     check_corpus,
     check_engine,
-    check_questions,
     check_run_dir,
     check_sampler_metrics,
     learner_addresses,
@@ -21,7 +21,7 @@ from services.cli.checks import (
     up_checks,
 )
 from services.cli.doctor import examine, files, machine
-from services.cli.model_checks import check_model
+from services.cli.model_checks import check_model, check_tokenizer
 from tests.cli.workbench import GEOHOP, Workbench
 from tests.control.brokers import embedded
 from treegrpo.config import Config, RunConfig
@@ -38,7 +38,6 @@ def test_a_complete_run_passes_all_checks(tmp_path: Path) -> None:
     [
         ("config.json", "it has no config.json"),
         ("model.safetensors", "model.safetensors does not exist"),
-        ("tokenizer.json", "has no tokenizer"),
     ],
 )
 def test_an_incomplete_model_directory_says_what_it_lacks(tmp_path: Path, missing: str, sentence: str) -> None:
@@ -62,7 +61,6 @@ def test_a_model_that_is_not_there_or_not_json_is_named(tmp_path: Path) -> None:
         ("config.json", "[]", "is not a JSON object"),
         ("config.json", '{"model_type": "gpt2", "vocab_size": 8}', "the embedded engine runs llama, qwen2, qwen3"),
         ("config.json", '{"model_type": "qwen2"}', "has vocab_size None"),
-        ("tokenizer.json", "{}", "The tokenizer in .* cannot be read"),
         ("model.safetensors", "torn", "model.safetensors cannot be read"),
     ],
 )
@@ -71,6 +69,16 @@ def test_a_model_that_cannot_be_served_is_found_before_the_start(tmp_path: Path,
     (model / name).write_text(text)
     with pytest.raises(ModelError, match=sentence):
         check_model(model, "embedded", 256)
+
+
+def test_a_tokenizer_that_is_missing_or_broken_is_found_before_the_start(tmp_path: Path) -> None:
+    model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"The tokenizer in .* cannot be read"):
+        check_tokenizer(model)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        check_tokenizer(model)
 
 
 def test_a_kind_that_only_sglang_runs_is_refused_only_for_the_embedded_engine(tmp_path: Path) -> None:
@@ -86,7 +94,7 @@ def test_a_kind_that_only_sglang_runs_is_refused_only_for_the_embedded_engine(tm
 
 def test_files_that_are_not_there_are_named_with_their_key(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train = .*absent\.jsonl does not exist"):
-        check_questions(tmp_path / "absent.jsonl", "data.train")
+        Questions(load(None, ["--data.train", str(tmp_path / "absent.jsonl")])).found("data.train")
     with pytest.raises(DataError, match=r"retriever\.corpus = .*absent\.jsonl does not exist"):
         check_corpus(tmp_path / "absent.jsonl")
 
@@ -112,8 +120,9 @@ def test_several_samplers_cannot_share_a_metrics_port() -> None:
 
 def test_an_sglang_that_cannot_be_started_is_found_before_anything_is() -> None:
     def refused(error: type[Exception], sentence: str, *flags: str) -> None:
+        config = load(None, ["--engine.kind", "sglang", *flags])
         with pytest.raises(error, match=sentence):
-            check_engine(load(None, ["--engine.kind", "sglang", *flags]))
+            check_engine(config, config.sampler.count)
 
     address = "127.0.0.1:30000"
     refused(ConfigError, r"engine\.listen = '127\.0\.0\.1' is no address", "--engine.listen", "127.0.0.1")
@@ -125,7 +134,7 @@ def test_an_sglang_that_cannot_be_started_is_found_before_anything_is() -> None:
     refused(ConfigError, r"engine\.weights_dir = /nowhere does not exist", "--engine.weights_dir", "/nowhere")
     refused(ConfigError, r"engine\.weights_dir = /proc cannot be written to", "--engine.weights_dir", "/proc")
     refused(ConfigError, "SGLang is not installed.*make sglang-cpu", "--engine.python", "/nowhere/python")
-    check_engine(load(None, ["--engine.python", "/nowhere/python"]))
+    check_engine(load(None, ["--engine.python", "/nowhere/python"]), 1)
 
 
 def test_where_an_engine_listens_is_an_address_like_the_others() -> None:

@@ -75,3 +75,11 @@ def test_an_exception_is_one_line_that_says_something(error: BaseException, text
 
 def test_a_foreign_exception_does_not_say_too_much() -> None:
     assert len(describe(ValueError("x" * 100_000))) == DESCRIBED_LETTERS + 2
+
+
+def test_a_long_text_ends_with_a_whole_sentence_or_word_and_no_cut_address() -> None:
+    link = "https://example.org/" + "a" * (DESCRIBED_LETTERS // 3)
+    assert describe(ValueError(f"The file is torn. See {link} for more. Then {link} and {link}.")) == (
+        f"The file is torn. See {link} for more"
+    )
+    assert describe(ValueError(f"{link} {link} {link}")) == f"{link} {link} …"

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from treegrpo.errors import ModelError, WeightsError
+from treegrpo.errors import ModelError, WeightsError, describe
 from treegrpo.model_config import RESTORE, read_model_config
-from treegrpo.reasons import reason_of
 from treegrpo.weight_files import HEAD, check_head, read_heads, weight_files
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -29,7 +28,7 @@ def library_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a wrong value surfaces as any of a dozen types
-        raise ModelError(f"{config.file} cannot be used ({reason_of(error)}); {RESTORE}.") from error
+        raise ModelError(f"{config.file} cannot be used ({describe(error)}); {RESTORE}.") from error
 
 
 def is_tied(folder: Path) -> bool:

@@ -12,12 +12,38 @@ import torch
 
 from services.sampler.engines.embedded.architecture import Architecture
 from services.sampler.engines.embedded.radix import Slots
+from treegrpo.errors import ConfigError
+from treegrpo.machine_memory import GIB, memory_limit
+
+
+def check_room(architecture: Architecture, rows: int, context: int, slots: int) -> int:
+    """The bytes that `Memory` takes.
+
+    Raises:
+        ConfigError: they are more than the machine has, or this process's control group may use.
+    """
+    limit, token = memory_limit(), token_bytes(architecture)
+    needed = token * (rows * context + slots)
+    if needed > limit:
+        fits = max(0, limit // token - slots) // context
+        remedy = f"lower engine.max_running to at most {fits}" if fits else "lower rollout.max_context or engine.cache_tokens"
+        raise ConfigError(
+            f"engine.max_running = {rows} generations of rollout.max_context = {context} tokens and engine.cache_tokens = "
+            f"{slots} need {needed / GIB:.1f} GiB of memory, and there are {limit / GIB:.1f} GiB; {remedy}."
+        )
+    return needed
+
+
+def token_bytes(architecture: Architecture) -> int:
+    """What the keys and values of one token take."""
+    return architecture.layers * 2 * architecture.kv_heads * architecture.head_dim * torch.float32.itemsize
 
 
 class Memory:
     """Rows [layers, 2, rows, kv_heads, context, head_dim] and pool [layers, 2, kv_heads, slots, head_dim], float32."""
 
     def __init__(self, architecture: Architecture, rows: int, context: int, slots: int) -> None:
+        check_room(architecture, rows, context, slots)
         a = architecture
         self.rows = torch.zeros(a.layers, 2, rows, a.kv_heads, context, a.head_dim)
         self.pool = torch.zeros(a.layers, 2, a.kv_heads, slots, a.head_dim)
