@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import SecretStr
 
 from treegrpo.address import is_local
 from treegrpo.errors import ConfigError, describe
 from treegrpo.renewal import Renewal, Stamp, stamp
-from treegrpo.security import Role, SecurityConfig, check_address, check_url, role_of
+from treegrpo.security import Role, SecurityConfig, check_address, check_url
+from treegrpo.server_role import asking_for, role_in, signed
 
 WORLD = 0o007
 """Permission bits of everybody."""
@@ -81,9 +81,9 @@ class Keys(NamedTuple):
             raise ConfigError(
                 f"{self.certificate} is valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, not now; renew it with `treegrpo certs`."
             )
-        if not any(_signed(certificate, authority) for authority in authorities):
+        if not any(signed(certificate, authority) for authority in authorities):
             raise ConfigError(f"{self.certificate} is not signed by an authority in {self.ca}; the two must belong together.")
-        found = _role_in(certificate)
+        found = role_in(certificate)
         if found is None or found[0] is not role:
             says = f"the role {found[0].value}" if found else "no role"
             raise ConfigError(f"{self.certificate} has {says}; this process needs one for the role {role.value}.")
@@ -92,9 +92,9 @@ class Keys(NamedTuple):
         """For what listens with Python's own TLS, with the files as they are at each handshake; ``ask``: for a certificate."""
         return Renewal(self, ask=ask).context()
 
-    def client_context(self) -> ssl.SSLContext:
-        """For what connects with it; the server must have the name or address that it is reached at."""
-        context = ssl.create_default_context(cafile=str(self.ca))
+    def client_context(self, server: Role) -> ssl.SSLContext:
+        """For what connects with it to a ``server``, which must have the name or address that it is reached at, too."""
+        context = asking_for(server, self.ca)
         context.load_cert_chain(self.certificate, self.key)
         return context
 
@@ -153,16 +153,12 @@ class Access:
         return None if self.keys is None else self.keys.server_context(ask=ask)
 
     def client_context(self) -> ssl.SSLContext | None:
-        """TLS for MQTT; None: plain."""
-        return None if self.keys is None else self.keys.client_context()
+        """TLS for MQTT, to a broker; None: plain."""
+        return None if self.keys is None else self.keys.client_context(Role.BROKER)
 
-    def web_context(self) -> ssl.SSLContext | bool:
-        """What httpx verifies HTTPS servers with: public authorities, and ours where there is one."""
-        if self.keys is None:
-            return True
-        context = ssl.create_default_context()
-        context.load_verify_locations(self.keys.ca)
-        return context
+    def web_context(self, server: Role) -> ssl.SSLContext | bool:
+        """What httpx verifies HTTPS servers with: public authorities, and ours where there is one, for a ``server`` alone."""
+        return True if self.keys is None else asking_for(server, self.keys.ca, public=True)
 
 
 OPEN = Access(Role.OPERATOR)
@@ -178,27 +174,6 @@ def shows(header: str, token: SecretStr) -> bool:
     """Whether an Authorization ``header`` shows ``token``, or none is asked for; compared in constant time."""
     wanted = bearer(token)
     return not wanted or hmac.compare_digest(header.encode(errors="replace"), wanted["Authorization"].encode())
-
-
-def roles_in(uris: list[str]) -> tuple[Role, str] | None:
-    """The first role among the URIs of a certificate, with the name it is for."""
-    return next((found for uri in uris if (found := role_of(uri))), None)
-
-
-def _role_in(certificate: x509.Certificate) -> tuple[Role, str] | None:
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return None
-    return roles_in(names.get_values_for_type(x509.UniformResourceIdentifier))
-
-
-def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
 
 
 def _keys(security: SecurityConfig, role: Role) -> Keys | None:

@@ -19,9 +19,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from learner.intake.reading import read_request
-from treegrpo.access import roles_in
 from treegrpo.limits import CHUNK_SECONDS, NAMED_CALLS, REQUEST_SECONDS
 from treegrpo.security import Role
+from treegrpo.server_role import roles_in
 
 ALLOWED = {
     "treegrpo.v1.RolloutService": {Role.SAMPLER},

@@ -24,8 +24,8 @@ from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
 from amqtt.session import Session
 
 from services.cli.broker_peers import peer_of
-from treegrpo.access import roles_in
 from treegrpo.refusals import Refusals
+from treegrpo.server_role import roles_in
 
 REFUSALS = Refusals(logging.getLogger(__name__))
 """amqtt makes its plugins by itself; a process has one broker."""

@@ -11,6 +11,7 @@ from treegrpo.access import Access, bearer
 from treegrpo.address import within_reach
 from treegrpo.errors import ContractError, DeadlineError, UnavailableError
 from treegrpo.http_client import Answer, HttpClient
+from treegrpo.security import Role
 
 SCRAPE_SECONDS = 1.0
 PAGE_BYTES = 4 << 20
@@ -41,7 +42,7 @@ def _samples(page: Answer) -> Scrape:
 async def pages(access: Access) -> AsyncGenerator[Read]:
     """Read pages for the time of the block."""
     scheme = "http" if access.keys is None else "https"
-    async with HttpClient(verify=access.web_context(), headers=bearer(access.metrics_token)) as client:
+    async with HttpClient(verify=access.web_context(Role.LEARNER), headers=bearer(access.metrics_token)) as client:
 
         async def read(address: str) -> Scrape:
             url = f"{scheme}://{within_reach(address)}/metrics"

@@ -18,6 +18,7 @@ from services.sampler.tokenizer import Tokenizer
 from treegrpo.access import Access
 from treegrpo.address import check_free, split_address
 from treegrpo.config import Config
+from treegrpo.security import Role
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import SamplerMetrics
 
@@ -60,7 +61,7 @@ async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, a
         for url in engine.urls:
             access.check_url("engine.urls", url)
         check_different(engine.urls)
-        return await open_remote(demands, engine.urls, access.web_context())
+        return await open_remote(demands, engine.urls, access.web_context(Role.SAMPLER))
     host, port = split_address(engine.listen, "engine.listen")
     check_listen(engine.listen, insecure_network=access.insecure_network)
     check_free(engine.listen, "engine.listen")

@@ -7,6 +7,7 @@ from treegrpo.access import Access, bearer
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError
 from treegrpo.limits import TOPK
+from treegrpo.security import Role
 
 
 def check_topk(config: Config) -> str:
@@ -32,4 +33,6 @@ def open_retriever(config: Config, access: Access) -> HttpRetriever:
     check_topk(config)
     access.check_url("retriever.url", config.search_url)
     headers = bearer(access.retriever_token)
-    return HttpRetriever(config.search_url, config.environment.timeout, verify=access.web_context(), headers=headers)
+    return HttpRetriever(
+        config.search_url, config.environment.timeout, verify=access.web_context(Role.RETRIEVER), headers=headers
+    )

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
 import os
 import re
 import ssl
 import sys
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import aiomqtt
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from pydantic import SecretStr
 
 from services.cli import broker as broker_module
+from services.cli.authority import Pair
 from services.cli.broker import embedded_broker
 from services.cli.broker_rules import may_publish
 from services.cli.certs import certs
 from services.cli.ready import broker_ready, wait_ready
 from tests.control.brokers import mosquitto_binary
 from tests.ports import free_address
-from tests.security.people import access, impostor
+from tests.security.people import access, authority, impostor, save
 from treegrpo.access import OPEN, Access
-from treegrpo.address import split_address
+from treegrpo.address import join_address, split_address
 from treegrpo.control import ControlPlane, Member, RunState, open_client, publish_state
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.limits import CONTROL_BYTES
@@ -292,6 +299,20 @@ async def test_who_connects_and_does_not_say_who_it_is_is_hung_up_on(monkeypatch
     await broker.shutdown()
 
 
+@pytest.mark.parametrize("role", [Role.RETRIEVER, Role.LEARNER, None])
+async def test_no_other_certificate_is_good_as_the_brokers(made: Path, tmp_path: Path, role: Role | None) -> None:
+    """Of the same authority, for the same address: it would collect passwords."""
+    if role is None:
+        keys = save(tmp_path, _roleless(authority(made)), (made / "ca.pem").read_bytes())
+        posing, says = replace(access(made, Role.BROKER), keys=keys), "no role"
+    else:
+        posing, says = access(made, role), f"the role {role.value}"
+    async with door(posing) as (address, told):
+        sentence = await refused(address, access(made, Role.SAMPLER))
+    assert f"its certificate has {says}; a broker has to show its own" in sentence
+    assert told == b"", "not a byte of CONNECT, in which the password is"
+
+
 async def test_tls_of_the_broker_is_checked_by_name(made: Path, tmp_path: Path) -> None:
     """A sampler's certificate has no address in it: its holder cannot pose as the broker."""
     address, sampler = free_address(), access(made, Role.SAMPLER)
@@ -313,6 +334,33 @@ async def test_the_embedded_broker_listens_on_ipv6_as_the_other_parts_do(made: P
             await until(plane, lambda: S7.client in plane.members)
     finally:
         await broker.shutdown()
+
+
+@asynccontextmanager
+async def door(who: Access) -> AsyncGenerator[tuple[str, bytearray]]:
+    """Somebody who listens with the certificate of ``who``, where, and what it was told."""
+    told = bytearray()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                told.extend(data)
+        writer.close()
+
+    server = await asyncio.start_server(listen, "127.0.0.1", 0, ssl=who.server_context(ask=True))
+    async with server:
+        yield join_address(*server.sockets[0].getsockname()[:2]), told
+
+
+def _roleless(issuer: Pair) -> Pair:
+    """A certificate of ours for this machine, made elsewhere, that says no role."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    now, name = datetime.now(UTC), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "anything")])
+    hosts = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    subject = issuer.certificate.subject
+    builder = x509.CertificateBuilder(subject, name, key.public_key(), 7, now - timedelta(hours=1), now + timedelta(days=1))
+    made = builder.add_extension(hosts, critical=False)
+    return Pair(made.sign(issuer.key, hashes.SHA256()), key)
 
 
 def test_the_embedded_broker_needs_the_directory_of_the_passwords() -> None:

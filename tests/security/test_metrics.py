@@ -21,19 +21,19 @@ from treegrpo.telemetry import RetrieverMetrics
 async def test_prometheus_scrapes_with_certificate_authority_and_token(made: Path) -> None:
     who = access(made, Role.LEARNER)
     address = metrics(who)
-    async with client(access(made, Role.OPERATOR), bearer(who.metrics_token)) as web:
+    async with client(access(made, Role.OPERATOR), bearer(who.metrics_token), Role.LEARNER) as web:
         page = await web.get(f"https://{address}/metrics")
         assert (page.status_code, page.headers["content-type"]) == (200, scrape.CONTENT)
         assert "treegrpo_retriever_queries_total 0.0" in page.text
         assert (await web.get(f"https://{address}/other")).status_code == 404
         assert (await web.post(f"https://{address}/metrics")).status_code == 404
-    async with client(who) as web:
+    async with client(who, server=Role.LEARNER) as web:
         assert (await web.get(f"https://{address}/metrics")).status_code == 401
 
 
 async def test_whether_it_serves_is_everybodys_to_know_and_no_more(made: Path) -> None:
     who = access(made, Role.LEARNER)
-    async with client(who) as web:
+    async with client(who, server=Role.LEARNER) as web:
         health = await web.get(f"https://{metrics(who)}/health")
     assert (health.status_code, health.text) == (503, "not yet\n")
 
@@ -41,7 +41,7 @@ async def test_whether_it_serves_is_everybodys_to_know_and_no_more(made: Path) -
 async def test_a_samplers_metrics_are_asked_for_by_its_role(made: Path) -> None:
     who = access(made, Role.SAMPLER)
     address = metrics(who)
-    async with client(who, bearer(who.metrics_token)) as web:
+    async with client(who, bearer(who.metrics_token), Role.SAMPLER) as web:
         page = await web.get(f"https://{address}/metrics", extensions={"sni_hostname": "sampler.treegrpo.internal"})
     assert page.status_code == 200
 

@@ -35,9 +35,9 @@ async def test_the_retriever_answers_samplers_over_tls_that_show_its_token(tmp_p
     sampler = access(made, Role.SAMPLER)
     async with retriever(tmp_path, access(made, Role.RETRIEVER)) as address:
         url, shown = f"https://{address}", bearer(sampler.retriever_token)
-        async with HttpRetriever(url, SECONDS, verify=sampler.web_context(), headers=shown) as search:
+        async with HttpRetriever(url, SECONDS, verify=sampler.web_context(Role.RETRIEVER), headers=shown) as search:
             assert await search.search("Kabul", topk=1) == ["Kabul\nKabul is large."]
-        async with HttpRetriever(url, SECONDS, verify=sampler.web_context()) as search:
+        async with HttpRetriever(url, SECONDS, verify=sampler.web_context(Role.RETRIEVER)) as search:
             with pytest.raises(ToolError, match=r"status 401.*Show the token"):
                 await search.search("Kabul", topk=1)
         await retriever_ready(at(url), access(made, Role.OPERATOR))
@@ -55,6 +55,12 @@ async def test_a_retriever_of_another_authority_is_not_searched(tmp_path: Path, 
     other = impostor(tmp_path, made, "stranger", Role.RETRIEVER)
     async with retriever(tmp_path, other) as address:
         with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
+            await retriever_ready(at(f"https://{address}"), access(made, Role.SAMPLER))
+
+
+async def test_a_learner_is_no_retriever_whatever_address_it_has(tmp_path: Path, made: Path) -> None:
+    async with retriever(tmp_path, access(made, Role.LEARNER)) as address:
+        with pytest.raises(UnavailableError, match="its certificate has the role learner; a retriever has to show its own"):
             await retriever_ready(at(f"https://{address}"), access(made, Role.SAMPLER))
 
 
@@ -210,6 +216,7 @@ async def test_a_renewed_certificate_serves_without_a_restart(tmp_path: Path, ma
                 certs(folder, [], [], new_ca=False, drop_old_ca=False)  # of another authority: the old files could not serve
             async with client(access(folder, Role.OPERATOR), token) as web:
                 assert (await web.get(f"https://{address}/health")).status_code == 200
+            async with client(access(folder, Role.OPERATOR), token, Role.SAMPLER) as web:
                 assert (await web.get(f"https://{scraped}/metrics", extensions=sni)).status_code == 200
         write(folder / "retriever.pem", b"half a fi", secret=False)
         async with client(access(folder, Role.OPERATOR)) as web:

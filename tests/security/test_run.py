@@ -44,10 +44,11 @@ def command_lines(run: Running) -> str:
 async def pages(bench: Workbench, who: Access) -> list[str]:
     """What every /metrics says, with the token and without."""
     said: list[str] = []
-    addresses = [bench.keys["learner.metrics"], bench.keys["retriever.listen"]]
+    addresses = {Role.LEARNER: bench.keys["learner.metrics"], Role.RETRIEVER: bench.keys["retriever.listen"]}
     for headers in ({}, bearer(who.metrics_token)):
-        async with httpx.AsyncClient(verify=who.web_context(), headers=headers) as web:
-            said += [(await web.get(f"https://{address}/metrics")).text for address in addresses]
+        for role, address in addresses.items():
+            async with httpx.AsyncClient(verify=who.web_context(role), headers=headers) as web:
+                said.append((await web.get(f"https://{address}/metrics")).text)
     return said
 
 

@@ -15,6 +15,7 @@ from services.retriever.service import serve
 from treegrpo import telemetry
 from treegrpo.access import Access
 from treegrpo.config import RetrieverConfig
+from treegrpo.security import Role
 from treegrpo.telemetry import RetrieverMetrics
 
 SECONDS = 10.0
@@ -41,8 +42,8 @@ def metrics(who: Access) -> str:
     return f"127.0.0.1:{telemetry.serve(RetrieverMetrics(), '127.0.0.1:0', 'retriever.listen', who)}"
 
 
-def client(who: Access, token: dict[str, str] | None = None) -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=SECONDS, verify=who.web_context(), headers=token)
+def client(who: Access, token: dict[str, str] | None = None, server: Role = Role.RETRIEVER) -> httpx.AsyncClient:
+    return httpx.AsyncClient(timeout=SECONDS, verify=who.web_context(server), headers=token)
 
 
 async def said_to(address: str, request: bytes, context: ssl.SSLContext | None = None) -> bytes:
