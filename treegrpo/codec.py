@@ -1,7 +1,8 @@
 """Between the vocabulary and the contract's messages.
 
 Decoding checks what a stranger could get wrong in the bytes and raises ContractError with a sentence; what they mean
-is checked where it is put together (`Tree.add`). Encoding never fails. What the journal keeps of a subtree is the bytes
+is checked where it is put together (`Tree.add`). Encoding never fails on what tools and errors say: texts of theirs are made
+fit for it. What the journal keeps of a subtree is the bytes
 of its message: one schema, with protobuf's rules for change.
 """
 
@@ -14,9 +15,11 @@ import numpy as np
 from treegrpo.budget import Budget, Cost
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
+from treegrpo.limits import SENTENCE_LETTERS
 from treegrpo.question import Message, Question
 from treegrpo.soundness import name
 from treegrpo.step import Leaf, Logprobs, PolicyVersion, Step, StepStatus, Subtree, TokenIds, VersionSpan
+from treegrpo.surrogates import replace_surrogates
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
 IDS = np.dtype("<u4")
@@ -87,8 +90,8 @@ def step_to_pb(step: Step) -> tree_pb2.Step:
         observation=step.observation.astype(IDS).tobytes(),
         spans=[tree_pb2.VersionSpan(version=version_to_pb(s.version), start=s.start, end=s.end) for s in step.spans],
         status=_STATUS[step.status],
-        tool=step.tool,
-        tool_arguments=step.tool_arguments,
+        tool=replace_surrogates(step.tool),
+        tool_arguments=replace_surrogates(step.tool_arguments),
         valid=step.valid,
         cost=cost_to_pb(step.cost),
     )
@@ -201,8 +204,9 @@ def lease_from_pb(pb: rollout_pb2.Lease) -> Lease:
 
 
 def lease_end_to_pb(end: LeaseEnd) -> rollout_pb2.LeaseEnd:
+    error = replace_surrogates(end.error[:SENTENCE_LETTERS])
     return rollout_pb2.LeaseEnd(
-        lease=end.lease, reason=_REASON[end.reason], forgone=end.forgone, unaccounted=cost_to_pb(end.unaccounted), error=end.error
+        lease=end.lease, reason=_REASON[end.reason], forgone=end.forgone, unaccounted=cost_to_pb(end.unaccounted), error=error
     )
 
 

@@ -26,6 +26,8 @@ CHUNK_SECONDS = 60.0
 """The longest that one chunk of weights may wait for who asked for it."""
 NAME_BYTES = 64
 """The name of a sampler or of an engine, and the id of a lease."""
+SENTENCE_LETTERS = 2000
+"""What a sampler says in its own words: why a lease failed, what it waits for. The rest is cut off."""
 CONTROL_BYTES = 64 << 10
 """One MQTT message. The largest of ours has a few hundred bytes."""
 QUESTION_BYTES = 1 << 20

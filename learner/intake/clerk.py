@@ -1,6 +1,6 @@
-"""The clerk: each change goes into the book at once, then into the journal, then into the reports.
+"""The clerk: each event is encoded, then changes the book, then goes into the journal, then into the reports.
 
-In this order, so that no error can part the journal from the book.
+In this order, so that no error can part the journal from the book: what cannot be written down changes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from learner.intake import events
-from learner.intake.frames import Record
+from learner.intake.frames import encode
 from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
 from learner.intake.pace import Pace
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Log(Protocol):
     """Where events are kept; see `Journal`."""
 
-    def append(self, record: Record) -> asyncio.Future[int]: ...
+    def append(self, record: bytes) -> asyncio.Future[int]: ...
 
     def barrier(self) -> asyncio.Future[int]: ...
 
@@ -44,19 +44,21 @@ class Clerk:
 
     def grant(self, lease: Lease, draw: int, holder: str) -> rollout_pb2.Lease:
         """The lease as it goes to its holder, with what its group has already."""
-        group = self._book.granted(lease, draw, holder, time.monotonic())
-        self._journal.append(events.granted(group))
-        return lease_to_pb(lease)
+        record, message = encode(events.granted(lease, draw, holder)), lease_to_pb(lease)
+        self._book.granted(lease, draw, holder, time.monotonic())
+        self._journal.append(record)
+        return message
 
     def accept(self, sent: tree_pb2.Subtree) -> asyncio.Future[int]:
         """Take a subtree in; the future is done when it is durable. Raises ContractError if it is refused."""
         group = self._book.find(sent.lease)
         subtree = subtree_from_pb(sent, group.group.id if group else "")
         encoded = sent.SerializeToString()
+        record = encode(events.accepted(encoded))
         if not self._book.accept(subtree, encoded):
             self._reporter.duplicate()
             return self._journal.barrier()
-        done = self._journal.append(events.accepted(encoded))
+        done = self._journal.append(record)
         self.pace.progress()
         if group is not None:
             self._reporter.accepted(group, subtree)
@@ -64,26 +66,30 @@ class Clerk:
 
     def refuse(self, lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> asyncio.Future[int] | None:
         """Leave a subtree of an open lease out; done when that is durable, None if nothing changes."""
+        record = encode(events.refused(lease, key, cost, reason, why))
         if not self._book.refuse(lease, key, cost, reason, why):
             return None
-        return self._journal.append(events.refused(lease, key, cost, reason, why))
+        return self._journal.append(record)
 
     def end(self, end: LeaseEnd, *, excused: bool = False) -> OpenGroup:
         """A lease ends; ``excused``: it does not count against its question."""
+        record = encode(events.ended(end, excused=excused))
         group = self._book.ended(end, excused=excused)
-        self._journal.append(events.ended(end, excused=excused))
+        self._journal.append(record)
         self._reporter.ended(group, end)
         return group
 
     def close(self, draw: int) -> None:
         """A group closes at the staleness bound, before its lease ends."""
+        record = encode(events.closed(draw))
         group = self._book.close(draw)
-        self._journal.append(events.closed(draw))
+        self._journal.append(record)
         self._reporter.closed(group, "overdue")
 
     def give(self, draws: Sequence[int], stale: Sequence[int]) -> None:
         """The trainer is to get ``draws`` at the next positions, and those that are ``stale`` never."""
+        record = encode(events.taken(draws, stale))
         left_out = self._book.taken(draws, stale)
-        self.given = self._journal.append(events.taken(draws, stale))
+        self.given = self._journal.append(record)
         for group in left_out:
             self._reporter.closed(group, "stale")

@@ -14,19 +14,18 @@ from collections.abc import Sequence
 from dataclasses import astuple, replace
 
 from learner.intake.frames import Record
-from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
 from learner.intake.report import Reporter
 from treegrpo.budget import Cost
 from treegrpo.codec import lease_end_from_pb, lease_end_to_pb, lease_from_pb, lease_to_pb, subtree_from_pb
-from treegrpo.lease import LeaseEnd
+from treegrpo.lease import Lease, LeaseEnd
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
 
-def granted(group: OpenGroup) -> Record:
-    """Without what it had accepted before, which the journal has."""
-    lease = lease_to_pb(replace(group.lease, accepted=()))
-    return {"event": "granted", "lease": lease.SerializeToString(), "draw": group.draw, "holder": group.holder}
+def granted(lease: Lease, draw: int, holder: str) -> Record:
+    """Without what its group had accepted before, which the journal has."""
+    message = lease_to_pb(replace(lease, accepted=()))
+    return {"event": "granted", "lease": message.SerializeToString(), "draw": draw, "holder": holder}
 
 
 def accepted(subtree: bytes) -> Record:

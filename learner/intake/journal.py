@@ -80,9 +80,9 @@ class Journal:
         self.backlog = 0
         """Bytes that wait to be written."""
 
-    def append(self, record: Record) -> asyncio.Future[int]:
-        """Put a record in line; the future is done when it is durable."""
-        data = encode(record)
+    def append(self, record: Record | bytes) -> asyncio.Future[int]:
+        """Put a record in line, or one that is encoded already; the future is done when it is durable."""
+        data = record if isinstance(record, bytes) else encode(record)
         self.backlog += len(data)
         return self._line_up(data)
 

@@ -43,6 +43,7 @@ class LeaseBook(Standing):
     def next_lease(self) -> tuple[Lease, int] | None:
         """The next lease to grant and its draw (-1: evaluation), or None when the bound or the work is exhausted.
 
+        Nothing is changed: it stays the next one until it is `granted`.
         Evaluation goes first: it is short, and who waits for it waits for all of it. Then what was begun before.
         """
         if self.version is None or not self.has_work:
@@ -55,7 +56,7 @@ class LeaseBook(Standing):
             draw = group.draw
             lease = self._lease(LeaseKind.TRAIN, group.lease.question, group.lease.plan, self.version, draw)
             return replace(lease, grant=lease.plan.allowance(group.missing), accepted=tuple(group.subtrees)), draw
-        draw = self._queue.draw()
+        draw = self._queue.next_draw
         return self._lease(LeaseKind.TRAIN, self._queue[draw], self._plan, self.version, draw), draw
 
     def _lease(self, kind: LeaseKind, question: Question, plan: Plan, version: PolicyVersion, draw: int = -1) -> Lease:
@@ -65,6 +66,8 @@ class LeaseBook(Standing):
     def granted(self, lease: Lease, draw: int, holder: str, now: float | None) -> OpenGroup:
         """A lease goes out; it continues the group of its draw if there is one."""
         self._serial += 1
+        if draw >= 0:
+            self._queue.take(draw)
         group = OpenGroup(replace(lease, accepted=()), draw, holder, now)
         if (before := self.unfinished.pop(draw, None)) is not None:
             group.group, group.subtrees, group.encoded = before.group, before.subtrees, before.encoded
@@ -223,9 +226,7 @@ class LeaseBook(Standing):
     # ---- replay
 
     def replay_grant(self, lease: Lease, draw: int, holder: str = "") -> None:
-        """A grant read from the journal: its draw is taken."""
-        if draw >= 0:
-            self._queue.taken(draw)
+        """A grant read from the journal."""
         self.granted(lease, draw, holder, now=None)
 
     def replay_accepted(self, subtree: Subtree, encoded: bytes) -> OpenGroup | None:

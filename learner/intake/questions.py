@@ -123,18 +123,16 @@ class QuestionQueue:
         self._returned: list[int] = []
         """Ascending."""
 
-    def draw(self) -> int:
-        """The number of the next draw."""
-        if self._returned:
-            return self._returned.pop(0)
-        self._next += 1
-        return self._next - 1
+    @property
+    def next_draw(self) -> int:
+        """The number of the next draw, until it is taken."""
+        return self._returned[0] if self._returned else self._next
 
     def put_back(self, draw: int) -> None:
         insort(self._returned, draw)
 
-    def taken(self, draw: int) -> None:
-        """Replay: this draw was made before the restart."""
+    def take(self, draw: int) -> None:
+        """This draw is made, now or before a restart."""
         self._next = max(self._next, draw + 1)
         if draw in self._returned:
             self._returned.remove(draw)

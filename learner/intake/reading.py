@@ -11,15 +11,13 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
 
 from treegrpo.errors import ContractError
-from treegrpo.limits import NAME_BYTES
+from treegrpo.limits import NAME_BYTES, SENTENCE_LETTERS
 from treegrpo.v1 import rollout_pb2 as pb
 
 PARTS = 1 << 16
 """Fields of a message, those of its parts included. A branch of 32 turns has a thousand."""
 LEASES = 4096
 """Of a Hello; more than one sampler can hold."""
-SENTENCE_LETTERS = 2000
-"""Of what a sampler says in its own words. The rest is cut off."""
 FIXED = {1: 8, 5: 4}
 """Bytes of a value by wire type; 0 is a varint, 2 is behind its length."""
 

@@ -24,19 +24,11 @@ from tokenizers.models import WordLevel
 
 from treegrpo.errors import ModelError, describe
 from treegrpo.step import TokenIds
+from treegrpo.surrogates import replace_surrogates
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 """ASCII alone: the length stays."""
-
-
-def sound(text: str) -> str:
-    """``text`` with U+FFFD in the place of each surrogate that has no partner, which no encoding knows."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def is_control(token: AddedToken, template: str) -> bool:
@@ -72,7 +64,7 @@ class ControlTokens:
 
     def encode(self, pieces: Iterable[tuple[str, bool]]) -> TokenIds:
         """The ids of the joined pieces; in each that is ``True``, control strings are control tokens."""
-        text = "".join(self._live(sound(text)) if live else sound(text) for text, live in pieces)
+        text = "".join(self._live(replace_surrogates(text)) if live else replace_surrogates(text) for text, live in pieces)
         ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, np.uint32)
         return ids if self._ids is None else self._ids[ids]
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from services.environments.markup import Markup
-from services.sampler.control_tokens import ControlTokens, sound
+from services.sampler.control_tokens import ControlTokens
 from services.sampler.fences import rendered_pieces
 from treegrpo.errors import ModelError, describe
 from treegrpo.model_config import eos_ids
 from treegrpo.question import Message
 from treegrpo.step import TokenIds
+from treegrpo.surrogates import replace_surrogates
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -96,7 +97,7 @@ class Tokenizer:
         """
         if self._template is None:
             return self.encode("\n".join(message.content for message in messages))
-        contents = [sound(message.content) for message in messages]
+        contents = [replace_surrogates(message.content) for message in messages]
         roles = [message.role for message in messages]
         return self._control.encode(rendered_pieces(contents, self._control, lambda texts: self._rendered(roles, texts)))
 

@@ -40,7 +40,7 @@ class Run:
     def roll_out(self) -> int:
         lease = grant(self.book)
         group = self.book.open[lease]
-        self.journal.append(events.granted(group))
+        self.journal.append(events.granted(group.lease, group.draw, group.holder))
         for tree in range(2):
             self.book.accept(chain(lease, tree))
             self.journal.append(events.accepted(subtree_to_bytes(chain(lease, tree))))
@@ -90,12 +90,14 @@ def skip_positions(run: Run) -> None:
 
 def forget_a_draw(run: Run) -> None:
     lease = grant(run.book)
-    run.journal.append(events.granted(run.book.open[lease]))
+    group = run.book.open[lease]
+    run.journal.append(events.granted(group.lease, group.draw, group.holder))
     run.end(LeaseEnd(lease, LeaseEndReason.LOST))
 
 
 def leave_a_lease_open(run: Run) -> None:
-    run.journal.append(events.granted(run.book.open[grant(run.book)]))
+    group = run.book.open[grant(run.book)]
+    run.journal.append(events.granted(group.lease, group.draw, group.holder))
 
 
 def leave_a_group_out_as_too_old(run: Run) -> None:

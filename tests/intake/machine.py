@@ -82,7 +82,7 @@ class Machine:
         kept, append = len(history.states) - 1, self.journal.append
         self._waiting: list[asyncio.Future[int]] = []
 
-        def watched(record: Record) -> asyncio.Future[int]:
+        def watched(record: Record | bytes) -> asyncio.Future[int]:
             history.states.append(described(self.book))
             for group in self.book.groups.take(len(history.line), 1000):
                 history.line.append(group_described(group))

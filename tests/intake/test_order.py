@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,8 +39,8 @@ class Lines:
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
 
-    def append(self, record: dict[str, Any]) -> asyncio.Future[int]:
-        self.records.append(record)
+    def append(self, record: bytes) -> asyncio.Future[int]:
+        self.records.append(msgpack.unpackb(record))
         return self.barrier()
 
     def barrier(self) -> asyncio.Future[int]:

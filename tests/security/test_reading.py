@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from learner.intake import reading
-from learner.intake.reading import PARTS, read_request
+from learner.intake.reading import LEASES, PARTS, read_request
 from tests.intake.builders import chain, complete
 from treegrpo.codec import lease_end_to_pb, subtree_to_pb
 from treegrpo.errors import ContractError
+from treegrpo.limits import SENTENCE_LETTERS
 from treegrpo.v1 import rollout_pb2 as pb
 
 
@@ -40,12 +38,13 @@ def test_what_no_contract_knows_is_not_kept() -> None:
 
 
 def test_what_a_sampler_says_in_its_own_words_is_cut_off() -> None:
-    end = lease_end_to_pb(replace(complete("lease"), error="x" * 9999))
-    assert len(read_request(pb.RolloutRequest(lease_end=end).SerializeToString()).lease_end.error) == reading.SENTENCE_LETTERS
+    end = lease_end_to_pb(complete("lease"))
+    end.error = "x" * 9999
+    assert len(read_request(pb.RolloutRequest(lease_end=end).SerializeToString()).lease_end.error) == SENTENCE_LETTERS
 
 
 def test_a_hello_that_names_many_leases_is_refused() -> None:
-    hello = pb.Hello(sampler="s1", leases=["x"] * (reading.LEASES + 1))
+    hello = pb.Hello(sampler="s1", leases=["x"] * (LEASES + 1))
     with pytest.raises(ContractError, match="names 4097 leases"):
         read_request(pb.RolloutRequest(hello=hello).SerializeToString())
 
