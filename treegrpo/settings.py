@@ -24,12 +24,12 @@ from pydantic_settings import (
     EnvSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError
 from treegrpo.section import Input, Section
+from treegrpo.text_files import read_text
 
 ENV_PREFIX = "TREEGRPO_"
 GONE = dict.fromkeys(
@@ -147,13 +147,13 @@ def check_name(name: str, where: str) -> None:
 
 
 def _from_toml(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():  # the library's source takes a missing file for an empty one
+    if not path.is_file():
         raise ConfigError(f"The configuration file {path} does not exist; check the path.")
     try:
-        table = TomlConfigSettingsSource(_Settings, path).toml_data
+        table = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"The configuration file {path} cannot be read ({error.strerror}); check its permissions.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeError) as error:
         raise ConfigError(f"The configuration file {path} is not valid TOML: {error}.") from error
     for section, field in Config.model_fields.items():
         keys = table.get(section)

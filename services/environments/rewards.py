@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
@@ -18,20 +19,31 @@ _WHOLE = frozenset(("yes", "no", "noanswer"))
 """Answers of which no part counts."""
 _STRUCTURE, _ANSWERED = 0.2, 0.1
 """structure_format_score and final_format_score of Tree-GRPO's scripts."""
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_TYPOGRAPHIC = "‘’‚‛“”„‟‹›«»′″‐‑‒–—―−…·"
+_UNSEEN = "\u00ad\u200b\u200c\u200d\u2060\ufeff"
+"""Soft hyphens, joiners, and blanks without width."""
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation + _TYPOGRAPHIC + _UNSEEN)
+_COMPOSED_LETTERS = 4096
+"""A longer text is compared as it is written: composing many marks on one letter takes quadratic time."""
 
 
 def normalise(text: str) -> str:
-    """Lower-case, without punctuation, without the articles a/an/the, white space collapsed.
+    """Lower-case, composed (NFC), without punctuation, without the articles a/an/the, white space collapsed.
 
-    A text of articles alone keeps them: nothing said must not equal the answer "A".
+    Typographic quotes and dashes are punctuation as much as plain ones. A text of articles or punctuation alone keeps them:
+    nothing said must not equal the answer "A", nor "!" the answer "?".
 
     Example:
         >>> normalise("The  U.S. Dollar!")
         'us dollar'
+        >>> normalise("?")
+        '?'
     """
-    plain = text.lower().translate(_NO_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split())
+    lower = text.lower()
+    if not lower.isascii() and len(lower) <= _COMPOSED_LETTERS:
+        lower = unicodedata.normalize("NFC", lower)
+    plain = lower.translate(_NO_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split() or lower.split())
 
 
 def exact_match(answer: str, targets: Iterable[str]) -> float:

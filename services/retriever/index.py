@@ -9,17 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import bm25s
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from treegrpo.errors import DataError, describe
+from treegrpo.errors import DataError
+from treegrpo.row_files import read_rows
+from treegrpo.surrogates import replace_surrogates
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 QUERY_WORDS = 256
 """Terms of one query: dense retrievers cut theirs at as many tokens."""
 _WORD = re.compile(r"\w+")
+IDS = ("id", "_id", "docid")
+CONTENTS = ("contents", "text", "content")
+COLUMNS = (*IDS, *CONTENTS, "title")
+"""As Search-R1, BEIR and others call them."""
 
 
 class Document(BaseModel):
@@ -41,18 +48,12 @@ class Hit:
 
 
 def load_corpus(path: Path) -> list[Document]:
-    """Read a corpus: JSON lines with ``id`` and ``contents`` (title, line feed, text).
+    """Read a corpus: a file of rows with ``id`` and ``contents`` (title, line feed, text), or ``title`` and ``text``.
 
     Raises:
         DataError: the file is missing or empty, or a row is no such object.
     """
-    try:
-        with path.open(encoding="utf-8") as lines:
-            documents = [_document(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"the corpus {path} cannot be read ({describe(error)}); name a JSONL file with id and contents"
-        ) from error
+    documents = [_document(row, f"{path}, line {number}", number) for number, row in read_rows(path, COLUMNS)]
     if not documents:
         raise DataError(f"the corpus {path} has no documents; give one JSON object per line with id and contents")
     if not any(words(document.contents) for document in documents):
@@ -60,15 +61,27 @@ def load_corpus(path: Path) -> list[Document]:
     return documents
 
 
-def _document(path: Path, number: int, line: str) -> Document:
+def _document(row: Any, where: str, number: int) -> Document:
+    fields = _known(cast("dict[str, Any]", row), number) if isinstance(row, dict) else row
     try:
-        return Document.model_validate_json(line)
+        return Document.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the row"
+        place = ".".join(str(part) for part in first["loc"]) or "the row"
         raise DataError(
-            f'{path}, line {number}: {where}: {first["msg"].lower()}; each row is {{"id": …, "contents": "Title\\ntext"}}'
+            f'{where}: {place}: {first["msg"].lower()}; each row is {{"id": …, "contents": "Title\\ntext"}} (docs/data.md)'
         ) from error
+
+
+def _known(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """``id`` and ``contents`` of a row, whatever they are called in it."""
+    identity = next((row[name] for name in IDS if row.get(name) is not None), number)
+    contents = next((row[name] for name in CONTENTS if row.get(name) is not None), None)
+    if row.get("contents") is None and isinstance(contents, str) and isinstance(row.get("title"), str):
+        contents = f"{row['title']}\n{contents}"
+    if isinstance(contents, str):
+        contents = replace_surrogates(contents)
+    return {"id": identity, **({} if contents is None else {"contents": contents})}
 
 
 def words(text: str) -> list[str]:

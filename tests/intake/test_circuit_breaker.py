@@ -330,7 +330,7 @@ def test_a_lease_that_was_excused_is_so_after_a_restart(tmp_path: Path) -> None:
     work = made.next_lease()
     assert work is not None
     group = made.granted(*work, "s1/1", 0.0)
-    records = [events.granted(group)]
+    records = [events.granted(*work, group.holder)]
     end = LeaseEnd(group.lease.id, LeaseEndReason.FAILED)
     made.ended(end, excused=True)
     records.append(events.ended(end, excused=True))

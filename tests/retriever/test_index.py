@@ -57,11 +57,22 @@ def test_a_corpus_is_read_with_its_ids_as_text(tmp_path: Path) -> None:
     assert load_corpus(path) == [Document(id="7", contents="A\na"), Document(id="b", contents="B\nb")]
 
 
-@pytest.mark.parametrize("row", ['{"id": "1"}', '{"id": "1", "contents": ""}', '{"id": "1", "contents": 3}', "[]", "{"])
+@pytest.mark.parametrize("row", ['{"id": "1"}', '{"id": "1", "contents": ""}', '{"id": "1", "contents": 3}', "[]", "3"])
 def test_a_broken_row_is_refused_with_its_file_and_line(tmp_path: Path, row: str) -> None:
     path = corpus(tmp_path, '{"id": "0", "contents": "A\\na"}\n' + row + "\n")
     with pytest.raises(DataError, match=r"corpus\.jsonl, line 2: .*each row is"):
         load_corpus(path)
+
+
+def test_a_row_that_is_no_json_is_named_by_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"corpus\.jsonl, line 2 is not valid JSON"):
+        load_corpus(corpus(tmp_path, '{"contents": "A"}\n{'))
+
+
+def test_a_corpus_may_have_other_names_a_byte_order_mark_and_gaps(tmp_path: Path) -> None:
+    rows = '{"_id": "a", "title": "A", "text": "x"}\r\n{"id": null, "contents": "B\\nb\\ud800", "title": "C"}\n'
+    (tmp_path / "corpus.jsonl").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    assert load_corpus(tmp_path / "corpus.jsonl") == [Document(id="a", contents="A\nx"), Document(id="2", contents="B\nb\ufffd")]
 
 
 def test_a_missing_or_empty_corpus_is_refused_by_name(tmp_path: Path) -> None:

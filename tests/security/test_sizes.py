@@ -119,7 +119,5 @@ def test_a_question_that_is_too_long_is_refused_with_its_row(tmp_path: Path) -> 
         "reward_model": {"ground_truth": {"target": ["a"]}},
     }
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
-    with pytest.raises(
-        DataError, match=rf"row 1 has {QUESTION_BYTES + 2} bytes of prompt and answers; {QUESTION_BYTES} are the most"
-    ):
+    with pytest.raises(DataError, match=rf"row 1 has \d+ bytes of text; {QUESTION_BYTES} are the most"):
         load_questions(tmp_path / "train.jsonl")
