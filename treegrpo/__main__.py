@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from treegrpo.process_environment import isolate
+from treegrpo.process_environment import isolate, restart
 
 
 def main() -> None:
     """The entry point. What it imports late would otherwise come from a directory that happens to be searched first."""
+    restart()
     isolate()
     from services.cli.main import main as command
 

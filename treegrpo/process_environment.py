@@ -28,10 +28,14 @@ RANKS = (
 )
 """What launchers tell the processes of a job."""
 RANK_PREFIXES = ("TORCHELASTIC_", "PET_", "ACCELERATE_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MPI_LOCAL")
+READ_AT_START = ("PYTHONOPTIMIZE", "PYTHONINSPECT", "PYTHONWARNINGS")
+"""What Python has taken in before we are asked: asserts and docstrings that libraries need, warnings that end them."""
 FOREIGN = (
     *("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"),
     *("MPLBACKEND", "MATPLOTLIBRC", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS", "mqtt_proxy", "MQTT_PROXY"),
-    *("PYTHONWARNINGS", "PYTHONINSPECT", "PYTHONIOENCODING", "PYTHONVERBOSE", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP"),
+    "SSLKEYLOGFILE",  # TLS would end where it cannot be written, and be read by others where it can
+    *("PYTHONIOENCODING", "PYTHONVERBOSE", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP"),
+    *READ_AT_START,
 )
 """Settings of libraries that this project sets itself, or that would end it."""
 FOREIGN_PREFIXES = ("UVICORN_",)
@@ -48,17 +52,23 @@ def isolate() -> None:
     protect()
     unwanted = _unwanted()
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) not in unwanted]
-    ranks = {name: value for name, value in os.environ.items() if is_rank(name)}  # `learner.trainer.launch` decides
-    kept = {**child_environment(), **ranks}
+    kept = _own_environment()
     for name in [name for name in os.environ if name not in kept]:
         del os.environ[name]
     os.environ.update(kept)
 
 
 def isolate_module() -> None:
-    """`isolate` if this is the start of ``python -m`` of a module of ours; in a program of others nothing is changed."""
+    """`restart` and `isolate` at the start of ``python -m`` of a module of ours; in a program of others nothing is changed."""
     if sys.argv[0] == "-m":  # as long as Python looks for the module
+        restart()
         isolate()
+
+
+def restart() -> None:
+    """Begin again as the same process, if Python has taken in what is not handed on; else return."""
+    if any(os.environ.get(name) for name in READ_AT_START):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _own_environment())  # noqa: S606
 
 
 def python(module: str, *arguments: str) -> list[str]:
@@ -94,6 +104,11 @@ def forget_ranks() -> None:
     """Take what a launcher said from the environment of this process."""
     for name in [name for name in os.environ if is_rank(name)]:
         del os.environ[name]
+
+
+def _own_environment() -> dict[str, str]:
+    ranks = {name: value for name, value in os.environ.items() if is_rank(name)}  # `learner.trainer.launch` decides
+    return {**child_environment(), **ranks}
 
 
 def _is_foreign(name: str) -> bool:

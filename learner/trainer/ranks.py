@@ -244,7 +244,7 @@ def joined() -> Generator[Ranks]:
             raise ConfigError(f"Rank {rank} of the trainer finds {gpus} GPUs on its machine; start at most as many processes.")
         torch.cuda.set_device(ranks.device)
     if sys.platform == "linux" and os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # all on this machine: keep to it
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo", timeout=PATIENCE)
         yield ranks

@@ -75,7 +75,7 @@ def test_the_command_runs_in_a_directory_of_other_modules(tmp_path: Path, start:
     if "-P" not in start:  # then Python itself looks for `services` there
         (folder / "services" / "__init__.py").unlink()
         (folder / "services").rmdir()
-    variables = {**os.environ, "PYTHONPATH": f"{ROOT}:", "PYTHONWARNINGS": "error"}
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT}:", "PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2", "PYTHONINSPECT": "1"}
     said = subprocess.run([*start, "plot"], cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=60)
     assert (said.returncode, said.stderr.split(":")[0]) == (2, "error"), said.stderr
     assert "nothing to plot" in said.stderr
