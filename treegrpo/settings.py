@@ -84,6 +84,10 @@ def load(toml: Path | None, flags: Sequence[str] = ()) -> Config:
 
 def from_arguments(arguments: Sequence[str]) -> Config:
     """`load` for a command's arguments, ``[CONFIG.toml] [--section.key value …]``. Raises ConfigError."""
+    try:
+        Path.cwd()
+    except OSError as error:  # libraries would end the process without a reason
+        raise ConfigError("The current directory is gone; change to one that exists.") from error
     named = bool(arguments) and not arguments[0].startswith("-")
     if late := [word for word in arguments[1:] if word.endswith(".toml")]:
         raise ConfigError(f"The configuration file {late[0]} goes first, before the flags.")

@@ -190,3 +190,12 @@ def test_what_is_printed_as_toml_is_read_again_whatever_is_in_it(tmp_path: Path)
     assert load(toml(tmp_path, text)).run == config.run
     assert "\x1b" not in text
     assert "\u202e" not in text
+
+
+def test_a_current_directory_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    with pytest.raises(ConfigError, match="The current directory is gone"):
+        from_arguments([])

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,7 @@ class Running:
             for pid in self.pids
             if variable.encode() in Path(f"/proc/{pid}/environ").read_bytes()
         }
-        return next(pid for pid, words in names.items() if module.encode() in words and b"treegrpo.leash" not in words)
+        return next(pid for pid, words in names.items() if module.encode() in words and not words[3].endswith(b"leash.py"))
 
 
 Up = Callable[..., Awaitable[Running]]
@@ -77,11 +77,11 @@ async def up() -> AsyncGenerator[Up]:
     """Starts `treegrpo up`; what a failing test leaves is killed, and its parts with it."""
     runs: list[Running] = []
 
-    async def start(*flags: str, program: str = "services.cli.main") -> Running:
+    async def start(*flags: str, program: str = "services.cli.main", variables: Mapping[str, str] | None = None) -> Running:
         mark, command = uuid.uuid4().hex, [sys.executable, "-m", program, "up", *flags]
-        output = asyncio.subprocess.PIPE
+        output, given = asyncio.subprocess.PIPE, {**environment(mark), **(variables or {})}
         process = await asyncio.create_subprocess_exec(
-            *command, env=environment(mark), stdout=output, stderr=asyncio.subprocess.STDOUT, stdin=asyncio.subprocess.DEVNULL
+            *command, env=given, stdout=output, stderr=asyncio.subprocess.STDOUT, stdin=asyncio.subprocess.DEVNULL
         )
         runs.append(Running(process, mark))
         return runs[-1]
@@ -103,15 +103,41 @@ async def told(bench: Workbench, state: str) -> None:
     assert (await asyncio.to_thread(treegrpo, "state", state, *bench.flags())).code == 0
 
 
-async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(bench: Workbench, up: Up) -> None:
-    run = await up(*bench.flags(sampler__count="2"))
+SURROUNDINGS = {
+    **dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"), "http://127.0.0.1:9"),
+    "no_proxy": "",
+    "NO_PROXY": "",
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "9",
+    "PROMETHEUS_MULTIPROC_DIR": "/nowhere",
+    "SSLKEYLOGFILE": "/nowhere/keys",
+    "MPLBACKEND": "nonsense",
+    "COLUMNS": "0",
+    "PYTHONIOENCODING": "latin-1",
+    "PYTHONWARNINGS": "error",
+    "PYTHONOPTIMIZE": "2",
+}
+"""What shells, pods and development machines set, at its worst."""
+
+
+async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(tmp_path: Path, up: Up) -> None:
+    folder = tmp_path / "lr$a_$b [red] [/b]"
+    folder.mkdir()
+    bench = Workbench(folder)
+    run = await up(*bench.flags(sampler__count="2"), variables=SURROUNDINGS)
     assert await run.end() == 0
     progress = read_progress(bench.run_dir)
     assert [step.step for step in progress.steps] == [1, 2]
     assert [record.step for record in progress.evals] == [0, 2]
     final = bench.run_dir / "checkpoints" / "final"
     assert run.lines[-5].startswith("held-out EM: ")
-    assert run.lines[-2:] == [f"checkpoint: {final} (Hugging Face format)", f"next: {program()} eval --model.path {final}"]
+    assert run.lines[-2:] == [
+        f"checkpoint: {final} (Hugging Face format)",
+        f"next: {program()} eval --model.path {shlex.quote(str(final))}",
+    ]
     assert (bench.run_dir / "progress.png").is_file()
     assert {log.stem for log in (bench.run_dir / "logs").iterdir()} == {
         *("broker", "retriever", "intake", "trainer", "sampler-0", "sampler-1")
