@@ -18,6 +18,7 @@ from rich.text import Text
 
 from treegrpo.printable_text import printable
 
+NARROW, WIDTH = 20, 80
 Justify = Literal["left", "right"]
 
 
@@ -52,6 +53,8 @@ class Terminal:
     def __init__(self, file: TextIO | None = None, *, force_terminal: bool | None = None, width: int | None = None) -> None:
         """``file``: instead of standard output; the rest: instead of what is found out about it."""
         self._console = Console(file=file, force_terminal=force_terminal, width=width, markup=False, highlight=False, emoji=False)
+        if self._console.width < NARROW:  # COLUMNS of a shell that does not know
+            self._console.width = WIDTH
 
     @property
     def is_terminal(self) -> bool:

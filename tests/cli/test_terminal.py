@@ -44,6 +44,14 @@ def test_foreign_text_is_shown_as_it_is_in_every_table() -> None:
     assert UNPRINTABLE.search(text.replace("\n", "")) is None
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "-1", "many"])
+def test_a_table_is_readable_whatever_the_shell_takes_for_columns(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    out = io.StringIO()
+    Terminal(out).show(findings_table([Finding("model", "ok", "a directory")]))
+    assert "a directory" in out.getvalue()
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_plot_has_any_title_and_needs_no_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
