@@ -1,7 +1,7 @@
 """Standard output and error that cannot end a process: what cannot be written is lost, and that is remembered.
 
-A full disk, a reader that has gone (`| head`), a terminal that was closed, an encoding without the letter: each would raise in
-the middle of whatever prints, or log. `protect` puts streams in their place that do not. Children write their logs with it.
+A full disk, a reader that has gone (`| head`) or does not read, a terminal that was closed, an encoding without the letter:
+each would raise, or wait, in the middle of whatever prints or logs. `protect` puts streams in their place that do not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TextIO, cast
 
 STREAMS = (("stdout", 1), ("stderr", 2))
 BLOCKED_SECONDS = 5.0
-"""A reader of a pipe that does not block the writer is waited for so long."""
+"""Longest to wait for a reader of a pipe that is full, or a terminal that was stopped: the run has better things to do."""
 
 
 class LossyFile(io.RawIOBase):
@@ -26,6 +26,8 @@ class LossyFile(io.RawIOBase):
         self.number = number
         self.lost: OSError | None = None
         """Why the first bytes that are missing could not be written."""
+        self._stuck = False
+        """Nobody has read for BLOCKED_SECONDS; until somebody does, nothing is waited for."""
 
     def writable(self) -> bool:
         return True
@@ -47,12 +49,13 @@ class LossyFile(io.RawIOBase):
         return size
 
     def _write(self, data: memoryview) -> int:
-        try:
-            return os.write(self.number, data)
-        except BlockingIOError:
-            if not select.select([], [self.number], [], BLOCKED_SECONDS)[1]:
-                raise
-            return 0
+        ready = select.poll()
+        ready.register(self.number, select.POLLOUT)
+        if not ready.poll(0 if self._stuck else 1000 * BLOCKED_SECONDS):
+            self._stuck = True
+            raise BlockingIOError(errno.EAGAIN, "nobody reads it")
+        self._stuck = False
+        return os.write(self.number, data[: select.PIPE_BUF])  # a pipe with room has room for so much
 
 
 def protect() -> None:

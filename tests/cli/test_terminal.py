@@ -20,8 +20,10 @@ from services.cli.summary import summary
 from services.cli.terminal import Terminal
 from services.cli.view import overview
 from tests.cli.records import evaluation, step, step_row, write
+from treegrpo import standard_streams
 from treegrpo.printable_text import UNPRINTABLE
 from treegrpo.question import Question
+from treegrpo.standard_streams import LossyFile
 
 NASTY = "[red]a[/] [/b] :smile: [link=x] $\\frac{ ^_ \x1b[31m\x9b\u202e\ud800 é"
 SHOWN = "[red]a[/] [/b] :smile: [link=x] $\\frac{ ^_ \\x1b[31m\\x9b\\u202e\\ud800 é"
@@ -98,3 +100,17 @@ def test_a_command_ends_well_whatever_becomes_of_its_output(tmp_path: Path, outp
 @pytest.mark.parametrize("output", [FULL, CLOSED, GONE])
 def test_an_error_has_its_exit_code_whatever_becomes_of_the_sentence(output: str) -> None:
     assert command(output, "no-such-command", error="closed") == (2, "")
+
+
+def test_a_reader_that_does_not_read_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standard_streams, "BLOCKED_SECONDS", 0.01)
+    reading, writing = os.pipe()
+    file = LossyFile(writing)
+    with os.fdopen(reading, "rb") as reader:
+        assert file.write(b"x" * 200_000) == 200_000
+        assert file.lost is not None
+        took = len(reader.read1(1_000_000))
+        assert 0 < took < 200_000
+        assert file.write(b"again") == 5
+        os.close(writing)
+        assert reader.read().endswith(b"again")
