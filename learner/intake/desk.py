@@ -193,7 +193,7 @@ class Desk:
         end = group.settle(end)
         if end.reason is LeaseEndReason.STOPPED and group.told_at is None and self.control.state is not RunState.DRAINING:
             end = replace(end, reason=LeaseEndReason.RETURNED)
-        if end.error:
+        if end.error and not self.breaker.put_aside(peer.id):  # what it says then is in the line that puts it aside
             log.warning("lease %s ends as %s on sampler %s: %s", end.lease, end.reason.value, peer.id, end.error)
         self._end(end)
         self.grant()

@@ -58,13 +58,16 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def _listen(self, peer: Peer, context: Context) -> None:
         """Hear a sampler to the end of its stream. Raises TimeoutError when the desk hangs up: it watches for silence."""
-        async with asyncio.timeout(0.0 if peer.farewell else None) as peer.stream:
-            while (request := await context.read()) != EOF:
-                self._hear(peer, request)
-                if self._desk.behind:  # what it says next stays in its stream, and its silence is our own
-                    peer.heard = math.inf
-                    await self._desk.caught_up()
-                peer.heard = time.monotonic()
+        try:
+            async with asyncio.timeout(0.0 if peer.farewell else None) as peer.stream:
+                while (request := await context.read()) != EOF:
+                    self._hear(peer, request)
+                    if self._desk.behind:  # what it says next stays in its stream, and its silence is our own
+                        peer.heard = math.inf
+                        await self._desk.caught_up()
+                    peer.heard = time.monotonic()
+        finally:
+            peer.stream = None  # it may be hung up on while its last message is written
 
     async def _read(self, context: Context, seconds: float) -> pb.RolloutRequest | None:
         try:

@@ -32,6 +32,8 @@ class Audit:
     """Groups that are not trained, by why."""
     unreported: int = 0
     """Steps that were taken and whose record never reached the progress file; their groups follow from the positions."""
+    hostile_leases: int = 0
+    """That the hostile sampler was given."""
     chain: list[Row] = field(default_factory=list[Row])
     """The records of the steps that count, in order."""
     evals: list[Row] = field(default_factory=list[Row])
@@ -53,6 +55,7 @@ def audit(run_dir: Path, archive: Archive, *, ended: bool) -> Audit:
     books = Books.of(archive.events())
     found = Audit(chain=chain(lines), evals=[line for line in lines if line["kind"] == "eval"])
     found.duplicated += books.twice
+    found.hostile_leases = books.hostile
     for line in lines:
         found.unbalanced += imbalances(line)
     found.unbalanced += unknown_totals(lines, books.history)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from learner.intake.frames import Record
+from tests.chaos.hostile import NAME as HOSTILE
 from treegrpo.budget import Budget, Cost
 from treegrpo.codec import cost_from_pb, lease_end_from_pb, lease_from_pb
 from treegrpo.lease import LeaseKind
@@ -41,6 +42,8 @@ class Books:
     """`spent` after every event."""
     twice: list[str] = field(default_factory=list[str])
     """What was counted a second time, each in words."""
+    hostile: int = 0
+    """Leases of the hostile sampler."""
     _owner: dict[str, int] = field(default_factory=dict[str, int])
     """The draw of each training lease."""
 
@@ -62,6 +65,7 @@ class Books:
         match event["event"]:
             case "granted":
                 self._granted(rollout_pb2.Lease.FromString(event["lease"]), event["draw"])
+                self.hostile += event["holder"].startswith(f"{HOSTILE}/")
             case "accepted":
                 self._accepted(tree_pb2.Subtree.FromString(event["subtree"]))
             case "ended":

@@ -76,6 +76,7 @@ class Verdict:
             "steps_unreported": self.found.unreported,
             "groups_trained": self.found.trained,
             "groups_accounted": {why: count for why, count in self.found.accounted.items() if count},
+            "hostile_leases": self.found.hostile_leases,
             "restarts": dict(self.restarts),
             "memory_beyond_bound": len(self.grown),
             "memory_growth": round(self.growth, 2),

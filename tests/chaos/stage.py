@@ -1,6 +1,6 @@
 """The run that is disturbed: GeoHop with its parts as processes, every connection between them through a proxy of its own.
 
-sampler-0..n ──► intake (gRPC), retriever (HTTP), broker (MQTT)
+sampler-0..n ──► intake (gRPC), retriever (HTTP), broker (MQTT)      hostile sampler ──► intake, without a proxy
 intake ──► broker                        trainer ──► intake over a Unix socket, which has no proxy
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.cli.process import Program
+from tests.chaos.hostile import NAME as HOSTILE
 from tests.chaos.proxy import Proxy
 from tests.ports import free_ports
 
@@ -43,7 +44,7 @@ class Stage:
     @property
     def parts(self) -> list[str]:
         """In the order in which they are started."""
-        return ["broker", "retriever", "intake", "trainer", *self.samplers]
+        return ["broker", "retriever", "intake", "trainer", *self.samplers, HOSTILE]
 
     def address(self, name: str) -> str:
         """Where a service listens; of a sampler and the trainer, and for the intake as "metrics": where its metrics are."""
@@ -60,11 +61,15 @@ class Stage:
         }
 
     def program(self, part: str) -> Program:
+        if part == HOSTILE:
+            return Program(part, "tests.chaos.hostile")
         module = {"broker": "services.cli.broker", "retriever": "services.retriever"}.get(part, f"learner.{part}")
         return Program(part, "services.sampler" if part in self.samplers else module)
 
     def arguments(self, part: str) -> list[str]:
         """The configuration as ``part`` is told it."""
+        if part == HOSTILE:
+            return [self.address("intake"), str(self.seed)]
         keys = {
             "run.name": RUN,
             "run.dir": str(self.run_dir),
