@@ -43,10 +43,15 @@ def check_size(subtree: Subtree, above: tuple[int, int], plan: Plan, where: str)
         _check_leaf(leaf, f"{where}, node {leaf.node}")
 
 
+def check_count(steps: int, leaves: int, plan: Plan, here: str) -> None:
+    """A subtree has no more of both than a whole group of its ``plan``: known before it is decoded. Raises TreeError."""
+    if leaves > plan.leaves or steps > plan.leaves * (plan.max_turns + 1):
+        raise TreeError(f"{here} has more leaves or steps than all {plan.leaves} episodes of its group may have.", "steps")
+
+
 def _check_paths(subtree: Subtree, above: tuple[int, int], plan: Plan, here: str) -> None:
     turns = plan.max_turns + 1
-    if len(subtree.leaves) > plan.leaves or len(subtree.steps) > plan.leaves * turns:
-        raise TreeError(f"{here} has more leaves or steps than all {plan.leaves} episodes of its group may have.", "steps")
+    check_count(len(subtree.steps), len(subtree.leaves), plan, here)
     start = (above[0], above[1] + len(subtree.prompt))
     ends = {subtree.parent: start}
     for step in subtree.steps:  # an unknown parent is for `Tree.add` to refuse
@@ -74,10 +79,10 @@ def _check_step(step: Step, plan: Plan, here: str) -> None:
 
 def _check_leaf(leaf: Leaf, here: str) -> None:
     for field, numbers in (("rewards", leaf.rewards), ("metrics", leaf.metrics)):
-        if len(numbers) > NUMBERS or any(len(key) > NAME_LENGTH for key in numbers):
+        if len(numbers) > NUMBERS or max(map(len, numbers), default=0) > NAME_LENGTH:
             what = f"{field} has more than {NUMBERS} numbers, or a name of more than {NAME_LENGTH} letters"
             raise TreeError(f"{here}: {what}.", field)
-        if math.isfinite(sum(numbers.values())) and any(abs(value) > LARGEST for value in numbers.values()):
+        if math.isfinite(sum(numbers.values())) and max(map(abs, numbers.values()), default=0.0) > LARGEST:
             raise TreeError(f"{here}: {field} has a number beyond {LARGEST:g}.", field)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from learner.intake.groups import OpenGroup
 from treegrpo.budget import Cost
 from treegrpo.codec import cost_from_pb
@@ -31,6 +33,11 @@ def check_holder(group: OpenGroup | None, lease: str, holder: str) -> None:
         raise ContractError(f"Lease {lease} is not held by sampler {holder}; its own sampler speaks for it.")
 
 
+def not_open(lease: str) -> ContractError:
+    """Nobody asks for work on ``lease`` any more."""
+    return ContractError(f"Lease {lease} is not open; its work is no longer wanted.")
+
+
 def reason_of(group: OpenGroup | None, holder: str, error: ContractError) -> str:
     """What is wrong with a subtree that is refused, in a word; its lease is of ``group``, if it is open."""
     if group is None:
@@ -42,7 +49,7 @@ def reason_of(group: OpenGroup | None, holder: str, error: ContractError) -> str
 
 def cost_of(sent: tree_pb2.Subtree, plan: Plan) -> Cost:
     """What a subtree that is refused says it cost, as far as it can have."""
-    costs = [cost_from_pb(step.cost) for step in sent.steps]
+    costs = [cost_from_pb(step.cost) for step in islice(sent.steps, plan.leaves * (plan.max_turns + 1))]
     return sum((cost for cost in costs if is_cost(cost, plan, steps=1)), Cost())
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from learner.intake import events
+from learner.intake.asked_for import not_open
 from learner.intake.frames import encode
 from learner.intake.groups import OpenGroup
 from learner.intake.leases import LeaseBook
@@ -20,6 +21,8 @@ from learner.intake.report import Reporter
 from treegrpo.budget import Cost
 from treegrpo.codec import lease_to_pb, subtree_from_pb
 from treegrpo.lease import Lease, LeaseEnd
+from treegrpo.size import check_count
+from treegrpo.soundness import name
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
 log = logging.getLogger(__name__)
@@ -52,7 +55,11 @@ class Clerk:
     def accept(self, sent: tree_pb2.Subtree) -> asyncio.Future[int]:
         """Take a subtree in; the future is done when it is durable. Raises ContractError if it is refused."""
         group = self._book.find(sent.lease)
-        subtree = subtree_from_pb(sent, group.group.id if group else "")
+        if group is None:
+            raise not_open(sent.lease)
+        where = name(sent.lease, sent.tree, group.group.id)
+        check_count(len(sent.steps), len(sent.leaves), group.lease.plan, f"{where}: subtree {sent.index}")
+        subtree = subtree_from_pb(sent, group.group.id)
         encoded = sent.SerializeToString()
         record = encode(events.accepted(encoded))
         if not self._book.accept(subtree, encoded):
@@ -60,8 +67,7 @@ class Clerk:
             return self._journal.barrier()
         done = self._journal.append(record)
         self.pace.progress()
-        if group is not None:
-            self._reporter.accepted(group, subtree)
+        self._reporter.accepted(group, subtree)
         return done
 
     def refuse(self, lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> asyncio.Future[int] | None:

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from learner.intake.asked_for import check_asked_for
+from learner.intake.asked_for import check_asked_for, not_open
 from learner.intake.groups import TRIES, Fate, OpenGroup
 from learner.intake.order import pressing
 from learner.intake.standing import Standing
@@ -91,7 +91,7 @@ class LeaseBook(Standing):
         """
         group = self.find(subtree.lease)
         if group is None:
-            raise ContractError(f"Lease {subtree.lease} is not open; its work is no longer wanted.")
+            raise not_open(subtree.lease)
         if group.closed:
             raise ContractError(f"Lease {subtree.lease} reached the staleness bound; its group is closed.")
         check_asked_for(group, subtree, self._vocabulary)

@@ -37,10 +37,12 @@ class Ledger:
         """Charge an open lease. What goes beyond its grant (KV recomputed after a weight swap) is granted on top."""
         kind, left = self._open[lease]
         account = self.accounts[kind]
-        extra = Budget(max(0, budget.tokens - left.tokens), max(0, budget.tool_calls - left.tool_calls))
-        account.granted += extra
         account.spent += budget
-        self._open[lease] = (kind, left + extra - budget)
+        if budget.tokens > left.tokens or budget.tool_calls > left.tool_calls:
+            extra = Budget(max(0, budget.tokens - left.tokens), max(0, budget.tool_calls - left.tool_calls))
+            account.granted += extra
+            left += extra
+        self._open[lease] = (kind, left - budget)
 
     def late(self, kind: LeaseKind, budget: Budget) -> None:
         """Charge work of a lost lease that is of use after all.

@@ -14,7 +14,7 @@ from treegrpo.errors import ContractError
 from treegrpo.limits import NAME_BYTES, SENTENCE_LETTERS
 from treegrpo.v1 import rollout_pb2 as pb
 
-PARTS = 1 << 16
+PARTS = 1 << 14
 """Fields of a message, those of its parts included. A branch of 32 turns has a thousand."""
 LEASES = 4096
 """Of a Hello; more than one sampler can hold."""

@@ -16,11 +16,11 @@ from treegrpo.v1 import rollout_pb2 as pb
 def test_many_small_parts_are_refused_before_they_are_parsed(field: bytes) -> None:
     """Empty steps and leaves: 2 bytes here, 70 and more when they are parsed."""
     body = field * (PARTS + 1)
-    with pytest.raises(ContractError, match="more than 65536 parts"):
+    with pytest.raises(ContractError, match="more than 16384 parts"):
         read_request(b"\x1a" + varint(len(body)) + body)
     inner = b"\x32\x00" * (PARTS + 1)
     step = b"\x2a" + varint(len(inner)) + inner
-    with pytest.raises(ContractError, match="more than 65536 parts"):
+    with pytest.raises(ContractError, match="more than 16384 parts"):
         read_request(b"\x1a" + varint(len(step)) + step)
 
 

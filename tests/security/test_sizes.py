@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,17 @@ import numpy as np
 import pytest
 
 from learner.intake.questions import load_questions
+from learner.intake.reading import PARTS
 from tests.intake.builders import PLAN, book, chain, grant, step
+from tests.intake.doorstep import doorstep
+from tests.intake.harness import Sampler
 from treegrpo.budget import Cost
+from treegrpo.codec import subtree_to_pb
 from treegrpo.errors import DataError, TreeError
 from treegrpo.limits import QUESTION_BYTES
 from treegrpo.size import NUMBERS, TEXT_LENGTH
 from treegrpo.step import Leaf, Subtree
+from treegrpo.v1 import tree_pb2
 
 
 def long(lease: str) -> Subtree:
@@ -121,3 +127,22 @@ def test_a_question_that_is_too_long_is_refused_with_its_row(tmp_path: Path) -> 
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match=rf"row 1 has \d+ bytes of text; {QUESTION_BYTES} are the most"):
         load_questions(tmp_path / "train.jsonl")
+
+
+async def test_a_subtree_of_very_many_steps_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    """Thousands of steps of a few bytes held the event loop for a third of a second, each time."""
+    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+        await sampler.want(1)
+        lease = (await sampler.hear("lease")).id
+        sent = subtree_to_pb(chain(lease))
+        for number in range(PARTS // 4):
+            sent.steps.add(node=number + 100, status=tree_pb2.STEP_STATUS_OK)
+        for made in (lease, "train-9999999"):
+            sent.lease = made
+            began = time.process_time()
+            await sampler.say(subtree=sent)
+            refusal = (await sampler.hear("ack")).refusal
+            assert "more leaves or steps than all" in refusal or "is not open" in refusal
+            assert time.process_time() - began < 0.25
+        assert door.sample("subtrees_refused_total", reason="steps") == 1
+        assert len(door.desk.book.open[lease].refused) == 1
