@@ -38,6 +38,15 @@ KEYS = (
     "environment.max_observation_tokens",
 )
 MODEL, QUESTIONS = "model.path", ("data.train", "data.heldout")
+TEXT = "text_sha256"
+"""Of a model the second digest; a run that began before there was one goes on without."""
+WEIGHT_FILES = ("config.json", "tokenizer*", "*.safetensors")
+"""Of a model, what decides what is computed."""
+TEXT_FILES = (
+    *("generation_config.json", "chat_template*", "additional_chat_templates/*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+)
+"""And what decides, beside these, how text becomes tokens and which tokens end a turn."""
 EDGE_BYTES = 1 << 20
 """Of a large file the size, the beginning and the end are looked at: fine-tuning leaves neither as it was."""
 
@@ -112,7 +121,9 @@ def _value(config: Config, name: str) -> Any:
     if not isinstance(value, Path):
         return value
     try:
-        return {"path": str(value), "sha256": _model(value) if name == MODEL else _content(value)}
+        if name == MODEL:
+            return {"path": str(value), "sha256": _digest(value, WEIGHT_FILES), TEXT: _digest(value, TEXT_FILES)}
+        return {"path": str(value), "sha256": _content(value)}
     except OSError as error:
         raise DataError(f"{name} = {value} cannot be read ({error.strerror or error}); check the path.") from error
 
@@ -122,10 +133,10 @@ def _content(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _model(folder: Path) -> str:
-    """Of the files that decide what is computed: configuration, tokenizer, weights."""
+def _digest(folder: Path, patterns: Iterable[str]) -> str:
+    """Of the files of a model directory that fit ``patterns``."""
     found = hashlib.sha256()
-    for path in sorted({*folder.glob("config.json"), *folder.glob("tokenizer*"), *folder.glob("*.safetensors")}):
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         size = path.stat().st_size
         found.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
@@ -139,7 +150,7 @@ def _changes(name: str, then: Any, now: Any) -> Iterator[str]:
     if not isinstance(now, dict):
         if then != now:
             yield f"{name} was {then} and is {now}"
-    elif then["sha256"] != now["sha256"]:
+    elif any(then[part] != now[part] for part in ("sha256", TEXT) if part in then and part in now):
         same = then["path"] == now["path"]
         yield f"{name} = {now['path']} has changed since" if same else f"{name} was {then['path']} and is {now['path']}"
 

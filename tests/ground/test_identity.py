@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -72,6 +73,28 @@ def test_of_files_the_content_counts_not_where_they_lie(tmp_path: Path) -> None:
         file.write("\n")
     with pytest.raises(ConfigError, match=rf"data\.heldout = {bench.heldout} has changed since"):
         check_identity(told(bench))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"],
+)
+def test_another_template_or_special_token_is_another_model(tmp_path: Path, name: str) -> None:
+    bench, model = begun(tmp_path), shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    (model / "README.md").write_text("no part of it")
+    check_identity(told(bench, model__path=str(model)))
+    with (model / name).open("a") as file:
+        file.write(" ")
+    with pytest.raises(ConfigError, match=rf"model\.path was .* and is {model}\."):
+        check_identity(told(bench, model__path=str(model)))
+
+
+def test_a_run_that_noted_less_of_its_model_goes_on(tmp_path: Path) -> None:
+    bench = begun(tmp_path)
+    noted = json.loads((bench.run_dir / FILE_NAME).read_text())
+    del noted[MODEL]["text_sha256"]
+    (bench.run_dir / FILE_NAME).write_text(json.dumps(noted))
+    check_identity(told(bench))
 
 
 def test_one_weight_is_another_model(tmp_path: Path) -> None:
