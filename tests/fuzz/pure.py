@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from learner.intake.frames import BrokenFrameError, follows, read_frame
 from learner.intake.presence import Presence
 from learner.intake.reading import read_request
-from tests.fuzz import samples
+from tests.fuzz import answers, samples
 from tests.fuzz.mutations import packed, protobufs, raw
 from tests.intake.builders import PLAN, book, grant
 from treegrpo import scrape
@@ -128,5 +128,6 @@ TARGETS = [
     Target("group", 8_000, packed(samples.GROUPS), group),
     Target("journal", 10_000, raw([*samples.FRAMES, samples.SEGMENT]), journal),
     Target("presence", 10_000, st.tuples(st.integers(0, 9), HEARD), presence()),
+    Target("search-qa", 2_000, answers.REPLIES, answers.search()),
     Target("scrape", 2_000, raw(samples.SCRAPES), page()),
 ]
