@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from treegrpo.errors import DataError
+from treegrpo.errors import DataError, describe
 from treegrpo.text_files import open_text
 
 PARQUET = b"PAR1"
@@ -27,7 +27,7 @@ def read_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Any]]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); check the data path.") from error
     except UnicodeError as error:
-        raise DataError(f"{path} is neither JSON lines nor parquet ({error}); check the data path.") from error
+        raise DataError(f"{path} is neither JSON lines nor parquet ({describe(error)}); check the data path.") from error
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -50,7 +50,7 @@ def _parsed(text: str, where: str, remedy: str) -> Any:
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not valid JSON ({error.msg}); {remedy}.") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
-        raise DataError(f"{where} cannot be read as JSON ({error}); {remedy}.") from error
+        raise DataError(f"{where} cannot be read as JSON ({describe(error)}); {remedy}.") from error
 
 
 def _parquet(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Any]]:
@@ -66,4 +66,4 @@ def _parquet(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, row
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        raise DataError(f"{path} cannot be read as parquet ({error}); check the data path.") from error
+        raise DataError(f"{path} cannot be read as parquet ({describe(error)}); check the data path.") from error

@@ -27,7 +27,7 @@ from pydantic_settings import (
 )
 
 from treegrpo.config import Config
-from treegrpo.errors import ConfigError
+from treegrpo.errors import ConfigError, describe
 from treegrpo.section import Input, Section
 from treegrpo.text_files import read_text
 
@@ -158,7 +158,7 @@ def _from_toml(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ConfigError(f"The configuration file {path} cannot be read ({error.strerror}); check its permissions.") from error
     except (tomllib.TOMLDecodeError, UnicodeError) as error:
-        raise ConfigError(f"The configuration file {path} is not valid TOML: {error}.") from error
+        raise ConfigError(f"The configuration file {path} is not valid TOML: {describe(error)}.") from error
     for section, field in Config.model_fields.items():
         keys = table.get(section)
         for key, about in cast("type[Section]", field.annotation).model_fields.items():
