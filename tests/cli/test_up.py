@@ -124,7 +124,7 @@ SURROUNDINGS = {
 
 
 async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(tmp_path: Path, up: Up) -> None:
-    folder = tmp_path / "lr$a_$b [red] [/b]"
+    folder = tmp_path / "lr$a_$b [red] :smile:"
     folder.mkdir()
     bench = Workbench(folder)
     run = await up(*bench.flags(sampler__count="2"), variables=SURROUNDINGS)
