@@ -25,7 +25,8 @@ from learner.trainer.loop import main
 from learner.trainer.ranks import Ranks
 from treegrpo.config import Config
 from treegrpo.edge import FAILED
-from treegrpo.errors import DeadlineError, RunError, UnavailableError
+from treegrpo.errors import DeadlineError, PartError, TreeGrpoError, UnavailableError
+from treegrpo.exit_report import ExitReports, most_telling
 from treegrpo.handoff import IntakeClient, socket_path
 from treegrpo.leash import leashed
 from treegrpo.process_environment import child_environment, python
@@ -50,61 +51,84 @@ def intake(config: Config, ranks: Ranks) -> Generator[None]:
     """An intake for the time of the block.
 
     Raises:
-        RunError: it ended for a reason that stays.
-        UnavailableError: it ended at once, for one that may pass.
+        PartError: it ended for a reason that stays, which goes before any error of the block; or before it served.
         DeadlineError: it is not ready in time.
     """
     path = socket_path(config.run.dir)
-    own = _start() if ranks.is_first and not _serves(path) else None
+    own = _Intake() if ranks.is_first and not _serves(path) else None
     try:
         ranks.first(lambda: _wait(own, path))
         keeper = _Keeper(own) if own is not None else None
     except BaseException:
         if own is not None:
-            _end(own)
+            own.end()
         raise
     try:
         yield
+    except TreeGrpoError as error:  # such as that the intake is away
+        if keeper is not None:
+            keeper.end()
+            keeper.check(error)
+        raise
     finally:
         if keeper is not None:
             keeper.end()
     ranks.first(lambda: keeper and keeper.check())
 
 
+class _Intake:
+    """An intake's process, with what it reports. Its own session: a Ctrl-C reaches the trainer alone, which ends it in order."""
+
+    def __init__(self) -> None:
+        self._reports = ExitReports()
+        command = leashed(python("learner.intake", *sys.argv[1:]))
+        environment = child_environment(self._reports.environment)
+        self.process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603
+
+    def obituary(self) -> str:
+        """How it ended, and why."""
+        report = most_telling(self._reports.read())
+        why = report.sentence if report else "it gave no reason, but its last words are above"
+        return f"The intake ended with code {self.process.returncode}: {why}"
+
+    def end(self) -> None:
+        """End it, if it runs."""
+        self.process.terminate()
+        try:
+            self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
 class _Keeper:
     """Starts the intake again when it dies. When it has ended well or for good, the trainer is told to end too."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
+    def __init__(self, own: _Intake) -> None:
+        self._own = own
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="intake-keeper", daemon=True)
         self._thread.start()
 
     def _keep(self) -> None:
-        while (code := self._process.wait()) not in (0, FAILED) and not self._leaving.is_set():
-            log.warning("the intake ended with code %d and is started again in %.0f s", code, RESTART_SECONDS)
+        while self._own.process.wait() not in (0, FAILED) and not self._leaving.is_set():
+            log.warning("%s; it is started again in %.0f s", self._own.obituary(), RESTART_SECONDS)
             if self._leaving.wait(RESTART_SECONDS):
                 return
-            self._process = _start()  # it dies with this thread, which lives as long as it does
+            self._own = _Intake()  # it dies with this thread, which lives as long as it does
         if not self._leaving.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
 
     def end(self) -> None:
         """End the intake, if it runs."""
         self._leaving.set()
-        _end(self._process)
+        self._own.end()
         self._thread.join()
 
-    def check(self) -> None:
-        """Raise RunError if the intake ended for a reason that stays."""
-        if self._process.returncode == FAILED:
-            raise RunError(f"The intake ended with code {FAILED}, and the trainer with it; the intake's last words are above.")
-
-
-def _start() -> subprocess.Popen[bytes]:
-    """Its own session: a Ctrl-C reaches the trainer alone, which then ends it in order."""
-    command = leashed(python("learner.intake", *sys.argv[1:]))
-    return subprocess.Popen(command, start_new_session=True, env=child_environment())  # noqa: S603
+    def check(self, error: TreeGrpoError | None = None) -> None:
+        """Raise PartError, from ``error``, if the intake ended for a reason that stays."""
+        if self._own.process.returncode == FAILED:
+            raise PartError(self._own.obituary()) from error
 
 
 def _serves(path: str) -> bool:
@@ -115,24 +139,14 @@ def _serves(path: str) -> bool:
     return True
 
 
-def _wait(own: subprocess.Popen[bytes] | None, path: str) -> None:
+def _wait(own: _Intake | None, path: str) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while own is not None and not _serves(path):
-        if own.poll() is not None:
-            kind = RunError if own.returncode == FAILED else UnavailableError
-            raise kind(f"The intake ended with code {own.returncode} before it served; its last words are above.")
+        if (code := own.process.poll()) is not None:
+            raise PartError(own.obituary(), passes=code != FAILED)
         if time.monotonic() > deadline:
             raise DeadlineError(f"The intake was not ready within {READY_SECONDS:.0f} s; see what it logged.")
         time.sleep(RETRY_SECONDS)
-
-
-def _end(own: subprocess.Popen[bytes]) -> None:
-    own.terminate()
-    try:
-        own.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        own.kill()
-        own.wait()
 
 
 if __name__ == "__main__":

@@ -4,32 +4,35 @@
 2     an error that stays until somebody does something: configuration, data, model, a taken port, a damaged journal
 75    an error that may pass: a peer that does not answer, a deadline; start it again
 else  a crash, or a signal; start it again
+
+The sentence goes to standard error for people, and to the process that started this one as an exit report.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from treegrpo import logs
 from treegrpo.config import Config
 from treegrpo.errors import TreeGrpoError
+from treegrpo.exit_report import FAILED, PASSING, exit_code, report_of, write_report
 from treegrpo.printable_text import printable
 from treegrpo.settings import from_arguments
+from treegrpo.stop_signals import stop_signals
 
+__all__ = ["ERROR_MARK", "FAILED", "PASSING", "complain", "exit_code", "find", "run_service"]
 ERROR_MARK = "error: "
-"""What a process's last words begin with."""
-FAILED = 2
-PASSING = 75
-"""EX_TEMPFAIL of sysexits.h."""
+"""What the sentence begins with on standard error."""
+log = logging.getLogger(__name__)
 
 
 def run_service(service: Callable[[Config], Coroutine[Any, Any, None]], arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run ``service`` as this process: configuration, logging, SIGTERM and SIGINT as a cancellation, the exit code.
+    """Run ``service`` as this process: configuration, logging, stop signals as a cancellation, the exit code.
 
     Example:
         if __name__ == "__main__":
@@ -46,38 +49,52 @@ def run_service(service: Callable[[Config], Coroutine[Any, Any, None]], argument
 
 
 def complain(error: BaseException) -> int:
-    """Print the sentence of an error of ours and return the exit code; raise any other again."""
+    """Report an error of ours, print its sentence and return the exit code; report any other as a crash and raise it again."""
     ours = find(error)
     if ours is None:
+        if not isinstance(error, SystemExit | KeyboardInterrupt):
+            write_report(report_of(error))
         raise error
+    write_report(report_of(ours))
+    for other in _leaves(error):  # a crash beside it is not lost
+        if not isinstance(other, TreeGrpoError | asyncio.CancelledError):
+            log.error("besides, something crashed: %s", other, exc_info=other)
     if logs.as_json():
         logs.to_stderr()
-        logging.getLogger(__name__).critical("%s", " ".join([str(ours), *getattr(ours, "__notes__", ())]))
+        log.critical("%s", " ".join([str(ours), *getattr(ours, "__notes__", ())]))
     else:
         lines = [f"{ERROR_MARK}{ours}", *getattr(ours, "__notes__", ())]  # notes say how to go on
-        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody listens any more
+            print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
     return exit_code(ours)
 
 
-def exit_code(error: TreeGrpoError) -> int:
-    """What a process ends with after ``error``."""
-    return PASSING if error.passes else FAILED
-
-
 def find(error: BaseException) -> TreeGrpoError | None:
-    """The first error of ours in ``error``, which a task group may have wrapped."""
+    """The error of ours in ``error``, which a task group may have wrapped: one that stays before one that may pass."""
+    return min((one for one in _leaves(error) if isinstance(one, TreeGrpoError)), key=lambda one: one.passes, default=None)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup):
-        return next((found for inner in error.exceptions if (found := find(inner))), None)
-    return error if isinstance(error, TreeGrpoError) else None
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 async def _until_told(service: Coroutine[Any, Any, None]) -> None:
-    """Await ``service``; a signal cancels it, which is a normal end."""
-    task = asyncio.ensure_future(service)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel)
+    """Await ``service``; a signal cancels it, which is a normal end. One that is cancelled unasked has crashed."""
+    task, told = asyncio.ensure_future(service), asyncio.Event()
+
+    def stop() -> None:
+        told.set()
+        task.cancel()
+
+    for number in stop_signals():
+        asyncio.get_running_loop().add_signal_handler(number, stop)
     try:
         await task
     except asyncio.CancelledError:
-        logging.getLogger(__name__).info("told to stop")
+        if not told.is_set():
+            raise RuntimeError("The service was cancelled, and nobody had told it to stop.") from None
+        log.info("told to stop")

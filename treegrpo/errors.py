@@ -13,7 +13,8 @@
     ├── UnavailableError  (ConnectionError)  a peer that is not there
     ├── DeadlineError     (TimeoutError)     a wait that ran out of time
     ├── RankError         (RuntimeError)     another process of the trainer failed
-    ├── RunError          (RuntimeError)     the run leads nowhere, or a part of it ended for good
+    ├── RunError          (RuntimeError)     the run leads nowhere
+    │   └── PartError                        a part of the run ended, and with it the run
     ├── EngineError       (RuntimeError)     generation failed; the node is retried, then excluded
     │   └── EngineAwayError                  the engine is not there; it is waited for
     ├── ToolError         (RuntimeError)     a tool failed; the node is retried, then excluded
@@ -30,13 +31,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import ClassVar
 
 
 class TreeGrpoError(Exception):
     """Base of all errors raised on purpose."""
 
-    passes: ClassVar[bool] = False
+    passes: bool = False
     """Whether the same, tried again a little later, may go well without anybody's help."""
 
 
@@ -115,6 +115,15 @@ class RankError(TreeGrpoError, RuntimeError):
 
 class RunError(TreeGrpoError, RuntimeError):
     """The run cannot go on without help: its work leads nowhere, or a part ended and starting it again did not help."""
+
+
+class PartError(RunError):
+    """A part of the run ended, and the run with it: for a reason that stays, or too often."""
+
+    def __init__(self, message: str, *, passes: bool = False) -> None:
+        """``passes`` as the part's own error says."""
+        super().__init__(message)
+        self.passes = passes
 
 
 class EngineError(TreeGrpoError, RuntimeError):

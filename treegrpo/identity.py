@@ -3,7 +3,8 @@
 A lease that is out, a group half rolled out and the position in the journal mean something only under the questions, the
 seed, the plan and the batch they were made with; rewards and evaluations compare only under one environment. Everything
 else may change from one start to the next: steps, learning rate, loss, estimator, staleness, checkpoints, addresses,
-counts, engines, security. Of files the content counts, not where they lie.
+counts, engines, security. Of files the content counts, not where they lie. A run that has trained nothing yet may become
+another (`learner/intake/untrained.py`).
 
 The intake keeps this file, for it alone has the questions and decides which draw is which; the trainer and the command line
 compare what they were told with it.
@@ -94,15 +95,20 @@ def check_identity(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTI
         ConfigError: it is another, or what was written cannot be read.
         DataError: a file cannot be read.
     """
+    if found := changes(config, names):
+        raise ConfigError(
+            f"The run in run.dir = {config.run.dir} cannot go on as another: {', '.join(found)}. Set it back as it was, or "
+            "begin anew in another run.dir, with this run's last checkpoint as model.path to keep what it has learnt."
+        )
+
+
+def changes(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -> list[str]:
+    """What has changed of the run in ``run.dir`` since it began, each with both values; see `check_identity`."""
     path = config.run.dir / FILE_NAME
     if not path.exists():
-        return
+        return []
     now, then = _identity(config, names), _read(path)
-    if changes := [change for key in now if key in then for change in _changes(key, then[key], now[key])]:
-        raise ConfigError(
-            f"The run in run.dir = {config.run.dir} cannot go on as another: {', '.join(changes)}. Set it back as it was, or "
-            "begin anew in another run.dir."
-        )
+    return [change for key in now if key in then for change in _changes(key, then[key], now[key])]
 
 
 def _id(path: Path) -> str:

@@ -1,6 +1,10 @@
 """Asks a process of this container or machine whether it serves: ``python -m treegrpo.probe URL …``; exit code 0 if all do.
 
     python -m treegrpo.probe https://localhost:9400/health https://localhost:9401/health
+    python -m treegrpo.probe --alive https://localhost:9402/health
+
+With --alive whether it need not be started again: it answers anything at all, or has ended for good and waits to be mended
+(`entrypoint.py`).
 
 For health checks, which run every few seconds: the standard library alone, a tenth of a second. Nothing secret is sent and
 nothing but the status believed, so a certificate is not asked whose it is.
@@ -12,27 +16,38 @@ import ssl
 import sys
 from collections.abc import Sequence
 from http.client import HTTPException
+from urllib.error import HTTPError
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
+from treegrpo.entrypoint import mark
 from treegrpo.errors import describe
 
 PROBE_SECONDS = 3.0
+ALIVE = "--alive"
 
 
-def complaint(url: str) -> str:
-    """Why what is at ``url`` cannot be said to serve; empty if it does."""
+def complaint(url: str, *, alive: bool = False) -> str:
+    """Why what is at ``url`` cannot be said to serve, or to be ``alive``; empty if it can."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         with build_opener(ProxyHandler({}), HTTPSHandler(context=context)).open(url, timeout=PROBE_SECONDS):
             return ""
+    except HTTPError as error:
+        with error:
+            return "" if alive else f"{url}: {error}"
     except (OSError, HTTPException, ValueError) as error:
         return f"{url}: {describe(error)}"
 
 
-def main(urls: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Print what does not serve; returns the exit code."""
-    complaints = [said for url in urls if (said := complaint(url))]
+    alive = ALIVE in arguments
+    if mark().exists():
+        print(f"ended for good: {mark().read_text(encoding='utf-8').strip()}")
+        return int(not alive)
+    urls = [word for word in arguments if word != ALIVE]
+    complaints = [said for url in urls if (said := complaint(url, alive=alive))]
     print("\n".join(complaints) or "ok")
     return int(bool(complaints))
 

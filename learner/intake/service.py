@@ -10,7 +10,6 @@ import asyncio
 import gc
 import logging
 import secrets
-import signal
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
@@ -31,6 +30,7 @@ from learner.intake.rollout import RolloutServer
 from learner.intake.snapshot import Capture, Snapshots
 from learner.intake.trainer_desk import TrainerDesk
 from learner.intake.trainer_link import listen
+from learner.intake.untrained import begin_anew
 from learner.intake.watchdog import Watchdog, look
 from learner.intake.weights import WeightsServer
 from treegrpo.access import Access
@@ -43,6 +43,7 @@ from treegrpo.model_config import read_model_config
 from treegrpo.run_directory import check_run_directory
 from treegrpo.security import Role
 from treegrpo.size import message_bytes
+from treegrpo.stop_signals import stop_signals
 from treegrpo.telemetry import IntakeMetrics, serve
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
 
@@ -92,10 +93,11 @@ async def _run(config: Config, access: Access) -> None:
     run_dir = config.run.dir
     disk, folder, snapshots = RealDisk(), run_dir / JOURNAL, Snapshots(RealDisk(), run_dir / SNAPSHOTS)
     metrics = IntakeMetrics()
-    reporter = Reporter(metrics, run_dir / "progress.jsonl", window=config.train.batch)
     heldout = load_questions(config.data.heldout)[: config.eval.questions or None]
     book = _book(config)
-    run_id = keep_identity(config, begun=holds_run(run_dir))
+    begun = holds_run(run_dir) and not begin_anew(config)
+    run_id = keep_identity(config, begun=begun)
+    reporter = Reporter(metrics, run_dir / "progress.jsonl", window=config.train.batch)
     recovered = recover(disk, folder, snapshots, book, reporter)
     serve(metrics, config.learner.metrics, "learner.metrics", access)
     member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics, run=run_id)
@@ -139,7 +141,7 @@ async def _serve(
     healthy = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     asked = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         asyncio.get_running_loop().add_signal_handler(number, asked.set)
     async with listen(trainer, socket_path(config.run.dir)):
         await server.start()

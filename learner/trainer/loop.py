@@ -59,6 +59,7 @@ from treegrpo.errors import UnavailableError
 from treegrpo.handoff import socket_path
 from treegrpo.identity import KEYS, MODEL, check_identity
 from treegrpo.security import Role
+from treegrpo.stop_signals import stop_signals
 from treegrpo.telemetry import TrainerMetrics, serve
 
 log = logging.getLogger(__name__)
@@ -202,9 +203,9 @@ def split(batch: Sequence[Episodes], minibatches: int) -> list[Sequence[Episodes
 
 
 def main(config: Config, ranks: Ranks) -> None:
-    """Train as ``config`` says until the end, a SIGTERM or SIGINT, or the run state "draining". Raises TreeGrpoError."""
+    """Train as ``config`` says until the end, a stop signal, or the run state "draining". Raises TreeGrpoError."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, lambda _number, _frame: stop.set())
     torch.set_num_threads(config.train.threads)
     disable_progress_bar()  # of every model file written

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from learner.trainer.durable import whole
 from learner.trainer.model import Policy
 from learner.trainer.packing import Pack, empty_pack
-from treegrpo.errors import ConfigError, RankError, TreeGrpoError, UnavailableError
+from treegrpo.errors import ConfigError, RankError, TreeGrpoError
 from treegrpo.leash import die_with_parent
 
 CPU = torch.device("cpu")
@@ -230,7 +230,7 @@ def joined() -> Generator[Ranks]:
 
     Raises:
         ConfigError: there are fewer GPUs on this machine than ranks.
-        UnavailableError: another rank has died.
+        RankError: another rank has died.
     """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in PLACE.items())
     if TORCHRUN in os.environ:  # killed, torchrun would leave its processes behind
@@ -256,5 +256,5 @@ def joined() -> Generator[Ranks]:
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            raise UnavailableError(f"Rank {rank} of the trainer lost another; the log has why that one ended.") from error
+            raise RankError(f"Rank {rank} of the trainer lost another; the log has why that one ended.") from error
         raise

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from learner.intake.questions import load_questions
+from learner.intake.untrained import check_goes_on
 from learner.trainer.plan_signal import check_signal
 from services.cli.history import steps_done
 from services.cli.model_checks import Caution, check_disk, check_memory, check_model, check_prompts, check_tokenizer
@@ -19,7 +20,6 @@ from treegrpo.address import check_free, check_port, join_address, overlap, spli
 from treegrpo.config import Config
 from treegrpo.errors import AddressInUseError, ConfigError, DataError
 from treegrpo.http_client import public_url
-from treegrpo.identity import check_identity
 from treegrpo.question import Question
 from treegrpo.run_directory import check_run_directory, check_writable
 from treegrpo.security import Role
@@ -52,7 +52,8 @@ def check_run_dir(config: Config) -> str:
     check_run_directory(path)
     if (done := steps_done(path)) is None:
         return f"{path} (fresh)"
-    check_identity(config)
+    if changed := check_goes_on(config):
+        return f"{path} (nothing was trained yet; it begins anew: {changed})"
     return f"{path} (goes on after step {done})"
 
 

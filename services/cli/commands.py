@@ -14,7 +14,7 @@ from typing import Any
 
 from treegrpo.config import Config
 from treegrpo.edge import find
-from treegrpo.errors import ConfigError, DeadlineError, RunError, UnavailableError
+from treegrpo.errors import ConfigError, DeadlineError, PartError, RunError, UnavailableError
 from treegrpo.printable_text import printable_json
 from treegrpo.process_environment import child_environment, python
 from treegrpo.settings import is_secret
@@ -73,7 +73,7 @@ def run_up(call: Invocation, *, everything: bool) -> int:
         if not isinstance(ours, UnavailableError | DeadlineError | RunError) or newest_checkpoint(run_dir) is None:
             raise
         go_on = "go on" if ours.passes else "when that is mended, go on"
-        last = type(ours)(str(ours))
+        last = PartError(str(ours), passes=ours.passes)
         last.add_note(f"{go_on}: {command(*again)}")
         raise last from error
     for line in summary(run_dir, call.config.train.steps, call.toml, again):

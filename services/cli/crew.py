@@ -3,7 +3,8 @@
     broker ─► retriever ─► intake ─► trainer ─► samplers
 
 Each is started again when it dies (`keeper.py`). Samplers are replaceable: one that is given up leaves the work to the
-others. When any other part is given up, or the last sampler, the run is over.
+others. When any other part is given up, or the last sampler, the run is over. So it is when a part says, in whatever
+order parts end, that it ended for a reason that stays.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Self
 
 from services.cli.keeper import Keeper, Part, Say
 from services.cli.process import Child, Program
+from treegrpo.edge import FAILED
+from treegrpo.errors import DeadlineError, PartError, RunError
 
 GRACE_SECONDS = 30.0
 """The intake closes open leases in 20."""
@@ -41,6 +44,8 @@ class Crew:
         self._keepers: dict[str, Keeper] = {}
         """By part, in the order they were started."""
         self._samplers: list[str] = []
+        self._samplers_lost: list[BaseException] = []
+        """Why each of those that are given up is."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when the run cannot go on."""
@@ -83,6 +88,20 @@ class Crew:
         if self._lost.done():
             self._lost.result()
 
+    async def over(self, part: str) -> None:
+        """Return when ``part`` is no longer kept, however it ended and whatever others do."""
+        await asyncio.wait({self._tasks[part]})
+
+    def failure(self) -> PartError | None:
+        """Of the parts that ended for a reason that stays the first in their order; None if none did. Samplers do not count."""
+        children = (keeper.child for name, keeper in self._keepers.items() if name not in self._samplers)
+        failed = (child for child in children if child is not None and child.code == FAILED)
+        return next((PartError(child.obituary()) for child in failed), None)
+
+    def cause(self, error: RunError | DeadlineError) -> RunError | DeadlineError:
+        """Why the run ended, which ``error`` was the first to show: a part's reason that stays explains what may pass."""
+        return (error.passes and self.failure()) or error
+
     def runs(self, part: str) -> bool:
         """Whether a process of a part is there now."""
         return not self.newest(part).ended.done()
@@ -115,15 +134,18 @@ class Crew:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A part is no longer kept: see whether the run can do without it."""
-        if task.cancelled() or (error := task.exception()) is None or self._lost.done() or self.drain.is_set():
+        if task.cancelled() or (error := task.exception()) is None or self._lost.done():
+            return
+        if self.drain.is_set() and isinstance(error, DeadlineError):  # nobody waits for it to be ready any more
             return
         samplers = [self._tasks[name] for name in self._samplers]
         if task not in samplers:
             self._lost.set_exception(error)
             return
         self._say(f"{error}.")
-        if all(one.done() for one in samplers):
-            self._lost.set_exception(error)
+        self._samplers_lost.append(error)
+        if all(one.done() for one in samplers) and not self.drain.is_set():
+            self._lost.set_exception(min(self._samplers_lost, key=lambda one: getattr(one, "passes", False)))
 
     async def _stop(self, part: str) -> None:
         if (child := self._keepers[part].child) is not None:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from learner.intake.recovery import holds_run
+from learner.intake.untrained import check_goes_on
 from services.cli.progress import read_progress
 from treegrpo.config import Config
 
@@ -39,10 +40,12 @@ def is_trained(config: Config) -> bool:
 
 
 def beginning(config: Config) -> str:
-    """What a start is the start of. Raises JournalError."""
+    """What a start is the start of. Raises JournalError, ConfigError and DataError."""
     done = steps_done(config.run.dir)
     if done is None:
         return f"Starting the run {config.run.name} in {config.run.dir}"
+    if changed := check_goes_on(config):
+        return f"Starting the run in {config.run.dir} anew, since nothing was trained yet: {changed}"
     return f"Continuing the run in {config.run.dir} after step {done} of {config.train.steps}"
 
 

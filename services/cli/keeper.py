@@ -1,7 +1,7 @@
 """One part of a run, kept running: its process is started again, a while later, when it ends before its time.
 
-start ─► ready ─► ended ─┬─ in its time, or while the run drains ─► over
-  ▲                      ├─ for a reason that stays (code 2) ─────► given up
+start ─► ready ─► ended ─┬─ for a reason that stays (code 2) ─────► given up, also while the run drains
+  ▲                      ├─ in its time, or while the run drains ─► over
   └──── back-off ◄───────┴─ in any other way, not too often
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from services.cli.process import Child, Program
 from services.cli.ready import Probe, wait_ready
-from treegrpo.edge import FAILED
-from treegrpo.errors import DeadlineError, RunError
+from treegrpo.edge import FAILED, PASSING
+from treegrpo.errors import DeadlineError, PartError
 
 READY_SECONDS = 300.0
 """An intake that reads a long journal back needs minutes."""
@@ -64,7 +64,7 @@ class Keeper:
         """Return when its work is over.
 
         Raises:
-            RunError: it ended for a reason that stays, or too often.
+            PartError: it ended for a reason that stays, or too often.
             DeadlineError: it was not ready in time, at its first start.
         """
         clock, attempt = asyncio.get_running_loop().time, 0
@@ -77,13 +77,14 @@ class Keeper:
                 if not self.ready.is_set():
                     raise
                 await child.stop(0.0)  # it was ready once: it hangs, and that may pass
+            if child.code == FAILED:
+                raise PartError(child.obituary())
             if self._drain.is_set() or (child.code == 0 and self._part.done()):
                 return
-            if child.code == FAILED:
-                raise RunError(child.obituary())
             attempt = 0 if clock() - began > SETTLED_SECONDS else attempt
             if attempt == len(RESTART_SECONDS):
-                raise RunError(f"{child.obituary()}; it has been started {attempt + 1} times and is given up")
+                sentence = f"{child.obituary()}; it has been started {attempt + 1} times and is given up"
+                raise PartError(sentence, passes=child.code == PASSING)
             self._say(f"{child.obituary()}; starting it again in {RESTART_SECONDS[attempt]:.0f} s.")
             await self._back_off(RESTART_SECONDS[attempt])
             attempt += 1

@@ -1,14 +1,15 @@
-"""One program of a run as a child process: how it is started, and what it said when it ended."""
+"""One program of a run as a child process: how it is started, and why it ended."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from treegrpo.child import ChildProcess
-from treegrpo.edge import ERROR_MARK
+from treegrpo.exit_report import ExitReports, Report, most_telling
 from treegrpo.process_environment import child_environment, python
 
 
@@ -26,22 +27,39 @@ class Child(ChildProcess):
     """A part of a run."""
 
     killed_seconds = 10.0
+    reports: ExitReports
 
     @classmethod
     async def start(cls, program: Program, arguments: Sequence[str], logs: Path) -> Self:
         """Start ``program`` with the arguments all have and its own; output is appended to ``logs``/NAME.log."""
         command = python(program.module, *arguments, *program.flags)
-        environment = child_environment({"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
-        return await cls.spawn(program.name, command, environment, logs / f"{program.name}.log")
+        reports = ExitReports()
+        environment = child_environment({**reports.environment, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+        child = await cls.spawn(program.name, command, environment, logs / f"{program.name}.log")
+        child.reports = reports
+        return child
 
-    def last_words(self) -> str:
-        """The sentence the process ended with, or the last line of its log. Of several ranks' the first is the cause."""
-        lines = self.said()
-        if not lines:
-            return "it said nothing"
-        return next((line.removeprefix(ERROR_MARK) for line in lines if line.startswith(ERROR_MARK)), lines[-1])
+    @property
+    def report(self) -> Report | None:
+        """Why it ends, in its own words; None while it has said nothing."""
+        return most_telling(self.reports.read())
 
     def obituary(self) -> str:
-        """One sentence: what ended, how, what it said last, where to read more."""
-        how = f"with code {self.code}" if (self.code or 0) >= 0 else f"by signal {-(self.code or 0)}"
-        return f"The {self.name} ended {how}: {self.last_words()} (log: {self.log})"
+        """One sentence: what ended, how, why, where to read more."""
+        code, report = self.code or 0, self.report
+        how = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code} ({_signal_name(-code)})"
+        why = f": {report.sentence}" if report else f"; {self._last_line()}"
+        return f"The {self.name} {how}{why} (log: {self.log})"
+
+    def _last_line(self) -> str:
+        """What stands in for the reason of a process that had no time to give one."""
+        memory = "if nobody sent it, memory ran out; " if self.code == -signal.SIGKILL else ""
+        lines = self.said()
+        return f"{memory}its log ends with {lines[-1]!r}" if lines else f"{memory}its log is empty"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the system's own
+        return "unknown"

@@ -1,14 +1,18 @@
 """`treegrpo up` and `treegrpo learner`: start, watch, drain, sum up.
 
 checks ─► lock ─► broker ─► retriever ─► intake ─► trainer ─► samplers ─► …the trainer is done… ─► summary
-└─ a part dies: it is started again (`keeper.py`), or the run ends with its last words
-└─ Ctrl-C, or the run state "draining": draining ─► checkpoint ─► how to go on
+└─ a part dies: it is started again (`keeper.py`), or: draining ─► checkpoint ─► the run ends with the part's reason
+└─ Ctrl-C, a closed terminal, or the run state "draining": draining ─► checkpoint ─► how to go on
 └─ Ctrl-C again: stop now
+
+The intake sets the run state "draining" also when it gives the run up, so what ended the run is known only when all parts
+have ended: a part that ended for a reason that stays is why, whoever asked for the drain.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -29,10 +33,13 @@ from services.cli.view import Screen
 from treegrpo.access import Access
 from treegrpo.config import Config
 from treegrpo.control import RunState, publish_state
-from treegrpo.errors import RunError, UnavailableError
+from treegrpo.edge import PASSING
+from treegrpo.errors import DeadlineError, PartError, RunError, UnavailableError
 from treegrpo.lock import locked
 from treegrpo.security import Role
+from treegrpo.stop_signals import TOLD, stop_signals
 
+log = logging.getLogger(__name__)
 LOCK = "up.lock"
 """A file in the run's directory."""
 DRAIN_SECONDS = 180.0
@@ -50,7 +57,10 @@ T = TypeVar("T")
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM, counted: the first asks for a drain, the second for an immediate stop."""
+    """Ctrl-C and SIGTERM, counted: the first asks for a drain, the second for an immediate stop.
+
+    SIGHUP only asks for a drain: a terminal that closes may send several.
+    """
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
@@ -59,8 +69,12 @@ class Interrupts:
         """Else the run state has asked for the drain."""
 
     def arm(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self.hit)
+        for number in stop_signals():
+            asyncio.get_running_loop().add_signal_handler(number, self.hit if number in TOLD else self.hang_up)
+
+    def hang_up(self) -> None:
+        self.hit_once.set()
+        self.first.set()
 
     def hit(self) -> None:
         self.hit_once.set()
@@ -81,13 +95,19 @@ async def unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
 
 @asynccontextmanager
 async def beside(work: Coroutine[Any, Any, None], name: str) -> AsyncGenerator[None]:
-    """Do ``work`` for the time of the block, and no longer."""
+    """Do ``work`` for the time of the block, and no longer; should it break, the log says so, and the block goes on."""
     task = asyncio.create_task(work, name=name)
+    task.add_done_callback(_say_broken)
     try:
         yield
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _say_broken(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s broke, and the run goes on without: %s", task.get_name(), error, exc_info=error)
 
 
 @contextmanager
@@ -141,22 +161,32 @@ class Run:
             await retriever_ready(config, self._access)
 
     async def _together(self) -> int:
-        """The processes, from the first to the last; returns the exit code."""
+        """The processes, from the first to the last; returns the exit code. Raises why a part ended for good."""
+        crew = Crew(self._arguments, self._config.run.dir / "logs", self._screen.say, self._interrupts.second)
+        try:
+            async with crew:
+                code = await self._from_start_to_end(crew)
+        except (RunError, DeadlineError) as error:
+            raise crew.cause(error) from error
+        if (failure := crew.failure()) is not None:  # only when it was stopped did it say so
+            raise failure
+        return code
+
+    async def _from_start_to_end(self, crew: Crew) -> int:
         config = self._config
         troubles = Troubles(config, self._access, self._screen.say)
-        async with Crew(self._arguments, config.run.dir / "logs", self._screen.say, self._interrupts.second) as crew:
-            if await unless(self._interrupts.first, self._start(crew)) is None:
-                self._screen.say("Stopped before training began.")
-                return INTERRUPTED
-            async with (
-                self._heeding(crew),
-                beside(troubles.follow(), "troubles"),
-                self._screen.follow(config.run.dir, config.learner.metrics, config.train.steps, self._access),
-            ):
-                code = await self._watch(crew, troubles)
-            if code == 0:
-                crew.drain.set()
-                await unless(self._interrupts.second, self._goodbye(crew))
+        if await unless(self._interrupts.first, self._start(crew)) is None:
+            self._screen.say("Stopped before training began.")
+            return INTERRUPTED
+        async with (
+            self._heeding(crew),
+            beside(troubles.follow(), "troubles"),
+            self._screen.follow(config.run.dir, config.learner.metrics, config.train.steps, self._access),
+        ):
+            code = await self._watch(crew, troubles)
+        if code == 0:
+            crew.drain.set()
+            await unless(self._interrupts.second, self._goodbye(crew))
         return code
 
     async def _start(self, crew: Crew) -> bool:
@@ -192,23 +222,53 @@ class Run:
             yield
 
     async def _watch(self, crew: Crew, troubles: Troubles) -> int:
-        """Until the trainer is done, by itself or asked to; returns the exit code."""
+        """Until the trainer is done, by itself or asked to; returns the exit code.
+
+        Raises PartError or DeadlineError: the run cannot go on. The trainer has left a checkpoint even so.
+        """
 
         async def over() -> bool:
             await crew.watch(TRAINER.name)
             return True
 
-        if await unless(self._interrupts.first, over()):
-            return 0
-        crew.drain.set()
+        try:
+            if await unless(self._interrupts.first, over()):
+                return 0
+        except (RunError, DeadlineError):
+            if crew.runs(TRAINER.name):
+                self._interrupts.first.set()  # from now on Ctrl-C stops at once
+                self._screen.say(f"The run has to end: {self._draining}")
+                await self._drain(crew, troubles, pass_on=False)
+            raise
         if not crew.runs(TRAINER.name):
+            crew.drain.set()
             self._screen.say("The trainer was about to be started again; the run goes on from its newest checkpoint.")
             return 0
-        self._screen.say(
-            f"Draining: the trainer writes a checkpoint (at most {DRAIN_SECONDS:.0f} s; Ctrl-C again stops at once)."
-        )
-        told = await unless(self._interrupts.second, self._tell(RunState.DRAINING))
-        if not told or not crew.runs(INTAKE.name):  # nobody passes it on
+        self._screen.say(f"Draining: {self._draining}")
+        if not await self._drain(crew, troubles, pass_on=True):
+            self._interrupts.second.set()
+            return INTERRUPTED
+        if (trainer := crew.newest(TRAINER.name)).code not in DRAINED:
+            raise PartError(trainer.obituary(), passes=trainer.code == PASSING)
+        return 0
+
+    @property
+    def _draining(self) -> str:
+        return f"the trainer writes a checkpoint (at most {DRAIN_SECONDS:.0f} s; Ctrl-C again stops at once)."
+
+    async def _drain(self, crew: Crew, troubles: Troubles, *, pass_on: bool) -> bool:
+        """Have the trainer leave a checkpoint and end; whether it did in time.
+
+        ``pass_on``: the others, which serve, are told too, and pass it on.
+        """
+        crew.drain.set()
+        told = pass_on and await unless(self._interrupts.second, self._tell(RunState.DRAINING))
+        silent = asyncio.Event()  # set when nobody passes it on
+        if not told:
+            silent.set()
+
+        async def terminate() -> None:
+            await silent.wait()
             crew.tell(TRAINER.name, signal.SIGTERM)
 
         async def no_room() -> None:
@@ -216,20 +276,27 @@ class Run:
             await self._interrupts.hit_once.wait()
             await troubles.trainer_blocked.wait()
             self._screen.say("The disk has no room for what the trainer has to write, so it ends without.")
-            crew.tell(TRAINER.name, signal.SIGTERM)
+            silent.set()
+
+        async def intake_lost() -> None:
+            await crew.over(INTAKE.name)
+            silent.set()
+
+        async def over() -> bool:
+            await crew.over(TRAINER.name)
+            return True
 
         try:
-            async with asyncio.timeout(DRAIN_SECONDS), beside(no_room(), "no-room"):
-                drained = await unless(self._interrupts.second, over())
+            async with (
+                asyncio.timeout(DRAIN_SECONDS),
+                beside(terminate(), "terminate"),
+                beside(no_room(), "no-room"),
+                beside(intake_lost(), "intake-lost"),
+            ):
+                return bool(await unless(self._interrupts.second, over()))
         except TimeoutError:
             self._screen.say(f"The trainer did not finish within {DRAIN_SECONDS:.0f} s.")
-            drained = None
-        if not drained:
-            self._interrupts.second.set()
-            return INTERRUPTED
-        if (trainer := crew.newest(TRAINER.name)).code not in DRAINED:
-            raise RunError(trainer.obituary())
-        return 0
+            return False
 
     async def _goodbye(self, crew: Crew) -> None:
         """Let samplers end in order."""

@@ -1,7 +1,7 @@
 """A sampler replica from start to goodbye. It keeps nothing that matters if it dies.
 
 Start:  /metrics → broker → a run that does not drain → learner → first policy version → engine → environment → rollout stream
-Stop:   SIGTERM, SIGINT, run state "draining" or the learner's word → running branches end → every subtree is acked →
+Stop:   a stop signal, run state "draining" or the learner's word → running branches end → every subtree is acked →
         the stream closes → environment → engine → weights → learner → broker
 """
 
@@ -11,7 +11,6 @@ import asyncio
 import logging
 import os
 import secrets
-import signal
 import socket
 from contextlib import AsyncExitStack
 
@@ -31,6 +30,7 @@ from treegrpo.config import Config
 from treegrpo.control import ControlPlane, Member, RunState
 from treegrpo.errors import DeadlineError, EngineAwayError
 from treegrpo.security import Role
+from treegrpo.stop_signals import stop_signals
 from treegrpo.telemetry import SamplerMetrics, serve
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Sampler:
                 self._metrics,
                 tasks,
             )
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stop_signals():
                 asyncio.get_running_loop().add_signal_handler(number, holder.drain)
             streaming = tasks.create_task(self._client.run(holder), name="learner-stream")
             helpers = [

@@ -14,8 +14,8 @@ from services.cli.crew import Crew
 from services.cli.keeper import Part
 from services.cli.process import Program
 from services.cli.ready import wait_ready
-from treegrpo.edge import FAILED, PASSING
-from treegrpo.errors import DeadlineError, RunError, UnavailableError
+from treegrpo.edge import FAILED, PASSING, exit_code
+from treegrpo.errors import DeadlineError, PartError, UnavailableError
 
 SECONDS = 30.0
 QUICK = (0.0, 0.0)
@@ -28,7 +28,9 @@ def waiting(name: str = "service") -> Part:
 
 
 def ending(name: str, sentence: str, code: int, *, done: bool = False) -> Part:
-    program = Program(name, "tests.cli.programs.say_and_end", ("--say", sentence, "--code", str(code)))
+    """Ends at once with ``code`` and, unless it is 0, with ``sentence`` for its reason."""
+    report = ("--report", sentence) if code else ()
+    program = Program(name, "tests.cli.programs.say_and_end", ("--say", "error: forged.", "--code", str(code), *report))
     return Part(program, done=lambda: done)
 
 
@@ -75,14 +77,14 @@ async def test_an_error_that_stays_ends_the_run_with_its_sentence_and_all_others
         raise UnavailableError("no answer")
 
     said: list[str] = []
-    running, broken = crew(tmp_path, said), ending("intake", "error: No such key.", FAILED)
+    running, broken = crew(tmp_path, said), ending("intake", "No such key.", FAILED)
 
     async def run() -> None:
         async with running:
             await running.start(waiting())
             await running.start(Part(broken.program, never))
 
-    with pytest.raises(RunError, match=r"The intake ended with code 2: No such key\."):
+    with pytest.raises(PartError, match=r"The intake ended with code 2: No such key\."):
         await run()
     assert running.newest("service").code is not None
     assert said == []
@@ -96,9 +98,13 @@ async def test_what_may_pass_is_tried_again_and_in_the_end_given_up(
     said: list[str] = []
     async with crew(tmp_path, said) as running:
         await running.start(waiting("trainer"))
-        await running.start(ending("intake", "error: No broker.", code))
-        with pytest.raises(RunError, match=rf"The intake ended with code {code}: No broker\. .* started 3 times and is given up"):
+        await running.start(ending("intake", "No broker.", code))
+        why = r": No broker\." if code else "; its log ends with 'error: forged"
+        with pytest.raises(
+            PartError, match=rf"The intake ended with code {code}{why}.* started 3 times and is given up"
+        ) as given_up:
             await asyncio.wait_for(running.watch("trainer"), SECONDS)
+        assert exit_code(given_up.value) == (PASSING if code == PASSING else FAILED)
     assert ["starting it again in 0 s" in line for line in said] == [True, True]
 
 
@@ -116,7 +122,8 @@ async def test_a_part_that_was_killed_is_started_again_and_the_others_go_on(
         await started(tmp_path, "intake", times=2)
         assert (running.newest("trainer"), trainer.code) == (trainer, None)
         assert running.newest("intake") is not intake
-    assert said == [f"The intake ended by signal 9: waiting (log: {tmp_path / 'intake.log'}); starting it again in 0 s."]
+    how = "was killed by signal 9 (SIGKILL); if nobody sent it, memory ran out; its log ends with 'waiting'"
+    assert said == [f"The intake {how} (log: {tmp_path / 'intake.log'}); starting it again in 0 s."]
 
 
 async def test_the_run_is_over_when_the_trainer_is_done(tmp_path: Path) -> None:
@@ -136,18 +143,20 @@ async def test_the_run_outlives_a_sampler_but_not_the_last(
     async with crew(tmp_path, said) as running:
         await running.start(waiting("trainer"))
         running.add(waiting("sampler-1"))
-        running.add(ending("sampler-0", "error: No learner.", code))
+        running.add(ending("sampler-0", "No learner.", code))
         watching = asyncio.create_task(running.watch("trainer"))
         await until(lambda: len(said) == starts)
         assert said[-1].startswith(f"The sampler-0 ended with code {code}: No learner.")
         assert not watching.done()
-        running.add(ending("sampler-2", "error: No learner.", code))
+        running.add(ending("sampler-2", "No learner.", code))
         await until(lambda: len(said) == 2 * starts)
         assert not watching.done()
         back_off(monkeypatch, ())
         await started(tmp_path, "sampler-1")
         os.kill(running.newest("sampler-1").pid, signal.SIGKILL)
-        with pytest.raises(RunError, match="The sampler-1 ended by signal 9"):
+        with pytest.raises(
+            PartError, match="The sampler-0 ended with code 2: No learner" if code == FAILED else "The sampler-1 was killed"
+        ):
             await asyncio.wait_for(watching, SECONDS)
 
 
@@ -173,7 +182,7 @@ async def test_a_drain_cuts_a_back_off_short(tmp_path: Path, monkeypatch: pytest
     back_off(monkeypatch, FOREVER)
     said: list[str] = []
     async with crew(tmp_path, said) as running:
-        await running.start(ending("trainer", "error: No intake.", PASSING))
+        await running.start(ending("trainer", "No intake.", PASSING))
         await until(lambda: bool(said))
         assert not running.runs("trainer")
         running.drain.set()
@@ -190,3 +199,34 @@ async def test_who_does_not_end_in_time_is_killed_and_sooner_if_asked(tmp_path: 
         os.kill(running.newest("service").pid, signal.SIGSTOP)
         asyncio.get_running_loop().call_later(0.2, at_once.set)
     assert running.newest("service").code == -signal.SIGKILL
+
+
+def failing(name: str, sentence: str) -> Part:
+    """Runs until it is told to end, and then ends for a reason that stays."""
+    return Part(Program(name, "tests.cli.programs.wait", ("--report", sentence, "--code", str(FAILED))))
+
+
+@pytest.mark.parametrize("drains", [False, True])
+async def test_an_error_that_stays_is_heard_whether_the_run_drains_or_not(tmp_path: Path, drains: bool) -> None:
+    async with crew(tmp_path, []) as running:
+        for part in (waiting("trainer"), failing("intake", "The run leads nowhere.")):
+            await running.start(part)
+            await started(tmp_path, part.name)
+        if drains:
+            running.drain.set()
+        running.tell("intake", signal.SIGTERM)
+        with pytest.raises(PartError, match=r"The intake ended with code 2: The run leads nowhere\."):
+            await asyncio.wait_for(running.watch("trainer"), SECONDS)
+
+
+async def test_what_a_part_says_only_when_it_is_stopped_is_the_reason_too(tmp_path: Path) -> None:
+    passes, stays = PartError("No intake answers.", passes=True), PartError("No such key.")
+    async with crew(tmp_path, []) as running:
+        await running.start(failing("intake", "The run leads nowhere."))
+        await started(tmp_path, "intake")
+        await running.start(ending("trainer", "done", 0, done=True))
+        await asyncio.wait_for(running.watch("trainer"), SECONDS)
+        assert (running.failure(), running.cause(passes)) == (None, passes)
+    assert "The intake ended with code 2: The run leads nowhere." in str(running.failure())
+    assert str(running.cause(passes)) == str(running.failure())
+    assert running.cause(stays) is stays

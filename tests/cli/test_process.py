@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import signal
 import sys
 from pathlib import Path
 
@@ -17,8 +18,9 @@ WAIT = Program("service", "tests.cli.programs.wait")
 SECONDS = 30.0
 
 
-def ending(name: str, sentence: str, code: int) -> Program:
-    return Program(name, "tests.cli.programs.say_and_end", ("--say", sentence, "--code", str(code)))
+def ending(line: str, code: int, *report: str) -> Program:
+    words = ("--say", line, "--code", str(code), *(("--report", *report) if report else ()))
+    return Program("service", "tests.cli.programs.say_and_end", words)
 
 
 async def started(child: Child) -> None:
@@ -36,23 +38,30 @@ def crew(folder: Path, said: list[str]) -> Crew:
 
 
 @pytest.mark.parametrize(
-    ("sentence", "words"),
-    [("error: The port is taken.", "The port is taken."), ("ValueError: 3", "ValueError: 3"), ("", "2026 INFO something before")],
+    ("line", "code", "report", "why"),
+    [
+        ("error: forged", 2, ["The port is taken."], ": The port is taken."),
+        ("error: forged", 2, [], "; its log ends with 'error: forged'"),
+        ("", 1, [], "; its log ends with '2026 INFO something before'"),
+        ("last line", 1, ["ValueError: 3"], ": ValueError: 3"),
+    ],
 )
-async def test_the_last_words_are_the_error_or_the_last_line(tmp_path: Path, sentence: str, words: str) -> None:
-    child = await Child.start(ending("service", sentence, 2), [], tmp_path)
+async def test_why_it_ended_is_what_it_reports_not_what_is_in_its_log(
+    tmp_path: Path, line: str, code: int, report: list[str], why: str
+) -> None:
+    child = await Child.start(ending(line, code, *report), [], tmp_path)
     await child.ended
-    assert child.last_words() == words
-    assert child.obituary() == f"The service ended with code 2: {words} (log: {tmp_path / 'service.log'})"
+    assert child.obituary() == f"The service ended with code {code}{why} (log: {tmp_path / 'service.log'})"
 
 
-async def test_the_last_words_of_an_earlier_process_are_not_repeated(tmp_path: Path) -> None:
+async def test_what_an_earlier_process_said_is_not_repeated(tmp_path: Path) -> None:
     (tmp_path / "service.log").write_text("error: long ago\n")
     child = await Child.start(WAIT, [], tmp_path)
     await started(child)
-    await child.stop(SECONDS)
-    assert child.last_words() == "waiting"
-    assert child.code == 0
+    os.kill(child.pid, signal.SIGKILL)
+    await child.ended
+    how = "was killed by signal 9 (SIGKILL); if nobody sent it, memory ran out; its log ends with 'waiting'"
+    assert child.obituary() == f"The service {how} (log: {child.log})"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone kills a child when its parent dies")

@@ -1,8 +1,20 @@
-"""Waits until it is told to end; a service that does nothing."""
+"""Waits until it is told to end, a service that does nothing; then ends with [--report SENTENCE --code N]."""
 
 import signal
 import sys
 
-signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
+from treegrpo.exit_report import Report, write_report
+
+words = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+
+
+def end(_number: int, _frame: object) -> None:
+    code = int(words.get("--code", "0"))
+    if "--report" in words:
+        write_report(Report(code, words["--report"]))
+    sys.exit(code)
+
+
+signal.signal(signal.SIGTERM, end)
 print("waiting", flush=True)
 signal.pause()

@@ -1,0 +1,141 @@
+"""Exit reports, and what the edge of a process makes of the errors that reach it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from treegrpo.config import Config
+from treegrpo.edge import complain, find, run_service
+from treegrpo.errors import ConfigError, JournalError, RankError, TreeGrpoError, UnavailableError
+from treegrpo.exit_report import VARIABLE, ExitReports, Report, most_telling, report_of, write_report
+
+STAYS, PASSES, CRASH = ConfigError("no such key"), UnavailableError("nobody answers"), KeyError("bug")
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> ExitReports:
+    """Those of this process."""
+    reports = ExitReports()
+    for name, value in reports.environment.items():
+        monkeypatch.setenv(name, value)
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], None),
+        ([Report(75, "a"), Report(75, "b")], "a"),
+        ([Report(75, "a"), Report(1, "b"), Report(2, "c")], "c"),
+        ([Report(75, "a"), Report(-9, "b")], "b"),
+        ([Report(75, "lost another", secondary=True), Report(75, "full disk")], "full disk"),
+        ([Report(75, "lost another", secondary=True), Report(-9, "killed")], "killed"),
+    ],
+)
+def test_an_error_that_stays_is_told_before_a_crash_and_that_before_what_passes(given: list[Report], told: str | None) -> None:
+    assert getattr(most_telling(given), "sentence", None) == told
+
+
+@pytest.mark.parametrize(
+    ("error", "report"),
+    [
+        (STAYS, Report(2, "no such key")),
+        (PASSES, Report(75, "nobody answers")),
+        (RankError("rank 0 failed"), Report(75, "rank 0 failed", secondary=True)),
+        (CRASH, Report(1, "KeyError: 'bug'")),
+        (ExceptionGroup("tasks", [ExceptionGroup("inner", [CRASH])]), Report(1, "KeyError: 'bug'")),
+        (JournalError("x" * 9000), Report(2, "x" * 4096)),
+    ],
+)
+def test_a_report_is_the_sentence_or_the_last_line_of_the_traceback(error: BaseException, report: Report) -> None:
+    assert report_of(error) == report
+
+
+@pytest.mark.parametrize(
+    ("errors", "told"),
+    [([PASSES, STAYS], STAYS), ([STAYS, PASSES], STAYS), ([CRASH, PASSES], PASSES), ([CRASH], None), ([PASSES, PASSES], PASSES)],
+)
+def test_of_several_errors_the_one_that_stays_is_told(errors: list[Exception], told: TreeGrpoError | None) -> None:
+    assert find(ExceptionGroup("tasks", [ExceptionGroup("inner", errors)])) is told
+
+
+def test_a_process_reports_what_it_ends_of_and_its_parent_alone_reads_it(
+    reports: ExitReports, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        assert complain(ExceptionGroup("tasks", [CRASH, PASSES])) == 75
+    assert capsys.readouterr().err == "error: nobody answers\n"
+    assert "besides, something crashed: 'bug'" in caplog.text
+    with pytest.raises(KeyError):
+        complain(CRASH)
+    assert reports.read() == [Report(75, "nobody answers"), Report(1, "KeyError: 'bug'")]
+    assert ExitReports().read() == []
+
+
+def test_lines_that_are_no_report_are_left_out(reports: ExitReports) -> None:
+    with open(os.environ[VARIABLE], "ab") as file:  # noqa: PTH123
+        file.write(b"garbage\n{}\n[1]\n")
+    write_report(Report(2, "a\nb"))
+    assert reports.read() == [Report(2, "a\nb")]
+
+
+def test_without_a_parent_that_listens_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    write_report(Report(2, "nobody hears"))
+    monkeypatch.setenv(VARIABLE, "/proc/1/fd/999999")
+    write_report(Report(2, "nobody hears"))
+
+
+def test_a_service_that_is_cancelled_unasked_has_crashed(reports: ExitReports) -> None:
+    async def service(_config: Config) -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(RuntimeError, match="nobody had told it to stop"):
+        run_service(service, [])
+    assert reports.read() == [Report(1, "RuntimeError: The service was cancelled, and nobody had told it to stop.")]
+
+
+SERVICE = """
+import asyncio
+from treegrpo.edge import run_service
+
+async def serve(config):
+    print("serving", flush=True)
+    await asyncio.Event().wait()
+
+run_service(serve, [])
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "before", "code"),
+    [
+        (signal.SIGTERM, [], 0),
+        (signal.SIGINT, [], 0),
+        (signal.SIGHUP, [], 0),
+        (signal.SIGHUP, ["nohup"], -signal.SIGKILL),
+    ],
+)
+def test_a_stop_signal_ends_a_service_in_order_but_not_sighup_under_nohup(
+    number: signal.Signals, before: list[str], code: int, tmp_path: Path
+) -> None:
+    command = [*before, sys.executable, "-c", SERVICE]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, cwd=tmp_path
+    ) as one:
+        assert one.stdout is not None
+        assert one.stdout.readline() == b"serving\n"
+        one.send_signal(number)
+        if code:  # it goes on
+            with pytest.raises(subprocess.TimeoutExpired):
+                one.wait(0.5)
+            one.kill()
+        assert one.wait(30) == code

@@ -1,0 +1,71 @@
+"""A run that has trained nothing may be told to be another; one that has trained may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from learner.intake.untrained import begin_anew, check_goes_on, is_untrained
+from services.cli.checks import check_run_dir
+from services.cli.history import beginning
+from tests.cli.workbench import Workbench
+from treegrpo.config import Config
+from treegrpo.errors import ConfigError
+from treegrpo.identity import check_identity, keep_identity
+from treegrpo.settings import load
+
+LEFT = (
+    "checkpoints/step-000000/progress.json",
+    "checkpoints/final/config.json",
+    "journal/00000001.log",
+    "weights/0.0/config.json",
+)
+
+
+def begun(bench: Workbench, *left: str) -> Config:
+    """A run that has begun and left these files."""
+    for name in (*LEFT, *left, "progress.jsonl", "paused"):
+        (path := bench.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    config = load(None, bench.flags())
+    keep_identity(config, begun=False)
+    return config
+
+
+def other(bench: Workbench) -> Config:
+    return load(None, bench.flags(rollout__max_context="512"))
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_an_untrained_run_has_is_set_aside_and_it_becomes_another(tmp_path: Path) -> None:
+    begun(bench := Workbench(tmp_path))
+    assert "rollout.max_context was 256 and is 512" in check_run_dir(other(bench))
+    assert "anew, since nothing was trained yet: rollout.max_context was 256 and is 512" in beginning(other(bench))
+    for _ in range(2):  # the second time as after a crash in between
+        assert begin_anew(other(bench))
+    keep_identity(other(bench), begun=False)
+    check_identity(other(bench))
+    assert not begin_anew(other(bench))
+    there = {name for name in names(bench.run_dir) if "/untrained/" not in name}
+    assert there == {"progress.jsonl.untrained", "paused", "run.json", "weights/0.0/config.json"}
+
+
+def test_the_same_run_goes_on_with_what_it_has(tmp_path: Path) -> None:
+    config = begun(bench := Workbench(tmp_path))
+    before = names(bench.run_dir)
+    assert (begin_anew(config), check_goes_on(config), is_untrained(bench.run_dir)) == (False, "", True)
+    assert names(bench.run_dir) == before
+
+
+@pytest.mark.parametrize("left", ["checkpoints/step-000002/x", "checkpoints/step-000002.damaged/x", "weights/1.7/x"])
+def test_a_run_that_has_trained_does_not_become_another(tmp_path: Path, left: str) -> None:
+    begun(bench := Workbench(tmp_path), left)
+    before = names(bench.run_dir)
+    for refuses in (begin_anew, check_goes_on, check_run_dir):
+        with pytest.raises(ConfigError, match=r"cannot go on as another: rollout\.max_context was 256 and is 512\. Set it back"):
+            refuses(other(bench))
+    assert names(bench.run_dir) == before

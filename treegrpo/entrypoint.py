@@ -1,0 +1,60 @@
+"""The entry point of a container that is started again whenever it ends: ``python -m treegrpo.entrypoint PROGRAM [ARGUMENT …]``.
+
+    the program ends with 2, an error that stays ─► its sentence is said, and this waits to be stopped
+    in any other way ─────────────────────────────► this ends alike, and whoever runs the container starts it again
+
+Neither compose nor a Deployment of Kubernetes can leave a container alone because of its exit code. While this waits the
+health check fails with the sentence, and a liveness check passes (`probe.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from treegrpo import logs
+from treegrpo.exit_report import FAILED, ExitReports, most_telling
+from treegrpo.stop_signals import stop_signals
+
+log = logging.getLogger(__name__)
+MARK = "treegrpo-ended"
+"""A file in the directory for temporary files: the sentence of a program that ended for good."""
+SIGNALLED = 128
+
+
+def mark() -> Path:
+    return Path(tempfile.gettempdir()) / MARK
+
+
+def main(program: Sequence[str]) -> int:
+    """Run ``program``; returns its exit code, after FAILED only when told to stop."""
+    logs.to_stderr()
+    mark().unlink(missing_ok=True)  # a directory for temporary files may outlive the container
+    told, reports = threading.Event(), ExitReports()
+    child = subprocess.Popen(program, env={**os.environ, **reports.environment})  # noqa: S603
+
+    def pass_on(number: int, _frame: object) -> None:
+        told.set()
+        child.send_signal(number)  # nothing happens once it has ended
+
+    for number in stop_signals():
+        signal.signal(number, pass_on)
+    code = child.wait()
+    if code == FAILED and not told.is_set():
+        report = most_telling(reports.read())
+        sentence = report.sentence if report else "it gave no reason; see the lines above"
+        mark().write_text(sentence + "\n", encoding="utf-8")
+        log.critical("%s ended for good, so this container waits; mend that and start it again: %s", " ".join(program), sentence)
+        told.wait()
+    return code if code >= 0 else SIGNALLED - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

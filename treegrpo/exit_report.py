@@ -1,0 +1,96 @@
+"""The exit report: how a process tells the process that started it why it ended.
+
+    parent ── VARIABLE = path of a file in memory ──► child, and what the child starts
+    parent ◄── a line of JSON for each error ──────── child
+
+It is a channel of its own, since a log holds what other programs and foreign texts put there. It is in memory, since a
+full disk is one of the reasons to end. Whoever has no such parent reports to nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import traceback
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+from treegrpo.errors import RankError, TreeGrpoError
+
+VARIABLE = "_TREEGRPO_EXIT_REPORT"
+"""In the environment; it does not begin as keys of the configuration do."""
+FAILED = 2
+PASSING = 75
+"""EX_TEMPFAIL of sysexits.h."""
+CRASHED = 1
+"""What Python ends with after an exception that nobody caught."""
+READ_BYTES = 1 << 20
+SENTENCE_LETTERS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Why a process ended."""
+
+    code: int
+    """Its exit code; negative: the signal that killed it."""
+    sentence: str
+    secondary: bool = False
+    """It ended because another process did, which has the reason."""
+
+
+def exit_code(error: TreeGrpoError) -> int:
+    """What a process ends with after ``error``."""
+    return PASSING if error.passes else FAILED
+
+
+def report_of(error: BaseException) -> Report:
+    """The report of a process that ends with ``error``: its sentence, or, of a crash, the last line of the traceback."""
+    if isinstance(error, TreeGrpoError):
+        return Report(exit_code(error), str(error)[:SENTENCE_LETTERS], isinstance(error, RankError))
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return Report(CRASHED, traceback.format_exception_only(error)[-1].strip()[:SENTENCE_LETTERS])
+
+
+def most_telling(reports: Iterable[Report]) -> Report | None:
+    """Of several reports the one to act on: an error that stays, then a crash, then what may pass; of equals the first."""
+    order = {FAILED: 0, PASSING: 2}
+    return min(reports, key=lambda report: (report.secondary, order.get(report.code, 1)), default=None)
+
+
+def write_report(report: Report) -> None:
+    """Tell the parent, if it wants to know."""
+    if path := os.environ.get(VARIABLE):
+        with suppress(OSError), open(path, "ab", buffering=0) as file:  # noqa: PTH123  # one write, appended
+            file.write(json.dumps(asdict(report)).encode() + b"\n")
+
+
+class ExitReports:
+    """The parent's side: what one child, and all that it starts, report. The file is closed with this object."""
+
+    def __init__(self) -> None:
+        if hasattr(os, "memfd_create"):
+            self._file = os.memfd_create("exit-report")
+            self._path = f"/proc/{os.getpid()}/fd/{self._file}"
+            weakref.finalize(self, os.close, self._file)
+        else:
+            self._file, self._path = tempfile.mkstemp(prefix="exit-report-")
+            weakref.finalize(self, os.close, self._file)
+            weakref.finalize(self, os.unlink, self._path)
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What the child has to have in its environment."""
+        return {VARIABLE: self._path}
+
+    def read(self) -> list[Report]:
+        """All reports so far; a line that is none is left out."""
+        reports: list[Report] = []
+        for line in os.pread(self._file, READ_BYTES, 0).splitlines():
+            with suppress(ValueError, TypeError):
+                reports.append(Report(**json.loads(line)))
+        return reports

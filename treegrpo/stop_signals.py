@@ -1,0 +1,13 @@
+"""The signals that ask a process to end in order."""
+
+from __future__ import annotations
+
+import signal
+
+TOLD = (signal.SIGTERM, signal.SIGINT)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """SIGTERM, SIGINT, and SIGHUP, which a closed terminal sends, unless this process was started to ignore it (nohup)."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return TOLD if ignored else (*TOLD, signal.SIGHUP)
