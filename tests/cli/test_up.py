@@ -275,8 +275,8 @@ async def test_ctrl_c_while_the_trainer_waits_for_its_disk_ends_the_run_soon(ben
     await run.line(f"The disk of {bench.run_dir} refuses what the trainer has to write: it waits")
     run.process.send_signal(signal.SIGINT)
     async with asyncio.timeout(DRAIN_SECONDS / 4):
-        assert await run.end() == FAILED
+        assert await run.end() == PASSING
     (error,) = [line for line in run.lines if line.startswith("error: ")]
     assert error.startswith(f"error: The trainer ended with code {PASSING}: ")
     assert "make room on its disk" in error
-    assert run.lines[-1].startswith(f"when that is mended, go on: {program()} up ")
+    assert run.lines[-1].startswith(f"go on: {program()} up ")

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import resource
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,7 @@ async def test_what_cannot_work_is_refused_in_one_sentence(setting: Setting, cas
             lease = await stage.sampler.hear("lease")
             await stage.sampler.send_chain(lease.id)
             await stage.sampler.hear("ack")
+        (setting.run_dir / "weights" / "0.1").mkdir(parents=True)  # a step was made
     elif case == "busy port":
         more = ["--learner.listen", setting.broker]
     else:
@@ -361,6 +363,27 @@ async def test_what_cannot_work_is_refused_in_one_sentence(setting: Setting, cas
     assert last.startswith("error: ")
     assert {"another run": "run.seed was 0 and is 5", "busy port": "learner.listen", "no broker": "127.0.0.1:1"}[case] in last
     assert "Traceback" not in stderr.decode()
+
+
+async def test_a_run_that_has_trained_nothing_becomes_another_and_its_leases_are_void(setting: Setting) -> None:
+    async with setting.stage() as stage:
+        await publish(setting, stage.trainer, 0, 0)
+        await stage.sampler.want(1)
+        before = await stage.sampler.hear("lease")
+        await stage.sampler.send_chain(before.id)
+        await stage.sampler.hear("ack")
+    async with setting.stage("--rollout.max_turns", "7", leases=(before.id,)) as stage:
+        shutil.rmtree(setting.run_dir / "weights")
+        await publish(setting, stage.trainer, 0, 0)
+        await stage.sampler.want(1)
+        lease = await stage.sampler.hear("lease")
+        assert (lease.plan.max_turns, lease.id != before.id) == (7, True)
+    assert (setting.run_dir / "journal" / "untrained" / "00000001.log").exists()
+    async with setting.stage("--rollout.max_turns", "7", leases=(lease.id,)) as stage:  # and goes on as that
+        shutil.rmtree(setting.run_dir / "weights")
+        await publish(setting, stage.trainer, 0, 0)
+        await stage.sampler.want(2)
+        assert (await stage.sampler.hear("lease")).id != lease.id
 
 
 async def test_a_journal_of_an_earlier_version_is_refused(setting: Setting) -> None:
