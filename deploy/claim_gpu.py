@@ -2,7 +2,7 @@
 
 Docker shows a container all GPUs or the same ones, and knows of no allocation. Here every container sees all, and holds a lock
 on a file of a shared volume for each that it takes; the kernel lets go of the lock when the program and its children have
-ended, however they end. ``--check`` only says whether the machine has a GPU.
+ended, however they end. ``--check`` only says whether the machine has a GPU. Exit code 2: there is none; 75: none is free now.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from treegrpo.exit_report import FAILED, PASSING, Report, write_report
+
 LOCKS = Path(os.environ.get("GPU_LOCKS", "/gpus"))
 DRIVER = Path(os.environ.get("GPU_DRIVER", "/proc/driver/nvidia/gpus"))
 """The kernel's list, which every container sees."""
 PATIENCE_SECONDS = float(os.environ.get("GPU_PATIENCE", "30"))
 """A container that is being replaced takes a moment to end."""
 NO_GPU = (
-    "error: COMPOSE_PROFILES=gpu needs an NVIDIA GPU with its driver and the NVIDIA container toolkit, and this machine shows "
+    "COMPOSE_PROFILES=gpu needs an NVIDIA GPU with its driver and the NVIDIA container toolkit, and this machine shows "
     "none; set COMPOSE_PROFILES=cpu in .env, or install them and see that `nvidia-smi` works."
 )
 
@@ -66,20 +68,34 @@ def check() -> str:
     return "" if DRIVER.is_dir() and any(DRIVER.iterdir()) else NO_GPU
 
 
-def become(arguments: Sequence[str]) -> str:
-    """Become the program. Returns the sentence that says why not."""
+def become(arguments: Sequence[str]) -> Report:
+    """Become the program. Returns why not."""
     count, program = int(arguments[0]), list(arguments[1:])
     if not (seen := gpus()):
-        return NO_GPU
+        return Report(FAILED, NO_GPU)
     mine = take(count, seen)
     if len(mine) < count:
-        return (
-            f"error: {count} GPUs are wanted and {len(mine)} of {len(seen)} are free, the others are held by other containers; "
-            "scale sampler-gpu down, or start it on another machine."
+        return Report(
+            PASSING,
+            f"{count} GPUs are wanted and {len(mine)} of {len(seen)} are free, the others are held by other containers; "
+            "scale sampler-gpu down, or start it on another machine.",
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     return os.execvp(program[0], program)  # noqa: S606
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    if list(arguments) == ["--check"]:
+        refusal = Report(FAILED, sentence) if (sentence := check()) else None
+    else:
+        refusal = become(arguments)
+    if refusal is None:
+        return 0
+    print(f"error: {refusal.sentence}", file=sys.stderr)
+    write_report(refusal)
+    return refusal.code
+
+
 if __name__ == "__main__":
-    sys.exit((check() if sys.argv[1:] == ["--check"] else become(sys.argv[1:])) or 0)
+    sys.exit(main(sys.argv[1:]))

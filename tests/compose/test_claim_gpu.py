@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from treegrpo.exit_report import FAILED, PASSING
+
 CLAIM = Path(__file__).parents[2] / "deploy" / "claim_gpu.py"
 SHOW = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input()"
 
@@ -38,7 +40,7 @@ def test_containers_share_the_gpus_and_a_killed_one_leaves_its_own(machine: dict
         assert {told(first), taken := told(second)} == {"GPU-a", "GPU-b"}
         with start(machine, 1) as third:
             _, said = third.communicate()
-        assert third.returncode == 1
+        assert third.returncode == PASSING
         assert "1 GPUs are wanted and 0 of 2 are free" in said
         second.kill()
         second.wait()
@@ -58,8 +60,8 @@ def test_a_machine_without_a_gpu_is_told_what_to_do(machine: dict[str, str], tmp
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n", encoding="utf-8")
     with start(machine, 1) as container:
         _, said = container.communicate()
-    assert container.returncode == 1
+    assert container.returncode == FAILED
     assert "COMPOSE_PROFILES=cpu" in said
-    for driver, code in ((tmp_path / "none", 1), (tmp_path, 0)):
+    for driver, code in ((tmp_path / "none", FAILED), (tmp_path, 0)):
         check = subprocess.run([sys.executable, str(CLAIM), "--check"], env={**machine, "GPU_DRIVER": str(driver)}, check=False)
         assert check.returncode == code
