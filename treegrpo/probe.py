@@ -35,7 +35,7 @@ def complaint(url: str, *, alive: bool = False) -> str:
             return ""
     except HTTPError as error:
         with error:
-            return "" if alive else f"{url}: {error}"
+            return "" if alive else f"{url}: {describe(error)}"
     except (OSError, HTTPException, ValueError) as error:
         return f"{url}: {describe(error)}"
 
