@@ -81,7 +81,7 @@ async def test_no_child_outlives_a_killed_parent(tmp_path: Path) -> None:
 
 async def test_a_process_whose_log_cannot_be_written_runs_without(tmp_path: Path) -> None:
     (tmp_path / "service.log").mkdir()
-    child = await Child.start(ending("service", "ValueError: 3", 3), [], tmp_path)
+    child = await Child.start(ending("a line", 3, "ValueError: 3"), [], tmp_path)
     assert await child.ended == 3
     assert child.said() == []
-    assert "ended with code 3" in child.obituary()
+    assert "ended with code 3: ValueError: 3" in child.obituary()
