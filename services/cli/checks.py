@@ -263,6 +263,7 @@ def up_checks(config: Config) -> dict[str, Check]:
     """What `treegrpo up` needs, by name."""
     corpus: dict[str, Check] = {} if config.retriever.url else {"corpus": partial(check_corpus, config.retriever.corpus)}
     return {
+        "documents of a search": partial(check_topk, config),  # first, for it costs nothing
         **learner_checks(config),
         "ports": partial(check_addresses, all_addresses(config)),
         "memory for the run": partial(check_memory, config, config.sampler.count, trains=True),
@@ -270,7 +271,6 @@ def up_checks(config: Config) -> dict[str, Check]:
         "engine": partial(check_engine, config, config.sampler.count),
         "security of the parts": partial(check_parts_security, config),
         **corpus,
-        "documents of a search": partial(check_topk, config),
     }
 
 
@@ -278,6 +278,7 @@ def eval_checks(config: Config) -> dict[str, Check]:
     """What `treegrpo eval` needs, by name."""
     questions = Questions(config)
     return {
+        "documents of a search": partial(check_topk, config),
         **_model_checks(config),
         "memory for the run": partial(check_memory, config, 1, trains=False),
         "held-out questions": partial(questions.found, "data.heldout"),

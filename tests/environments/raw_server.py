@@ -41,7 +41,8 @@ async def answering(raw: bytes | Pieces | None) -> AsyncGenerator[str]:
         closing.set()
         server.close()
         for writer in open_now.values():
-            writer.transport.abort()
+            if not writer.transport.is_closing():
+                writer.transport.abort()
         await asyncio.gather(*open_now)
 
 
