@@ -19,7 +19,7 @@ from enum import Enum
 from learner.intake.groups import OpenGroup
 from treegrpo.budget import Cost
 from treegrpo.errors import RunError
-from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.lease import SILENCE_SECONDS, LeaseEnd, LeaseEndReason
 
 FAILURES = 16
 """Leases in a row that open a circuit, and leases of one trial."""
@@ -27,8 +27,8 @@ OPENINGS = 4
 """In a row, of every sampler, before the run is given up."""
 FIRST_SECONDS, MOST_SECONDS = 1.0, 30.0
 """How long a circuit is open: at first, and at most."""
-ABSENT_SECONDS = 60.0
-"""A sampler that left a shorter time ago may come back and do better."""
+ABSENT_SECONDS = SILENCE_SECONDS
+"""A sampler that left a shorter time ago may come back and do better; so may all when the intake began a shorter time ago."""
 SAID_LETTERS = 300
 """Of what a sampler says, in a sentence of ours."""
 NAMED = 3
@@ -88,6 +88,7 @@ class NoProgressBreaker:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._began = clock()
         self._circuits: dict[str, Circuit] = {}
 
     def came(self, name: str) -> None:
@@ -144,7 +145,7 @@ class NoProgressBreaker:
     def hopeless(self) -> RunError | None:
         """The reason to give up the run, or None."""
         counted = {name: one for name, one in self._circuits.items() if not self._is_gone(one)}
-        if not counted or not all(one.hopeless for one in counted.values()):
+        if not counted or (len(counted) == 1 and self._is_new) or not all(one.hopeless for one in counted.values()):
             return None
         leases = sum(one.failed for one in counted.values())
         said = [words for name in sorted(counted) if (words := self.said(name))]
@@ -153,6 +154,15 @@ class NoProgressBreaker:
             f"The last {leases} leases, of {_samplers(counted)}, led to no finished episode; {words}. Does the retriever answer, "
             "and do the prompts fit rollout.max_context? The samplers' logs say more."
         )
+
+    def is_alone(self, name: str) -> bool:
+        """Whether no other sampler is here, nor is one likely to come: a moment ago there was none either."""
+        return not self._is_new and all(self._is_gone(one) for other, one in self._circuits.items() if other != name)
+
+    @property
+    def _is_new(self) -> bool:
+        """Whether samplers may not have come yet."""
+        return self._clock() - self._began < ABSENT_SECONDS
 
     def _is_open(self, circuit: Circuit) -> bool:
         return bool(circuit.openings) and self._clock() < circuit.retry_at
@@ -169,12 +179,16 @@ class Attempts:
         self._failed: dict[tuple[int, str], set[str]] = {}
 
     def excused(self, group: OpenGroup, name: str, here: Iterable[str]) -> bool:
-        """Whether a lease that came to nothing does not count against its question: its sampler is put aside, or has
-        failed at it before, and another of those that are ``here`` has not.
+        """Whether a lease that came to nothing does not count against its question.
+
+        Its sampler is put aside, or has failed at it before, and another has not: one of those that are ``here``, or, if no
+        other is, one that may still come.
         """
         failed = self._failed.setdefault((group.draw, group.lease.question.id), set())
-        untried = {other for other in here if other != name and not self._breaker.put_aside(other)} - failed
-        if untried and (name in failed or self._breaker.put_aside(name)):
+        others = set(here) - {name}
+        untried = {other for other in others if not self._breaker.put_aside(other)} - failed
+        others_may_do_better = bool(untried) if others else not self._breaker.is_alone(name)
+        if others_may_do_better and (name in failed or self._breaker.put_aside(name)):
             return True
         failed.add(name)
         return False

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from learner.intake.asked_for import check_holder, cost_of, reason_of
 from learner.intake.batches import Batches
-from learner.intake.circuit_breaker import Attempts, NoProgressBreaker, Verdict
+from learner.intake.circuit_breaker import ABSENT_SECONDS, Attempts, NoProgressBreaker, Verdict
 from learner.intake.clerk import Clerk
 from learner.intake.granting import Granting
 from learner.intake.groups import Fate, OpenGroup
@@ -74,6 +74,7 @@ class Desk:
         self._granting = Granting(book, self.clerk, self.peers, self.breaker.quota)
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with RunError when rolling out on would lead nowhere."""
+        asyncio.get_running_loop().call_later(ABSENT_SECONDS, self._look_for_hope)
         journal.on_blocked = self.grant
         reporter.keep(book)
 
@@ -220,7 +221,12 @@ class Desk:
             asyncio.get_running_loop().call_later(seconds, self._try_again, name)
         if self.breaker.put_aside(name) is not before:
             self.reporter.samplers(len(self.peers), self.breaker.aside())
-        if verdict is Verdict.FAILED and not self.broken.done() and (hopeless := self.breaker.hopeless()) is not None:
+        if verdict is Verdict.FAILED:
+            self._look_for_hope()
+
+    def _look_for_hope(self) -> None:
+        """Give up the run if nothing comes of it; see `NoProgressBreaker.hopeless`."""
+        if not self.broken.done() and (hopeless := self.breaker.hopeless()) is not None:
             self.broken.set_exception(hopeless)
 
     def _try_again(self, name: str) -> None:

@@ -152,16 +152,31 @@ def test_leaves_of_an_earlier_lease_are_no_progress_of_this_one() -> None:
 def test_a_run_with_one_sampler_is_given_up_after_leases_and_time() -> None:
     clock = Clock()
     breaker = NoProgressBreaker(clock)
+    clock.now = began = 100.0 + ABSENT_SECONDS
     breaker.came("s1")
     for _ in range(OPENINGS - 1):
         seconds = fail(breaker, "s1")
         assert breaker.hopeless() is None
         clock.now += seconds
     fail(breaker, "s1")
-    assert clock.now - 100.0 == FIRST_SECONDS * (2 ** (OPENINGS - 1) - 1)
+    assert clock.now - began == FIRST_SECONDS * (2 ** (OPENINGS - 1) - 1)
     assert str(breaker.hopeless()).startswith(
         f"The last {FAILURES * OPENINGS} leases, of sampler s1, led to no finished episode; sampler s1 says: “s1 is broken”. "
     )
+
+
+def test_the_first_sampler_of_several_ends_nothing_before_the_others_come() -> None:
+    clock = Clock()
+    breaker = NoProgressBreaker(clock)
+    breaker.came("bad")
+    fail_for_good(breaker, clock, "bad")
+    assert breaker.hopeless() is None
+    made = book()
+    attempts = Attempts(breaker)
+    assert attempts.excused(made.open[grant(made, "bad/1")], "bad", {"bad"})
+    clock.now = 100.0 + ABSENT_SECONDS
+    assert breaker.hopeless() is not None
+    assert not attempts.excused(made.open[grant(made, "bad/1")], "bad", {"bad"})
 
 
 def test_a_burst_of_failures_ends_nothing() -> None:
@@ -238,7 +253,9 @@ def test_one_sampler_alone_does_not_set_a_question_aside() -> None:
 def test_a_question_that_nobody_can_answer_is_set_aside() -> None:
     """One sampler or three of them: after as many tries."""
     for here in ({"a"}, {"a", "b"}, {"a", "b", "c"}):
-        attempts = Attempts(NoProgressBreaker(Clock()))
+        clock = Clock()
+        attempts = Attempts(NoProgressBreaker(clock))
+        clock.now += ABSENT_SECONDS
         made, leases = book(questions=1), 0
         while not made.set_aside:
             name = sorted(here)[leases % len(here)]
@@ -249,7 +266,9 @@ def test_a_question_that_nobody_can_answer_is_set_aside() -> None:
 
 
 def test_a_sampler_that_is_put_aside_blames_nothing() -> None:
-    breaker = NoProgressBreaker(Clock())
+    clock = Clock()
+    breaker = NoProgressBreaker(clock)
+    clock.now += ABSENT_SECONDS
     fail(breaker, "bad")
     made = book()
     group = made.open[grant(made, "bad/1")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from learner.intake import trainer_desk
+from learner.intake import circuit_breaker, trainer_desk
 from tests.intake.builders import PLAN, book, complete
 from tests.intake.doorstep import Doorstep, doorstep, hurry
 from tests.intake.harness import Sampler
@@ -161,7 +161,8 @@ async def test_a_sampler_that_drains_gives_its_group_to_another(tmp_path: Path) 
         assert door.sample("budget_forfeited_total", kind="train", currency="tokens") == 0
 
 
-async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path) -> None:
+async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(circuit_breaker, "ABSENT_SECONDS", 0.0)  # no other sampler is waited for
     async with doorstep(book(total=1), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         asked: list[str] = []
