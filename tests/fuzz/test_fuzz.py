@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.fuzz.mutations import build, parse
 from tests.fuzz.pure import TARGETS, Target
 from tests.fuzz.run import fuzz_servers
 from tests.fuzz.samples import ASKED, REQUESTS, RESPONSES
+from tests.fuzz.stalls import STALL_SECONDS, Stalls
 
 SHARE = 0.01
 
@@ -39,6 +41,14 @@ def test_servers_outlive_what_is_sent_to_them(tmp_path: Path) -> None:
     fuzz_servers(SHARE, 0, tmp_path, counts.append)
     assert not [crash for count in counts for crash in count.crashes]
     assert (len(counts), sum(count.hangs for count in counts)) == (6, 0)
+
+
+async def test_work_that_holds_up_the_event_loop_is_seen() -> None:
+    async with Stalls() as stalls:
+        began = time.process_time()
+        while time.process_time() < began + STALL_SECONDS + 0.05:
+            pass
+    assert stalls.worst > STALL_SECONDS
 
 
 def test_a_crash_is_found_and_shrinks_to_what_matters() -> None:
