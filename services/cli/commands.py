@@ -88,9 +88,9 @@ def become(module: str, call: Invocation) -> int:
 
 
 def run_eval(call: Invocation) -> int:
-    """`eval`: exit code 1 when not one question could be rolled out."""
+    """`eval`. Raises RunError: not one question came to an answer."""
     from services.cli.checks import eval_checks, run_checks
-    from services.cli.evaluate import evaluate, report, retriever_for
+    from services.cli.evaluate import evaluate, failures, report, retriever_for
     from services.cli.terminal import Terminal
 
     terminal = Terminal()
@@ -101,7 +101,9 @@ def run_eval(call: Invocation) -> int:
         async with retriever_for(call.config, call.arguments, terminal.say):
             answers = await evaluate(call.config)
         terminal.show(report(answers))
-        return int(all(answer.leaf is None for answer in answers))
+        if sentence := failures(answers):
+            terminal.say(f"{sentence}.")
+        return 0
 
     return asyncio.run(work())
 

@@ -24,7 +24,7 @@ from services.sampler.parts import open_engine, open_environment
 from services.sampler.tokenizer import Tokenizer
 from treegrpo.access import Access
 from treegrpo.config import Config
-from treegrpo.errors import UnavailableError
+from treegrpo.errors import RunError, UnavailableError
 from treegrpo.lease import Lease, LeaseEndReason, LeaseKind
 from treegrpo.question import Question
 from treegrpo.security import Role
@@ -39,6 +39,8 @@ class Answered:
 
     question: Question
     leaf: Leaf | None
+    error: str = ""
+    """Why there is no end."""
 
 
 @asynccontextmanager
@@ -82,7 +84,18 @@ async def _answer(config: Config, expander: Expander, question: Question, places
     if end.reason is LeaseEndReason.RETURNED:  # not the model's fault: a score without this question would be another one
         raise UnavailableError(f"The evaluation is not complete: {end.error}")
     leaves = [leaf for subtree in subtrees for leaf in subtree.leaves]
-    return Answered(question, leaves[0] if leaves else None)
+    return Answered(question, leaves[0] if leaves else None, end.error)
+
+
+def failures(answers: Sequence[Answered]) -> str:
+    """A sentence about the questions that have no answer, empty if all have. Raises RunError: none has."""
+    errors = [answer.error for answer in answers if answer.leaf is None]
+    if not errors:
+        return ""
+    sentence = f"{len(errors)} of {len(answers)} questions came to no answer, the last so: {errors[-1] or 'no error was named'}"
+    if len(errors) == len(answers):
+        raise RunError(sentence)
+    return sentence
 
 
 def by_family(answers: Sequence[Answered]) -> dict[str, list[Answered]]:

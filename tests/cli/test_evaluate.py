@@ -1,0 +1,24 @@
+"""`treegrpo eval`: what it says of questions that came to no answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.cli.evaluate import Answered, failures
+from treegrpo.errors import RunError
+from treegrpo.question import Question
+from treegrpo.step import Leaf
+
+QUESTION = Question("id", "made", (), ("a",))
+ANSWERED, FAILED = Answered(QUESTION, Leaf(0, {"em": 1.0}, {})), Answered(QUESTION, None, "ToolError: HTML instead of JSON")
+
+
+def test_questions_without_an_answer_are_said_with_the_last_reason() -> None:
+    assert failures([ANSWERED, ANSWERED]) == ""
+    sentence = "1 of 2 questions came to no answer, the last so: ToolError: HTML instead of JSON"
+    assert failures([FAILED, ANSWERED]) == sentence
+
+
+def test_an_evaluation_without_any_answer_is_an_error() -> None:
+    with pytest.raises(RunError, match="2 of 2 questions came to no answer, the last so: no error was named"):
+        failures([FAILED, Answered(QUESTION, None)])
