@@ -52,6 +52,8 @@ LARGE_BYTES = 1 << 20
 """An HTTP answer or request beyond this is a large one."""
 LARGE_ANSWERS = 2
 """Large answers that one client reads at once, and a server makes at once; others wait."""
+LOOP_LETTERS = 8192
+"""Text that a process may format, cut and encode on its event loop; more goes to a thread."""
 LOOP_BYTES = 64 << 10
 """What a process may take apart on its event loop; more goes to a thread."""
 JSON_PARTS = 1 << 19

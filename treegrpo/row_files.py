@@ -25,7 +25,7 @@ def read_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Any]]
             is_parquet = file.read(len(PARQUET)) == PARQUET or path.suffix.lower() in SUFFIXES
         yield from _parquet(path, columns) if is_parquet else _json(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the data path.") from error
+        raise DataError(f"{path} cannot be read ({error.strerror or describe(error)}); check the data path.") from error
     except UnicodeError as error:
         raise DataError(f"{path} is neither JSON lines nor parquet ({describe(error)}); check the data path.") from error
 

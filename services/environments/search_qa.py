@@ -22,7 +22,7 @@ from services.environments.markup import Markup
 from services.environments.retrieval import PROBE_QUERY, Retriever
 from services.environments.rewards import RewardShape, exact_match, f1, format_reward
 from services.environments.truncation import fitting_length
-from treegrpo.limits import QUERY_LENGTH
+from treegrpo.limits import LOOP_LETTERS, QUERY_LENGTH
 from treegrpo.question import Question
 
 Kind = Literal["search", "answer", "invalid"]
@@ -36,8 +36,6 @@ _TAG = re.compile(r"</?(?:think|search|answer|information)>")
 _END = re.compile(r"\s*(?:(?:<\|[^<>|]+\|>|</s>)\s*)?")
 LETTERS_A_TOKEN = 128
 """No token of the usual vocabularies stands for more."""
-LOOP_LETTERS = 8192
-"""Documents with more are formatted and cut in a thread."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import numpy as np
 from services.environments.base import Environment, Outcome
 from services.sampler.branch import Branch, Turn, first_node
 from services.sampler.clock import Clock
+from services.sampler.encoding import encode_text
 from services.sampler.engines.base import Completion, Engine, Sampling
 from services.sampler.outage import Outage
 from services.sampler.performer import Performer
@@ -142,7 +143,7 @@ class Player:
         truncated = completion.finish == "length"
         outcome = await self._performer.perform(turn, text, last=turn.last or truncated)
         with self._performer.guarded():
-            observation = _NONE if outcome.observation is None else self._text.encode(outcome.observation)
+            observation = _NONE if outcome.observation is None else await encode_text(self._text, outcome.observation)
         length = len(turn.prefix) + len(completion.ids) + len(observation)
         if outcome.observation is not None and length < self.context(turn.branch.lease.plan):
             turn.branch.states.keep(turn.node, outcome.state)

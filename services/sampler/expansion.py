@@ -23,6 +23,7 @@ from services.environments.base import Environment
 from services.sampler.allowance import Allowance
 from services.sampler.branch import Branch, first_node
 from services.sampler.clock import Clock
+from services.sampler.encoding import render_prompt
 from services.sampler.engines.base import Engine
 from services.sampler.episode import Player, Text
 from services.sampler.gate import Gate
@@ -143,7 +144,7 @@ class _Growth:
 
     async def run(self) -> None:
         plan, question = self._lease.plan, self._lease.question
-        prompt, room = self._text.render(question.prompt), self._player.context(plan)
+        prompt, room = await render_prompt(self._text, question.prompt), self._player.context(plan)
         check_prompt(question, prompt, room)
         if self._gate.stopped:
             self.reason = LeaseEndReason.STOPPED

@@ -18,6 +18,8 @@ from tests.fuzz.run import fuzz_pure, fuzz_servers
 
 GROWTH_MIB = 32.0
 """Of one server over all its cases: more is a leak, less is how an allocator works."""
+PEAK_MIB = 64.0
+"""What one case may need: a file of a thousand repeated texts has a fraction of it."""
 SHOWN = 3000
 """Letters of a crash."""
 
@@ -29,12 +31,16 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     counts, began = list[Count](), time.monotonic()
-    print(f"{'target':10} {'cases':>7} {'seconds':>8} {'slowest s':>9} {'crashes':>7} {'hangs':>6} {'growth MiB':>10}")
+    heads = (("cases", 7), ("seconds", 8), ("slowest s", 9), ("crashes", 7), ("hangs", 6), ("stalls", 6), ("growth MiB", 10))
+    print(f"{'target':10} {' '.join(f'{head:>{width}}' for head, width in heads)} {'peak MiB':>8}")
 
     def say(count: Count) -> None:
         counts.append(count)
         row = f"{count.name:10} {count.cases:7} {count.seconds:8.1f} {count.slowest:9.3f}"
-        print(f"{row} {len(count.crashes):7} {count.hangs:6} {count.growth_mib:10.1f}", flush=True)
+        print(
+            f"{row} {len(count.crashes):7} {count.hangs:6} {count.stalls:6} {count.growth_mib:10.1f} {count.peak_mib:8.1f}",
+            flush=True,
+        )
         for crash in count.crashes:
             print(crash[-SHOWN:])
 
@@ -45,11 +51,14 @@ def main() -> int:
         "cases": sum(count.cases for count in counts),
         "crashes": sum(len(count.crashes) for count in counts),
         "hangs": sum(count.hangs for count in counts),
+        "stalls": sum(count.stalls for count in counts),
+        "peak_mib": round(max(count.peak_mib for count in counts), 1),
         "growth_mib": round(max(count.growth_mib for count in counts), 1),
         "seconds": round(time.monotonic() - began, 1),
     }
     print(json.dumps(summary))
-    return int(summary["crashes"] > 0 or summary["hangs"] > 0 or summary["growth_mib"] > GROWTH_MIB)
+    wrong = summary["crashes"] or summary["hangs"] or summary["stalls"]
+    return int(wrong > 0 or summary["growth_mib"] > GROWTH_MIB or summary["peak_mib"] > PEAK_MIB)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from typing import Any, cast
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.stalls import STALL_SECONDS
+from tests.fuzz.watchdog import watched
+
 BATCH = 500
 """Hypothesis remembers all cases of one run; so it runs often."""
 SLOW_SECONDS = 15.0
@@ -24,18 +27,35 @@ class Count:
     slowest: float = 0.0
     crashes: list[str] = field(default_factory=list[str])
     hangs: int = 0
+    stalls: int = 0
+    """Cases that keep an event loop for longer than `watchdog.STALL_SECONDS`, or what a watched server says of its own."""
     growth_mib: float = 0.0
+    peak_mib: float = 0.0
+    """The most that a case needs while it is looked at."""
     seconds: float = 0.0
 
 
-def feed(count: Count, made: st.SearchStrategy[Any], case: Callable[[Any], None], cases: int, first_seed: int = 0) -> None:
-    """Feed ``cases`` of ``made`` to ``case``. A crash ends a batch, with its smallest example, and counts once."""
+def feed(
+    count: Count,
+    made: st.SearchStrategy[Any],
+    case: Callable[[Any], None],
+    cases: int,
+    first_seed: int = 0,
+    *,
+    watch: bool = True,
+) -> None:
+    """Feed ``cases`` of ``made`` to ``case``. A crash ends a batch, with its smallest example, and counts once.
+
+    With ``watch`` a case that keeps an event loop for too long is counted: all that it does is on one, but for its threads."""
     began = time.monotonic()
 
     def one(data: Any) -> None:
-        started = time.monotonic()
-        case(data)
+        started, busy = time.monotonic(), time.thread_time()
+        with watched() as dog:
+            case(data)
         took = time.monotonic() - started
+        longest = dog.longest if dog.callbacks else time.thread_time() - busy  # what has no loop is one callback of somebody's
+        count.stalls += watch and longest > STALL_SECONDS
         count.cases += 1
         count.slowest = max(count.slowest, took)
         count.hangs += took > SLOW_SECONDS

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from learner.intake.frames import BrokenFrameError, follows, read_frame
 from learner.intake.presence import Presence
 from learner.intake.reading import read_request
-from tests.fuzz import answers, samples
+from tests.fuzz import answers, foreign, samples
 from tests.fuzz.mutations import packed, protobufs, raw
 from tests.intake.builders import PLAN, book, grant
 from treegrpo import scrape
@@ -38,6 +38,8 @@ class Target:
     """Of the 100,000 of all."""
     made: st.SearchStrategy[Any]
     feed: Callable[[Any], None]
+    watch: bool = True
+    """Whether all of it is work on an event loop; one that prepares something first measures its stalls itself."""
 
 
 def request(data: bytes) -> None:
@@ -122,12 +124,17 @@ def page() -> Callable[[bytes], None]:
 WORDS: list[Any] = ["running", "paused", "1.42"]
 HEARD = st.one_of(packed(samples.PRESENCE), packed(WORDS, lambda word: word.encode() if isinstance(word, str) else b"\xff"))
 TARGETS = [
-    Target("request", 34_000, protobufs(samples.REQUESTS), request),
+    Target("prompt", 5_000, foreign.TEXTS, foreign.prompt),
+    Target("observe", 5_000, foreign.TEXTS, foreign.observation),
+    Target("rows", 5_000, foreign.ROWS, foreign.rows(foreign.questions, foreign.ROW)),
+    Target("corpus", 2_000, foreign.ROWS, foreign.rows(foreign.documents, foreign.DOCUMENT)),
+    Target("lines", 3_000, foreign.TEXTS, foreign.lines),
+    Target("request", 12_000, protobufs(samples.REQUESTS), request),
     Target("response", 10_000, protobufs(samples.RESPONSES), response),
     Target("handoff", 10_000, packed(samples.HANDOFF), handoff),
     Target("group", 8_000, packed(samples.GROUPS), group),
     Target("journal", 10_000, raw([*samples.FRAMES, samples.SEGMENT]), journal),
     Target("presence", 10_000, st.tuples(st.integers(0, 9), HEARD), presence()),
-    Target("search-qa", 2_000, answers.REPLIES, answers.search()),
+    Target("search-qa", 2_000, answers.REPLIES, answers.search(), watch=False),
     Target("scrape", 2_000, raw(samples.SCRAPES), page()),
 ]

@@ -29,13 +29,13 @@ QUIET_SECONDS = 8.0
 def fuzz_pure(share: float, seed: int, say: Callable[[Count], None]) -> None:
     for target in TARGETS:
         count = Count(target.name)
-        feed(count, target.made, target.feed, max(20, int(target.cases * share)), seed)
-        count.growth_mib = _growth(target, seed)
+        feed(count, target.made, target.feed, max(20, int(target.cases * share)), seed, watch=target.watch)
+        count.growth_mib, count.peak_mib = _memory(target, seed)
         say(count)
 
 
-def _growth(target: Target, seed: int) -> float:
-    """What the same cases leave behind the second time, in MiB."""
+def _memory(target: Target, seed: int) -> tuple[float, float]:
+    """What the same cases leave behind the second time, and the most that they need meanwhile, in MiB."""
     cases: list[Any] = []
     feed(Count(""), target.made, cases.append, TRACED, seed)
     held: list[int] = []
@@ -46,7 +46,8 @@ def _growth(target: Target, seed: int) -> float:
             held.append(tracemalloc.get_traced_memory()[0])
             for case in cases:
                 _quietly(target.feed, case)
-        return max(0, held[2] - held[1]) / (1 << 20)
+        peak = tracemalloc.get_traced_memory()[1] - held[0]
+        return max(0, held[2] - held[1]) / (1 << 20), peak / (1 << 20)
     finally:
         tracemalloc.stop()
 
@@ -71,7 +72,7 @@ def _served(runner: asyncio.Runner, there: Stage, served: Served, share: float, 
     count, server, cases = Count(served.name), there.servers[served.server], max(10, int(served.cases * share))
     door = served.open(there)
     give = runner.run(door.__aenter__())
-    complained = len(server.complaints)
+    complained, stalled = len(server.complaints), server.stalls
 
     async def case(data: Any) -> None:
         async with asyncio.timeout(CASE_SECONDS):
@@ -81,13 +82,14 @@ def _served(runner: asyncio.Runner, there: Stage, served: Served, share: float, 
         runner.run(case(data))
 
     try:
-        feed(count, served.made, one, max(1, int(WARM * cases)), seed + 1)
+        feed(count, served.made, one, max(1, int(WARM * cases)), seed + 1, watch=False)
         before = server.mib
-        feed(count, served.made, one, cases - max(1, int(WARM * cases)), seed + 100_000)
+        feed(count, served.made, one, cases - max(1, int(WARM * cases)), seed + 100_000, watch=False)
     finally:
         runner.run(door.__aexit__(None, None, None))
     count.growth_mib = max(0.0, runner.run(_settled(server, before)) - before)
     count.crashes += server.complaints[complained:]
+    count.stalls += server.stalls - stalled
     if not server.alive:
         count.crashes.append(f"the {server.name} ended with {server.process.returncode}; see {server.log}")
     else:

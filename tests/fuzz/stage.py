@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.cli.ready import broker_ready, learner_ready, retriever_ready, wait_ready
+from tests.fuzz.watchdog import SAYS
 from tests.intake.harness import Setting
 from tests.ports import free_address
 from treegrpo.config import Config, RetrieverConfig
@@ -41,6 +42,11 @@ class Server:
         return [text[max(0, found.start() - 200) : found.end() + 1500] for found in COMPLAINTS.finditer(text)]
 
     @property
+    def stalls(self) -> int:
+        """How often its event loop stalled, by its watchdog."""
+        return self.log.read_text(errors="replace").count(SAYS)
+
+    @property
     def log_bytes(self) -> int:
         return self.log.stat().st_size
 
@@ -66,7 +72,7 @@ async def _start(name: str, folder: Path, *command: str) -> Server:
     log = folder / f"{name}.log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", *command),
+            *(sys.executable, "-m", "tests.fuzz.watchdog", *command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,

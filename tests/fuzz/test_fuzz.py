@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Generator
@@ -14,7 +15,9 @@ from tests.fuzz.mutations import build, parse
 from tests.fuzz.pure import TARGETS, Target
 from tests.fuzz.run import fuzz_servers
 from tests.fuzz.samples import ASKED, REQUESTS, RESPONSES
+from tests.fuzz.servers import SERVED
 from tests.fuzz.stalls import STALL_SECONDS, Stalls
+from tests.fuzz.watchdog import watched
 
 SHARE = 0.01
 
@@ -30,9 +33,9 @@ def _quiet() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_mutated_messages_are_refused_as_they_should_be(target: Target) -> None:
     count = Count(target.name)
-    feed(count, target.made, target.feed, int(target.cases * SHARE))
+    feed(count, target.made, target.feed, int(target.cases * SHARE), watch=target.watch)
     assert not count.crashes, count.crashes[0]
-    assert (count.cases, count.hangs) == (int(target.cases * SHARE), 0)
+    assert (count.cases, count.hangs, count.stalls) == (int(target.cases * SHARE), 0, 0)
 
 
 def test_servers_outlive_what_is_sent_to_them(tmp_path: Path) -> None:
@@ -40,7 +43,31 @@ def test_servers_outlive_what_is_sent_to_them(tmp_path: Path) -> None:
     counts: list[Count] = []
     fuzz_servers(SHARE, 0, tmp_path, counts.append)
     assert not [crash for count in counts for crash in count.crashes]
-    assert (len(counts), sum(count.hangs for count in counts)) == (6, 0)
+    assert (len(counts), sum(count.hangs + count.stalls for count in counts)) == (6, 0)
+
+
+def test_the_cases_of_all_targets_are_as_many_as_is_said() -> None:
+    assert sum(target.cases for target in (*TARGETS, *SERVED)) == 100_000
+
+
+def test_a_callback_that_keeps_the_event_loop_is_told_of() -> None:
+    def busy() -> None:
+        until = time.thread_time() + 1.1 * STALL_SECONDS
+        while time.thread_time() < until:
+            pass
+
+    async def run() -> None:
+        asyncio.get_running_loop().call_soon(busy)
+        await asyncio.sleep(0)
+
+    told: list[str] = []
+    with watched(told.append) as dog:
+        asyncio.run(run())
+    asyncio.run(run())
+    assert dog.stalls == told
+    assert len(told) == 1
+    assert "busy" in told[0]
+    assert dog.longest > STALL_SECONDS
 
 
 async def test_work_that_holds_up_the_event_loop_is_seen() -> None:
