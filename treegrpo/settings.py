@@ -29,6 +29,7 @@ from pydantic_settings import (
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError, describe
 from treegrpo.section import Input, Section
+from treegrpo.surrogates import has_lone_surrogate
 from treegrpo.text_files import read_text
 
 ENV_PREFIX = "TREEGRPO_"
@@ -75,6 +76,8 @@ def load(toml: Path | None, flags: Sequence[str] = ()) -> Config:
     for source in sources:
         for section, keys in source.values.items():
             for key, value in _keys(source, section, keys):
+                if isinstance(value, str) and has_lone_surrogate(value):
+                    raise ConfigError(f"{section}.{key} ({source.where(section, key)}) is no UTF-8; write it in UTF-8.")
                 merged.setdefault(section, {})[key] = value
     try:
         return Config.model_validate(merged)

@@ -199,3 +199,20 @@ def test_a_current_directory_that_is_gone_is_said(tmp_path: Path, monkeypatch: p
     folder.rmdir()
     with pytest.raises(ConfigError, match="The current directory is gone"):
         from_arguments([])
+
+
+@pytest.mark.parametrize("flag", ["--run.name", "--retriever.url", "--model.path"])
+def test_a_value_that_is_no_utf8_is_refused_with_its_flag(flag: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{flag.removeprefix('--')} \(the flag {flag}\) is no UTF-8"):
+        load(None, [flag, "caf\udce9"])
+
+
+@pytest.mark.parametrize(("encoding", "says"), [("utf-16", "byte order mark of UTF-16"), ("utf-8-sig", "")])
+def test_a_configuration_may_begin_with_a_byte_order_mark(encoding: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[run]\nname = "a"\n', encoding=encoding)
+    if not says:
+        assert load(path).run.name == "a"
+        return
+    with pytest.raises(ConfigError, match=says):
+        load(path)
