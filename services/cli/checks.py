@@ -11,9 +11,8 @@ from typing import NamedTuple
 from learner.intake.questions import load_questions
 from learner.intake.untrained import check_goes_on
 from learner.trainer.plan_signal import check_signal
+from services.cli.caution import Caution
 from services.cli.history import steps_done
-from services.cli.model_checks import Caution, check_disk, check_memory, check_model, check_prompts, check_tokenizer
-from services.sampler.engines.sglang.command import check_different, check_installed, check_listen, own_flags
 from services.sampler.retriever_client import check_topk
 from treegrpo.access import Access
 from treegrpo.address import check_free, check_port, join_address, overlap, split_address
@@ -113,6 +112,8 @@ def check_engine(config: Config, samplers: int) -> str:
     engine = config.engine
     if engine.kind == "embedded":
         return "embedded"
+    from services.sampler.engines.sglang.command import check_different, check_installed, check_listen, own_flags
+
     if not engine.weights_dir.is_dir():
         raise ConfigError(f"engine.weights_dir = {engine.weights_dir} does not exist; name a directory in memory.")
     check_writable(engine.weights_dir, "engine.weights_dir")
@@ -215,6 +216,8 @@ class Questions:
 
     def prompts(self, key: str) -> str:
         """See `check_prompts`."""
+        from services.cli.model_checks import check_prompts
+
         config = self._config
         return check_prompts(config.model.path, self[key], key, config.rollout.max_context)
 
@@ -232,30 +235,49 @@ class Questions:
         return load_questions(path)
 
 
-def _model_checks(config: Config) -> dict[str, Check]:
-    return {
-        "model": partial(check_model, config.model.path, config.engine.kind, config.rollout.max_context),
-        "tokenizer": partial(check_tokenizer, config.model.path),
-    }
+def _check_model(config: Config) -> str:
+    """See `check_model`; torch, which takes a second to be imported, comes with this and what follows."""
+    from services.cli.model_checks import check_model
+
+    return check_model(config.model.path, config.engine.kind, config.rollout.max_context)
+
+
+def _check_tokenizer(config: Config) -> str:
+    from services.cli.model_checks import check_tokenizer
+
+    return check_tokenizer(config.model.path)
+
+
+def _check_memory(config: Config, samplers: int, *, trains: bool) -> str:
+    from services.cli.model_checks import check_memory
+
+    return check_memory(config, samplers, trains=trains)
+
+
+def _check_disk(config: Config) -> str:
+    from services.cli.model_checks import check_disk
+
+    return check_disk(config)
 
 
 def learner_checks(config: Config) -> dict[str, Check]:
     """What `treegrpo learner` needs, by name."""
     questions = Questions(config)
-    return {
+    return {  # in the order of what they cost
         "security": partial(check_security, config),
         "ports": partial(check_addresses, learner_addresses(config)),
         "plan": partial(check_plan, config),
         "limits": partial(check_limits, config),
-        **_model_checks(config),
-        "memory for the run": partial(check_memory, config, 0, trains=True),
+        "run directory": partial(check_run_dir, config),
+        "model": partial(_check_model, config),
+        "tokenizer": partial(_check_tokenizer, config),
+        "memory for the run": partial(_check_memory, config, 0, trains=True),
+        "disk for the run": partial(_check_disk, config),
         "training questions": partial(questions.found, "data.train"),
         "held-out questions": partial(questions.found, "data.heldout"),
+        "data": questions.data,
         "training prompts": partial(questions.prompts, "data.train"),
         "held-out prompts": partial(questions.prompts, "data.heldout"),
-        "data": questions.data,
-        "run directory": partial(check_run_dir, config),
-        "disk for the run": partial(check_disk, config),
     }
 
 
@@ -266,7 +288,7 @@ def up_checks(config: Config) -> dict[str, Check]:
         "documents of a search": partial(check_topk, config),  # first, for it costs nothing
         **learner_checks(config),
         "ports": partial(check_addresses, all_addresses(config)),
-        "memory for the run": partial(check_memory, config, config.sampler.count, trains=True),
+        "memory for the run": partial(_check_memory, config, config.sampler.count, trains=True),
         "sampler metrics": partial(check_sampler_metrics, config),
         "engine": partial(check_engine, config, config.sampler.count),
         "security of the parts": partial(check_parts_security, config),
@@ -279,8 +301,9 @@ def eval_checks(config: Config) -> dict[str, Check]:
     questions = Questions(config)
     return {
         "documents of a search": partial(check_topk, config),
-        **_model_checks(config),
-        "memory for the run": partial(check_memory, config, 1, trains=False),
+        "model": partial(_check_model, config),
+        "tokenizer": partial(_check_tokenizer, config),
+        "memory for the run": partial(_check_memory, config, 1, trains=False),
         "held-out questions": partial(questions.found, "data.heldout"),
         "held-out prompts": partial(questions.prompts, "data.heldout"),
         "engine": partial(check_engine, config, 1),

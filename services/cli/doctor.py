@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from services.cli.caution import Caution
 from services.cli.checks import Check, up_checks
-from services.cli.model_checks import Caution
 from services.cli.ready import broker_ready, learner_ready, retriever_ready
 from services.cli.terminal import Justify, cell, table
 from treegrpo.access import Access

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learner.trainer.suitability import check_suitable
+from services.cli.caution import Caution
 from services.sampler.engines.checkpoint import is_tied, library_config
 from services.sampler.engines.embedded.architecture import architecture_of, check_servable
 from services.sampler.engines.embedded.memory import check_room
@@ -27,12 +28,6 @@ TRAINED_BYTES = 16
 WEIGHT_BYTES = 4
 STORED_BYTES = 12
 """Of a parameter in a checkpoint: weight and the optimiser's two averages."""
-
-
-class Caution(str):
-    """What a check found that is no fault, but should be said before a run begins."""
-
-    __slots__ = ()
 
 
 def check_model(path: Path, engine: EngineKind, context: int) -> str:

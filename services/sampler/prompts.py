@@ -10,6 +10,8 @@ from treegrpo.errors import DataError, ModelError
 from treegrpo.question import Question
 from treegrpo.step import TokenIds
 
+HOPELESS = 20
+"""Questions that fail one after the other, and none that does not: then the others are not tried, for each takes its time."""
 SAMPLE = 4000
 """Questions of a larger file that are rendered: the longest, one with each sequence of roles, and some of all the rest."""
 
@@ -45,6 +47,8 @@ def render_all(tokenizer: Tokenizer, questions: Sequence[Question], room: int) -
     unfit: list[str] = []
     failed: list[str] = []
     for question in _chosen(questions):
+        if len(failed) == HOPELESS and not lengths:
+            break
         try:
             prompt = tokenizer.render(question.prompt)
         except ModelError as error:  # the template's word about this question, for the report
