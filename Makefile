@@ -9,12 +9,14 @@
 # make fuzz    100,000 mutated messages to everything that takes a stranger's bytes (a quarter of an hour)
 # make chaos   kill, stop and cut off every part of a run, sixty times, and audit what it wrote down (half an hour)
 # make test-compose  build and run docker-compose.yml on the Docker engine that answers: scale, kill, resume (minutes)
+# make lock    write deploy/requirements-*.lock again: what the images install, with hashes (needs uv)
+# make image-digests   lines for .env that name the images of others by digest (needs docker and the registries)
 # make protos  generate the stubs in treegrpo/v1 again
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compose lint protos bench chaos fuzz sglang-cpu test-sglang
+.PHONY: help setup demo test test-compose lint lock image-digests protos bench chaos fuzz sglang-cpu test-sglang
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -100,6 +102,12 @@ fuzz: $(READY)
 
 chaos: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(ARGS)
+
+lock: $(READY)
+	@$(BIN)/python deploy/lock.py
+
+image-digests:
+	@"$(PYTHON)" deploy/image_digests.py
 
 protos: $(READY)
 	cd protos && ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=.. --pyi_out=.. --grpc_python_out=.. treegrpo/v1/*.proto

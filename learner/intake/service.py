@@ -40,7 +40,7 @@ from treegrpo.control import ControlPlane, Member, RunState
 from treegrpo.handoff import socket_path
 from treegrpo.identity import keep_identity
 from treegrpo.model_config import read_model_config
-from treegrpo.run_directory import check_run_directory
+from treegrpo.run_directory import check_run_directory, make_run_dir
 from treegrpo.security import Role
 from treegrpo.size import message_bytes
 from treegrpo.stop_signals import stop_signals
@@ -84,7 +84,7 @@ async def run(config: Config) -> None:
     check_port(config.learner.listen, "learner.listen")
     check_free(config.learner.listen, "learner.listen")
     check_run_directory(config.run.dir)
-    config.run.dir.mkdir(parents=True, exist_ok=True)
+    make_run_dir(config.run.dir)
     with only_intake(config.run.dir):
         await _run(config, access)
 

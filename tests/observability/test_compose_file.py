@@ -34,6 +34,7 @@ def seconds(text: str) -> int:
 def test_every_service_is_bounded_and_without_rights(name: str) -> None:
     service = SERVICES[name]
     assert service["mem_limit"]
+    assert 0 < service["pids_limit"] <= 8192
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["read_only"] or name == "sampler-gpu", "SGLang compiles kernels into its own folders"

@@ -48,6 +48,32 @@ def test_every_pod_is_restricted_and_bounded(pods: dict[str, dict[str, Any]]) ->
             assert container["resources"]["limits"]["memory"], name
             assert container["readinessProbe"], name
             assert ":" in container["image"], name
+        for volume in pod["volumes"]:
+            assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], name
+
+
+def test_every_pod_is_reached_by_those_alone_who_need_it(rendered: str) -> None:
+    policies = {one["metadata"]["name"]: one["spec"] for one in yaml.safe_load_all(rendered) if one["kind"] == "NetworkPolicy"}
+    assert policies["nobody"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert reached(policies["learner"]) == {(50051, "sampler"), (9400, "monitoring"), (9401, "monitoring")}
+    assert reached(policies["sampler"]) == {(9402, "monitoring")}
+    assert reached(policies["retriever"]) == {(8765, "sampler"), (8765, "monitoring")}
+    assert reached(policies["mosquitto"]) == {(8883, "learner"), (8883, "sampler")}
+    for caller, called in (("learner", "mosquitto"), ("sampler", "learner"), ("sampler", "mosquitto"), ("sampler", "retriever")):
+        allowed = {(port, name) for port, name in reached(policies[caller], "egress", "to") if name == called}
+        assert allowed == {(port, called) for port, name in reached(policies[called]) if name == caller}, (caller, called)
+
+
+def reached(policy: dict[str, Any], direction: str = "ingress", peer: str = "from") -> set[tuple[int, str]]:
+    """Ports, and the name of the pods or of the namespace at the other end."""
+    return {
+        (port["port"], name)
+        for rule in policy.get(direction, ())
+        for port in rule["ports"]
+        for end in rule[peer]
+        for selector in end.values()
+        for name in selector["matchLabels"].values()
+    }
 
 
 def test_every_pod_has_the_secrets_of_its_role_alone(pods: dict[str, dict[str, Any]]) -> None:

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from treegrpo.run_directory import make_run_dir
+
+
+def test_a_run_directory_is_its_owners_alone_and_rights_that_were_given_stay(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_run_dir(path := tmp_path / "runs" / "one")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o700
+    path.chmod(0o750)
+    make_run_dir(path)
+    assert path.stat().st_mode & 0o777 == 0o750
