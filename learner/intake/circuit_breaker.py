@@ -12,6 +12,7 @@ sampler that is here, or was a moment ago, has brought a leaf, and each has fail
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -29,6 +30,8 @@ FIRST_SECONDS, MOST_SECONDS = 1.0, 30.0
 """How long a circuit is open: at first, and at most."""
 ABSENT_SECONDS = SILENCE_SECONDS
 """A sampler that left a shorter time ago may come back and do better; so may all when the intake began a shorter time ago."""
+REPEATS = 8
+"""Failures of a lone sampler at one question that do not count: with those that do they are fewer than FAILURES."""
 SAID_LETTERS = 300
 """Of what a sampler says, in a sentence of ours."""
 NAMED = 3
@@ -155,10 +158,6 @@ class NoProgressBreaker:
             "and do the prompts fit rollout.max_context? The samplers' logs say more."
         )
 
-    def is_alone(self, name: str) -> bool:
-        """Whether no other sampler is here, nor is one likely to come: a moment ago there was none either."""
-        return not self._is_new and all(self._is_gone(one) for other, one in self._circuits.items() if other != name)
-
     @property
     def _is_new(self) -> bool:
         """Whether samplers may not have come yet."""
@@ -176,22 +175,22 @@ class Attempts:
 
     def __init__(self, breaker: NoProgressBreaker) -> None:
         self._breaker = breaker
-        self._failed: dict[tuple[int, str], set[str]] = {}
+        self._failed: dict[tuple[int, str], Counter[str]] = {}
+        """By draw and question: how often each sampler has."""
 
     def excused(self, group: OpenGroup, name: str, here: Iterable[str]) -> bool:
         """Whether a lease that came to nothing does not count against its question.
 
-        Its sampler is put aside, or has failed at it before, and another has not: one of those that are ``here``, or, if no
-        other is, one that may still come.
+        Its sampler is put aside, or has failed at it before, and another of those that are ``here`` has not. If no other is,
+        one may still come: then up to REPEATS of its failures at one question do not count.
         """
-        failed = self._failed.setdefault((group.draw, group.lease.question.id), set())
+        failed = self._failed.setdefault((group.draw, group.lease.question.id), Counter())
         others = set(here) - {name}
-        untried = {other for other in others if not self._breaker.put_aside(other)} - failed
-        others_may_do_better = bool(untried) if others else not self._breaker.is_alone(name)
-        if others_may_do_better and (name in failed or self._breaker.put_aside(name)):
-            return True
-        failed.add(name)
-        return False
+        untried = {other for other in others if not self._breaker.put_aside(other)} - failed.keys()
+        others_may_do_better = bool(untried) if others else failed[name] <= REPEATS
+        excused = others_may_do_better and (failed[name] > 0 or self._breaker.put_aside(name))
+        failed[name] += 1
+        return excused
 
     def forget(self, group: OpenGroup) -> None:
         """A question is done."""

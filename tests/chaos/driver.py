@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from tests.chaos.audit import Audit, audit
 from tests.chaos.faults import LEARNER, Fault, Kind
 from tests.chaos.history import Archive
+from tests.chaos.hostile import NAME as HOSTILE
 from tests.chaos.keeper import Keeper
 from tests.chaos.signs import Signs
 from tests.chaos.stage import RUN, Stage
@@ -54,10 +55,11 @@ class Driver:
 
     async def start(self) -> None:
         """Start all parts and wait until each has done its first work. Raises DeadlineError."""
-        for part in self._stage.parts:
+        for part in (part for part in self._stage.parts if part != HOSTILE):
             self._keeper.keep(part)
         if (said := await self._recovered(dict.fromkeys([*self._stage.samplers, "trainer"], 0.0), START_SECONDS)) is not None:
             raise DeadlineError(f"The run did not start within {START_SECONDS:.0f} s: {said}")
+        self._keeper.keep(HOSTILE)
 
     async def do(self, fault: Fault) -> Outcome:
         """Do a fault and wait for the recovery."""
@@ -98,6 +100,7 @@ class Driver:
 
     async def drain(self) -> list[str]:
         """Tell the run to drain and wait until learner and samplers have ended; what did not end well, in words."""
+        self._keeper.stop(HOSTILE)
         await publish_state(self._stage.address("broker"), RUN, RunState.DRAINING)
         found = await self._ends(["trainer", *self._stage.samplers])
         self._keeper.signal("intake", signal.SIGTERM)
@@ -108,6 +111,9 @@ class Driver:
         self._stage.steps = steps
         for part in ("intake", "trainer", *self._stage.samplers):
             self._keeper.keep(part)
+        if (said := await within(START_SECONDS, self._under_way)) is not None:
+            return [f"the run did not go on in the end: {said}"]
+        self._keeper.keep(HOSTILE)
         done = -1.0
         while self._keeper.kept("trainer"):
             before, done = done, (await self._signs.work())["trainer"]
@@ -118,6 +124,11 @@ class Driver:
         for part in ("retriever", "broker"):
             self._keeper.signal(part, signal.SIGTERM)
         return found + await self._ends(["retriever", "broker"])
+
+    async def _under_way(self) -> None:
+        """All streams are open, or the trainer is done already. Raises UnavailableError."""
+        if self._keeper.kept("trainer"):
+            await self._signs.ready()
 
     async def _ends(self, parts: list[str]) -> list[str]:
         await self._keeper.end(parts, DRAIN_SECONDS)

@@ -66,6 +66,11 @@ class Keeper:
         """Keep ``part`` running until it ends well."""
         self._tasks[part] = self._group.create_task(self._keep(part), name=f"keep-{part}")
 
+    def stop(self, part: str) -> None:
+        """End ``part`` at once, and do not start it again."""
+        self._tasks[part].cancel()
+        self.signal(part, signal.SIGKILL)
+
     def kept(self, part: str) -> bool:
         """Whether it runs, or is about to be started again."""
         return not self._tasks[part].done()

@@ -162,7 +162,7 @@ async def test_a_sampler_that_drains_gives_its_group_to_another(tmp_path: Path) 
 
 
 async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(circuit_breaker, "ABSENT_SECONDS", 0.0)  # no other sampler is waited for
+    monkeypatch.setattr(circuit_breaker, "REPEATS", -1)  # no other sampler is waited for
     async with doorstep(book(total=1), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         asked: list[str] = []
