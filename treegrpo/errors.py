@@ -3,6 +3,7 @@
     TreeGrpoError
     ├── ConfigError       (ValueError)       a key or value of the configuration
     ├── DataError         (ValueError)       a row of a question, corpus or demonstration file
+    │   └── RunFileError                     a file of a run's directory that is not what the run has written there
     ├── ModelError        (ValueError)       a model directory or its weights
     ├── WeightsError      (ValueError)       a policy version that arrived broken
     ├── ContractError     (ValueError)       a message that breaks the contract between services
@@ -46,6 +47,10 @@ class ConfigError(TreeGrpoError, ValueError):
 
 class DataError(TreeGrpoError, ValueError):
     """A row of a data file is not acceptable."""
+
+
+class RunFileError(DataError):
+    """A file of a run's directory is not what the run has written there, or cannot be used; another program has touched it."""
 
 
 class ModelError(TreeGrpoError, ValueError):

@@ -4,7 +4,7 @@
     Take(position, count)          ──► waits until that many groups are ready, a few seconds at most
                                    ◄── Taken(groups, state)
     Publish(version, path, position) ► serves and announces the weights; groups before `position` are trained
-                                   ◄── Done
+                                   ◄── Done; Taken and Evaluation say later if its files are found damaged
     Covered(position)              ──► a checkpoint covers the groups before `position`: they need not be kept
                                    ◄── Done
     Evaluate(version)              ──► rolls out the held-out questions once per version, however often it is asked
@@ -61,6 +61,8 @@ class Taken:
     """`pack_group` of each, oldest first: `count` of them or none."""
     state: str
     """The run state: running, paused or draining. A draining run has no more groups to wait for."""
+    damaged: str = ""
+    """The version to be published again, because its files are not what they were; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,8 @@ class Evaluation:
     reward: float = 0.0
     failed: int = 0
     state: str = "running"
+    damaged: str = ""
+    """As in `Taken`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from treegrpo.config import Config, RolloutConfig
-from treegrpo.errors import ConfigError, DataError, describe
+from treegrpo.errors import ConfigError, DataError, RunFileError
+from treegrpo.run_files import read_object, unusable
 
 log = logging.getLogger(__name__)
 FILE_NAME = "run.json"
 ID = "run.id"
+REMEDY = "restore it, or, if nothing has changed since the run began, remove it"
 KEYS = (
     "run.seed",
     *(f"rollout.{key}" for key in RolloutConfig.model_fields),
@@ -61,24 +63,15 @@ def keep_identity(config: Config, *, begun: bool) -> str:
     The id is random, and made when the run begins: it tells two runs of one run.name apart.
 
     Raises:
-        ConfigError: it is another now, or what was written cannot be read.
+        ConfigError: it is another now.
+        RunFileError: what was written is not what is there, or nothing can be written.
         DataError: a file cannot be read.
     """
     path = config.run.dir / FILE_NAME
     if begun and path.exists():
         check_identity(config)
         return _id(path)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({ID: secrets.token_hex(8), **_identity(config, [*KEYS, MODEL, *QUESTIONS])}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)  # the name has to outlive the machine too
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _write(path, json.dumps({ID: secrets.token_hex(8), **_identity(config, [*KEYS, MODEL, *QUESTIONS])}, indent=1))
     if begun:
         log.warning("the run in %s began before runs wrote down what they are; it is now what it was told to be", config.run.dir)
     return _id(path)
@@ -92,7 +85,8 @@ def check_identity(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTI
         names: the keys to compare; those of files that this process does not have are left out.
 
     Raises:
-        ConfigError: it is another, or what was written cannot be read.
+        ConfigError: it is another.
+        RunFileError: what was written is not what is there.
         DataError: a file cannot be read.
     """
     if found := changes(config, names):
@@ -108,6 +102,8 @@ def changes(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -
     if not path.exists():
         return []
     now, then = _identity(config, names), _read(path)
+    if missing := [key for key in now if key not in then]:
+        log.warning("%s does not say what %s was, so nobody can say whether it has changed", path, ", ".join(missing))
     return [change for key in now if key in then for change in _changes(key, then[key], now[key])]
 
 
@@ -162,10 +158,27 @@ def _changes(name: str, then: Any, now: Any) -> Iterator[str]:
 
 
 def _read(path: Path) -> Identity:
+    found = read_object(path, REMEDY)
+    for name in (MODEL, *QUESTIONS):
+        entry = found.get(name, {"path": "", "sha256": ""})
+        if not isinstance(entry, dict) or not {"path", "sha256"} <= cast("dict[str, Any]", entry).keys():
+            raise RunFileError(f"{path} is not what was written there ({name} has no path and sha256); {REMEDY}.")
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    """Put ``text`` in the place of ``path``, all at once. Raises RunFileError."""
+    partial = path.with_suffix(".partial")
     try:
-        return cast("Identity", json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}, what the run was when it began, cannot be read ({describe(error)}); restore it, or, if nothing has changed "
-            "since, remove it."
-        ) from error
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)  # the name has to outlive the machine too
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise unusable(partial if partial.is_dir() else path, error) from error

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from treegrpo.errors import AddressInUseError
+from treegrpo.run_files import unusable
 
 
 @contextmanager
@@ -17,13 +18,19 @@ def locked(path: Path, refusal: str) -> Generator[None]:
 
     Raises:
         AddressInUseError: another holds it; ``refusal`` is the sentence.
+        RunFileError: there is no file to be held, and none can be made.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise unusable(path, error) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(handle)
-        raise AddressInUseError(refusal) from None
+        if isinstance(error, BlockingIOError):
+            raise AddressInUseError(refusal) from None
+        raise unusable(path, error) from error  # a file system without locks
     try:
         yield
     finally:

@@ -123,7 +123,7 @@ class RealDisk:
         old.rename(new)
 
     def remove(self, path: Path) -> None:
-        path.rmdir() if path.is_dir() else path.unlink()
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def sync_folder(self, path: Path) -> None:
         _sync(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -139,6 +139,11 @@ class Journal:
         return bool(self._pending) or self._file is None
 
     @property
+    def number(self) -> int:
+        """Of the segment that is written to, or was last."""
+        return self._number
+
+    @property
     def blocked(self) -> bool:
         return self.blocked_since is not None
 

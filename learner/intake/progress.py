@@ -14,29 +14,35 @@ from collections import deque
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 
+from treegrpo.run_files import JsonLines
+
 log = logging.getLogger(__name__)
 WAITING_LINES = 1000
 
 
 class ProgressFile:
     def __init__(self, path: Path) -> None:
-        """Go on with the file at ``path``, if there is one; a line that a crash has torn is cut off."""
+        """Go on with the file at ``path``, if there is one; a line that a crash has torn is cut off. Raises RunFileError."""
         self._path = path
         self._lines: deque[str] = deque(maxlen=WAITING_LINES)
         self._had: set[Hashable] = set()
-        if path.is_file():
-            self._read()
+        self._begun = self._read()
 
-    def _read(self) -> None:
-        whole = 0
-        with self._path.open("rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    whole += len(line)
-                    with contextlib.suppress(ValueError):  # somebody else's line; readers say so
-                        self._had.add(_name(json.loads(line)))
-        if whole < self._path.stat().st_size:
-            os.truncate(self._path, whole)
+    def _read(self) -> bool:
+        """Learn what the file has; whether there is one. Raises RunFileError."""
+        lines = JsonLines(self._path)
+        for row in lines.new():
+            try:
+                self._had.add(_name(row))
+            except TypeError:  # a list where a name should be
+                lines.leave_out("its name is none")
+        if lines.complaint:
+            log.warning("%s", lines.complaint)
+        with contextlib.suppress(FileNotFoundError):
+            if lines.whole < self._path.stat().st_size:
+                os.truncate(self._path, lines.whole)
+            return True
+        return False
 
     def add(self, row: Mapping[str, object]) -> bool:
         """Append a line; False if it is there already. Those that a full disk does not take wait for the next one."""
@@ -50,17 +56,31 @@ class ProgressFile:
 
     def _write(self) -> None:
         data = "".join(self._lines).encode()
-        size = self._path.stat().st_size if self._path.exists() else 0
+        size: int | None = None
         try:
             with self._path.open("ab", buffering=0) as file:
+                size = file.tell()
+                if self._begun and not size:
+                    log.warning("%s was removed or emptied by another program: what it had is lost, and it goes on", self._path)
+                if size and not _ends_whole(self._path):
+                    data = b"\n" + data  # somebody has torn our last line, or added to it
                 while written := file.write(data):
                     data = data[written:]
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.truncate(self._path, size)
+                if size is not None:
+                    os.truncate(self._path, size)
             log.warning("%s takes no line (%s); %d wait", self._path, error.strerror, len(self._lines))
         else:
+            self._begun = True
             self._lines.clear()
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether a file that is not empty ends with the end of a line. Raises OSError."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def _name(row: Mapping[str, object]) -> Hashable:

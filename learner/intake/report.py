@@ -74,7 +74,7 @@ class Reporter:
         self.metrics.journal_blocked.set_function(lambda: journal.blocked)
         self.metrics.journal_short.set_function(lambda: journal.short_since is not None)
         self.metrics.journal_bytes.set_function(lambda: _bytes(journal.folder))
-        self.metrics.journal_free.set_function(lambda: shutil.disk_usage(journal.folder).free)
+        self.metrics.journal_free.set_function(lambda: _free(journal.folder))
 
     def _of(self, counter: Counter, *labels: str) -> Counter:
         """What ``counter.labels`` gives, which takes longer than all else that is counted of a subtree."""
@@ -264,6 +264,14 @@ class Reporter:
 
 def _samples(counter: Counter) -> list[tuple[dict[str, str], float]]:
     return [(s.labels, s.value) for family in counter.collect() for s in family.samples if s.name.endswith("_total")]
+
+
+def _free(folder: Path) -> int:
+    """0 where there is no such folder any more."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def _bytes(folder: Path) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 SUFFIX = ".log"
 OLD_JOURNAL = "journal.msgpack"
+_SEGMENT = re.compile(r"([0-9]{8,})" + re.escape(SUFFIX))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def numbers(disk: Disk, folder: Path) -> list[int]:
             f"The journal {folder / OLD_JOURNAL} is of an earlier version of treegrpo, which kept one file; "
             "finish that run with that version, or set run.dir to another directory."
         )
-    return [int(stem) for name in names if (stem := name.removesuffix(SUFFIX)) != name and stem.isdecimal()]
+    return [int(match[1]) for name in names if (match := _SEGMENT.fullmatch(name))]  # what else is there is not ours
 
 
 def drop(disk: Disk, folder: Path, before: int) -> None:

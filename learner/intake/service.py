@@ -17,6 +17,7 @@ from grpc_health.v1._async import HealthServicer
 from learner.intake import pause
 from learner.intake.compaction import Compaction
 from learner.intake.desk import Desk
+from learner.intake.directory_watch import DirectoryWatch
 from learner.intake.disk import RealDisk
 from learner.intake.doors import Admission, Visitors, open_server
 from learner.intake.journal import Journal
@@ -37,10 +38,12 @@ from treegrpo.access import Access
 from treegrpo.address import check_free, check_port
 from treegrpo.config import Config
 from treegrpo.control import ControlPlane, Member, RunState
+from treegrpo.errors import RunError
 from treegrpo.handoff import socket_path
 from treegrpo.identity import keep_identity
 from treegrpo.model_config import read_model_config
 from treegrpo.run_directory import check_run_directory, make_run_dir
+from treegrpo.run_files import check_run_files
 from treegrpo.security import Role
 from treegrpo.size import message_bytes
 from treegrpo.stop_signals import stop_signals
@@ -73,6 +76,8 @@ async def run(config: Config) -> None:
 
     Raises:
         ConfigError, DataError, ModelError, JournalError: something given is not usable.
+        RunFileError: another program has touched the run's files.
+        RunError: their directory is gone.
         AddressInUseError: an address to listen on is taken.
         RunError: another run owns run.name on the broker.
         UnavailableError: the broker does not answer.
@@ -85,6 +90,7 @@ async def run(config: Config) -> None:
     check_free(config.learner.listen, "learner.listen")
     check_run_directory(config.run.dir)
     make_run_dir(config.run.dir)
+    check_run_files(config.run.dir)
     with only_intake(config.run.dir):
         await _run(config, access)
 
@@ -110,6 +116,7 @@ async def _run(config: Config, access: Access) -> None:
             plan = config.rollout.plan
             desk = Desk(book, journal, control, reporter, run=config.run.name, plan=plan, heldout=len(heldout))
             trainer = TrainerDesk(desk, weights, heldout, checkpointed=compaction.ask)
+            directory = DirectoryWatch(disk, journal, snapshots, run_dir)
             dog = Watchdog(desk.pace, lambda: look(desk, trainer, journal), reporter)
             async with asyncio.TaskGroup() as tasks:
                 writing = tasks.create_task(journal.write_forever(), name="journal")
@@ -118,9 +125,19 @@ async def _run(config: Config, access: Access) -> None:
                 keeping = tasks.create_task(Reserve(disk, journal).keep_forever(), name="reserve")
                 compacting = tasks.create_task(compaction.run_forever(), name="compaction")
                 watching = tasks.create_task(dog.run_forever(), name="watchdog")
+                seeing = tasks.create_task(_see_to(desk, directory, compaction), name="directory")
                 await _serve(config, desk, trainer, weights, control, metrics, access)
-                for task in (watching, compacting, keeping, writing, following, pausing):
+                for task in (seeing, watching, compacting, keeping, writing, following, pausing):
                     task.cancel()
+
+
+async def _see_to(desk: Desk, directory: DirectoryWatch, compaction: Compaction) -> None:
+    """End the run when its directory is gone."""
+    try:
+        await directory.run_forever(snapshot=compaction.ask)
+    except RunError as error:
+        if not desk.broken.done():
+            desk.broken.set_exception(error)
 
 
 async def _serve(

@@ -14,6 +14,7 @@ kept, with the segments since the older one: should the newer be damaged, that o
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from treegrpo.v1 import rollout_pb2, tree_pb2
 FORMAT = 1
 GENERATIONS = 2
 STATE = "state"
+_WHOLE, _PARTIAL = re.compile(r"[0-9]{8,}"), re.compile(r"\.[0-9]{8,}")
+"""Names of ours; another program's, like .DS_Store, are left alone."""
 PLACES = ("kept", "unfinished", "open")
 Row = tuple[Lease, Record, tuple[bytes, ...]]
 
@@ -88,8 +91,14 @@ class Snapshots:
         self._folder = folder
 
     def numbers(self) -> list[int]:
-        """The segments that a snapshot stands before, newest first."""
-        return [int(name) for name in reversed(self._disk.names(self._folder)) if name.isdecimal()]
+        """The segments that a snapshot stands before, newest first. Raises JournalError: the folder cannot be read."""
+        try:
+            names = self._disk.names(self._folder)
+        except OSError as error:
+            raise JournalError(
+                f"{self._folder} cannot be read ({error.strerror or error}); move away what is in the way."
+            ) from error
+        return [int(name) for name in reversed(names) if _WHOLE.fullmatch(name)]
 
     def path(self, number: int) -> Path:
         return self._folder / f"{number:08d}"
@@ -149,7 +158,7 @@ class Snapshots:
         """Remove what a crash left half written and all but the newest generations; the first segment that is still needed."""
         kept = self.numbers()[:GENERATIONS]
         for name in self._disk.names(self._folder):
-            if name.startswith(".") or (name.isdecimal() and int(name) not in kept):
+            if _PARTIAL.fullmatch(name) or (_WHOLE.fullmatch(name) and int(name) not in kept):
                 self._remove(name)
         return kept[-1] if len(kept) == GENERATIONS else 1
 
@@ -159,6 +168,11 @@ class Snapshots:
         if gone.name != name:
             self._disk.rename(self._folder / name, gone)
             self._disk.sync_folder(self._folder)
-        for file in self._disk.names(gone):
-            self._disk.remove(gone / file)
-        self._disk.remove(gone)
+        self._empty(gone)
+
+    def _empty(self, path: Path) -> None:
+        """Remove a snapshot, with whatever somebody has put into it."""
+        with contextlib.suppress(NotADirectoryError):
+            for name in self._disk.names(path):
+                self._empty(path / name)
+        self._disk.remove(path)

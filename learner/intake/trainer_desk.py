@@ -33,6 +33,8 @@ class TrainerDesk:
         self._checkpointed = checkpointed
         self._round: Round | None = None
         self._publishing = asyncio.Lock()
+        self._told_damaged: PolicyVersion | None = None
+        weights.on_damaged = desk.changed.tell
         self._connections = 0
         self._asking = 0
         self._came = False
@@ -44,19 +46,20 @@ class TrainerDesk:
         while True:
             state = desk.control.state
             groups = desk.batches.batch(position, count) if state is RunState.RUNNING else []
-            if groups or state is RunState.DRAINING or time.monotonic() > deadline:
+            if groups or self._untold_damage or state is RunState.DRAINING or time.monotonic() > deadline:
                 desk.grant()
                 if groups and not await durable(desk.clerk.given, deadline):
                     groups = []  # a full disk; the trainer asks again
                 if groups:
                     desk.pace.progress()
-                return Taken([pack_encoded(g.group, g.encoded) for g in groups], state.value)
+                return Taken([pack_encoded(g.group, g.encoded) for g in groups], state.value, self._tell_damage())
             await desk.changed.wait(min(deadline, desk.batches.patience))
 
     async def publish(self, version: PolicyVersion, path: Path, position: int) -> None:
         """Serve and announce a policy version; the groups before ``position`` made it."""
         async with self._publishing:  # one that is asked for again while its files are read waits for them
             await self._weights.publish(version, path)
+            self._told_damaged = None
             self._desk.book.version = version
             self._desk.book.groups.trained(position)
             await self._desk.control.announce(version)
@@ -79,11 +82,22 @@ class TrainerDesk:
             desk.book.evaluate(version, missing)
             desk.grant()
         deadline = time.monotonic() + LONG_POLL_SECONDS
-        while not self._round.done and desk.control.state is not RunState.DRAINING and await desk.changed.wait(deadline):
-            pass
+        while not (self._round.done or self._untold_damage or desk.control.state is RunState.DRAINING):
+            if not await desk.changed.wait(deadline):
+                break
         if self._round.done:
             desk.reporter.evaluated(self._round, desk.book)
-        return replace(self._round.result(), state=desk.control.state.value)
+        return replace(self._round.result(), state=desk.control.state.value, damaged=self._tell_damage())
+
+    @property
+    def _untold_damage(self) -> bool:
+        """Whether the trainer is to hear at once that it has to write a version again."""
+        return self._weights.damaged not in (None, self._told_damaged)
+
+    def _tell_damage(self) -> str:
+        """The version that the trainer has to write again, empty if there is none; it is told now."""
+        self._told_damaged = self._weights.damaged
+        return str(self._told_damaged or "")
 
     def report(self, values: dict[str, object]) -> None:
         """A line for the run's progress file."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -24,6 +25,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, count
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,20 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from learner.trainer import manifest
 from learner.trainer.durable import on_disk
 from learner.trainer.publish import write_model
 from learner.trainer.ranks import ALONE, Ranks
+from treegrpo import manifest
 from treegrpo.errors import DiskError, ModelError
+from treegrpo.run_files import parse_object, unusable
 from treegrpo.step import PolicyVersion
 
 log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, besides its count of steps."""
 PROGRESS, RECORDS, EVALUATION = "progress.json", "records.jsonl", "evaluation.json"
+NEEDED = (*manifest.MODEL_FILES, PROGRESS, ".metadata", "*.distcp")
+"""At least one file of each of these a checkpoint's manifest names."""
 _NAME = re.compile(r"step-(\d{6,})")
 Record = dict[str, Any]
 """What a step said of itself; see `report.step_values`."""
@@ -110,14 +115,14 @@ def _write_state(state: dict[str, Tensor], into: Path, folder: Path, ranks: Rank
 def newest(root: Path) -> Path | None:
     """The last checkpoint that is as it was written, None if there never was one. Damaged ones are set aside.
 
+    One without a manifest counts as damaged: it was written before everything else in it had its name, or not by us.
+
     Raises:
         ModelError: there is none but damaged ones.
+        RunFileError: one cannot be set aside.
     """
     for folder in reversed(_folders(root)):
-        if not manifest.exists(folder):
-            log.warning("the checkpoint %s has no %s, so nobody can say whether it is as it was written", folder, manifest.NAME)
-            return folder
-        if not (reason := manifest.damage(folder)):
+        if not (reason := manifest.damage(folder, NEEDED)):
             return folder
         aside = _set_aside(folder)
         log.warning(
@@ -126,7 +131,7 @@ def newest(root: Path) -> Path | None:
     if damaged := sorted(root.glob(f"*{manifest.DAMAGED}")):
         raise ModelError(
             f"Every checkpoint in {root} is damaged, {damaged[-1].name} the newest; restore one under its name without "
-            f"{manifest.DAMAGED}, or begin a new run.dir."
+            f"{manifest.DAMAGED}, or begin a new run.dir, from another checkpoint (model.path)."
         )
     return None
 
@@ -134,7 +139,7 @@ def newest(root: Path) -> Path | None:
 def read_progress(folder: Path) -> Progress:
     """Where the run of a checkpoint stood. Raises ModelError."""
     try:
-        return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+        return Progress(**parse_object((folder / PROGRESS).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise _broken(folder, error) from error
 
@@ -144,7 +149,7 @@ def read_records(folder: Path) -> list[Record]:
     if not (path := folder / RECORDS).exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [parse_object(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
         raise _broken(folder, error) from error
 
@@ -223,8 +228,11 @@ def _folders(root: Path) -> list[Path]:
 def _set_aside(folder: Path) -> Path:
     """Give a damaged checkpoint a name under which it counts no more."""
     names = (folder.with_name(f"{folder.name}{number}{manifest.DAMAGED}") for number in chain([""], (f".{n}" for n in count(2))))
-    aside = next(name for name in names if not name.exists())
-    return folder.rename(aside)
+    aside = next(name for name in names if not os.path.lexists(name))
+    try:
+        return folder.rename(aside)
+    except OSError as error:
+        raise unusable(folder, error) from error
 
 
 def _remove_superfluous(root: Path, keep: int) -> None:
@@ -243,6 +251,6 @@ def _em(folder: Path) -> float | None:
     """Held-out exact match of a checkpoint's policy; None if it was not evaluated, or nobody can read what came of it."""
     for name in (EVALUATION, PROGRESS):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if (em := json.loads((folder / name).read_text(encoding="utf-8"))["em"]) is not None:
+            if (em := parse_object((folder / name).read_bytes())["em"]) is not None and isfinite(em):
                 return float(em)
     return None

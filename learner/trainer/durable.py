@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from treegrpo.errors import DiskError
+from treegrpo.errors import DiskError, RunFileError
 
 PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 """What a disk says that may take the same later: it or a quota is full, it failed, a network drive was away. Anything else,
@@ -32,44 +32,60 @@ def whole(target: Path) -> Generator[Path]:
 
     Raises:
         DiskError: the disk is full or fails for now.
+        RunFileError: something is in the way that stays.
     """
     partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
     with on_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         try:
             partial.mkdir()
             yield partial
             for file in [*partial.rglob("*"), partial]:
                 _sync(file)
-            shutil.rmtree(old, ignore_errors=True)
-            if target.exists():
+            discard(old)
+            if os.path.lexists(target):
                 target.rename(old)
             partial.rename(target)
         except BaseException:
-            if old.exists() and not target.exists():
+            if os.path.lexists(old) and not os.path.lexists(target):
                 old.rename(target)
-            shutil.rmtree(partial, ignore_errors=True)  # gives back the room now
+            discard(partial)  # gives back the room now
             raise
         _sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
+
+
+def discard(path: Path) -> None:
+    """Remove a directory with all that is in it, or whatever stands in its place; what cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def on_disk(target: Path) -> Generator[None]:
     """Raise DiskError for whatever a disk that is full or fails raises in the block, where ``target`` is written.
 
-    The sentence names what is being written, not the sibling it is written into.
+    The sentence names what is being written, not the sibling it is written into. RunFileError is raised for what else the
+    system says.
     """
     try:
         yield
-    except DiskError:
+    except (DiskError, RunFileError):
         raise
     except (Exception, CheckpointException) as error:
         cause = _system_error(error)
-        if cause is None or cause.errno not in PASSING:
+        if cause is None:
             raise
         named = target.with_name(target.name.removeprefix(".").removesuffix(".partial"))
+        if cause.errno not in PASSING:
+            said = cause.strerror or cause
+            raise RunFileError(
+                f"{named} could not be written ({said}); see what is in the way, and who may write there."
+            ) from error
         raise DiskError(cause.errno, f"{named} could not be written ({cause.strerror}); make room on its disk.") from error
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 from learner.trainer.patience import Patience
 from learner.trainer.ranks import ALONE, Ranks
-from treegrpo.errors import TreeGrpoError, UnavailableError
+from treegrpo.errors import ContractError, TreeGrpoError, UnavailableError
 from treegrpo.handoff import (
     Answer,
     Covered,
@@ -55,6 +56,10 @@ class Link:
         """On rank 0, while the intake is there."""
         self._published: Publish | None = None
         """The newest version, for an intake that comes back."""
+        self._unserved = False
+        """It came back and could not serve that any more."""
+        self.on_damaged: Callable[[], None] = lambda: None
+        """Called on all ranks when the newest version has to be written and published again."""
         self.draining = False
         """Known since the last answer."""
 
@@ -92,7 +97,9 @@ class Link:
 
     def _ask(self, request: Message, kind: type[Answer]) -> Answer:
         """The answer, on every rank. Raises UnavailableError and ContractError."""
-        answer, told = self._ranks.first(lambda: (self._exchange(request, kind), self.stop.is_set()))
+        answer, told, self._unserved = self._ranks.first(
+            lambda: (self._exchange(request, kind), self.stop.is_set(), self._unserved)
+        )
         self.draining |= told
         if isinstance(answer, TreeGrpoError):
             self._ranks.raise_alike(answer)
@@ -121,13 +128,18 @@ class Link:
         if self._client is None:
             self._client = IntakeClient(self._path)
             if self._published is not None and not isinstance(request, Publish):
-                self._client.ask(self._published, Done)
+                try:
+                    self._client.ask(self._published, Done)
+                except ContractError as error:
+                    log.warning("%s", error)
+                    self._unserved = True
         return self._client
 
     def take(self, position: int, count: int) -> list[bytes]:
         """The next groups after ``position``, packed; empty when the run drains. A paused run is waited out."""
         while not self.draining:
             taken = self._ask(Take(position, count), Taken)
+            self._mend(taken.damaged)
             if taken.groups:
                 return taken.groups
             self.draining |= taken.state == "draining"
@@ -137,10 +149,18 @@ class Link:
         """The evaluation of a published version, None when the run drains before it is done."""
         while not self.draining:
             result = self._ask(Evaluate(str(version)), Evaluation)
+            self._mend(result.damaged)
             if result.done:
                 return result
             self.draining |= result.state == "draining"
         return None
+
+    def _mend(self, damaged: str) -> None:
+        """Write the newest version again if its files were ``damaged`` since. On all ranks alike."""
+        if self._published is not None and (self._unserved or damaged == self._published.version):
+            log.warning("version %s was damaged after it was published, and is written again", self._published.version)
+            self._unserved = False
+            self.on_damaged()
 
     def publish(self, version: PolicyVersion, folder: Path, position: int) -> None:
         """Have ``folder`` served as ``version``; the groups before ``position`` made it."""

@@ -55,14 +55,18 @@ from learner.trainer.update import Updater
 from treegrpo.access import Access
 from treegrpo.address import join_address, split_address
 from treegrpo.config import Config
-from treegrpo.errors import UnavailableError
+from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.handoff import socket_path
 from treegrpo.identity import KEYS, MODEL, check_identity
+from treegrpo.manifest import check_model_files
+from treegrpo.run_files import check_run_files
 from treegrpo.security import Role
 from treegrpo.stop_signals import stop_signals
 from treegrpo.telemetry import TrainerMetrics, serve
 
 log = logging.getLogger(__name__)
+WRITES = 3
+"""Times that a version is written which the intake finds damaged at once."""
 
 
 class Trainer:
@@ -77,6 +81,8 @@ class Trainer:
         set_seed(config.run.seed)
         folder, self.progress, self._records = self._shelf.begin()
         device = ranks.device if ranks.world == 1 else CPU  # several ranks load the whole before they share it
+        if config.train.kl_coef or folder is None:
+            ranks.first(lambda: check_model_files(config.model.path))
         again = config.train.gradient_checkpointing
         reference = load_model(config.model.path, device).requires_grad_(False) if config.train.kl_coef else None
         policy = load_model(folder or config.model.path, device, gradient_checkpointing=again)
@@ -85,6 +91,7 @@ class Trainer:
             checkpoint.restore(folder, policy, self._updater.optimizer, ranks)
         self._evaluated: int | None = None
         self._mismatch = MismatchWatch()
+        link.on_damaged = self._publish
 
     def run(self) -> None:
         """Train to the end, or until the run drains; either way there is a checkpoint and ``checkpoints/final``.
@@ -167,7 +174,15 @@ class Trainer:
 
     def _publish(self) -> None:
         progress = self.progress
-        self._link.publish(progress.version, self._shelf.publish(self._updater.model, progress), progress.position)
+        for again in reversed(range(WRITES)):
+            folder = self._shelf.publish(self._updater.model, progress)
+            try:
+                self._link.publish(progress.version, folder, progress.position)
+                break
+            except ContractError as error:  # its files were damaged as soon as they were there
+                if not again:
+                    raise
+                log.warning("%s", error)
         self._shelf.prune()
         self._metrics.version.set(progress.step)
 
@@ -210,6 +225,7 @@ def main(config: Config, ranks: Ranks) -> None:
     torch.set_num_threads(config.train.threads)
     disable_progress_bar()  # of every model file written
     check_signal(config)
+    ranks.first(lambda: check_run_files(config.run.dir))
     metrics = TrainerMetrics()
     host, port = split_address(config.learner.metrics, "learner.metrics")
     own = join_address(host, port + 1 if port else 0)

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from learner.trainer.durable import on_disk
+from learner.trainer.durable import discard, on_disk
 from learner.trainer.ranks import ALONE, Ranks
+from treegrpo import manifest
 from treegrpo.config import Dtype
 from treegrpo.errors import ContractError
 from treegrpo.step import PolicyVersion
@@ -52,9 +53,15 @@ def write_model(
 
 
 def export(model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype, ranks: Ranks = ALONE) -> None:
-    """`write_model`, in the place of whatever ``folder`` was before, all at once."""
+    """`write_model`, in the place of whatever ``folder`` was before, all at once and with its manifest."""
+
+    def describe() -> None:
+        with on_disk(folder):
+            manifest.write(partial)
+
     with ranks.whole(folder) as partial:
         write_model(model, partial, tokenizer_from, dtype, ranks)
+        ranks.first(describe)
 
 
 def publish(
@@ -69,9 +76,9 @@ def publish(
 def prune(weights: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` versions, and what crashes have left half written."""
     for version in published(weights)[:-keep]:
-        shutil.rmtree(weights / str(version), ignore_errors=True)
+        discard(weights / str(version))
     for partial in weights.glob(".*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
 
 
 def published(weights: Path) -> list[PolicyVersion]:

@@ -27,7 +27,7 @@ from learner.trainer.patience import Patience
 from learner.trainer.publish import export, prune, publish, published
 from learner.trainer.ranks import ALONE, Ranks
 from treegrpo.config import Config
-from treegrpo.errors import DiskError
+from treegrpo.errors import DiskError, RunFileError
 from treegrpo.handoff import KEEP_VERSIONS
 from treegrpo.telemetry import TrainerMetrics
 
@@ -135,6 +135,8 @@ class Shelf:
             self._ranks.first(lambda: checkpoint.note_evaluation(self._checkpoints, progress))
         except DiskError as error:
             self._count("checkpoint", error)
+            log.warning("%s", error)
+        except RunFileError as error:  # the run needs no such note
             log.warning("%s", error)
 
     def _patiently(self, what: str, write: Callable[[], T]) -> T:

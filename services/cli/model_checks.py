@@ -18,6 +18,7 @@ from treegrpo.config import Config, EngineKind
 from treegrpo.errors import ConfigError, DataError, ModelError, WeightsError
 from treegrpo.handoff import KEEP_VERSIONS
 from treegrpo.machine_memory import GIB, memory_limit
+from treegrpo.manifest import check_model_files
 from treegrpo.model_config import check_context, read_model_config
 from treegrpo.question import Question
 from treegrpo.run_directory import check_writable
@@ -32,6 +33,7 @@ STORED_BYTES = 12
 
 def check_model(path: Path, engine: EngineKind, context: int) -> str:
     """The model directory is whole, ``engine`` runs it for ``context`` tokens, and it can be trained. Raises ModelError."""
+    check_model_files(path)
     config = read_model_config(path)
     if not config.kind:
         raise ModelError(f"{config.file} has no model_type; restore it from the model's source.")

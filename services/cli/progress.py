@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from treegrpo.errors import DataError
+from treegrpo.errors import ContractError, describe
+from treegrpo.run_files import JsonLines
 from treegrpo.step import PolicyVersion
 
+log = logging.getLogger(__name__)
 FILE_NAME = "progress.jsonl"
 
 
@@ -104,41 +107,39 @@ class Progress:
 
 
 class Tail:
-    """Reads what was appended to a progress file since the last look."""
+    """Reads what was appended to a progress file since the last look. What is no record is left out; see `complaint`."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._line = 0
+        self._lines = JsonLines(path)
 
     def new(self) -> list[Record]:
-        """The new records, none while there is no file; a line still being written waits. Raises DataError."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [record for line in whole.splitlines() if (record := self._record(line)) is not None]
+        """The new records, none while there is no file; a line still being written waits. Raises RunFileError."""
+        return [record for row in self._lines.new() if (record := self._record(row)) is not None]
 
-    def _record(self, line: bytes) -> Record | None:
-        self._line += 1
+    @property
+    def complaint(self) -> str:
+        """A sentence about lines that are no records; empty if there is none."""
+        return self._lines.complaint
+
+    def _record(self, row: dict[str, Any]) -> Record | None:
+        kind = _KINDS.get(str(row.get("kind")))
+        if kind is None and isinstance(row.get("kind"), str):
+            return None  # a kind that is for others
         try:
-            row = json.loads(line)
-            kind = _KINDS.get(row["kind"])
-            return None if kind is None else kind.model_validate(row)
-        except (ValueError, KeyError, TypeError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
-            raise DataError(
-                f"{self._path}, line {self._line} is no progress record ({reason}); was it written by this version?"
-            ) from error
+            record = (kind or StepRecord).model_validate(row)
+            if isinstance(record, EvalRecord):
+                PolicyVersion.parse(record.version)
+        except (ValueError, ContractError) as error:
+            self._lines.leave_out(error.errors()[0]["msg"] if isinstance(error, ValidationError) else describe(error))
+            return None
+        return record
 
 
 def read_progress(run_dir: Path) -> Progress:
-    """The progress of the run in ``run_dir``, empty if it has none. Raises DataError."""
-    progress = Progress()
-    for record in Tail(run_dir / FILE_NAME).new():
+    """The progress of the run in ``run_dir``, empty if it has none. Raises RunFileError."""
+    progress, tail = Progress(), Tail(run_dir / FILE_NAME)
+    for record in tail.new():
         progress.add(record)
+    if tail.complaint:
+        log.warning("%s", tail.complaint)
     return progress

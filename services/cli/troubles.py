@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from learner.trainer.manifest import DAMAGED
 from services.cli.keeper import Say
 from services.cli.pages import Scrape, pages
 from treegrpo.access import Access
 from treegrpo.address import join_address, split_address
 from treegrpo.config import Config
+from treegrpo.manifest import DAMAGED
 from treegrpo.telemetry import MISMATCH_LIMIT
 
 LOOK_SECONDS = 1.0

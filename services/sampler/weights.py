@@ -86,7 +86,8 @@ class WeightStore:
     async def _file(self, version: Any, file: weights_pb2.WeightFile, target: Path) -> None:
         if target in self._checked:
             return
-        if (same := self._known.get(file.sha256)) is not None:
+        same = self._known.get(file.sha256)
+        if same is not None and await asyncio.to_thread(_sha256, same) == file.sha256:  # it may have changed since it came
             os.link(same, target)
             self._checked.add(target)
             return
@@ -240,6 +241,15 @@ async def first_version(store: WeightStore) -> tuple[PolicyVersion, Path]:
             await asyncio.sleep(FIRST_RETRY_SECONDS)
 
 
+def _sha256(path: Path) -> bytes | None:
+    """None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return None
+
+
 def _take(data: bytes, out: Any, digest: Any) -> None:
     out.write(data)
     digest.update(data)
@@ -252,7 +262,9 @@ def _inside(directory: Path, name: str) -> Path:
 
 
 def _gone(error: Exception) -> bool:
-    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.NOT_FOUND
+    """The file cannot be had from this version: it is served no more, or the learner has found it damaged."""
+    gone = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.DATA_LOSS)
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() in gone
 
 
 def _said(error: Exception) -> str:

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from learner.trainer.checkpoint import newest, read_progress, read_records
-from learner.trainer.manifest import DAMAGED
 from learner.trainer.model import load_model
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.disk import UNLIMITED, full_beyond, limit_files
@@ -21,6 +20,7 @@ from tests.trainer.runs import changed, intake_for, train
 from treegrpo.config import Config
 from treegrpo.errors import ContractError, DiskError, ModelError, UnavailableError
 from treegrpo.handoff import Covered, Evaluate, Message, Publish, Report, Take
+from treegrpo.manifest import DAMAGED
 from treegrpo.telemetry import TrainerMetrics
 
 SMALL = 20_000
