@@ -88,7 +88,7 @@ def damage(folder: Path, needed: Iterable[str] = MODEL_FILES) -> str:
     try:
         known = read(folder, needed)
     except RunFileError as error:
-        return str(error).rstrip(".")
+        return str(error).partition("; ")[0]
     names = sorted(known, key=lambda name: (folder / name).is_file())  # what is missing is found without reading the rest
     with ThreadPoolExecutor(READERS) as threads:
         found = threads.map(_difference, [folder / name for name in names], names, [known[name] for name in names])

@@ -29,7 +29,7 @@ class ProgressFile:
         self._begun = self._read()
 
     def _read(self) -> bool:
-        """Learn what the file has; whether there is one. Raises RunFileError."""
+        """Learn what the file has; whether that is anything. Raises RunFileError."""
         lines = JsonLines(self._path)
         for row in lines.new():
             try:
@@ -41,8 +41,7 @@ class ProgressFile:
         with contextlib.suppress(FileNotFoundError):
             if lines.whole < self._path.stat().st_size:
                 os.truncate(self._path, lines.whole)
-            return True
-        return False
+        return lines.whole > 0
 
     def add(self, row: Mapping[str, object]) -> bool:
         """Append a line; False if it is there already. Those that a full disk does not take wait for the next one."""
@@ -60,7 +59,7 @@ class ProgressFile:
         try:
             with self._path.open("ab", buffering=0) as file:
                 size = file.tell()
-                if self._begun and not size:
+                if self._begun and not size and self._path.is_file():
                     log.warning("%s was removed or emptied by another program: what it had is lost, and it goes on", self._path)
                 if size and not _ends_whole(self._path):
                     data = b"\n" + data  # somebody has torn our last line, or added to it

@@ -21,6 +21,7 @@ from treegrpo.errors import AddressInUseError, ConfigError, DataError
 from treegrpo.http_client import public_url
 from treegrpo.question import Question
 from treegrpo.run_directory import check_run_directory, check_writable
+from treegrpo.run_files import check_run_files
 from treegrpo.security import Role
 
 Check = Callable[[], str]
@@ -49,6 +50,7 @@ def check_run_dir(config: Config) -> str:
     """The run directory is fresh, or holds the run that is to go on. Raises ConfigError, JournalError and DataError."""
     path = config.run.dir
     check_run_directory(path)
+    check_run_files(path)
     if (done := steps_done(path)) is None:
         return f"{path} (fresh)"
     if changed := check_goes_on(config):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from services.cli.history import newest_checkpoint
 from services.cli.plot import FILE_NAME, plot
-from services.cli.progress import Progress, read_progress
+from services.cli.progress import Account, Progress, read_progress
 from services.cli.view import count, percent
 from treegrpo.errors import DiskError
 
@@ -25,7 +25,7 @@ def em_line(progress: Progress) -> str:
 def budget_summary(progress: Progress) -> str:
     """What training cost, and what chains to the same leaves would have."""
     last = progress.steps[-1]
-    calls = last.ledger["train"]["tool_calls"].spent
+    calls = last.ledger.get("train", {}).get("tool_calls", Account()).spent
     return (
         f"rollout budget: {count(last.training.spent)} tokens, {percent(last.recomputed)} of them again under new weights, "
         f"and {count(calls)} tool calls; against chains to the same leaves trees save {percent(last.saving)} of the tokens and "
@@ -59,7 +59,7 @@ def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) 
         again: command and arguments it was started with.
 
     Raises:
-        DataError: the progress file is broken.
+        RunFileError: the progress file cannot be read.
     """
     progress = read_progress(run_dir)
     if not progress.steps:

@@ -37,6 +37,7 @@ from treegrpo.edge import PASSING
 from treegrpo.errors import DeadlineError, PartError, RunError, UnavailableError
 from treegrpo.lock import locked
 from treegrpo.run_directory import make_run_dir
+from treegrpo.run_files import check_run_files
 from treegrpo.security import Role
 from treegrpo.stop_signals import TOLD, stop_signals
 
@@ -117,8 +118,10 @@ def only_here(run_dir: Path) -> Generator[None]:
 
     Raises:
         AddressInUseError: another command works on it, or an intake that has a supervisor of its own.
+        RunFileError: something else stands where the run keeps its files.
     """
     make_run_dir(run_dir)
+    check_run_files(run_dir)
     sentence = f"Another `treegrpo up` or `treegrpo learner` works on the run in {run_dir}; stop it, or set run.dir to another."
     with locked(run_dir / LOCK, sentence):
         with only_intake(run_dir):

@@ -147,10 +147,10 @@ class Screen:
     async def follow(self, run_dir: Path, metrics: str, total: int, access: Access) -> AsyncGenerator[None]:
         """Show the run in ``run_dir`` for the time of the block; ``metrics`` is the intake's address.
 
-        What a run that goes on did before is known, not told again. A broken progress file ends the showing with a
-        sentence, not the run.
+        What a run that goes on did before is known, not told again. Lines that are no records are told of once; a progress
+        file that cannot be read ends the showing with a sentence, not the run.
         """
-        tail, progress = Tail(run_dir / FILE_NAME), Progress()
+        tail, progress, complained = Tail(run_dir / FILE_NAME), Progress(), False
         try:
             for record in tail.new():
                 progress.add(record)
@@ -166,9 +166,13 @@ class Screen:
             done = asyncio.Event()
 
             async def loop() -> None:
+                nonlocal complained
                 while True:
                     try:
                         await refresh(tail.new())
+                        if tail.complaint and not complained:
+                            self.say(tail.complaint)
+                            complained = True
                     except DataError as error:
                         return self._cannot_show(error)
                     if done.is_set():

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from services.cli.progress import EvalRecord, StepRecord, Tail, read_progress
 from tests.cli.records import eval_row, step_row, write
-from treegrpo.errors import DataError
+from treegrpo import run_files
+from treegrpo.errors import RunFileError
+from treegrpo.run_files import JsonLines
 
 
 def test_records_are_read_by_kind_and_others_left_out(tmp_path: Path) -> None:
@@ -32,11 +35,42 @@ def test_a_file_that_is_not_there_yet_has_no_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"kind": "step", "step": 1}', '{"step": 1}'])
-def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
+def test_a_broken_line_is_left_out_and_named(tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, step_row(1))
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
-    with pytest.raises(DataError, match=r"progress\.jsonl, line 2"):
+    write(tmp_path, step_row(2))
+    assert [step.step for step in read_progress(tmp_path).steps] == [1, 2]
+    assert "progress.jsonl: line 2 is no record" in caplog.text
+    assert "1 line is left out" in caplog.text
+
+
+def test_marks_ends_and_rubbish_of_other_programs_cost_no_record(tmp_path: Path) -> None:
+    rows = [json.dumps(step_row(step)).encode() for step in (1, 2, 3)]
+    path = tmp_path / "progress.jsonl"
+    lines = [b"\xef\xbb\xbf" + rows[0] + b"\r\n", b"\xff" * 50 + b"\n", b"\n", b"[" * 100_000 + b"\n", rows[1] + b"\n", rows[2]]
+    path.write_bytes(b"".join(lines))
+    tail = Tail(path)
+    assert [record.step for record in tail.new() if isinstance(record, StepRecord)] == [1, 2]
+    assert "line 2 is no record" in tail.complaint
+    assert "2 lines are left out" in tail.complaint
+    path.write_bytes(b"".join(lines) + b"\n")
+    assert [record.step for record in tail.new() if isinstance(record, StepRecord)] == [3]
+    path.write_bytes(rows[0] + b"\n")
+    assert [record.step for record in tail.new() if isinstance(record, StepRecord)] == [1], "written anew"
+
+
+def test_a_line_without_an_end_is_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_files, "LINE_BYTES", 1000)
+    (tmp_path / "progress.jsonl").write_bytes(b"x" * 5000 + b"\n" + json.dumps({"kind": "eval"}).encode() + b"\n")
+    lines = JsonLines(tmp_path / "progress.jsonl")
+    assert list(lines.new()) == [{"kind": "eval"}]
+    assert "line 1 is no record" in lines.complaint
+
+
+def test_a_progress_file_that_is_a_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "progress.jsonl").mkdir()
+    with pytest.raises(RunFileError, match=r"progress\.jsonl cannot be used \(Is a directory\)"):
         read_progress(tmp_path)
 
 

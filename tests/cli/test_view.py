@@ -134,13 +134,23 @@ async def test_a_pause_and_what_is_waited_for_are_shown(tmp_path: Path, terminal
     assert "waiting for" not in out.getvalue()
 
 
+async def test_a_line_that_is_no_record_is_told_of_once_and_costs_nothing_else(tmp_path: Path) -> None:
+    out = io.StringIO()
+    async with Screen(Terminal(file=out)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
+        (tmp_path / "progress.jsonl").write_text("nonsense\n")
+        write(tmp_path, step_row(1), step_row(2))
+    assert out.getvalue().count("line 1 is no record") == 1
+    assert "step 1/10" in out.getvalue()
+    assert "step 2/10" in out.getvalue()
+
+
 async def test_a_broken_progress_file_ends_the_showing_with_a_sentence_not_the_run(tmp_path: Path) -> None:
-    (tmp_path / "progress.jsonl").write_text("nonsense\n")
+    (tmp_path / "progress.jsonl").mkdir()
     out = io.StringIO()
     async with Screen(Terminal(file=out)).follow(tmp_path, "127.0.0.1:1", 10, OPEN):
         pass
     assert "no longer be shown" in out.getvalue()
-    assert "line 1" in out.getvalue()
+    assert "Is a directory" in out.getvalue()
 
 
 async def test_in_a_terminal_the_panel_is_drawn_without_metrics_too(tmp_path: Path) -> None:

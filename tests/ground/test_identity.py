@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.workbench import GEOHOP, Workbench
 from treegrpo.config import Config
-from treegrpo.errors import ConfigError, DataError
+from treegrpo.errors import ConfigError, DataError, RunFileError
 from treegrpo.identity import FILE_NAME, KEYS, MODEL, check_identity, keep_identity
 from treegrpo.settings import load
 
@@ -128,5 +128,5 @@ def test_what_an_earlier_version_began_becomes_what_it_is_told_to_be(tmp_path: P
 def test_a_damaged_record_is_named_with_the_remedy(tmp_path: Path) -> None:
     bench = begun(tmp_path)
     (bench.run_dir / FILE_NAME).write_text("{")
-    with pytest.raises(ConfigError, match=r"run\.json, what the run was .*, cannot be read .*; restore it, or"):
+    with pytest.raises(RunFileError, match=r"run\.json is not what was written there .*; restore it, or"):
         check_identity(told(bench))

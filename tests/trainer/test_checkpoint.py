@@ -89,14 +89,26 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_set_aside_whichever_file_
     assert checkpoint.newest(root) == folder
 
 
-def test_a_torn_manifest_is_damage_and_a_checkpoint_from_before_there_was_one_is_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [None, b"", b'{"config.json": [1', b"{}", b"[]", b'["config.json"]', b'{"config.json": 1}', b"[" * 100_000]
+)
+def test_a_checkpoint_without_its_whole_manifest_is_damaged(tmp_path: Path, content: bytes | None) -> None:
     _, folder = saved(tmp_path, Progress(0, 20))
-    manifest = (folder / "manifest.json").read_bytes()
     (folder / "manifest.json").unlink()
-    assert checkpoint.newest(tmp_path / "kept") == folder
-    (folder / "manifest.json").write_bytes(manifest[:100])
+    if content is not None:
+        (folder / "manifest.json").write_bytes(content)
     with pytest.raises(ModelError, match=r"Every checkpoint in .* is damaged, step-000020.damaged the newest; restore one"):
         checkpoint.newest(tmp_path / "kept")
+
+
+def test_a_file_that_would_be_loaded_beside_the_others_is_damage_and_a_note_is_none(tmp_path: Path) -> None:
+    _, before = saved(tmp_path, Progress(0, 10))
+    _, folder = saved(tmp_path, Progress(0, 20))
+    for name in (".DS_Store", "notes.txt~", ".nfs00012", "evaluation.json"):
+        (folder / name).write_bytes(b"x")
+    assert checkpoint.newest(tmp_path / "kept") == folder
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    assert checkpoint.newest(tmp_path / "kept") == before
 
 
 def test_a_checkpoint_of_before_is_refused_with_the_way_on(tmp_path: Path) -> None:

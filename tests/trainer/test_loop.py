@@ -19,11 +19,11 @@ from learner.trainer.loop import split
 from learner.trainer.model import load_model
 from learner.trainer.publish import published
 from tests.trainer.builders import CPU, configure, write_tiny
-from tests.trainer.intake import sampler
+from tests.trainer.intake import FakeIntake, sampler
 from tests.trainer.runs import changed, intake_for, train
 from treegrpo.config import Config
 from treegrpo.errors import UnavailableError
-from treegrpo.handoff import Covered, Message, Publish, Report, Take, socket_path
+from treegrpo.handoff import Covered, Evaluate, Evaluation, Message, Publish, Refused, Report, Take, Taken, socket_path
 from treegrpo.step import PolicyVersion
 from treegrpo.telemetry import TrainerMetrics
 
@@ -59,6 +59,29 @@ def test_a_trivial_reward_improves_and_the_model_is_handed_over(config: Config) 
     assert (tokens < 32).mean() > 0.85
     assert metrics.registry.get_sample_value("treegrpo_step") == 10
     assert metrics.registry.get_sample_value("treegrpo_train_reward_mean") == rewards[-1]
+
+
+class Damaging(FakeIntake):
+    """Finds the first version damaged, once in a batch and once in an evaluation, and the second when it is published."""
+
+    def _answer(self, request: Message) -> Message:
+        done = len(self.of(type(request)))
+        match request:
+            case Take() if done == 1:
+                return Taken([], "running", damaged="0.0")
+            case Evaluate() if done == 1:
+                return Evaluation(False, damaged="0.0")
+            case Publish("0.1") if sum(p.version == "0.1" for p in self.of(Publish)) == 1:
+                return Refused("Version 0.1 cannot be served: it is damaged; write it again.")
+            case _:
+                return super()._answer(request)
+
+
+def test_a_version_that_was_damaged_is_written_and_published_again(config: Config) -> None:
+    with Damaging(socket_path(config.run.dir)) as intake:
+        train(changed(config, "train", steps=2))
+    assert [p.version for p in intake.of(Publish)] == ["0.0", "0.0", "0.0", "0.1", "0.1", "0.2"]
+    assert [report["step"] for report in intake.reports] == [1, 2]
 
 
 def test_evaluations_come_first_and_last_and_in_between(config: Config) -> None:

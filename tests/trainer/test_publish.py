@@ -13,7 +13,7 @@ from learner.trainer.model import load_model
 from learner.trainer.publish import export, prune, publish, published
 from tests.trainer.builders import CPU, tiny
 from tests.trainer.disk import full_beyond
-from treegrpo.errors import DiskError
+from treegrpo.errors import DiskError, RunFileError
 from treegrpo.step import PolicyVersion
 
 
@@ -40,7 +40,7 @@ def test_a_version_is_a_model_directory_with_its_tokenizer(policy: PreTrainedMod
     folder = publish(policy, tmp_path / "weights", PolicyVersion(1, 42), tmp_path / "model", "float32")
     assert folder == tmp_path / "weights" / "1.42"
     names = {file.name for file in folder.iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "manifest.json"}
     assert same(load_model(folder, CPU), policy)
 
 
@@ -87,7 +87,7 @@ def test_a_full_disk_is_told_from_other_errors_and_leaves_what_was_there(policy:
     assert same(load_model(final, CPU), policy)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     (tmp_path / "weights").touch()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(RunFileError, match=r"weights/0\.0 could not be written \(File exists\)"):
         publish(policy, tmp_path / "weights", PolicyVersion(), tmp_path / "model", "float32")
 
 

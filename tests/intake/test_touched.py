@@ -1,0 +1,146 @@
+"""What an intake at work does when another program touches the files it serves, listens at, or writes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import pytest
+
+from learner.intake import trainer_link
+from learner.intake.directory_watch import DirectoryWatch
+from learner.intake.disk import RealDisk
+from learner.intake.journal import Journal
+from learner.intake.segments import End
+from learner.intake.snapshot import Snapshots
+from learner.intake.trainer_link import listen
+from learner.intake.weights import WeightsServer
+from services.sampler.weights import WeightStore
+from treegrpo import manifest
+from treegrpo.errors import ContractError, RunError, UnavailableError
+from treegrpo.handoff import IntakeClient
+from treegrpo.step import PolicyVersion
+from treegrpo.telemetry import IntakeMetrics, SamplerMetrics
+from treegrpo.v1 import weights_pb2_grpc
+
+VERSION = PolicyVersion(1, 4)
+
+
+def written(folder: Path, byte: bytes = b"w") -> Path:
+    """A version as the trainer writes it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(byte * 3_000_000)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    manifest.write(folder)
+    (folder / ".DS_Store").write_bytes(b"x")
+    return folder
+
+
+@contextlib.asynccontextmanager
+async def served(folder: Path) -> AsyncGenerator[tuple[WeightsServer, WeightStore]]:
+    """The version in ``folder`` behind a real server, and a sampler's store that fetches it."""
+    weights, server = WeightsServer(IntakeMetrics()), grpc.aio.server()
+    await weights.publish(VERSION, folder)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    store = folder.parent / "store"
+    store.mkdir()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield weights, WeightStore(channel, store, SamplerMetrics())
+    finally:
+        await server.stop(0)
+
+
+@pytest.mark.parametrize("damage", ["turned", "torn", "missing"])
+async def test_weights_damaged_after_they_were_published_are_not_served(tmp_path: Path, damage: str) -> None:
+    """The sampler gets an error, the trainer is asked for the version again, and what it writes then is served."""
+    folder, told = written(tmp_path / "1.4"), list[str]()
+    async with served(folder) as (weights, store):
+        weights.on_damaged = lambda: told.append("damaged")
+        file = folder / "model.safetensors"
+        data = file.read_bytes()
+        file.unlink()
+        if damage != "missing":
+            file.write_bytes(data[:-1] + b"v" if damage == "turned" else data[:-1])
+        described = await store.describe()
+        assert [one.name for one in described.files] == ["config.json", "model.safetensors"]
+        with pytest.raises(UnavailableError, match=r"DATA_LOSS: Version 1\.4 is damaged; a whole one will be published"):
+            await store.fetch(described)
+        assert (told, weights.damaged) == (["damaged"], VERSION)
+        with pytest.raises(ContractError, match=r"Version 1\.4 cannot be served: .*model\.safetensors .*; write it again"):
+            await weights.publish(VERSION, folder)
+        await weights.publish(VERSION, written(folder))
+        assert weights.damaged is None
+        assert (await store.fetch(await store.describe()) / "model.safetensors").read_bytes() == data
+
+
+async def test_a_file_of_the_samplers_own_that_was_damaged_is_fetched_again(tmp_path: Path) -> None:
+    async with served(written(tmp_path / "1.4")) as (weights, store):
+        kept = await store.fetch(await store.describe())
+        (kept / "model.safetensors").write_bytes(b"v" * 3_000_000)
+        await weights.publish(PolicyVersion(1, 5), written(tmp_path / "1.5"))
+        fetched = await store.fetch(await store.describe())
+        assert (fetched / "model.safetensors").read_bytes() == b"w" * 3_000_000
+
+
+def connected(path: Path) -> IntakeClient:
+    """A client, as soon as somebody listens."""
+    while True:
+        with contextlib.suppress(UnavailableError):
+            return IntakeClient(str(path))
+
+
+async def test_a_socket_that_was_removed_is_there_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_link, "LOOK_SECONDS", 0.01)
+    path = tmp_path / "intake.sock"
+    async with listen(cast("Any", None), str(path)), asyncio.timeout(20):
+        path.unlink()
+        (await asyncio.to_thread(connected, path)).close()
+    assert not path.exists()
+
+
+async def test_what_took_the_place_of_the_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "intake.sock"
+    async with listen(cast("Any", None), str(path)):
+        path.unlink()
+        path.mkdir()
+    assert path.is_dir()
+
+
+@contextlib.contextmanager
+def watched(run_dir: Path) -> Any:
+    """A journal with one segment, and who watches its directory."""
+    disk, folder = RealDisk(), run_dir / "journal"
+    run_dir.mkdir()
+    with Journal.open(disk, folder, End()) as journal:
+        journal.append({"event": "closed", "draw": 0})
+        journal.commit()
+        yield DirectoryWatch(disk, journal, Snapshots(disk, run_dir / "snapshots"), run_dir)
+
+
+async def test_a_segment_that_was_removed_is_replaced_by_a_snapshot(tmp_path: Path) -> None:
+    asked: list[int] = []
+    with watched(tmp_path / "run") as watch:
+        watch.look(lambda: asked.append(1))
+        assert asked == []
+        (tmp_path / "run" / "journal" / "00000001.log").unlink()
+        for _ in range(2):
+            watch.look(lambda: asked.append(1))
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("gone", ["run", "run/journal"])
+async def test_a_directory_that_is_gone_ends_the_run_with_a_sentence(tmp_path: Path, gone: str) -> None:
+    with watched(tmp_path / "run") as watch:
+        (tmp_path / gone).rename(tmp_path / "elsewhere")
+        (tmp_path / gone).mkdir()
+        with pytest.raises(RunError, match=f"The directory {tmp_path / gone} was removed or replaced while the run went on"):
+            watch.look(lambda: None)
