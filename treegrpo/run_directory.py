@@ -1,4 +1,4 @@
-"""Whether a directory can hold a run: it can be made, written, locked and listened in. Nothing is left there."""
+"""The run's directory: whether it can be made, written, locked and listened in, which leaves nothing there; and made."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from pathlib import Path
 from treegrpo.errors import ConfigError
 from treegrpo.handoff import MAX_SOCKET_PATH, socket_path
 
+PRIVATE = 0o700
+"""Questions, weights and logs are for their owner alone."""
 PROBE_BYTES = 64 << 10
 """Written and flushed to see whether there is room at all."""
-
-PRIVATE = 0o700
-"""Questions, weights and logs are for the owner of a run alone."""
 
 
 def check_run_directory(run_dir: Path, key: str = "run.dir") -> None:
