@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ from treegrpo.text_files import open_text
 
 PARQUET = b"PAR1"
 SUFFIXES = (".parquet", ".pq")
+_HEAD = 1024
 
 
 def read_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Any]]:
@@ -22,7 +24,9 @@ def read_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Any]]
     """
     try:
         with path.open("rb") as file:
-            is_parquet = file.read(len(PARQUET)) == PARQUET or path.suffix.lower() in SUFFIXES
+            head = file.read(_HEAD)
+            is_json = head.removeprefix(BOM_UTF8).lstrip()[:1] in (b"{", b"[")
+            is_parquet = head.startswith(PARQUET) or (path.suffix.lower() in SUFFIXES and not is_json)
         yield from _parquet(path, columns) if is_parquet else _json(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or describe(error)}); check the data path.") from error
@@ -62,8 +66,35 @@ def _parquet(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Any]]:
             known = [name for name in file.schema_arrow.names if name in columns]
             number = 0
             for batch in file.iter_batches(columns=known):
-                for row in cast("list[Any]", batch.to_pylist()):
+                for row in cast("list[Any]", _as_written(batch).to_pylist()):
                     number += 1
                     yield number, row
     except (pa.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{path} cannot be read as parquet ({describe(error)}); check the data path.") from error
+
+
+def _as_written(batch: Any) -> Any:
+    """``batch`` with doubles for narrower floating-point numbers, by their shortest decimal: 3.14, which itself is not quite."""
+    import pyarrow as pa
+
+    types = [field.type for field in batch.schema]
+    decimals, doubles = ([_with_floats(one, to) for one in types] for to in (pa.string(), pa.float64()))
+    columns = [
+        column if one == double else column.cast(text).cast(double)
+        for column, one, text, double in zip(batch.columns, types, decimals, doubles, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _with_floats(type_: Any, to: Any) -> Any:
+    """``type_`` with ``to`` in the place of the floating-point numbers below double, also those in lists and objects."""
+    import pyarrow as pa
+
+    if pa.types.is_float32(type_) or pa.types.is_float16(type_):
+        return to
+    if pa.types.is_struct(type_):
+        return pa.struct([field.with_type(_with_floats(field.type, to)) for field in type_])
+    for kind, make in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if kind(type_):
+            return make(type_.value_field.with_type(_with_floats(type_.value_type, to)))
+    return type_

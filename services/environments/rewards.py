@@ -19,10 +19,31 @@ _WHOLE = frozenset(("yes", "no", "noanswer"))
 """Answers of which no part counts."""
 _STRUCTURE, _ANSWERED = 0.2, 0.1
 """structure_format_score and final_format_score of Tree-GRPO's scripts."""
-_TYPOGRAPHIC = "‘’‚‛“”„‟‹›«»′″‐‑‒–—―−…·"
-_UNSEEN = "\u00ad\u200b\u200c\u200d\u2060\ufeff"
-"""Soft hyphens, joiners, and blanks without width."""
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation + _TYPOGRAPHIC + _UNSEEN)
+_SYMBOLS = "´ʹʻʼʽˈ′″−"
+"""Marks that people type for an apostrophe, a dash or an accent, and Unicode counts among letters or symbols."""
+_SELECTORS = range(0xFE00, 0xFE10)
+"""They choose between looks of one letter."""
+_FULLWIDTH = range(0xFF01, 0xFF5F)
+"""ASCII as wide as an ideograph."""
+_LIGATURES = range(0xFB00, 0xFB07)
+
+
+class _Plain(dict[int, str]):
+    """Letter → what is compared of it, letter by letter: nothing of punctuation of any script, and of what cannot be seen."""
+
+    def __missing__(self, number: int) -> str:
+        letter = chr(number - 0xFEE0 if number in _FULLWIDTH else number)
+        dropped = letter in string.punctuation or letter in _SYMBOLS or number in _SELECTORS
+        if dropped or unicodedata.category(letter) in _DROPPED:
+            plain = ""
+        else:
+            plain = unicodedata.normalize("NFKC", letter) if number in _LIGATURES else letter
+        self[number] = plain
+        return plain
+
+
+_DROPPED = frozenset(("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Cf"))
+_PLAIN = _Plain()
 _COMPOSED_LETTERS = 4096
 """A longer text is compared as it is written: composing many marks on one letter takes quadratic time."""
 
@@ -30,7 +51,8 @@ _COMPOSED_LETTERS = 4096
 def normalise(text: str) -> str:
     """Lower-case, composed (NFC), without punctuation, without the articles a/an/the, white space collapsed.
 
-    Typographic quotes and dashes are punctuation as much as plain ones. A text of articles or punctuation alone keeps them:
+    Typographic quotes and dashes, and punctuation of other scripts, are punctuation as much as plain ones; fullwidth letters and
+    digits are plain ones, ligatures their letters. A text of articles or punctuation alone keeps them:
     nothing said must not equal the answer "A", nor "!" the answer "?".
 
     Example:
@@ -42,7 +64,7 @@ def normalise(text: str) -> str:
     lower = text.lower()
     if not lower.isascii() and len(lower) <= _COMPOSED_LETTERS:
         lower = unicodedata.normalize("NFC", lower)
-    plain = lower.translate(_NO_PUNCTUATION)
+    plain = lower.translate(_PLAIN)
     return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split() or lower.split())
 
 

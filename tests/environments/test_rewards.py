@@ -27,6 +27,11 @@ def test_an_article_inside_a_word_stays() -> None:
         ("Jean\u2011Paul", "Jean-Paul"),
         ("wait…", "wait..."),
         ("New\u00a0York\u200b", "New York"),
+        ("O\u02bcNeil\u200e", "O'Neil"),
+        ("Hawai\u02bbi", "Hawai\u2018i"),
+        ("\uff11\uff19\uff18\uff17\u3002", "1987"),  # fullwidth digits, and a full stop of Japanese
+        ("\u300cTokyo\u300d", "Tokyo"),
+        ("The \ufb01sh", "fish"),
         ("?", "?"),
         (" … ", "…"),
     ],
@@ -35,7 +40,9 @@ def test_spellings_of_one_answer_are_equal(said: str, gold: str) -> None:
     assert exact_match(said, [gold]) == f1(said, [gold]) == 1.0
 
 
-@pytest.mark.parametrize(("said", "gold"), [("!", "?"), ("", "?"), ("a", "?"), ("\u200b", "a"), ("Sao", "São")])
+@pytest.mark.parametrize(
+    ("said", "gold"), [("!", "?"), ("", "?"), ("a", "?"), ("\u200b", "a"), ("Sao", "São"), ("10²", "102"), ("½", "12")]
+)
 def test_other_answers_stay_others(said: str, gold: str) -> None:
     assert exact_match(said, [gold]) == 0.0
 

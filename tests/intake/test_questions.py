@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +158,36 @@ def test_what_is_missing_may_be_null_or_nan(tmp_path: Path) -> None:
     assert read == load_questions(parquet)
 
 
-@pytest.mark.parametrize("name", ["q.JSONL", "q.json", "q.txt", "rows"])
+@pytest.mark.parametrize(
+    ("column", "targets"),
+    [
+        (pa.array([3.14], pa.float32()), ("3.14",)),
+        (pa.array([[0.1, 1987.0]], pa.list_(pa.float32())), ("0.1", "1987")),
+        (pa.array([{"target": 1e-7}], pa.struct([("target", pa.float32())])), ("0.0000001",)),
+        (pa.array([Decimal("0.50")]), ("0.5",)),
+        (pa.array([[("target", "a")]], pa.map_(pa.string(), pa.string())), ("a",)),
+        (pa.array(["a"]).dictionary_encode(), ("a",)),
+    ],
+)
+def test_an_answer_of_parquet_is_read_as_it_was_written(column: Any, targets: tuple[str, ...], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["Where?"], "answer": column}), tmp_path / "q.parquet")  # pyright: ignore[reportUnknownMemberType]
+    assert load_questions(tmp_path / "q.parquet")[0].targets == targets
+
+
+@pytest.mark.parametrize("answer", ["", " \n", "\u200b", "\ufeff\u2060", "\x00", "\u3000"])
+def test_an_answer_that_cannot_be_seen_is_none(answer: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 1 has no answer"):
+        load_questions(write(tmp_path / "q.jsonl", [{"question": "Where?", "answer": answer}]))
+
+
+def test_a_worked_solution_is_read_in_linear_time(tmp_path: Path) -> None:
+    rows = [{"question": "Where?", "answer": mark * 60_000} for mark in ("<answer>", "</answer><answer>a", "####a", "\\boxed{")]
+    began = time.monotonic()
+    load_questions(write(tmp_path / "q.jsonl", rows))
+    assert time.monotonic() - began < 5.0
+
+
+@pytest.mark.parametrize("name", ["q.JSONL", "q.json", "q.txt", "rows", "rows.parquet"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("array", [False, True])
 def test_json_is_read_as_lines_or_array_whatever_its_name(name: str, mark: bytes, array: bool, tmp_path: Path) -> None:
