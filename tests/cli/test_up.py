@@ -198,7 +198,7 @@ async def test_a_run_comes_to_its_end_whatever_part_of_it_is_killed(bench: Workb
     for part, module in {**parts, "broker": "services.cli.broker"}.items():
         await run.line("step ")
         os.kill(run.pid_of(module), signal.SIGKILL)
-        await run.line(f"The {part} ended by signal 9: ")
+        await run.line(f"The {part} was killed by signal 9 (SIGKILL); ")
         if part != "trainer":
             await run.line(f"The {part} is ready again after ")
     assert await run.end() == 0

@@ -32,14 +32,15 @@ class Workbench:
 
     def __init__(self, folder: Path) -> None:
         cities = ["Borikhan", "Pakxan", "Ghazni", "Guelma", "Pirapora", "Mubi", "Gombi", "Thakhek"]
+        unseen = ["Attapeu", "Champasak"]
         self.folder = folder
         self.run_dir = folder / "run"
         self.corpus = write_rows(
             folder / "corpus.jsonl",
-            [{"id": city, "contents": f"{city}\n{city} is a city in Laos near Pakxan."} for city in cities],
+            [{"id": city, "contents": f"{city}\n{city} is a city in Laos near Pakxan."} for city in (*cities, *unseen)],
         )
         self.train = write_rows(folder / "train.jsonl", [question(n, city, "Laos") for n, city in enumerate(cities)])
-        self.heldout = write_rows(folder / "heldout.jsonl", [question(9, "Ghazni", "Laos"), question(10, "Mubi", "Laos")])
+        self.heldout = write_rows(folder / "heldout.jsonl", [question(9 + n, city, "Laos") for n, city in enumerate(unseen)])
         self.keys: dict[str, str] = {
             "run.name": "test",
             "run.dir": str(self.run_dir),
@@ -54,6 +55,7 @@ class Workbench:
             "rollout.max_turns": "1",
             "rollout.max_action_tokens": "8",
             "rollout.max_context": "256",
+            "environment.max_observation_tokens": "128",
             "train.batch": "2",
             "train.steps": "2",
             "sampler.count": "1",
