@@ -162,6 +162,8 @@ def _texts(value: Any, where: str, depth: int = 0) -> Iterator[str]:
 
 def _number(value: float | Decimal, where: str) -> str:
     """As one would say it: 1987.0, which a column of numbers with a gap becomes, is 1987, and 0.50 is 0.5."""
+    if isinstance(value, int):  # it may be more than a float can be
+        return str(value)
     if not math.isfinite(value):
         raise DataError(f"{where} is not usable (it is {value}, which nobody can answer); give a text or a finite number.")
     if value == int(value):

@@ -115,6 +115,9 @@ TRUTH = {"reward_model": None}
         ({**TRUTH, "golden_answers": ["a", "b"]}, ("a", "b")),
         ({**TRUTH, "completion": [{"role": "assistant", "content": "<think>x</think><answer> a </answer>"}]}, ("a",)),
         ({**TRUTH, "completion": " blue."}, (" blue.",)),
+        ({**TRUTH, "answer": 10**400}, ("1" + "0" * 400,)),  # more than a float can be
+        ({**TRUTH, "solution": "<answer>" * 100_000}, ("<answer>" * 100_000,)),  # in linear time
+        ({**TRUTH, "solution": "<answer>a</answer> or <answer>b</answer></answer> <answer>"}, ("b",)),
     ],
 )
 def test_an_answer_is_read_as_it_would_be_said(changes: dict[str, Any], targets: tuple[str, ...], tmp_path: Path) -> None:
