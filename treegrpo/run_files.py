@@ -128,15 +128,15 @@ class JsonLines:
 
     def _whole_line(self, file: Any) -> bytes:
         """The next line with its end; empty if there is none yet."""
-        line: bytes = file.readline(LINE_BYTES)
-        while line and not line.endswith(b"\n"):
-            more: bytes = file.readline(LINE_BYTES)
-            if not more:
-                return b""
-            line = b"#" + more[-1:]  # too long to be ours: only its end matters
-        if line:
-            self._offset = file.tell()
-            self._line += 1
+        piece: bytes = file.readline(LINE_BYTES)
+        line = piece
+        while len(piece) == LINE_BYTES and not piece.endswith(b"\n"):
+            piece = file.readline(LINE_BYTES)
+            line = b"#" + piece[-1:]  # too long to be ours: only its end matters
+        if not piece.endswith(b"\n"):  # the end of the file, where somebody may be writing
+            return b""
+        self._offset = file.tell()
+        self._line += 1
         return line
 
     @property

@@ -68,6 +68,20 @@ def test_a_line_without_an_end_is_not_kept_in_memory(tmp_path: Path, monkeypatch
     assert "line 1 is no record" in lines.complaint
 
 
+def test_a_line_that_grows_while_it_is_read_is_read_whole_the_next_time(tmp_path: Path) -> None:
+    class Growing:
+        """A file of which half a line is there at first."""
+
+        def __init__(self) -> None:
+            self.pieces = [b'{"kind": ', b'"eval"}\n']
+
+        def readline(self, _limit: int) -> bytes:
+            return self.pieces.pop(0)
+
+    lines = JsonLines(tmp_path / "progress.jsonl")
+    assert (lines._whole_line(Growing()), lines.whole) == (b"", 0)  # pyright: ignore[reportPrivateUsage]
+
+
 def test_a_progress_file_that_is_a_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "progress.jsonl").mkdir()
     with pytest.raises(RunFileError, match=r"progress\.jsonl cannot be used \(Is a directory\)"):
