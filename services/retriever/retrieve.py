@@ -45,12 +45,12 @@ SLICE = 64 << 10
 
 
 class Ask(BaseModel):
-    """The body of a request. What is null counts as left out: so Search-R1's clients send it."""
+    """The body of a request. What is null, or a ``topk`` of 0, counts as left out, as for Search-R1's server."""
 
     model_config = ConfigDict(strict=True)
 
     queries: Annotated[list[Annotated[str, Field(max_length=TEXT_LENGTH)]], FailFast()] = Field(min_length=1, max_length=QUERIES)
-    topk: Annotated[int, Field(ge=1, le=TOPK)] | None = None
+    topk: Annotated[int, Field(ge=0, le=TOPK)] | None = None
     return_scores: bool | None = None
 
 
@@ -192,6 +192,6 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     key = ".".join(str(part) for part in first["loc"]) or "the body"
     return (
-        f'{key}: {first["msg"]}; send {{"queries": [str], "topk": int from 1 to {TOPK}, "return_scores": bool}} '
+        f'{key}: {first["msg"]}; send {{"queries": [str], "topk": int up to {TOPK}, "return_scores": bool}} '
         f"with 1 to {QUERIES} queries of {TEXT_LENGTH} letters at most."
     )

@@ -61,7 +61,9 @@ async def retrieve(web: httpx.AsyncClient, queries: Sequence[str], **more: Any) 
     return await web.post("/retrieve", json={"queries": queries, **more})
 
 
-@pytest.mark.parametrize("more", [{}, {"topk": None}, {"topk": None, "return_scores": None}, {"return_scores": False, "user": 1}])
+@pytest.mark.parametrize(
+    "more", [{}, {"topk": None}, {"topk": 0}, {"topk": None, "return_scores": None}, {"return_scores": False, "user": 1}]
+)
 async def test_what_is_null_counts_as_left_out(more: dict[str, Any]) -> None:
     async with client(Index(DOCUMENTS)) as web:
         answer = await retrieve(web, ["town"], **more)

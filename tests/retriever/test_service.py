@@ -63,7 +63,7 @@ async def test_the_environments_client_gets_the_contents(tmp_path: Path) -> None
     async with running(config(tmp_path)) as address, HttpRetriever(address, 5.0) as retriever:
         assert await retriever.search("Kabul", topk=1) == [ROWS[0]]
         with pytest.raises(ToolError, match="status 400"):
-            await retriever.search("Kabul", topk=0)
+            await retriever.search("Kabul", topk=-1)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ async def test_the_environments_client_gets_the_contents(tmp_path: Path) -> None
         ({"queries": "Kabul"}, "queries"),
         ({"queries": []}, "queries"),
         ({"queries": [1]}, "queries.0"),
-        ({"queries": ["a"], "topk": 0}, "topk"),
+        ({"queries": ["a"], "topk": -1}, "topk"),
         ({"queries": ["a"], "topk": "x"}, "topk"),
         ([], "the body"),
     ],
