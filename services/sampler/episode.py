@@ -27,6 +27,7 @@ from treegrpo.budget import Budget, Cost
 from treegrpo.errors import EngineError, EnvironmentFaultError, ToolError, TreeError
 from treegrpo.lease import Plan
 from treegrpo.question import Message
+from treegrpo.size import TEXT_LENGTH
 from treegrpo.soundness import check_steps, name
 from treegrpo.step import Leaf, Step, StepStatus, Subtree, TokenIds
 from treegrpo.telemetry import SamplerMetrics
@@ -197,7 +198,7 @@ def _step(
         spans=completion.spans,
         status=status,
         tool=tool.name if tool else "",
-        tool_arguments=tool.arguments if tool else "",
+        tool_arguments=tool.arguments[: max(0, TEXT_LENGTH - len(tool.name))] if tool else "",  # the learner takes no more
         valid=outcome.valid if outcome else True,
         cost=turn.branch.bill.close_step(),
     )

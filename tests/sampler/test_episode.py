@@ -81,6 +81,12 @@ async def test_after_max_turns_one_more_turn_follows_without_tools() -> None:
     assert (leaf.node, leaf.metrics["last"], leaf.rewards["right"]) == (chain.steps[-1].node, 1.0, 0.0)
 
 
+async def test_a_tool_call_is_noted_no_longer_than_the_learner_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.sampler.episode.TEXT_LENGTH", 6)
+    (chain,), _ = await grown(lease(CHAIN), FakeEngine(lambda _prefix: "words!"))
+    assert chain.steps[0].tool + chain.steps[0].tool_arguments == "lookwo"
+
+
 async def test_a_branch_counts_the_turns_of_its_path() -> None:
     subtrees, _ = await grown(lease(plan(1, 1, 20)), FakeEngine(lambda _prefix: "s!"))
     for branch in subtrees[1:]:
