@@ -116,6 +116,8 @@ class _Keeper:
             if self._leaving.wait(RESTART_SECONDS):
                 return
             self._own = _Intake()  # it dies with this thread, which lives as long as it does
+            if self._leaving.is_set():  # `end` has met the one before
+                self._own.end()
         if not self._leaving.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
 

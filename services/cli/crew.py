@@ -67,11 +67,14 @@ class Crew:
             await self._stop(part)
 
     async def start(self, part: Part) -> None:
-        """Keep ``part`` running from now on, and return when it is ready. Raises what `watch` raises."""
+        """Keep ``part`` running from now on, and return when it is ready or, since the run drains, over.
+
+        Raises what `watch` raises.
+        """
         keeper = self._keep(part)
         ready = asyncio.create_task(keeper.ready.wait(), name=f"{part.name}-ready")
         try:
-            await asyncio.wait({ready, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ready, self._tasks[part.name], self._lost}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ready.cancel()
         if self._lost.done():

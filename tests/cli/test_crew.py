@@ -191,6 +191,13 @@ async def test_a_drain_cuts_a_back_off_short(tmp_path: Path, monkeypatch: pytest
     assert len(said) == 1
 
 
+async def test_a_part_of_a_run_that_drains_is_not_waited_for(tmp_path: Path) -> None:
+    async with crew(tmp_path, []) as running:
+        running.drain.set()
+        async with asyncio.timeout(SECONDS):
+            await running.start(waiting())
+
+
 async def test_who_does_not_end_in_time_is_killed_and_sooner_if_asked(tmp_path: Path) -> None:
     at_once = asyncio.Event()
     async with Crew([], tmp_path, print, at_once) as running:
