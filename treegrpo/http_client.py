@@ -250,6 +250,7 @@ class HttpClient:
             if _origin(following.url) != origin or following.method != method:
                 where = public_url(str(following.url))
                 raise ContractError(f"The {server} sends on to {where}, which is not followed; set that URL.")
+            await response.aclose()  # its connection is one of those that the client may have
             request = following
         raise ContractError(f"The {server} sends on from one URL to the next more than {REDIRECTS} times.")
 

@@ -108,7 +108,7 @@ async def test_a_redirect_within_the_server_is_followed_with_the_body() -> None:
         moved = not head.startswith(b"POST /there/ ")
         yield response("307 Moved", b"", "Location: /there/") if moved else response("200 OK", head)
 
-    async with answering(pieces) as url, HttpClient(headers={"X-Token": "t"}) as client:
+    async with answering(pieces) as url, HttpClient(headers={"X-Token": "t"}, connections=1) as client:
         head = await client.ask("POST", f"{url}/there", lambda answer: answer.text, seconds=5.0, body={"a": 1})
     assert head.startswith("POST /there/ HTTP/1.1")
     assert ("X-Token: t" in head, head.endswith('\r\n\r\n{"a": 1}')) == (True, True)
