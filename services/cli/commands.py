@@ -102,7 +102,7 @@ def run_eval(call: Invocation) -> int:
             answers = await evaluate(call.config)
         terminal.show(report(answers))
         if sentence := failures(answers):
-            terminal.say(f"{sentence}.")
+            terminal.say(sentence)
         return 0
 
     return asyncio.run(work())

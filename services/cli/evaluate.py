@@ -92,7 +92,8 @@ def failures(answers: Sequence[Answered]) -> str:
     errors = [answer.error for answer in answers if answer.leaf is None]
     if not errors:
         return ""
-    sentence = f"{len(errors)} of {len(answers)} questions came to no answer, the last so: {errors[-1] or 'no error was named'}"
+    last = errors[-1].rstrip(".") or "no error was named"
+    sentence = f"{len(errors)} of {len(answers)} questions came to no answer, the last so: {last}."
     if len(errors) == len(answers):
         raise RunError(sentence)
     return sentence

@@ -15,7 +15,7 @@ ANSWERED, FAILED = Answered(QUESTION, Leaf(0, {"em": 1.0}, {})), Answered(QUESTI
 
 def test_questions_without_an_answer_are_said_with_the_last_reason() -> None:
     assert failures([ANSWERED, ANSWERED]) == ""
-    sentence = "1 of 2 questions came to no answer, the last so: ToolError: HTML instead of JSON"
+    sentence = "1 of 2 questions came to no answer, the last so: ToolError: HTML instead of JSON."
     assert failures([FAILED, ANSWERED]) == sentence
 
 
