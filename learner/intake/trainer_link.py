@@ -77,7 +77,7 @@ async def listen(desk: TrainerDesk, path: str) -> AsyncGenerator[None]:
     finally:
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
-        await asyncio.to_thread(socket.close)
+        socket.close()
 
 
 class _Socket:

@@ -55,13 +55,13 @@ def write_model(
 def export(model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype, ranks: Ranks = ALONE) -> None:
     """`write_model`, in the place of whatever ``folder`` was before, all at once and with its manifest."""
 
-    def describe() -> None:
+    def write_manifest() -> None:
         with on_disk(folder):
             manifest.write(partial)
 
     with ranks.whole(folder) as partial:
         write_model(model, partial, tokenizer_from, dtype, ranks)
-        ranks.first(describe)
+        ranks.first(write_manifest)
 
 
 def publish(
