@@ -145,17 +145,18 @@ class NoProgressBreaker:
         words = " ".join(circuit.error.split()) if circuit else ""
         return f"sampler {name} says: “{words[:SAID_LETTERS]}”" if words else ""
 
-    def hopeless(self) -> RunError | None:
-        """The reason to give up the run, or None."""
+    def hopeless(self, *, trained: bool) -> RunError | None:
+        """The reason to give up the run, or None. Once it has ``trained``, rollout.max_context is no remedy: it must stay."""
         counted = {name: one for name, one in self._circuits.items() if not self._is_gone(one)}
         if not counted or (len(counted) == 1 and self._is_new) or not all(one.hopeless for one in counted.values()):
             return None
         leases = sum(one.failed for one in counted.values())
         said = [words for name in sorted(counted) if (words := self.said(name))]
         words = "; ".join(said[:NAMED]) or "none of them named an error"
+        prompts = "" if trained else ", and do the prompts fit rollout.max_context"
         return RunError(
-            f"The last {leases} leases, of {_samplers(counted)}, led to no finished episode; {words}. Does the retriever answer, "
-            "and do the prompts fit rollout.max_context? The samplers' logs say more."
+            f"The last {leases} leases, of {_samplers(counted)}, led to no finished episode; {words}. Does the retriever "
+            f"answer{prompts}? The samplers' logs say more."
         )
 
     @property

@@ -226,7 +226,8 @@ class Desk:
 
     def _look_for_hope(self) -> None:
         """Give up the run if nothing comes of it; see `NoProgressBreaker.hopeless`."""
-        if not self.broken.done() and (hopeless := self.breaker.hopeless()) is not None:
+        trained = self.book.version is not None and self.book.version.step > 0
+        if not self.broken.done() and (hopeless := self.breaker.hopeless(trained=trained)) is not None:
             self.broken.set_exception(hopeless)
 
     def _try_again(self, name: str) -> None:

@@ -157,13 +157,15 @@ def test_a_run_with_one_sampler_is_given_up_after_leases_and_time() -> None:
     breaker.came("s1")
     for _ in range(OPENINGS - 1):
         seconds = fail(breaker, "s1")
-        assert breaker.hopeless() is None
+        assert breaker.hopeless(trained=False) is None
         clock.now += seconds
     fail(breaker, "s1")
     assert clock.now - began == FIRST_SECONDS * (2 ** (OPENINGS - 1) - 1)
-    assert str(breaker.hopeless()).startswith(
+    assert str(breaker.hopeless(trained=False)).startswith(
         f"The last {FAILURES * OPENINGS} leases, of sampler s1, led to no finished episode; sampler s1 says: “s1 is broken”. "
     )
+    assert "rollout.max_context" in str(breaker.hopeless(trained=False))
+    assert "rollout.max_context" not in str(breaker.hopeless(trained=True)), "it must stay as it was"
 
 
 def test_the_first_sampler_of_several_ends_nothing_before_the_others_come() -> None:
@@ -171,16 +173,16 @@ def test_the_first_sampler_of_several_ends_nothing_before_the_others_come() -> N
     breaker = NoProgressBreaker(clock)
     breaker.came("bad")
     fail_for_good(breaker, clock, "bad")
-    assert breaker.hopeless() is None
+    assert breaker.hopeless(trained=False) is None
     clock.now = 100.0 + ABSENT_SECONDS
-    assert breaker.hopeless() is not None
+    assert breaker.hopeless(trained=False) is not None
 
 
 def test_a_burst_of_failures_ends_nothing() -> None:
     breaker = NoProgressBreaker(Clock())
     breaker.came("s1")
     fail(breaker, "s1", 1000)
-    assert breaker.hopeless() is None
+    assert breaker.hopeless(trained=False) is None
 
 
 def test_a_run_goes_on_while_one_sampler_does_not_fail() -> None:
@@ -189,11 +191,11 @@ def test_a_run_goes_on_while_one_sampler_does_not_fail() -> None:
     for name in ("bad", "good"):
         breaker.came(name)
     fail_for_good(breaker, clock, "bad")
-    assert breaker.hopeless() is None
+    assert breaker.hopeless(trained=False) is None
     breaker.left("good")
-    assert breaker.hopeless() is None, "it may come back"
+    assert breaker.hopeless(trained=False) is None, "it may come back"
     clock.now += ABSENT_SECONDS
-    assert "of sampler bad, led to" in str(breaker.hopeless())
+    assert "of sampler bad, led to" in str(breaker.hopeless(trained=False))
 
 
 def test_samplers_that_lack_a_tool_end_nothing() -> None:
@@ -202,7 +204,7 @@ def test_samplers_that_lack_a_tool_end_nothing() -> None:
     breaker.came("s1")
     for _ in range(10):
         clock.now += fail(breaker, "s1", verdict=Verdict.IDLE)
-    assert breaker.hopeless() is None
+    assert breaker.hopeless(trained=False) is None
 
 
 def test_what_samplers_say_is_theirs_and_short() -> None:
@@ -212,7 +214,7 @@ def test_what_samplers_say_is_theirs_and_short() -> None:
         breaker.came(f"s{number}")
         fail_for_good(breaker, clock, f"s{number}")
         breaker.judge(f"s{number}", Verdict.FAILED, "error: the run is over\n\x1b[31m " + "x" * 5000)
-    said = str(breaker.hopeless())
+    said = str(breaker.hopeless(trained=False))
     assert "samplers s0, s1, s2 and 2 more, led to" in said
     assert "sampler s0 says: “error: the run is over" in said
     assert "\n" not in said
