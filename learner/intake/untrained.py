@@ -16,6 +16,7 @@ from pathlib import Path
 from learner.intake.recovery import JOURNAL, SNAPSHOTS
 from treegrpo.config import Config
 from treegrpo.identity import changes, check_identity
+from treegrpo.run_files import unusable
 
 log = logging.getLogger(__name__)
 ASIDE = "untrained"
@@ -46,18 +47,27 @@ def check_goes_on(config: Config) -> str:
 def begin_anew(config: Config) -> bool:
     """Set aside what a run has that was begun as another and has trained nothing; whether there was such a one.
 
-    Raises ConfigError and DataError as `check_identity`: it is another, and has trained.
+    Raises:
+        ConfigError, DataError: as `check_identity`: it is another, and has trained.
+        RunFileError: something cannot be set aside.
     """
     if not (changed := check_goes_on(config)):
         return False
-    for name in FOLDERS:
-        if (folder := config.run.dir / name).is_dir():
-            _empty(folder)
-    for name in FILES:
-        if (path := config.run.dir / name).exists():
-            path.replace(config.run.dir / f"{name}.{ASIDE}")
+    try:
+        _set_aside(config.run.dir)
+    except OSError as error:
+        raise unusable(Path(error.filename or config.run.dir), error) from error
     log.warning("nothing was trained yet, so the run begins anew as what it is told to be now: %s", changed)
     return True
+
+
+def _set_aside(run_dir: Path) -> None:
+    for name in FOLDERS:
+        if (folder := run_dir / name).is_dir():
+            _empty(folder)
+    for name in FILES:
+        if (path := run_dir / name).exists():
+            path.replace(run_dir / f"{name}.{ASIDE}")
 
 
 def _empty(folder: Path) -> None:

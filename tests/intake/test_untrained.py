@@ -11,7 +11,7 @@ from services.cli.checks import check_run_dir
 from services.cli.history import beginning
 from tests.cli.workbench import Workbench
 from treegrpo.config import Config
-from treegrpo.errors import ConfigError
+from treegrpo.errors import ConfigError, RunFileError
 from treegrpo.identity import check_identity, keep_identity
 from treegrpo.settings import load
 
@@ -52,6 +52,13 @@ def test_what_an_untrained_run_has_is_set_aside_and_it_becomes_another(tmp_path:
     assert not begin_anew(other(bench))
     there = {name for name in names(bench.run_dir) if "/untrained/" not in name}
     assert there == {"progress.jsonl.untrained", "paused", "run.json", "weights/0.0/config.json"}
+
+
+def test_what_cannot_be_set_aside_is_a_sentence(tmp_path: Path) -> None:
+    begun(bench := Workbench(tmp_path))
+    (bench.run_dir / "journal" / "untrained").touch()
+    with pytest.raises(RunFileError, match=r"journal/untrained cannot be used \(File exists\); move away what is in the way"):
+        begin_anew(other(bench))
 
 
 def test_the_same_run_goes_on_with_what_it_has(tmp_path: Path) -> None:
