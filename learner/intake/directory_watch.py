@@ -38,7 +38,7 @@ class DirectoryWatch:
     def look(self, snapshot: Callable[[], None]) -> None:
         """Look once, as `run_forever`."""
         for folder, inode in self._folders.items():
-            if _inode(folder) != inode:
+            if _is_another(folder, inode):
                 raise RunError(
                     f"The directory {folder} was removed or replaced while the run went on, and with it what was written there; "
                     "restore it from a copy, or begin a new run.dir."
@@ -60,9 +60,16 @@ class DirectoryWatch:
             return set()
 
 
-def _inode(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
+def _inode(path: Path) -> tuple[int, int]:
+    found = path.stat()
     return found.st_dev, found.st_ino
+
+
+def _is_another(path: Path, inode: tuple[int, int]) -> bool:
+    """Whether what is at ``path`` now is not what was there."""
+    try:
+        return _inode(path) != inode
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # a disk that fails for now: the journal says so
+        return False
