@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from treegrpo import logs
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     if code == FAILED and not job and not signals:
         report = most_telling(reports.read())
         sentence = report.sentence if report else "it gave no reason; see the lines above"
-        mark().write_text(sentence + "\n", encoding="utf-8")
+        with suppress(OSError):  # a disk that is full: then the log alone has it
+            mark().write_text(sentence + "\n", encoding="utf-8")
         log.critical("%s ended for good, so this container waits; mend that and start it again: %s", " ".join(program), sentence)
         told.wait()
     return code if code >= 0 else SIGNALLED - code

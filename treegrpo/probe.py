@@ -12,9 +12,11 @@ nothing but the status believed, so a certificate is not asked whose it is.
 
 from __future__ import annotations
 
+import signal
 import ssl
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
@@ -23,6 +25,7 @@ from treegrpo.entrypoint import mark
 from treegrpo.errors import describe
 
 PROBE_SECONDS = 3.0
+"""For one URL, from connecting to the end of the answer's head."""
 ALIVE = "--alive"
 
 
@@ -31,13 +34,29 @@ def complaint(url: str, *, alive: bool = False) -> str:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        with build_opener(ProxyHandler({}), HTTPSHandler(context=context)).open(url, timeout=PROBE_SECONDS):
+        with _deadline(), build_opener(ProxyHandler({}), HTTPSHandler(context=context)).open(url, timeout=PROBE_SECONDS):
             return ""
     except HTTPError as error:
         with error:
             return "" if alive else f"{url}: {describe(error)}"
     except (OSError, HTTPException, ValueError) as error:
         return f"{url}: {describe(error)}"
+
+
+@contextmanager
+def _deadline() -> Generator[None]:
+    """Raise TimeoutError in the block after PROBE_SECONDS: a socket's own time-out is for each read."""
+
+    def expired(_number: int, _frame: object) -> None:
+        raise TimeoutError(f"no answer within {PROBE_SECONDS:g} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, PROBE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 
 import pytest
 
@@ -36,6 +40,22 @@ def test_one_that_does_not_serve_fails_the_probe_of_several(process: tuple[Retri
     metrics.serving.set(1)
     assert probe.main([url, url]) == 0
     assert probe.main([url, "http://127.0.0.1:9/health"]) == 1
+
+
+def test_the_probe_has_a_deadline_for_the_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "PROBE_SECONDS", 0.3)
+
+    def drip(listener: socket.socket) -> None:
+        with suppress(OSError), listener.accept()[0] as peer:
+            while True:
+                peer.sendall(b"H")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=drip, args=(listener,), daemon=True).start()
+        began = time.monotonic()
+        assert "no answer within 0.3 s" in probe.complaint(f"http://127.0.0.1:{listener.getsockname()[1]}/health")
+    assert time.monotonic() - began < 5.0
 
 
 def last_line(*arguments: str, **environment: str) -> str:
