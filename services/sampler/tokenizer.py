@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from services.environments.markup import Markup
 from services.sampler.control_tokens import ControlTokens
-from services.sampler.fences import rendered_pieces
+from services.sampler.placeholders import rendered_pieces
 from treegrpo.errors import ModelError, describe
 from treegrpo.model_config import eos_ids
 from treegrpo.question import Message
