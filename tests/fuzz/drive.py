@@ -11,8 +11,7 @@ from typing import Any, cast
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.stalls import STALL_SECONDS
-from tests.fuzz.watchdog import watched
+from tests.fuzz.watchdog import STALL_SECONDS, watched
 
 BATCH = 500
 """Hypothesis remembers all cases of one run; so it runs often."""
@@ -54,7 +53,7 @@ def feed(
         with watched() as dog:
             case(data)
         took = time.monotonic() - started
-        longest = dog.longest if dog.callbacks else time.thread_time() - busy  # what has no loop is one callback of somebody's
+        longest = dog.longest if dog.seen else time.thread_time() - busy  # what has no loop is one callback of somebody's
         count.stalls += watch and longest > STALL_SECONDS
         count.cases += 1
         count.slowest = max(count.slowest, took)

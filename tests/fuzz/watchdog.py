@@ -1,10 +1,10 @@
-"""Watches an event loop: a callback that keeps it for longer than STALL_SECONDS is a stall, and is told of.
+"""Watches an event loop: what keeps it for longer than STALL_SECONDS is a stall, and is told of.
 
     python -m tests.fuzz.watchdog MODULE ARGUMENTS…      runs a module as `python -m` does, watched; stalls go to standard error
 
-`stalls.Stalls` measures one loop from inside, with what other threads keep of the interpreter; this one says which callback
-it was, and watches servers. Seconds of the loop's thread on a processor count, so that a busy machine is no stall; of a
-callback that only waits, all do.
+It sees a loop in two ways. `watched` times every callback, and says which one it was. `Watchdog.beating` has the running
+loop beat and measures how late each beat comes: so it sees what a thread keeps of the interpreter, too. Seconds on a processor
+count, so that a machine that is busy with others is no stall; of a callback that only waits, all do.
 """
 
 from __future__ import annotations
@@ -14,30 +14,50 @@ import contextlib
 import runpy
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any
 
-from tests.fuzz.stalls import STALL_SECONDS
-
+STALL_SECONDS = 0.25
+"""No work on foreign input may hold up an event loop for longer."""
 WAIT_SECONDS = 2.0
 """A callback that waits, for a disk or a lock, meets the noise of a busy machine too."""
+BEAT_SECONDS = 0.005
 SAYS = "the event loop stalled"
 
 
 class Watchdog:
-    """The longest callback so far, and what each stall was."""
+    """The longest stretch so far, and what each stall was."""
 
     def __init__(self) -> None:
-        self.callbacks = 0
+        self.seen = 0
         self.longest = 0.0
         self.stalls: list[str] = []
 
     def see(self, busy: float, took: float, what: object) -> None:
-        """A callback ended: seconds on a processor, seconds in all."""
-        self.callbacks += 1
+        """The loop was kept: seconds on a processor, seconds in all."""
+        self.seen += 1
         self.longest = max(self.longest, busy)
         if busy > STALL_SECONDS or took > WAIT_SECONDS:
             self.stalls.append(f"{SAYS} for {took:.3f} s ({busy:.3f} s on a processor) in {what!r}"[:2000])
+
+    @contextlib.asynccontextmanager
+    async def beating(self) -> AsyncGenerator[None]:
+        """See how late the beats of the running loop come in the block."""
+        beating = asyncio.create_task(self._beat(), name="watchdog")
+        await asyncio.sleep(0)
+        try:
+            yield
+            await asyncio.sleep(BEAT_SECONDS)  # one beat more, after the last piece of work
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+    async def _beat(self) -> None:
+        while True:
+            clock, computed = time.monotonic(), time.process_time()
+            await asyncio.sleep(BEAT_SECONDS)
+            busy = min(time.monotonic() - clock - BEAT_SECONDS, time.process_time() - computed)
+            self.see(busy, busy, "what came between two beats")
 
 
 @contextlib.contextmanager
@@ -46,12 +66,12 @@ def watched(tell: Callable[[str], None] = lambda _: None) -> Generator[Watchdog]
     dog, run = Watchdog(), asyncio.Handle._run  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType, reportUnknownMemberType, reportAttributeAccessIssue]
 
     def timed(handle: Any) -> None:
-        seen, busy, took = len(dog.stalls), time.thread_time(), time.monotonic()
+        told, busy, took = len(dog.stalls), time.thread_time(), time.monotonic()
         try:
             run(handle)
         finally:
             dog.see(time.thread_time() - busy, time.monotonic() - took, handle)
-            for stall in dog.stalls[seen:]:
+            for stall in dog.stalls[told:]:
                 tell(stall)
 
     asyncio.Handle._run = timed  # pyright: ignore[reportAttributeAccessIssue]
