@@ -116,10 +116,10 @@ async def test_a_stranger_at_its_port_is_not_taken_for_it(demands: Demands, tmp_
             await child(demands, tmp_path, port=int(url.rpartition(":")[2]))
 
 
-async def test_a_log_that_cannot_be_written_is_told_at_the_start(demands: Demands, tmp_path: Path) -> None:
+async def test_a_server_whose_log_cannot_be_written_serves_even_so(demands: Demands, tmp_path: Path) -> None:
     (tmp_path / "server.log").mkdir()
-    with pytest.raises(EngineError, match=r"cannot be started.*Is a directory.*its log would be .*server\.log"):
-        await child(demands, tmp_path)
+    async with await child(demands, tmp_path) as engine:
+        await engine.health()
 
 
 @pytest.mark.parametrize("info", [{"max_total_num_tokens": 200}, {"context_length": 200}], ids=["memory", "context"])

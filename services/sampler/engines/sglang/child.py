@@ -27,9 +27,8 @@ class Child(ChildProcess):
 
     @classmethod
     async def start(cls, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Self:
-        """Run ``command``; what it says is appended to ``log``. Raises EngineError when this machine cannot do that now."""
+        """As `spawn`. Raises EngineError when this machine cannot do that now."""
         try:
-            log.parent.mkdir(parents=True, exist_ok=True)
             return await cls.spawn("sglang", command, environment, log)
         except OSError as error:
             raise EngineError(f"The SGLang server cannot be started ({describe(error)}); its log would be {log}.") from error
