@@ -1,9 +1,8 @@
 """Between the vocabulary and the contract's messages.
 
 Decoding checks what a stranger could get wrong in the bytes and raises ContractError with a sentence; what they mean
-is checked where it is put together (`Tree.add`). Encoding never fails on what tools and errors say: texts of theirs are made
-fit for it. What the journal keeps of a subtree is the bytes
-of its message: one schema, with protobuf's rules for change.
+is checked where it is put together (`Tree.add`). Encoding never fails on what tools and errors say: their texts are made fit
+for it. What the journal keeps of a subtree is the bytes of its message: one schema, with protobuf's rules for change.
 """
 
 from __future__ import annotations
