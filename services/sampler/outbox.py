@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from treegrpo.codec import lease_end_to_pb, subtree_to_pb
 from treegrpo.lease import LeaseEnd, Plan
+from treegrpo.limits import MESSAGE_BYTES
+from treegrpo.size import message_bytes
 from treegrpo.step import Subtree
 from treegrpo.v1.rollout_pb2 import RolloutRequest
 
@@ -25,6 +27,7 @@ class Outbox:
     def __init__(self) -> None:
         self._waiting: dict[tuple[str, int, int] | str, RolloutRequest] = {}
         self._most = self._most_bytes = 0
+        self._message_bytes = MESSAGE_BYTES
         self.subtrees = 0
         """Subtrees not yet acked."""
         self.bytes = 0
@@ -37,6 +40,7 @@ class Outbox:
         """Be full when so many leases of a plan could fill it."""
         self._most = leases * plan.leaves
         self._most_bytes = leases * plan.grant.tokens * TOKEN_BYTES
+        self._message_bytes = message_bytes(plan)
 
     @property
     def full(self) -> bool:
@@ -49,7 +53,11 @@ class Outbox:
         return {key if isinstance(key, str) else key[0] for key in self._waiting}
 
     def put_subtree(self, subtree: Subtree) -> RolloutRequest:
+        """Put it in; without what its tools were asked if the learner would refuse the message, again and again."""
         request = self._waiting[subtree.key] = RolloutRequest(subtree=subtree_to_pb(subtree))
+        if request.ByteSize() > self._message_bytes:
+            for step in request.subtree.steps:
+                step.tool_arguments = ""
         self.subtrees += 1
         self.bytes += request.ByteSize()
         return request

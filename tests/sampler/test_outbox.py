@@ -7,6 +7,7 @@ import numpy as np
 from services.sampler.outbox import Outbox
 from tests.sampler.fakes import plan
 from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.size import message_bytes
 from treegrpo.step import Step, Subtree
 
 
@@ -51,3 +52,18 @@ def test_it_is_full_at_their_bytes_too_but_one_subtree_finds_room() -> None:
     assert outbox.bytes > 2 * 2 * 16 - 32
     outbox.put_subtree(subtree(0, "b"))
     assert outbox.full
+
+
+def test_a_message_that_the_learner_would_not_take_goes_without_what_its_tools_were_asked() -> None:
+    outbox, asked = Outbox(), plan(1, 0, 0)
+    outbox.bound(2, asked)
+    one = np.ones(1, np.uint32)
+    steps = tuple(
+        Step(node, node - 1, one, np.ones(1, np.float32), one, tool="t", tool_arguments="河" * 60_000) for node in range(1, 9)
+    )
+    kept = outbox.put_subtree(Subtree("a", 0, 0, 0, steps[:1]))
+    cut = outbox.put_subtree(Subtree("b", 0, 0, 0, steps))
+    assert len(kept.subtree.steps[0].tool_arguments) == 60_000
+    assert cut.ByteSize() <= message_bytes(asked)
+    assert [(step.tool, step.tool_arguments) for step in cut.subtree.steps] == [("t", "")] * 8
+    assert outbox.bytes == kept.ByteSize() + cut.ByteSize()
