@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 2.0
 ANYBODY = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
 FILTERS = 16
-"""Topic filters of one client. Ours have one."""
+"""Topic filters of one client. Ours have four at most."""
 FILTER_BYTES = 1024
 RETAINED = 2 * PEERS
 """Topics with a retained message: everybody's presence, and that of those who left a moment ago."""

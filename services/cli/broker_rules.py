@@ -1,13 +1,13 @@
 """What the embedded broker lets whom do: users by password, topics by user. deploy/mosquitto says the same to Mosquitto.
 
-                 publish                          subscribe
-    learner      everything of treegrpo/RUN/      everything of treegrpo/RUN/
-    operator     state, own presence              everything of treegrpo/RUN/
-    sampler      own presence                     state, weights, owner, own presence
+                 publish                                subscribe
+    learner      state, weights, owner, every presence  everything of treegrpo/
+    operator     state, own presence                    everything of treegrpo/
+    sampler      own presence                           state, weights, owner, own presence
 
-RUN is run.name. Presence is treegrpo/RUN/members/ROLE/CLIENT, own where ROLE is the user and CLIENT the MQTT client id, which is
-NAME@INCARNATION; a certificate for one sampler is good for its name alone. A last will is looked at when
-it is left, since amqtt publishes it without asking.
+These are topics of treegrpo/RUN/, where RUN is any name: an embedded broker has one run. Presence is members/ROLE/CLIENT, own
+where ROLE is the user and CLIENT the MQTT client id, which is NAME@INCARNATION; a certificate for one sampler is good for its
+name alone. A last will is looked at when it is left, since amqtt publishes it without asking.
 """
 
 from __future__ import annotations
