@@ -67,7 +67,12 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
         raise ModelError(str(error)) from error
     try:
         loaded, info = cast("Any", AutoModelForCausalLM).from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
     except Exception as error:  # a broken file surfaces as any of a dozen types
         raise ModelError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from learner.trainer.suitability import check_suitable
 from services.cli.caution import Caution
 from services.sampler.engines.checkpoint import is_tied, library_config
-from services.sampler.engines.embedded.architecture import architecture_of, check_servable
+from services.sampler.engines.embedded.architecture import architecture_of, check_servable, read_config
 from services.sampler.engines.embedded.memory import check_room
 from services.sampler.prompts import render_all
 from services.sampler.tokenizer import Tokenizer
@@ -80,6 +80,11 @@ def check_prompts(model: Path, questions: Sequence[Question], key: str, context:
     report = render_all(tokenizer, questions, context)
     if not report.lengths:
         raise ModelError(f"{model}: {report.failed[0]} So with all {report.count} prompts of {key} that were tried.")
+    if report.alike:
+        raise ModelError(
+            f"{model}: the chat template renders all {report.count} prompts of {key} that were tried alike, so no question is in "
+            "its prompt; mend it."
+        )
     if len(report.unfit) == len(report.lengths):
         raise DataError(
             f"None of the {report.count} prompts of {key} that were tried leaves room for an answer: the shortest has "
@@ -108,7 +113,7 @@ def check_memory(config: Config, samplers: int, *, trains: bool) -> str:
     parameters = parameters_of(path)
     sampler = 0
     if engine.kind == "embedded":
-        architecture = architecture_of(library_config(path), path)
+        architecture = architecture_of(read_config(path), path)
         cache = check_room(architecture, engine.max_running, context, engine.cache_tokens)
         sampler = samplers * (cache + WEIGHT_BYTES * parameters)
     trainer = parameters * (TRAINED_BYTES + (WEIGHT_BYTES if config.train.kl_coef else 0)) if trains and not _has_gpu() else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ class PromptReport:
     """Why each of those that leave no room, or nothing, does not fit."""
     failed: tuple[str, ...]
     """Why each of the others could not be rendered."""
+    alike: bool
+    """Different questions became one prompt."""
 
     @property
     def count(self) -> int:
@@ -46,6 +49,7 @@ def render_all(tokenizer: Tokenizer, questions: Sequence[Question], room: int) -
     lengths: list[int] = []
     unfit: list[str] = []
     failed: list[str] = []
+    rendered: dict[tuple[str, ...], bytes] = {}
     for question in _chosen(questions):
         if len(failed) == HOPELESS and not lengths:
             break
@@ -55,11 +59,13 @@ def render_all(tokenizer: Tokenizer, questions: Sequence[Question], room: int) -
             failed.append(str(error))
             continue
         lengths.append(len(prompt))
+        rendered[tuple(message.content.strip() for message in question.prompt)] = hashlib.sha256(prompt.tobytes()).digest()
         try:
             check_prompt(question, prompt, room)
         except DataError as error:  # for the report
             unfit.append(str(error))
-    return PromptReport(tuple(lengths), tuple(unfit), tuple(failed))
+    alike = len(rendered) > 1 and len(set(rendered.values())) == 1
+    return PromptReport(tuple(lengths), tuple(unfit), tuple(failed), alike)
 
 
 def _chosen(questions: Sequence[Question]) -> Sequence[Question]:

@@ -48,7 +48,7 @@ class Tokenizer:
         # AutoTokenizer picks a class by the model's type, which may split text in its own way: tokenizer.json goes first.
         reader: Any = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
         try:
-            tokenizer = reader.from_pretrained(path, local_files_only=True)
+            tokenizer = reader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a broken file surfaces as any of a dozen types
             raise ModelError(
                 f"The tokenizer in {path} cannot be read ({describe(error)}); restore it from the model's source."

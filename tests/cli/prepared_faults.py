@@ -167,6 +167,16 @@ FAULTS = (
     ),
     Fault("template that is none", text("chat_template.jinja", "{% for m in %}"), "chat template fails .* mend it or the data"),
     Fault(
+        "template without the messages",
+        text("chat_template.jinja", "<|user|>Hello<|end|>"),
+        "renders all .* prompts of data.train that were tried alike, .* mend it",
+    ),
+    Fault(
+        "code beside the model",
+        config(model_type="other", auto_map={"AutoConfig": "other.Config"}),
+        "has model_type 'other'; the embedded engine runs .*; use SGLang",
+    ),
+    Fault(
         "roles without a template",
         template_of_roles,
         "no chat template, and prompts of data.train have several roles.*save chat_temp",

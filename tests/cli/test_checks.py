@@ -6,7 +6,9 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
+from learner.trainer.model import load_model
 from services.cli.checks import (
     Address,
     Questions,
@@ -90,6 +92,27 @@ def test_a_kind_that_only_sglang_runs_is_refused_only_for_the_embedded_engine(tm
         check_model(model, "embedded", 256)
     flags = Workbench(tmp_path).flags(model__path=str(model), engine__kind="sglang")
     assert "(mistral," in up_checks(load(None, flags))["model"]()
+
+
+def test_the_doctor_takes_a_kind_with_another_config_for_a_finding(tmp_path: Path) -> None:
+    model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
+    found = files(up_checks(load(None, Workbench(tmp_path).flags(model__path=str(model)))))
+    assert [finding.subject for finding in found if "qwen2_vl" in finding.text and finding.verdict == "fail"] == ["model"]
+
+
+def test_code_beside_a_model_is_not_run_and_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    auto_map = {"AutoConfig": "other.Config", "AutoModelForCausalLM": "other.Model"}
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "other", "auto_map": auto_map}))
+    (model / "other.py").write_text("raise SystemExit(7)")
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("somebody is asked"))
+    with pytest.raises(ModelError, match=r"config\.json cannot be used"):
+        check_model(model, "sglang", 256)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(model, torch.device("cpu"))
 
 
 def test_files_that_are_not_there_are_named_with_their_key(tmp_path: Path) -> None:

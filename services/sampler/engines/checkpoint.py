@@ -26,7 +26,7 @@ def library_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a wrong value surfaces as any of a dozen types
         raise ModelError(f"{config.file} cannot be used ({describe(error)}); {RESTORE}.") from error
 
