@@ -77,9 +77,8 @@ async def run(config: Config) -> None:
     Raises:
         ConfigError, DataError, ModelError, JournalError: something given is not usable.
         RunFileError: another program has touched the run's files.
-        RunError: their directory is gone.
+        RunError: their directory is gone, or another run owns run.name on the broker.
         AddressInUseError: an address to listen on is taken.
-        RunError: another run owns run.name on the broker.
         UnavailableError: the broker does not answer.
     """
     gc.set_threshold(GARBAGE_OBJECTS)

@@ -31,7 +31,6 @@ def test_every_test_that_a_document_names_is_there(document: Path) -> None:
     assert missing == []
 
 
-PRODUCT = ("treegrpo", "learner", "services")
 NAMING = sorted(
     path
     for pattern in (

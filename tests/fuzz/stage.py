@@ -47,10 +47,6 @@ class Server:
         return self.log.read_text(errors="replace").count(SAYS)
 
     @property
-    def log_bytes(self) -> int:
-        return self.log.stat().st_size
-
-    @property
     def alive(self) -> bool:
         return self.process.returncode is None
 
