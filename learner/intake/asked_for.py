@@ -14,6 +14,9 @@ from treegrpo.soundness import check_vocabulary, name
 from treegrpo.step import Subtree
 from treegrpo.v1 import tree_pb2
 
+TOO_LATE = ("lease", "overdue", "age")
+"""Reasons of a refusal that are no fault of who sent it: its lease, its group or its policy was no longer wanted."""
+
 
 def check_asked_for(group: OpenGroup, subtree: Subtree, vocabulary: int) -> None:
     """It is in the plan, within its limits, of the model's ``vocabulary`` and of a policy young enough. Raises TreeError."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from learner.intake.asked_for import TOO_LATE
 from learner.intake.groups import OpenGroup
 from treegrpo.budget import Cost
 from treegrpo.errors import RunError
@@ -55,6 +56,8 @@ class Verdict(Enum):
         """Of the lease that ``end`` ends; ``group`` is as it was before."""
         if group.progressed:
             return cls.PROGRESS
+        if not group.reasons <= set(TOO_LATE):  # it was told to stop for what it sent
+            return cls.FAILED
         if group.closed or group.told_at is not None or end.reason is LeaseEndReason.INTERRUPTED:
             return cls.NEUTRAL
         if end.reason in (LeaseEndReason.RETURNED, LeaseEndReason.LOST):

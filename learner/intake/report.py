@@ -14,6 +14,7 @@ from typing import Any
 
 from prometheus_client import Counter
 
+from learner.intake.asked_for import TOO_LATE
 from learner.intake.evaluation import Round
 from learner.intake.groups import Fate, OpenGroup
 from learner.intake.journal import Journal
@@ -34,7 +35,6 @@ SENTENCES = {
 CURRENCIES = ("tokens", "tool_calls")
 DEEPEST = 8
 """Steps from the root that are told apart; what is deeper is counted there."""
-TOO_LATE = ("lease", "overdue", "age")
 REPLAYED = (
     "tokens",
     "prefix",

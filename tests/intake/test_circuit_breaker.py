@@ -137,6 +137,14 @@ def test_a_lease_that_was_told_to_stop_is_nobodys_fault() -> None:
     assert Verdict.of(group, end) is Verdict.NEUTRAL
 
 
+@pytest.mark.parametrize(("reason", "verdict"), [("logprobs", Verdict.FAILED), ("age", Verdict.NEUTRAL)])
+def test_a_lease_of_which_all_was_refused_failed_unless_it_came_too_late(reason: str, verdict: Verdict) -> None:
+    group, end = ended(LeaseEndReason.STOPPED)
+    group.refuse((0, 0), Cost(), reason, "why")
+    group.told_at = 1.0  # as whoever refuses a subtree tells its sampler
+    assert Verdict.of(group, group.settle(end)) is verdict
+
+
 def test_leaves_of_an_earlier_lease_are_no_progress_of_this_one() -> None:
     made = book()
     first = grant(made, "good/1")
