@@ -103,7 +103,7 @@ class NoProgressBreaker:
 
     def left(self, name: str) -> None:
         """It has none any more. Who was never put aside is forgotten after a while."""
-        if (circuit := self._circuits.get(name)) is not None:
+        if (circuit := self._circuits.get(name)) is not None and circuit.left_at is None:
             circuit.left_at = self._clock()
         gone = [name for name, one in self._circuits.items() if not one.openings and self._is_gone(one)]
         for other in gone:

@@ -229,6 +229,18 @@ def test_what_samplers_say_is_theirs_and_short() -> None:
     assert len(said) < 1500
 
 
+def test_a_sampler_has_left_when_its_stream_closed_not_when_its_leases_are_lost() -> None:
+    clock = Clock()
+    breaker = NoProgressBreaker(clock)
+    breaker.came("good")
+    breaker.left("good")
+    clock.now += ABSENT_SECONDS
+    breaker.came("bad")
+    fail_for_good(breaker, clock, "bad")
+    breaker.left("good")
+    assert "of sampler bad, led to" in str(breaker.hopeless(trained=False))
+
+
 def test_samplers_that_were_never_put_aside_are_forgotten() -> None:
     clock = Clock()
     breaker = NoProgressBreaker(clock)
