@@ -79,7 +79,10 @@ async def test_a_retriever_that_comes_back_is_waited_for_as_if_nothing_had_happe
         await growing.until_away()
         want = growing.tools.want
         assert want is not None
-        assert f"the retriever at http://127.0.0.1:{server.port}/retrieve, which does not answer (Connect" in want.what
+        assert (
+            f"the retriever at http://127.0.0.1:{server.port}/retrieve, which does not answer (All connection attempts failed)"
+            in want.what
+        )
         async with server.up():
             assert await end == LeaseEnd(SEARCHES.id, LeaseEndReason.COMPLETE)
     assert growing.failed == []

@@ -59,7 +59,7 @@ async def retained(bench: Workbench, who: Access) -> str:
         await client.subscribe("treegrpo/#", qos=1)
         async for message in client.messages:
             heard[message.topic.value] = repr(message.payload)
-            if {topic.split("/")[2] for topic in heard} == {"state", "weights", "members"}:
+            if {topic.split("/")[2] for topic in heard} == {"owner", "state", "weights", "members"}:
                 break
     return str(heard)
 

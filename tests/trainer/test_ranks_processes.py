@@ -14,7 +14,6 @@ import torch
 
 from learner.trainer import checkpoint
 from learner.trainer.model import load_model
-from learner.trainer.ranks import FIRST_FAILED
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.intake import FakeIntake
 from treegrpo.config import Config
@@ -100,12 +99,11 @@ def test_what_all_ranks_end_of_is_said_once(config: Config) -> None:
     assert "Traceback" not in said
 
 
-def test_what_rank_0_alone_ends_of_is_said_by_it_and_the_others_point_at_it(config: Config) -> None:
+def test_what_is_in_the_way_of_all_ranks_is_said_once(config: Config) -> None:
     (config.run.dir / "weights").touch()
-    said, errors = errors_of(config, FakeIntake(socket_path(config.run.dir)), PASSING)
-    assert errors == [ERROR_MARK + FIRST_FAILED]
-    assert "FileExistsError: " in said
-    assert said.count("Traceback (most recent call last)") == 1
+    said, errors = errors_of(config, FakeIntake(socket_path(config.run.dir)), FAILED)
+    assert errors == [f"{ERROR_MARK}{config.run.dir}/weights is a file, and the run keeps a directory there; move it away."]
+    assert "Traceback" not in said
 
 
 def rank_of(process: subprocess.Popen[str], rank: int) -> int:
