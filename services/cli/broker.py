@@ -20,7 +20,7 @@ from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
 from amqtt.utils import gen_client_id
 
-from services.cli.broker_peers import Handler, Reader, peer_of
+from services.cli.broker_peers import UNWRITTEN_BYTES, Handler, Reader, peer_of
 from treegrpo.access import OPEN, Access, read_secret
 from treegrpo.address import check_free, check_port
 from treegrpo.config import Config
@@ -42,6 +42,8 @@ RESERVED = 64
 """Further ones for what is no presence: whoever fills the others keeps no run from saying its state."""
 RETAINED_BYTES = 4096
 """The largest message that is retained. The largest of ours has a few hundred bytes."""
+RETAINED_AT_ONCE = UNWRITTEN_BYTES // (4 * RETAINED_BYTES)
+"""Retained messages that are sent to a new-comer before it has acknowledged them: no more than may wait for one client."""
 REFUSED = 0x80
 """MQTT's word for a subscription that is not made."""
 BAD_CONNECT = (CodecError, ValueError, TypeError, AttributeError, IndexError, OverflowError, struct.error)
@@ -170,12 +172,17 @@ class PatientBroker(Broker):
         handler = self._get_handler(session)
         if handler is None or not any(one is session for one, _ in self._subscriptions.get(wanted, ())):
             return
-        sending = [
-            handler.mqtt_publish(kept.topic, kept.data, min(qos, kept.qos or qos), retain=True)
-            for topic, kept in list(self._retained_messages.items())
+        kept = [
+            message
+            for topic, message in list(self._retained_messages.items())
             if self._matches(topic, wanted) and await self._topic_filtering(session, topic, Action.RECEIVE)
         ]
-        await asyncio.gather(*sending, return_exceptions=True)
+        for start in range(0, len(kept), RETAINED_AT_ONCE):
+            some = kept[start : start + RETAINED_AT_ONCE]
+            sending = [handler.mqtt_publish(one.topic, one.data, min(qos, one.qos or qos), retain=True) for one in some]
+            await asyncio.gather(*sending, return_exceptions=True)
+            if isinstance(handler.reader, Reader) and handler.reader.ended:
+                return
 
     async def _cleanup_session(self, client_id: str) -> None:
         """Forget a session that ended: the client may have come back under the same id since it was listed for it."""

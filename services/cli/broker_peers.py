@@ -69,6 +69,11 @@ class Reader(StreamReaderAdapter):
         self.end()
         raise ConnectionResetError
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was hung up on."""
+        return self._ended
+
     def end(self) -> None:
         """Hang up."""
         self._ended = True

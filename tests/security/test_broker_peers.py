@@ -32,7 +32,8 @@ from tests.security.mqtt import (
     unsubscribe,
 )
 from tests.security.people import access, impostor
-from treegrpo.access import Access
+from treegrpo.access import OPEN, Access
+from treegrpo.control import open_client
 from treegrpo.refusals import Refusals
 from treegrpo.security import Role
 
@@ -171,6 +172,19 @@ async def test_who_does_not_acknowledge_is_hung_up_on() -> None:
         await loud.say(publish("treegrpo/r/x", b"x", qos=1))
         assert (await deaf.hear())[0] & 0xF0 == PUBLISH
         assert await deaf.gone()
+
+
+async def test_who_reads_gets_all_that_is_retained_however_much_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_peers, "UNWRITTEN_BYTES", 1 << 14)
+    monkeypatch.setattr(broker_module, "RETAINED_AT_ONCE", 4)
+    async with broker() as (address, _):
+        async with open_client(address, OPEN) as one:
+            for number in range(40):
+                await one.publish(f"treegrpo/r/members/{number}", b"x" * 3000, qos=1, retain=True)
+        async with open_client(address, OPEN) as reader, asyncio.timeout(SECONDS):
+            await reader.subscribe("treegrpo/#", qos=1)
+            topics = {(await anext(aiter(reader.messages))).topic.value for _ in range(40)}
+    assert len(topics) == 40
 
 
 # ---- who asks for too much
