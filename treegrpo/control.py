@@ -63,6 +63,10 @@ class RunState(Enum):
     """The run ends: open groups close with the leaves they have, then a checkpoint."""
 
 
+class _FullError(ValueError):
+    """There is no room for another member, which may be a good one."""
+
+
 class ControlPlane:
     """One process's view of the control plane, kept up to date by a background task; see `connect`."""
 
@@ -216,7 +220,8 @@ class ControlPlane:
             self._refusals.count(
                 f"{self._prefix}/{topic}"[:NAME_LETTERS], "contract", f"a message: {describe(error)[:NAME_LETTERS]}"
             )
-            if topic.startswith("members/") and self._claim is not None:
+            wrong = topic.startswith("members/") and not isinstance(error, _FullError)  # a good one would say it again at once
+            if wrong and self._claim is not None:
                 self._rubbish.add(topic)
             return
         if topic == self._member.topic and payload == self._presence:
@@ -226,7 +231,7 @@ class ControlPlane:
         self._changed.tell()
 
     def _meet(self, topic: str, payload: bytes, *, retained: bool) -> None:
-        """Note a member. Raises ValueError unless it is the one its topic is for, and there is room.
+        """Note a member. Raises ValueError unless it is the one its topic is for, and _FullError if there is no room.
 
         Room is made for who is there by forgetting who left first.
         """
@@ -246,7 +251,7 @@ class ControlPlane:
         if member.client not in self.members and len(self.members) >= PEERS:
             gone = next((name for name, one in self.members.items() if not one.alive), None)
             if gone is None:
-                raise ValueError(f"{PEERS} members are the most")
+                raise _FullError(f"{PEERS} members are the most")
             del self.members[gone]
         self.members[member.client] = member
         if self._claim is not None:

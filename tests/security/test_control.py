@@ -79,6 +79,17 @@ def test_members_that_left_make_room_for_those_who_come(monkeypatch: pytest.Monk
     assert [member.id for member in listener.members.values()] == ["s1", "s3"]
 
 
+def test_a_member_for_whom_there_is_no_room_keeps_its_presence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it removed, it would be said again, and removed again, without end."""
+    monkeypatch.setattr(control, "PEERS", 1)
+    owner = ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1, run="r"))
+    for name in ("s1", "s2"):
+        hear(owner, {**GOOD, "id": name, "alive": True}, f"members/sampler/{name}@{7:016x}")
+    hear(owner, {**GOOD, "id": "s1"}, "members/sampler/another")
+    assert [member.id for member in owner.members.values()] == ["s1"]
+    assert owner._rubbish == {"members/sampler/another"}  # pyright: ignore[reportPrivateUsage]
+
+
 @pytest.mark.parametrize("text", ["1.4294967296", "1." + "9" * 5000, "١.٢", "1.2.3", "1", ".", "1.", "-1.2", " 1.2"])
 def test_a_version_beyond_what_the_contract_can_say_is_refused(text: str) -> None:
     with pytest.raises(ContractError, match="is not a policy version") as refusal:
