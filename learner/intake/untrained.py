@@ -16,11 +16,12 @@ from pathlib import Path
 from learner.intake.recovery import JOURNAL, SNAPSHOTS
 from treegrpo.config import Config
 from treegrpo.identity import changes, check_identity
-from treegrpo.run_files import unusable
+from treegrpo.run_files import JsonLines, unusable
 
 log = logging.getLogger(__name__)
 ASIDE = "untrained"
-FILES = ("progress.jsonl", "set_aside.jsonl")
+PROGRESS = "progress.jsonl"
+FILES = (PROGRESS, "set_aside.jsonl")
 FOLDERS = ("checkpoints", JOURNAL, SNAPSHOTS)
 """In the order in which they are emptied: a start after a crash in between finds the journal with the snapshots, or neither."""
 STEP = re.compile(r"(?:step-|\d+\.)(\d+)\b")
@@ -28,9 +29,11 @@ STEP = re.compile(r"(?:step-|\d+\.)(\d+)\b")
 
 
 def is_untrained(run_dir: Path) -> bool:
-    """Whether no step was made: there is neither a checkpoint nor a policy version of one."""
+    """Whether no step was made: there is neither a checkpoint, nor a policy version, nor a record of one. Raises RunFileError."""
     names = [path.name for folder in ("checkpoints", "weights") for path in (run_dir / folder).glob("[!.]*")]
-    return not any(int(found[1]) for name in names if (found := STEP.match(name)))
+    if any(int(found[1]) for name in names if (found := STEP.match(name))):
+        return False
+    return not any(row.get("kind") == "step" for row in JsonLines(run_dir / PROGRESS).new())
 
 
 def check_goes_on(config: Config) -> str:

@@ -54,6 +54,14 @@ def test_what_an_untrained_run_has_is_set_aside_and_it_becomes_another(tmp_path:
     assert there == {"progress.jsonl.untrained", "paused", "run.json", "weights/0.0/config.json"}
 
 
+def test_a_step_that_is_on_record_counts_wherever_its_checkpoint_is(tmp_path: Path) -> None:
+    """Its disk may not be there now."""
+    begun(bench := Workbench(tmp_path))
+    (bench.run_dir / "progress.jsonl").write_text('{"kind": "step", "step": 1}\n')
+    with pytest.raises(ConfigError, match="cannot go on as another"):
+        begin_anew(other(bench))
+
+
 def test_what_cannot_be_set_aside_is_a_sentence(tmp_path: Path) -> None:
     begun(bench := Workbench(tmp_path))
     (bench.run_dir / "journal" / "untrained").touch()
