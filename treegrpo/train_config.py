@@ -126,18 +126,11 @@ class TrainConfig(Section):
             raise PydanticCustomError("minibatches", "a batch of {batch} groups makes no more minibatches", {"batch": batch})
         return count
 
-    @field_validator("dual_clip")
+    @field_validator("dual_clip", "dppo_cap")
     @classmethod
-    def _dual_clip_fits(cls, bound: float) -> float:
+    def _bound_fits(cls, bound: float) -> float:
         if 0 < bound <= 1:
-            raise PydanticCustomError("dual_clip", "a dual clip is a bound above 1, like 3; 0 does without")
-        return bound
-
-    @field_validator("dppo_cap")
-    @classmethod
-    def _dppo_cap_fits(cls, bound: float) -> float:
-        if 0 < bound <= 1:
-            raise PydanticCustomError("dppo_cap", "the cap of dppo is a bound above 1, like 20; 0 does without")
+            raise PydanticCustomError("bound", "a bound of a ratio is above 1, like 3 or 20; 0 does without")
         return bound
 
     @field_validator("clip_low", "clip_high")
