@@ -9,5 +9,10 @@ from hypothesis import settings
 settings.register_profile("here", deadline=None)
 settings.load_profile("here")
 
+
+def stay(_number: int, _frame: object) -> None:
+    """What SIGHUP does to pytest then: nothing, as before."""
+
+
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup, which what the tests start would take over
-    signal.signal(signal.SIGHUP, lambda *_: None)
+    signal.signal(signal.SIGHUP, stay)

@@ -108,7 +108,11 @@ def test_code_beside_a_model_is_not_run_and_nobody_is_asked(tmp_path: Path, monk
     auto_map = {"AutoConfig": "other.Config", "AutoModelForCausalLM": "other.Model"}
     (model / "config.json").write_text(json.dumps(config | {"model_type": "other", "auto_map": auto_map}))
     (model / "other.py").write_text("raise SystemExit(7)")
-    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("somebody is asked"))
+
+    def asked(_question: str) -> str:
+        pytest.fail("somebody is asked")
+
+    monkeypatch.setattr("builtins.input", asked)
     with pytest.raises(ModelError, match=r"config\.json cannot be used"):
         check_model(model, "sglang", 256)
     with pytest.raises(ModelError, match="cannot be loaded"):
