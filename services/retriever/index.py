@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -74,14 +75,20 @@ def _document(row: Any, where: str, number: int) -> Document:
 
 
 def _known(row: dict[str, Any], number: int) -> dict[str, Any]:
-    """``id`` and ``contents`` of a row, whatever they are called in it."""
-    identity = next((row[name] for name in IDS if row.get(name) is not None), number)
-    contents = next((row[name] for name in CONTENTS if row.get(name) is not None), None)
-    if row.get("contents") is None and isinstance(contents, str) and isinstance(row.get("title"), str):
-        contents = f"{row['title']}\n{contents}"
+    """``id`` and ``contents`` of a row, whatever they are called in it; null and NaN are as if they were not there."""
+    given = {name: value for name, value in row.items() if not (value is None or _is_nan(value))}
+    identity = next((given[name] for name in IDS if name in given), number)
+    contents = next((given[name] for name in CONTENTS if name in given), None)
+    title = given.get("title")
+    if "contents" not in given and isinstance(contents, str) and isinstance(title, str | int | float):
+        contents = f"{title}\n{contents}"
     if isinstance(contents, str):
         contents = replace_surrogates(contents)
     return {"id": identity, **({} if contents is None else {"contents": contents})}
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def words(text: str) -> list[str]:

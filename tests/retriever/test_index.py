@@ -75,6 +75,11 @@ def test_a_corpus_may_have_other_names_a_byte_order_mark_and_gaps(tmp_path: Path
     assert load_corpus(tmp_path / "corpus.jsonl") == [Document(id="a", contents="A\nx"), Document(id="2", contents="B\nb\ufffd")]
 
 
+def test_null_and_nan_are_missing_and_a_number_is_a_title(tmp_path: Path) -> None:
+    rows = '{"id": NaN, "contents": NaN, "title": 1984, "text": "x"}\n{"id": 2.5, "title": NaN, "text": "y"}\n'
+    assert load_corpus(corpus(tmp_path, rows)) == [Document(id="1", contents="1984\nx"), Document(id="2.5", contents="y")]
+
+
 def test_a_missing_or_empty_corpus_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl cannot be read"):
         load_corpus(tmp_path / "nowhere.jsonl")
