@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import SecretStr
 
-from treegrpo.address import is_local
+from treegrpo.address import is_local, split_address
 from treegrpo.errors import ConfigError, describe
 from treegrpo.renewal import Renewal, Stamp, stamp
 from treegrpo.security import Role, SecurityConfig, check_address, check_url
@@ -129,7 +129,8 @@ class Access:
         )
 
     def check_listen(self, key: str, address: str) -> None:
-        """Raise ConfigError when others could reach ``address`` in plain text."""
+        """Raise ConfigError when ``address`` is none, or others could reach it in plain text."""
+        split_address(address, key)
         check_address(key, address, safe=self.keys is not None or self.insecure_network)
 
     def check_metrics(self, key: str, address: str) -> None:
@@ -141,7 +142,8 @@ class Access:
             )
 
     def check_reach(self, key: str, address: str) -> None:
-        """Raise ConfigError when ``address`` is elsewhere and would be talked to in plain text."""
+        """Raise ConfigError when ``address`` is none, or elsewhere and would be talked to in plain text."""
+        split_address(address, key)
         check_address(key, address, safe=self.keys is not None or self.insecure_network, verb="is on another machine")
 
     def check_url(self, key: str, url: str) -> None:

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from treegrpo.address import within_reach
 from treegrpo.lease import Plan
+from treegrpo.limits import GROUP_LEAVES, TURNS
 from treegrpo.section import InputPath, Place, Section
 from treegrpo.security import SecurityConfig
 from treegrpo.train_config import TrainConfig
@@ -26,7 +27,7 @@ class RunConfig(Section):
     """Names the run: the MQTT topics begin with treegrpo/NAME."""
     dir: Path = Path("runs/treegrpo")
     """Everything the run writes: journal, weights, checkpoints, progress, logs, plot. A run that it holds goes on."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 class ModelConfig(Section):
@@ -43,17 +44,17 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    trees: int = Field(default=2, ge=1)
+    trees: int = Field(default=2, ge=1, le=GROUP_LEAVES)
     """M: initial chains of a question."""
-    rounds: int = Field(default=1, ge=0)
+    rounds: int = Field(default=1, ge=0, le=GROUP_LEAVES)
     """L: rounds of expansions; each waits for the one before."""
-    expansions: int = Field(default=2, ge=0)
+    expansions: int = Field(default=2, ge=0, le=GROUP_LEAVES)
     """N: nodes drawn in every tree in a round."""
-    max_turns: int = Field(default=4, ge=1)
+    max_turns: int = Field(default=4, ge=1, le=TURNS)
     """Turns with tools; one more follows without."""
-    max_action_tokens: int = Field(default=256, ge=1)
+    max_action_tokens: int = Field(default=256, ge=1, lt=2**31)
     """Tokens of one turn."""
-    max_context: int = Field(default=4096, ge=16)
+    max_context: int = Field(default=4096, ge=16, lt=2**31)
     """Tokens of an episode, prompt included; one that no longer fits ends as truncated."""
     temperature: float = Field(default=1.0, gt=0)
 

@@ -6,6 +6,10 @@ checked there. These are the numbers that follow from nothing but the memory tha
 
 from __future__ import annotations
 
+GROUP_LEAVES = 4096
+"""Episodes of one question: beyond this it is not a plan but a slip of the pen."""
+TURNS = 4096
+"""Turns of one episode."""
 MESSAGE_BYTES = 32 << 20
 """One gRPC message, on both ends. A branch of 32 turns of 16 Ki tokens with log-probabilities is 6 MiB."""
 RECEIVE_BYTES = 2 << 30

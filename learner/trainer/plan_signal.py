@@ -7,11 +7,17 @@ import numpy as np
 from learner.trainer.advantages import Branches, Options, advantages
 from treegrpo.config import Config
 from treegrpo.errors import ConfigError
+from treegrpo.limits import GROUP_LEAVES
 
 
 def check_signal(config: Config) -> None:
-    """The estimator gives an advantage to a full group whose leaves earned differently. Raises ConfigError."""
+    """A full group is as large as one may be, and its estimator compares leaves that earned differently. Raises ConfigError."""
     plan, train = config.rollout.plan, config.train
+    if plan.leaves > GROUP_LEAVES:
+        raise ConfigError(
+            f"rollout.trees = {plan.trees}, rounds = {plan.rounds} and expansions = {plan.expansions} make {plan.leaves} leaves "
+            f"a question, and {GROUP_LEAVES} are the most; lower one of them."
+        )
     earned = np.arange(1.0, plan.leaves + 1).reshape(plan.trees, plan.branches)
     trees = [_bush(reward_L) for reward_L in earned]
     if not any(one.leaf_L.any() or one.node_N.any() for one in advantages(trees, Options.of(train))):

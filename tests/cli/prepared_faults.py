@@ -230,6 +230,15 @@ FAULTS = (
         "every advantage would be 0; raise rollout.trees",
     ),
     Fault(
+        "leaves beyond any group",
+        flags(rollout__rounds="4000"),
+        "make 16002 leaves a question, and 4096 are the most; lower one of them",
+    ),
+    Fault(
+        "an address without a port", flags(broker__address="localhost"), "broker.address = 'localhost' is no address; write HOST"
+    ),
+    Fault("a URL for an address", flags(broker__address="mqtt://127.0.0.1:1883"), "is no address; write HOST:PORT"),
+    Fault(
         "max_running beyond memory",
         flags(engine__max_running="1000000"),
         "need .* GiB of memory.* lower engine.max_running to at most",

@@ -76,6 +76,12 @@ def test_a_key_of_an_earlier_version_is_refused_with_what_is_right_now(tmp_path:
         load(toml(tmp_path, "[run]\nresume = true"))
 
 
+@pytest.mark.parametrize("key", ["run.seed", "rollout.trees", "rollout.max_turns", "rollout.max_action_tokens"])
+def test_a_number_that_no_part_could_use_or_send_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} = .* is not acceptable: input should be less than"):
+        load(None, [f"--{key}", str(2**32)])
+
+
 def test_a_value_that_does_not_fit_names_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"train\.lr = -1 \(.*run\.toml\) is not acceptable: .*greater than 0"):
         load(toml(tmp_path, "[train]\nlr = -1"))
