@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,10 @@ OptionalInputPath = Annotated[Path | None, Input()]
 
 
 def _without_credentials(place: str) -> str:
-    host = place.partition("?")[0].partition("//")[2] or place
-    if "@" in host.partition("/")[0]:
+    host = re.split("[/?#]", place.partition("//")[2] or place, maxsplit=1)[0]
+    port = host.rpartition(":")[2] if ":" in host and not host.endswith("]") else ""
+    half = port and not port.isdecimal() and "@" in place  # a password with a slash in it ends the host before its time
+    if "@" in host or half:
         raise PydanticCustomError(
             "credentials",
             "it has a user or password, which logs and the list of processes would show; the retriever's token is "

@@ -166,7 +166,9 @@ def test_an_infinite_value_is_refused() -> None:
 
 
 @pytest.mark.parametrize("key", ["retriever.url", "engine.urls", "broker.address", "sampler.learner", "learner.listen"])
-@pytest.mark.parametrize("place", ["http://me:s3cret@host:80/retrieve", "https://s3cret@host", "me:s3cret@host:1883"])
+@pytest.mark.parametrize(
+    "place", ["http://me:s3cret@host:80/retrieve", "https://s3cret@host", "me:s3cret@host:1883", "http://me:s3cret/1?@host"]
+)
 def test_a_password_in_an_address_is_refused_and_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, place: str
 ) -> None:
@@ -187,7 +189,8 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(
 
 
 def test_an_at_sign_in_a_path_is_no_password() -> None:
-    assert load(None, ["--retriever.url", "http://host/@me/retrieve?by=@me"]).retriever.url == "http://host/@me/retrieve?by=@me"
+    for url in ("http://host/@me/retrieve?by=@me", "http://host:80/@me", "http://[::1]/@me"):
+        assert load(None, ["--retriever.url", url]).retriever.url == url
 
 
 def test_what_is_printed_as_toml_is_read_again_whatever_is_in_it(tmp_path: Path) -> None:
