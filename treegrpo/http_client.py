@@ -25,8 +25,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
+import httpcore
 import httpx
 
 from treegrpo.errors import ConfigError, ContractError, DeadlineError, UnavailableError, describe
@@ -39,6 +40,9 @@ _SLICE = 64 << 10
 _ESCAPED = re.compile(rb"\\.", re.DOTALL)
 _COMPRESSED = ("gzip", "x-gzip", "deflate")
 T = TypeVar("T")
+cast(
+    "Any", httpcore.AsyncHTTP11Connection
+).READ_NUM_BYTES = 4096  # taken apart without a pause: 64 KiB of chunks of a byte take a second
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,31 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import h11
+import uvicorn
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from treegrpo.limits import ANSWER_SECONDS, LOOP_BYTES, PEERS, REQUEST_BYTES, REQUEST_SECONDS
+from treegrpo.limits import ANSWER_SECONDS, HEADER_BYTES, LOOP_BYTES, PEERS, REQUEST_BYTES, REQUEST_SECONDS
 
 Refused = Callable[[str, str, str], None]
 """Told a client's address, a reason of few, and a sentence."""
+
+
+PIECES = 4096
+"""Chunks of a body, or packets of one that has no chunks: each is handled by itself, on the event loop."""
+
+
+class _Connection(h11.Connection):
+    """h11's, which takes a body of chunks of a byte for a request that is wrong."""
+
+    _pieces = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
+        event = super().next_event()
+        self._pieces = self._pieces + 1 if isinstance(event, h11.Data) else 0 if isinstance(event, h11.Request) else self._pieces
+        if self._pieces > PIECES:
+            raise h11.RemoteProtocolError("the body comes in too many pieces")
+        return event
 
 
 class PatientProtocol(H11Protocol):
@@ -26,6 +44,10 @@ class PatientProtocol(H11Protocol):
     _reading: asyncio.TimerHandle | None = None
     _answering: asyncio.TimerHandle | None = None
     _unread = 0
+
+    def __init__(self, config: uvicorn.Config, *more: Any) -> None:
+        super().__init__(config, *more)
+        self.conn = _Connection(h11.SERVER, HEADER_BYTES)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

@@ -1,6 +1,7 @@
 import asyncio
 import gzip
 import json
+import time
 import tracemalloc
 import zlib
 from collections.abc import AsyncGenerator
@@ -41,6 +42,31 @@ async def test_informational_answers_do_not_count_as_one() -> None:
     async with answering(lambda _: endless(b"", b"HTTP/1.1 102 Processing\r\n\r\n")) as url, HttpClient() as client:
         with pytest.raises(DeadlineError):
             await client.ask("GET", url, lambda answer: answer, seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        (b"", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+)
+async def test_many_small_pieces_do_not_hold_the_event_loop(head: bytes, piece: bytes) -> None:
+    longest, before = 0.0, time.thread_time()
+
+    async def watch() -> None:
+        nonlocal longest, before
+        while True:
+            longest, before = max(longest, time.thread_time() - before), time.thread_time()
+            await asyncio.sleep(0)
+
+    watching = asyncio.create_task(watch())
+    async with answering(lambda _: endless(head, piece * 10_000, 0.001)) as url, HttpClient() as client:
+        with pytest.raises(DeadlineError):
+            await client.ask("GET", url, lambda answer: answer, seconds=1.0)
+    watching.cancel()
+    assert longest < 0.25
 
 
 async def test_a_timeout_of_the_callers_own_stays_its_own() -> None:

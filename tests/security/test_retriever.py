@@ -81,6 +81,15 @@ async def test_a_large_body_is_refused_with_a_sentence_and_counted(tmp_path: Pat
         assert 'treegrpo_retriever_refused_total{reason="large"} 1.0' in (await web.get(f"http://{address}/metrics")).text
 
 
+async def test_a_body_in_very_many_pieces_is_refused(tmp_path: Path) -> None:
+    head = b"POST /retrieve HTTP/1.1\r\nHost: retriever\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with retriever(tmp_path, OPEN) as address, client(OPEN) as web:
+        assert (await said_to(address, head + b"1\r\n \r\n" * (patience.PIECES + 1))).startswith(b"HTTP/1.1 400 ")
+        assert 'retriever_refused_total{reason="http"} 1.0' in (await web.get(f"http://{address}/metrics")).text
+        body = b"".join(b"1\r\n" + bytes([byte]) + b"\r\n" for byte in b'{"queries": ["Kabul"]}')
+        assert b"Kabul is large." in await said_to(address, head + body + b"0\r\n\r\n")
+
+
 async def test_a_long_head_is_refused(tmp_path: Path) -> None:
     async with retriever(tmp_path, OPEN) as address:
         answer = await said_to(address, b"GET /health HTTP/1.1\r\nX: " + b"x" * (2 * HEADER_BYTES))
