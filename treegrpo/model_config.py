@@ -84,7 +84,7 @@ def eos_ids(folder: Path) -> frozenset[int]:
 
 def _object(file: Path) -> Mapping[str, Any]:
     try:
-        found: object = json.loads(file.read_text(encoding="utf-8"))
+        found: object = json.loads(file.read_text(encoding="utf-8"), parse_constant=_constant)
     except FileNotFoundError as error:
         where = f"it has no {file.name}" if file.parent.is_dir() else "there is no such directory"
         raise ModelError(f"The model directory {file.parent} cannot be used: {where}; give a Hugging Face causal LM.") from error
@@ -95,6 +95,13 @@ def _object(file: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{file} is not a JSON object; {RESTORE}.")
     return cast("Mapping[str, Any]", found)
+
+
+def _constant(word: str) -> float:
+    """Infinity, which some kinds of models have; NaN would make all that a model computes NaN. Raises ValueError."""
+    if word == "NaN":
+        raise ValueError("NaN is the value of a key")
+    return float(word)
 
 
 def _part(file: Path, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:

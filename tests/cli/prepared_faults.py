@@ -220,6 +220,7 @@ FAULTS = (
         "has eos_token_id '<|end|>', .* give their ids",
     ),
     Fault("config.json of wrong types", config(rms_norm_eps="small"), f"rms_norm_eps.*{RESTORE}"),
+    Fault("config.json with NaN", config(rms_norm_eps=float("nan")), f"NaN is the value of a key.*{RESTORE}"),
     Fault("config.json that is a list", text("config.json", "[]"), f"config.json is not a JSON object; {RESTORE}"),
     Fault("sliding window", config(layer_types=["sliding_attention"] * 4), "sliding.* use SGLang for this model"),
     Fault("corpus without words", wordless_corpus, "has no word in any of its 3 documents; nothing could be found in it"),
