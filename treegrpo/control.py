@@ -63,6 +63,10 @@ class RunState(Enum):
     """The run ends: open groups close with the leaves they have, then a checkpoint."""
 
 
+INCARNATIONS = 8
+"""Of one name that are known at once: a process that is started again is a new one before the old one's will has come."""
+
+
 class _FullError(ValueError):
     """There is no room for another member, which may be a good one."""
 
@@ -231,10 +235,7 @@ class ControlPlane:
         self._changed.tell()
 
     def _meet(self, topic: str, payload: bytes, *, retained: bool) -> None:
-        """Note a member. Raises ValueError unless it is the one its topic is for, and _FullError if there is no room.
-
-        Room is made for who is there by forgetting who left first.
-        """
+        """Note a member. Raises ValueError unless it is the one its topic is for, and _FullError if there is no room."""
         ours = topic == self._member.topic
         if not payload:
             if self._claim is not None:
@@ -248,11 +249,8 @@ class ControlPlane:
             raise ValueError("its incarnation, name, run or address is none")
         if member.topic != topic or (member.id in ROLES and member.id != member.role):
             raise ValueError(f"{member.role} {member.id!r} speaks for another")
-        if member.client not in self.members and len(self.members) >= PEERS:
-            gone = next((name for name, one in self.members.items() if not one.alive), None)
-            if gone is None:
-                raise _FullError(f"{PEERS} members are the most")
-            del self.members[gone]
+        if member.client not in self.members:
+            self._make_room(member)
         self.members[member.client] = member
         if self._claim is not None:
             answer = self._claim.meet(member, live=not retained)
@@ -260,6 +258,20 @@ class ControlPlane:
             if not ours:
                 (self._rubbish.discard if member.alive else self._rubbish.add)(topic)
         self._repeat = self._repeat or (ours and not member.alive)
+
+    def _make_room(self, member: Member) -> None:
+        """Forget a member if there is no room for another: of a name with INCARNATIONS its oldest, else who left first.
+
+        Raises _FullError if nobody has left.
+        """
+        of_name = [client for client, one in self.members.items() if (one.role, one.id) == (member.role, member.id)]
+        gone = of_name[0] if len(of_name) >= INCARNATIONS else None
+        if gone is None and len(self.members) >= PEERS:
+            gone = next((client for client, one in self.members.items() if not one.alive), None)
+            if gone is None:
+                raise _FullError(f"{PEERS} members are the most")
+        if gone is not None:
+            del self.members[gone]
 
     async def _follow(self, connected: asyncio.Event) -> None:
         attempt = 0

@@ -79,6 +79,19 @@ def test_members_that_left_make_room_for_those_who_come(monkeypatch: pytest.Monk
     assert [member.id for member in listener.members.values()] == ["s1", "s3"]
 
 
+def test_one_name_takes_no_room_of_others_by_many_incarnations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "PEERS", control.INCARNATIONS + 2)
+    listener = plane()
+    hear(listener, {**GOOD, "alive": True})
+    for incarnation in range(100, 200):
+        row = {**GOOD, "id": "many", "incarnation": incarnation, "alive": True}
+        hear(listener, row, f"members/sampler/many@{incarnation:016x}")
+    hear(listener, {**GOOD, "id": "s8", "alive": True}, f"members/sampler/s8@{7:016x}")
+    newest = [member.incarnation for member in listener.members.values() if member.id == "many"]
+    assert {"s7", "s8"} <= {member.id for member in listener.members.values()}
+    assert newest == list(range(200 - control.INCARNATIONS, 200))
+
+
 def test_a_member_for_whom_there_is_no_room_keeps_its_presence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were it removed, it would be said again, and removed again, without end."""
     monkeypatch.setattr(control, "PEERS", 1)
