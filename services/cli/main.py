@@ -81,6 +81,7 @@ def main() -> None:
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
+        print("Stopped by Ctrl-C before it was done.", file=sys.stderr)
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001  # the edge: what is not ours is raised again
         code = complain(error)

@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from services.cli import up
+from services.cli import main, up
 from services.cli.process import Program
 from services.cli.ready import wait_ready
 from services.cli.view import Screen
@@ -139,3 +139,18 @@ async def test_somebodys_drain_is_a_good_end(house: House, how: str) -> None:
         assert await asyncio.wait_for(run, SECONDS) == 0
     assert "a checkpoint" in house.log("trainer")
     assert any("could not be set" in line for line in house.screen.lines) == (how == "no broker")
+
+
+def test_ctrl_c_before_anything_is_started_is_the_last_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "isolate", lambda: None)
+    monkeypatch.setattr("sys.argv", ["treegrpo", "doctor"])
+    monkeypatch.setattr(main, "run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == main.INTERRUPTED
+    assert capsys.readouterr().err == "Stopped by Ctrl-C before it was done.\n"
