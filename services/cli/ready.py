@@ -50,7 +50,9 @@ async def retriever_ready(config: Config, access: Access = OPEN) -> None:
             f"No retriever answers: {error}; start one with `treegrpo retriever`, or mend retriever.url."
         ) from error
     except ToolError as error:
-        raise ConfigError(f"The retriever cannot be used: {error}; mend retriever.url or environment.topk.") from error
+        raise ConfigError(
+            f"The retriever cannot be used: {str(error).rstrip('.')}; mend retriever.url or environment.topk."
+        ) from error
 
 
 async def learner_ready(address: str, access: Access = OPEN) -> None:
