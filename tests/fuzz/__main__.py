@@ -15,11 +15,12 @@ from pathlib import Path
 
 from tests.fuzz.drive import Count
 from tests.fuzz.run import fuzz_pure, fuzz_servers
+from treegrpo.limits import ANSWER_BYTES
 
 GROWTH_MIB = 32.0
 """Of one server over all its cases: more is a leak, less is how an allocator works."""
-PEAK_MIB = 64.0
-"""What one case may need: a file of a thousand repeated texts has a fraction of it."""
+PEAK_MIB = 4 * ANSWER_BYTES / (1 << 20)
+"""What one case may need: the largest answer that is read as bytes, as text and as objects."""
 SHOWN = 3000
 """Letters of a crash."""
 
