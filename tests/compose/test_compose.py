@@ -108,7 +108,8 @@ def test_a_killed_learner_goes_on_where_its_checkpoint_is(stack: Stack) -> None:
     stack.until("it has been started again", lambda: docker("inspect", "-f", "{{.RestartCount}}", learner).strip() == "1", 60)
     stack.seconds["learner back"] = stack.until("it serves", lambda: stack.healthy("learner"), 120)
     stack.until("more steps than before", lambda: stack.value("treegrpo_step") > before, 180)
-    assert stack.value("max(run_kind_currency:budget_imbalance:abs)") == 0
+    balance = "max(run_kind_currency:budget_imbalance:abs)"  # nothing until the rule has seen the new process
+    stack.until("the ledger balances", lambda: stack.value(balance) == 0, 60)
 
 
 def test_samplers_that_are_taken_away_lose_nothing(stack: Stack) -> None:
