@@ -218,7 +218,7 @@ def test_bad_input_is_answered_with_what_to_do(stack: Stack, tmp_path: Path) -> 
     assert "cp .env.example .env" in stack.compose("config", env_file=str(empty)).stderr
     if not Path("/proc/driver/nvidia/gpus").exists():
         without = stack.compose("run", "--rm", "--no-deps", "gpu-check")
-        assert without.returncode == 1
+        assert without.returncode == 2  # an error that stays
         assert "COMPOSE_PROFILES=cpu" in without.stdout + without.stderr
     for arguments, file in (
         (("-e", "TREEGRPO_SECURITY__DIR=/secrets/none"), "/secrets/none/ca.pem"),
