@@ -224,7 +224,9 @@ def test_bad_input_is_answered_with_what_to_do(stack: Stack, tmp_path: Path) -> 
         (("-e", "TREEGRPO_SECURITY__DIR=/secrets/none"), "/secrets/none/ca.pem"),
         (("-u", "12345:12345"), "/secrets/"),
     ):
-        unreadable = stack.compose("run", "--rm", "--no-deps", *arguments, "sampler")
+        program = ("python", "-m", "services.sampler", "/data/geohop.toml")  # as a service it waits after such an error
+        unreadable = stack.compose("run", "--rm", "--no-deps", *arguments, "sampler", *program)
+        assert unreadable.returncode == 2
         said = unreadable.stdout + unreadable.stderr
         assert file in said, said
         assert "treegrpo certs" in said, said
