@@ -356,11 +356,19 @@ async def publish_state(address: str, run: str, state: RunState, access: Access 
         raise unavailable(address, access, error, "is the run up?") from error
 
 
+class _Client(aiomqtt.Client):
+    """aiomqtt's client, of which a cancelled connection may end: 2.5.1 logs a traceback then."""
+
+    def _on_disconnect(self, *args: Any, **more: Any) -> None:
+        if not self._connected.cancelled():
+            super()._on_disconnect(*args, **more)
+
+
 def open_client(address: str, access: Access, timeout: float = CONNECT_SECONDS, **more: Any) -> aiomqtt.Client:
     """A client for the broker at ``address`` with what ``access`` has to show; ``more`` is aiomqtt's. Raises ConfigError."""
     access.check_reach("broker.address", address)
     host, port = split_address(within_reach(address), "broker.address")
-    return aiomqtt.Client(
+    return _Client(
         host,
         port,
         username=access.broker_user or None,
