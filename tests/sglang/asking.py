@@ -53,6 +53,9 @@ async def until(is_so: Callable[[], object]) -> None:
         await asyncio.sleep(0.05)
 
 
-async def running(engine: SGLangEngine) -> None:
-    """Wait until the server says that it computes."""
-    await until(lambda: engine.counters.running)
+async def running(engine: SGLangEngine, asking: asyncio.Task[list[Completion]]) -> None:
+    """Wait until a server says that it computes, asked again and again: what the engine knows may be a look old, and a
+    request may begin and end between two looks."""
+    while not any([(await server.api.load()).running for server in engine.servers]):
+        assert not asking.done(), "all requests ended before a server was seen to compute; ask for more tokens"
+        await asyncio.sleep(0.01)

@@ -36,7 +36,7 @@ async def test_a_child_that_is_killed_is_started_again_with_the_version_it_serve
     async with child(endless[0], log) as engine:
         await engine.load(SECOND, endless[1])
         asking = asyncio.create_task(sample(engine, seeds, 400))
-        await running(engine)
+        await running(engine, asking)
         before = keeper(engine).pid
         os.kill(before, signal.SIGKILL)
         completions = await asking
@@ -50,7 +50,7 @@ async def test_a_child_that_is_killed_is_started_again_with_the_version_it_serve
 
         # SGLang reads a torn file a second time, to "roll back", and dies of it.
         asking = asyncio.create_task(sample(engine, seeds, 200))
-        await running(engine)
+        await running(engine, asking)
         with monkeypatch.context() as patch:
             spoil(patch, engine, tear)
             with pytest.raises(UnavailableError):
@@ -73,7 +73,7 @@ async def test_a_server_that_others_run_is_used_again_when_it_is_back(
     seeds = range(8)
     async with remote(endless[0], first.url) as engine:
         asking = asyncio.create_task(sample(engine, seeds, 400))
-        await running(engine)
+        await running(engine, asking)
         first.stop()
         second = await asyncio.to_thread(pool.start, path, int(first.url.rsplit(":", 1)[1]))
         try:
@@ -91,7 +91,7 @@ async def test_connections_that_are_refused_for_twenty_seconds_are_sat_out(pool:
         remote(endless[0], f"http://{door.address}") as engine,
     ):
         asking = asyncio.create_task(sample(engine, seeds, 400))
-        await running(engine)
+        await running(engine, asking)
         await door.shut(20.0)
         assert not asking.done()
         check(await asking, seeds, 400, *endless)
@@ -103,7 +103,7 @@ async def test_slow_cut_and_garbled_answers_are_asked_for_again(pool: Pool, endl
     async with proxy.serving(), Door(proxy.address).serving() as door, remote(endless[0], f"http://{door.address}") as engine:
         for fault in (Mode.DELAY, Mode.CUT, Mode.RESET):
             asking = asyncio.create_task(sample(engine, seeds, 200))
-            await running(engine)
+            await running(engine, asking)
             await proxy.fail(fault, 1.0)
             check(await asking, seeds, 200, *endless)
         assert engine.counters.errors["UnavailableError"] > 0
@@ -155,8 +155,8 @@ async def test_an_update_that_the_server_refuses_leaves_the_old_version_serving(
 ) -> None:
     seeds = range(6)
     async with remote(endless[0], pool.url("qwen2")) as engine:
-        asking = asyncio.create_task(sample(engine, seeds, 200))
-        await running(engine)
+        asking = asyncio.create_task(sample(engine, seeds, 400))
+        await running(engine, asking)
         with monkeypatch.context() as patch:
             spoil(patch, engine, lambda weights: weights.unlink())
             with pytest.raises(WeightsError, match=str(SECOND)):
@@ -164,7 +164,7 @@ async def test_an_update_that_the_server_refuses_leaves_the_old_version_serving(
         assert engine.version == FIRST
         completions = await asking
         assert all(span.version == FIRST for c in completions for span in c.spans)
-        check(completions, seeds, 200, *endless)
+        check(completions, seeds, 400, *endless)
         await engine.load(SECOND, endless[1])
         check(await sample(engine, range(2), 20), range(2), 20, *endless)
 
@@ -190,7 +190,7 @@ async def test_updates_while_more_requests_run_than_there_are_places(pool: Pool,
     seeds = range(30)
     async with remote(endless[0], pool.url("qwen2"), max_running=8) as engine:
         asking = asyncio.create_task(sample(engine, seeds, 150))
-        await running(engine)
+        await running(engine, asking)
         await engine.load(SECOND, endless[1])
         completions = await asking
         assert {span.version for c in completions for span in c.spans} == {FIRST, SECOND}
@@ -202,7 +202,7 @@ async def test_requests_that_somebody_else_aborts_go_on(pool: Pool, endless: tup
     seeds = range(4)
     async with remote(endless[0], pool.url("qwen2")) as engine:
         asking = asyncio.create_task(sample(engine, seeds, 400))
-        await running(engine)
+        await running(engine, asking)
         async with httpx.AsyncClient(trust_env=False) as client:
             await client.post(f"{engine.servers[0].api.url}/abort_request", json={"rid": "", "abort_all": True})
         check(await asking, seeds, 400, *endless)
