@@ -69,3 +69,6 @@ class Budget:
 
     def __sub__(self, other: Budget) -> Budget:
         return Budget(self.tokens - other.tokens, self.tool_calls - other.tool_calls)
+
+    def __floordiv__(self, parts: int) -> Budget:
+        return Budget(self.tokens // parts, self.tool_calls // parts)

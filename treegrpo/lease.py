@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -80,11 +81,12 @@ class Plan:
     @property
     def grant(self) -> Budget:
         """The most that a group can cost, when nothing is shared and every episode is as long as it may be."""
-        return self.allowance(self.leaves)
+        return Budget(tokens=self.leaves * self.max_context, tool_calls=self.leaves * self.max_turns)
 
-    def allowance(self, leaves: int) -> Budget:
-        """The most that so many leaves can cost."""
-        return Budget(tokens=leaves * self.max_context, tool_calls=leaves * self.max_turns)
+    def rest(self, accepted: Sequence[Subtree]) -> Budget:
+        """What is left of `grant` for a lease that goes on with a group of which ``accepted`` is there."""
+        left = self.grant - Budget.of(Cost.total([subtree.cost for subtree in accepted]))
+        return Budget(max(0, left.tokens), max(0, left.tool_calls))
 
     @property
     def branches(self) -> int:

@@ -1,4 +1,4 @@
-"""What one lease may spend, has spent, and has already told the learner."""
+"""What the trees of a lease may spend, have spent, and have already told the learner."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ from collections.abc import Generator
 
 from treegrpo.budget import Budget, Cost
 from treegrpo.errors import AwayError, ToolError
+from treegrpo.lease import Lease
 
 
 class Allowance:
-    """A lease's grant against what its branches cost.
+    """One tree's part of a lease's grant against what its branches cost.
 
     Every running expansion claims one more step, so that branches that start together do not count on the same rest.
     A branch that has begun is finished: the grant bounds what is started.
     """
+
+    @classmethod
+    def of(cls, lease: Lease) -> list[Allowance]:
+        """One for each tree. All trees get the same part of what the group may cost, and what one has left is not for the
+        others: which branches are made must not depend on which tree was quicker, nor on how many leases they took.
+        """
+        costs = [Budget.of(Cost.total([s.cost for s in lease.accepted if s.tree == tree])) for tree in range(lease.plan.trees)]
+        part = sum(costs, lease.grant) // lease.plan.trees
+        return [cls(part - cost) for cost in costs]
 
     def __init__(self, grant: Budget) -> None:
         self._grant = grant

@@ -30,7 +30,7 @@ from services.sampler.gate import Gate
 from services.sampler.outage import Outage
 from services.sampler.prompts import check_prompt
 from services.sampler.states import States
-from treegrpo.budget import Budget
+from treegrpo.budget import Budget, Cost
 from treegrpo.errors import DeadlineError
 from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.step import ROOT, Subtree, TokenIds
@@ -134,7 +134,8 @@ class _Growth:
         self._player = player
         self._environment = environment
         self._metrics = metrics
-        self._allowance = Allowance(lease.grant)
+        self._allowances = Allowance.of(lease)
+        """Of each tree."""
         self._begun = 0
         """Expansions started, chains not counted."""
         self.leaves = sum(len(subtree.leaves) for subtree in lease.accepted)
@@ -159,7 +160,7 @@ class _Growth:
     def end(self, reason: LeaseEndReason, error: str = "") -> LeaseEnd:
         plan = self._lease.plan
         forgone = plan.leaves - plan.trees - self._begun - sum(subtree.index > 0 for subtree in self._lease.accepted)
-        return LeaseEnd(self._lease.id, reason, forgone, self._allowance.unaccounted, error)
+        return LeaseEnd(self._lease.id, reason, forgone, Cost.total([tree.unaccounted for tree in self._allowances]), error)
 
     async def _tree(self, index: int, prompt: TokenIds) -> None:
         plan = self._lease.plan
@@ -179,18 +180,18 @@ class _Growth:
             async with asyncio.TaskGroup() as branches:
                 for n, parent in enumerate(draw(nodes, plan.expansions, (self._lease.seed, index, number)), first):
                     branch = self._branch(index, tree, states, n, parent)
-                    if n not in tree.indices and self._may_begin(step := self._player.next_step(branch)):
+                    if n not in tree.indices and self._may_begin(branch, step := self._player.next_step(branch)):
                         branches.create_task(self._expand(branch, step), name=f"branch {self._lease.id}/{index}/{n}")
 
     def _branch(self, tree_index: int, tree: Tree, states: States, index: int, parent: int) -> Branch:
-        return Branch(self._lease, tree_index, index, parent, tree, states, self._allowance.bill(), self._gate)
+        return Branch(self._lease, tree_index, index, parent, tree, states, self._allowances[tree_index].bill(), self._gate)
 
-    def _may_begin(self, step: Budget) -> bool:
+    def _may_begin(self, branch: Branch, step: Budget) -> bool:
         if self.reason is LeaseEndReason.RETURNED:
             return False
         if self._gate.stopped:
             self.reason = LeaseEndReason.STOPPED
-        elif not self._allowance.claim(step):
+        elif not self._allowances[branch.tree_index].claim(step):
             self.reason = LeaseEndReason.BUDGET
         else:
             self._begun += 1
@@ -201,7 +202,7 @@ class _Growth:
         try:
             await self._play(branch)
         finally:
-            self._allowance.release(step)
+            self._allowances[branch.tree_index].release(step)
 
     async def _play(self, branch: Branch) -> None:
         try:

@@ -130,7 +130,7 @@ def test_a_lost_group_is_leased_again_with_what_it_has_before_anything_new() -> 
     assert (draw, lease.question, lease.seed) == (0, made.unfinished[0].lease.question, made.unfinished[0].lease.seed)
     assert lease.id != lost
     assert [(s.tree, s.index) for s in lease.accepted] == [(0, 0), (0, 1)]
-    assert lease.grant == PLAN.allowance(PLAN.leaves - 2)
+    assert lease.grant == PLAN.grant - Budget(2 * 28, 2 * 2)
     made.granted(lease, draw, "s2/1", now=0.0)
     made.accept(chain(lease.id, tree=1))
     made.ended(complete(lease.id))

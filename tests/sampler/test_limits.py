@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -41,6 +42,40 @@ async def test_tool_calls_are_a_budget_too() -> None:
     subtrees, end = await grown(lease(plan(1, 3, 1), grant=Budget(10_000, 1)), FakeEngine(deep(1)))
     assert len(subtrees) == 1
     assert end.reason is LeaseEndReason.BUDGET
+
+
+async def test_which_branches_a_grant_covers_does_not_depend_on_which_tree_is_quicker() -> None:
+    """Turns are answered in the order in which they come, and in another: nothing else may tell the two apart."""
+
+    async def made(late: int) -> list[tuple[int, int]]:
+        begun = 0
+
+        async def script(prefix: str) -> str:
+            nonlocal begun
+            begun += 1
+            if begun % 2 == late:
+                for _ in range(50):
+                    await asyncio.sleep(0)
+            return deep(1)(prefix)  # type: ignore[return-value]
+
+        subtrees, end = await grown(lease(plan(2, 4, 1), grant=Budget(150, 100)), FakeEngine(script))
+        assert end.reason is LeaseEndReason.BUDGET
+        return sorted((s.tree, s.index) for s in subtrees)
+
+    assert await made(late=0) == await made(late=1)
+
+
+async def test_whoever_goes_on_with_a_group_may_begin_what_the_first_would_have_begun() -> None:
+    whole = lease(plan(2, 4, 1), grant=Budget(150, 100))
+    subtrees, end = await grown(whole, FakeEngine(deep(1)))
+    assert end.reason is LeaseEndReason.BUDGET
+    assert 2 < len(subtrees) < whole.plan.leaves
+    for cut in range(len(subtrees)):
+        accepted = tuple(subtrees[:cut])
+        spent = Budget.of(Cost.total([subtree.cost for subtree in accepted]))
+        rest = dataclasses.replace(whole, accepted=accepted, grant=whole.grant - spent)
+        more, _ = await grown(rest, FakeEngine(deep(1)))
+        assert {(s.tree, s.index) for s in (*accepted, *more)} == {(s.tree, s.index) for s in subtrees}
 
 
 async def test_stop_expanding_finishes_what_runs_and_begins_nothing() -> None:
