@@ -40,6 +40,17 @@ class Child(ChildProcess):
         return child
 
     @property
+    def code(self) -> int | None:
+        """The exit code, None while it runs; negative after a signal, unless an error had been reported before: then its code.
+
+        A signal to stop may meet a process that is ending already, with an error.
+        """
+        code = super().code
+        if code is not None and code < 0 and (report := self.report) is not None:
+            return report.code
+        return code
+
+    @property
     def report(self) -> Report | None:
         """Why it ends, in its own words; None while it has said nothing."""
         return most_telling(self.reports.read())
