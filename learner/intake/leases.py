@@ -55,7 +55,7 @@ class LeaseBook(Standing):
             group = min(movable, key=lambda waiting: (waiting.age, waiting.draw))
             draw = group.draw
             lease = self._lease(LeaseKind.TRAIN, group.lease.question, group.lease.plan, self.version, draw)
-            return replace(lease, grant=lease.plan.rest(group.subtrees), accepted=tuple(group.subtrees)), draw
+            return replace(lease, grant=lease.plan.remaining_grant(group.subtrees), accepted=tuple(group.subtrees)), draw
         draw = self._queue.next_draw
         return self._lease(LeaseKind.TRAIN, self._queue[draw], self._plan, self.version, draw), draw
 

@@ -18,9 +18,11 @@ class Allowance:
     """
 
     @classmethod
-    def of(cls, lease: Lease) -> list[Allowance]:
-        """One for each tree. All trees get the same part of what the group may cost, and what one has left is not for the
-        others: which branches are made must not depend on which tree was quicker, nor on how many leases they took.
+    def per_tree(cls, lease: Lease) -> list[Allowance]:
+        """The allowance of each tree: an equal part of what the group may cost, less what its accepted subtrees have cost.
+
+        What one tree has left is not for the others: which branches are made must not depend on which tree was quicker, nor on
+        how many leases the group took.
         """
         costs = [Budget.of(Cost.total([s.cost for s in lease.accepted if s.tree == tree])) for tree in range(lease.plan.trees)]
         part = sum(costs, lease.grant) // lease.plan.trees

@@ -134,7 +134,7 @@ class _Growth:
         self._player = player
         self._environment = environment
         self._metrics = metrics
-        self._allowances = Allowance.of(lease)
+        self._allowances = Allowance.per_tree(lease)
         """Of each tree."""
         self._begun = 0
         """Expansions started, chains not counted."""
