@@ -26,7 +26,7 @@ from learner.trainer.ranks import Ranks
 from treegrpo.config import Config
 from treegrpo.edge import FAILED
 from treegrpo.errors import DeadlineError, PartError, TreeGrpoError, UnavailableError
-from treegrpo.exit_report import ExitReports, most_telling
+from treegrpo.exit_report import ExitReports, most_telling, reported_code
 from treegrpo.handoff import IntakeClient, socket_path
 from treegrpo.leash import leashed
 from treegrpo.process_environment import child_environment, python
@@ -89,7 +89,12 @@ class _Intake:
         """How it ended, and why."""
         report = most_telling(self._reports.read())
         why = report.sentence if report else "it gave no reason, but its last words are above"
-        return f"The intake ended with code {self.process.returncode}: {why}"
+        return f"The intake ended with code {self.code}: {why}"
+
+    @property
+    def code(self) -> int | None:
+        """As `reported_code`; None while it runs."""
+        return reported_code(self.process.returncode, self._reports)
 
     def end(self) -> None:
         """End it, if it runs."""
@@ -129,7 +134,7 @@ class _Keeper:
 
     def check(self, error: TreeGrpoError | None = None) -> None:
         """Raise PartError, from ``error``, if the intake ended for a reason that stays."""
-        if self._own.process.returncode == FAILED:
+        if self._own.code == FAILED:
             raise PartError(self._own.obituary()) from error
 
 

@@ -94,3 +94,13 @@ class ExitReports:
             with suppress(ValueError, TypeError):
                 reports.append(Report(**json.loads(line)))
         return reports
+
+
+def reported_code(code: int | None, reports: ExitReports) -> int | None:
+    """The exit code ``code``, or after a signal that of the error which the process had reported before.
+
+    A signal to stop may meet a process that is ending already, with an error.
+    """
+    if code is not None and code < 0 and (report := most_telling(reports.read())) is not None:
+        return report.code
+    return code

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from treegrpo.child import ChildProcess
-from treegrpo.exit_report import ExitReports, Report, most_telling
+from treegrpo.exit_report import ExitReports, Report, most_telling, reported_code
 from treegrpo.process_environment import child_environment, python
 
 
@@ -41,14 +41,8 @@ class Child(ChildProcess):
 
     @property
     def code(self) -> int | None:
-        """The exit code, None while it runs; negative after a signal, unless an error had been reported before: then its code.
-
-        A signal to stop may meet a process that is ending already, with an error.
-        """
-        code = super().code
-        if code is not None and code < 0 and (report := self.report) is not None:
-            return report.code
-        return code
+        """The exit code, None while it runs; negative after a signal, unless it had reported an error: `reported_code`."""
+        return reported_code(super().code, self.reports)
 
     @property
     def report(self) -> Report | None:
