@@ -32,9 +32,9 @@ from bench.crowd import resident
 from bench.http2 import PING, SETTINGS, Connection, frame, grpc_frame
 from bench.ingest import free_address, prepare, process, ready
 from bench.traffic import encoded
-from services.cli.ready import broker_ready, learner_ready
+from services.cli.processes.readiness import broker_ready, learner_ready
 from treegrpo.errors import UnavailableError
-from treegrpo.limits import MESSAGE_BYTES
+from treegrpo.net.limits import MESSAGE_BYTES
 from treegrpo.v1 import rollout_pb2 as pb
 
 ROLLOUT = "/treegrpo.v1.RolloutService/Rollout"
@@ -223,7 +223,7 @@ def measure(name: str, seconds: float) -> Harm:
         flags = prepare(folder)
         flags += ["--broker.address", addresses["broker"], "--learner.listen", addresses["intake"]]
         flags += ["--learner.metrics", addresses["metrics"], "--train.steps", "1000000"]
-        stack.enter_context(process("services.cli.broker", "--broker.address", addresses["broker"], log=folder / "broker.log"))
+        stack.enter_context(process("services.broker.server", "--broker.address", addresses["broker"], log=folder / "broker.log"))
         ready("broker", lambda: broker_ready(addresses["broker"]))
         intake = stack.enter_context(process("learner.intake", *flags, log=folder / "intake.log"))
         ready("intake", lambda: learner_ready(addresses["intake"]))

@@ -22,8 +22,8 @@ from typing import Any
 import grpc
 
 from bench.traffic import SIZES, Script, Slice, encoded, percentile
-from treegrpo.change import Change
-from treegrpo.lease import HEARTBEAT_SECONDS
+from treegrpo.core.lease import HEARTBEAT_SECONDS
+from treegrpo.timing.notifier import Change
 from treegrpo.v1 import rollout_pb2 as pb
 
 METHOD = "/treegrpo.v1.RolloutService/Rollout"

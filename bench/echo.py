@@ -13,13 +13,13 @@ from typing import Any, cast
 import grpc
 
 from bench.traffic import PLAN, VERSION
-from learner.intake.doors import OPTIONS
-from treegrpo.codec import lease_to_pb
-from treegrpo.lease import Lease, LeaseKind
-from treegrpo.question import Message, Question
-from treegrpo.size import message_bytes
+from learner.intake.rpc.server import OPTIONS
+from treegrpo.core.lease import Lease, LeaseKind
+from treegrpo.core.question import Message, Question
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
+from treegrpo.wire.codec import lease_to_pb
+from treegrpo.wire.size_limits import message_bytes
 
 QUESTION = Question("bench/train/0", "bench", (Message("user", "Which river ends in the capital of the country?"),), ("none",))
 EOF: Any = cast("Any", grpc.aio).EOF

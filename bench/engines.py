@@ -27,12 +27,12 @@ from rich.table import Table
 
 from bench.rollout import save_model
 from bench.synthetic import CONTEXT, QUESTIONS, SHAPES, Around, Grown, grow, label, plan_of
-from services.sampler.branch import action_seed, first_node
 from services.sampler.engines.base import Completion, Engine, Sampling
 from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child
-from services.sampler.engines.sglang.api import IDLE_SECONDS
-from treegrpo.step import PolicyVersion, TokenIds
+from services.sampler.engines.sglang.api.http_client import IDLE_SECONDS
+from services.sampler.expansion.branch import action_seed, first_node
+from treegrpo.core.step import PolicyVersion, TokenIds
 
 MAX_RUNNING = 64
 CACHE_TOKENS = 1 << 16

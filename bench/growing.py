@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from learner.trainer.advantages import Options, advantages
-from learner.trainer.episodes import CreditedTree, credit, usable
-from treegrpo.question import Question
-from treegrpo.step import ROOT, Leaf, PolicyVersion, Step, Subtree, TokenIds, VersionSpan
-from treegrpo.tree import Group, Tree
+from learner.trainer.algorithm.advantages import Options, advantages
+from learner.trainer.algorithm.credit_assignment import CreditedTree, credit, usable
+from treegrpo.core.question import Question
+from treegrpo.core.step import ROOT, Leaf, PolicyVersion, Step, Subtree, TokenIds, VersionSpan
+from treegrpo.core.tree import Group, Tree
 
 ACTION = (16, 25)
 OBSERVATION = (30, 51)

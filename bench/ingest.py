@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.traffic import PLAN, SIZES, VOCABULARY, Script, Slice, over
-from services.cli.ready import Probe, broker_ready, learner_ready, wait_ready
+from services.cli.processes.readiness import Probe, broker_ready, learner_ready, wait_ready
 from treegrpo.errors import UnavailableError
-from treegrpo.handoff import Covered, Done, IntakeClient, Publish, Take, Taken, socket_path
+from treegrpo.wire.trainer_protocol import Covered, Done, IntakeClient, Publish, Take, Taken, socket_path
 
 QUESTIONS = 1000
 MAX_LAG = 3
@@ -167,7 +167,7 @@ def measure(samplers: int, size: str, seconds: float, seed: int) -> Case:
         flags += ["--broker.address", addresses["broker"], "--learner.listen", addresses["intake"]]
         flags += ["--learner.metrics", addresses["metrics"], "--train.steps", "1000000"]
         flags += ["--train.batch", str(batch), "--train.max_lag", str(MAX_LAG)]
-        broker = ("services.cli.broker", "--broker.address", addresses["broker"])
+        broker = ("services.broker.server", "--broker.address", addresses["broker"])
         stack.enter_context(process(*broker, log=folder / "broker.log"))
         ready("broker", lambda: broker_ready(addresses["broker"]))
         intake = stack.enter_context(process("learner.intake", *flags, log=folder / "intake.log"))

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from bench.growing import SHAPES
 from bench.passes import SIZES, Case, Pass, Size
-from learner.trainer.packing import Pack
+from learner.trainer.packing.packing import Pack
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16, of the data sheets."""

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from bench.growing import Grower, Shape, apart, credited
-from learner.trainer import attention
-from learner.trainer.episodes import CreditedTree
-from learner.trainer.loss import policy_loss
-from learner.trainer.model import score, score_hidden
-from learner.trainer.packing import Pack, pack
-from treegrpo.config import Dtype
-from treegrpo.train_config import TrainConfig
+from learner.trainer.algorithm.credit_assignment import CreditedTree
+from learner.trainer.algorithm.loss import policy_loss
+from learner.trainer.packing import attention
+from learner.trainer.packing.model import score, score_hidden
+from learner.trainer.packing.packing import Pack, pack
+from treegrpo.config.schema import Dtype
+from treegrpo.config.train import TrainConfig
 
 TRAIN = TrainConfig()
 

@@ -32,7 +32,7 @@ from rich.table import Table
 from bench.synthetic import CONTEXT, QUESTIONS, SHAPES, TURNS, WORDS, Grown, grow, label
 from services.sampler.engines.base import Sampling
 from services.sampler.engines.embedded import EmbeddedEngine
-from treegrpo.step import TokenIds
+from treegrpo.core.step import TokenIds
 
 REQUESTS, PROMPT, TOKENS = 32, 16, 128
 CONFIG: dict[str, Any] = {

@@ -12,14 +12,14 @@ import numpy as np
 
 from services.environments.base import Environment, Forking, Outcome, ToolCall
 from services.sampler.engines.base import Completion, Engine, Finish, Sampling
-from services.sampler.expansion import Expander
-from services.sampler.gate import Gate
-from services.sampler.tokenizer import Tokenizer
-from treegrpo.budget import Cost
-from treegrpo.lease import Lease, LeaseEndReason, LeaseKind, Plan
-from treegrpo.question import Message, Question
-from treegrpo.step import PolicyVersion, TokenIds
-from treegrpo.tree import Group
+from services.sampler.expansion.expander import Expander
+from services.sampler.expansion.lease_control import Gate
+from services.sampler.text.tokenizer import Tokenizer
+from treegrpo.core.budget import Cost
+from treegrpo.core.lease import Lease, LeaseEndReason, LeaseKind, Plan
+from treegrpo.core.question import Message, Question
+from treegrpo.core.step import PolicyVersion, TokenIds
+from treegrpo.core.tree import Group
 
 SHAPES = ((2, 2, 1), (4, 4, 2))
 """(M, N, L): trees, expansions a round, rounds."""

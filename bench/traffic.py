@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treegrpo.budget import Cost
-from treegrpo.codec import lease_end_to_pb, subtree_to_pb
-from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
-from treegrpo.step import ROOT, Leaf, PolicyVersion, Step, Subtree, VersionSpan
+from treegrpo.core.budget import Cost
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason, Plan
+from treegrpo.core.step import ROOT, Leaf, PolicyVersion, Step, Subtree, VersionSpan
 from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.wire.codec import lease_end_to_pb, subtree_to_pb
 
 VOCABULARY = 32000
 STEPS = 3

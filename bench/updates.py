@@ -32,7 +32,7 @@ from rich.table import Table
 from bench.rollout import save_model
 from services.sampler.engines.checkpoint import read_tensors, read_weight_shapes
 from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child
-from treegrpo.step import PolicyVersion
+from treegrpo.core.step import PolicyVersion
 
 CONTEXT = 256
 MAX_RUNNING = 4

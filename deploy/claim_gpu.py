@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from treegrpo.exit_report import FAILED, PASSING, Report, write_report
+from treegrpo.runtime.exit_report import FAILED, PASSING, Report, write_report
 
 LOCKS = Path(os.environ.get("GPU_LOCKS", "/gpus"))
 DRIVER = Path(os.environ.get("GPU_DRIVER", "/proc/driver/nvidia/gpus"))

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from cryptography import x509
 
-from services.cli.certs import certs, write
-from treegrpo.edge import complain
+from services.certs.issue import certs, write
 from treegrpo.errors import ConfigError, TreeGrpoError
-from treegrpo.logs import to_stderr
+from treegrpo.observability.log_setup import to_stderr
+from treegrpo.runtime.entrypoint import complain
 
 log = logging.getLogger("init")
 SECRETS, DATA, EXAMPLE = Path("/secrets"), Path("/data"), Path("/opt/treegrpo/geohop")

@@ -20,16 +20,16 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from learner.trainer.launch import run
+from learner.trainer.distributed.rank_launcher import run
+from learner.trainer.distributed.ranks import Ranks
 from learner.trainer.loop import main
-from learner.trainer.ranks import Ranks
-from treegrpo.config import Config
-from treegrpo.edge import FAILED
+from treegrpo.config.schema import Config
 from treegrpo.errors import DeadlineError, PartError, TreeGrpoError, UnavailableError
-from treegrpo.exit_report import ExitReports, most_telling, reported_code
-from treegrpo.handoff import IntakeClient, socket_path
-from treegrpo.leash import leashed
-from treegrpo.process_environment import child_environment, python
+from treegrpo.runtime.entrypoint import FAILED
+from treegrpo.runtime.exit_report import ExitReports, most_telling, reported_code
+from treegrpo.runtime.parent_death import leashed
+from treegrpo.runtime.process_environment import child_environment, python
+from treegrpo.wire.trainer_protocol import IntakeClient, socket_path
 
 log = logging.getLogger(__name__)
 READY_SECONDS = 300.0

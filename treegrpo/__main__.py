@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from treegrpo.process_environment import isolate, restart
+from treegrpo.runtime.process_environment import isolate, restart
 
 
 def main() -> None:

@@ -24,8 +24,8 @@
     └── EnvironmentFaultError (RuntimeError) an environment did what none may do; the node is excluded
 
 The message of each is one sentence that names the file, key or address and says what to do. A process that ends with
-one prints that sentence; its exit code says whether it is worth while to start it again (`treegrpo.edge`). Nothing else
-catches the base class.
+one prints that sentence; its exit code says whether it is worth while to start it again (`treegrpo.runtime.entrypoint`).
+Nothing else catches the base class.
 """
 
 from __future__ import annotations

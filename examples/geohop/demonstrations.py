@@ -16,7 +16,7 @@ from examples.geohop.families import Item, Plan
 from examples.geohop.make_data import TOPK
 from services.environments.search_qa import SearchQA
 from services.retriever.index import Index
-from treegrpo.question import Message, Question
+from treegrpo.core.question import Message, Question
 
 MAX_OBSERVATION_TOKENS = 160
 HABITS: Mapping[str, float] = {

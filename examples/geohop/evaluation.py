@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from examples.geohop.demonstrations import prompt_ids, text_of, token_id, token_ids
 from services.environments.search_qa import Episode, SearchQA
-from treegrpo.question import Question
+from treegrpo.core.question import Question
 
 MAX_TURNS = 4
 MAX_TURN_TOKENS = 32

@@ -2,7 +2,7 @@
 
 import os
 
-from treegrpo.process_environment import DEFAULTS
+from treegrpo.runtime.process_environment import DEFAULTS
 
 for _name, _value in DEFAULTS.items():
     os.environ.setdefault(_name, _value)

@@ -3,8 +3,8 @@
 import os
 
 from learner.intake.service import run
-from treegrpo.edge import run_service
-from treegrpo.native_log import filter_native_log
+from treegrpo.observability.native_log import filter_native_log
+from treegrpo.runtime.entrypoint import run_service
 
 if __name__ == "__main__":
     if os.environ.get("GRPC_VERBOSITY") != "NONE":  # somebody wants to see it

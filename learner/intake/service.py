@@ -14,41 +14,41 @@ import secrets
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from learner.intake import pause
-from learner.intake.compaction import Compaction
-from learner.intake.desk import Desk
-from learner.intake.directory_watch import DirectoryWatch
-from learner.intake.disk import RealDisk
-from learner.intake.doors import Admission, Visitors, open_server
-from learner.intake.journal import Journal
-from learner.intake.leases import LeaseBook
-from learner.intake.lock import only_intake
-from learner.intake.questions import QuestionQueue, load_questions
-from learner.intake.recovery import JOURNAL, SNAPSHOTS, holds_run, recover
-from learner.intake.report import Reporter
-from learner.intake.reserve import Reserve
-from learner.intake.rollout import RolloutServer
-from learner.intake.snapshot import Capture, Snapshots
-from learner.intake.trainer_desk import TrainerDesk
-from learner.intake.trainer_link import listen
-from learner.intake.untrained import begin_anew
-from learner.intake.watchdog import Watchdog, look
-from learner.intake.weights import WeightsServer
-from treegrpo.access import Access
-from treegrpo.address import check_free, check_port
-from treegrpo.config import Config
-from treegrpo.control import ControlPlane, Member, RunState
+from learner.intake.coordinator import run_state
+from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.stall_watchdog import Watchdog, look
+from learner.intake.coordinator.trainer_api import TrainerDesk
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.question_queue import QuestionQueue, load_questions
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence.compaction import Compaction
+from learner.intake.persistence.directory_watch import DirectoryWatch
+from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS, holds_run, recover
+from learner.intake.persistence.run_lock import only_intake
+from learner.intake.persistence.snapshot import Capture, Snapshots
+from learner.intake.persistence.untrained_run import begin_anew
+from learner.intake.rpc.rollout_servicer import RolloutServer
+from learner.intake.rpc.server import Admission, Visitors, open_server
+from learner.intake.rpc.trainer_socket import listen
+from learner.intake.rpc.weights_servicer import WeightsServer
+from learner.intake.wal.disk_reserve import Reserve
+from learner.intake.wal.filesystem import RealDisk
+from learner.intake.wal.journal import Journal
+from treegrpo.config.fingerprint import keep_identity
+from treegrpo.config.schema import Config
+from treegrpo.config.security import Role
 from treegrpo.errors import RunError
-from treegrpo.handoff import socket_path
-from treegrpo.identity import keep_identity
-from treegrpo.model_config import read_model_config
-from treegrpo.run_directory import check_run_directory, make_run_dir
-from treegrpo.run_files import check_run_files
-from treegrpo.security import Role
-from treegrpo.size import message_bytes
-from treegrpo.stop_signals import stop_signals
-from treegrpo.telemetry import IntakeMetrics, serve
+from treegrpo.net.address import check_free, check_port
+from treegrpo.observability.metrics import IntakeMetrics, serve
+from treegrpo.runtime.run_directory import check_run_directory, make_run_dir
+from treegrpo.runtime.stop_signals import stop_signals
+from treegrpo.security.credentials import Access
+from treegrpo.storage.model_config import read_model_config
+from treegrpo.storage.run_files import check_run_files
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
+from treegrpo.wire.control import ControlPlane, Member, RunState
+from treegrpo.wire.size_limits import message_bytes
+from treegrpo.wire.trainer_protocol import socket_path
 
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 20.0
@@ -110,7 +110,7 @@ async def _run(config: Config, access: Access) -> None:
         compaction = Compaction(disk, folder, journal, snapshots, lambda: Capture(book, reporter))
         reporter.watch(journal)
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
-            await pause.begin(control, run_dir)
+            await run_state.begin(control, run_dir)
             weights = WeightsServer(metrics)
             plan = config.rollout.plan
             desk = Desk(book, journal, control, reporter, run=config.run.name, plan=plan, heldout=len(heldout))
@@ -120,7 +120,7 @@ async def _run(config: Config, access: Access) -> None:
             async with asyncio.TaskGroup() as tasks:
                 writing = tasks.create_task(journal.write_forever(), name="journal")
                 following = tasks.create_task(desk.follow(), name="control")
-                pausing = tasks.create_task(pause.remember(control, run_dir), name="pause")
+                pausing = tasks.create_task(run_state.remember(control, run_dir), name="pause")
                 keeping = tasks.create_task(Reserve(disk, journal).keep_forever(), name="reserve")
                 compacting = tasks.create_task(compaction.run_forever(), name="compaction")
                 watching = tasks.create_task(dog.run_forever(), name="watchdog")

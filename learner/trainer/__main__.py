@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from learner.trainer.launch import run
+from learner.trainer.distributed.rank_launcher import run
 from learner.trainer.loop import main
 
 if __name__ == "__main__":

@@ -40,29 +40,29 @@ import torch
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from learner.trainer import checkpoint
-from learner.trainer.advantages import Options, advantages
-from learner.trainer.episodes import Episodes, credit, usable
-from learner.trainer.examine import unpack
-from learner.trainer.link import Link
-from learner.trainer.model import load_model
-from learner.trainer.packing import Pack, pack
-from learner.trainer.plan_signal import check_signal
-from learner.trainer.ranks import ALONE, CPU, Ranks
-from learner.trainer.report import MismatchWatch, Phases, show, step_values
-from learner.trainer.shelf import Shelf
-from learner.trainer.update import Updater
-from treegrpo.access import Access
-from treegrpo.address import join_address, split_address
-from treegrpo.config import Config
+from learner.trainer.algorithm.advantages import Options, advantages
+from learner.trainer.algorithm.credit_assignment import Episodes, credit, usable
+from learner.trainer.algorithm.group_validation import unpack
+from learner.trainer.algorithm.plan_signal import check_signal
+from learner.trainer.distributed.ranks import ALONE, CPU, Ranks
+from learner.trainer.intake_client import Link
+from learner.trainer.optimizer_steps import Updater
+from learner.trainer.packing.model import load_model
+from learner.trainer.packing.packing import Pack, pack
+from learner.trainer.persistence import checkpoint
+from learner.trainer.persistence.artifact_store import Shelf
+from learner.trainer.step_metrics import MismatchWatch, Phases, show, step_values
+from treegrpo.config.fingerprint import KEYS, MODEL, check_identity
+from treegrpo.config.schema import Config
+from treegrpo.config.security import Role
 from treegrpo.errors import ContractError, UnavailableError
-from treegrpo.handoff import socket_path
-from treegrpo.identity import KEYS, MODEL, check_identity
-from treegrpo.manifest import check_model_files
-from treegrpo.run_files import check_run_files
-from treegrpo.security import Role
-from treegrpo.stop_signals import stop_signals
-from treegrpo.telemetry import TrainerMetrics, serve
+from treegrpo.net.address import join_address, split_address
+from treegrpo.observability.metrics import TrainerMetrics, serve
+from treegrpo.runtime.stop_signals import stop_signals
+from treegrpo.security.credentials import Access
+from treegrpo.storage.manifest import check_model_files
+from treegrpo.storage.run_files import check_run_files
+from treegrpo.wire.trainer_protocol import socket_path
 
 log = logging.getLogger(__name__)
 WRITES = 3

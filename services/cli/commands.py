@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from treegrpo.config import Config
-from treegrpo.edge import find
+from treegrpo.config.loader import is_secret
+from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, DeadlineError, PartError, RunError, UnavailableError
-from treegrpo.printable_text import printable_json
-from treegrpo.process_environment import child_environment, python
-from treegrpo.settings import is_secret
+from treegrpo.observability.printable_text import printable_json
+from treegrpo.runtime.entrypoint import find
+from treegrpo.runtime.process_environment import child_environment, python
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,12 @@ class Command:
 
 def run_up(call: Invocation, *, everything: bool) -> int:
     """`up` and `learner`."""
-    from services.cli.history import finished, newest_checkpoint
-    from services.cli.summary import command, summary
-    from services.cli.terminal import Terminal
+    from services.cli.reports.live_view import Screen
+    from services.cli.reports.run_history import finished, newest_checkpoint
+    from services.cli.reports.summary import command, summary
+    from services.cli.reports.terminal import Terminal
     from services.cli.up import Run
-    from services.cli.view import Screen
-    from treegrpo.identity import check_identity
+    from treegrpo.config.fingerprint import check_identity
 
     screen, run_dir = Screen(Terminal()), call.config.run.dir
     if sentence := finished(call.config):
@@ -89,9 +89,9 @@ def become(module: str, call: Invocation) -> int:
 
 def run_eval(call: Invocation) -> int:
     """`eval`. Raises RunError: not one question came to an answer."""
-    from services.cli.checks import eval_checks, run_checks
+    from services.cli.checks.run_checks import eval_checks, run_checks
     from services.cli.evaluate import evaluate, failures, report, retriever_for
-    from services.cli.terminal import Terminal
+    from services.cli.reports.terminal import Terminal
 
     terminal = Terminal()
     for caution in run_checks(eval_checks(call.config).values()):
@@ -111,7 +111,7 @@ def run_eval(call: Invocation) -> int:
 def run_doctor(call: Invocation) -> int:
     """`doctor`: exit code 1 when something fails."""
     from services.cli.doctor import examine, report
-    from services.cli.terminal import Terminal
+    from services.cli.reports.terminal import Terminal
 
     findings = asyncio.run(examine(call.config))
     Terminal().show(report(findings))
@@ -120,8 +120,8 @@ def run_doctor(call: Invocation) -> int:
 
 def run_state(call: Invocation) -> int:
     """`state`."""
+    from services.cli.reports.terminal import Terminal
     from services.cli.state import set_state
-    from services.cli.terminal import Terminal
 
     Terminal().say(asyncio.run(set_state(call.config, call.words[0])))
     return 0
@@ -129,9 +129,9 @@ def run_state(call: Invocation) -> int:
 
 def run_plot(call: Invocation) -> int:
     """`plot`."""
-    from services.cli.plot import FILE_NAME, plot
-    from services.cli.progress import read_progress
-    from services.cli.terminal import Terminal
+    from services.cli.reports.plot import FILE_NAME, plot
+    from services.cli.reports.progress_reader import read_progress
+    from services.cli.reports.terminal import Terminal
 
     run_dir = call.config.run.dir
     plot(read_progress(run_dir), run_dir / FILE_NAME, str(run_dir))
@@ -141,8 +141,8 @@ def run_plot(call: Invocation) -> int:
 
 def run_certs(call: Invocation) -> int:
     """`certs`."""
-    from services.cli.certs import certs
-    from services.cli.terminal import Terminal
+    from services.certs.issue import certs
+    from services.cli.reports.terminal import Terminal
 
     names, samplers = (call.options[flag].split(",") if call.options[flag] else [] for flag in ("names", "samplers"))
     directory, terminal = Path(call.words[0]), Terminal()
@@ -205,7 +205,7 @@ It keeps nothing: stop it, kill it, start more at any time.
     "broker": Command(
         "the embedded MQTT broker alone",
         "What `treegrpo up` starts when broker.embedded is true. A cluster wants Mosquitto instead.",
-        partial(become, "services.cli.broker"),
+        partial(become, "services.broker.server"),
     ),
     "eval": Command(
         "greedy exact match of a model on the held-out questions",
@@ -256,7 +256,7 @@ the retriever. Run again, it renews the certificates and keeps the rest. See doc
 
 def understand(command: Command, arguments: Sequence[str]) -> Invocation:
     """The words, and the configuration as every process will be told it. Raises ConfigError."""
-    from treegrpo.settings import from_arguments
+    from treegrpo.config.loader import from_arguments
 
     count = len(command.words)
     words, rest = arguments[:count], arguments[count:]

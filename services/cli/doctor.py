@@ -14,16 +14,16 @@ from pathlib import Path
 
 from rich.table import Table
 
-from services.cli.caution import Caution
-from services.cli.checks import Check, up_checks
-from services.cli.ready import broker_ready, learner_ready, retriever_ready
-from services.cli.terminal import Justify, cell, table
-from treegrpo.access import Access
-from treegrpo.config import Config
+from services.cli.checks.caution import Caution
+from services.cli.checks.run_checks import Check, up_checks
+from services.cli.processes.readiness import broker_ready, learner_ready, retriever_ready
+from services.cli.reports.terminal import Justify, cell, table
+from treegrpo.config.schema import Config
+from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError, TreeGrpoError, UnavailableError
-from treegrpo.http_client import public_url
-from treegrpo.machine_memory import memory_limit
-from treegrpo.security import Role
+from treegrpo.net.http_client import public_url
+from treegrpo.runtime.machine_memory import memory_limit
+from treegrpo.security.credentials import Access
 
 PYTHON = (3, 11)
 MEMORY_GIB = 4

@@ -12,23 +12,23 @@ from pathlib import Path
 
 from rich.table import Table
 
-from learner.intake.questions import load_questions
-from services.cli.checks import Address, check_addresses, check_corpus
-from services.cli.crew import Crew
-from services.cli.keeper import Part, Say
-from services.cli.process import Program
-from services.cli.ready import retriever_ready
-from services.cli.terminal import Justify, cell, table
-from services.sampler.expansion import Expander, Gate
-from services.sampler.parts import open_engine, open_environment
-from services.sampler.tokenizer import Tokenizer
-from treegrpo.access import Access
-from treegrpo.config import Config
+from learner.intake.leases.question_queue import load_questions
+from services.cli.checks.run_checks import Address, check_addresses, check_corpus
+from services.cli.processes.part_supervisor import Part, Say
+from services.cli.processes.process_group import Crew
+from services.cli.processes.program import Program
+from services.cli.processes.readiness import retriever_ready
+from services.cli.reports.terminal import Justify, cell, table
+from services.sampler.expansion.expander import Expander, Gate
+from services.sampler.factory import open_engine, open_environment
+from services.sampler.text.tokenizer import Tokenizer
+from treegrpo.config.schema import Config
+from treegrpo.config.security import Role
+from treegrpo.core.lease import Lease, LeaseEndReason, LeaseKind
+from treegrpo.core.question import Question
+from treegrpo.core.step import Leaf, PolicyVersion, Subtree
 from treegrpo.errors import RunError, UnavailableError
-from treegrpo.lease import Lease, LeaseEndReason, LeaseKind
-from treegrpo.question import Question
-from treegrpo.security import Role
-from treegrpo.step import Leaf, PolicyVersion, Subtree
+from treegrpo.security.credentials import Access
 
 ALL = "all"
 

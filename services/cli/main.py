@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from services.cli.commands import COMMANDS, as_toml, option_parser, understand
-from treegrpo import logs
-from treegrpo.edge import complain
+from treegrpo.config.loader import flag_parser
 from treegrpo.errors import ConfigError
-from treegrpo.process_environment import isolate
-from treegrpo.settings import flag_parser
-from treegrpo.standard_streams import lost_output
+from treegrpo.observability import log_setup
+from treegrpo.observability.standard_streams import lost_output
+from treegrpo.runtime.entrypoint import complain
+from treegrpo.runtime.process_environment import isolate
 
 DRY_RUN = "--dry-run"
 HELP = ("-h", "--help")
@@ -75,9 +75,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """The entry point: one sentence and an exit code for an error of ours, see `treegrpo.edge`."""
+    """The entry point: one sentence and an exit code for an error of ours, see `treegrpo.runtime.entrypoint`."""
     isolate()
-    logs.to_stderr(logging.WARNING, form=logs.BRIEF)
+    log_setup.to_stderr(logging.WARNING, form=log_setup.BRIEF)
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import aiomqtt
 
-from treegrpo.access import Access
-from treegrpo.config import Config
-from treegrpo.control import RunState, open_client, publish_state
+from treegrpo.config.schema import Config
+from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
-from treegrpo.security import Role
+from treegrpo.security.credentials import Access
+from treegrpo.wire.control import RunState, open_client, publish_state
 
 RETRY_SECONDS = 1.0
 

@@ -20,26 +20,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from learner.intake.lock import only_intake
-from services.cli.checks import learner_checks, run_checks, up_checks
-from services.cli.crew import Crew
-from services.cli.history import beginning, is_trained
-from services.cli.keeper import Part
-from services.cli.process import Program
-from services.cli.ready import broker_ready, learner_ready, retriever_ready
+from learner.intake.persistence.run_lock import only_intake
+from services.cli.checks.run_checks import learner_checks, run_checks, up_checks
+from services.cli.processes.part_supervisor import Part
+from services.cli.processes.process_group import Crew
+from services.cli.processes.program import Program
+from services.cli.processes.readiness import broker_ready, learner_ready, retriever_ready
+from services.cli.reports.live_view import Screen
+from services.cli.reports.run_alerts import Troubles
+from services.cli.reports.run_history import beginning, is_trained
 from services.cli.state import follow_state
-from services.cli.troubles import Troubles
-from services.cli.view import Screen
-from treegrpo.access import Access
-from treegrpo.config import Config
-from treegrpo.control import RunState, publish_state
-from treegrpo.edge import PASSING
+from treegrpo.config.schema import Config
+from treegrpo.config.security import Role
 from treegrpo.errors import DeadlineError, PartError, RunError, UnavailableError
-from treegrpo.lock import locked
-from treegrpo.run_directory import make_run_dir
-from treegrpo.run_files import check_run_files
-from treegrpo.security import Role
-from treegrpo.stop_signals import TOLD, stop_signals
+from treegrpo.runtime.entrypoint import PASSING
+from treegrpo.runtime.run_directory import make_run_dir
+from treegrpo.runtime.stop_signals import TOLD, stop_signals
+from treegrpo.security.credentials import Access
+from treegrpo.storage.file_lock import locked
+from treegrpo.storage.run_files import check_run_files
+from treegrpo.wire.control import RunState, publish_state
 
 log = logging.getLogger(__name__)
 LOCK = "up.lock"
@@ -50,7 +50,7 @@ INTERRUPTED = 130
 DRAINED = (0, -signal.SIGTERM, 128 + signal.SIGTERM)
 """Codes of a trainer that ended as it was told: by the intake, by a signal in its first moment, by one to several ranks."""
 
-BROKER = Program("broker", "services.cli.broker")
+BROKER = Program("broker", "services.broker.server")
 RETRIEVER = Program("retriever", "services.retriever")
 INTAKE = Program("intake", "learner.intake")
 TRAINER = Program("trainer", "learner.trainer")

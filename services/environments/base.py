@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
-from treegrpo.question import Question
+from treegrpo.core.question import Question
 
 Forking = Literal["stateless", "fork", "replay"]
 State = TypeVar("State")

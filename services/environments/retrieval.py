@@ -25,7 +25,7 @@ from typing import Any, Protocol, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from treegrpo.errors import ConfigError, ContractError, DeadlineError, ToolAwayError, ToolError, UnavailableError, describe
-from treegrpo.http_client import Answer, HttpClient, public_url, read_json
+from treegrpo.net.http_client import Answer, HttpClient, public_url, read_json
 
 CONNECTIONS = 128
 """Queries at once; more wait."""

@@ -22,8 +22,8 @@ from services.environments.markup import Markup
 from services.environments.retrieval import PROBE_QUERY, Retriever
 from services.environments.rewards import RewardShape, exact_match, f1, format_reward
 from services.environments.truncation import fitting_length
-from treegrpo.limits import LOOP_LETTERS, QUERY_LENGTH
-from treegrpo.question import Question
+from treegrpo.core.question import Question
+from treegrpo.net.limits import LOOP_LETTERS, QUERY_LENGTH
 
 Kind = Literal["search", "answer", "invalid"]
 

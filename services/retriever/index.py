@@ -17,8 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from treegrpo.errors import DataError
-from treegrpo.row_files import read_rows
-from treegrpo.surrogates import replace_surrogates
+from treegrpo.storage.row_files import read_rows
+from treegrpo.storage.surrogates import replace_surrogates
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 QUERY_WORDS = 256

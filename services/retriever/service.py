@@ -22,15 +22,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from services.retriever.http_limits import PatientProtocol
 from services.retriever.index import Index, load_corpus
-from services.retriever.patience import PatientProtocol
-from services.retriever.retrieve import Book, Retrieve
-from treegrpo.access import Access, shows
-from treegrpo.address import check_free, family_of, split_address
-from treegrpo.config import RetrieverConfig
-from treegrpo.limits import HEADER_BYTES, PEERS, REQUEST_SECONDS
-from treegrpo.refusals import seldom
-from treegrpo.telemetry import RetrieverMetrics
+from services.retriever.search_endpoint import Book, Retrieve
+from treegrpo.config.schema import RetrieverConfig
+from treegrpo.net.address import check_free, family_of, split_address
+from treegrpo.net.limits import HEADER_BYTES, PEERS, REQUEST_SECONDS
+from treegrpo.observability.metrics import RetrieverMetrics
+from treegrpo.observability.rate_limited_log import seldom
+from treegrpo.security.credentials import Access, shows
 
 log = logging.getLogger(__name__)
 _BACKLOG = 1024

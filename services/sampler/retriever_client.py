@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from services.environments.retrieval import HttpRetriever
-from treegrpo.access import Access, bearer
-from treegrpo.config import Config
+from treegrpo.config.schema import Config
+from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
-from treegrpo.limits import TOPK
-from treegrpo.security import Role
+from treegrpo.net.limits import TOPK
+from treegrpo.security.credentials import Access, bearer
 
 
 def check_topk(config: Config) -> str:

@@ -14,24 +14,24 @@ import secrets
 import socket
 from contextlib import AsyncExitStack
 
-from services.sampler.channel import connect
-from services.sampler.client import LearnerClient
 from services.sampler.engines.base import Engine
-from services.sampler.expansion import Expander
-from services.sampler.holder import Identity, LeaseHolder
-from services.sampler.parts import observe, open_engine, open_environment, weights_dir
-from services.sampler.scratch import scratch
-from services.sampler.tokenizer import Tokenizer
-from services.sampler.watch import Want, Watch
-from services.sampler.weights import Follower, WeightStore, first_version
-from treegrpo.access import Access
-from treegrpo.address import join_address, split_address
-from treegrpo.config import Config
-from treegrpo.control import ControlPlane, Member, RunState
+from services.sampler.expansion.expander import Expander
+from services.sampler.expansion.stall_monitor import Want, Watch
+from services.sampler.factory import observe, open_engine, open_environment, weights_dir
+from services.sampler.learner_link.channel import connect
+from services.sampler.learner_link.rollout_client import LearnerClient
+from services.sampler.learner_link.weight_sync import Follower, WeightStore, first_version
+from services.sampler.lease_worker import Identity, LeaseHolder
+from services.sampler.text.tokenizer import Tokenizer
+from treegrpo.config.schema import Config
+from treegrpo.config.security import Role
 from treegrpo.errors import DeadlineError, EngineAwayError
-from treegrpo.security import Role
-from treegrpo.stop_signals import stop_signals
-from treegrpo.telemetry import SamplerMetrics, serve
+from treegrpo.net.address import join_address, split_address
+from treegrpo.observability.metrics import SamplerMetrics, serve
+from treegrpo.runtime.stop_signals import stop_signals
+from treegrpo.security.credentials import Access
+from treegrpo.storage.temp_dir import scratch
+from treegrpo.wire.control import ControlPlane, Member, RunState
 
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 20.0

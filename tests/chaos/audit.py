@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.chaos.books import Books, Totals
 from tests.chaos.history import Archive, Row, rows, trained_position
-from treegrpo.budget import Budget
+from treegrpo.core.budget import Budget
 
 KINDS = ("train", "eval")
 CURRENCIES = ("tokens", "tool_calls")

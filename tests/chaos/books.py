@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from learner.intake.frames import Record
+from learner.intake.wal.framing import Record
 from tests.chaos.hostile import NAME as HOSTILE
-from treegrpo.budget import Budget, Cost
-from treegrpo.codec import cost_from_pb, lease_end_from_pb, lease_from_pb
-from treegrpo.lease import LeaseKind
+from treegrpo.core.budget import Budget, Cost
+from treegrpo.core.lease import LeaseKind
 from treegrpo.v1 import rollout_pb2, tree_pb2
+from treegrpo.wire.codec import cost_from_pb, lease_end_from_pb, lease_from_pb
 
 Totals = tuple[Budget, Budget]
 """Spent for training and for evaluation."""

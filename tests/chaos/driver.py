@@ -17,8 +17,8 @@ from tests.chaos.hostile import NAME as HOSTILE
 from tests.chaos.keeper import Keeper
 from tests.chaos.signs import Signs
 from tests.chaos.stage import RUN, Stage
-from treegrpo.control import RunState, publish_state
 from treegrpo.errors import DeadlineError, UnavailableError
+from treegrpo.wire.control import RunState, publish_state
 
 POLL_SECONDS = 0.25
 RECOVERY_SECONDS = 180.0

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import TypeVar
 
 from tests.chaos.proxy import Mode
-from treegrpo.lease import SILENCE_SECONDS
+from treegrpo.core.lease import SILENCE_SECONDS
 
 SHORT_SECONDS = (1.0, 6.0)
 LONG_SECONDS = (SILENCE_SECONDS + 3.0, SILENCE_SECONDS + 8.0)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from learner.intake.disk import RealDisk
-from learner.intake.frames import Record
-from learner.intake.segments import SUFFIX, Segments
+from learner.intake.wal.filesystem import RealDisk
+from learner.intake.wal.framing import Record
+from learner.intake.wal.segments import SUFFIX, Segments
 
 Row = dict[str, Any]
 

@@ -22,10 +22,10 @@ import grpc
 
 from bench.http2 import Connection, grpc_frame
 from tests.intake.builders import chain
-from treegrpo.codec import lease_end_to_pb, subtree_to_pb
-from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
+from treegrpo.wire.codec import lease_end_to_pb, subtree_to_pb
 
 NAME = "hostile"
 ROLLOUT = "/treegrpo.v1.RolloutService/Rollout"

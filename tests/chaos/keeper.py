@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from services.cli.process import Child
+from services.cli.processes.program import Child
 from tests.chaos.stage import Stage
 
 RESTART_SECONDS = 0.5

@@ -14,7 +14,7 @@ import httpx
 import msgpack
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.cli.ready import learner_ready
+from services.cli.processes.readiness import learner_ready
 from tests.chaos.history import steps_written
 from tests.chaos.stage import RUN, Stage
 from treegrpo.errors import UnavailableError

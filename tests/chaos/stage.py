@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.cli.process import Program
+from services.cli.processes.program import Program
 from tests.chaos.hostile import NAME as HOSTILE
 from tests.chaos.proxy import Proxy
 from tests.ports import free_ports
@@ -63,7 +63,7 @@ class Stage:
     def program(self, part: str) -> Program:
         if part == HOSTILE:
             return Program(part, "tests.chaos.hostile")
-        module = {"broker": "services.cli.broker", "retriever": "services.retriever"}.get(part, f"learner.{part}")
+        module = {"broker": "services.broker.server", "retriever": "services.retriever"}.get(part, f"learner.{part}")
         return Program(part, "services.sampler" if part in self.samplers else module)
 
     def arguments(self, part: str) -> list[str]:

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake import events
-from learner.intake.frames import Record, encode, frame
-from learner.intake.leases import LeaseBook
-from learner.intake.segments import FORMAT, path_of
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.persistence import lease_events
+from learner.intake.wal.framing import Record, encode, frame
+from learner.intake.wal.segments import FORMAT, path_of
 from tests.chaos.audit import Audit, audit
 from tests.chaos.history import Archive, Row
 from tests.intake.builders import book, chain, complete, grant
-from treegrpo.codec import lease_end_from_pb, subtree_to_bytes
-from treegrpo.lease import LeaseEnd, LeaseEndReason
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.v1 import rollout_pb2
+from treegrpo.wire.codec import lease_end_from_pb, subtree_to_bytes
 
 BATCH = 2
 
@@ -34,22 +34,22 @@ class Run:
         for step in range(1, steps + 1):
             draws = [self.roll_out() for _ in range(BATCH)]
             self.book.taken(draws, [])
-            self.journal.append(events.taken(draws, []))
+            self.journal.append(lease_events.taken(draws, []))
             self.train(step, draws)
 
     def roll_out(self) -> int:
         lease = grant(self.book)
         group = self.book.open[lease]
-        self.journal.append(events.granted(group.lease, group.draw, group.holder))
+        self.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
         for tree in range(2):
             self.book.accept(chain(lease, tree))
-            self.journal.append(events.accepted(subtree_to_bytes(chain(lease, tree))))
+            self.journal.append(lease_events.accepted(subtree_to_bytes(chain(lease, tree))))
         self.end(complete(lease))
         return group.draw
 
     def end(self, end: LeaseEnd) -> None:
         self.book.ended(end)
-        self.journal.append(events.ended(end))
+        self.journal.append(lease_events.ended(end))
 
     def train(self, step: int, draws: list[int]) -> None:
         self.position += len(draws)
@@ -91,17 +91,17 @@ def skip_positions(run: Run) -> None:
 def forget_a_draw(run: Run) -> None:
     lease = grant(run.book)
     group = run.book.open[lease]
-    run.journal.append(events.granted(group.lease, group.draw, group.holder))
+    run.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
     run.end(LeaseEnd(lease, LeaseEndReason.LOST))
 
 
 def leave_a_lease_open(run: Run) -> None:
     group = run.book.open[grant(run.book)]
-    run.journal.append(events.granted(group.lease, group.draw, group.holder))
+    run.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
 
 
 def leave_a_group_out_as_too_old(run: Run) -> None:
-    run.journal.append(events.taken([], [run.roll_out()]))
+    run.journal.append(lease_events.taken([], [run.roll_out()]))
 
 
 def train_beyond_the_journal(run: Run) -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 
 from tests.chaos.faults import ENDS, LEARNER, ROLES, Kind, schedule
 from tests.chaos.proxy import Mode
-from treegrpo.lease import SILENCE_SECONDS
+from treegrpo.core.lease import SILENCE_SECONDS
 
 SAMPLERS = ["sampler-0", "sampler-1", "sampler-2"]
 LINKS = [*((name, service) for name in SAMPLERS for service in ("intake", "retriever", "broker")), ("intake", "broker")]

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake import circuit_breaker
+from learner.intake.leases import circuit_breaker
 from tests.chaos import hostile
 from tests.chaos.hostile import NAME, Hostile
 from tests.intake.builders import book
 from tests.intake.doorstep import doorstep
 from tests.intake.harness import Sampler
-from treegrpo.budget import Budget
-from treegrpo.lease import LeaseKind
+from treegrpo.core.budget import Budget
+from treegrpo.core.lease import LeaseKind
 
 
 async def test_the_hostile_sampler_is_refused_and_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from services.cli.progress import FILE_NAME, EvalRecord, StepRecord
+from services.cli.reports.progress_reader import FILE_NAME, EvalRecord, StepRecord
 
 
 def books(spent: int) -> dict[str, Any]:

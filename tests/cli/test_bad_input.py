@@ -11,7 +11,7 @@ import pytest
 from tests.cli.machine import Result, treegrpo
 from tests.cli.workbench import GEOHOP, Workbench, question, write_rows
 from tests.control.brokers import embedded
-from treegrpo.edge import FAILED, PASSING
+from treegrpo.runtime.entrypoint import FAILED, PASSING
 
 
 @pytest.fixture

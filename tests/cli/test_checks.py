@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.trainer.model import load_model
-from services.cli.checks import (
+from learner.trainer.packing.model import load_model
+from services.cli.checks.model_checks import check_model, check_tokenizer
+from services.cli.checks.run_checks import (
     Address,
     Questions,
     all_addresses,
@@ -23,12 +24,11 @@ from services.cli.checks import (
     up_checks,
 )
 from services.cli.doctor import examine, files, machine
-from services.cli.model_checks import check_model, check_tokenizer
 from tests.cli.workbench import GEOHOP, Workbench
 from tests.control.brokers import embedded
-from treegrpo.config import Config, RunConfig
+from treegrpo.config.loader import load
+from treegrpo.config.schema import Config, RunConfig
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
-from treegrpo.settings import load
 
 
 def test_a_complete_run_passes_all_checks(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.crew import Crew
-from services.cli.keeper import Part
-from services.cli.process import Program
-from services.cli.ready import wait_ready
-from treegrpo.edge import FAILED, PASSING, exit_code
+from services.cli.processes.part_supervisor import Part
+from services.cli.processes.process_group import Crew
+from services.cli.processes.program import Program
+from services.cli.processes.readiness import wait_ready
 from treegrpo.errors import DeadlineError, PartError, UnavailableError
+from treegrpo.runtime.entrypoint import FAILED, PASSING, exit_code
 
 SECONDS = 30.0
 QUICK = (0.0, 0.0)
@@ -39,7 +39,7 @@ def crew(folder: Path, said: list[str]) -> Crew:
 
 
 def back_off(monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...]) -> None:
-    monkeypatch.setattr("services.cli.keeper.RESTART_SECONDS", seconds)
+    monkeypatch.setattr("services.cli.processes.part_supervisor.RESTART_SECONDS", seconds)
 
 
 async def until(true: Callable[[], bool]) -> None:

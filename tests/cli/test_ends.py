@@ -13,16 +13,16 @@ from typing import cast
 import pytest
 
 from services.cli import main, up
-from services.cli.process import Program
-from services.cli.ready import wait_ready
-from services.cli.view import Screen
+from services.cli.processes.program import Program
+from services.cli.processes.readiness import wait_ready
+from services.cli.reports.live_view import Screen
 from tests.cli.workbench import Workbench
 from tests.control.brokers import embedded
-from treegrpo.access import OPEN
-from treegrpo.control import RunState, publish_state
-from treegrpo.edge import exit_code
+from treegrpo.config.loader import load
 from treegrpo.errors import PartError, UnavailableError
-from treegrpo.settings import load
+from treegrpo.runtime.entrypoint import exit_code
+from treegrpo.security.credentials import OPEN
+from treegrpo.wire.control import RunState, publish_state
 
 SECONDS = 60.0
 NOWHERE, FULL = "The run leads nowhere.", "The disk is full."

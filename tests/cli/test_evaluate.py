@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from services.cli.evaluate import Answered, failures
+from treegrpo.core.question import Question
+from treegrpo.core.step import Leaf
 from treegrpo.errors import RunError
-from treegrpo.question import Question
-from treegrpo.step import Leaf
 
 QUESTION = Question("id", "made", (), ("a",))
 ANSWERED, FAILED = Answered(QUESTION, Leaf(0, {"em": 1.0}, {})), Answered(QUESTION, None, "ToolError: HTML instead of JSON")

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.frames import encode, frame
-from learner.intake.segments import path_of
-from services.cli.checks import check_run_dir
-from services.cli.history import beginning, finished, newest_checkpoint, steps_done
+from learner.intake.wal.framing import encode, frame
+from learner.intake.wal.segments import path_of
+from services.cli.checks.run_checks import check_run_dir
+from services.cli.reports.run_history import beginning, finished, newest_checkpoint, steps_done
 from tests.cli.records import eval_row, step_row, write
 from tests.cli.workbench import Workbench
+from treegrpo.config.fingerprint import keep_identity
+from treegrpo.config.loader import load
 from treegrpo.errors import ConfigError
-from treegrpo.identity import keep_identity
-from treegrpo.settings import load
 
 
 def checkpoint(run_dir: Path, *names: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tests.cli.machine import environment, marked
 from tests.cli.workbench import Workbench
 from tests.control.brokers import embedded
-from treegrpo.settings import load
+from treegrpo.config.loader import load
 
 SECONDS = 100.0
 

@@ -4,10 +4,10 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from services.cli import pages as module
-from services.cli.pages import pages
+from services.cli.reports import metrics_client as module
+from services.cli.reports.metrics_client import pages
 from tests.environments.raw_server import Pieces, answering, endless, response
-from treegrpo.access import OPEN
+from treegrpo.security.credentials import OPEN
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 

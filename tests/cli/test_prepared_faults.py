@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.checks import eval_checks, run_checks, up_checks
+from services.cli.checks.run_checks import eval_checks, run_checks, up_checks
 from services.cli.doctor import files
-from services.cli.terminal import Terminal
+from services.cli.reports.live_view import Screen
+from services.cli.reports.terminal import Terminal
 from services.cli.up import Run
-from services.cli.view import Screen
 from tests.cli.machine import treegrpo
 from tests.cli.prepared_faults import FAULTS, Fault
 from tests.cli.workbench import Workbench
-from treegrpo.edge import FAILED, exit_code
+from treegrpo.config.loader import load
 from treegrpo.errors import TreeGrpoError
-from treegrpo.settings import load
+from treegrpo.runtime.entrypoint import FAILED, exit_code
 
 every_fault = pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.crew import Crew
-from services.cli.process import Child, Program
-from services.cli.ready import wait_ready
+from services.cli.processes.process_group import Crew
+from services.cli.processes.program import Child, Program
+from services.cli.processes.readiness import wait_ready
 from treegrpo.errors import UnavailableError
 
 WAIT = Program("service", "tests.cli.programs.wait")

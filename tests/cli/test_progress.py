@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.progress import EvalRecord, StepRecord, Tail, read_progress
+from services.cli.reports.progress_reader import EvalRecord, StepRecord, Tail, read_progress
 from tests.cli.records import eval_row, step_row, write
-from treegrpo import run_files
 from treegrpo.errors import RunFileError
-from treegrpo.run_files import JsonLines
+from treegrpo.storage import run_files
+from treegrpo.storage.run_files import JsonLines
 
 
 def test_records_are_read_by_kind_and_others_left_out(tmp_path: Path) -> None:

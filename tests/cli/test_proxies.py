@@ -9,14 +9,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import grpc
 import pytest
 
-from services.cli.pages import pages
-from services.cli.ready import retriever_ready
+from services.cli.processes.readiness import retriever_ready
+from services.cli.reports.metrics_client import pages
 from services.environments.retrieval import HttpRetriever
 from tests.security.door import describe, serving
-from treegrpo.access import OPEN, Access
-from treegrpo.config import Config, RetrieverConfig
-from treegrpo.probe import complaint
-from treegrpo.security import Role
+from treegrpo.config.schema import Config, RetrieverConfig
+from treegrpo.config.security import Role
+from treegrpo.runtime.healthcheck import complaint
+from treegrpo.security.credentials import OPEN, Access
 
 ANSWER = b'{"result": [[{"document": {"id": "1", "contents": "A"}, "score": 1.0}]]}'
 NAMES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.checks import run_checks, up_checks
-from services.cli.ready import retriever_ready
+from services.cli.checks.run_checks import run_checks, up_checks
+from services.cli.processes.readiness import retriever_ready
 from services.sampler.retriever_client import check_topk
 from tests.cli.workbench import Workbench
 from tests.environments.raw_server import Pieces, answering, response
-from treegrpo.config import Config, EnvironmentConfig, RetrieverConfig
+from treegrpo.config.loader import load
+from treegrpo.config.schema import Config, EnvironmentConfig, RetrieverConfig
 from treegrpo.errors import ConfigError, UnavailableError
-from treegrpo.limits import TOPK
-from treegrpo.settings import load
+from treegrpo.net.limits import TOPK
 
 HIT = {"document": {"id": "1", "contents": "Quillmere\nA town."}, "score": None}
 FOUND = response("200 OK", json.dumps({"result": [[HIT]]}).encode())

@@ -11,22 +11,22 @@ import torch
 
 from learner.intake import service as intake
 from learner.trainer import loop
-from learner.trainer.model import load_model
-from learner.trainer.publish import export
-from learner.trainer.ranks import ALONE
-from services.cli import broker
-from services.cli.checks import eval_checks, up_checks
+from learner.trainer.distributed.ranks import ALONE
+from learner.trainer.packing.model import load_model
+from learner.trainer.persistence.policy_versions import export
+from services.broker import server
+from services.cli.checks.run_checks import eval_checks, up_checks
 from services.cli.doctor import files
 from services.retriever import service as retriever
-from services.sampler.parts import open_engine
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.factory import open_engine
+from services.sampler.text.tokenizer import Tokenizer
 from tests.cli.prepared_faults import FAULTS
 from tests.cli.workbench import GEOHOP, Workbench
-from treegrpo.access import OPEN
-from treegrpo.config import Config
+from treegrpo.config.loader import load
+from treegrpo.config.schema import Config
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import TreeGrpoError
-from treegrpo.settings import load
-from treegrpo.step import PolicyVersion
+from treegrpo.security.credentials import OPEN
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ async def policy(config: Config) -> None:
         (intake.run, "port 0 of the learner"),
         (intake.run, "run.dir below a file"),
         (intake.run, "run.dir a dangling link"),
-        (broker.serve, "port 0 of the broker"),
+        (server.serve, "port 0 of the broker"),
         (search, "corpus without words"),
         (search, "empty corpus row"),
         (trainer, "one leaf a question"),

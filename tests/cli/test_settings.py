@@ -7,10 +7,10 @@ from typing import get_args
 import pytest
 
 from services.cli.commands import as_toml
-from treegrpo.config import Config
+from treegrpo.config.loader import flag_parser, from_arguments, load
+from treegrpo.config.schema import Config
+from treegrpo.config.train import Correction, Estimator, Loss
 from treegrpo.errors import ConfigError
-from treegrpo.settings import flag_parser, from_arguments, load
-from treegrpo.train_config import Correction, Estimator, Loss
 
 
 def toml(folder: Path, text: str) -> Path:

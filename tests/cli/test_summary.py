@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.plot import plot
-from services.cli.progress import Progress, read_progress
-from services.cli.summary import em_line, program, summary
+from services.cli.reports.plot import plot
+from services.cli.reports.progress_reader import Progress, read_progress
+from services.cli.reports.summary import em_line, program, summary
 from tests.cli.records import eval_row, evaluation, step_row, write
 from treegrpo.errors import DataError
 

@@ -14,16 +14,16 @@ from services.cli.doctor import Finding
 from services.cli.doctor import report as findings_table
 from services.cli.evaluate import Answered
 from services.cli.evaluate import report as families_table
-from services.cli.plot import plot
-from services.cli.progress import Progress
-from services.cli.summary import summary
-from services.cli.terminal import Terminal
-from services.cli.view import overview
+from services.cli.reports.live_view import overview
+from services.cli.reports.plot import plot
+from services.cli.reports.progress_reader import Progress
+from services.cli.reports.summary import summary
+from services.cli.reports.terminal import Terminal
 from tests.cli.records import evaluation, step, step_row, write
-from treegrpo import standard_streams
-from treegrpo.printable_text import UNPRINTABLE
-from treegrpo.question import Question
-from treegrpo.standard_streams import LossyFile
+from treegrpo.core.question import Question
+from treegrpo.observability import standard_streams
+from treegrpo.observability.printable_text import UNPRINTABLE
+from treegrpo.observability.standard_streams import LossyFile
 
 NASTY = "[red]a[/] [/b] :smile: [link=x] $\\frac{ ^_ \x1b[31m\x9b\u202e\ud800 é"
 SHOWN = "[red]a[/] [/b] :smile: [link=x] $\\frac{ ^_ \\x1b[31m\\x9b\\u202e\\ud800 é"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from services.cli.pages import pages
-from services.cli.troubles import JOURNAL_BLOCKED, JOURNAL_SHORT, MISMATCH, TRAINER_BLOCKED, Troubles
+from services.cli.reports.metrics_client import pages
+from services.cli.reports.run_alerts import JOURNAL_BLOCKED, JOURNAL_SHORT, MISMATCH, TRAINER_BLOCKED, Troubles
 from tests.ports import free_address, free_ports
-from treegrpo.access import OPEN
-from treegrpo.config import Config
-from treegrpo.telemetry import IntakeMetrics, TrainerMetrics, serve
+from treegrpo.config.schema import Config
+from treegrpo.observability.metrics import IntakeMetrics, TrainerMetrics, serve
+from treegrpo.security.credentials import OPEN
 
 
 def config(run_dir: Path, port: int = 0) -> Config:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.progress import read_progress
-from services.cli.summary import program
+from services.cli.reports.progress_reader import read_progress
+from services.cli.reports.summary import program
 from services.cli.up import DRAIN_SECONDS
 from tests.cli.machine import environment, marked, treegrpo
 from tests.cli.workbench import Workbench
-from treegrpo.edge import FAILED, PASSING
+from treegrpo.runtime.entrypoint import FAILED, PASSING
 
 SECONDS = 240.0
 pytestmark = pytest.mark.timeout(300)
@@ -195,7 +195,7 @@ async def test_a_second_ctrl_c_stops_all_ranks_at_once(bench: Workbench, up: Up)
 async def test_a_run_comes_to_its_end_whatever_part_of_it_is_killed(bench: Workbench, up: Up) -> None:
     parts = {"trainer": "learner.trainer", "intake": "learner.intake", "retriever": "services.retriever"}
     run = await up(*bench.flags(train__steps="40", train__checkpoint_every="1"))
-    for part, module in {**parts, "broker": "services.cli.broker"}.items():
+    for part, module in {**parts, "broker": "services.broker.server"}.items():
         await run.line("step ")
         os.kill(run.pid_of(module), signal.SIGKILL)
         await run.line(f"The {part} was killed by signal 9 (SIGKILL); ")
@@ -244,7 +244,7 @@ async def test_a_paused_run_that_drains_and_goes_on_is_still_paused_until_somebo
     assert read_progress(bench.run_dir).steps[-1].step == done + 1
 
 
-@pytest.mark.parametrize("module", ["learner.trainer", "learner.intake", "services.cli.broker"])
+@pytest.mark.parametrize("module", ["learner.trainer", "learner.intake", "services.broker.server"])
 async def test_ctrl_c_while_a_part_waits_to_be_started_again_ends_the_run_in_order(bench: Workbench, up: Up, module: str) -> None:
     run = await up(*bench.flags(train__steps=FOREVER), program="tests.cli.programs.patient")
     await run.line("step 1/")

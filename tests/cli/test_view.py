@@ -7,10 +7,7 @@ import pytest
 from prometheus_client import generate_latest
 from rich.console import Console
 
-from services.cli.pages import parse_scrape
-from services.cli.progress import Account, Progress, StepRecord
-from services.cli.terminal import Terminal
-from services.cli.view import (
+from services.cli.reports.live_view import (
     Screen,
     account_of,
     budget_line,
@@ -22,9 +19,12 @@ from services.cli.view import (
     step_line,
     tokens_per_second,
 )
+from services.cli.reports.metrics_client import parse_scrape
+from services.cli.reports.progress_reader import Account, Progress, StepRecord
+from services.cli.reports.terminal import Terminal
 from tests.cli.records import eval_row, evaluation, step, step_row, write
-from treegrpo.access import OPEN
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.security.credentials import OPEN
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0"), (950, "950"), (1234, "1.23 k"), (4_560_000, "4.56 M"), (2e9, "2 G")])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from treegrpo.exit_report import FAILED, PASSING
+from treegrpo.runtime.exit_report import FAILED, PASSING
 
 CLAIM = Path(__file__).parents[2] / "deploy" / "claim_gpu.py"
 SHOW = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input()"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.cli.ready import broker_ready, wait_ready
+from services.cli.processes.readiness import broker_ready, wait_ready
 from tests.ports import free_address
 
 READY_SECONDS = 30.0
@@ -42,7 +42,7 @@ class Broker:
 
 def embedded(address: str) -> Broker:
     """The broker of `treegrpo up`."""
-    return Broker(address, [sys.executable, "-m", "services.cli.broker", "--broker.address", address])
+    return Broker(address, [sys.executable, "-m", "services.broker.server", "--broker.address", address])
 
 
 def mosquitto(binary: str, folder: Path) -> Broker:

@@ -11,17 +11,17 @@ import pytest
 
 from tests.control.brokers import Broker
 from tests.ports import free_address
-from treegrpo.address import split_address
-from treegrpo.control import ControlPlane, Member, RunState, publish_state
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import UnavailableError
-from treegrpo.step import PolicyVersion
+from treegrpo.net.address import split_address
+from treegrpo.wire.control import ControlPlane, Member, RunState, publish_state
 
 SECONDS = 30.0
 VERSION = PolicyVersion(1, 7)
 
 SAMPLER = """
 import asyncio, sys
-from treegrpo.control import ControlPlane, Member
+from treegrpo.wire.control import ControlPlane, Member
 
 async def main():
     async with ControlPlane.connect(sys.argv[1], sys.argv[2], Member("doomed", "sampler", 5)):
@@ -139,7 +139,7 @@ async def test_garbage_is_ignored_with_a_warning(
     broker: Broker, run: str, caplog: pytest.LogCaptureFixture, topic: str, payload: bytes
 ) -> None:
     async with join(broker, run, "learner") as learner, raw(broker) as stranger:
-        with caplog.at_level(logging.WARNING, logger="treegrpo.control"):
+        with caplog.at_level(logging.WARNING, logger="treegrpo.wire.control"):
             await stranger.publish(f"treegrpo/{run}/{topic}", payload, qos=1)
             await publish_state(broker.address, run, RunState.PAUSED)
             await until(learner, lambda: learner.state is RunState.PAUSED)

@@ -12,12 +12,12 @@ import aiomqtt
 import pytest
 
 from tests.control.brokers import Broker
-from treegrpo import control, ownership
-from treegrpo.address import split_address
-from treegrpo.control import ControlPlane, RunState, publish_state
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import RunError
-from treegrpo.ownership import Member
-from treegrpo.step import PolicyVersion
+from treegrpo.net.address import split_address
+from treegrpo.wire import control, run_name_owner
+from treegrpo.wire.control import ControlPlane, RunState, publish_state
+from treegrpo.wire.run_name_owner import Member
 
 SECONDS = 30.0
 VERSION = PolicyVersion(1, 7)
@@ -111,14 +111,14 @@ async def test_runs_of_two_names_share_a_broker_whatever_their_parts_are_called(
 async def test_a_crashed_owner_of_the_same_run_is_followed_at_once(broker: Broker, run: str) -> None:
     crashed = Member("learner", "learner", 1, run="one-run", owner=True)
     await say(broker, run, crashed.topic, crashed.payload())
-    async with asyncio.timeout(ownership.ANSWER_SECONDS + 5.0), learner(broker, run, "one-run", 2) as again:
+    async with asyncio.timeout(run_name_owner.ANSWER_SECONDS + 5.0), learner(broker, run, "one-run", 2) as again:
         assert again.lost is None
 
 
 async def test_a_crashed_owner_of_another_run_is_waited_for_until_its_will(broker: Broker, run: str) -> None:
     crashed = Member("learner", "learner", 1, run="another-run", owner=True)
     await say(broker, run, crashed.topic, crashed.payload())
-    async with asyncio.timeout(ownership.WILL_SECONDS), watcher(broker, run) as seen:
+    async with asyncio.timeout(run_name_owner.WILL_SECONDS), watcher(broker, run) as seen:
         coming = asyncio.create_task(_stay(broker, run))
         await until(seen, lambda: any(one.incarnation == 2 for one in seen.members.values()))
         assert not any(one.owner for one in seen.members.values() if one.incarnation == 2)
@@ -132,7 +132,7 @@ async def test_a_crashed_owner_of_another_run_is_waited_for_until_its_will(broke
 async def test_a_will_that_never_comes_is_not_waited_for_for_ever(
     broker: Broker, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ownership, "WILL_SECONDS", 0.2)
+    monkeypatch.setattr(run_name_owner, "WILL_SECONDS", 0.2)
     crashed = Member("learner", "learner", 1, run="another-run", owner=True)
     await say(broker, run, crashed.topic, crashed.payload())
     async with asyncio.timeout(SECONDS), learner(broker, run, "one-run", 2) as plane:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.pause import MARK, begin, remember
+from learner.intake.coordinator.run_state import MARK, begin, remember
 from services.sampler import service
 from tests.control.brokers import Broker
-from treegrpo.control import ControlPlane, Member, RunState, publish_state
+from treegrpo.wire.control import ControlPlane, Member, RunState, publish_state
 
 LEARNER = Member("learner", "learner", 1)
 

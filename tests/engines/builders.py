@@ -20,8 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from services.sampler.tokenizer import Tokenizer
-from treegrpo.step import TokenIds
+from services.sampler.text.tokenizer import Tokenizer
+from treegrpo.core.step import TokenIds
 
 VOCABULARY = 288
 _LLAMA3_ROPE = {

@@ -17,10 +17,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from services.sampler.engines.base import Completion, Engine, Sampling
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.text.tokenizer import Tokenizer
 from tests.engines import builders
+from treegrpo.core.step import PolicyVersion, TokenIds, VersionSpan
 from treegrpo.errors import EngineError, WeightsError
-from treegrpo.step import PolicyVersion, TokenIds, VersionSpan
 
 OpenEngine = Callable[[Path], AbstractAsyncContextManager[Engine]]
 FIRST, SECOND = PolicyVersion(0, 0), PolicyVersion(0, 1)

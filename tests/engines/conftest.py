@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.text.tokenizer import Tokenizer
 from tests.engines import builders
 
 pytest.register_assert_rewrite("tests.engines.conformance")

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from services.environments.markup import Markup
 from services.sampler.engines.embedded import EmbeddedEngine
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.text.tokenizer import Tokenizer
 from tests.engines import builders
 from tests.engines.tokenizers_of_all_kinds import CALL, END, KINDS, MASK, ROOM, SPECIAL, USER, make
+from treegrpo.core.question import Message
 from treegrpo.errors import ModelError
-from treegrpo.question import Message
 
 CONTROL = (*SPECIAL, USER, CALL, MASK)
 PARTS = (

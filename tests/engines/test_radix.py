@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.sampler.engines.embedded.radix import RadixTree, common_prefix
-from treegrpo.step import TokenIds
+from treegrpo.core.step import TokenIds
 
 Sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=30)
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from services.sampler.engines.base import Sampling
-from services.sampler.engines.sglang.answers import Answer, read_answer, read_load
-from services.sampler.engines.sglang.draft import Draft
-from services.sampler.engines.stopping import StopStrings
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.engines.sglang.api.responses import Answer, read_answer, read_load
+from services.sampler.engines.sglang.pending_generation import Draft
+from services.sampler.engines.stop_strings import StopStrings
+from services.sampler.text.tokenizer import Tokenizer
 from tests.engines import builders
+from treegrpo.core.step import PolicyVersion, VersionSpan
 from treegrpo.errors import ContractError
-from treegrpo.step import PolicyVersion, VersionSpan
 
 FIRST, SECOND = PolicyVersion(0, 0), PolicyVersion(0, 1)
 GOOD: dict[str, Any] = {

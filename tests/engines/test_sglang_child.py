@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from services.sampler.engines.sglang.child import Child
+from services.sampler.engines.sglang.api.server_process import Child
 from treegrpo.errors import ConfigError, UnavailableError
 
 SECONDS = 30.0
@@ -34,7 +34,7 @@ if sys.argv[2] != "ends":
 SAMPLER = """
 import asyncio, os, sys
 from pathlib import Path
-from services.sampler.engines.sglang.child import Child
+from services.sampler.engines.sglang.api.server_process import Child
 
 async def run():
     child = await Child.start([sys.executable, "-c", *sys.argv[2:]], os.environ, Path(sys.argv[1]))

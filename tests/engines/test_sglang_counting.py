@@ -11,20 +11,20 @@ import pytest
 
 from services.sampler.engines.base import Sampling
 from services.sampler.engines.sglang import Demands, SGLangEngine, open_remote
-from services.sampler.engines.sglang.answers import Answer, Load
-from services.sampler.engines.sglang.api import Api
-from services.sampler.engines.sglang.draft import Draft
+from services.sampler.engines.sglang.aimd_limit import HIGH, LOW, Pressure
+from services.sampler.engines.sglang.api.http_client import Api
+from services.sampler.engines.sglang.api.responses import Answer, Load
 from services.sampler.engines.sglang.engine import Limits
-from services.sampler.engines.sglang.pressure import HIGH, LOW, Pressure
+from services.sampler.engines.sglang.pending_generation import Draft
 from services.sampler.engines.sglang.server import Server
-from services.sampler.engines.sglang.stage import Stage, Staged
-from services.sampler.engines.sglang.watch import look_after
-from services.sampler.engines.stopping import StopStrings
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.engines.sglang.supervision import look_after
+from services.sampler.engines.sglang.weight_staging import Stage, Staged
+from services.sampler.engines.stop_strings import StopStrings
+from services.sampler.text.tokenizer import Tokenizer
 from tests.engines import builders
 from tests.engines.stubs import META, answering, answers
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import EngineError, WeightsError
-from treegrpo.step import PolicyVersion
 
 FIRST, SECOND = PolicyVersion(0, 0), PolicyVersion(0, 1)
 
@@ -111,8 +111,8 @@ async def test_an_update_that_fails_is_counted_here_unless_it_is_told(
 async def test_a_page_of_metrics_that_is_none_is_counted_and_the_server_used_on(
     monkeypatch: pytest.MonkeyPatch, page: bytes
 ) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.watch.LOOK_SECONDS", 0.0)
-    monkeypatch.setattr("services.sampler.engines.sglang.watch.METRICS_SECONDS", 0.0)
+    monkeypatch.setattr("services.sampler.engines.sglang.supervision.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("services.sampler.engines.sglang.supervision.METRICS_SECONDS", 0.0)
     served, counted, looks, enough = Staged(FIRST, Path("/first")), list[BaseException](), list[None](), asyncio.Event()
     async with answering(answers() | {"/metrics/": page}) as url:
         server = Server(Api(url), Pressure(2), up=True, serves=served)

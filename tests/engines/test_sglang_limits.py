@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from services.sampler.engines.sglang import api as module
-from services.sampler.engines.sglang.api import Api
+from services.sampler.engines.sglang.api import http_client as module
+from services.sampler.engines.sglang.api.http_client import Api
 from tests.environments.raw_server import answering, endless, response
 from treegrpo.errors import ContractError, DeadlineError
 

@@ -12,8 +12,8 @@ import pytest
 from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child, open_remote
 from tests.engines import builders
 from tests.engines.stubs import answering, answers, installed
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ConfigError, EngineAwayError, EngineError, UnavailableError
-from treegrpo.step import PolicyVersion
 
 CONTEXT = 256
 
@@ -62,7 +62,7 @@ async def test_a_server_that_gives_no_good_answer_yet_is_used_once_it_does(deman
 async def test_a_server_that_never_gives_a_good_answer_is_told_as_it_is(
     demands: Demands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.open.ANSWER_SECONDS", -1.0)
+    monkeypatch.setattr("services.sampler.engines.sglang.factory.ANSWER_SECONDS", -1.0)
     async with answering({}, status="503 Service Unavailable") as url:
         with pytest.raises(UnavailableError, match=rf"{url} answers /server_info with 503.* mend engine\.urls"):
             await open_remote(demands, [url], verify=True)

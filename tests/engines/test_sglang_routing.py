@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sampler.engines.sglang.prefill import Prefills
-from services.sampler.engines.sglang.pressure import HIGH, LOW, Pressure
-from services.sampler.engines.sglang.routing import BLOCK, Router
+from services.sampler.engines.sglang.aimd_limit import HIGH, LOW, Pressure
+from services.sampler.engines.sglang.prefill_dedup import Prefills
+from services.sampler.engines.sglang.prefix_router import BLOCK, Router
 from tests.engines import builders
+from treegrpo.core.step import TokenIds
 from treegrpo.errors import EngineError
-from treegrpo.step import TokenIds
 
 # ---- routing
 

@@ -10,21 +10,22 @@ import pytest
 from prometheus_client import generate_latest
 
 from services.sampler.engines.base import Sampling
-from services.sampler.engines.sglang.api import Api
-from services.sampler.engines.sglang.child import Child
-from services.sampler.engines.sglang.command import check_listen
-from services.sampler.engines.sglang.draft import Draft
+from services.sampler.engines.sglang.admission_queue import Floor
+from services.sampler.engines.sglang.aimd_limit import Pressure
+from services.sampler.engines.sglang.api.http_client import Api
+from services.sampler.engines.sglang.api.launch_command import check_listen
+from services.sampler.engines.sglang.api.server_process import Child
 from services.sampler.engines.sglang.engine import Limits, SGLangEngine
-from services.sampler.engines.sglang.floor import Floor
-from services.sampler.engines.sglang.open import Demands, open_remote
-from services.sampler.engines.sglang.pressure import Pressure
+from services.sampler.engines.sglang.factory import Demands, open_remote
+from services.sampler.engines.sglang.pending_generation import Draft
 from services.sampler.engines.sglang.server import Server, wake
-from services.sampler.engines.sglang.stage import Stage, Staged
-from services.sampler.engines.sglang.watch import Keeper
-from services.sampler.engines.stopping import StopStrings
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.engines.sglang.supervision import Keeper
+from services.sampler.engines.sglang.weight_staging import Stage, Staged
+from services.sampler.engines.stop_strings import StopStrings
+from services.sampler.text.tokenizer import Tokenizer
 from tests.engines import builders
 from tests.engines.stubs import META, answering, answers
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import (
     ConfigError,
     ContractError,
@@ -34,8 +35,7 @@ from treegrpo.errors import (
     UnavailableError,
     WeightsError,
 )
-from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import SamplerMetrics
+from treegrpo.observability.metrics import SamplerMetrics
 
 NOWHERE = "http://127.0.0.1:9"
 OLD, NEW = Staged(PolicyVersion(0, 0), Path("/old")), Staged(PolicyVersion(0, 1), Path("/new"))
@@ -64,7 +64,7 @@ async def test_an_event_is_read_whole_whatever_the_policy_said(drawn: str) -> No
 
 
 async def test_an_answer_that_never_ends_meets_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.api.GENERATE_SECONDS", 0.2)
+    monkeypatch.setattr("services.sampler.engines.sglang.api.http_client.GENERATE_SECONDS", 0.2)
     async with answering({}, drip=True) as url:
         api = Api(url)
         with pytest.raises(DeadlineError):
@@ -172,8 +172,8 @@ async def test_a_server_of_which_nobody_knows_what_it_serves_stays_paused(
 async def test_a_server_that_never_becomes_ready_is_given_up_however_long_each_start_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.watch.RESTART_SECONDS", (0.0, 0.0))
-    monkeypatch.setattr("services.sampler.engines.sglang.watch.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("services.sampler.engines.sglang.supervision.RESTART_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("services.sampler.engines.sglang.supervision.SETTLED_SECONDS", -1.0)
     one, counted = server(), list[BaseException]()
     one.lose()
 
@@ -188,7 +188,7 @@ async def test_a_server_that_never_becomes_ready_is_given_up_however_long_each_s
 async def test_one_server_given_up_leaves_the_engine_to_those_that_are_not(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.watch.ABSENT_SECONDS", -1.0)
+    monkeypatch.setattr("services.sampler.engines.sglang.supervision.ABSENT_SECONDS", -1.0)
     async with answering({}, drip=True) as url:  # this one is waited for
         servers = [Server(Api(NOWHERE), Pressure(2)), Server(Api(url), Pressure(2))]
         engine = SGLangEngine(servers, None, Stage(tmp_path), OLD, Tokenizer.open(model), Limits(512, builders.VOCABULARY))

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from services.sampler.engines.sglang.command import CPU, Installed, Launch, check_installed, find, own_flags
-from services.sampler.engines.sglang.stage import Stage
+from services.sampler.engines.sglang.api.launch_command import CPU, Installed, Launch, check_installed, find, own_flags
+from services.sampler.engines.sglang.weight_staging import Stage
 from tests.engines import builders
 from tests.engines.stubs import installed
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ConfigError, WeightsError
-from treegrpo.step import PolicyVersion
 
 FIRST, SECOND = PolicyVersion(0, 0), PolicyVersion(0, 1)
 

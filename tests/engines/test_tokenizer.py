@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Bpe
 
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.text.tokenizer import Tokenizer
 from tests.engines import builders
+from treegrpo.core.question import Message
 from treegrpo.errors import ModelError
-from treegrpo.question import Message
 
 CHAT = (Message("system", "Search."), Message("user", "Which river?"))
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from services.environments.search_qa import HINT, Action, Episode, SearchQA, parse_action
 from services.environments.truncation import fitting_length
-from treegrpo.limits import QUERY_LENGTH
-from treegrpo.question import Message, Question
-from treegrpo.size import TEXT_LENGTH
+from treegrpo.core.question import Message, Question
+from treegrpo.net.limits import QUERY_LENGTH
+from treegrpo.wire.size_limits import TEXT_LENGTH
 
 PROMPT = "Answer between the tags, for example <answer> Beijing </answer>. Which capital does Ghazni's country have?"
 SEARCH = "<think>the country</think><search> Ghazni </search>"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.fuzz.drive import Count
 from tests.fuzz.run import fuzz_pure, fuzz_servers
-from treegrpo.limits import ANSWER_BYTES
+from treegrpo.net.limits import ANSWER_BYTES
 
 GROWTH_MIB = 32.0
 """Of one server over all its cases: more is a leak, less is how an allocator works."""

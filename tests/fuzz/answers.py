@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 
 from services.environments.retrieval import HttpRetriever
 from services.environments.search_qa import Episode, SearchQA
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.text.tokenizer import Tokenizer
 from tests.environments.raw_server import Pieces, answering, endless
 from tests.fuzz.mutations import TEXTS, raw
 from tests.fuzz.watchdog import Watchdog
+from treegrpo.core.question import Message, Question
 from treegrpo.errors import ToolError
-from treegrpo.limits import ANSWER_BYTES, LARGE_BYTES
-from treegrpo.question import Message, Question
+from treegrpo.net.limits import ANSWER_BYTES, LARGE_BYTES
 
 DEADLINE = 0.5
 LATE_SECONDS = 5.0

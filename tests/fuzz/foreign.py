@@ -16,19 +16,19 @@ import numpy as np
 from hypothesis import strategies as st
 
 from examples.geohop.make_model import MODEL
-from learner.intake.questions import load_questions
+from learner.intake.leases.question_queue import load_questions
 from services.environments.search_qa import Action, Episode, SearchQA, parse_action
 from services.retriever.index import load_corpus
-from services.sampler.encoding import encode_text, render_prompt
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.text.encoding import encode_text, render_prompt
+from services.sampler.text.tokenizer import Tokenizer
 from tests.engines.tokenizers_of_all_kinds import CALL, END, MASK, USER, make
 from tests.fuzz.mutations import Change, bytewise, changes_of, tree
-from treegrpo.codec import question_from_pb, question_to_pb
+from treegrpo.core.question import Message, Question
 from treegrpo.errors import DataError
-from treegrpo.logs import JsonLines, TextLines
-from treegrpo.printable_text import UNPRINTABLE, printable
-from treegrpo.question import Message, Question
+from treegrpo.observability.log_setup import JsonLines, TextLines
+from treegrpo.observability.printable_text import UNPRINTABLE, printable
 from treegrpo.v1 import rollout_pb2
+from treegrpo.wire.codec import question_from_pb, question_to_pb
 
 CONTROL = (END, USER, CALL, MASK, "</s>", "<unk>", "<|endoftext|>", "<|im_end|>", "<|im_start|>user\n", "[INST]", "<|eot_id|>")
 MARKUP = (

@@ -12,21 +12,21 @@ from google.protobuf.message import DecodeError
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from learner.intake.frames import BrokenFrameError, follows, read_frame
-from learner.intake.presence import Presence
-from learner.intake.reading import read_request
+from learner.intake.coordinator.sampler_presence import Presence
+from learner.intake.rpc.request_limits import read_request
+from learner.intake.wal.framing import BrokenFrameError, follows, read_frame
 from tests.fuzz import answers, foreign, samples
 from tests.fuzz.mutations import packed, protobufs, raw
 from tests.intake.builders import PLAN, book, grant
-from treegrpo import scrape
-from treegrpo.budget import Budget
-from treegrpo.codec import lease_end_from_pb, lease_from_pb, plan_from_pb, subtree_from_pb, version_from_pb
-from treegrpo.control import ControlPlane, Member
+from treegrpo.core.budget import Budget
+from treegrpo.core.lease import LeaseKind
 from treegrpo.errors import ContractError
-from treegrpo.handoff import decode, encode, pack_group, unpack_group
-from treegrpo.lease import LeaseKind
-from treegrpo.size import check_end
+from treegrpo.observability import metrics_server
 from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.wire.codec import lease_end_from_pb, lease_from_pb, plan_from_pb, subtree_from_pb, version_from_pb
+from treegrpo.wire.control import ControlPlane, Member
+from treegrpo.wire.size_limits import check_end
+from treegrpo.wire.trainer_protocol import decode, encode, pack_group, unpack_group
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def presence() -> Callable[[tuple[int, bytes]], None]:
 
 
 def page() -> Callable[[bytes], None]:
-    server = scrape._Server(lambda: b"page", lambda: True, SecretStr("word"), lambda _: None)  # pyright: ignore[reportPrivateUsage]
+    server = metrics_server._Server(lambda: b"page", lambda: True, SecretStr("word"), lambda _: None)  # pyright: ignore[reportPrivateUsage]
 
     def ask(data: bytes) -> None:
         assert server._answer(data).startswith(b"HTTP/1.1 ")  # pyright: ignore[reportPrivateUsage]

@@ -6,16 +6,16 @@ import io
 from dataclasses import asdict, replace
 from typing import Any
 
-from learner.intake.frames import encode, frame
+from learner.intake.wal.framing import encode, frame
 from tests.intake.builders import PLAN, VERSION, chain, complete, question, step
-from treegrpo.budget import Budget, Cost
-from treegrpo.codec import lease_end_to_pb, lease_to_pb, plan_to_pb, question_to_pb, subtree_to_pb, version_to_pb
-from treegrpo.control import Member
-from treegrpo.handoff import Covered, Done, Evaluate, Evaluation, Publish, Report, Take, Taken
-from treegrpo.lease import Lease, LeaseKind
-from treegrpo.step import Leaf
+from treegrpo.core.budget import Budget, Cost
+from treegrpo.core.lease import Lease, LeaseKind
+from treegrpo.core.step import Leaf
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import weights_pb2
+from treegrpo.wire.codec import lease_end_to_pb, lease_to_pb, plan_to_pb, question_to_pb, subtree_to_pb, version_to_pb
+from treegrpo.wire.control import Member
+from treegrpo.wire.trainer_protocol import Covered, Done, Evaluate, Evaluation, Publish, Report, Take, Taken
 
 LEASE = "train-0000000-t"
 """The first that `tests.intake.builders.book` grants."""

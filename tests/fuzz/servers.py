@@ -14,12 +14,12 @@ import grpc
 import msgpack
 from hypothesis import strategies as st
 
-from services.cli.ready import broker_ready, learner_ready, retriever_ready
+from services.cli.processes.readiness import broker_ready, learner_ready, retriever_ready
 from tests.fuzz import samples
 from tests.fuzz.mutations import DRAWN, VALUES, bytewise, changes_of, packed, protobufs, raw, tree
 from tests.fuzz.stage import Stage
 from tests.security import mqtt
-from treegrpo.config import Config, RetrieverConfig
+from treegrpo.config.schema import Config, RetrieverConfig
 from treegrpo.v1 import rollout_pb2 as pb
 
 CASE_SECONDS = 20.0

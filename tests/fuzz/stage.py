@@ -12,12 +12,12 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.cli.ready import broker_ready, learner_ready, retriever_ready, wait_ready
+from services.cli.processes.readiness import broker_ready, learner_ready, retriever_ready, wait_ready
 from tests.fuzz.watchdog import SAYS
 from tests.intake.harness import Setting
 from tests.ports import free_address
-from treegrpo.config import Config, RetrieverConfig
-from treegrpo.handoff import Done, Publish, socket_path
+from treegrpo.config.schema import Config, RetrieverConfig
+from treegrpo.wire.trainer_protocol import Done, Publish, socket_path
 
 SECONDS = 60.0
 COMPLAINTS = re.compile(r"Traceback|Segmentation|never retrieved|never awaited|Fatal error")
@@ -87,7 +87,7 @@ async def stage(folder: Path) -> AsyncGenerator[Stage]:
     search = ("--retriever.listen", retriever, "--retriever.corpus", str(folder / "corpus.jsonl"))
     servers: dict[str, Server] = {}
     try:
-        servers["broker"] = await _start("broker", folder, "services.cli.broker", *where)
+        servers["broker"] = await _start("broker", folder, "services.broker.server", *where)
         servers["retriever"] = await _start("retriever", folder, "services.retriever", *search)
         await wait_ready("broker", lambda: broker_ready(setting.broker), SECONDS)
         servers["intake"] = await _start("intake", folder, "learner.intake", *setting.flags)

@@ -19,8 +19,8 @@ from examples.geohop.make_model import MODEL
 from examples.geohop.tokenizer import END, TAGS, USER, VOCABULARY, train_tokenizer
 from services.environments.markup import Markup
 from services.retriever.index import Document, Index, load_corpus
-from services.sampler.tokenizer import Tokenizer
-from treegrpo.question import Message, Question
+from services.sampler.text.tokenizer import Tokenizer
+from treegrpo.core.question import Message, Question
 
 
 @cache

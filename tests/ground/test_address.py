@@ -5,8 +5,8 @@ from contextlib import closing
 
 import pytest
 
-from treegrpo.address import check_free, family_of, is_local, join_address, split_address, within_reach
 from treegrpo.errors import AddressInUseError, ConfigError
+from treegrpo.net.address import check_free, family_of, is_local, join_address, split_address, within_reach
 
 
 @pytest.mark.parametrize(

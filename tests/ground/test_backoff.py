@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from treegrpo.backoff import pause
+from treegrpo.timing.backoff import pause
 
 
 def test_the_last_pause_is_repeated() -> None:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from tests.intake.builders import PLAN, chain, question, step
-from treegrpo import codec
-from treegrpo.budget import Budget
+from treegrpo.core.budget import Budget
+from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind
+from treegrpo.core.step import PolicyVersion, StepStatus
 from treegrpo.errors import ContractError, TreeError
-from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind
-from treegrpo.step import PolicyVersion, StepStatus
 from treegrpo.v1 import rollout_pb2, tree_pb2
+from treegrpo.wire import codec
 
 
 def test_a_subtree_survives_the_wire_bit_for_bit() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from treegrpo.config import Config
-from treegrpo.edge import complain, find, run_service
+from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, JournalError, RankError, TreeGrpoError, UnavailableError
-from treegrpo.exit_report import VARIABLE, ExitReports, Report, most_telling, report_of, write_report
+from treegrpo.runtime.entrypoint import complain, find, run_service
+from treegrpo.runtime.exit_report import VARIABLE, ExitReports, Report, most_telling, report_of, write_report
 
 STAYS, PASSES, CRASH = ConfigError("no such key"), UnavailableError("nobody answers"), KeyError("bug")
 
@@ -105,7 +105,7 @@ def test_a_service_that_is_cancelled_unasked_has_crashed(reports: ExitReports) -
 
 SERVICE = """
 import asyncio
-from treegrpo.edge import run_service
+from treegrpo.runtime.entrypoint import run_service
 
 async def serve(config):
     print("serving", flush=True)

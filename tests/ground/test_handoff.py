@@ -9,9 +9,10 @@ import msgpack
 import pytest
 
 from tests.intake.builders import chain, question
-from treegrpo.change import Change
+from treegrpo.core.tree import Group
 from treegrpo.errors import ContractError, UnavailableError
-from treegrpo.handoff import (
+from treegrpo.timing.notifier import Change
+from treegrpo.wire.trainer_protocol import (
     Covered,
     Done,
     Evaluate,
@@ -30,7 +31,6 @@ from treegrpo.handoff import (
     socket_path,
     unpack_group,
 )
-from treegrpo.tree import Group
 
 MESSAGES: list[Message] = [
     Take(3, 2),

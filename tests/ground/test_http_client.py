@@ -10,8 +10,8 @@ import pytest
 
 from tests.environments.raw_server import answering, endless, response
 from treegrpo.errors import ConfigError, ContractError, DeadlineError, UnavailableError
-from treegrpo.http_client import Answer, HttpClient, public_url, read_json
-from treegrpo.limits import JSON_PARTS, LARGE_ANSWERS, LARGE_BYTES, LOOP_BYTES
+from treegrpo.net.http_client import Answer, HttpClient, public_url, read_json
+from treegrpo.net.limits import JSON_PARTS, LARGE_ANSWERS, LARGE_BYTES, LOOP_BYTES
 
 OK = b"HTTP/1.1 200 OK\r\n"
 UNTIL_CLOSED = OK + b"\r\n"

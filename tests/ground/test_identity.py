@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.cli.workbench import GEOHOP, Workbench
-from treegrpo.config import Config
+from treegrpo.config.fingerprint import FILE_NAME, KEYS, MODEL, check_identity, keep_identity
+from treegrpo.config.loader import load
+from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, DataError, RunFileError
-from treegrpo.identity import FILE_NAME, KEYS, MODEL, check_identity, keep_identity
-from treegrpo.settings import load
 
 
 def begun(folder: Path) -> Workbench:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treegrpo import logs
-from treegrpo.logs import INDENT, MESSAGE_LETTERS, JsonLines, TextLines
-from treegrpo.printable_text import UNPRINTABLE, clipped, printable, printable_json
+from treegrpo.observability import log_setup
+from treegrpo.observability.log_setup import INDENT, MESSAGE_LETTERS, JsonLines, TextLines
+from treegrpo.observability.printable_text import UNPRINTABLE, clipped, printable, printable_json
 
 NASTY = "\x1b[31m\x9b\r\n\x07\u202e\u2028\ud800\x7ferror: forged"
 TEXTS = st.text(st.characters() | st.sampled_from(NASTY), max_size=40)
@@ -77,4 +77,4 @@ def test_lines_of_a_traceback_cannot_be_taken_for_records() -> None:
 
 def test_a_format_of_another_program_is_no_format_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOG_FORMAT", "%(message)s")
-    assert logs.as_json() is False
+    assert log_setup.as_json() is False

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from treegrpo import process_environment
-from treegrpo.process_environment import FOREIGN, RANKS, ROOT, child_environment, python
+from treegrpo.runtime import process_environment
+from treegrpo.runtime.process_environment import FOREIGN, RANKS, ROOT, child_environment, python
 
 SHADOWS = ("tokenizers.py", "rich.py", "torch.py", "learner.py", "prometheus_client.py", "services/__init__.py")
 SHOW = "import json, os, sys; sys.argv[0] = '-m'; import services; print(json.dumps([sys.path, dict(os.environ)]))"
@@ -82,7 +82,7 @@ def test_the_command_runs_in_a_directory_of_other_modules(tmp_path: Path, start:
 
 
 def test_closed_streams_are_opened_for_nobody_else_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import os, sys; from treegrpo.process_environment import isolate; isolate(); print('x'); print(os.dup(0))"
+    code = "import os, sys; from treegrpo.runtime.process_environment import isolate; isolate(); print('x'); print(os.dup(0))"
     say = (
         f"{code}; sys.stderr.write('said'); os.write(9, repr([os.readlink(f'/proc/self/fd/{{n}}') for n in (0, 1, 2)]).encode())"
     )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from treegrpo.run_directory import make_run_dir
+from treegrpo.runtime.run_directory import make_run_dir
 
 
 def test_a_run_directory_is_its_owners_alone_and_rights_that_were_given_stay(tmp_path: Path) -> None:

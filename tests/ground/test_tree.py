@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from tests.ground.unsound import EVERY, NUMBERS, SHAPES
 from tests.intake.builders import chain, question, step
-from treegrpo.budget import Budget
+from treegrpo.core.budget import Budget
+from treegrpo.core.lease import Plan
+from treegrpo.core.step import ROOT, Leaf, StepStatus, Subtree
+from treegrpo.core.tree import Group, Tree
 from treegrpo.errors import TreeError
-from treegrpo.lease import Plan
-from treegrpo.step import ROOT, Leaf, StepStatus, Subtree
-from treegrpo.tree import Group, Tree
 
 PROMPT = np.arange(3, dtype=np.uint32)
 

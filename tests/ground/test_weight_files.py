@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from treegrpo import weight_files
 from treegrpo.errors import WeightsError
-from treegrpo.weight_files import check_finite, check_head, check_plain_numbers, read_heads
+from treegrpo.storage import weight_files
+from treegrpo.storage.weight_files import check_finite, check_head, check_plain_numbers, read_heads
 
 EMBEDDING = "model.embed_tokens.weight"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

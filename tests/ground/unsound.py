@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.intake.builders import VERSION, VOCABULARY, chain, step
-from treegrpo.step import ROOT, Leaf, Step, StepStatus, Subtree, VersionSpan
+from treegrpo.core.step import ROOT, Leaf, Step, StepStatus, Subtree, VersionSpan
 
 NOTHING = np.zeros(0, np.uint32)
 

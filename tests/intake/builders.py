@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from learner.intake.groups import OpenGroup
-from learner.intake.leases import LeaseBook
-from learner.intake.questions import QuestionQueue
-from treegrpo.budget import Cost
-from treegrpo.codec import subtree_from_pb
-from treegrpo.lease import LeaseEnd, LeaseEndReason, Plan
-from treegrpo.question import Message, Question
-from treegrpo.step import Leaf, PolicyVersion, Step, StepStatus, Subtree, VersionSpan
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.question_queue import QuestionQueue
+from learner.intake.leases.rollout_group import OpenGroup
+from treegrpo.core.budget import Cost
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason, Plan
+from treegrpo.core.question import Message, Question
+from treegrpo.core.step import Leaf, PolicyVersion, Step, StepStatus, Subtree, VersionSpan
 from treegrpo.v1 import tree_pb2
+from treegrpo.wire.codec import subtree_from_pb
 
 PLAN = Plan(trees=2, rounds=1, expansions=2, max_turns=3, max_action_tokens=16, max_context=128, temperature=1.0)
 VERSION = PolicyVersion(1, 0)

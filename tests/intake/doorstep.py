@@ -10,28 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake import batches, presence
-from learner.intake.desk import Desk
-from learner.intake.disk import RealDisk
-from learner.intake.doors import Admission, Visitors, open_server
-from learner.intake.journal import Journal
-from learner.intake.leases import LeaseBook
-from learner.intake.recovery import recover
-from learner.intake.report import Reporter
-from learner.intake.rollout import RolloutServer
-from learner.intake.snapshot import Snapshots
-from learner.intake.trainer_desk import TrainerDesk
-from learner.intake.weights import WeightsServer
+from learner.intake.coordinator import batcher, sampler_presence
+from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.trainer_api import TrainerDesk
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence.recovery import recover
+from learner.intake.persistence.snapshot import Snapshots
+from learner.intake.rpc.rollout_servicer import RolloutServer
+from learner.intake.rpc.server import Admission, Visitors, open_server
+from learner.intake.rpc.weights_servicer import WeightsServer
+from learner.intake.wal.filesystem import RealDisk
+from learner.intake.wal.journal import Journal
 from tests.intake.builders import PLAN, VERSION, question
 from tests.ports import free_address
-from treegrpo.access import OPEN, Access
-from treegrpo.config import SecurityConfig
-from treegrpo.control import ControlPlane, Member
-from treegrpo.limits import MESSAGE_BYTES
-from treegrpo.security import Role
-from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.config.schema import SecurityConfig
+from treegrpo.config.security import Role
+from treegrpo.core.step import PolicyVersion
+from treegrpo.net.limits import MESSAGE_BYTES
+from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.security.credentials import OPEN, Access
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
+from treegrpo.wire.control import ControlPlane, Member
 
 
 @dataclass
@@ -88,7 +88,7 @@ async def doorstep(book: LeaseBook, folder: Path) -> AsyncGenerator[Doorstep]:
 
 def hurry(monkeypatch: pytest.MonkeyPatch, silence: float = 0.4) -> None:
     """Let silence be short."""
-    monkeypatch.setattr(presence, "SILENCE_SECONDS", silence)
-    monkeypatch.setattr(presence, "HUSHED_SECONDS", silence / 4)
-    monkeypatch.setattr(presence, "TICK_SECONDS", silence / 20)
-    monkeypatch.setattr(batches, "FINISHING_SECONDS", silence)
+    monkeypatch.setattr(sampler_presence, "SILENCE_SECONDS", silence)
+    monkeypatch.setattr(sampler_presence, "HUSHED_SECONDS", silence / 4)
+    monkeypatch.setattr(sampler_presence, "TICK_SECONDS", silence / 20)
+    monkeypatch.setattr(batcher, "FINISHING_SECONDS", silence)

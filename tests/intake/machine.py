@@ -8,23 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from learner.intake.batches import Batches
-from learner.intake.clerk import Clerk
-from learner.intake.compaction import Compaction
-from learner.intake.frames import Record
-from learner.intake.groups import OpenGroup
-from learner.intake.journal import Journal
-from learner.intake.leases import LeaseBook
-from learner.intake.recovery import recover
-from learner.intake.report import Reporter
-from learner.intake.snapshot import Capture, Snapshots
+from learner.intake.coordinator.batcher import Batches
+from learner.intake.coordinator.journaled_leases import Clerk
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.rollout_group import OpenGroup
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence.compaction import Compaction
+from learner.intake.persistence.recovery import recover
+from learner.intake.persistence.snapshot import Capture, Snapshots
+from learner.intake.wal.framing import Record
+from learner.intake.wal.journal import Journal
 from tests.intake.builders import book, chain, kept, question
 from tests.intake.disks import MemoryDisk
-from treegrpo.budget import Cost
-from treegrpo.codec import subtree_to_pb
-from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.step import PolicyVersion, Subtree, VersionSpan
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.core.budget import Cost
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
+from treegrpo.core.step import PolicyVersion, Subtree, VersionSpan
+from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.wire.codec import subtree_to_pb
 
 JOURNAL, SNAPSHOTS = Path("/run/journal"), Path("/run/snapshots")
 BATCH = 2

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake import circuit_breaker, events
-from learner.intake.circuit_breaker import (
+from learner.intake.leases import circuit_breaker
+from learner.intake.leases.circuit_breaker import (
     ABSENT_SECONDS,
     FAILURES,
     FIRST_SECONDS,
@@ -20,16 +20,17 @@ from learner.intake.circuit_breaker import (
     NoProgressBreaker,
     Verdict,
 )
-from learner.intake.groups import TRIES, OpenGroup
-from learner.intake.report import Reporter
+from learner.intake.leases.rollout_group import TRIES, OpenGroup
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence import lease_events
 from tests.intake.builders import book, chain, grant
 from tests.intake.doorstep import doorstep
 from tests.intake.harness import Sampler
-from treegrpo.budget import Cost
-from treegrpo.codec import lease_end_to_pb
-from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.core.budget import Cost
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
+from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.wire.codec import lease_end_to_pb
 
 
 class Clock:
@@ -365,12 +366,12 @@ def test_a_lease_that_was_excused_is_so_after_a_restart(tmp_path: Path) -> None:
     work = made.next_lease()
     assert work is not None
     group = made.granted(*work, "s1/1", 0.0)
-    records = [events.granted(*work, group.holder)]
+    records = [lease_events.granted(*work, group.holder)]
     end = LeaseEnd(group.lease.id, LeaseEndReason.FAILED)
     made.ended(end, excused=True)
-    records.append(events.ended(end, excused=True))
+    records.append(lease_events.ended(end, excused=True))
     reporter = Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
     for record in records:
-        events.replay(again, reporter, record)
+        lease_events.replay(again, reporter, record)
     assert again.state() == made.state()
     assert not again.open

@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.intake import events
-from learner.intake.clerk import Clerk
-from learner.intake.frames import Record
-from learner.intake.leases import LeaseBook
-from learner.intake.questions import QuestionQueue
-from learner.intake.report import Reporter
-from learner.intake.snapshot import Capture
+from learner.intake.coordinator.journaled_leases import Clerk
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.question_queue import QuestionQueue
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence import lease_events
+from learner.intake.persistence.snapshot import Capture
+from learner.intake.wal.framing import Record
 from tests.intake.builders import PLAN, VERSION, VOCABULARY, book, chain, complete, question
-from treegrpo.budget import Cost
-from treegrpo.codec import lease_end_to_pb, subtree_from_pb, subtree_to_bytes, subtree_to_pb
-from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.limits import MESSAGE_BYTES, SENTENCE_LETTERS
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.core.budget import Cost
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
+from treegrpo.net.limits import MESSAGE_BYTES, SENTENCE_LETTERS
+from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.wire.codec import lease_end_to_pb, subtree_from_pb, subtree_to_bytes, subtree_to_pb
 
 
 class Lines:
@@ -63,7 +63,7 @@ async def test_a_report_that_fails_does_not_part_the_journal_from_the_book(
             clerk.end(complete(lease))
     again = book()
     for record in lines.records:
-        events.replay(again, Reporter(IntakeMetrics(), tmp_path / "again.jsonl", window=2), record)
+        lease_events.replay(again, Reporter(IntakeMetrics(), tmp_path / "again.jsonl", window=2), record)
     assert (again.ledger.summary(), again.groups.closed) == (made.ledger.summary(), made.groups.closed)
 
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_written_down_changes_nothing(
                 assert (described(made, reporter), len(lines.records)) == (before, written)
         reader = Reporter(IntakeMetrics(), folder / "again.jsonl", window=2)
         for record in lines.records:
-            events.replay(again, reader, record)
+            lease_events.replay(again, reader, record)
         assert described(again, reader)[0]["book"] == described(made, reporter)[0]["book"]
 
     asyncio.run(run())

@@ -8,17 +8,17 @@ from typing import Any, cast
 
 import pytest
 
-from learner.intake.desk import Desk
-from learner.intake.leases import LeaseBook
-from learner.intake.lock import only_intake
-from learner.intake.report import Reporter
+from learner.intake.coordinator.coordinator import Desk
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence.run_lock import only_intake
 from tests.intake.builders import PLAN, VERSION, book, chain, complete
-from treegrpo.control import ControlPlane, RunState
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import AddressInUseError
-from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.wire.control import ControlPlane, RunState
 
 
 class Told:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from learner.intake.disk import Disk, RealDisk
-from learner.intake.frames import BATCH_BYTES, MAX_RECORD_BYTES, encode, frame
-from learner.intake.journal import BACKLOG_BYTES, Journal
-from learner.intake.segments import End, Segments, drop, path_of
+from learner.intake.wal.filesystem import Disk, RealDisk
+from learner.intake.wal.framing import BATCH_BYTES, MAX_RECORD_BYTES, encode, frame
+from learner.intake.wal.journal import BACKLOG_BYTES, Journal
+from learner.intake.wal.segments import End, Segments, drop, path_of
 from tests.intake.disks import CrashError, MemoryDisk
 from treegrpo.errors import JournalError
 

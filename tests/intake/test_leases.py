@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.intake import groups
-from learner.intake.groups import Fate, OpenGroup
-from learner.intake.leases import LeaseBook
+from learner.intake.leases import rollout_group
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.rollout_group import Fate, OpenGroup
 from tests.intake.builders import PLAN, VERSION, book, chain, complete, grant, question
-from treegrpo.budget import Budget, Cost
+from treegrpo.core.budget import Budget, Cost
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason, LeaseKind
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError, TreeError
-from treegrpo.lease import LeaseEnd, LeaseEndReason, LeaseKind
-from treegrpo.step import PolicyVersion
 
 
 def finish(made: LeaseBook, lease: str) -> None:
@@ -153,7 +153,7 @@ def test_a_lost_group_that_has_everything_is_closed() -> None:
 
 
 def test_a_lost_group_that_would_not_fit_into_a_lease_is_closed_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "MOVABLE_TOKENS", 7 + 2 * 4 + 3 - 1)
+    monkeypatch.setattr(rollout_group, "MOVABLE_TOKENS", 7 + 2 * 4 + 3 - 1)
     made = book()
     lease = grant(made)
     made.accept(chain(lease))

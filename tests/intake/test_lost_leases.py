@@ -12,16 +12,17 @@ from pathlib import Path
 import grpc
 import pytest
 
-from learner.intake import circuit_breaker, trainer_desk
+from learner.intake.coordinator import trainer_api
+from learner.intake.leases import circuit_breaker
 from tests.intake.builders import PLAN, book, complete
 from tests.intake.doorstep import Doorstep, doorstep, hurry
 from tests.intake.harness import Sampler
-from treegrpo.budget import Budget
-from treegrpo.codec import lease_end_to_pb
-from treegrpo.control import Member
-from treegrpo.lease import LeaseEnd, LeaseEndReason, LeaseKind
-from treegrpo.step import PolicyVersion
+from treegrpo.core.budget import Budget
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason, LeaseKind
+from treegrpo.core.step import PolicyVersion
 from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.wire.codec import lease_end_to_pb
+from treegrpo.wire.control import Member
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +108,7 @@ async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hurry(monkeypatch, silence=20.0)
-    monkeypatch.setattr("learner.intake.presence.HUSHED_SECONDS", 0.2)
+    monkeypatch.setattr("learner.intake.coordinator.sampler_presence.HUSHED_SECONDS", 0.2)
     async with doorstep(book(), tmp_path) as door, AsyncExitStack() as stack:
         talks, hushed = [await stack.enter_async_context(Sampler.join(door.address, name=name)) for name in ("talks", "hushed")]
         beating = asyncio.create_task(beat(talks))
@@ -206,7 +207,7 @@ async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told to stop, trains on what it has when it does not answer, and its cost is known in the end all the same."""
-    monkeypatch.setattr(trainer_desk, "LONG_POLL_SECONDS", 2.0)
+    monkeypatch.setattr(trainer_api, "LONG_POLL_SECONDS", 2.0)
     async with doorstep(book(batch=1, max_lag=1), tmp_path) as door, Sampler.join(door.address) as sampler:
         beating = asyncio.create_task(beat(sampler))
         await sampler.want(9)

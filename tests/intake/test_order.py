@@ -13,21 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.intake import batches
-from learner.intake.batches import Batches
-from learner.intake.clerk import Clerk
-from learner.intake.events import replay
-from learner.intake.groups import OpenGroup
-from learner.intake.leases import LeaseBook
-from learner.intake.order import pressing
-from learner.intake.report import Reporter
+from learner.intake.coordinator import batcher
+from learner.intake.coordinator.batcher import Batches
+from learner.intake.coordinator.journaled_leases import Clerk
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.rollout_group import OpenGroup
+from learner.intake.leases.staleness import pressing
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence.lease_events import replay
 from tests.intake.builders import PLAN, book, chain, complete, kept
-from treegrpo.budget import Budget
-from treegrpo.codec import subtree_to_pb
+from treegrpo.core.budget import Budget
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason, LeaseKind
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import TreeError
-from treegrpo.lease import LeaseEnd, LeaseEndReason, LeaseKind
-from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.wire.codec import subtree_to_pb
 
 SLOTS = [(tree, index) for index in range(PLAN.branches) for tree in range(PLAN.trees)]
 FAULTS = [LeaseEndReason.LOST, LeaseEndReason.FAILED, LeaseEndReason.RETURNED, LeaseEndReason.INTERRUPTED]
@@ -170,7 +170,7 @@ ACTIONS = ["grant", "accept", "fail", "close", "close", "fault", "step", "step",
 )
 @settings(max_examples=40, deadline=None)
 def test_no_group_is_trained_beyond_the_bound(patience: float, actions: list[tuple[str, int]], batch: int, max_lag: int) -> None:
-    before, batches.FINISHING_SECONDS = batches.FINISHING_SECONDS, patience
+    before, batcher.FINISHING_SECONDS = batcher.FINISHING_SECONDS, patience
     try:
         with TemporaryDirectory() as folder:
             run = Run(Path(folder), batch, max_lag, total=5 * batch)
@@ -199,7 +199,7 @@ def test_no_group_is_trained_beyond_the_bound(patience: float, actions: list[tup
             run.check()
             assert sum(len(draws) for draws in run.trained.values()) == run.total
     finally:
-        batches.FINISHING_SECONDS = before
+        batcher.FINISHING_SECONDS = before
 
 
 def test_a_trainer_that_goes_back_makes_no_group_too_old(tmp_path: Path) -> None:

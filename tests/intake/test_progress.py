@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from learner.intake.progress import ProgressFile
+from learner.intake.monitoring.progress_log import ProgressFile
 
 
 def step(number: int, lineage: int = 0) -> dict[str, Any]:

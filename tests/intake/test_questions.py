@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from learner.intake.questions import QuestionQueue, load_questions
+from learner.intake.leases.question_queue import QuestionQueue, load_questions
 from tests.intake.builders import question
+from treegrpo.core.question import Message
 from treegrpo.errors import DataError
-from treegrpo.question import Message
 
 
 def row(**changes: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.intake.disks import CrashError, MemoryDisk
 from tests.intake.machine import History, Machine, play
-from treegrpo.lease import LeaseEndReason
+from treegrpo.core.lease import LeaseEndReason
 
 LOST, FAILED = LeaseEndReason.LOST, LeaseEndReason.FAILED
 GROUP = [("subtree", 0), ("subtree", 0), ("commit",), ("end", 0)]

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.events import replay
-from learner.intake.report import Reporter
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence.lease_events import replay
 from tests.ground.unsound import EVERY
 from tests.intake.builders import PLAN, book, chain, complete, grant
 from tests.intake.doorstep import doorstep
 from tests.intake.harness import Sampler, Setting
 from tests.intake.test_service import publish
-from treegrpo.budget import Budget
-from treegrpo.codec import lease_end_to_pb, lease_to_pb, subtree_to_pb
+from treegrpo.core.budget import Budget
+from treegrpo.core.lease import LeaseEndReason, LeaseKind
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import TreeError
-from treegrpo.handoff import Take, Taken, unpack_group
-from treegrpo.lease import LeaseEndReason, LeaseKind
-from treegrpo.model_config import read_model_config
-from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.storage.model_config import read_model_config
 from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.wire.codec import lease_end_to_pb, lease_to_pb, subtree_to_pb
+from treegrpo.wire.trainer_protocol import Take, Taken, unpack_group
 
 
 @pytest.mark.parametrize("name", EVERY)

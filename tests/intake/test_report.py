@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.report import DEEPEST, Reporter
+from learner.intake.monitoring.recorder import DEEPEST, Reporter
 from tests.intake.builders import PLAN, book, chain, complete, grant, step
-from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
+from treegrpo.observability.metrics import IntakeMetrics
 
 
 def reporter(tmp_path: Path) -> Reporter:

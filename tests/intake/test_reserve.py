@@ -9,25 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake import reserve
-from learner.intake.batches import Batches
-from learner.intake.clerk import Clerk
-from learner.intake.disk import RealDisk
-from learner.intake.journal import Journal
-from learner.intake.report import Reporter
-from learner.intake.reserve import NAME, RESERVE_BYTES, Reserve
-from learner.intake.segments import End
+from learner.intake.coordinator.batcher import Batches
+from learner.intake.coordinator.journaled_leases import Clerk
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.wal import disk_reserve
+from learner.intake.wal.disk_reserve import NAME, RESERVE_BYTES, Reserve
+from learner.intake.wal.filesystem import RealDisk
+from learner.intake.wal.journal import Journal
+from learner.intake.wal.segments import End
 from tests.intake.builders import book, chain, complete
 from tests.intake.disks import MemoryDisk
-from treegrpo.codec import subtree_to_pb
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.wire.codec import subtree_to_pb
 
 FOLDER = Path("/run/journal")
 
 
 @contextlib.asynccontextmanager
 async def at_work(disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Journal]:
-    monkeypatch.setattr(reserve, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(disk_reserve, "LOOK_SECONDS", 0.01)
     disk.make_folder(FOLDER)
     with Journal.open(disk, FOLDER, End(), retry=(0.01,)) as journal:
         kept = Reserve(disk, journal)

@@ -15,11 +15,22 @@ import grpc
 import pytest
 
 from tests.intake.harness import Sampler, Setting, Stage
-from treegrpo.control import ControlPlane, Member, RunState, publish_state
-from treegrpo.edge import FAILED, PASSING
 from treegrpo.errors import ContractError
-from treegrpo.handoff import Covered, Done, Evaluate, Evaluation, IntakeClient, Publish, Report, Take, Taken, unpack_group
+from treegrpo.runtime.entrypoint import FAILED, PASSING
 from treegrpo.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
+from treegrpo.wire.control import ControlPlane, Member, RunState, publish_state
+from treegrpo.wire.trainer_protocol import (
+    Covered,
+    Done,
+    Evaluate,
+    Evaluation,
+    IntakeClient,
+    Publish,
+    Report,
+    Take,
+    Taken,
+    unpack_group,
+)
 
 
 def version_directory(setting: Setting, step: int) -> Path:

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from learner.intake.compaction import Compaction
-from learner.intake.frames import encode, frame
-from learner.intake.journal import Journal
-from learner.intake.recovery import recover
-from learner.intake.report import Reporter
-from learner.intake.segments import Segments
-from learner.intake.snapshot import STATE, Capture, Snapshots
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence.compaction import Compaction
+from learner.intake.persistence.recovery import recover
+from learner.intake.persistence.snapshot import STATE, Capture, Snapshots
+from learner.intake.wal.framing import encode, frame
+from learner.intake.wal.journal import Journal
+from learner.intake.wal.segments import Segments
 from tests.intake.builders import book
 from tests.intake.disks import MemoryDisk
 from tests.intake.machine import JOURNAL, SNAPSHOTS, History, Machine, described, play
 from tests.intake.test_recovery import FIRST, GROUP, SECOND, THIRD
+from treegrpo.core.lease import LeaseEndReason
 from treegrpo.errors import JournalError
-from treegrpo.lease import LeaseEndReason
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.observability.metrics import IntakeMetrics
 
 SCRIPT: Sequence[Any] = [*FIRST, *SECOND, *THIRD]
 SHORT: Sequence[Any] = [("grant",), ("grant",), ("grant",), *GROUP, ("subtree", 1), ("end", 1, LeaseEndReason.LOST), ("compact",)]

@@ -12,21 +12,21 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from learner.intake import trainer_link
-from learner.intake.directory_watch import DirectoryWatch
-from learner.intake.disk import RealDisk
-from learner.intake.journal import Journal
-from learner.intake.segments import End
-from learner.intake.snapshot import Snapshots
-from learner.intake.trainer_link import listen
-from learner.intake.weights import WeightsServer
-from services.sampler.weights import WeightStore
-from treegrpo import manifest
+from learner.intake.persistence.directory_watch import DirectoryWatch
+from learner.intake.persistence.snapshot import Snapshots
+from learner.intake.rpc import trainer_socket
+from learner.intake.rpc.trainer_socket import listen
+from learner.intake.rpc.weights_servicer import WeightsServer
+from learner.intake.wal.filesystem import RealDisk
+from learner.intake.wal.journal import Journal
+from learner.intake.wal.segments import End
+from services.sampler.learner_link.weight_sync import WeightStore
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError, RunError, UnavailableError
-from treegrpo.handoff import IntakeClient
-from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import IntakeMetrics, SamplerMetrics
+from treegrpo.observability.metrics import IntakeMetrics, SamplerMetrics
+from treegrpo.storage import manifest
 from treegrpo.v1 import weights_pb2_grpc
+from treegrpo.wire.trainer_protocol import IntakeClient
 
 VERSION = PolicyVersion(1, 4)
 
@@ -99,7 +99,7 @@ def connected(path: Path) -> IntakeClient:
 
 
 async def test_a_socket_that_was_removed_is_there_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_link, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(trainer_socket, "LOOK_SECONDS", 0.01)
     path = tmp_path / "intake.sock"
     async with listen(cast("Any", None), str(path)), asyncio.timeout(20):
         path.unlink()

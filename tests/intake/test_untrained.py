@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.untrained import begin_anew, check_goes_on, is_untrained
-from services.cli.checks import check_run_dir
-from services.cli.history import beginning
+from learner.intake.persistence.untrained_run import begin_anew, check_goes_on, is_untrained
+from services.cli.checks.run_checks import check_run_dir
+from services.cli.reports.run_history import beginning
 from tests.cli.workbench import Workbench
-from treegrpo.config import Config
+from treegrpo.config.fingerprint import check_identity, keep_identity
+from treegrpo.config.loader import load
+from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, RunFileError
-from treegrpo.identity import check_identity, keep_identity
-from treegrpo.settings import load
 
 LEFT = (
     "checkpoints/step-000000/progress.json",

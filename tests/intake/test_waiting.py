@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.pace import QUIET_SECONDS, Pace
-from learner.intake.report import Reporter
-from learner.intake.waiting import Asker, Part, Scene, Worker, cause
-from learner.intake.watchdog import Watchdog, look
+from learner.intake.coordinator.stall_watchdog import Watchdog, look
+from learner.intake.monitoring.progress_clock import QUIET_SECONDS, Pace
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.stall_diagnosis import Asker, Part, Scene, Worker, cause
 from tests.intake.builders import book
 from tests.intake.doorstep import doorstep
 from tests.intake.harness import Sampler
-from treegrpo.control import RunState
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.wire.control import RunState
 
 WAITS = Asker(came=True, here=True, waits=True, since=4.0, step=12)
 WORKS = Asker(came=True, here=True, since=310.0, step=12)

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from learner.__main__ import GRACE_SECONDS
-from learner.trainer.launch import DRAIN_SECONDS as TRAINER_SECONDS
+from learner.trainer.distributed.rank_launcher import DRAIN_SECONDS as TRAINER_SECONDS
 from services.sampler.service import DRAIN_SECONDS as SAMPLER_SECONDS
-from treegrpo.config import Config
+from treegrpo.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")

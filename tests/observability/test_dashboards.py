@@ -15,7 +15,7 @@ import yaml
 
 from deploy.grafana.__main__ import BOARDS, FOLDER, rendered
 from deploy.grafana.queries import alert_rules, annotation_queries, panel_queries
-from treegrpo.telemetry import MISMATCH_LIMIT, IntakeMetrics, RetrieverMetrics, SamplerMetrics, TrainerMetrics
+from treegrpo.observability.metrics import MISMATCH_LIMIT, IntakeMetrics, RetrieverMetrics, SamplerMetrics, TrainerMetrics
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus"

@@ -13,9 +13,9 @@ from contextlib import suppress
 
 import pytest
 
-from treegrpo import probe
-from treegrpo.access import OPEN
-from treegrpo.telemetry import RetrieverMetrics, serve
+from treegrpo.observability.metrics import RetrieverMetrics, serve
+from treegrpo.runtime import healthcheck
+from treegrpo.security.credentials import OPEN
 
 
 @pytest.fixture
@@ -28,22 +28,22 @@ def process() -> tuple[RetrieverMetrics, str]:
 
 def test_health_is_what_the_gauge_says(process: tuple[RetrieverMetrics, str]) -> None:
     metrics, url = process
-    assert "503" in probe.complaint(url)
+    assert "503" in healthcheck.complaint(url)
     metrics.serving.set(1)
-    assert probe.complaint(url) == ""
+    assert healthcheck.complaint(url) == ""
     metrics.serving.set(0)
-    assert probe.main([url]) == 1
+    assert healthcheck.main([url]) == 1
 
 
 def test_one_that_does_not_serve_fails_the_probe_of_several(process: tuple[RetrieverMetrics, str]) -> None:
     metrics, url = process
     metrics.serving.set(1)
-    assert probe.main([url, url]) == 0
-    assert probe.main([url, "http://127.0.0.1:9/health"]) == 1
+    assert healthcheck.main([url, url]) == 0
+    assert healthcheck.main([url, "http://127.0.0.1:9/health"]) == 1
 
 
 def test_the_probe_has_a_deadline_for_the_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(healthcheck, "PROBE_SECONDS", 0.3)
 
     def drip(listener: socket.socket) -> None:
         with suppress(OSError), listener.accept()[0] as peer:
@@ -54,7 +54,7 @@ def test_the_probe_has_a_deadline_for_the_whole_answer(monkeypatch: pytest.Monke
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=drip, args=(listener,), daemon=True).start()
         began = time.monotonic()
-        assert "no answer within 0.3 s" in probe.complaint(f"http://127.0.0.1:{listener.getsockname()[1]}/health")
+        assert "no answer within 0.3 s" in healthcheck.complaint(f"http://127.0.0.1:{listener.getsockname()[1]}/health")
     assert time.monotonic() - began < 5.0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.cli.certs import certs
+from services.certs.issue import certs
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl here; Debian's 1.20 is too old")

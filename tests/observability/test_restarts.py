@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from treegrpo import probe
-from treegrpo.entrypoint import MARK
-from treegrpo.exit_report import CRASHED, FAILED, PASSING
+from treegrpo.runtime import healthcheck
+from treegrpo.runtime.container import MARK
+from treegrpo.runtime.exit_report import CRASHED, FAILED, PASSING
 
 ROOT = Path(__file__).parents[2]
 SAY_AND_END = "tests.cli.programs.say_and_end"
@@ -25,7 +25,7 @@ OURS = ("learner", "learner-gpu", "sampler", "retriever")
 
 @contextmanager
 def container(temporary: Path, *program: str, job: bool = False) -> Generator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "treegrpo.entrypoint", *(["--job"] if job else []), sys.executable, "-u", *program]
+    command = [sys.executable, "-m", "treegrpo.runtime.container", *(["--job"] if job else []), sys.executable, "-u", *program]
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as one:
         try:
@@ -66,8 +66,8 @@ def test_what_stays_is_said_last_and_waits_unhealthy_but_alive_until_it_is_stopp
     with container(tmp_path, *ending(FAILED, *report)) as one:
         assert one.stderr is not None
         assert one.stderr.readline().rstrip().endswith(f"mend that and start it again: {sentence}")
-        assert (probe.main(["http://127.0.0.1:9/health"]), capsys.readouterr().out) == (1, f"ended for good: {sentence}\n")
-        assert probe.main(["--alive", "http://127.0.0.1:9/health"]) == 0
+        assert (healthcheck.main(["http://127.0.0.1:9/health"]), capsys.readouterr().out) == (1, f"ended for good: {sentence}\n")
+        assert healthcheck.main(["--alive", "http://127.0.0.1:9/health"]) == 0
         one.terminate()
         assert ended(one)[0] == FAILED
 
@@ -88,13 +88,13 @@ def test_a_job_leaves_what_stays_to_its_policy_and_is_not_done_when_it_was_told_
 @pytest.mark.parametrize("name", OURS)
 def test_every_service_of_ours_in_compose_has_the_entry_point(name: str) -> None:
     service = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"][name]
-    assert service["command"][:3] == ["python", "-m", "treegrpo.entrypoint"]
-    assert service["healthcheck"]["test"][1:4] == ["python", "-m", "treegrpo.probe"], "which says the sentence"
+    assert service["command"][:3] == ["python", "-m", "treegrpo.runtime.container"]
+    assert service["healthcheck"]["test"][1:4] == ["python", "-m", "treegrpo.runtime.healthcheck"], "which says the sentence"
 
 
 def test_the_image_with_sglang_has_the_entry_point_around_its_gpu() -> None:
     (entry,) = [line for line in (ROOT / "deploy/Dockerfile.sampler-sglang").read_text().splitlines() if "ENTRYPOINT" in line]
-    assert entry.startswith('ENTRYPOINT ["python3", "-m", "treegrpo.entrypoint", "python3", "/opt/treegrpo/claim_gpu.py"')
+    assert entry.startswith('ENTRYPOINT ["python3", "-m", "treegrpo.runtime.container", "python3", "/opt/treegrpo/claim_gpu.py"')
     service = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]["sampler-gpu"]
     assert service["command"][1:3] == ["-m", "services.sampler"]
 
@@ -110,15 +110,15 @@ def pod(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_every_deployment_of_ours_waits_and_is_alive_meanwhile(name: str) -> None:
     _, spec = pod(name)
     (one,) = spec["containers"]
-    assert one["command"][:3] == ["python", "-m", "treegrpo.entrypoint"]
+    assert one["command"][:3] == ["python", "-m", "treegrpo.runtime.container"]
     for check in {"livenessProbe", "startupProbe"} & set(one):
-        assert one[check]["exec"]["command"][:4] == ["python", "-m", "treegrpo.probe", "--alive"], check
+        assert one[check]["exec"]["command"][:4] == ["python", "-m", "treegrpo.runtime.healthcheck", "--alive"], check
 
 
 def test_the_job_fails_at_once_with_code_2_and_goes_on_after_any_other() -> None:
     job, spec = pod("learner")
     (one,) = spec["containers"]
-    assert one["command"][:4] == ["python", "-m", "treegrpo.entrypoint", "--job"]
+    assert one["command"][:4] == ["python", "-m", "treegrpo.runtime.container", "--job"]
     assert spec["restartPolicy"] == "Never", "which podFailurePolicy asks for"
     first, *_ = job["podFailurePolicy"]["rules"]
     exits = {"containerName": one["name"], "operator": "In", "values": [FAILED]}

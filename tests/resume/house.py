@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from services.cli.process import Child, Program
-from services.cli.ready import broker_ready, wait_ready
+from services.cli.processes.program import Child, Program
+from services.cli.processes.readiness import broker_ready, wait_ready
 from tests.chaos.audit import Audit, audit
 from tests.chaos.history import Archive, steps_written
 from tests.cli.workbench import Workbench
@@ -37,7 +37,7 @@ class House:
         self._arguments = [*self._bench.flags(), *(word for key, value in keys.items() for word in (f"--{key}", value))]
         self._logs = folder / "logs"
         self._logs.mkdir()
-        self._broker = Program("broker", "services.cli.broker")
+        self._broker = Program("broker", "services.broker.server")
         self._parts = [
             Program("trainer", "learner.trainer"),
             Program("intake", "learner.intake"),

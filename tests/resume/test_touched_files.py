@@ -12,18 +12,18 @@ from typing import Any, cast
 
 import pytest
 
-from learner.intake.disk import RealDisk
-from learner.intake.journal import Journal
-from learner.intake.lock import only_intake
-from learner.intake.recovery import holds_run, recover
-from learner.intake.report import Reporter
-from learner.intake.snapshot import Snapshots
-from learner.intake.trainer_link import listen
-from learner.intake.weights import files_of
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence.recovery import holds_run, recover
+from learner.intake.persistence.run_lock import only_intake
+from learner.intake.persistence.snapshot import Snapshots
+from learner.intake.rpc.trainer_socket import listen
+from learner.intake.rpc.weights_servicer import files_of
+from learner.intake.wal.filesystem import RealDisk
+from learner.intake.wal.journal import Journal
 from learner.trainer.loop import Trainer
-from services.cli.history import beginning, finished
-from services.cli.summary import summary
-from services.cli.troubles import Troubles
+from services.cli.reports.run_alerts import Troubles
+from services.cli.reports.run_history import beginning, finished
+from services.cli.reports.summary import summary
 from services.cli.up import only_here
 from tests.cli.records import eval_row, step_row, write
 from tests.intake.builders import book
@@ -33,13 +33,13 @@ from tests.intake.machine import History, Machine, play
 from tests.intake.test_recovery import FIRST, SECOND
 from tests.trainer.builders import configure, write_tiny
 from tests.trainer.runs import intake_for, train
-from treegrpo import manifest
-from treegrpo.access import OPEN
-from treegrpo.config import Config
+from treegrpo.config.fingerprint import check_identity, keep_identity
+from treegrpo.config.schema import Config
 from treegrpo.errors import ModelError, RunFileError, TreeGrpoError
-from treegrpo.identity import check_identity, keep_identity
-from treegrpo.run_files import FILES, FOLDERS, check_run_files
-from treegrpo.telemetry import IntakeMetrics, TrainerMetrics
+from treegrpo.observability.metrics import IntakeMetrics, TrainerMetrics
+from treegrpo.security.credentials import OPEN
+from treegrpo.storage import manifest
+from treegrpo.storage.run_files import FILES, FOLDERS, check_run_files
 
 
 @pytest.fixture(scope="module")

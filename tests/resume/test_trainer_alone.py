@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from learner.trainer.model import load_model
+from learner.trainer.packing.model import load_model
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.intake import FakeIntake
 from tests.trainer.runs import changed, intake_for, train
-from treegrpo.config import Config
-from treegrpo.handoff import Message, Publish, Report, Take
+from treegrpo.config.schema import Config
+from treegrpo.wire.trainer_protocol import Message, Publish, Report, Take
 
 SECONDS = 60.0
 

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 
-from services.retriever import retrieve as module
+from services.retriever import search_endpoint as module
 from services.retriever.index import QUERY_WORDS, Document, Hit, Index, words
-from services.retriever.retrieve import Book
+from services.retriever.search_endpoint import Book
 from services.retriever.service import app
-from treegrpo.access import OPEN
-from treegrpo.limits import LOOP_BYTES, TOPK
-from treegrpo.telemetry import RetrieverMetrics
+from treegrpo.net.limits import LOOP_BYTES, TOPK
+from treegrpo.observability.metrics import RetrieverMetrics
+from treegrpo.security.credentials import OPEN
 
 DOCUMENTS = [Document(id=str(number), contents=f"Town {number}\nA town by the river.") for number in range(5)]
 

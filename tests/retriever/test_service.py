@@ -12,9 +12,9 @@ import pytest
 
 from services.environments.retrieval import HttpRetriever
 from services.retriever.service import serve
-from treegrpo.access import OPEN
-from treegrpo.config import RetrieverConfig
+from treegrpo.config.schema import RetrieverConfig
 from treegrpo.errors import AddressInUseError, DataError, ToolError
+from treegrpo.security.credentials import OPEN
 
 ROWS = ["Kabul\nKabul is large.", "Ghazni\nGhazni is near Kabul.", "Herat\nHerat is old."]
 

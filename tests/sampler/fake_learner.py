@@ -10,12 +10,12 @@ from typing import Any
 
 import grpc
 
-from services.sampler.channel import OPTIONS
+from services.sampler.learner_link.channel import OPTIONS
 from tests.sampler.fakes import plan
-from treegrpo.codec import lease_to_pb, plan_to_pb, version_from_pb, version_to_pb
-from treegrpo.lease import Lease, Plan
-from treegrpo.step import PolicyVersion
+from treegrpo.core.lease import Lease, Plan
+from treegrpo.core.step import PolicyVersion
 from treegrpo.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2, weights_pb2_grpc
+from treegrpo.wire.codec import lease_to_pb, plan_to_pb, version_from_pb, version_to_pb
 
 CHUNK = 4
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from services.environments.base import Forking, Outcome, ToolCall
 from services.sampler.engines.base import Completion, Sampling
-from treegrpo.budget import Budget
+from treegrpo.core.budget import Budget
+from treegrpo.core.lease import Lease, LeaseKind, Plan
+from treegrpo.core.question import Message, Question
+from treegrpo.core.step import PolicyVersion, TokenIds, VersionSpan
 from treegrpo.errors import AwayError, EngineError, ToolError, WeightsError
-from treegrpo.lease import Lease, LeaseKind, Plan
-from treegrpo.question import Message, Question
-from treegrpo.step import PolicyVersion, TokenIds, VersionSpan
 
 EOS = 3
 MERGED = 500

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from services.environments.search_qa import SearchQA
-from services.sampler.expansion import Expander, Gate
+from services.sampler.expansion.expander import Expander, Gate
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText
-from treegrpo.lease import Lease, LeaseEnd
-from treegrpo.step import StepStatus, Subtree
-from treegrpo.telemetry import SamplerMetrics
+from treegrpo.core.lease import Lease, LeaseEnd
+from treegrpo.core.step import StepStatus, Subtree
+from treegrpo.observability.metrics import SamplerMetrics
 
 
 class Growing:

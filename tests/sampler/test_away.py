@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from services.sampler import client, outage, service, watch
+from services.sampler import service
+from services.sampler.expansion import availability, stall_monitor
+from services.sampler.learner_link import rollout_client
 from tests.sampler.fakes import FakeEnvironment, deep, lease, plan
 from tests.sampler.test_sampler import Bench, sampler
-from treegrpo.codec import lease_end_from_pb
+from treegrpo.core.lease import LeaseEndReason
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import EngineAwayError, ToolAwayError
-from treegrpo.lease import LeaseEndReason
-from treegrpo.step import PolicyVersion
+from treegrpo.wire.codec import lease_end_from_pb
 
 GONE = ToolAwayError("retriever", "http://r:1/retrieve", "does not answer (ConnectError)", certain=True)
 ONE = lease(plan(1, 0, 0))
@@ -28,9 +30,9 @@ ONE = lease(plan(1, 0, 0))
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    monkeypatch.setattr(outage, "PROBE_SECONDS", (0.001,))
-    monkeypatch.setattr(client, "HEARTBEAT_SECONDS", 0.005)
-    monkeypatch.setattr(watch, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(availability, "PROBE_SECONDS", (0.001,))
+    monkeypatch.setattr(rollout_client, "HEARTBEAT_SECONDS", 0.005)
+    monkeypatch.setattr(stall_monitor, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(service, "TICK_SECONDS", 0.005)
 
 
@@ -76,7 +78,7 @@ async def test_the_sampler_says_what_it_waits_for_and_goes_on_when_it_is_back(
 async def test_leases_are_given_back_and_asked_for_again_only_when_the_tool_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outage, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(availability, "PATIENCE_SECONDS", 0.05)
     async with without_tools(tmp_path) as bench:
         end = lease_end_from_pb((await bench.learner.next("lease_end")).lease_end)
         assert end.reason is LeaseEndReason.RETURNED

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from services.sampler import outage
-from services.sampler.channel import connect
-from services.sampler.client import LearnerClient
-from services.sampler.expansion import Expander
-from services.sampler.holder import Identity
+from services.sampler.expansion import availability
+from services.sampler.expansion.expander import Expander
+from services.sampler.learner_link.channel import connect
+from services.sampler.learner_link.rollout_client import LearnerClient
+from services.sampler.learner_link.weight_sync import WeightStore
+from services.sampler.lease_worker import Identity
 from services.sampler.service import Sampler
-from services.sampler.weights import WeightStore
 from tests.control.brokers import embedded
 from tests.engines.builders import save_model
 from tests.intake.harness import Setting
 from tests.ports import free_address
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, deep
-from treegrpo.access import OPEN
-from treegrpo.control import ControlPlane, Member
 from treegrpo.errors import ToolAwayError
-from treegrpo.handoff import Done, Publish, Take, Taken, unpack_group
-from treegrpo.telemetry import SamplerMetrics
+from treegrpo.observability.metrics import SamplerMetrics
+from treegrpo.security.credentials import OPEN
+from treegrpo.wire.control import ControlPlane, Member
+from treegrpo.wire.trainer_protocol import Done, Publish, Take, Taken, unpack_group
 
 ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", "--rollout.max_turns", "2")
 
@@ -69,8 +69,8 @@ async def test_no_question_is_blamed_for_an_outage_however_long(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It lasts for more leases in a row than the intake would bear without a leaf, if they had failed."""
-    monkeypatch.setattr(outage, "PATIENCE_SECONDS", 0.01)
-    monkeypatch.setattr(outage, "PROBE_SECONDS", (0.005,))
+    monkeypatch.setattr(availability, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(availability, "PROBE_SECONDS", (0.005,))
     environment = FakeEnvironment()
     environment.away = ToolAwayError("tool", "nowhere", "does not answer", certain=True)
     probes = iter(range(1_000_000))

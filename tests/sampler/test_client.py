@@ -13,22 +13,22 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
-from services.sampler import channel as channel_module
-from services.sampler.channel import connect
-from services.sampler.client import LearnerClient
-from services.sampler.expansion import Expander
-from services.sampler.holder import Identity, LeaseHolder
-from services.sampler.watch import Watch
-from services.sampler.weights import Follower, WeightStore
+from services.sampler.expansion.expander import Expander
+from services.sampler.expansion.stall_monitor import Watch
+from services.sampler.learner_link import channel as channel_module
+from services.sampler.learner_link.channel import connect
+from services.sampler.learner_link.rollout_client import LearnerClient
+from services.sampler.learner_link.weight_sync import Follower, WeightStore
+from services.sampler.lease_worker import Identity, LeaseHolder
 from tests.sampler.fake_learner import FakeLearner, serving
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, deep, lease, plan, turns
-from treegrpo.access import OPEN
-from treegrpo.codec import lease_end_from_pb
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
+from treegrpo.core.step import PolicyVersion, Step, Subtree
 from treegrpo.errors import ContractError, UnavailableError
-from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.step import PolicyVersion, Step, Subtree
-from treegrpo.telemetry import SamplerMetrics
+from treegrpo.observability.metrics import SamplerMetrics
+from treegrpo.security.credentials import OPEN
 from treegrpo.v1 import rollout_pb2
+from treegrpo.wire.codec import lease_end_from_pb
 
 SECONDS = 10.0
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from services.environments.base import Forking
-from services.sampler import retries as trying
 from services.sampler.engines.base import Completion, Sampling
-from services.sampler.expansion import Expander, Gate
+from services.sampler.expansion import retries as trying
+from services.sampler.expansion.expander import Expander, Gate
 from tests.sampler.fakes import EOS, MERGED, FakeEngine, FakeEnvironment, FakeText, Session, deep, lease, plan, turns
+from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
+from treegrpo.core.step import ROOT, PolicyVersion, StepStatus, Subtree, TokenIds, VersionSpan
 from treegrpo.errors import EngineError
-from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
-from treegrpo.step import ROOT, PolicyVersion, StepStatus, Subtree, TokenIds, VersionSpan
-from treegrpo.telemetry import SamplerMetrics
+from treegrpo.observability.metrics import SamplerMetrics
 
 CHAIN = plan(1, 0, 0)
 
@@ -82,7 +82,7 @@ async def test_after_max_turns_one_more_turn_follows_without_tools() -> None:
 
 
 async def test_a_tool_call_is_noted_no_longer_than_the_learner_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sampler.episode.TEXT_LENGTH", 6)
+    monkeypatch.setattr("services.sampler.expansion.episode_runner.TEXT_LENGTH", 6)
     (chain,), _ = await grown(lease(CHAIN), FakeEngine(lambda _prefix: "words!"))
     assert chain.steps[0].tool + chain.steps[0].tool_arguments == "lookwo"
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.environments.base import Forking
-from services.sampler.expansion import Expander, Gate, draw
+from services.sampler.expansion.expander import Expander, Gate, draw
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, deep, lease, plan, turns
-from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
-from treegrpo.step import ROOT, StepStatus, Subtree
-from treegrpo.tree import Group
+from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
+from treegrpo.core.step import ROOT, StepStatus, Subtree
+from treegrpo.core.tree import Group
 
 
 async def grown(

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from services.environments.base import Outcome
-from services.sampler.expansion import Expander, Gate
+from services.sampler.expansion.expander import Expander, Gate
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Session, deep, lease, plan
-from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
-from treegrpo.step import StepStatus, Subtree
-from treegrpo.telemetry import SamplerMetrics
+from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
+from treegrpo.core.step import StepStatus, Subtree
+from treegrpo.observability.metrics import SamplerMetrics
 
 CHAIN = plan(1, 0, 0)
 

@@ -7,11 +7,11 @@ import dataclasses
 
 import pytest
 
-from services.sampler.expansion import Expander, Gate
+from services.sampler.expansion.expander import Expander, Gate
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, deep, lease, plan, turns
-from treegrpo.budget import Budget, Cost
-from treegrpo.lease import Lease, LeaseEnd, LeaseEndReason
-from treegrpo.step import Subtree
+from treegrpo.core.budget import Budget, Cost
+from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
+from treegrpo.core.step import Subtree
 
 CHAIN = plan(1, 0, 0)
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from services.sampler import outage, retries
-from services.sampler.expansion import Expander, Gate
+from services.sampler.expansion import availability, retries
+from services.sampler.expansion.expander import Expander, Gate
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Session, deep, lease, plan, turns
 from tests.sampler.growing import Growing
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
+from treegrpo.core.step import StepStatus, Subtree
 from treegrpo.errors import EngineAwayError, ToolAwayError
-from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.step import StepStatus, Subtree
 
 CHAIN, TREES = plan(1, 0, 0), plan(2, 1, 3)
 GONE = ToolAwayError("tool", "nowhere", "does not answer", certain=True)
@@ -22,7 +22,7 @@ SLOW = ToolAwayError("tool", "nowhere", "does not answer in time", certain=False
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    monkeypatch.setattr(outage, "PROBE_SECONDS", (0.001,))
+    monkeypatch.setattr(availability, "PROBE_SECONDS", (0.001,))
     monkeypatch.setattr(retries, "FIRST_WAIT_SECONDS", 0.0)
 
 
@@ -82,7 +82,7 @@ async def test_when_the_one_that_probes_has_to_stop_another_goes_on() -> None:
 
 
 async def test_a_tool_that_stays_away_ends_the_lease_as_returned_with_what_was_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outage, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(availability, "PATIENCE_SECONDS", 0.05)
     environment = FakeEnvironment()
 
     def script(prefix: str) -> str:
@@ -100,7 +100,7 @@ async def test_a_tool_that_stays_away_ends_the_lease_as_returned_with_what_was_s
 
 
 async def test_a_lease_keeps_what_was_done_before_its_tool_went_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outage, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(availability, "PATIENCE_SECONDS", 0.05)
     environment = FakeEnvironment()
     growing = Growing(FakeEngine(deep(1)), environment)
     one = lease(plan(1, 1, 8))
@@ -121,7 +121,7 @@ async def test_a_lease_keeps_what_was_done_before_its_tool_went_away(monkeypatch
 
 
 async def test_nothing_is_begun_while_a_tool_is_away_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outage, "PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr(availability, "PATIENCE_SECONDS", 0.02)
     environment, engine = FakeEnvironment(), FakeEngine(deep(1))
     environment.away = GONE
     growing = Growing(engine, environment)
@@ -164,7 +164,7 @@ async def test_what_runs_when_the_gate_is_cut_is_left_out_and_accounted_for() ->
 
 
 async def test_a_probe_that_never_returns_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outage, "PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr(availability, "PATIENCE_SECONDS", 0.02)
     environment = FakeEnvironment()
     environment.away = SLOW
 

@@ -11,16 +11,16 @@ import pytest
 
 from services.environments.retrieval import HttpRetriever
 from services.environments.search_qa import SearchQA
-from services.sampler import outage, retries
+from services.sampler.expansion import availability, retries
 from tests.sampler.fakes import FakeEngine, lease, plan
 from tests.sampler.growing import Growing
-from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.step import StepStatus
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
+from treegrpo.core.step import StepStatus
 
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    monkeypatch.setattr(outage, "PROBE_SECONDS", (0.001,))
+    monkeypatch.setattr(availability, "PROBE_SECONDS", (0.001,))
     monkeypatch.setattr(retries, "FIRST_WAIT_SECONDS", 0.0)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from services.sampler.outbox import Outbox
+from services.sampler.learner_link.outbox import Outbox
 from tests.sampler.fakes import plan
-from treegrpo.lease import LeaseEnd, LeaseEndReason
-from treegrpo.size import message_bytes
-from treegrpo.step import Step, Subtree
+from treegrpo.core.lease import LeaseEnd, LeaseEndReason
+from treegrpo.core.step import Step, Subtree
+from treegrpo.wire.size_limits import message_bytes
 
 
 def subtree(index: int, name: str) -> Subtree:

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from services.sampler import service
-from services.sampler.client import LearnerClient
-from services.sampler.expansion import Expander
-from services.sampler.holder import Identity
+from services.sampler.expansion.expander import Expander
+from services.sampler.learner_link.rollout_client import LearnerClient
+from services.sampler.learner_link.weight_sync import WeightStore
+from services.sampler.lease_worker import Identity
 from services.sampler.service import Sampler
-from services.sampler.weights import WeightStore
 from tests.sampler.fake_learner import FakeLearner, serving
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, lease, plan
-from treegrpo.control import ControlPlane, Member, RunState
 from treegrpo.errors import DeadlineError, EngineError
-from treegrpo.telemetry import SamplerMetrics
+from treegrpo.observability.metrics import SamplerMetrics
 from treegrpo.v1 import rollout_pb2
+from treegrpo.wire.control import ControlPlane, Member, RunState
 
 
 @dataclass

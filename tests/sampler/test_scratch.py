@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from services.sampler.scratch import PREFIX, scratch
 from treegrpo.errors import ConfigError
+from treegrpo.storage.temp_dir import PREFIX, scratch
 
 HOLD = """
-from services.sampler.scratch import scratch
+from treegrpo.storage.temp_dir import scratch
 with scratch() as path:
     (path / "1.0").mkdir()
     (path / "1.0" / "model.safetensors").write_bytes(b"weights")

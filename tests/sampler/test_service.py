@@ -15,11 +15,11 @@ from tests.control.brokers import embedded
 from tests.engines.builders import save_model
 from tests.intake.harness import Setting
 from tests.ports import free_address
-from treegrpo.control import RunState, publish_state
-from treegrpo.edge import PASSING
-from treegrpo.handoff import Done, Evaluate, Evaluation, IntakeClient, Publish, Take, Taken, unpack_group
-from treegrpo.step import StepStatus
-from treegrpo.tree import Group
+from treegrpo.core.step import StepStatus
+from treegrpo.core.tree import Group
+from treegrpo.runtime.entrypoint import PASSING
+from treegrpo.wire.control import RunState, publish_state
+from treegrpo.wire.trainer_protocol import Done, Evaluate, Evaluation, IntakeClient, Publish, Take, Taken, unpack_group
 
 ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", "--rollout.max_turns", "2")
 

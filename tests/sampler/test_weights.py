@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from services.sampler import weights
-from services.sampler.weights import Follower, WeightStore, first_version
+from services.sampler.learner_link import weight_sync
+from services.sampler.learner_link.weight_sync import Follower, WeightStore, first_version
 from tests.sampler.fake_learner import FakeLearner, serving
 from tests.sampler.fakes import FakeEngine, deep
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import DeadlineError, UnavailableError, WeightsError
-from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import SamplerMetrics
+from treegrpo.observability.metrics import SamplerMetrics
 
 V1, V2, V3, V4, V5 = (PolicyVersion(1, step) for step in range(1, 6))
 CONFIG = b'{"a": 1}'
@@ -23,8 +23,8 @@ CONFIG = b'{"a": 1}'
 
 @pytest.fixture(autouse=True)
 def _retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    monkeypatch.setattr(weights, "RETRY_SECONDS", (0.0,) * 5)
-    monkeypatch.setattr(weights, "FIRST_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(weight_sync, "RETRY_SECONDS", (0.0,) * 5)
+    monkeypatch.setattr(weight_sync, "FIRST_RETRY_SECONDS", 0.0)
 
 
 def files(step: int) -> dict[str, bytes]:
@@ -216,7 +216,7 @@ async def test_a_version_that_is_refused_is_not_offered_again_until_there_is_ano
 
 
 async def test_a_version_that_is_refused_is_offered_again_much_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "REFUSED_SECONDS", (0.05,))
+    monkeypatch.setattr(weight_sync, "REFUSED_SECONDS", (0.05,))
     learner = FakeLearner()
     learner.versions[V1] = files(1)
     async with following(learner, tmp_path) as (follower, engine, _):
@@ -260,7 +260,7 @@ async def test_a_learner_that_went_back_to_another_lineage_is_followed(tmp_path:
 
 
 async def test_a_version_that_never_comes_is_a_deadline_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "SERVED_SECONDS", 0.05)
+    monkeypatch.setattr(weight_sync, "SERVED_SECONDS", 0.05)
     learner = FakeLearner()
     learner.versions[PolicyVersion(1, 0)] = files(0)
     async with following(learner, tmp_path) as (follower, _, _metrics):
@@ -281,7 +281,7 @@ async def test_the_first_version_is_waited_for(tmp_path: Path) -> None:
 async def test_a_first_version_that_does_not_come_names_the_learner_s_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "FIRST_VERSION_SECONDS", -1.0)
+    monkeypatch.setattr(weight_sync, "FIRST_VERSION_SECONDS", -1.0)
     async with store_of(FakeLearner(), tmp_path) as store:
         with pytest.raises(UnavailableError, match="no policy version yet"):
             await first_version(store)

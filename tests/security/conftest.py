@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.certs import certs
+from services.certs.issue import certs
 
 
 @pytest.fixture(scope="session")

@@ -12,16 +12,16 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from learner.intake.desk import Desk
-from learner.intake.doors import Admission, Visitors, open_server
-from learner.intake.peers import Peer
-from learner.intake.rollout import RolloutServer
-from learner.intake.weights import WeightsServer
-from services.sampler.channel import open_channel
+from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.sampler_sessions import Peer
+from learner.intake.rpc.rollout_servicer import RolloutServer
+from learner.intake.rpc.server import Admission, Visitors, open_server
+from learner.intake.rpc.weights_servicer import WeightsServer
+from services.sampler.learner_link.channel import open_channel
 from tests.ports import free_address
-from treegrpo.access import Access
-from treegrpo.limits import MESSAGE_BYTES
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.net.limits import MESSAGE_BYTES
+from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.security.credentials import Access
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2, weights_pb2_grpc
 

@@ -8,9 +8,9 @@ import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from services.cli.broker import PatientBroker, embedded_broker
+from services.broker.server import PatientBroker, embedded_broker
 from tests.ports import free_address
-from treegrpo.access import OPEN, Access
+from treegrpo.security.credentials import OPEN, Access
 
 SECONDS = 10.0
 

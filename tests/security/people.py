@@ -6,10 +6,10 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from services.cli.authority import Pair, issue, new_authority
-from services.cli.certs import write
-from treegrpo.access import Access, Keys
-from treegrpo.security import Role, SecurityConfig
+from services.certs.authority import Pair, issue, new_authority
+from services.certs.issue import write
+from treegrpo.config.security import Role, SecurityConfig
+from treegrpo.security.credentials import Access, Keys
 
 
 def access(folder: Path, role: Role) -> Access:

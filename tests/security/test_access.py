@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from services.cli.authority import issue, new_authority
+from services.certs.authority import issue, new_authority
 from services.cli.commands import as_toml
 from tests.security.people import authority, save
-from treegrpo.access import OPEN, Access, shows
-from treegrpo.address import is_loopback
+from treegrpo.config.loader import load
+from treegrpo.config.security import Role, SecurityConfig, check_address
 from treegrpo.errors import ConfigError
-from treegrpo.security import Role, SecurityConfig, check_address
-from treegrpo.settings import load
+from treegrpo.net.address import is_loopback
+from treegrpo.security.credentials import OPEN, Access, shows
 
 SECRET = "correct-horse-battery-staple"
 

@@ -24,22 +24,22 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from pydantic import SecretStr
 
-from services.cli import broker as broker_module
-from services.cli.authority import Pair
-from services.cli.broker import embedded_broker
-from services.cli.broker_rules import may_publish
-from services.cli.certs import certs
-from services.cli.ready import broker_ready, wait_ready
+from services.broker import server as broker_module
+from services.broker.acl import may_publish
+from services.broker.server import embedded_broker
+from services.certs.authority import Pair
+from services.certs.issue import certs
+from services.cli.processes.readiness import broker_ready, wait_ready
 from tests.control.brokers import mosquitto_binary
 from tests.ports import free_address
 from tests.security.people import access, authority, impostor, save
-from treegrpo.access import OPEN, Access
-from treegrpo.address import join_address, split_address
-from treegrpo.control import ControlPlane, Member, RunState, open_client, publish_state
+from treegrpo.config.security import Role, SecurityConfig
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ConfigError, UnavailableError
-from treegrpo.limits import CONTROL_BYTES
-from treegrpo.security import Role, SecurityConfig
-from treegrpo.step import PolicyVersion
+from treegrpo.net.address import join_address, split_address
+from treegrpo.net.limits import CONTROL_BYTES
+from treegrpo.security.credentials import OPEN, Access
+from treegrpo.wire.control import ControlPlane, Member, RunState, open_client, publish_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see `refused`
 DEPLOY = Path(__file__).parents[2] / "deploy" / "mosquitto"
@@ -64,7 +64,7 @@ def shipped(folder: Path, certificates: Path, address: str, run: str = "+") -> P
 def command(kind: str, folder: Path, certificates: Path, address: str) -> list[str]:
     if kind == "embedded":
         flags = ["--broker.address", address, "--security.dir", str(certificates)]
-        return [sys.executable, "-m", "services.cli.broker", *flags]
+        return [sys.executable, "-m", "services.broker.server", *flags]
     if (binary := mosquitto_binary()) is None:
         if os.environ.get("REQUIRE_MOSQUITTO"):
             pytest.fail("REQUIRE_MOSQUITTO is set, but there is no mosquitto binary on the PATH")

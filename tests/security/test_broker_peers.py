@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from services.cli import broker as broker_module
-from services.cli import broker_peers, broker_rules
-from services.cli.broker import PatientBroker
-from services.cli.certs import certs
-from services.cli.ready import broker_ready
+from services.broker import acl, peers
+from services.broker import server as broker_module
+from services.broker.server import PatientBroker
+from services.certs.issue import certs
+from services.cli.processes.readiness import broker_ready
 from tests.security.mqtt import (
     DISCONNECT,
     SECONDS,
@@ -32,10 +32,10 @@ from tests.security.mqtt import (
     unsubscribe,
 )
 from tests.security.people import access, impostor
-from treegrpo.access import OPEN, Access
-from treegrpo.control import open_client
-from treegrpo.refusals import Refusals
-from treegrpo.security import Role
+from treegrpo.config.security import Role
+from treegrpo.observability.rate_limited_log import Refusals
+from treegrpo.security.credentials import OPEN, Access
+from treegrpo.wire.control import open_client
 
 WORDS = {"learner": "l-word", "sampler": "s-word", "operator": "o-word"}
 PUBLISH, SUBACK = 0x30, 0x90
@@ -113,7 +113,7 @@ async def test_a_connection_that_is_taken_over_ends(made: Path) -> None:
 
 
 async def test_a_refusal_is_logged_once(made: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_rules, "REFUSALS", Refusals(logging.getLogger("rules")))
+    monkeypatch.setattr(acl, "REFUSALS", Refusals(logging.getLogger("rules")))
     sampler = tls(access(made, Role.SAMPLER))
     async with guarded(made) as (address, _), joined(address, connect("s7", "sampler", "s-word"), sampler) as client:
         await client.say(*(publish(f"treegrpo/r/{number}\n", b"x") for number in range(50)), subscribe("treegrpo/#"))
@@ -137,7 +137,7 @@ async def test_a_tls_handshake_that_is_slow_is_hung_up_on(made: Path, monkeypatc
 
 @pytest.mark.parametrize("more", [b"", packet(0x30, b"x" * 99)[:20]])
 async def test_who_misses_its_keep_alive_is_hung_up_on_and_its_will_is_read(monkeypatch: pytest.MonkeyPatch, more: bytes) -> None:
-    monkeypatch.setattr(broker_peers, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(peers, "GRACE_SECONDS", 0.1)
     async with broker() as (address, _), joined(address, connect("listener")) as listener:
         await listener.say(subscribe("treegrpo/#"))
         await listener.hear()
@@ -148,14 +148,14 @@ async def test_who_misses_its_keep_alive_is_hung_up_on_and_its_will_is_read(monk
 
 
 async def test_no_keep_alive_is_no_way_to_stay_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_peers, "KEEPALIVE_SECONDS", 0.2)
-    monkeypatch.setattr(broker_peers, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(peers, "KEEPALIVE_SECONDS", 0.2)
+    monkeypatch.setattr(peers, "GRACE_SECONDS", 0.1)
     async with broker() as (address, _), joined(address, connect("s7", keepalive=0)) as silent:
         assert await silent.gone()
 
 
 async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_peers, "UNWRITTEN_BYTES", 1 << 16)
+    monkeypatch.setattr(peers, "UNWRITTEN_BYTES", 1 << 16)
     async with broker() as (address, made), joined(address, connect("deaf")) as deaf, joined(address, connect("loud")) as loud:
         await deaf.say(subscribe("treegrpo/#", qos=1))
         await deaf.hear()
@@ -175,7 +175,7 @@ async def test_who_does_not_acknowledge_is_hung_up_on() -> None:
 
 
 async def test_who_reads_gets_all_that_is_retained_however_much_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_peers, "UNWRITTEN_BYTES", 1 << 14)
+    monkeypatch.setattr(peers, "UNWRITTEN_BYTES", 1 << 14)
     monkeypatch.setattr(broker_module, "RETAINED_AT_ONCE", 4)
     async with broker() as (address, _):
         async with open_client(address, OPEN) as one:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from services.cli.certs import certs
+from services.certs.issue import certs
 from tests.cli.machine import treegrpo
 from tests.security.people import access
+from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
-from treegrpo.security import Role
 
 
 def make(folder: Path, *names: str, new_ca: bool = False, drop_old_ca: bool = False, samplers: tuple[str, ...] = ()) -> list[str]:

@@ -8,14 +8,14 @@ from typing import Any
 import msgpack
 import pytest
 
-from learner.intake.presence import Presence
-from learner.intake.weights import WeightsServer
-from treegrpo import control
-from treegrpo.control import ControlPlane, Member
+from learner.intake.coordinator.sampler_presence import Presence
+from learner.intake.rpc.weights_servicer import WeightsServer
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError
-from treegrpo.handoff import check_report, decode
-from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.wire import control
+from treegrpo.wire.control import ControlPlane, Member
+from treegrpo.wire.trainer_protocol import check_report, decode
 
 S7 = "s7@0000000000000007"
 GOOD: dict[str, Any] = {"id": "s7", "role": "sampler", "incarnation": 7, "metrics": "127.0.0.1:1", "alive": False}

@@ -14,20 +14,20 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from learner.intake import doorkeeper
-from learner.intake.doors import Visitors, open_server
-from services.cli.authority import issue
-from services.cli.certs import certs, write
-from services.cli.ready import learner_ready
-from services.sampler import channel as channel_module
-from services.sampler.channel import connect, open_channel
+from learner.intake.rpc import auth_interceptor
+from learner.intake.rpc.server import Visitors, open_server
+from services.certs.authority import issue
+from services.certs.issue import certs, write
+from services.cli.processes.readiness import learner_ready
+from services.sampler.learner_link import channel as channel_module
+from services.sampler.learner_link.channel import connect, open_channel
 from tests.security.door import SECONDS, Door, describe, hello, serving, stream
 from tests.security.people import access, authority, impostor, save
-from treegrpo.access import OPEN, Access, Keys
+from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError, UnavailableError
-from treegrpo.limits import MESSAGE_BYTES
-from treegrpo.security import Role
-from treegrpo.telemetry import IntakeMetrics
+from treegrpo.net.limits import MESSAGE_BYTES
+from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.security.credentials import OPEN, Access, Keys
 from treegrpo.v1 import rollout_pb2_grpc
 
 
@@ -59,7 +59,7 @@ async def test_a_certificate_without_a_role_may_not_even_ask_for_health(made: Pa
     keys = save(tmp_path, pair, ours.pem)
     async with serving(access(made, Role.LEARNER)) as door:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(doorkeeper, "roles_in", lambda _uris: None)  # as of an authority that also serves others  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+            patch.setattr(auth_interceptor, "roles_in", lambda _uris: None)  # as of an authority that also serves others  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
             assert await describe(door, Access(Role.SAMPLER, keys)) is grpc.StatusCode.PERMISSION_DENIED
 
 

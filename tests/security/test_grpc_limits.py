@@ -13,19 +13,19 @@ import grpc
 import pytest
 
 from bench.http2 import Connection, grpc_frame
-from learner.intake import doorkeeper, doors, rollout
-from services.sampler import channel as channel_module
-from services.sampler.channel import open_channel
+from learner.intake.rpc import auth_interceptor, rollout_servicer, server
+from services.sampler.learner_link import channel as channel_module
+from services.sampler.learner_link.channel import open_channel
 from tests.intake.builders import PLAN, chain, step
 from tests.security.door import SECONDS, hello, serving, stream
 from tests.security.people import access, impostor
-from treegrpo import limits
-from treegrpo.access import OPEN
-from treegrpo.codec import subtree_to_bytes
-from treegrpo.security import Role
-from treegrpo.size import TEXT_LENGTH, message_bytes
+from treegrpo.config.security import Role
+from treegrpo.net import limits
+from treegrpo.security.credentials import OPEN
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
+from treegrpo.wire.codec import subtree_to_bytes
+from treegrpo.wire.size_limits import TEXT_LENGTH, message_bytes
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ async def test_one_sampler_too_many_is_refused_and_counted(monkeypatch: pytest.M
 
 
 async def test_a_stream_without_hello_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(rollout_servicer, "HANDSHAKE_SECONDS", 0.2)
     async with serving(OPEN) as door:
         code, sentence = await stream(door, OPEN)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -103,7 +103,7 @@ async def test_compressed_messages_are_not_taken(algorithm: grpc.Compression) ->
 
 
 def test_neither_end_takes_compressed_messages() -> None:
-    for options in (doors.OPTIONS, channel_module.OPTIONS):
+    for options in (server.OPTIONS, channel_module.OPTIONS):
         assert (
             dict(options)["grpc.compression_enabled_algorithms_bitset"]
             == 1 << grpc.Compression.NoCompression.value
@@ -130,7 +130,7 @@ def test_the_longest_branch_fits_into_a_message() -> None:
 
 
 async def test_calls_of_a_sampler_that_its_certificate_names_are_bounded(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doorkeeper, "NAMED_CALLS", 1)
+    monkeypatch.setattr(auth_interceptor, "NAMED_CALLS", 1)
     named = impostor(made / "named", made, "named")
     async with serving(access(made, Role.LEARNER)) as door, open_channel(door.address, named) as channel:
         stub = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel))
@@ -150,8 +150,8 @@ async def test_calls_of_a_sampler_that_its_certificate_names_are_bounded(made: P
 async def test_who_connects_and_says_nothing_more_is_hung_up_on(
     made: Path, monkeypatch: pytest.MonkeyPatch, said: bytes, *, tls: bool
 ) -> None:
-    quick = [(key, 300 if key == "grpc.server_handshake_timeout_ms" else value) for key, value in doors.OPTIONS]
-    monkeypatch.setattr(doors, "OPTIONS", quick)
+    quick = [(key, 300 if key == "grpc.server_handshake_timeout_ms" else value) for key, value in server.OPTIONS]
+    monkeypatch.setattr(server, "OPTIONS", quick)
     async with serving(access(made, Role.LEARNER) if tls else OPEN) as door:
         host, _, port = door.address.rpartition(":")
         with socket.create_connection((host, int(port))) as slow:
@@ -164,8 +164,8 @@ async def test_who_connects_and_says_nothing_more_is_hung_up_on(
 
 
 async def test_calls_at_once_on_one_connection_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = [(key, 2 if key == "grpc.max_concurrent_streams" else value) for key, value in doors.OPTIONS]
-    monkeypatch.setattr(doors, "OPTIONS", few)
+    few = [(key, 2 if key == "grpc.max_concurrent_streams" else value) for key, value in server.OPTIONS]
+    monkeypatch.setattr(server, "OPTIONS", few)
     async with serving(OPEN) as door, open_channel(door.address, OPEN) as channel:
         stub, calls = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)), list[Any]()
         for number in range(2):

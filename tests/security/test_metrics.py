@@ -10,12 +10,13 @@ import pytest
 
 from tests.security.people import access
 from tests.security.web import client, metrics, said_to
-from treegrpo import scrape, telemetry
-from treegrpo.access import OPEN, bearer
+from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
-from treegrpo.limits import HEADER_BYTES
-from treegrpo.security import Role
-from treegrpo.telemetry import RetrieverMetrics
+from treegrpo.net.limits import HEADER_BYTES
+from treegrpo.observability import metrics as served
+from treegrpo.observability import metrics_server
+from treegrpo.observability.metrics import RetrieverMetrics
+from treegrpo.security.credentials import OPEN, bearer
 
 
 async def test_prometheus_scrapes_with_certificate_authority_and_token(made: Path) -> None:
@@ -23,7 +24,7 @@ async def test_prometheus_scrapes_with_certificate_authority_and_token(made: Pat
     address = metrics(who)
     async with client(access(made, Role.OPERATOR), bearer(who.metrics_token), Role.LEARNER) as web:
         page = await web.get(f"https://{address}/metrics")
-        assert (page.status_code, page.headers["content-type"]) == (200, scrape.CONTENT)
+        assert (page.status_code, page.headers["content-type"]) == (200, metrics_server.CONTENT)
         assert "treegrpo_retriever_queries_total 0.0" in page.text
         assert (await web.get(f"https://{address}/other")).status_code == 404
         assert (await web.post(f"https://{address}/metrics")).status_code == 404
@@ -53,7 +54,7 @@ async def test_on_this_machine_metrics_need_neither() -> None:
 
 @pytest.mark.parametrize("said", [b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: a\r\n"])
 async def test_a_slow_scrape_is_hung_up_on_and_counted(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
-    monkeypatch.setattr(scrape, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(metrics_server, "REQUEST_SECONDS", 0.2)
     address = metrics(OPEN)
     assert await said_to(address, said) == b""
     async with client(OPEN) as web:
@@ -61,7 +62,7 @@ async def test_a_slow_scrape_is_hung_up_on_and_counted(monkeypatch: pytest.Monke
 
 
 async def test_a_slow_handshake_is_hung_up_on(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scrape, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(metrics_server, "REQUEST_SECONDS", 0.2)
     assert await said_to(metrics(access(made, Role.LEARNER)), b"\x16\x03\x01") == b""
 
 
@@ -70,7 +71,7 @@ async def test_a_large_scrape_is_hung_up_on() -> None:
 
 
 async def test_one_scraper_too_many_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scrape, "SCRAPERS", 1)
+    monkeypatch.setattr(metrics_server, "SCRAPERS", 1)
     address = metrics(OPEN)
     host, _, port = address.rpartition(":")
     _, waiting = await asyncio.open_connection(host, int(port))
@@ -83,4 +84,4 @@ async def test_one_scraper_too_many_is_hung_up_on(monkeypatch: pytest.MonkeyPatc
 def test_beyond_this_machine_metrics_want_a_token(made: Path) -> None:
     who = replace(access(made, Role.LEARNER), metrics_token=OPEN.metrics_token)
     with pytest.raises(ConfigError, match=r"learner\.metrics = 0\.0\.0\.0:0 would tell everybody"):
-        telemetry.serve(RetrieverMetrics(), "0.0.0.0:0", "learner.metrics", who)
+        served.serve(RetrieverMetrics(), "0.0.0.0:0", "learner.metrics", who)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from treegrpo.native_log import LINE_BYTES, LINES
-from treegrpo.printable_text import UNPRINTABLE
-from treegrpo.process_environment import child_environment, python
+from treegrpo.observability.native_log import LINE_BYTES, LINES
+from treegrpo.observability.printable_text import UNPRINTABLE
+from treegrpo.runtime.process_environment import child_environment, python
 
 KNOCKS = 200
 SECONDS = 60.0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from learner.intake.reading import LEASES, PARTS, read_request
+from learner.intake.rpc.request_limits import LEASES, PARTS, read_request
 from tests.intake.builders import chain, complete
-from treegrpo.codec import lease_end_to_pb, subtree_to_pb
 from treegrpo.errors import ContractError
-from treegrpo.limits import SENTENCE_LETTERS
+from treegrpo.net.limits import SENTENCE_LETTERS
 from treegrpo.v1 import rollout_pb2 as pb
+from treegrpo.wire.codec import lease_end_to_pb, subtree_to_pb
 
 
 @pytest.mark.parametrize("field", [b"\x2a\x00", b"\x32\x00"])

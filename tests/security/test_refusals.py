@@ -8,8 +8,8 @@ from collections.abc import Generator
 
 import pytest
 
-from treegrpo import refusals
-from treegrpo.refusals import AGAIN_SECONDS, LINES, REMEMBERED, WINDOW_SECONDS, Refusals, seldom
+from treegrpo.observability import rate_limited_log
+from treegrpo.observability.rate_limited_log import AGAIN_SECONDS, LINES, REMEMBERED, WINDOW_SECONDS, Refusals, seldom
 
 log = logging.getLogger("of.the.test")
 
@@ -72,7 +72,7 @@ def test_what_a_library_complains_about_is_said_now_and_then(handler: logging.Ha
     assert passes("library.part", 8)
     assert passes("ours", 7)
     assert passes("ours", 7)
-    monkeypatch.setattr(refusals, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(rate_limited_log, "AGAIN_SECONDS", 0.0)
     again = passes("library.part", 7)
     assert again is not None
     assert again.getMessage() == "about x (1 more like it since)"

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.certs import certs, write
-from services.cli.ready import retriever_ready
+from services.certs.issue import certs, write
+from services.cli.processes.readiness import retriever_ready
 from services.environments.retrieval import HttpRetriever
-from services.retriever import patience
+from services.retriever import http_limits
 from services.retriever import service as service_module
 from services.retriever.service import serve
 from tests.security.people import access, impostor
 from tests.security.web import SECONDS, client, metrics, retriever, said_to
-from treegrpo.access import OPEN, bearer
-from treegrpo.config import Config, RetrieverConfig
+from treegrpo.config.schema import Config, RetrieverConfig
+from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError, ToolError, UnavailableError
-from treegrpo.limits import HEADER_BYTES, REQUEST_BYTES
-from treegrpo.security import Role
-from treegrpo.size import TEXT_LENGTH
+from treegrpo.net.limits import HEADER_BYTES, REQUEST_BYTES
+from treegrpo.security.credentials import OPEN, bearer
+from treegrpo.wire.size_limits import TEXT_LENGTH
 
 
 def at(url: str) -> Config:
@@ -84,7 +84,7 @@ async def test_a_large_body_is_refused_with_a_sentence_and_counted(tmp_path: Pat
 async def test_a_body_in_very_many_pieces_is_refused(tmp_path: Path) -> None:
     head = b"POST /retrieve HTTP/1.1\r\nHost: retriever\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
     async with retriever(tmp_path, OPEN) as address, client(OPEN) as web:
-        assert (await said_to(address, head + b"1\r\n \r\n" * (patience.PIECES + 1))).startswith(b"HTTP/1.1 400 ")
+        assert (await said_to(address, head + b"1\r\n \r\n" * (http_limits.PIECES + 1))).startswith(b"HTTP/1.1 400 ")
         assert 'retriever_refused_total{reason="http"} 1.0' in (await web.get(f"http://{address}/metrics")).text
         body = b"".join(b"1\r\n" + bytes([byte]) + b"\r\n" for byte in b'{"queries": ["Kabul"]}')
         assert b"Kabul is large." in await said_to(address, head + body + b"0\r\n\r\n")
@@ -106,13 +106,13 @@ async def test_a_long_head_is_refused(tmp_path: Path) -> None:
     ],
 )
 async def test_a_slow_request_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
-    monkeypatch.setattr(patience, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(http_limits, "REQUEST_SECONDS", 0.2)
     async with retriever(tmp_path, OPEN) as address:
         assert b"200" not in await said_to(address, said)
 
 
 async def test_a_trickle_is_no_way_to_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(http_limits, "REQUEST_SECONDS", 0.3)
     async with retriever(tmp_path, OPEN) as address:
         host, _, port = address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -127,7 +127,7 @@ async def test_a_trickle_is_no_way_to_stay(tmp_path: Path, monkeypatch: pytest.M
 
 
 async def test_a_second_request_on_a_connection_has_its_own_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(http_limits, "REQUEST_SECONDS", 0.2)
     request = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
     async with retriever(tmp_path, OPEN) as address:
         answer = await said_to(address, request + request + b"GET /hea")
@@ -146,8 +146,8 @@ async def test_a_slow_handshake_with_the_retriever_is_hung_up_on(
 async def test_who_does_not_read_a_large_answer_is_hung_up_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float]
 ) -> None:
-    monkeypatch.setattr(patience, "REQUEST_SECONDS", seconds[0])
-    monkeypatch.setattr(patience, "ANSWER_SECONDS", seconds[1])
+    monkeypatch.setattr(http_limits, "REQUEST_SECONDS", seconds[0])
+    monkeypatch.setattr(http_limits, "ANSWER_SECONDS", seconds[1])
     body = json.dumps({"queries": ["kabul"] * 1024, "topk": 100}).encode()
     async with retriever(tmp_path, OPEN, contents="Kabul\n" + "large " * 4000) as address:
         host, _, port = address.rpartition(":")
@@ -162,7 +162,7 @@ async def test_who_does_not_read_a_large_answer_is_hung_up_on(
 
 
 async def test_one_connection_too_many_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PEERS", 1)
+    monkeypatch.setattr(http_limits, "PEERS", 1)
     async with retriever(tmp_path, OPEN) as address:
         host, _, port = address.rpartition(":")
         _, waiting = await asyncio.open_connection(host, int(port))

@@ -8,15 +8,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from services.cli.certs import certs
-from services.cli.progress import read_progress
+from services.certs.issue import certs
+from services.cli.reports.progress_reader import read_progress
 from tests.cli.machine import treegrpo
 from tests.cli.test_up import Running, Up, up
 from tests.cli.workbench import Workbench
 from tests.security.people import access
-from treegrpo.access import Access, bearer
-from treegrpo.control import open_client
-from treegrpo.security import Role
+from treegrpo.config.security import Role
+from treegrpo.security.credentials import Access, bearer
+from treegrpo.wire.control import open_client
 
 __all__ = ["up"]
 """The fixture."""

@@ -13,19 +13,19 @@ import grpc
 import msgpack
 import pytest
 
-from learner.intake import doorkeeper
-from services.sampler.channel import OPTIONS
+from learner.intake.rpc import auth_interceptor
+from services.sampler.learner_link.channel import OPTIONS
 from tests.intake.builders import PLAN, VERSION, book, chain, complete
 from tests.intake.doorstep import Doorstep, doorstep
 from tests.intake.harness import Sampler
-from treegrpo.budget import Budget, Cost
-from treegrpo.codec import lease_end_to_pb, subtree_to_pb, version_to_pb
-from treegrpo.lease import LeaseKind
-from treegrpo.limits import MESSAGE_BYTES
-from treegrpo.size import TIMES
+from treegrpo.core.budget import Budget, Cost
+from treegrpo.core.lease import LeaseKind
+from treegrpo.net.limits import MESSAGE_BYTES
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2, weights_pb2_grpc
 from treegrpo.v1.tree_pb2 import PolicyVersion
+from treegrpo.wire.codec import lease_end_to_pb, subtree_to_pb, version_to_pb
+from treegrpo.wire.size_limits import TIMES
 
 SECONDS = 20.0
 
@@ -179,7 +179,7 @@ async def test_refusals_of_one_lease_are_bounded(tmp_path: Path) -> None:
 
 async def test_half_a_message_is_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unary call whose message never comes; gRPC would wait for ever."""
-    monkeypatch.setattr(doorkeeper, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(auth_interceptor, "REQUEST_SECONDS", 0.2)
     async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
         for method in ("DescribeWeights", "FetchWeights"):
             call = cast("Any", channel).stream_stream(f"/treegrpo.v1.WeightsService/{method}")()
@@ -188,7 +188,7 @@ async def test_half_a_message_is_no_sign_of_life(tmp_path: Path, monkeypatch: py
 
 
 async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doorkeeper, "CHUNK_SECONDS", 0.3)
+    monkeypatch.setattr(auth_interceptor, "CHUNK_SECONDS", 0.3)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(64 << 20))
     async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
@@ -197,7 +197,7 @@ async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_pat
         call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)
         await door.until(lambda: door.sample("peers_refused_total", reason="slow") == 1)
         with suppress(grpc.aio.AioRpcError):
-            while await call.read() != doorkeeper.EOF:
+            while await call.read() != auth_interceptor.EOF:
                 pass
         assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -258,6 +258,6 @@ async def test_a_stream_that_ends_while_it_is_written_to_comes_to_its_end(tmp_pa
             await call.write(pb.RolloutRequest(demand=pb.Demand(leases=4)))
             await call.done_writing()
             async with asyncio.timeout(SECONDS):
-                while await call.read() != doorkeeper.EOF:
+                while await call.read() != auth_interceptor.EOF:
                     pass
                 assert await call.code() is grpc.StatusCode.OK

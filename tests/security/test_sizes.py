@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner.intake.questions import load_questions
-from learner.intake.reading import PARTS
+from learner.intake.leases.question_queue import load_questions
+from learner.intake.rpc.request_limits import PARTS
 from tests.intake.builders import PLAN, book, chain, grant, step
 from tests.intake.doorstep import doorstep
 from tests.intake.harness import Sampler
-from treegrpo.budget import Cost
-from treegrpo.codec import subtree_to_pb
+from treegrpo.core.budget import Cost
+from treegrpo.core.step import Leaf, Subtree
 from treegrpo.errors import DataError, TreeError
-from treegrpo.limits import QUESTION_BYTES
-from treegrpo.size import NUMBERS, TEXT_LENGTH
-from treegrpo.step import Leaf, Subtree
+from treegrpo.net.limits import QUESTION_BYTES
 from treegrpo.v1 import tree_pb2
+from treegrpo.wire.codec import subtree_to_pb
+from treegrpo.wire.size_limits import NUMBERS, TEXT_LENGTH
 
 
 def long(lease: str) -> Subtree:

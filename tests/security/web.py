@@ -12,11 +12,11 @@ from pathlib import Path
 import httpx
 
 from services.retriever.service import serve
-from treegrpo import telemetry
-from treegrpo.access import Access
-from treegrpo.config import RetrieverConfig
-from treegrpo.security import Role
-from treegrpo.telemetry import RetrieverMetrics
+from treegrpo.config.schema import RetrieverConfig
+from treegrpo.config.security import Role
+from treegrpo.observability import metrics as served
+from treegrpo.observability.metrics import RetrieverMetrics
+from treegrpo.security.credentials import Access
 
 SECONDS = 10.0
 
@@ -39,7 +39,7 @@ async def retriever(tmp_path: Path, who: Access, contents: str = "Kabul\nKabul i
 
 def metrics(who: Access) -> str:
     """Served until the tests end; HOST:PORT."""
-    return f"127.0.0.1:{telemetry.serve(RetrieverMetrics(), '127.0.0.1:0', 'retriever.listen', who)}"
+    return f"127.0.0.1:{served.serve(RetrieverMetrics(), '127.0.0.1:0', 'retriever.listen', who)}"
 
 
 def client(who: Access, token: dict[str, str] | None = None, server: Role = Role.RETRIEVER) -> httpx.AsyncClient:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from services.sampler.engines.base import Completion, Sampling
 from services.sampler.engines.sglang import Place, SGLangEngine, open_child
-from services.sampler.gate import Gate
-from services.sampler.outage import Outage
-from services.sampler.retries import Retries
+from services.sampler.expansion.availability import Outage
+from services.sampler.expansion.lease_control import Gate
+from services.sampler.expansion.retries import Retries
 from tests.engines import builders
 from tests.engines.conformance import FIRST, SECOND, check_spans
 from tests.sglang.servers import PYTHON, demands
-from treegrpo.telemetry import SamplerMetrics
+from treegrpo.observability.metrics import SamplerMetrics
 
 LAUNCH = {"cache_tokens": 8192, "dtype": "float32", "threads": 1, "seed": 0}
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import httpx
 
 from services.sampler.engines.sglang import Demands, SGLangEngine, open_remote
-from services.sampler.engines.sglang.command import Installed, Launch
+from services.sampler.engines.sglang.api.launch_command import Installed, Launch
 from tests.engines import builders
 from tests.ports import free_ports
-from treegrpo.leash import leashed
-from treegrpo.step import PolicyVersion
+from treegrpo.core.step import PolicyVersion
+from treegrpo.runtime.parent_death import leashed
 
 PYTHON = Path(os.environ.get("SGLANG_PYTHON", ".venv-sglang/bin/python")).absolute()
 CONTEXT = 512

@@ -34,7 +34,7 @@ async def test_a_model_it_refuses_is_told_in_its_own_words(tmp_path: Path) -> No
 
 
 async def test_where_no_server_is_that_is_said(endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.open.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("services.sampler.engines.sglang.factory.ANSWER_SECONDS", 0.5)
     with pytest.raises(ConnectionError, match=r"engine\.urls"):
         async with remote(endless[0], "http://127.0.0.1:9"):
             pass
@@ -50,7 +50,7 @@ async def test_a_server_with_another_model_or_of_another_version_is_not_used(
     with pytest.raises(ConfigError, match=f"{url} serves a qwen2, the learner trains a llama"):
         async with remote(llama, url):
             pass
-    monkeypatch.setattr("services.sampler.engines.sglang.command.OLDEST", (0, 5, 99))
+    monkeypatch.setattr("services.sampler.engines.sglang.api.launch_command.OLDEST", (0, 5, 99))
     with pytest.raises(ConfigError, match=rf"SGLang 0\.5\.2\d in the server at {url} cannot be used; install"):
         async with remote(endless[0], url):
             pass

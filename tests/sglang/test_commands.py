@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from services.sampler.engines.sglang.command import MARGIN, Installed, own_flags
+from services.sampler.engines.sglang.api.launch_command import MARGIN, Installed, own_flags
 from tests.sglang.servers import CONTEXT, PYTHON, launch
-from treegrpo.config import EngineConfig
+from treegrpo.config.schema import EngineConfig
 
 PROJECT: dict[str, Any] = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
 RECIPES: dict[str, EngineConfig] = {

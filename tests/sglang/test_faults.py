@@ -12,15 +12,15 @@ import httpx
 import pytest
 
 from services.sampler.engines.sglang import SGLangEngine
-from services.sampler.engines.sglang.stage import Staged
-from services.sampler.engines.sglang.watch import Keeper
+from services.sampler.engines.sglang.supervision import Keeper
+from services.sampler.engines.sglang.weight_staging import Staged
 from tests.chaos.proxy import Mode, Proxy
 from tests.engines.conformance import FIRST, SECOND
 from tests.sglang.asking import check, child, running, sample, until
 from tests.sglang.door import Door
 from tests.sglang.servers import Pool, remote
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import UnavailableError, WeightsError
-from treegrpo.step import PolicyVersion
 
 
 def keeper(engine: SGLangEngine) -> Keeper:
@@ -31,7 +31,9 @@ def keeper(engine: SGLangEngine) -> Keeper:
 async def test_a_child_that_is_killed_is_started_again_with_the_version_it_served(
     endless: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sampler.outage.PATIENCE_SECONDS", 240.0)  # two slow cores take longer than a GPU machine
+    monkeypatch.setattr(
+        "services.sampler.expansion.availability.PATIENCE_SECONDS", 240.0
+    )  # two slow cores take longer than a GPU machine
     log, seeds = tmp_path / "server.log", range(6)
     async with child(endless[0], log) as engine:
         await engine.load(SECOND, endless[1])
@@ -67,7 +69,7 @@ async def test_a_server_that_others_run_is_used_again_when_it_is_back(
     pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Connections are refused for as long as a start takes, about twenty seconds; it comes back with other weights."""
-    monkeypatch.setattr("services.sampler.outage.PATIENCE_SECONDS", 240.0)
+    monkeypatch.setattr("services.sampler.expansion.availability.PATIENCE_SECONDS", 240.0)
     path = pool.model("qwen2")
     first = await asyncio.to_thread(pool.start, path)
     seeds = range(8)
@@ -117,7 +119,7 @@ async def test_slow_cut_and_garbled_answers_are_asked_for_again(pool: Pool, endl
 async def test_a_request_that_is_not_answered_in_time_is_made_again(
     pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.api.GENERATE_SECONDS", 5.0)
+    monkeypatch.setattr("services.sampler.engines.sglang.api.http_client.GENERATE_SECONDS", 5.0)
     proxy, seeds = Proxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(4)
     async with proxy.serving(), remote(endless[0], f"http://{proxy.address}") as engine, asyncio.TaskGroup() as tasks:
         tasks.create_task(proxy.fail(Mode.DROP, 7.0))

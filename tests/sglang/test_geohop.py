@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.progress import read_progress
+from services.cli.reports.progress_reader import read_progress
 from tests.chaos.audit import audit
 from tests.chaos.history import Archive
 from tests.cli.test_up import Up, up  # noqa: F401  # pyright: ignore[reportUnusedImport]  # up is a fixture

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from learner.trainer.model import load_model
-from treegrpo.config import Config
-from treegrpo.question import Question
-from treegrpo.step import Leaf, PolicyVersion, Step, StepStatus, Subtree, VersionSpan
-from treegrpo.tree import Group, Tree
+from learner.trainer.packing.model import load_model
+from treegrpo.config.schema import Config
+from treegrpo.core.question import Question
+from treegrpo.core.step import Leaf, PolicyVersion, Step, StepStatus, Subtree, VersionSpan
+from treegrpo.core.tree import Group, Tree
 
 VOCABULARY = 64
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.builders import START, VOCABULARY, group, step, subtree
-from treegrpo.handoff import (
+from treegrpo.core.step import PolicyVersion
+from treegrpo.wire.trainer_protocol import (
     Covered,
     Done,
     Evaluate,
@@ -30,7 +31,6 @@ from treegrpo.handoff import (
     pack_group,
     receive,
 )
-from treegrpo.step import PolicyVersion
 
 PROMPT = [1, 2]
 EPISODE = 4

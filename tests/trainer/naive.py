@@ -15,15 +15,15 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from learner.trainer.advantages import Options, advantages
-from learner.trainer.episodes import CreditedTree, credit, usable
-from learner.trainer.loss import kl, policy_loss
-from learner.trainer.packing import Pack, pack
-from learner.trainer.update import Updater
+from learner.trainer.algorithm.advantages import Options, advantages
+from learner.trainer.algorithm.credit_assignment import CreditedTree, credit, usable
+from learner.trainer.algorithm.loss import kl, policy_loss
+from learner.trainer.optimizer_steps import Updater
+from learner.trainer.packing.packing import Pack, pack
 from tests.trainer.builders import random_group
 from tests.trainer.targets import places
-from treegrpo.config import Config
-from treegrpo.tree import Group, Tree
+from treegrpo.config.schema import Config
+from treegrpo.core.tree import Group, Tree
 
 
 def credited(groups: Sequence[Group], config: Config) -> list[CreditedTree]:

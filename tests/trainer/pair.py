@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from learner.trainer.ranks import Ranks, joined
+from learner.trainer.distributed.ranks import Ranks, joined
 
 WORLD = 2
 SECONDS = 90.0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from learner.trainer.link import Link
+from learner.trainer.intake_client import Link
 from learner.trainer.loop import Trainer
 from tests.trainer.intake import FakeIntake
-from treegrpo.config import Config
-from treegrpo.handoff import socket_path
-from treegrpo.telemetry import TrainerMetrics
+from treegrpo.config.schema import Config
+from treegrpo.observability.metrics import TrainerMetrics
+from treegrpo.wire.trainer_protocol import socket_path
 
 
 def intake_for(config: Config, **options: Any) -> FakeIntake:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from learner.trainer.targets import SIGNS, Targets
+from learner.trainer.algorithm.targets import SIGNS, Targets
 
 
 def float64(*values: float) -> Tensor:

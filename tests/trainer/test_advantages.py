@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from learner.trainer.advantages import ESTIMATORS, Advantage, Branches, Options, advantages, has_signal
-from treegrpo.train_config import ESTIMATOR_OPTIONS, Estimator, TrainConfig
+from learner.trainer.algorithm.advantages import ESTIMATORS, Advantage, Branches, Options, advantages, has_signal
+from treegrpo.config.train import ESTIMATOR_OPTIONS, Estimator, TrainConfig
 
 LEAF_LEVEL: list[Estimator] = ["tree", "inter", "intra", "two_norm", "rloo", "treepo"]
 NODE_LEVEL: list[Estimator] = ["treerl", "sibling_loo", "at2po"]

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from learner.trainer.attention import TreeAttention, block_mask
-from learner.trainer.layout import Layout
+from learner.trainer.packing.attention import TreeAttention, block_mask
+from learner.trainer.packing.layout import Layout
 from tests.trainer.test_layout import laid_out
 
 DEEP = [[1] * 40, [1] * 20 + [2] * 30, [1] * 20 + [2] * 10 + [3] * 5, [1] * 20 + [2] * 10 + [4], [1] * 3 + [5], [6] * 7]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.trainer import checkpoint
-from learner.trainer.checkpoint import Progress
-from learner.trainer.model import load_model
-from learner.trainer.update import Updater
+from learner.trainer.optimizer_steps import Updater
+from learner.trainer.packing.model import load_model
+from learner.trainer.persistence import checkpoint
+from learner.trainer.persistence.checkpoint import Progress
 from tests.trainer.builders import CPU, configure, forked, group, tiny
 from tests.trainer.test_update import packs_of
 from treegrpo.errors import ModelError

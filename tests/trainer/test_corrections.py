@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.trainer.corrections import effective_sample, m2po_limit, m2po_measured, mismatch, weigh
-from learner.trainer.tally import Tally
-from learner.trainer.targets import SIGNS
+from learner.trainer.algorithm.corrections import effective_sample, m2po_limit, m2po_measured, mismatch, weigh
+from learner.trainer.algorithm.metric_sums import Tally
+from learner.trainer.algorithm.targets import SIGNS
 from tests.trainer.targets import float64, lone, places
+from treegrpo.config.loader import load
+from treegrpo.config.train import OPTIONS, Correction, Estimator, Loss, TrainConfig
 from treegrpo.errors import ConfigError
-from treegrpo.settings import load
-from treegrpo.train_config import OPTIONS, Correction, Estimator, Loss, TrainConfig
 
 ICEPOP = ["--train.correction", "icepop"]
 RHO = float64(0.25, 1.0, 3.0, 8.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from learner.trainer.durable import whole
+from learner.trainer.persistence.atomic_directory import whole
 from tests.trainer.disk import full_beyond
 from treegrpo.errors import DiskError
 

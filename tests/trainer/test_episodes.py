@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from learner.trainer.advantages import Advantage, Options, advantages
-from learner.trainer.episodes import (
+from learner.trainer.algorithm.advantages import Advantage, Options, advantages
+from learner.trainer.algorithm.credit_assignment import (
     Credit,
     CreditedTree,
     Episodes,
@@ -17,9 +17,9 @@ from learner.trainer.episodes import (
     version_lag,
 )
 from tests.trainer.builders import forked, group, grown, random_group, step, subtree
-from treegrpo.step import Leaf, PolicyVersion, Step, StepStatus, VersionSpan
-from treegrpo.train_config import Aggregation
-from treegrpo.tree import Group
+from treegrpo.config.train import Aggregation
+from treegrpo.core.step import Leaf, PolicyVersion, Step, StepStatus, VersionSpan
+from treegrpo.core.tree import Group
 
 
 def credited(batch: list[Episodes], aggregation: Aggregation = "leaf_mean", options: Options | None = None) -> list[CreditedTree]:

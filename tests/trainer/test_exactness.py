@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from learner.trainer.model import load_model
-from learner.trainer.update import Updater
+from learner.trainer.optimizer_steps import Updater
+from learner.trainer.packing.model import load_model
 from tests.trainer.builders import CPU, STOP, configure, group, random_group, step, subtree, write_tiny
 from tests.trainer.families import FAMILIES, write_family
 from tests.trainer.naive import applied_gradients, assert_same, exact, in_float64, naive_loss, packs_of, plain
-from treegrpo.config import Config
-from treegrpo.train_config import Estimator
-from treegrpo.tree import Group
+from treegrpo.config.schema import Config
+from treegrpo.config.train import Estimator
+from treegrpo.core.tree import Group
 
 LOSSES: list[dict[str, Any]] = [
     {"loss": "ppo", "clip_low": 0.05, "clip_high": 0.1},

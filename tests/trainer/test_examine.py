@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from learner.trainer.examine import examine, unpack
-from learner.trainer.link import Link
+from learner.trainer.algorithm.group_validation import examine, unpack
+from learner.trainer.intake_client import Link
 from learner.trainer.loop import Trainer
 from tests.ground.unsound import EVERY
 from tests.intake.builders import VOCABULARY, chain, question, step
 from tests.trainer.builders import configure, forked, group, write_tiny
 from tests.trainer.intake import FakeIntake
+from treegrpo.core.step import ROOT, Leaf, Step, StepStatus, Subtree
+from treegrpo.core.tree import Group, Tree
 from treegrpo.errors import TreeError
-from treegrpo.handoff import Publish, pack_group, socket_path
-from treegrpo.step import ROOT, Leaf, Step, StepStatus, Subtree
-from treegrpo.telemetry import TrainerMetrics
-from treegrpo.tree import Group, Tree
+from treegrpo.observability.metrics import TrainerMetrics
+from treegrpo.wire.trainer_protocol import Publish, pack_group, socket_path
 
 PROMPT = np.arange(3, dtype=np.uint32)
 

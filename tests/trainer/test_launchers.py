@@ -8,10 +8,10 @@ import socket
 
 import pytest
 
-from learner.trainer.ranks import TORCHRUN, by_torchrun
+from learner.trainer.distributed.ranks import TORCHRUN, by_torchrun
 from tests.ports import free_address
 from treegrpo.errors import ConfigError
-from treegrpo.process_environment import is_rank
+from treegrpo.runtime.process_environment import is_rank
 
 
 @pytest.mark.parametrize(

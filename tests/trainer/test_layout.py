@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from learner.trainer.layout import Layout, PathIds, lay_out, shared
+from learner.trainer.packing.layout import Layout, PathIds, lay_out, shared
 
 some_paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10)
 """Of three tokens, so that they share beginnings of any length, are beginnings of each other, and come twice."""

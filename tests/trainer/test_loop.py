@@ -13,19 +13,30 @@ import numpy as np
 import pytest
 import torch
 
-from learner.trainer.checkpoint import Progress, newest, read_progress
-from learner.trainer.link import Link
+from learner.trainer.intake_client import Link
 from learner.trainer.loop import split
-from learner.trainer.model import load_model
-from learner.trainer.publish import published
+from learner.trainer.packing.model import load_model
+from learner.trainer.persistence.checkpoint import Progress, newest, read_progress
+from learner.trainer.persistence.policy_versions import published
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.intake import FakeIntake, sampler
 from tests.trainer.runs import changed, intake_for, train
-from treegrpo.config import Config
+from treegrpo.config.schema import Config
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import UnavailableError
-from treegrpo.handoff import Covered, Evaluate, Evaluation, Message, Publish, Refused, Report, Take, Taken, socket_path
-from treegrpo.step import PolicyVersion
-from treegrpo.telemetry import TrainerMetrics
+from treegrpo.observability.metrics import TrainerMetrics
+from treegrpo.wire.trainer_protocol import (
+    Covered,
+    Evaluate,
+    Evaluation,
+    Message,
+    Publish,
+    Refused,
+    Report,
+    Take,
+    Taken,
+    socket_path,
+)
 
 
 @pytest.fixture(autouse=True)

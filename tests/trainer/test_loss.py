@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.trainer.corrections import m2po_limit, m2po_measured
-from learner.trainer.loss import GAINS, entropy_bonus, kl, policy_loss, reference_penalty
-from learner.trainer.tally import Tally
-from learner.trainer.targets import Targets
+from learner.trainer.algorithm.corrections import m2po_limit, m2po_measured
+from learner.trainer.algorithm.loss import GAINS, entropy_bonus, kl, policy_loss, reference_penalty
+from learner.trainer.algorithm.metric_sums import Tally
+from learner.trainer.algorithm.targets import Targets
 from tests.trainer.targets import float64, lone, near, places, random_targets
-from treegrpo.train_config import CORRECTION_OPTIONS, LOSS_OPTIONS, KlEstimator, Loss, TrainConfig
+from treegrpo.config.train import CORRECTION_OPTIONS, LOSS_OPTIONS, KlEstimator, Loss, TrainConfig
 
 ALL = "m2po of all tokens"
 CORRECTIONS = ("none", "decoupled", "tis", "icepop", "m2po", ALL)

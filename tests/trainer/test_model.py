@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from learner.trainer import attention
-from learner.trainer import model as module
-from learner.trainer.episodes import Credit, CreditedTree
-from learner.trainer.layout import lay_out
-from learner.trainer.model import load_model, score
-from learner.trainer.packing import Pack, empty_pack, pack
+from learner.trainer.algorithm.credit_assignment import Credit, CreditedTree
+from learner.trainer.packing import attention
+from learner.trainer.packing import model as module
+from learner.trainer.packing.layout import lay_out
+from learner.trainer.packing.model import load_model, score
+from learner.trainer.packing.packing import Pack, empty_pack, pack
 from tests.trainer.builders import CPU, STOP, VOCABULARY, forked, grown, random_group, tiny, write_tiny
 from tests.trainer.families import FAMILIES, write_family
 from treegrpo.errors import ModelError

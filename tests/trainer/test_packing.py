@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.trainer.advantages import Options, advantages
-from learner.trainer.episodes import Credit, CreditedTree, credit, usable
-from learner.trainer.packing import Pack, empty_pack, pack
-from learner.trainer.targets import SIGNS
+from learner.trainer.algorithm.advantages import Options, advantages
+from learner.trainer.algorithm.credit_assignment import Credit, CreditedTree, credit, usable
+from learner.trainer.algorithm.targets import SIGNS
+from learner.trainer.packing.packing import Pack, empty_pack, pack
 from tests.trainer.builders import STOP, forked, grown, random_group, step, subtree
+from treegrpo.core.step import PolicyVersion, VersionSpan
+from treegrpo.core.tree import Group, Tree
 from treegrpo.errors import ContractError
-from treegrpo.step import PolicyVersion, VersionSpan
-from treegrpo.tree import Group, Tree
 
 Place = tuple[tuple[int, ...], int, float, float]
 """Tokens before an action token, the token, its weight and its advantage."""

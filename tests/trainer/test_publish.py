@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from learner.trainer.durable import whole
-from learner.trainer.model import load_model
-from learner.trainer.publish import export, prune, publish, published
+from learner.trainer.packing.model import load_model
+from learner.trainer.persistence.atomic_directory import whole
+from learner.trainer.persistence.policy_versions import export, prune, publish, published
 from tests.trainer.builders import CPU, tiny
 from tests.trainer.disk import full_beyond
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import DiskError, RunFileError
-from treegrpo.step import PolicyVersion
 
 
 class Crash(Exception):  # noqa: N818  # it stands for the end of a process

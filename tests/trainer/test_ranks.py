@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from learner.trainer import checkpoint
-from learner.trainer.checkpoint import Progress
-from learner.trainer.model import Policy, load_model
-from learner.trainer.publish import export, write_model
-from learner.trainer.ranks import ALONE, FIRST_FAILED, Ranks
-from learner.trainer.update import Outcome, Updater
+from learner.trainer.distributed.ranks import ALONE, FIRST_FAILED, Ranks
+from learner.trainer.optimizer_steps import Outcome, Updater
+from learner.trainer.packing.model import Policy, load_model
+from learner.trainer.persistence import checkpoint
+from learner.trainer.persistence.checkpoint import Progress
+from learner.trainer.persistence.policy_versions import export, write_model
 from tests.trainer.builders import CPU, configure, group, step, subtree, write_tiny
 from tests.trainer.families import write_family
 from tests.trainer.naive import exact, in_float64, packs_of, random_groups
 from tests.trainer.pair import WORLD, Pair
-from treegrpo.config import Config
+from treegrpo.config.schema import Config
+from treegrpo.core.tree import Group
 from treegrpo.errors import ModelError, RankError, RunFileError
-from treegrpo.tree import Group
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.trainer.ranks import balance
+from learner.trainer.distributed.ranks import balance
 
 
 @given(st.lists(st.floats(0, 1e6), max_size=30), st.integers(1, 5), st.randoms())

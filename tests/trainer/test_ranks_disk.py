@@ -10,15 +10,15 @@ import pytest
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from learner.trainer import checkpoint
-from learner.trainer.checkpoint import Progress
-from learner.trainer.model import load_model
-from learner.trainer.ranks import Ranks
-from learner.trainer.update import Updater
+from learner.trainer.distributed.ranks import Ranks
+from learner.trainer.optimizer_steps import Updater
+from learner.trainer.packing.model import load_model
+from learner.trainer.persistence import checkpoint
+from learner.trainer.persistence.checkpoint import Progress
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.disk import full_beyond
 from tests.trainer.pair import WORLD, Pair
-from treegrpo.config import Config
+from treegrpo.config.schema import Config
 from treegrpo.errors import DiskError
 
 MIDDLE = 120_000

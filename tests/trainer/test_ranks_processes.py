@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.trainer import checkpoint
-from learner.trainer.model import load_model
+from learner.trainer.packing.model import load_model
+from learner.trainer.persistence import checkpoint
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.intake import FakeIntake
-from treegrpo.config import Config
-from treegrpo.edge import ERROR_MARK, FAILED, PASSING
-from treegrpo.handoff import Message, Report, socket_path
+from treegrpo.config.schema import Config
+from treegrpo.runtime.entrypoint import ERROR_MARK, FAILED, PASSING
+from treegrpo.wire.trainer_protocol import Message, Report, socket_path
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "-m")
 

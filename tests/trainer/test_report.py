@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from learner.trainer.checkpoint import Progress
-from learner.trainer.episodes import usable
-from learner.trainer.report import MismatchWatch, Phases, show, step_values
-from learner.trainer.tally import Tally
-from learner.trainer.update import Update
+from learner.trainer.algorithm.credit_assignment import usable
+from learner.trainer.algorithm.metric_sums import Tally
+from learner.trainer.optimizer_steps import Update
+from learner.trainer.persistence.checkpoint import Progress
+from learner.trainer.step_metrics import MismatchWatch, Phases, show, step_values
 from tests.trainer.builders import forked, group
-from treegrpo.telemetry import TrainerMetrics
+from treegrpo.observability.metrics import TrainerMetrics
 
 TALLY = Tally(
     {

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.trainer.checkpoint import newest, read_progress, read_records
-from learner.trainer.model import load_model
+from learner.trainer.packing.model import load_model
+from learner.trainer.persistence.checkpoint import newest, read_progress, read_records
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.disk import UNLIMITED, full_beyond, limit_files
 from tests.trainer.runs import changed, intake_for, train
-from treegrpo.config import Config
+from treegrpo.config.schema import Config
 from treegrpo.errors import ContractError, DiskError, ModelError, UnavailableError
-from treegrpo.handoff import Covered, Evaluate, Message, Publish, Report, Take
-from treegrpo.manifest import DAMAGED
-from treegrpo.telemetry import TrainerMetrics
+from treegrpo.observability.metrics import TrainerMetrics
+from treegrpo.storage.manifest import DAMAGED
+from treegrpo.wire.trainer_protocol import Covered, Evaluate, Message, Publish, Report, Take
 
 SMALL = 20_000
 """Bytes: no weights fit."""

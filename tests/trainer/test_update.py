@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learner.trainer.corrections import m2po_limit, m2po_measured
-from learner.trainer.model import load_model, score
-from learner.trainer.packing import pack
-from learner.trainer.ranks import Ranks
-from learner.trainer.update import Updater, learning_rate
+from learner.trainer.algorithm.corrections import m2po_limit, m2po_measured
+from learner.trainer.distributed.ranks import Ranks
+from learner.trainer.optimizer_steps import Updater, learning_rate
+from learner.trainer.packing.model import load_model, score
+from learner.trainer.packing.packing import pack
 from tests.trainer.builders import CPU, configure, forked, group, step, subtree, tiny, write_tiny
 from tests.trainer.naive import (
     applied_gradients,

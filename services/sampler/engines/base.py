@@ -14,8 +14,8 @@ from typing import Literal, Protocol, Self
 import numpy as np
 from prometheus_client import Metric
 
+from treegrpo.core.step import Logprobs, PolicyVersion, TokenIds, VersionSpan
 from treegrpo.errors import EngineError
-from treegrpo.step import Logprobs, PolicyVersion, TokenIds, VersionSpan
 
 Finish = Literal["stop", "length"]
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from treegrpo.errors import ModelError, WeightsError, describe
-from treegrpo.model_config import RESTORE, read_model_config
-from treegrpo.weight_files import HEAD, check_head, read_heads, weight_files
+from treegrpo.storage.model_config import RESTORE, read_model_config
+from treegrpo.storage.weight_files import HEAD, check_head, read_heads, weight_files
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor by its Hugging Face name."""

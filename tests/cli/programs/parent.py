@@ -4,7 +4,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from services.cli.process import Child, Program
+from services.cli.processes.program import Child, Program
 
 
 async def main() -> None:

@@ -9,9 +9,9 @@ import os
 import signal
 import sys
 
-from treegrpo.access import OPEN
-from treegrpo.control import RunState, open_client, publish_state
-from treegrpo.exit_report import Report, write_report
+from treegrpo.runtime.exit_report import Report, write_report
+from treegrpo.security.credentials import OPEN
+from treegrpo.wire.control import RunState, open_client, publish_state
 
 words = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
 

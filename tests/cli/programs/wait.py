@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from treegrpo.exit_report import Report, write_report
+from treegrpo.runtime.exit_report import Report, write_report
 
 words = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tests.security.door import serving
 from tests.security.people import access
-from treegrpo import logs
-from treegrpo.native_log import filter_native_log
-from treegrpo.security import Role
-from treegrpo.standard_streams import protect
+from treegrpo.config.security import Role
+from treegrpo.observability import log_setup
+from treegrpo.observability.native_log import filter_native_log
+from treegrpo.observability.standard_streams import protect
 
 
 async def main(folder: Path) -> None:
@@ -23,7 +23,7 @@ async def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     protect()
-    logs.to_stderr()
+    log_setup.to_stderr()
     if os.environ["GRPC_VERBOSITY"] != "NONE":
         filter_native_log()
     asyncio.run(main(Path(sys.argv[1])))

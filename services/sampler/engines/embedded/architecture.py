@@ -11,7 +11,7 @@ import torch
 
 from services.sampler.engines.checkpoint import check_shapes, library_config
 from treegrpo.errors import ModelError
-from treegrpo.model_config import check_context, read_model_config
+from treegrpo.storage.model_config import check_context, read_model_config
 
 KINDS = ("llama", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")

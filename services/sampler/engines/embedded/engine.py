@@ -22,9 +22,9 @@ from services.sampler.engines.base import Completion, Counters, Sampling, check_
 from services.sampler.engines.embedded.model import Model
 from services.sampler.engines.embedded.request import Request
 from services.sampler.engines.embedded.scheduler import Scheduler
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.text.tokenizer import Tokenizer
+from treegrpo.core.step import PolicyVersion, TokenIds
 from treegrpo.errors import EngineError
-from treegrpo.step import PolicyVersion, TokenIds
 
 log = logging.getLogger(__name__)
 

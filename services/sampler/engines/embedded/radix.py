@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from treegrpo.step import TokenIds
+from treegrpo.core.step import TokenIds
 
 Slots = NDArray[np.int64]
 

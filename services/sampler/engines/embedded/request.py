@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-from services.sampler.engines.sampled import Sampled
+from services.sampler.engines.generation import Sampled
 
 
 @dataclass(slots=True, eq=False)

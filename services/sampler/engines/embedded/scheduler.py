@@ -20,15 +20,15 @@ import torch
 
 from services.sampler.engines.base import Counters
 from services.sampler.engines.embedded.attention import DecodeAttention, PrefillAttention, Stretch
-from services.sampler.engines.embedded.memory import Memory
+from services.sampler.engines.embedded.kv_memory import Memory
 from services.sampler.engines.embedded.model import Model
 from services.sampler.engines.embedded.radix import RadixTree, common_prefix
 from services.sampler.engines.embedded.request import Request
 from services.sampler.engines.embedded.sampling import draw
-from services.sampler.engines.stopping import StopStrings
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.engines.stop_strings import StopStrings
+from services.sampler.text.tokenizer import Tokenizer
+from treegrpo.core.step import PolicyVersion, TokenIds
 from treegrpo.errors import EngineError
-from treegrpo.step import PolicyVersion, TokenIds
 
 _PREFILL_TOKENS = 4096
 """New prefix tokens in one forward pass, unless one request alone has more: bounds the step's memory and duration."""

@@ -13,6 +13,6 @@ docs/sglang.md is for those who run it.
 """
 
 from services.sampler.engines.sglang.engine import SGLangEngine
-from services.sampler.engines.sglang.open import Demands, Place, open_child, open_remote
+from services.sampler.engines.sglang.factory import Demands, Place, open_child, open_remote
 
 __all__ = ["Demands", "Place", "SGLangEngine", "open_child", "open_remote"]

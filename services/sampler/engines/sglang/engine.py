@@ -19,14 +19,15 @@ from typing import Self
 from prometheus_client import Metric
 
 from services.sampler.engines.base import Completion, Counters, Sampling, check_request
-from services.sampler.engines.sglang.answers import Answer
-from services.sampler.engines.sglang.draft import Draft
-from services.sampler.engines.sglang.floor import Floor
+from services.sampler.engines.sglang.admission_queue import Floor
+from services.sampler.engines.sglang.api.responses import Answer
+from services.sampler.engines.sglang.pending_generation import Draft
 from services.sampler.engines.sglang.server import Server
-from services.sampler.engines.sglang.stage import Stage, Staged
-from services.sampler.engines.sglang.watch import Keeper, keep_remote
-from services.sampler.engines.stopping import StopStrings
-from services.sampler.tokenizer import Tokenizer
+from services.sampler.engines.sglang.supervision import Keeper, keep_remote
+from services.sampler.engines.sglang.weight_staging import Stage, Staged
+from services.sampler.engines.stop_strings import StopStrings
+from services.sampler.text.tokenizer import Tokenizer
+from treegrpo.core.step import PolicyVersion, TokenIds
 from treegrpo.errors import (
     ContractError,
     DeadlineError,
@@ -36,7 +37,6 @@ from treegrpo.errors import (
     UnavailableError,
     WeightsError,
 )
-from treegrpo.step import PolicyVersion, TokenIds
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0)

@@ -14,14 +14,14 @@ from uuid import uuid4
 import numpy as np
 from prometheus_client import Metric
 
-from services.sampler.engines.sglang.answers import Answer, ForeignVersionError, Load
-from services.sampler.engines.sglang.api import Api
-from services.sampler.engines.sglang.draft import Draft
-from services.sampler.engines.sglang.prefill import Prefills, Turn
-from services.sampler.engines.sglang.pressure import Pressure
-from services.sampler.engines.sglang.stage import Staged
+from services.sampler.engines.sglang.aimd_limit import Pressure
+from services.sampler.engines.sglang.api.http_client import Api
+from services.sampler.engines.sglang.api.responses import Answer, ForeignVersionError, Load
+from services.sampler.engines.sglang.pending_generation import Draft
+from services.sampler.engines.sglang.prefill_dedup import Prefills, Turn
+from services.sampler.engines.sglang.weight_staging import Staged
+from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import UnavailableError, WeightsError
-from treegrpo.step import PolicyVersion
 
 log = logging.getLogger(__name__)
 

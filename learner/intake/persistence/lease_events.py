@@ -1,0 +1,76 @@
+"""The events of the lease book as records of the journal, and back.
+
+{"event": "granted", "lease": bytes, "draw": 12, "holder": "s1/00ff…"}
+{"event": "accepted", "subtree": bytes}
+{"event": "refused", "lease": "train-0000007-…", "tree": 0, "index": 3, "cost": […], "reason": "age", "why": "Group …"}
+{"event": "ended", "end": bytes}
+{"event": "closed", "draw": 12}                          at the staleness bound, before its lease ended
+{"event": "taken", "draws": [9, 12], "stale": []}        given to the trainer at the next positions, in this order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, replace
+
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.wal.framing import Record
+from treegrpo.core.budget import Cost
+from treegrpo.core.lease import Lease, LeaseEnd
+from treegrpo.v1 import rollout_pb2, tree_pb2
+from treegrpo.wire.codec import lease_end_from_pb, lease_end_to_pb, lease_from_pb, lease_to_pb, subtree_from_pb
+
+
+def granted(lease: Lease, draw: int, holder: str) -> Record:
+    """Without what its group had accepted before, which the journal has."""
+    message = lease_to_pb(replace(lease, accepted=()))
+    return {"event": "granted", "lease": message.SerializeToString(), "draw": draw, "holder": holder}
+
+
+def accepted(subtree: bytes) -> Record:
+    """``subtree``: its message."""
+    return {"event": "accepted", "subtree": subtree}
+
+
+def refused(lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> Record:
+    """Of an open lease: what it cost is settled when the lease ends."""
+    tree, index = key
+    of = {"lease": lease, "tree": tree, "index": index}
+    return {"event": "refused", **of, "cost": list(astuple(cost)), "reason": reason, "why": why}
+
+
+def ended(end: LeaseEnd, *, excused: bool = False) -> Record:
+    """``excused``: it does not count against its question."""
+    record: Record = {"event": "ended", "end": lease_end_to_pb(end).SerializeToString()}
+    return {**record, "excused": True} if excused else record
+
+
+def closed(draw: int) -> Record:
+    return {"event": "closed", "draw": draw}
+
+
+def taken(draws: Sequence[int], stale: Sequence[int]) -> Record:
+    return {"event": "taken", "draws": list(draws), "stale": list(stale)}
+
+
+def replay(book: LeaseBook, reporter: Reporter, event: Record) -> None:
+    """Put an event of the journal through the book. Raises ContractError if it contradicts what came before."""
+    match event["event"]:
+        case "granted":
+            book.replay_grant(lease_from_pb(rollout_pb2.Lease.FromString(event["lease"])), event["draw"], event["holder"])
+        case "accepted":
+            subtree = subtree_from_pb(tree_pb2.Subtree.FromString(event["subtree"]))
+            if (group := book.replay_accepted(subtree, event["subtree"])) is not None:
+                reporter.accepted(group, subtree)
+        case "refused":
+            key = (event["tree"], event["index"])
+            book.refuse(event["lease"], key, Cost(*event["cost"]), event["reason"], event["why"])
+        case "closed":
+            reporter.closed(book.close(event["draw"]), "overdue")
+        case "taken":
+            for group in book.taken(event["draws"], event["stale"]):
+                reporter.closed(group, "stale")
+        case _:
+            end = lease_end_from_pb(rollout_pb2.LeaseEnd.FromString(event["end"]))
+            reporter.ended(book.ended(end, excused=event.get("excused", False)), end)

@@ -1,0 +1,77 @@
+"""From what is on the disk to where the intake was: the newest whole snapshot, then every event since.
+
+    before a crash                                  after it
+    trainer  checkpoint renamed ─► Covered(p)       starts at p, or, if that checkpoint is damaged, at the one before
+    intake   Covered(p) ─► segment cut ─►           older snapshot, longer replay: the same state, more groups kept
+             snapshot renamed ─►                    newer snapshot, segments that nobody reads
+             older snapshot and segments dropped    newer snapshot
+
+The two sides need not agree on how far they got. A group is forgotten at Covered(p) only if the Covered before it had
+covered it already, so whichever snapshot and checkpoint are left, the groups from that checkpoint's position on are
+there: in the snapshot, or in the segments since.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.persistence.lease_events import replay
+from learner.intake.persistence.snapshot import Snapshots, restore
+from learner.intake.wal.filesystem import Disk, RealDisk
+from learner.intake.wal.segments import End, Segments
+from treegrpo.errors import ContractError, JournalError
+
+log = logging.getLogger(__name__)
+JOURNAL, SNAPSHOTS = "journal", "snapshots"
+"""Their folders in the run's directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    end: End
+    """Where the journal goes on."""
+    fresh: bool
+    """There was nothing to recover."""
+
+
+def recover(disk: Disk, journal: Path, snapshots: Snapshots, book: LeaseBook, reporter: Reporter) -> Recovered:
+    """Bring a new book and reporter to where they were. Raises JournalError: what is left does not make a whole."""
+    number = _newest(snapshots)
+    if number:
+        restore(book, reporter, snapshots.read(number))
+    segments = Segments(disk, journal, first=number or 1)
+    events = 0
+    try:
+        for event in segments:
+            replay(book, reporter, event)
+            events += 1
+    except ContractError as error:
+        raise JournalError(f"The journal {journal} contradicts itself ({error}); restore it, or begin a new run.dir.") from error
+    if number or events:
+        log.info("recovered from %s and %d events since", f"snapshot {number}" if number else "no snapshot", events)
+    return Recovered(segments.end, fresh=not number and not events)
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether anything was recorded in a run's directory. Raises JournalError: it cannot be read."""
+    disk = RealDisk()
+    if Snapshots(disk, run_dir / SNAPSHOTS).numbers():
+        return True
+    return next(iter(Segments(disk, run_dir / JOURNAL)), None) is not None
+
+
+def _newest(snapshots: Snapshots) -> int:
+    """The newest whole snapshot, 0 for none; damaged ones are set aside."""
+    for number in snapshots.numbers():
+        try:
+            snapshots.check(number)
+        except JournalError as damaged:
+            aside = snapshots.set_aside(number)
+            log.error("%s It is set aside as %s; the one before is read.", damaged, aside)  # noqa: TRY400 - one sentence is enough
+        else:
+            return number
+    return 0

@@ -1,0 +1,17 @@
+"""One intake for a run: whoever comes second is refused before it reads or writes anything of it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from treegrpo.storage.file_lock import locked
+
+LOCK = "intake.lock"
+"""A file in the run's directory."""
+
+
+def only_intake(run_dir: Path) -> AbstractContextManager[None]:
+    """Hold the run for the time of the block. Raises AddressInUseError: another intake holds it."""
+    sentence = f"Another intake works on the run in {run_dir}; stop it, or set run.dir to another directory."
+    return locked(run_dir / LOCK, sentence)

@@ -1,0 +1,178 @@
+"""Snapshots: what the intake knows, so that the journal before it need not be kept.
+
+    snapshots/00000007/state    everything that happened before segment 7 of the journal; frames of
+
+        {"event": "book", "format": 1, "book": …, "report": …}
+        {"event": "group", "place": "kept", "lease": …, "draw": 12, …}  kept, in their order, then unfinished, then open
+        {"event": "subtree", "subtree": …}                              of the group before it
+        {"event": "whole", "records": 1234}                             last
+
+A snapshot is written under a name that begins with a dot and gets its own when it is on the disk. Two generations are
+kept, with the segments since the older one: should the newer be damaged, that one and a longer replay lead to the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.rollout_group import OpenGroup
+from learner.intake.monitoring.recorder import Reporter
+from learner.intake.wal.filesystem import Disk
+from learner.intake.wal.framing import BrokenFrameError, Record, batches, encode, frame, read_frame
+from treegrpo.core.lease import Lease
+from treegrpo.errors import JournalError, describe
+from treegrpo.v1 import rollout_pb2, tree_pb2
+from treegrpo.wire.codec import lease_from_pb, lease_to_pb, subtree_from_pb
+
+FORMAT = 1
+GENERATIONS = 2
+STATE = "state"
+_WHOLE, _PARTIAL = re.compile(r"[0-9]{8,}"), re.compile(r"\.[0-9]{8,}")
+"""Names of ours; another program's, like .DS_Store, are left alone."""
+PLACES = ("kept", "unfinished", "open")
+Row = tuple[Lease, Record, tuple[bytes, ...]]
+
+
+class Capture:
+    """The state of a moment. Taken at once; made into records, which takes long, by whoever writes them."""
+
+    def __init__(self, book: LeaseBook, reporter: Reporter) -> None:
+        self._head = {"event": "book", "format": FORMAT, "book": book.state(), "report": reporter.state()}
+        places = zip(PLACES, (book.groups.kept(), book.unfinished.values(), book.open.values()), strict=True)
+        self._groups = [_row(group, place) for place, groups in places for group in groups]
+
+    @property
+    def bytes(self) -> int:
+        """What it takes on the disk, but for what is small."""
+        return sum(len(subtree) for _, _, subtrees in self._groups for subtree in subtrees)
+
+    def records(self) -> Iterator[Record]:
+        count = 1
+        yield self._head
+        for lease, row, subtrees in self._groups:
+            yield {**row, "lease": lease_to_pb(lease).SerializeToString()}
+            for subtree in subtrees:
+                yield {"event": "subtree", "subtree": subtree}
+            count += 1 + len(subtrees)
+        yield {"event": "whole", "records": count}
+
+
+def _row(group: OpenGroup, place: str) -> Row:
+    return group.lease, {"event": "group", "place": place, **group.state()}, tuple(group.encoded)
+
+
+def restore(book: LeaseBook, reporter: Reporter, records: Iterator[Record]) -> None:
+    """Bring a new book and reporter to where those of a `Capture` were. Raises JournalError: it is of another format."""
+    head = next(records)
+    if head["format"] != FORMAT:
+        raise JournalError(
+            f"The newest snapshot is of format {head['format']}, and this version of treegrpo reads {FORMAT}; continue the "
+            "run with the version that wrote it."
+        )
+    groups: dict[str, list[OpenGroup]] = {place: [] for place in PLACES}
+    group: OpenGroup | None = None
+    for record in records:
+        if record["event"] == "group":
+            group = OpenGroup.of(lease_from_pb(rollout_pb2.Lease.FromString(record["lease"])), record)
+            groups[record["place"]].append(group)
+        elif group is not None:
+            group.restore(subtree_from_pb(tree_pb2.Subtree.FromString(record["subtree"])), record["subtree"])
+    book.restore(head["book"], open_=groups["open"], unfinished=groups["unfinished"], kept=groups["kept"])
+    reporter.restore(head["report"])
+
+
+class Snapshots:
+    def __init__(self, disk: Disk, folder: Path) -> None:
+        self._disk = disk
+        self._folder = folder
+
+    def numbers(self) -> list[int]:
+        """The segments that a snapshot stands before, newest first. Raises JournalError: the folder cannot be read."""
+        try:
+            names = self._disk.names(self._folder)
+        except OSError as error:
+            raise JournalError(
+                f"{self._folder} cannot be read ({error.strerror or error}); move away what is in the way."
+            ) from error
+        return [int(name) for name in reversed(names) if _WHOLE.fullmatch(name)]
+
+    def path(self, number: int) -> Path:
+        return self._folder / f"{number:08d}"
+
+    def write(self, number: int, records: Iterator[Record]) -> None:
+        """Write the snapshot before segment ``number``. Raises OSError, and then there is none."""
+        partial, whole = self._folder / f".{number:08d}", self.path(number)
+        self._disk.make_folder(partial)
+        try:
+            self._fill(partial / STATE, records)
+            self._disk.sync_folder(partial)
+            self._disk.rename(partial, whole)
+        except OSError:
+            with contextlib.suppress(OSError):  # gives back the room now, or `prune` does it later
+                self._remove(partial.name)
+            raise
+        self._disk.sync_folder(self._folder)
+
+    def _fill(self, path: Path, records: Iterator[Record]) -> None:
+        file = self._disk.create(path)
+        try:
+            for batch in batches(encode(record) for record in records):
+                file.write(frame(batch))
+            file.sync()
+        finally:
+            file.close()
+
+    def read(self, number: int) -> Iterator[Record]:
+        """The records of a snapshot, one frame in memory at a time. Raises JournalError if it is not whole."""
+        path = self.path(number) / STATE
+        try:
+            with self._disk.open(path) as file:
+                count = 0
+                while records := read_frame(file):
+                    for record in records:
+                        if record == {"event": "whole", "records": count}:
+                            return
+                        count += 1
+                        yield record
+        except (OSError, BrokenFrameError) as error:
+            raise JournalError(f"The snapshot {path} is damaged or cannot be read ({describe(error)}).") from error
+        raise JournalError(f"The snapshot {path} ends too soon.")
+
+    def check(self, number: int) -> None:
+        """Read a snapshot through. Raises JournalError if it is not whole."""
+        for _ in self.read(number):
+            pass
+
+    def set_aside(self, number: int) -> Path:
+        """Give a damaged snapshot a name under which it counts no more."""
+        aside = self.path(number).with_suffix(".damaged")
+        self._disk.rename(self.path(number), aside)
+        self._disk.sync_folder(self._folder)
+        return aside
+
+    def prune(self) -> int:
+        """Remove what a crash left half written and all but the newest generations; the first segment that is still needed."""
+        kept = self.numbers()[:GENERATIONS]
+        for name in self._disk.names(self._folder):
+            if _PARTIAL.fullmatch(name) or (_WHOLE.fullmatch(name) and int(name) not in kept):
+                self._remove(name)
+        return kept[-1] if len(kept) == GENERATIONS else 1
+
+    def _remove(self, name: str) -> None:
+        """Unnamed before it is emptied: a snapshot is there completely or not at all."""
+        gone = self._folder / f".{name.removeprefix('.')}"
+        if gone.name != name:
+            self._disk.rename(self._folder / name, gone)
+            self._disk.sync_folder(self._folder)
+        self._empty(gone)
+
+    def _empty(self, path: Path) -> None:
+        """Remove a snapshot, with whatever somebody has put into it."""
+        with contextlib.suppress(NotADirectoryError):
+            for name in self._disk.names(path):
+                self._empty(path / name)
+        self._disk.remove(path)

@@ -1,0 +1,165 @@
+"""The local socket on which the trainer asks; treegrpo/wire/trainer_protocol.py has the conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import stat
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+
+from learner.intake.coordinator.trainer_api import TrainerDesk
+from treegrpo.core.step import PolicyVersion
+from treegrpo.errors import AddressInUseError, ContractError, RunFileError, describe
+from treegrpo.storage.run_files import check_kind, unusable
+from treegrpo.wire.trainer_protocol import (
+    Covered,
+    Done,
+    Evaluate,
+    Message,
+    Publish,
+    Refused,
+    Report,
+    Take,
+    check_report,
+    encode,
+    receive,
+)
+
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 2.0
+"""Until a socket that was removed is noticed."""
+
+
+async def _answer(desk: TrainerDesk, request: Message) -> Message:
+    match request:
+        case Take(position, count):
+            return await desk.take(position, count)
+        case Publish(version, path, position):
+            await desk.publish(PolicyVersion.parse(version), Path(path), position)
+        case Covered(position):
+            desk.covered(position)
+        case Evaluate(version):
+            return await desk.evaluate(PolicyVersion.parse(version))
+        case Report(values):
+            check_report(values)
+            desk.report(values)
+        case _:
+            raise ContractError(f"The trainer sent {type(request).__name__}, which only the intake says.")
+    return Done()
+
+
+async def _answer_or_refuse(desk: TrainerDesk, request: Message) -> Message:
+    try:
+        with desk.question():
+            return await _answer(desk, request)
+    except ContractError as error:
+        log.error("the trainer is refused: %s", error)  # noqa: TRY400 - one sentence is enough
+        return Refused(str(error))
+
+
+@contextlib.asynccontextmanager
+async def listen(desk: TrainerDesk, path: str) -> AsyncGenerator[None]:
+    """Answer trainers at a Unix socket for the time of the block.
+
+    Raises:
+        AddressInUseError: another intake answers there.
+        RunFileError: something else is in the place of the socket.
+    """
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        log.info("the trainer connected")
+        try:
+            with desk.connection():
+                while (request := await receive(reader)) is not None:
+                    writer.write(encode(await _answer_or_refuse(desk, request)))
+                    await writer.drain()
+        except (ContractError, ConnectionError) as error:
+            log.error("the trainer's connection ends: %s", describe(error))  # noqa: TRY400 - one sentence is enough
+        finally:
+            writer.close()
+        log.info("the trainer left")
+
+    socket = _Socket(Path(path), serve)
+    await socket.open()
+    keeping = asyncio.create_task(socket.keep_forever(), name="socket")
+    try:
+        yield
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        socket.close()
+
+
+class _Socket:
+    """A listening Unix socket that is made again when another program removes it."""
+
+    def __init__(self, path: Path, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> None:
+        self._path = path
+        self._serve = serve
+        self._server: asyncio.Server | None = None
+        self._inode: int | None = None
+
+    async def open(self) -> None:
+        """Raises AddressInUseError and RunFileError."""
+        await _take_over(self._path)
+        try:
+            server = await asyncio.start_unix_server(self._serve, self._path, limit=1 << 20)
+        except OSError as error:
+            raise unusable(self._path, error) from error
+        if self._server is not None:
+            self._server.close()  # connections stay
+        self._server, self._inode = server, _inode(self._path)
+
+    async def keep_forever(self) -> None:
+        said = False
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if _inode(self._path) == self._inode:
+                continue
+            try:
+                await self.open()
+            except (RunFileError, AddressInUseError) as error:
+                if not said:
+                    log.error("trainers that come anew do not find the intake: %s", error)  # noqa: TRY400 - one sentence is enough
+                said = True
+            else:
+                log.warning("%s was removed by another program and is there again", self._path)
+                said = False
+
+    def close(self) -> None:
+        """What another program has put in its place stays."""
+        if self._server is not None:
+            self._server.close()
+        if _inode(self._path) == self._inode:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+
+async def _take_over(path: Path) -> None:
+    """Remove the socket of a dead intake.
+
+    Raises:
+        AddressInUseError: a living one answers.
+        RunFileError: it is no socket, or cannot be used.
+    """
+    await asyncio.to_thread(check_kind, path, "a socket", stat.S_ISSOCK)
+    try:
+        _, writer = await asyncio.open_unix_connection(path)
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        await asyncio.to_thread(path.unlink, missing_ok=True)
+        return
+    except OSError as error:
+        raise unusable(path, error) from error
+    writer.close()
+    raise AddressInUseError(f"Another intake serves this run at {path}; stop it, or set run.dir to another directory.")
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return None

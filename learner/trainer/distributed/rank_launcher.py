@@ -1,0 +1,104 @@
+"""The edge of the trainer's processes: a rank, or, where `train.processes` asks for several, what starts them here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from learner.trainer.distributed.ranks import ALONE, Ranks, by_torchrun, joined
+from treegrpo.config.loader import from_arguments
+from treegrpo.config.schema import Config
+from treegrpo.errors import TreeGrpoError
+from treegrpo.observability import log_setup
+from treegrpo.runtime.entrypoint import FAILED, PASSING, complain, exit_code
+from treegrpo.runtime.exit_report import ExitReports, Report, most_telling, report_of, write_report
+from treegrpo.runtime.process_environment import forget_ranks
+from treegrpo.runtime.stop_signals import stop_signals
+
+SIGNALLED = 128
+"""And the signal's number: the exit code of a shell's children."""
+DRAIN_SECONDS = 180
+"""From a SIGTERM or SIGINT to the end of the last rank; then they are killed."""
+
+
+def run(work: Callable[[Config, Ranks], None], module: str) -> int:
+    """Do ``work``, which is what ``python -m module`` does, as the command line says; returns the exit code.
+
+    A process that torchrun started is one of its ranks. Any other is the only rank, or starts `train.processes` of them,
+    whatever another launcher has left in the environment.
+    """
+    arguments, ranks = sys.argv[1:], ALONE
+    try:
+        config = from_arguments(arguments)
+        if not by_torchrun():
+            forget_ranks()
+            if config.train.processes > 1:
+                return start(module, config.train.processes, arguments)
+        with joined() as ranks:
+            who = "" if ranks.is_first else f"rank {ranks.rank}: "
+            log_setup.to_stderr(logging.INFO if ranks.is_first else logging.WARNING, who)
+            work(config, ranks)
+        code = 0
+    except TreeGrpoError as error:
+        code = complain(error) if ranks.says(error) else exit_code(error)
+    except Exception as crash:
+        write_report(report_of(crash))
+        raise
+    if dist.is_initialized():  # with a process group, the end of the interpreter now and then aborts (torch 2.13, gloo)
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def start(module: str, processes: int, arguments: Sequence[str]) -> int:
+    """Run ``processes`` ranks of ``module`` on this machine, which alone can reach them; returns the exit code.
+
+    It is what torchrun does, with its logs: when one rank ends badly the others are ended. A signal is passed on, the
+    ranks drain, and the code says which signal it was, unless a rank reports that it failed.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    here = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}", f"--shutdown-timeout={DRAIN_SECONDS}"]
+    code, died, reports, signals = 0, list[Report](), ExitReports(), ",".join(number.name for number in stop_signals())
+    try:
+        with _environment({**reports.environment, "TORCHELASTIC_SIGNALS_TO_HANDLE": signals}):
+            torchrun.main([*here, "-m", module, *arguments])
+    except ChildFailedError as error:
+        code = FAILED if any(failure.exitcode == FAILED for failure in error.failures.values()) else PASSING
+        died = [_killed(rank, -failure.exitcode) for rank, failure in error.failures.items() if failure.exitcode < 0]
+    except SignalException as told:  # it has waited for the ranks
+        code = SIGNALLED + told.sigval
+    cause = most_telling([*reports.read(), *died])
+    if cause is None or (cause.secondary and code > SIGNALLED):  # ranks that drain may lose each other at the very end
+        return code
+    write_report(cause)
+    return FAILED if cause.code == FAILED else PASSING
+
+
+def _killed(rank: int, number: int) -> Report:
+    memory = "; if nobody sent it, memory ran out" if number == signal.SIGKILL else ""
+    return Report(-number, f"Rank {rank} of the trainer was killed by signal {number}{memory}.", number == signal.SIGTERM)
+
+
+@contextmanager
+def _environment(more: Mapping[str, str]) -> Generator[None]:
+    """Have ``more`` in the environment for the time of the block."""
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

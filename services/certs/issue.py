@@ -1,0 +1,161 @@
+"""`treegrpo certs DIR`: a private CA, a certificate for each role, passwords and tokens; run again, it renews.
+
+    DIR/ca.pem ca.key            the authority; ca.pem may hold an old one too, while one is being replaced
+    DIR/ROLE.pem ROLE.key        learner, sampler, broker, retriever, operator
+    DIR/ROLE.password            of learner, sampler and operator, for the broker
+    DIR/mosquitto.passwd         the same passwords, hashed, for Mosquitto
+    DIR/metrics.token retriever.token
+
+A process needs ca.pem and what bears its role's name, and the tokens. ca.key is needed by this command alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+
+from services.certs.authority import Pair, issue, new_authority
+from treegrpo.config.security import USERS, Role, host_of
+from treegrpo.errors import ConfigError, describe
+from treegrpo.security.credentials import read, read_secret
+
+LOCAL = ("localhost", "127.0.0.1", "::1")
+SERVERS = (Role.LEARNER, Role.BROKER, Role.RETRIEVER)
+"""Who is reached at a name or address. Samplers serve /metrics alone: ask for `host_of(Role.SAMPLER)`."""
+TOKENS = ("metrics.token", "retriever.token")
+NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+SECRET_BYTES = 32
+ROUNDS = 10_000
+"""Of PBKDF2: the passwords are 256 random bits, so hashing them need not be slow."""
+
+
+def certs(directory: Path, names: Sequence[str], samplers: Sequence[str], *, new_ca: bool, drop_old_ca: bool) -> list[str]:
+    """Make or renew everything in ``directory``; returns a line for each thing done.
+
+    Args:
+        directory: made if it is not there.
+        names: host names and addresses at which learner, broker and retriever are reached, besides this machine's
+            loopback; none: those of the certificates that are renewed.
+        samplers: names of samplers that get a certificate good for them alone.
+        new_ca: only add a new authority beside the old one; the next call without it signs with the new.
+        drop_old_ca: only forget the old one.
+
+    Raises:
+        ConfigError: ``directory`` holds something that is not ours to write over.
+    """
+    if wrong := [name for name in (*names, *samplers) if not NAME.fullmatch(name)]:
+        raise ConfigError(f"{wrong[0]!r} is no name; write letters, digits and .-_: with commas between names.")
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if new_ca or drop_old_ca:
+        return [_add_authority(directory) if new_ca else _drop_authority(directory)]
+    authority, said = _authority(directory)
+    for role in Role:
+        hosts = _hosts(directory / f"{role.value}.pem", names) if role in SERVERS else []
+        said.append(_leaf(directory, authority, role, role.value, hosts))
+    known = {path.stem.removeprefix("sampler-") for path in directory.glob("sampler-*.pem")}
+    said += [_leaf(directory, authority, Role.SAMPLER, f"sampler-{name}", [], name) for name in sorted({*samplers, *known})]
+    said += [_secret(directory / file) for file in (*(f"{role.value}.password" for role in USERS), *TOKENS)]
+    users = [(role.value, read_secret(directory / f"{role.value}.password", "a password").decode().strip()) for role in USERS]
+    write(directory / "mosquitto.passwd", "".join(f"{user}:{_hashed(word)}\n" for user, word in users).encode(), secret=True)
+    return [*said, f"{directory / 'mosquitto.passwd'}: the passwords, for Mosquitto"]
+
+
+def write(path: Path, data: bytes, *, secret: bool) -> None:
+    """Put ``data`` at ``path`` in one go, so that nobody reads half of it; a ``secret`` for its owner alone."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _authority(directory: Path) -> tuple[Pair, list[str]]:
+    """The authority that signs, made if there is none. Raises ConfigError."""
+    certificate, key = directory / "ca.pem", directory / "ca.key"
+    if certificate.exists():
+        if not key.exists():
+            raise ConfigError(f"{certificate} has no ca.key beside it; bring the key to renew, or name another directory.")
+        return _load(certificate, key), []
+    if taken := [path.name for path in directory.glob("*") if path.suffix in {".pem", ".key"}]:
+        raise ConfigError(f"{directory} holds {taken[0]} but no ca.pem; name an empty directory, nothing is written over.")
+    made = new_authority()
+    write(key, made.key_pem, secret=True)
+    write(certificate, made.pem, secret=False)
+    return made, [f"{certificate}: a new authority, {_until(made.certificate)}; keep {key} apart from the machines of the run"]
+
+
+def _load(certificate: Path, key: Path) -> Pair:
+    try:
+        return Pair.load(read(certificate, "the authority"), read_secret(key, "the authority's key"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{certificate} or {key} is no PEM file of `treegrpo certs` ({describe(error)}); restore it."
+        ) from error
+
+
+def _add_authority(directory: Path) -> str:
+    before, _ = _authority(directory)
+    made = new_authority()
+    write(directory / "ca.key", made.key_pem, secret=True)
+    write(directory / "ca.pem", made.pem + before.pem, secret=False)
+    return (
+        f"{directory / 'ca.pem'}: a new authority beside the old one; bring the file to every machine and restart, "
+        f"then run `treegrpo certs {directory}` to sign with the new one"
+    )
+
+
+def _drop_authority(directory: Path) -> str:
+    authority, _ = _authority(directory)
+    for role in Role:
+        path = directory / f"{role.value}.pem"
+        if path.exists() and x509.load_pem_x509_certificate(path.read_bytes()).issuer != authority.certificate.subject:
+            raise ConfigError(f"{path} is still of the old authority; run `treegrpo certs {directory}` first and bring it out.")
+    write(directory / "ca.pem", authority.pem, secret=False)
+    return f"{directory / 'ca.pem'}: the old authority is gone; bring the file to every machine and restart"
+
+
+def _leaf(directory: Path, authority: Pair, role: Role, stem: str, hosts: Sequence[str], name: str = "") -> str:
+    path, made = directory / f"{stem}.pem", issue(authority, role, name=name, hosts=hosts)
+    renewed = f", renewed (the old one was {_until(x509.load_pem_x509_certificate(path.read_bytes()))})" if path.exists() else ""
+    write(directory / f"{stem}.key", made.key_pem, secret=True)
+    write(path, made.pem, secret=False)
+    at = f" at {', '.join(hosts)}" if hosts else ""
+    return f"{path}: {role.value} {name}".rstrip() + f"{at}, {_until(made.certificate)}{renewed}"
+
+
+def _hosts(path: Path, names: Sequence[str]) -> list[str]:
+    """Loopback and ``names``, or what the certificate at ``path`` has besides the role."""
+    if not names and path.exists():
+        extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
+        known = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = [*known.get_values_for_type(x509.DNSName), *map(str, known.get_values_for_type(x509.IPAddress))]
+    return list(dict.fromkeys([*LOCAL, *(name for name in names if name not in {host_of(role) for role in Role})]))
+
+
+def _until(certificate: x509.Certificate) -> str:
+    ends = certificate.not_valid_after_utc
+    return f"valid until {ends:%Y-%m-%d}" + (" and thus no longer" if ends < datetime.now(UTC) else "")
+
+
+def _secret(path: Path) -> str:
+    if path.exists():
+        return f"{path}: kept"
+    write(path, f"{secrets.token_hex(SECRET_BYTES)}\n".encode(), secret=True)
+    return f"{path}: new"
+
+
+def _hashed(password: str) -> str:
+    """As Mosquitto 2 hashes it: PBKDF2 with SHA-512."""
+    salt = secrets.token_bytes(12)
+    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, ROUNDS)
+    return f"$7${ROUNDS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"

@@ -1,0 +1,84 @@
+"""Is it there? One probe per kind of service; each returns, or raises UnavailableError."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import aiomqtt
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.environments.retrieval import PROBE_QUERY
+from services.sampler.learner_link.channel import because, open_channel
+from services.sampler.retriever_client import open_retriever
+from treegrpo.config.schema import Config
+from treegrpo.config.security import web_address
+from treegrpo.errors import ConfigError, DeadlineError, ToolAwayError, ToolError, UnavailableError
+from treegrpo.net.address import within_reach
+from treegrpo.security.credentials import OPEN, Access
+from treegrpo.wire.control import open_client, unavailable
+
+PROBE_SECONDS = 2.0
+PAUSE_SECONDS = 0.1
+
+Probe = Callable[[], Awaitable[None]]
+
+
+async def broker_ready(address: str, access: Access = OPEN) -> None:
+    """Something speaks MQTT at ``address`` and lets us in."""
+    try:
+        async with open_client(address, access, timeout=PROBE_SECONDS):
+            return
+    except aiomqtt.MqttError as error:
+        raise unavailable(address, access, error, "start one there.") from error
+
+
+async def retriever_ready(config: Config, access: Access = OPEN) -> None:
+    """The retriever answers a query, asked as samplers ask: by the same client, for as many documents, with as much time.
+
+    Raises:
+        UnavailableError: nobody answers.
+        ConfigError: it answers, but not what samplers can use.
+    """
+    web_address("retriever.url", config.search_url)
+    try:
+        async with open_retriever(config, access) as retriever:
+            await retriever.search(PROBE_QUERY, config.environment.topk)
+    except ToolAwayError as error:
+        raise UnavailableError(
+            f"No retriever answers: {error}; start one with `treegrpo retriever`, or mend retriever.url."
+        ) from error
+    except ToolError as error:
+        raise ConfigError(
+            f"The retriever cannot be used: {str(error).rstrip('.')}; mend retriever.url or environment.topk."
+        ) from error
+
+
+async def learner_ready(address: str, access: Access = OPEN) -> None:
+    """The intake at ``address`` serves, says gRPC's health service."""
+    access.check_reach("learner.listen", within_reach(address))
+    async with open_channel(within_reach(address), access) as channel:
+        try:
+            check = health_pb2_grpc.HealthStub(channel).Check  # pyright: ignore[reportAttributeAccessIssue] - untyped stub
+            reply = await check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            why = because(error.details() or "", access)
+            raise UnavailableError(f"No learner answers at {address}{why}; start one with `treegrpo learner`.") from error
+    if reply.status != health_pb2.HealthCheckResponse.SERVING:
+        raise UnavailableError(f"The learner at {address} does not serve yet; wait for it or see its log.")
+
+
+async def wait_ready(name: str, probe: Probe, seconds: float) -> None:
+    """Probe until it is there. Raises DeadlineError with the last reason after ``seconds``."""
+    reason = "no answer"
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                try:
+                    return await probe()
+                except UnavailableError as error:
+                    reason = str(error)
+                await asyncio.sleep(PAUSE_SECONDS)
+    except TimeoutError as error:
+        raise DeadlineError(f"The {name} was not ready within {seconds:.0f} s: {reason}") from error

@@ -1,0 +1,138 @@
+"""The sampler's connection to the learner: TLS with its own certificate, and a sentence when it does not come about."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from treegrpo.config.security import Role, host_of
+from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.net import limits
+from treegrpo.security.credentials import Access, Keys
+
+log = logging.getLogger(__name__)
+CONNECT_SECONDS = 10.0
+PROBE_SECONDS = 2.0
+OPTIONS = (
+    ("grpc.compression_enabled_algorithms_bitset", limits.PLAIN),
+    ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
+    ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.enable_http_proxy", 0),  # parts talk to each other directly, whatever the environment says
+)
+REASONS = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not from an authority in our ca.pem, or out of date",
+    "Hostname Verification": "its certificate is not a learner's",
+    "WRONG_VERSION_NUMBER": "it speaks plain text and we TLS: give it [security] too",
+}
+"""What gRPC says, and what it means."""
+CLOSED = ("Socket closed", "Connection reset", "recvmsg", "Broken pipe")
+"""What gRPC says when the learner hangs up on us in the handshake, without a reason."""
+
+
+def open_channel(address: str, access: Access) -> grpc.aio.Channel:
+    """A channel to the learner, which need not be there yet. The learner is known by its role, wherever it runs."""
+    if access.keys is None:
+        return grpc.aio.insecure_channel(address, options=OPTIONS)
+    pem = access.keys.pem
+    credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
+    name = ("grpc.ssl_target_name_override", host_of(Role.LEARNER))
+    return grpc.aio.secure_channel(address, credentials, options=(*OPTIONS, name))
+
+
+class RenewingChannel:
+    """A channel whose calls come with the certificate as it is on disk when they begin. As much of one as stubs need.
+
+    gRPC keeps what a channel was opened with, so renewed files mean another channel. What began on the one before ends on it.
+    """
+
+    def __init__(self, address: str, access: Access, keys: Keys) -> None:
+        self._address = address
+        self._access = access
+        self._keys = keys
+        self._stamp = keys.stamp
+        self._channels = [open_channel(address, access)]
+
+    def unary_unary(self, path: str, **options: Any) -> Callable[..., Any]:
+        return partial(self._call, "unary_unary", path, options)
+
+    def unary_stream(self, path: str, **options: Any) -> Callable[..., Any]:
+        return partial(self._call, "unary_stream", path, options)
+
+    def stream_stream(self, path: str, **options: Any) -> Callable[..., Any]:
+        return partial(self._call, "stream_stream", path, options)
+
+    def _call(self, kind: str, path: str, options: dict[str, Any], *request: object, **more: Any) -> Any:
+        return getattr(self._newest(), kind)(path, **options)(*request, **more)
+
+    async def channel_ready(self) -> None:
+        await self._newest().channel_ready()
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+    def _newest(self) -> Any:
+        try:
+            if (now := self._keys.stamp) != self._stamp:
+                self._keys.check(self._access.role)
+                self._channels.append(open_channel(self._address, self._access))
+                self._stamp = now
+                log.info("%s is shown to the learner as it is now", self._keys.certificate)
+        except ConfigError as error:  # half of a renewal; the next call finds the rest
+            log.warning("the certificate of before goes on to be shown: %s", error)
+        return self._channels[-1]
+
+
+async def connect(address: str, access: Access) -> grpc.aio.Channel:
+    """A channel to a learner that answers, which takes renewed certificates into use by itself.
+
+    Raises:
+        ConfigError: ``address`` is on another machine, and there is no TLS.
+        UnavailableError: nobody answers within CONNECT_SECONDS, or we and the learner do not trust each other.
+    """
+    access.check_reach("sampler.learner", address)
+    if access.keys is None:
+        channel = open_channel(address, access)
+    else:
+        channel = cast("grpc.aio.Channel", RenewingChannel(address, access, access.keys))
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            await channel.channel_ready()
+    except TimeoutError as error:
+        why = because(await _said(channel), access)
+        await channel.close()
+        raise UnavailableError(
+            f"No learner answers at {address} (sampler.learner or learner.listen) within {CONNECT_SECONDS:.0f} s{why}; "
+            "start one with `treegrpo learner`, or set sampler.learner to where it runs."
+        ) from error
+    return channel
+
+
+def because(said: str, access: Access) -> str:
+    """The likely reason behind what gRPC says of a connection that failed, with a colon before; empty if nothing is likely."""
+    if reason := next((reason for mark, reason in REASONS.items() if mark in said), ""):
+        return f": {reason}"
+    if not any(mark in said for mark in CLOSED):
+        return ""
+    if access.keys is None:
+        return ": it hangs up on us, likely because it speaks TLS and we plain text: set security.dir"
+    return f": it hangs up on us, likely because it does not trust {access.keys.certificate}; its log says why"
+
+
+async def _said(channel: grpc.aio.Channel) -> str:
+    """What gRPC has to say about a channel that is not ready."""
+    try:
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)  # pyright: ignore[reportAttributeAccessIssue] - untyped stub
+    except grpc.aio.AioRpcError as error:
+        return error.details() or ""
+    return ""

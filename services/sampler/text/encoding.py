@@ -1,0 +1,30 @@
+"""Text into ids without holding up the event loop: what is long is encoded in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from treegrpo.core.question import Message
+from treegrpo.core.step import TokenIds
+from treegrpo.net.limits import LOOP_LETTERS
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that makes ids."""
+
+    def encode(self, text: str) -> TokenIds: ...
+
+    def render(self, messages: Sequence[Message]) -> TokenIds: ...
+
+
+async def encode_text(encoder: Encoder, text: str) -> TokenIds:
+    """As `Tokenizer.encode`."""
+    return await asyncio.to_thread(encoder.encode, text) if len(text) > LOOP_LETTERS else encoder.encode(text)
+
+
+async def render_prompt(encoder: Encoder, messages: Sequence[Message]) -> TokenIds:
+    """As `Tokenizer.render`."""
+    large = sum(len(message.content) for message in messages) > LOOP_LETTERS
+    return await asyncio.to_thread(encoder.render, messages) if large else encoder.render(messages)

@@ -1,0 +1,184 @@
+"""What makes a run what it is: written beside it when it begins, compared whenever it goes on.
+
+A lease that is out, a group half rolled out and the position in the journal mean something only under the questions, the
+seed, the plan and the batch they were made with; rewards and evaluations compare only under one environment. Everything
+else may change from one start to the next: steps, learning rate, loss, estimator, staleness, checkpoints, addresses,
+counts, engines, security. Of files the content counts, not where they lie. A run that has trained nothing yet may become
+another (`learner/intake/persistence/untrained_run.py`).
+
+The intake keeps this file, for it alone has the questions and decides which draw is which; the trainer and the command line
+compare what they were told with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from treegrpo.config.schema import Config, RolloutConfig
+from treegrpo.errors import ConfigError, DataError, RunFileError
+from treegrpo.storage.run_files import read_object, unusable
+
+log = logging.getLogger(__name__)
+FILE_NAME = "run.json"
+ID = "run.id"
+REMEDY = "restore it, or, if nothing has changed since the run began, remove it"
+KEYS = (
+    "run.seed",
+    *(f"rollout.{key}" for key in RolloutConfig.model_fields),
+    "train.batch",
+    "eval.questions",
+    "environment.reward",
+    "environment.reward_shape",
+    "environment.format_penalty",
+    "environment.topk",
+    "environment.max_observation_tokens",
+)
+MODEL, QUESTIONS = "model.path", ("data.train", "data.heldout")
+TEXT = "text_sha256"
+"""Of a model the second digest; a run that began before there was one goes on without."""
+WEIGHT_FILES = ("config.json", "tokenizer*", "*.safetensors")
+"""Of a model, what decides what is computed."""
+TEXT_FILES = (
+    *("generation_config.json", "chat_template*", "additional_chat_templates/*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+)
+"""And what decides, beside these, how text becomes tokens and which tokens end a turn."""
+EDGE_BYTES = 1 << 20
+"""Of a large file the size, the beginning and the end are looked at: fine-tuning leaves neither as it was."""
+
+Identity = Mapping[str, Any]
+"""Key → value, or {path, sha256} of what lies there."""
+
+
+def keep_identity(config: Config, *, begun: bool) -> str:
+    """Write down what the run in ``run.dir`` is, or, if it has ``begun``, that it still is that; returns its id.
+
+    The id is random, and made when the run begins: it tells two runs of one run.name apart.
+
+    Raises:
+        ConfigError: it is another now.
+        RunFileError: what was written is not what is there, or nothing can be written.
+        DataError: a file cannot be read.
+    """
+    path = config.run.dir / FILE_NAME
+    if begun and path.exists():
+        check_identity(config)
+        return _id(path)
+    _write(path, json.dumps({ID: secrets.token_hex(8), **_identity(config, [*KEYS, MODEL, *QUESTIONS])}, indent=1))
+    if begun:
+        log.warning("the run in %s began before runs wrote down what they are; it is now what it was told to be", config.run.dir)
+    return _id(path)
+
+
+def check_identity(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -> None:
+    """That the run in ``run.dir`` is still what it was when it began; nothing if nobody wrote that down.
+
+    Args:
+        config: what it is told now.
+        names: the keys to compare; those of files that this process does not have are left out.
+
+    Raises:
+        ConfigError: it is another.
+        RunFileError: what was written is not what is there.
+        DataError: a file cannot be read.
+    """
+    if found := changes(config, names):
+        raise ConfigError(
+            f"The run in run.dir = {config.run.dir} cannot go on as another: {', '.join(found)}. Set it back as it was, or "
+            "begin anew in another run.dir, with this run's last checkpoint as model.path to keep what it has learnt."
+        )
+
+
+def changes(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -> list[str]:
+    """What has changed of the run in ``run.dir`` since it began, each with both values; see `check_identity`."""
+    path = config.run.dir / FILE_NAME
+    if not path.exists():
+        return []
+    now, then = _identity(config, names), _read(path)
+    if missing := [key for key in now if key not in then]:
+        log.warning("%s does not say what %s was, so nobody can say whether it has changed", path, ", ".join(missing))
+    return [change for key in now if key in then for change in _changes(key, then[key], now[key])]
+
+
+def _id(path: Path) -> str:
+    """The id in ``path``; a run that began before runs had one is known by what was written down then."""
+    known = _read(path).get(ID)
+    return known if isinstance(known, str) else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _identity(config: Config, names: Iterable[str]) -> Identity:
+    return {name: _value(config, name) for name in names}
+
+
+def _value(config: Config, name: str) -> Any:
+    section, _, key = name.partition(".")
+    value = getattr(getattr(config, section), key)
+    if not isinstance(value, Path):
+        return value
+    try:
+        if name == MODEL:
+            return {"path": str(value), "sha256": _digest(value, WEIGHT_FILES), TEXT: _digest(value, TEXT_FILES)}
+        return {"path": str(value), "sha256": _content(value)}
+    except OSError as error:
+        raise DataError(f"{name} = {value} cannot be read ({error.strerror or error}); check the path.") from error
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(folder: Path, patterns: Iterable[str]) -> str:
+    """Of the files of a model directory that fit ``patterns``."""
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            found.update(file.read(EDGE_BYTES))
+            file.seek(max(0, size - EDGE_BYTES))
+            found.update(file.read())
+    return found.hexdigest()
+
+
+def _changes(name: str, then: Any, now: Any) -> Iterator[str]:
+    if not isinstance(now, dict):
+        if then != now:
+            yield f"{name} was {then} and is {now}"
+    elif any(then[part] != now[part] for part in ("sha256", TEXT) if part in then and part in now):
+        same = then["path"] == now["path"]
+        yield f"{name} = {now['path']} has changed since" if same else f"{name} was {then['path']} and is {now['path']}"
+
+
+def _read(path: Path) -> Identity:
+    found = read_object(path, REMEDY)
+    for name in (MODEL, *QUESTIONS):
+        entry = found.get(name, {"path": "", "sha256": ""})
+        if not isinstance(entry, dict) or not {"path", "sha256"} <= cast("dict[str, Any]", entry).keys():
+            raise RunFileError(f"{path} is not what was written there ({name} has no path and sha256); {REMEDY}.")
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    """Put ``text`` in the place of ``path``, all at once. Raises RunFileError."""
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)  # the name has to outlive the machine too
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise unusable(partial if partial.is_dir() else path, error) from error

@@ -1,0 +1,120 @@
+"""Serves /metrics to Prometheus and /health to who starts the process, from a thread of its own: one small answer a connection.
+
+A request has REQUEST_SECONDS from the connection to its last byte, TLS included, HEADER_BYTES to say what it wants, and
+shows the token where there is one; /health is for everybody. More than SCRAPERS at once are hung up on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import SecretStr
+
+from treegrpo.net.limits import HEADER_BYTES, REQUEST_SECONDS, SCRAPERS
+from treegrpo.security.credentials import shows
+
+log = logging.getLogger(__name__)
+CONTENT = "text/plain; version=0.0.4; charset=utf-8"
+END = b"\r\n\r\n"
+
+
+def serve_page(
+    listener: socket.socket,
+    page: Callable[[], bytes],
+    serving: Callable[[], bool],
+    context: ssl.SSLContext | None,
+    token: SecretStr,
+    refused: Callable[[str], None],
+) -> threading.Thread:
+    """Answer ``GET /metrics`` with ``page()`` and ``GET /health`` by ``serving()`` at ``listener`` until the process ends.
+
+    ``refused`` counts reasons, of few.
+    """
+    server = _Server(page, serving, token, refused)
+    thread = threading.Thread(target=asyncio.run, args=(server.run(listener, context),), name="metrics", daemon=True)
+    thread.start()
+    return thread
+
+
+class _Server:
+    def __init__(
+        self, page: Callable[[], bytes], serving: Callable[[], bool], token: SecretStr, refused: Callable[[str], None]
+    ) -> None:
+        self._page = page
+        self._serving = serving
+        self._token = token
+        self._refused = refused
+        self._open = 0
+
+    async def run(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
+        patience = None if context is None else REQUEST_SECONDS
+        server = await asyncio.start_server(
+            self._connected,
+            sock=listener,
+            ssl=context,
+            limit=HEADER_BYTES,
+            ssl_handshake_timeout=patience,
+            ssl_shutdown_timeout=patience,
+        )
+        asyncio.get_running_loop().set_exception_handler(_complain)
+        await server.serve_forever()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        try:
+            if self._open <= SCRAPERS:
+                async with asyncio.timeout(REQUEST_SECONDS):
+                    writer.write(self._answer(await reader.readuntil(END)))
+                    await writer.drain()
+            else:
+                self._refused("peers")
+        except TimeoutError:
+            self._refused("slow")
+            writer.transport.abort()  # what it does not read would wait for ever
+        except (asyncio.LimitOverrunError, ValueError):
+            self._refused("large")
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # gone
+        finally:
+            self._open -= 1
+            writer.close()
+
+    def _answer(self, request: bytes) -> bytes:
+        first, *rest = request.decode(errors="replace").split("\r\n")
+        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
+        method, target, *_ = (*first.split(" "), "", "")
+        path = target.partition("?")[0]
+        if (method, path) == ("GET", "/health"):
+            return (
+                _response(HTTPStatus.OK, b"ok\n") if self._serving() else _response(HTTPStatus.SERVICE_UNAVAILABLE, b"not yet\n")
+            )
+        if not shows(headers.get("authorization", ""), self._token):
+            self._refused("token")
+            return _response(
+                HTTPStatus.UNAUTHORIZED, b"Show the token: Authorization: Bearer TOKEN\n", "WWW-Authenticate: Bearer\r\n"
+            )
+        if (method, path) != ("GET", "/metrics"):
+            return _response(HTTPStatus.NOT_FOUND, b"There are GET /metrics and GET /health.\n")
+        try:
+            return _response(HTTPStatus.OK, self._page())
+        except Exception:  # the edge: a figure that cannot be made is said here, and costs the process nothing
+            log.exception("the figures for %s cannot be made", "/metrics")
+            return _response(HTTPStatus.INTERNAL_SERVER_ERROR, b"A figure cannot be made; see the log of this process.\n")
+
+
+def _complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A handshake that failed is the peer's affair; all else is ours."""
+    if not isinstance(context.get("exception"), OSError):
+        loop.default_exception_handler(context)
+
+
+def _response(status: HTTPStatus, body: bytes, more: str = "") -> bytes:
+    head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {CONTENT}\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}{more}Connection: close\r\n\r\n".encode() + body

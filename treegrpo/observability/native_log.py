@@ -1,0 +1,63 @@
+"""What native code writes to standard error (gRPC's own log), turned into log lines that are escaped, cut off and few.
+
+    gRPC ─► descriptor 2 ─► pipe ─► LINES a minute ─► the log
+
+With GRPC_VERBOSITY gRPC writes a line for each handshake that fails, with the name that a stranger has sent, as it is: half a
+megabyte in five seconds, without a certificate. So a server that strangers reach leaves it at NONE, or passes it through here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+
+from treegrpo.observability.standard_streams import lossy
+
+log = logging.getLogger(__name__)
+LINE_BYTES = 1000
+WINDOW_SECONDS = 60.0
+LINES = 60
+CHUNK = 65536
+FLUSH_SECONDS = 2.0
+
+
+def filter_native_log() -> None:
+    """Log what native code of this process writes to standard error from now on. Call it after `log_setup.to_stderr`."""
+    file = lossy(sys.stderr)
+    if file is None:
+        return
+    file.number = os.dup(2)  # Python's own words go on to where they went
+    os.set_inheritable(file.number, False)
+    reading, writing = os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+    thread = threading.Thread(target=_pass_on, args=(reading,), name="native-log", daemon=True)
+    thread.start()
+    atexit.register(_end, file.number, thread)
+
+
+def _pass_on(reading: int) -> None:
+    """Log lines until the other end is closed."""
+    rest, since, said, left_out = b"", time.monotonic(), 0, 0
+    while chunk := os.read(reading, CHUNK):
+        *lines, rest = (rest + chunk).split(b"\n")
+        rest = rest[:LINE_BYTES]
+        for line in filter(None, lines):
+            if time.monotonic() - since > WINDOW_SECONDS:
+                if left_out:
+                    log.warning("native code wrote %d more lines, which are left out", left_out)
+                since, said, left_out = time.monotonic(), 0, 0
+            said += 1
+            if said <= LINES:
+                log.warning("%s", line[:LINE_BYTES].decode(errors="replace"))
+            else:
+                left_out += 1
+
+
+def _end(before: int, thread: threading.Thread) -> None:
+    os.dup2(before, 2)  # the last writing end of the pipe is closed
+    thread.join(FLUSH_SECONDS)

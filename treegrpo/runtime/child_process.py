@@ -1,0 +1,99 @@
+"""A program as a child process: on a leash, in a session of its own, with all it says in a log file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, ClassVar, Self
+
+from treegrpo.runtime.parent_death import leashed
+
+TAIL_BYTES = 65536
+GRACE_SECONDS = 5.0
+
+
+class ChildProcess:
+    """A running program. Its own session, so a terminal's Ctrl-C reaches only who started it, who then decides."""
+
+    whole_group: ClassVar[bool] = False
+    """What it starts dies with it even when this process is killed: not all programs see to that themselves."""
+    killed_seconds: ClassVar[float | None] = None
+    """To wait for one that was killed, which a device may hold for ever; None: as long as it takes."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path, offset: int) -> None:
+        self.name = name
+        self.log = log
+        self._process = process
+        self._offset = offset
+        self.ended = asyncio.create_task(self._until_ended(), name=f"end-of-{name}")
+
+    @classmethod
+    async def spawn(cls, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Self:
+        """Run ``command``; what it says is appended to ``log``, or lost where that cannot be opened now."""
+        with _appending(log) as out:
+            process = await asyncio.create_subprocess_exec(
+                *leashed(command, group=cls.whole_group),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env=environment,
+            )
+            return cls(name, process, log, out.tell())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """The exit code; negative after a signal, None while it runs."""
+        return self._process.returncode
+
+    async def _until_ended(self) -> int:
+        code = await self._process.wait()
+        # At once: when none of the group is left, the kernel may give its number to a stranger.
+        self._tell_group(signal.SIGKILL)
+        return code
+
+    async def stop(self, grace: float = GRACE_SECONDS, at_once: asyncio.Event | None = None) -> None:
+        """Ask it to end; kill it after ``grace`` seconds, or as soon as ``at_once`` is set.
+
+        What it has started is killed when it has ended, however it did.
+        """
+        hurry = asyncio.create_task((at_once or asyncio.Event()).wait(), name=f"hurry-{self.name}")
+        if self.code is None:
+            self._tell_group(signal.SIGTERM)
+        try:
+            await asyncio.wait({self.ended, hurry}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hurry.cancel()
+        if self.code is None:
+            self._tell_group(signal.SIGKILL)
+        await asyncio.wait({self.ended}, timeout=self.killed_seconds)
+
+    def _tell_group(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def said(self) -> list[str]:
+        """The last lines of its log since it started, those that are not blank; none when nobody can read it."""
+        try:
+            with self.log.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(self._offset, size - TAIL_BYTES))
+                return [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        except OSError:
+            return []
+
+
+def _appending(log: Path) -> BinaryIO:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return log.open("ab")
+    except OSError:  # a full disk; what it has to say is worth less than what it does
+        return Path(os.devnull).open("ab")

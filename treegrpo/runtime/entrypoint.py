@@ -1,0 +1,100 @@
+"""The edge of every process: arguments in; one sentence and an exit code out.
+
+0     the end of its work, or it drained as it was told
+2     an error that stays until somebody does something: configuration, data, model, a taken port, a damaged journal
+75    an error that may pass: a peer that does not answer, a deadline; start it again
+else  a crash, or a signal; start it again
+
+The sentence goes to standard error for people, and to the process that started this one as an exit report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from treegrpo.config.loader import from_arguments
+from treegrpo.config.schema import Config
+from treegrpo.errors import TreeGrpoError
+from treegrpo.observability import log_setup
+from treegrpo.observability.printable_text import printable
+from treegrpo.runtime.exit_report import FAILED, PASSING, exit_code, report_of, write_report
+from treegrpo.runtime.stop_signals import stop_signals
+
+__all__ = ["ERROR_MARK", "FAILED", "PASSING", "complain", "exit_code", "find", "run_service"]
+ERROR_MARK = "error: "
+"""What the sentence begins with on standard error."""
+log = logging.getLogger(__name__)
+
+
+def run_service(service: Callable[[Config], Coroutine[Any, Any, None]], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run ``service`` as this process: configuration, logging, stop signals as a cancellation, the exit code.
+
+    Example:
+        if __name__ == "__main__":
+            run_service(serve)
+    """
+    log_setup.to_stderr()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
+    try:
+        config = from_arguments(sys.argv[1:] if arguments is None else arguments)
+        asyncio.run(_until_told(service(config)))
+    except BaseException as error:  # noqa: BLE001  # the edge: what is not ours is raised again
+        raise SystemExit(complain(error)) from None
+    raise SystemExit(0)
+
+
+def complain(error: BaseException) -> int:
+    """Report an error of ours, print its sentence and return the exit code; report any other as a crash and raise it again."""
+    ours = find(error)
+    if ours is None:
+        if not isinstance(error, SystemExit | KeyboardInterrupt):
+            write_report(report_of(error))
+        raise error
+    write_report(report_of(ours))
+    for other in _leaves(error):  # a crash beside it is not lost
+        if not isinstance(other, TreeGrpoError | asyncio.CancelledError):
+            log.error("besides, something crashed: %s", other, exc_info=other)
+    if log_setup.as_json():
+        log_setup.to_stderr()
+        log.critical("%s", " ".join([str(ours), *getattr(ours, "__notes__", ())]))
+    else:
+        lines = [f"{ERROR_MARK}{ours}", *getattr(ours, "__notes__", ())]  # notes say how to go on
+        with suppress(OSError):  # nobody listens any more
+            print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
+    return exit_code(ours)
+
+
+def find(error: BaseException) -> TreeGrpoError | None:
+    """The error of ours in ``error``, which a task group may have wrapped: one that stays before one that may pass."""
+    return min((one for one in _leaves(error) if isinstance(one, TreeGrpoError)), key=lambda one: one.passes, default=None)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+async def _until_told(service: Coroutine[Any, Any, None]) -> None:
+    """Await ``service``; a signal cancels it, which is a normal end. One that is cancelled unasked has crashed."""
+    task, told = asyncio.ensure_future(service), asyncio.Event()
+
+    def stop() -> None:
+        told.set()
+        task.cancel()
+
+    for number in stop_signals():
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not told.is_set():
+            raise RuntimeError("The service was cancelled, and nobody had told it to stop.") from None
+        log.info("told to stop")

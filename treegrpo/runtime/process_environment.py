@@ -1,0 +1,133 @@
+"""What a process takes over from the environment it is started in, and what it hands on to the processes it starts.
+
+    shell, pod, notebook ─► isolate() ─► this process ─► child_environment() ─► child: the same files, none of the rest
+
+Import path: our packages, and what they need, come from where this process has them: neither the current directory nor
+another directory that has a `services` or `learner` of its own comes before them. Variables that other programs leave
+behind (ranks of a launcher, Prometheus' files for several processes, settings of matplotlib, uvicorn, Python) are not
+handed on. Standard library alone, because it is called before anything else is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+from treegrpo.observability.standard_streams import protect
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The directory that holds our packages."""
+PACKAGES = ("treegrpo", "services", "learner")
+SEARCH = "PYTHONPATH"
+RANKS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
+"""What launchers tell the processes of a job."""
+RANK_PREFIXES = ("TORCHELASTIC_", "PET_", "ACCELERATE_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MPI_LOCAL")
+READ_AT_START = ("PYTHONOPTIMIZE", "PYTHONINSPECT", "PYTHONWARNINGS")
+"""What Python has taken in before we are asked: asserts and docstrings that libraries need, warnings that end them."""
+FOREIGN = (
+    *("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"),
+    *("MPLBACKEND", "MATPLOTLIBRC", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS", "mqtt_proxy", "MQTT_PROXY"),
+    "SSLKEYLOGFILE",  # TLS would end where it cannot be written, and be read by others where it can
+    *("PYTHONIOENCODING", "PYTHONVERBOSE", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP"),
+    *READ_AT_START,
+)
+"""Settings of libraries that this project sets itself, or that would end it."""
+FOREIGN_PREFIXES = ("UVICORN_",)
+FIXED = {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
+"""The current directory is not searched for modules; files and streams are UTF-8."""
+LOOPBACK = "localhost,127.0.0.1,::1"
+"""What nobody asks through a proxy. Our own clients ask everybody directly (`treegrpo.net.http_client`)."""
+DEFAULTS = {"GRPC_VERBOSITY": "NONE"}
+"""gRPC's own log writes what strangers send, as they send it, a line for each: see docs/security.md."""
+
+
+def isolate() -> None:
+    """Make this process one of ours, before it imports what is not ours: streams, import path, variables."""
+    protect()
+    unwanted = _unwanted()
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) not in unwanted]
+    kept = _own_environment()
+    for name in [name for name in os.environ if name not in kept]:
+        del os.environ[name]
+    os.environ.update(kept)
+
+
+def isolate_module() -> None:
+    """`restart` and `isolate` at the start of ``python -m`` of a module of ours; in a program of others nothing is changed."""
+    if sys.argv[0] == "-m":  # as long as Python looks for the module
+        restart()
+        isolate()
+
+
+def restart() -> None:
+    """Begin again as the same process, if Python has taken in what is not handed on; else return."""
+    if any(os.environ.get(name) for name in READ_AT_START):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _own_environment())  # noqa: S606
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of ours as this process would import it; goes with `child_environment`."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def child_environment(more: Mapping[str, str] | None = None, *, ours: bool = True) -> dict[str, str]:
+    """The variables of a child process.
+
+    Args:
+        more: variables that are set on top.
+        ours: it runs our packages; False: another environment's Python, which finds its own.
+    """
+    kept = {name: value for name, value in os.environ.items() if not (is_rank(name) or _is_foreign(name))}
+    unwanted = {*_unwanted(), str(ROOT)}
+    search = [path for entry in kept.pop(SEARCH, "").split(os.pathsep) if (path := os.path.realpath(entry)) not in unwanted]
+    if ours and str(ROOT) not in _own_paths():
+        search.insert(0, str(ROOT))
+    if not ours:
+        kept.pop("PYTHONHOME", None)
+    direct = ",".join(filter(None, (kept.get("no_proxy") or kept.get("NO_PROXY"), LOOPBACK)))
+    kept |= {"no_proxy": direct, "NO_PROXY": direct}
+    return {**DEFAULTS, **kept, **({SEARCH: os.pathsep.join(search)} if search else {}), **FIXED, **(more or {})}
+
+
+def is_rank(name: str) -> bool:
+    """Whether a launcher's variable says which process of a job this is."""
+    return name in RANKS or name.startswith(RANK_PREFIXES)
+
+
+def forget_ranks() -> None:
+    """Take what a launcher said from the environment of this process."""
+    for name in [name for name in os.environ if is_rank(name)]:
+        del os.environ[name]
+
+
+def _own_environment() -> dict[str, str]:
+    ranks = {
+        name: value for name, value in os.environ.items() if is_rank(name)
+    }  # `learner.trainer.distributed.rank_launcher` decides
+    return {**child_environment(), **ranks}
+
+
+def _is_foreign(name: str) -> bool:
+    return name in FOREIGN or name.startswith(FOREIGN_PREFIXES)
+
+
+def _own_paths() -> set[str]:
+    """Where this Python looks by itself."""
+    return {os.path.realpath(path) for path in sysconfig.get_paths().values()}
+
+
+def _unwanted() -> set[str]:
+    """The current directory, and what PYTHONPATH adds that has packages by the names of ours; never where ours lie."""
+    try:
+        here = str(Path.cwd())
+    except OSError:  # it has been deleted
+        here = ""
+    listed = [os.path.realpath(entry) for entry in os.environ.get(SEARCH, "").split(os.pathsep) if entry]
+    shadows = [path for path in listed if any(os.path.exists(f"{path}/{name}{end}") for name in PACKAGES for end in ("", ".py"))]  # noqa: PTH110
+    return {here, *shadows} - {str(ROOT), *_own_paths()}

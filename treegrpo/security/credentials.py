@@ -1,0 +1,223 @@
+"""What a process of one role shows to others and asks of them: certificate, password, tokens. Read and checked at the start.
+
+    access = Access.of(config.security, Role.SAMPLER)
+    access.check_listen("sampler.metrics", address)      # refused beyond this machine without TLS
+    context = access.client_context()                    # None: in plain text
+
+Secrets stay in SecretStr: they print as asterisks wherever they end up.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ssl
+import stat
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from pydantic import SecretStr
+
+from treegrpo.config.security import Role, SecurityConfig, check_address, check_url
+from treegrpo.errors import ConfigError, describe
+from treegrpo.net.address import is_local, split_address
+from treegrpo.security.server_role import asking_for, role_in, signed
+from treegrpo.security.tls_reload import Renewal, Stamp, stamp
+
+WORLD = 0o007
+"""Permission bits of everybody."""
+NONE = SecretStr("")
+
+
+class Pem(NamedTuple):
+    """What gRPC wants to know."""
+
+    ca: bytes
+    certificate: bytes
+    key: bytes
+
+
+class Keys(NamedTuple):
+    """The files of one role's certificate."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+    @property
+    def pem(self) -> Pem:
+        """As the files are now: they may have been renewed. Raises ConfigError."""
+        ca, certificate = read(self.ca, "the authorities to trust"), read(self.certificate, "the certificate")
+        return Pem(ca, certificate, read_secret(self.key, "the private key"))
+
+    @property
+    def stamp(self) -> Stamp:
+        """Another one when the files were renewed. Raises ConfigError."""
+        try:
+            return stamp(self)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename} cannot be read ({error.strerror}); make it with `treegrpo certs`, or let this user read it."
+            ) from error
+
+    def check(self, role: Role) -> None:
+        """Raise ConfigError when the certificate is not the key's, not the CA's, not this role's, or out of date."""
+        pem = self.pem
+        try:
+            certificate = x509.load_pem_x509_certificate(pem.certificate)
+            authorities = x509.load_pem_x509_certificates(pem.ca)
+            key = load_pem_private_key(pem.key, None)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"One of {self.ca}, {self.certificate} and {self.key} is no good PEM file ({describe(error)})."
+            ) from error
+        if key.public_key() != certificate.public_key():
+            raise ConfigError(f"{self.key} is not the key of {self.certificate}; make both again with `treegrpo certs`.")
+        begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        if not begins <= datetime.now(UTC) <= ends:
+            raise ConfigError(
+                f"{self.certificate} is valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, not now; renew it with `treegrpo certs`."
+            )
+        if not any(signed(certificate, authority) for authority in authorities):
+            raise ConfigError(f"{self.certificate} is not signed by an authority in {self.ca}; the two must belong together.")
+        found = role_in(certificate)
+        if found is None or found[0] is not role:
+            says = f"the role {found[0].value}" if found else "no role"
+            raise ConfigError(f"{self.certificate} has {says}; this process needs one for the role {role.value}.")
+
+    def server_context(self, *, ask: bool) -> ssl.SSLContext:
+        """For what listens with Python's own TLS, with the files as they are at each handshake; ``ask``: for a certificate."""
+        return Renewal(self, ask=ask).context()
+
+    def client_context(self, server: Role) -> ssl.SSLContext:
+        """For what connects with it to a ``server``, which must have the name or address that it is reached at, too."""
+        context = asking_for(server, self.ca)
+        context.load_cert_chain(self.certificate, self.key)
+        return context
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a process has; `OPEN` has nothing."""
+
+    role: Role
+    keys: Keys | None = None
+    broker_user: str = ""
+    broker_password: SecretStr = NONE
+    metrics_token: SecretStr = NONE
+    retriever_token: SecretStr = NONE
+    insecure_network: bool = False
+
+    @classmethod
+    def of(cls, security: SecurityConfig, role: Role) -> Access:
+        """Read the files of ``role``. Raises ConfigError that names the file and the remedy."""
+        keys = _keys(security, role)
+        if keys is not None:
+            keys.check(role)
+        password = _secret(security, "broker_password", f"{role.value}.password")
+        return cls(
+            role,
+            keys,
+            broker_user=security.broker_user or (role.value if password.get_secret_value() else ""),
+            broker_password=password,
+            metrics_token=_secret(security, "metrics_token", "metrics.token"),
+            retriever_token=_secret(security, "retriever_token", "retriever.token"),
+            insecure_network=security.insecure_network,
+        )
+
+    def check_listen(self, key: str, address: str) -> None:
+        """Raise ConfigError when ``address`` is none, or others could reach it in plain text."""
+        split_address(address, key)
+        check_address(key, address, safe=self.keys is not None or self.insecure_network)
+
+    def check_metrics(self, key: str, address: str) -> None:
+        """/metrics beyond this machine wants a token too: a certificate tells who serves, not who reads."""
+        self.check_listen(key, address)
+        if not (self.metrics_token.get_secret_value() or self.insecure_network or is_local(address)):
+            raise ConfigError(
+                f"{key} = {address} would tell everybody who reaches it how the run goes; set security.metrics_token_file."
+            )
+
+    def check_reach(self, key: str, address: str) -> None:
+        """Raise ConfigError when ``address`` is none, or elsewhere and would be talked to in plain text."""
+        split_address(address, key)
+        check_address(key, address, safe=self.keys is not None or self.insecure_network, verb="is on another machine")
+
+    def check_url(self, key: str, url: str) -> None:
+        """`check_reach` for a URL."""
+        check_url(key, url, safe=self.insecure_network)
+
+    def server_context(self, *, ask: bool = False) -> ssl.SSLContext | None:
+        """TLS for what listens; None: plain. Who connects is asked for a certificate too if ``ask``."""
+        return None if self.keys is None else self.keys.server_context(ask=ask)
+
+    def client_context(self) -> ssl.SSLContext | None:
+        """TLS for MQTT, to a broker; None: plain."""
+        return None if self.keys is None else self.keys.client_context(Role.BROKER)
+
+    def web_context(self, server: Role) -> ssl.SSLContext | bool:
+        """What httpx verifies HTTPS servers with: public authorities, and ours where there is one, for a ``server`` alone."""
+        return True if self.keys is None else asking_for(server, self.keys.ca, public=True)
+
+
+OPEN = Access(Role.OPERATOR)
+"""Plain text, no password: what stays on this machine."""
+
+
+def bearer(token: SecretStr) -> dict[str, str]:
+    """The header that shows ``token``; nothing for an empty one."""
+    return {"Authorization": f"Bearer {token.get_secret_value()}"} if token.get_secret_value() else {}
+
+
+def shows(header: str, token: SecretStr) -> bool:
+    """Whether an Authorization ``header`` shows ``token``, or none is asked for; compared in constant time."""
+    wanted = bearer(token)
+    return not wanted or hmac.compare_digest(header.encode(errors="replace"), wanted["Authorization"].encode())
+
+
+def _keys(security: SecurityConfig, role: Role) -> Keys | None:
+    if security.dir is not None:
+        return Keys(security.dir / "ca.pem", security.dir / f"{role.value}.pem", security.dir / f"{role.value}.key")
+    if security.ca is not None and security.certificate is not None and security.key is not None:
+        return Keys(security.ca, security.certificate, security.key)
+    return None
+
+
+def _secret(security: SecurityConfig, name: str, usual: str) -> SecretStr:
+    """From the environment, else from the file that is named, else from the usual one in `dir`."""
+    given: SecretStr = getattr(security, name)
+    path: Path | None = getattr(security, f"{name}_file")
+    if given.get_secret_value():
+        return given
+    if path is None and (security.dir is None or not (security.dir / usual).exists()):
+        return NONE
+    path = path or (security.dir or Path()) / usual
+    try:
+        text = read_secret(path, f"security.{name}").decode().strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} (security.{name}) is no text; write the secret into it, in one line.") from error
+    if not text or not text.isprintable():
+        raise ConfigError(f"{path} (security.{name}) holds no secret; write one into it, in one line.")
+    return SecretStr(text)
+
+
+def read(path: Path, what: str) -> bytes:
+    """The bytes of a file. Raises ConfigError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or describe(error)
+        raise ConfigError(
+            f"{path} ({what}) cannot be read ({reason}); make it with `treegrpo certs`, or let this user read it."
+        ) from error
+
+
+def read_secret(path: Path, what: str) -> bytes:
+    """`read` for what not everybody may read. Raises ConfigError."""
+    data = read(path, what)
+    if (mode := stat.S_IMODE(path.stat().st_mode)) & WORLD:
+        raise ConfigError(f"{path} ({what}) is open to every user of this machine (mode {mode:04o}); run `chmod 600 {path}`.")
+    return data
