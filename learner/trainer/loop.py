@@ -22,7 +22,7 @@
 The trainer never waits for a sampler by name, and nothing waits for the trainer but the staleness bound. Its position
 counts the groups it is done with; it moves with the step, also when the step had nothing to learn, and is in the
 checkpoint. A step is taken or skipped as a whole, by all ranks alike: each runs this loop, and rank 0 alone talks. An
-intake that is away (`link.py`) and a disk that is full (`shelf.py`) are waited for; neither costs a step.
+intake that is away (`intake_client.py`) and a disk that is full (`artifact_store.py`) are waited for; neither costs a step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`treegrpo up` and `treegrpo learner`: start, watch, drain, sum up.
 
 checks ─► lock ─► broker ─► retriever ─► intake ─► trainer ─► samplers ─► …the trainer is done… ─► summary
-└─ a part dies: it is started again (`keeper.py`), or: draining ─► checkpoint ─► the run ends with the part's reason
+└─ a part dies: it is started again (`part_supervisor.py`), or: draining ─► checkpoint ─► the run ends with the part's reason
 └─ Ctrl-C, a closed terminal, or the run state "draining": draining ─► checkpoint ─► how to go on
 └─ Ctrl-C again: stop now
 

@@ -6,7 +6,7 @@
     in any other way ─────────────────────────────► this ends alike, and whoever runs the container starts it again
 
 Neither compose nor a Deployment of Kubernetes can leave a container alone because of its exit code. While this waits the
-health check fails with the sentence, and a liveness check passes (`probe.py`). A Job of Kubernetes can, so with --job
+health check fails with the sentence, and a liveness check passes (`healthcheck.py`). A Job of Kubernetes can, so with --job
 nothing is waited for; but for a Job code 0 is the end of its work, so a program that was told to stop ends with 128 + the
 signal's number.
 """

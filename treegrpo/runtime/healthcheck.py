@@ -4,7 +4,7 @@
     python -m treegrpo.runtime.healthcheck --alive https://localhost:9402/health
 
 With --alive whether it need not be started again: it answers anything at all, or has ended for good and waits to be mended
-(`entrypoint.py`).
+(`container.py`).
 
 For health checks, which run every few seconds: the standard library alone, a tenth of a second. Nothing secret is sent and
 nothing but the status believed, so a certificate is not asked whose it is.

@@ -6,7 +6,7 @@ Staleness bounds the number of training groups that are on their way:
 
 A group granted at version v meets at most that many groups minus itself, and the trainer takes the oldest first, so it
 is trained at most max_lag versions later; it is closed with the leaves it has if others would push it beyond
-(`order.py`).
+(`staleness.py`).
 
 A group whose lease is lost or fails is leased again with the subtrees it has, before anything new is begun. One
 without a leaf begins again from nothing. After TRIES such leases it is closed with what it has, or set aside.

@@ -4,7 +4,7 @@
      ▲ ▼
     waiting for another lease, with the subtrees it has
 
-Which ready groups get the next *positions* is decided when the trainer asks (`order.py`), and kept: a trainer that
+Which ready groups get the next *positions* is decided when the trainer asks (`staleness.py`), and kept: a trainer that
 starts again gets the same groups at the same positions. A group is kept until two checkpoints cover it, for a trainer
 that has to start from the checkpoint before its newest.
 """

@@ -72,7 +72,7 @@ class Journal:
         self.blocked_since: float | None = None
         """time.monotonic since when the disk refuses: nothing is acknowledged, and nothing should be granted."""
         self.short_since: float | None = None
-        """time.monotonic since when the disk has no room to spare: nothing should be granted. See `reserve.py`."""
+        """time.monotonic since when the disk has no room to spare: nothing should be granted. See `disk_reserve.py`."""
         self.on_blocked: Callable[[], None] = lambda: None
         """Called when any of the two changes."""
         self.on_full: Callable[[], bool] = lambda: False

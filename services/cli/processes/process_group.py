@@ -2,7 +2,7 @@
 
     broker ─► retriever ─► intake ─► trainer ─► samplers
 
-Each is started again when it dies (`keeper.py`). Samplers are replaceable: one that is given up leaves the work to the
+Each is started again when it dies (`part_supervisor.py`). Samplers are replaceable: one that is given up leaves the work to the
 others. When any other part is given up, or the last sampler, the run is over. So it is when a part says, in whatever
 order parts end, that it ended for a reason that stays.
 """

@@ -53,7 +53,7 @@ class Limits:
 
 
 class SGLangEngine:
-    """An `Engine` on one or several servers. `open.py` makes it; use it as an async context manager or call `close`."""
+    """An `Engine` on one or several servers. `factory.py` makes it; use it as an async context manager or call `close`."""
 
     def __init__(
         self, servers: Sequence[Server], keeper: Keeper | None, stage: Stage, served: Staged, tokenizer: Tokenizer, limits: Limits
