@@ -23,7 +23,7 @@ import grpc
 
 from bench.traffic import SIZES, Script, Slice, encoded, percentile
 from treegrpo.core.lease import HEARTBEAT_SECONDS
-from treegrpo.timing.notifier import Change
+from treegrpo.timing.notifier import Notifier
 from treegrpo.v1 import rollout_pb2 as pb
 
 METHOD = "/treegrpo.v1.RolloutService/Rollout"
@@ -45,7 +45,7 @@ class Work:
     waited: list[float] = field(default_factory=list[float])
     """Seconds of every ack of this slice."""
     refused: str = ""
-    changed: Change = field(default_factory=Change)
+    changed: Notifier = field(default_factory=Notifier)
 
     @property
     def idle(self) -> bool:

@@ -42,7 +42,7 @@ from treegrpo.net.address import check_free, check_port
 from treegrpo.observability.metrics import IntakeMetrics, serve
 from treegrpo.runtime.run_directory import check_run_directory, make_run_dir
 from treegrpo.runtime.stop_signals import stop_signals
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 from treegrpo.storage.model_config import read_model_config
 from treegrpo.storage.run_files import check_run_files
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
@@ -82,7 +82,7 @@ async def run(config: Config) -> None:
         UnavailableError: the broker does not answer.
     """
     gc.set_threshold(GARBAGE_OBJECTS)
-    access = Access.of(config.security, Role.LEARNER)
+    access = Credentials.of(config.security, Role.LEARNER)
     access.check_listen("learner.listen", config.learner.listen)
     access.check_reach("broker.address", config.broker.address)
     check_port(config.learner.listen, "learner.listen")
@@ -94,7 +94,7 @@ async def run(config: Config) -> None:
         await _run(config, access)
 
 
-async def _run(config: Config, access: Access) -> None:
+async def _run(config: Config, access: Credentials) -> None:
     run_dir = config.run.dir
     disk, folder, snapshots = RealDisk(), run_dir / JOURNAL, Snapshots(RealDisk(), run_dir / SNAPSHOTS)
     metrics = IntakeMetrics()
@@ -146,7 +146,7 @@ async def _serve(
     weights: WeightsServer,
     control: ControlPlane,
     metrics: IntakeMetrics,
-    access: Access,
+    access: Credentials,
 ) -> None:
     """Open the doors, wait for the signal, drain, close them."""
     visitors = Visitors(metrics)

@@ -59,7 +59,7 @@ from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.net.address import join_address, split_address
 from treegrpo.observability.metrics import TrainerMetrics, serve
 from treegrpo.runtime.stop_signals import stop_signals
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 from treegrpo.storage.manifest import check_model_files
 from treegrpo.storage.run_files import check_run_files
 from treegrpo.wire.trainer_protocol import socket_path
@@ -229,7 +229,7 @@ def main(config: Config, ranks: Ranks) -> None:
     metrics = TrainerMetrics()
     host, port = split_address(config.learner.metrics, "learner.metrics")
     own = join_address(host, port + 1 if port else 0)
-    access = Access.of(config.security, Role.LEARNER)
+    access = Credentials.of(config.security, Role.LEARNER)
     ranks.first(lambda: serve(metrics, own, "learner.metrics (the port after it)", access))
     with closing(Link.open(socket_path(config.run.dir), stop, ranks)) as link:
         ranks.first(lambda: check_identity(config, (*KEYS, MODEL)))  # the questions are the intake's

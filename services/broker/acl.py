@@ -24,10 +24,10 @@ from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
 from amqtt.session import Session
 
 from services.broker.peers import peer_of
-from treegrpo.observability.rate_limited_log import Refusals
+from treegrpo.observability.rate_limited_log import RateLimitedLog
 from treegrpo.security.server_role import roles_in
 
-REFUSALS = Refusals(logging.getLogger(__name__))
+REFUSALS = RateLimitedLog(logging.getLogger(__name__))
 """amqtt makes its plugins by itself; a process has one broker."""
 TOPIC_LETTERS = 128
 """Of a topic in the log."""

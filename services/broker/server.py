@@ -26,9 +26,9 @@ from treegrpo.config.security import USERS, Role
 from treegrpo.errors import ConfigError, describe
 from treegrpo.net.address import check_free, check_port
 from treegrpo.net.limits import HANDSHAKE_SECONDS, PEERS
-from treegrpo.observability.rate_limited_log import Refusals, seldom
+from treegrpo.observability.rate_limited_log import RateLimitedLog, seldom
 from treegrpo.runtime.entrypoint import run_service
-from treegrpo.security.credentials import OPEN, Access, read_secret
+from treegrpo.security.credentials import OPEN, Credentials, read_secret
 
 log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 2.0
@@ -59,7 +59,7 @@ class PatientBroker(Broker):
         """``context``: TLS that asks for certificates; None: in plain text."""
         super().__init__(config)
         self._context = context
-        self._refusals = Refusals(log)
+        self._refusals = RateLimitedLog(log)
         self._subscriptions = _Subscriptions()
 
     async def shutdown(self) -> None:
@@ -216,7 +216,7 @@ class _Subscriptions(dict[str, list[tuple[Session, int]]]):
         return {topic: list(sessions) for topic, sessions in super().items()}.items()
 
 
-def embedded_broker(address: str, access: Access = OPEN, passwords: dict[str, str] | None = None) -> PatientBroker:
+def embedded_broker(address: str, access: Credentials = OPEN, passwords: dict[str, str] | None = None) -> PatientBroker:
     """An amqtt broker for ``address``, not started: with TLS and users, or for everybody. Needs a running event loop."""
     listener = ListenerConfig(bind=address, max_connections=PEERS)
     rules = {"services.broker.acl.Passwords": {"passwords": passwords}, "services.broker.acl.Topics": {}}
@@ -233,7 +233,7 @@ def passwords_in(directory: Path | None) -> dict[str, str]:
 
 async def serve(config: Config) -> None:
     """Run the broker at ``broker.address`` until cancelled. Raises AddressInUseError, ConfigError."""
-    access = Access.of(config.security, Role.BROKER)
+    access = Credentials.of(config.security, Role.BROKER)
     access.check_listen("broker.address", config.broker.address)
     passwords = passwords_in(config.security.dir) if config.security.tls else None
     check_port(config.broker.address, "broker.address")

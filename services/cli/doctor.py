@@ -23,7 +23,7 @@ from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError, TreeGrpoError, UnavailableError
 from treegrpo.net.http_client import public_url
 from treegrpo.runtime.machine_memory import memory_limit
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 
 PYTHON = (3, 11)
 MEMORY_GIB = 4
@@ -66,7 +66,7 @@ async def peers(config: Config) -> list[Finding]:
     """Broker, learner and retriever: reachable now? That none runs is only a warning."""
     learner = config.sampler.learner or config.learner.listen
     try:
-        access = Access.of(config.security, Role.OPERATOR)
+        access = Credentials.of(config.security, Role.OPERATOR)
     except ConfigError as error:  # a finding, not an end
         return [Finding("security", "fail", str(error))]
     return [

@@ -10,7 +10,7 @@ import aiomqtt
 from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 from treegrpo.wire.control import RunState, open_client, publish_state
 
 RETRY_SECONDS = 1.0
@@ -22,12 +22,12 @@ async def set_state(config: Config, word: str) -> str:
         state = RunState(word)
     except ValueError as error:
         raise ConfigError(f"{word!r} is no run state; write running, paused or draining.") from error
-    access = Access.of(config.security, Role.OPERATOR)
+    access = Credentials.of(config.security, Role.OPERATOR)
     await publish_state(config.broker.address, config.run.name, state, access)
     return f"The run {config.run.name} is told to be {state.value}."
 
 
-async def follow_state(config: Config, access: Access, heard: Callable[[RunState], None]) -> None:
+async def follow_state(config: Config, access: Credentials, heard: Callable[[RunState], None]) -> None:
     """Call ``heard`` with the run state, as it is and whenever somebody sets it, for ever. An absent broker is waited for."""
     states = {state.value.encode(): state for state in RunState}
     while True:

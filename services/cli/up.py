@@ -36,7 +36,7 @@ from treegrpo.errors import DeadlineError, PartError, RunError, UnavailableError
 from treegrpo.runtime.entrypoint import PASSING
 from treegrpo.runtime.run_directory import make_run_dir
 from treegrpo.runtime.stop_signals import TOLD, stop_signals
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 from treegrpo.storage.file_lock import locked
 from treegrpo.storage.run_files import check_run_files
 from treegrpo.wire.control import RunState, publish_state
@@ -141,7 +141,7 @@ class Run:
         everything: broker, retriever and samplers too, not the learner alone.
         """
         self._config = config
-        self._access = Access.of(config.security, Role.OPERATOR)
+        self._access = Credentials.of(config.security, Role.OPERATOR)
         self._arguments = arguments
         self._screen = screen
         self._go_on = go_on

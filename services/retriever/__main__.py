@@ -3,7 +3,7 @@
 from services.retriever.service import serve
 from treegrpo.config.security import Role
 from treegrpo.runtime.entrypoint import run_service
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 
 if __name__ == "__main__":
-    run_service(lambda config: serve(config.retriever, Access.of(config.security, Role.RETRIEVER)))
+    run_service(lambda config: serve(config.retriever, Credentials.of(config.security, Role.RETRIEVER)))

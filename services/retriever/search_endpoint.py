@@ -27,8 +27,8 @@ from services.retriever.http_limits import TooLargeError, body_of
 from services.retriever.index import Hit, Index
 from treegrpo.net.limits import ANSWER_BYTES, ANSWER_SECONDS, LOOP_BYTES, REQUEST_BYTES, TOPK
 from treegrpo.observability.metrics import RetrieverMetrics
-from treegrpo.observability.rate_limited_log import Refusals
-from treegrpo.security.credentials import Access, shows
+from treegrpo.observability.rate_limited_log import RateLimitedLog
+from treegrpo.security.credentials import Credentials, shows
 from treegrpo.wire.size_limits import TEXT_LENGTH
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Book:
 
     def __init__(self, metrics: RetrieverMetrics) -> None:
         self._metrics = metrics
-        self._refusals = Refusals(log)
+        self._refusals = RateLimitedLog(log)
 
     def refused(self, client: str, reason: str, sentence: str) -> None:
         self._metrics.refused.labels(reason).inc()
@@ -81,7 +81,7 @@ class Book:
 class Retrieve:
     """The endpoint, as an ASGI application."""
 
-    def __init__(self, index: Index, metrics: RetrieverMetrics, access: Access, book: Book) -> None:
+    def __init__(self, index: Index, metrics: RetrieverMetrics, access: Credentials, book: Book) -> None:
         self._index = index
         self._metrics = metrics
         self._access = access

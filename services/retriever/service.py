@@ -30,7 +30,7 @@ from treegrpo.net.address import check_free, family_of, split_address
 from treegrpo.net.limits import HEADER_BYTES, PEERS, REQUEST_SECONDS
 from treegrpo.observability.metrics import RetrieverMetrics
 from treegrpo.observability.rate_limited_log import seldom
-from treegrpo.security.credentials import Access, shows
+from treegrpo.security.credentials import Credentials, shows
 
 log = logging.getLogger(__name__)
 _BACKLOG = 1024
@@ -39,7 +39,7 @@ _IDLE_SECONDS = 30
 _GRACE_SECONDS = 2
 
 
-def app(index: Index, metrics: RetrieverMetrics, access: Access, book: Book) -> Starlette:
+def app(index: Index, metrics: RetrieverMetrics, access: Credentials, book: Book) -> Starlette:
     """The web application; starts nothing. /health is for everybody, the rest for who shows its token."""
     metrics.documents.set(len(index.documents))
     metrics.serving.set(1)
@@ -57,7 +57,7 @@ def app(index: Index, metrics: RetrieverMetrics, access: Access, book: Book) -> 
     return Starlette(routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health), Route("/metrics", scrape)])
 
 
-async def serve(config: RetrieverConfig, access: Access, ready: Callable[[int], None] = lambda _: None) -> None:
+async def serve(config: RetrieverConfig, access: Credentials, ready: Callable[[int], None] = lambda _: None) -> None:
     """Load the corpus, listen, and answer until cancelled.
 
     Args:

@@ -20,12 +20,12 @@ from treegrpo.config.security import Role
 from treegrpo.core.step import PolicyVersion
 from treegrpo.net.address import check_free, split_address
 from treegrpo.observability.metrics import SamplerMetrics
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 
 OBSERVE_SECONDS = 1.0
 
 
-async def open_engine(config: Config, path: Path, version: PolicyVersion, name: str, access: Access) -> OpenEngine:
+async def open_engine(config: Config, path: Path, version: PolicyVersion, name: str, access: Credentials) -> OpenEngine:
     """The engine, serving ``version`` from the model directory ``path``. Close it after use.
 
     What is sampled without a seed of its own differs between engines of different ``name``, in the same run.
@@ -55,7 +55,7 @@ def weights_dir(config: Config) -> Path | None:
     return config.engine.weights_dir if config.engine.kind == "sglang" and config.engine.weights_dir.is_dir() else None
 
 
-async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, access: Access) -> SGLangEngine:
+async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, access: Credentials) -> SGLangEngine:
     engine = config.engine
     if engine.urls:
         for url in engine.urls:
@@ -71,7 +71,7 @@ async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, a
 
 
 @asynccontextmanager
-async def open_environment(config: Config, tokenizer: Tokenizer, access: Access) -> AsyncGenerator[SearchQA]:
+async def open_environment(config: Config, tokenizer: Tokenizer, access: Credentials) -> AsyncGenerator[SearchQA]:
     """The environment, with a client of the retriever it searches with."""
     environment = config.environment
     async with open_retriever(config, access) as retriever:

@@ -17,7 +17,7 @@ from services.sampler.learner_link.weight_sync import Follower
 from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.errors import ContractError, DeadlineError
 from treegrpo.observability.metrics import SamplerMetrics
-from treegrpo.timing.notifier import Change
+from treegrpo.timing.notifier import Notifier
 from treegrpo.v1 import rollout_pb2
 from treegrpo.wire.codec import lease_from_pb, plan_from_pb, version_from_pb, version_to_pb
 
@@ -58,7 +58,7 @@ class LeaseHolder:
         self._metrics = metrics
         self._tasks = tasks
         self._held: dict[str, tuple[Gate, asyncio.Task[None]]] = {}
-        self._changed = Change()
+        self._changed = Notifier()
         self._running = asyncio.Event()
         self._running.set()
         self._idle_since: float | None = time.monotonic()

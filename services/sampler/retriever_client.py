@@ -7,7 +7,7 @@ from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
 from treegrpo.net.limits import TOPK
-from treegrpo.security.credentials import Access, bearer
+from treegrpo.security.credentials import Credentials, bearer
 
 
 def check_topk(config: Config) -> str:
@@ -24,7 +24,7 @@ def check_topk(config: Config) -> str:
     return f"{topk} documents for a query"
 
 
-def open_retriever(config: Config, access: Access) -> HttpRetriever:
+def open_retriever(config: Config, access: Credentials) -> HttpRetriever:
     """The client of the retriever that the run searches with; close it after use.
 
     Raises:

@@ -29,7 +29,7 @@ from treegrpo.errors import DeadlineError, EngineAwayError
 from treegrpo.net.address import join_address, split_address
 from treegrpo.observability.metrics import SamplerMetrics, serve
 from treegrpo.runtime.stop_signals import stop_signals
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 from treegrpo.storage.temp_dir import scratch
 from treegrpo.wire.control import ControlPlane, Member, RunState
 
@@ -56,7 +56,7 @@ async def run(config: Config) -> None:
     address = config.sampler.learner or config.learner.listen
     metrics = SamplerMetrics()
     host, _ = split_address(config.sampler.metrics, "sampler.metrics")
-    access = Access.of(config.security, Role.SAMPLER)
+    access = Credentials.of(config.security, Role.SAMPLER)
     access.check_reach("broker.address", config.broker.address)
     port = serve(metrics, config.sampler.metrics, "sampler.metrics", access)
     metrics_address = join_address(host, port)

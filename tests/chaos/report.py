@@ -17,7 +17,7 @@ from tests.chaos.driver import Outcome
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Direction:
     """How a value changed over the steps of a run."""
 
     first: float
@@ -28,7 +28,7 @@ class Change:
     """Of the 95 % interval of the difference (Welch, steps taken as independent)."""
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Change | None:
+    def of(cls, values: Sequence[float]) -> Direction | None:
         """None if there are too few."""
         if (third := len(values) // 3) < 2:
             return None
@@ -52,8 +52,8 @@ class Verdict:
         return self.found.clean and not (self.hung or self.grown or self.declined)
 
     @property
-    def reward(self) -> Change | None:
-        return Change.of([line["reward_mean"] for line in self.found.chain])
+    def reward(self) -> Direction | None:
+        return Direction.of([line["reward_mean"] for line in self.found.chain])
 
     @property
     def declined(self) -> bool:

@@ -16,7 +16,7 @@ from tests.security.door import describe, serving
 from treegrpo.config.schema import Config, RetrieverConfig
 from treegrpo.config.security import Role
 from treegrpo.runtime.healthcheck import complaint
-from treegrpo.security.credentials import OPEN, Access
+from treegrpo.security.credentials import OPEN, Credentials
 
 ANSWER = b'{"result": [[{"document": {"id": "1", "contents": "A"}, "score": 1.0}]]}'
 NAMES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
@@ -69,5 +69,5 @@ async def test_http_goes_directly(address: str) -> None:
 
 
 async def test_grpc_goes_directly() -> None:
-    async with serving(Access(Role.LEARNER)) as door:
-        assert await describe(door, Access(Role.SAMPLER)) is grpc.StatusCode.OK
+    async with serving(Credentials(Role.LEARNER)) as door:
+        assert await describe(door, Credentials(Role.SAMPLER)) is grpc.StatusCode.OK

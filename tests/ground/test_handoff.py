@@ -11,7 +11,7 @@ import pytest
 from tests.intake.builders import chain, question
 from treegrpo.core.tree import Group
 from treegrpo.errors import ContractError, UnavailableError
-from treegrpo.timing.notifier import Change
+from treegrpo.timing.notifier import Notifier
 from treegrpo.wire.trainer_protocol import (
     Covered,
     Done,
@@ -112,7 +112,7 @@ def test_a_long_run_directory_gets_a_short_socket(tmp_path: Path) -> None:
 
 
 async def test_a_change_wakes_who_waits_and_not_who_comes_later() -> None:
-    change = Change()
+    change = Notifier()
     waiting = asyncio.create_task(change.wait())
     await asyncio.sleep(0)
     change.tell()

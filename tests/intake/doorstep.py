@@ -29,7 +29,7 @@ from treegrpo.config.security import Role
 from treegrpo.core.step import PolicyVersion
 from treegrpo.net.limits import MESSAGE_BYTES
 from treegrpo.observability.metrics import IntakeMetrics
-from treegrpo.security.credentials import OPEN, Access
+from treegrpo.security.credentials import OPEN, Credentials
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
 from treegrpo.wire.control import ControlPlane, Member
 
@@ -65,7 +65,7 @@ async def doorstep(book: LeaseBook, folder: Path) -> AsyncGenerator[Doorstep]:
     metrics, disk = IntakeMetrics(), RealDisk()
     reporter = Reporter(metrics, folder / "progress.jsonl", window=4)
     recovered = recover(disk, folder / "journal", Snapshots(disk, folder / "snapshots"), book, reporter)
-    control = ControlPlane("127.0.0.1:1", "test", Member("learner", "learner", 1), Access.of(SecurityConfig(), Role.LEARNER))
+    control = ControlPlane("127.0.0.1:1", "test", Member("learner", "learner", 1), Credentials.of(SecurityConfig(), Role.LEARNER))
     book.version = VERSION
     with Journal.open(disk, folder / "journal", recovered.end) as journal:
         weights = WeightsServer(metrics)

@@ -21,7 +21,7 @@ from services.sampler.learner_link.channel import open_channel
 from tests.ports import free_address
 from treegrpo.net.limits import MESSAGE_BYTES
 from treegrpo.observability.metrics import IntakeMetrics
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2, weights_pb2_grpc
 
@@ -64,7 +64,7 @@ class Door:
 
 
 @asynccontextmanager
-async def serving(learner: Access, message_bytes: int = MESSAGE_BYTES) -> AsyncGenerator[Door]:
+async def serving(learner: Credentials, message_bytes: int = MESSAGE_BYTES) -> AsyncGenerator[Door]:
     metrics, reception, address = IntakeMetrics(), Reception(), free_address()
     visitors = Visitors(metrics)
     server = open_server(address, learner, visitors, message_bytes)
@@ -81,7 +81,7 @@ async def serving(learner: Access, message_bytes: int = MESSAGE_BYTES) -> AsyncG
         await server.stop(None)
 
 
-async def describe(door: Door, who: Access) -> grpc.StatusCode:
+async def describe(door: Door, who: Credentials) -> grpc.StatusCode:
     """What somebody gets who asks for weights; NOT of a version: none is published."""
     async with open_channel(door.address, who) as channel:
         try:
@@ -93,7 +93,7 @@ async def describe(door: Door, who: Access) -> grpc.StatusCode:
     raise AssertionError("weights out of nowhere")
 
 
-async def stream(door: Door, who: Access, *requests: pb.RolloutRequest) -> tuple[grpc.StatusCode, str]:
+async def stream(door: Door, who: Credentials, *requests: pb.RolloutRequest) -> tuple[grpc.StatusCode, str]:
     """What a rollout stream that begins so comes to: OK when it is welcomed."""
     async with open_channel(door.address, who) as channel:
         call = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)).Rollout()

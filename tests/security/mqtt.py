@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from services.broker.server import PatientBroker, embedded_broker
 from tests.ports import free_address
-from treegrpo.security.credentials import OPEN, Access
+from treegrpo.security.credentials import OPEN, Credentials
 
 SECONDS = 10.0
 
@@ -112,7 +112,7 @@ async def joined(address: str, hello: bytes, context: ssl.SSLContext | None = No
 
 
 @asynccontextmanager
-async def broker(who: Access = OPEN, passwords: dict[str, str] | None = None) -> AsyncGenerator[tuple[str, PatientBroker]]:
+async def broker(who: Credentials = OPEN, passwords: dict[str, str] | None = None) -> AsyncGenerator[tuple[str, PatientBroker]]:
     """The embedded broker in this process, and where."""
     address = free_address()
     made = embedded_broker(address, who, passwords)

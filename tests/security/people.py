@@ -9,12 +9,12 @@ from pathlib import Path
 from services.certs.authority import Pair, issue, new_authority
 from services.certs.issue import write
 from treegrpo.config.security import Role, SecurityConfig
-from treegrpo.security.credentials import Access, Keys
+from treegrpo.security.credentials import Credentials, Keys
 
 
-def access(folder: Path, role: Role) -> Access:
+def access(folder: Path, role: Role) -> Credentials:
     """What a process of ``role`` has with ``security.dir = folder``."""
-    return Access.of(SecurityConfig(dir=folder), role)
+    return Credentials.of(SecurityConfig(dir=folder), role)
 
 
 def authority(folder: Path) -> Pair:
@@ -31,7 +31,7 @@ def save(folder: Path, pair: Pair, ca: bytes) -> Keys:
     return keys
 
 
-def impostor(folder: Path, made: Path, who: str, role: Role = Role.SAMPLER) -> Access:
+def impostor(folder: Path, made: Path, who: str, role: Role = Role.SAMPLER) -> Credentials:
     """Somebody with a certificate that is ``expired``, of a ``stranger``'s authority, or without a ``roleless`` one's role."""
     ours = authority(made)
     match who:

@@ -38,7 +38,7 @@ from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.net.address import join_address, split_address
 from treegrpo.net.limits import CONTROL_BYTES
-from treegrpo.security.credentials import OPEN, Access
+from treegrpo.security.credentials import OPEN, Credentials
 from treegrpo.wire.control import ControlPlane, Member, RunState, open_client, publish_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see `refused`
@@ -107,7 +107,7 @@ async def until(plane: ControlPlane, condition: Callable[[], bool]) -> None:
             await plane.wait_change()
 
 
-async def refused(address: str, who: Access) -> str:
+async def refused(address: str, who: Credentials) -> str:
     """What somebody is told who is not let in."""
     with pytest.raises(UnavailableError) as error:
         await broker_ready(address, who)
@@ -316,7 +316,9 @@ async def test_no_other_certificate_is_good_as_the_brokers(made: Path, tmp_path:
 async def test_tls_of_the_broker_is_checked_by_name(made: Path, tmp_path: Path) -> None:
     """A sampler's certificate has no address in it: its holder cannot pose as the broker."""
     address, sampler = free_address(), access(made, Role.SAMPLER)
-    broker = embedded_broker(address, Access(Role.BROKER, sampler.keys), {"sampler": sampler.broker_password.get_secret_value()})
+    broker = embedded_broker(
+        address, Credentials(Role.BROKER, sampler.keys), {"sampler": sampler.broker_password.get_secret_value()}
+    )
     await broker.start()
     try:
         assert "likely because its certificate is for another name" in await refused(address, sampler)
@@ -337,7 +339,7 @@ async def test_the_embedded_broker_listens_on_ipv6_as_the_other_parts_do(made: P
 
 
 @asynccontextmanager
-async def door(who: Access) -> AsyncGenerator[tuple[str, bytearray]]:
+async def door(who: Credentials) -> AsyncGenerator[tuple[str, bytearray]]:
     """Somebody who listens with the certificate of ``who``, where, and what it was told."""
     told = bytearray()
 
@@ -371,7 +373,7 @@ def test_the_embedded_broker_needs_the_directory_of_the_passwords() -> None:
 async def test_beyond_this_machine_no_broker_is_spoken_to_in_plain_text() -> None:
     with pytest.raises(ConfigError, match=r"broker\.address = 10\.0\.0\.7:1883 is on another machine"):
         open_client("10.0.0.7:1883", OPEN)
-    open_client("10.0.0.7:1883", Access.of(SecurityConfig(insecure_network=True), Role.SAMPLER))
+    open_client("10.0.0.7:1883", Credentials.of(SecurityConfig(insecure_network=True), Role.SAMPLER))
 
 
 @pytest.mark.parametrize(

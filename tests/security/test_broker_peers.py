@@ -33,15 +33,15 @@ from tests.security.mqtt import (
 )
 from tests.security.people import access, impostor
 from treegrpo.config.security import Role
-from treegrpo.observability.rate_limited_log import Refusals
-from treegrpo.security.credentials import OPEN, Access
+from treegrpo.observability.rate_limited_log import RateLimitedLog
+from treegrpo.security.credentials import OPEN, Credentials
 from treegrpo.wire.control import open_client
 
 WORDS = {"learner": "l-word", "sampler": "s-word", "operator": "o-word"}
 PUBLISH, SUBACK = 0x30, 0x90
 
 
-def tls(who: Access) -> ssl.SSLContext:
+def tls(who: Credentials) -> ssl.SSLContext:
     context = who.client_context()
     assert context is not None
     return context
@@ -113,7 +113,7 @@ async def test_a_connection_that_is_taken_over_ends(made: Path) -> None:
 
 
 async def test_a_refusal_is_logged_once(made: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acl, "REFUSALS", Refusals(logging.getLogger("rules")))
+    monkeypatch.setattr(acl, "REFUSALS", RateLimitedLog(logging.getLogger("rules")))
     sampler = tls(access(made, Role.SAMPLER))
     async with guarded(made) as (address, _), joined(address, connect("s7", "sampler", "s-word"), sampler) as client:
         await client.say(*(publish(f"treegrpo/r/{number}\n", b"x") for number in range(50)), subscribe("treegrpo/#"))

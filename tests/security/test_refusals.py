@@ -9,7 +9,7 @@ from collections.abc import Generator
 import pytest
 
 from treegrpo.observability import rate_limited_log
-from treegrpo.observability.rate_limited_log import AGAIN_SECONDS, LINES, REMEMBERED, WINDOW_SECONDS, Refusals, seldom
+from treegrpo.observability.rate_limited_log import AGAIN_SECONDS, LINES, REMEMBERED, WINDOW_SECONDS, RateLimitedLog, seldom
 
 log = logging.getLogger("of.the.test")
 
@@ -23,7 +23,7 @@ class Clock:
 
 def test_a_refusal_is_said_once_for_a_peer_and_reason_and_again_after_an_hour(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    book = Refusals(log, clock)
+    book = RateLimitedLog(log, clock)
     for _ in range(5):
         book.count("a", "hello", "it is no name")
     book.count("a", "role", "it may not")
@@ -40,7 +40,7 @@ def test_a_refusal_is_said_once_for_a_peer_and_reason_and_again_after_an_hour(ca
 
 def test_many_strangers_do_not_fill_the_log_either(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    book = Refusals(log, clock)
+    book = RateLimitedLog(log, clock)
     for number in range(3 * REMEMBERED):
         book.count(f"peer {number}", "hello", "it is no name")
     assert len(caplog.records) == LINES

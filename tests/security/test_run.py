@@ -15,7 +15,7 @@ from tests.cli.test_up import Running, Up, up
 from tests.cli.workbench import Workbench
 from tests.security.people import access
 from treegrpo.config.security import Role
-from treegrpo.security.credentials import Access, bearer
+from treegrpo.security.credentials import Credentials, bearer
 from treegrpo.wire.control import open_client
 
 __all__ = ["up"]
@@ -41,7 +41,7 @@ def command_lines(run: Running) -> str:
     return "\n".join(Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in run.pids)
 
 
-async def pages(bench: Workbench, who: Access) -> list[str]:
+async def pages(bench: Workbench, who: Credentials) -> list[str]:
     """What every /metrics says, with the token and without."""
     said: list[str] = []
     addresses = {Role.LEARNER: bench.keys["learner.metrics"], Role.RETRIEVER: bench.keys["retriever.listen"]}
@@ -52,7 +52,7 @@ async def pages(bench: Workbench, who: Access) -> list[str]:
     return said
 
 
-async def retained(bench: Workbench, who: Access) -> str:
+async def retained(bench: Workbench, who: Credentials) -> str:
     """What the broker tells everybody who may read."""
     heard: dict[str, str] = {}
     async with open_client(bench.keys["broker.address"], who) as client, asyncio.timeout(SECONDS):

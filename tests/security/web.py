@@ -16,13 +16,13 @@ from treegrpo.config.schema import RetrieverConfig
 from treegrpo.config.security import Role
 from treegrpo.observability import metrics as served
 from treegrpo.observability.metrics import RetrieverMetrics
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 
 SECONDS = 10.0
 
 
 @asynccontextmanager
-async def retriever(tmp_path: Path, who: Access, contents: str = "Kabul\nKabul is large.") -> AsyncGenerator[str]:
+async def retriever(tmp_path: Path, who: Credentials, contents: str = "Kabul\nKabul is large.") -> AsyncGenerator[str]:
     """The service; yields HOST:PORT."""
     path = tmp_path / "corpus.jsonl"
     path.write_text(json.dumps({"id": "0", "contents": contents}) + "\n")
@@ -37,12 +37,12 @@ async def retriever(tmp_path: Path, who: Access, contents: str = "Kabul\nKabul i
             await service
 
 
-def metrics(who: Access) -> str:
+def metrics(who: Credentials) -> str:
     """Served until the tests end; HOST:PORT."""
     return f"127.0.0.1:{served.serve(RetrieverMetrics(), '127.0.0.1:0', 'retriever.listen', who)}"
 
 
-def client(who: Access, token: dict[str, str] | None = None, server: Role = Role.RETRIEVER) -> httpx.AsyncClient:
+def client(who: Credentials, token: dict[str, str] | None = None, server: Role = Role.RETRIEVER) -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=SECONDS, verify=who.web_context(server), headers=token)
 
 

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from treegrpo.core.lease import LeaseEndReason, LeaseKind
 from treegrpo.net.address import check_free, family_of, split_address
 from treegrpo.observability.metrics_server import serve_page
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -214,7 +214,7 @@ class RetrieverMetrics(_Metrics):
         self.documents = self._gauge("retriever_documents", "Documents in the index")
 
 
-def serve(metrics: _Metrics, address: str, key: str, access: Access) -> int:
+def serve(metrics: _Metrics, address: str, key: str, access: Credentials) -> int:
     """Serve /metrics and /health from a thread until the process ends; returns the port.
 
     Raises:

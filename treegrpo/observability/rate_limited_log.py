@@ -23,7 +23,7 @@ class _Said:
     """Refusals since then."""
 
 
-class Refusals:
+class RateLimitedLog:
     """Says a refusal once for each peer and reason."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:

@@ -25,7 +25,7 @@ from treegrpo.config.security import Role, SecurityConfig, check_address, check_
 from treegrpo.errors import ConfigError, describe
 from treegrpo.net.address import is_local, split_address
 from treegrpo.security.server_role import asking_for, role_in, signed
-from treegrpo.security.tls_reload import Renewal, Stamp, stamp
+from treegrpo.security.tls_reload import Stamp, TlsReload, stamp
 
 WORLD = 0o007
 """Permission bits of everybody."""
@@ -90,7 +90,7 @@ class Keys(NamedTuple):
 
     def server_context(self, *, ask: bool) -> ssl.SSLContext:
         """For what listens with Python's own TLS, with the files as they are at each handshake; ``ask``: for a certificate."""
-        return Renewal(self, ask=ask).context()
+        return TlsReload(self, ask=ask).context()
 
     def client_context(self, server: Role) -> ssl.SSLContext:
         """For what connects with it to a ``server``, which must have the name or address that it is reached at, too."""
@@ -100,7 +100,7 @@ class Keys(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class Credentials:
     """What a process has; `OPEN` has nothing."""
 
     role: Role
@@ -112,7 +112,7 @@ class Access:
     insecure_network: bool = False
 
     @classmethod
-    def of(cls, security: SecurityConfig, role: Role) -> Access:
+    def of(cls, security: SecurityConfig, role: Role) -> Credentials:
         """Read the files of ``role``. Raises ConfigError that names the file and the remedy."""
         keys = _keys(security, role)
         if keys is not None:
@@ -163,7 +163,7 @@ class Access:
         return True if self.keys is None else asking_for(server, self.keys.ca, public=True)
 
 
-OPEN = Access(Role.OPERATOR)
+OPEN = Credentials(Role.OPERATOR)
 """Plain text, no password: what stays on this machine."""
 
 

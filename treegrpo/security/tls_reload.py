@@ -17,7 +17,7 @@ gigabyte for four thousand strangers. A TLS record has 16 Ki at most."""
 Stamp = tuple[tuple[int, int], ...]
 
 
-class Renewal:
+class TlsReload:
     """The newest good context of a certificate's files; looks at them when somebody connects."""
 
     def __init__(self, files: tuple[Path, Path, Path], *, ask: bool) -> None:

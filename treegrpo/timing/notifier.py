@@ -6,7 +6,7 @@ import asyncio
 import time
 
 
-class Change:
+class Notifier:
     """`tell` wakes everybody who waits now; who waits later waits for the next."""
 
     def __init__(self) -> None:

@@ -34,11 +34,11 @@ from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ConfigError, UnavailableError, describe
 from treegrpo.net.address import split_address, within_reach
 from treegrpo.net.limits import CONTROL_BYTES, PEERS
-from treegrpo.observability.rate_limited_log import Refusals
-from treegrpo.security.credentials import OPEN, Access
+from treegrpo.observability.rate_limited_log import RateLimitedLog
+from treegrpo.security.credentials import OPEN, Credentials
 from treegrpo.storage.parse_dataclass import typed
 from treegrpo.timing.backoff import pause
-from treegrpo.timing.notifier import Change
+from treegrpo.timing.notifier import Notifier
 from treegrpo.wire.run_name_owner import KEEPALIVE_SECONDS, Claim, Member
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class _FullError(ValueError):
 class ControlPlane:
     """One process's view of the control plane, kept up to date by a background task; see `connect`."""
 
-    def __init__(self, address: str, run: str, member: Member, access: Access = OPEN) -> None:
+    def __init__(self, address: str, run: str, member: Member, access: Credentials = OPEN) -> None:
         self._address = address
         self._access = access
         self._run = run
@@ -82,8 +82,8 @@ class ControlPlane:
         self._member = member
         self._claim = Claim(member) if member.run else None
         self._client: aiomqtt.Client | None = None
-        self._changed = Change()
-        self._refusals = Refusals(log)
+        self._changed = Notifier()
+        self._refusals = RateLimitedLog(log)
         self._repeat = False
         """Our presence has to be said again."""
         self._rubbish: set[str] = set()
@@ -292,7 +292,7 @@ class ControlPlane:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def connect(cls, address: str, run: str, member: Member, access: Access = OPEN) -> AsyncGenerator[ControlPlane]:
+    async def connect(cls, address: str, run: str, member: Member, access: Credentials = OPEN) -> AsyncGenerator[ControlPlane]:
         """Join the control plane for the time of the block; reconnects by itself.
 
         Raises:
@@ -342,7 +342,7 @@ async def _ended(task: asyncio.Task[Any], again: float = AGAIN_SECONDS) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def publish_state(address: str, run: str, state: RunState, access: Access = OPEN) -> None:
+async def publish_state(address: str, run: str, state: RunState, access: Credentials = OPEN) -> None:
     """Set the run state from outside, without joining.
 
     Raises:
@@ -364,7 +364,7 @@ class _Client(aiomqtt.Client):
             super()._on_disconnect(*args, **more)
 
 
-def open_client(address: str, access: Access, timeout: float = CONNECT_SECONDS, **more: Any) -> aiomqtt.Client:
+def open_client(address: str, access: Credentials, timeout: float = CONNECT_SECONDS, **more: Any) -> aiomqtt.Client:
     """A client for the broker at ``address`` with what ``access`` has to show; ``more`` is aiomqtt's. Raises ConfigError."""
     access.check_reach("broker.address", address)
     host, port = split_address(within_reach(address), "broker.address")
@@ -380,7 +380,7 @@ def open_client(address: str, access: Access, timeout: float = CONNECT_SECONDS, 
     )
 
 
-def unavailable(address: str, access: Access, error: aiomqtt.MqttError, remedy: str) -> UnavailableError:
+def unavailable(address: str, access: Credentials, error: aiomqtt.MqttError, remedy: str) -> UnavailableError:
     """The sentence for a broker that does not let us in, with the likely reason."""
     said, likely = f"{error} {error.__cause__ or ''}".strip(), ""
     if "CERTIFICATE_VERIFY_FAILED" in said:

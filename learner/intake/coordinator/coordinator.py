@@ -31,8 +31,8 @@ from learner.intake.monitoring.recorder import Reporter
 from learner.intake.wal.journal import BACKLOG_BYTES, Journal
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.errors import ContractError
-from treegrpo.observability.rate_limited_log import Refusals
-from treegrpo.timing.notifier import Change
+from treegrpo.observability.rate_limited_log import RateLimitedLog
+from treegrpo.timing.notifier import Notifier
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import tree_pb2
 from treegrpo.wire.codec import plan_to_pb, version_to_pb
@@ -65,8 +65,8 @@ class Desk:
         self._heldout = heldout
         self.clerk = Clerk(book, journal, reporter)
         self.batches = Batches(book, self.clerk, self._stop)
-        self.changed = Change()
-        self._refusals = Refusals(log)
+        self.changed = Notifier()
+        self._refusals = RateLimitedLog(log)
         self.breaker = NoProgressBreaker()
         self._attempts = Attempts(self.breaker)
         self.began = self.state_since = time.monotonic()

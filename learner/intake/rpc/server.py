@@ -18,8 +18,8 @@ from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
 from treegrpo.net import limits
 from treegrpo.observability.metrics import IntakeMetrics
-from treegrpo.observability.rate_limited_log import Refusals, seldom
-from treegrpo.security.credentials import Access, Keys
+from treegrpo.observability.rate_limited_log import RateLimitedLog, seldom
+from treegrpo.security.credentials import Credentials, Keys
 from treegrpo.v1 import rollout_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Visitors:
 
     def __init__(self, metrics: IntakeMetrics) -> None:
         self._metrics = metrics
-        self._refusals = Refusals(log)
+        self._refusals = RateLimitedLog(log)
         self._callers: dict[str, None] = {}
         """Connections that a call came on, the newest of them."""
         self._astray = 0
@@ -138,7 +138,7 @@ def _judge(
     return "", None
 
 
-def open_server(address: str, access: Access, visitors: Visitors, message_bytes: int) -> grpc.aio.Server:
+def open_server(address: str, access: Credentials, visitors: Visitors, message_bytes: int) -> grpc.aio.Server:
     """A server bound to ``address``, not started, that takes messages of ``message_bytes`` at most.
 
     Raises ConfigError for an address that may not be used in plain text.

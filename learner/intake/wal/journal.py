@@ -27,7 +27,7 @@ from learner.intake.wal.filesystem import Disk, File
 from learner.intake.wal.framing import BATCH_BYTES, MAX_RECORD_BYTES, Record, encode, frame
 from learner.intake.wal.segments import FORMAT, End, path_of
 from treegrpo.timing.backoff import pause
-from treegrpo.timing.notifier import Change
+from treegrpo.timing.notifier import Notifier
 
 log = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -66,7 +66,7 @@ class Journal:
         self._wake = asyncio.Event()
         self._wake.set()
         self._committing = threading.Lock()
-        self._committed = Change()
+        self._committed = Notifier()
         self._last: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._last.set_result(self._number)
         self.blocked_since: float | None = None

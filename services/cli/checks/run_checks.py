@@ -21,7 +21,7 @@ from treegrpo.errors import AddressInUseError, ConfigError, DataError
 from treegrpo.net.address import check_free, check_port, join_address, overlap, split_address
 from treegrpo.net.http_client import public_url
 from treegrpo.runtime.run_directory import check_run_directory, check_writable
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 from treegrpo.storage.run_files import check_run_files
 
 Check = Callable[[], str]
@@ -140,24 +140,24 @@ def check_engine(config: Config, samplers: int) -> str:
 
 def check_security(config: Config) -> str:
     """Certificates, passwords and tokens can be read, and no address is in the open without them. Raises ConfigError."""
-    access = Access.of(config.security, Role.LEARNER)
+    access = Credentials.of(config.security, Role.LEARNER)
     access.check_reach("broker.address", config.broker.address)
     access.check_listen("learner.listen", config.learner.listen)
     access.check_metrics("learner.metrics", config.learner.metrics)
-    Access.of(config.security, Role.OPERATOR)
+    Credentials.of(config.security, Role.OPERATOR)
     return f"TLS with {access.keys.certificate}" if access.keys else "plain text, on this machine alone"
 
 
 def check_parts_security(config: Config) -> str:
     """`check_security` for the other processes of `treegrpo up`. Raises ConfigError."""
-    sampler, retriever = Access.of(config.security, Role.SAMPLER), Access.of(config.security, Role.RETRIEVER)
+    sampler, retriever = Credentials.of(config.security, Role.SAMPLER), Credentials.of(config.security, Role.RETRIEVER)
     sampler.check_metrics("sampler.metrics", config.sampler.metrics)
     sampler.check_url("retriever.url", config.search_url)
     if config.engine.kind == "sglang":
         for url in config.engine.urls:
             sampler.check_url("engine.urls", url)
     retriever.check_metrics("retriever.listen", config.retriever.listen)
-    Access.of(config.security, Role.BROKER)
+    Credentials.of(config.security, Role.BROKER)
     return "sampler, retriever, broker"
 
 

@@ -16,7 +16,7 @@ from treegrpo.config.schema import Config
 from treegrpo.config.security import web_address
 from treegrpo.errors import ConfigError, DeadlineError, ToolAwayError, ToolError, UnavailableError
 from treegrpo.net.address import within_reach
-from treegrpo.security.credentials import OPEN, Access
+from treegrpo.security.credentials import OPEN, Credentials
 from treegrpo.wire.control import open_client, unavailable
 
 PROBE_SECONDS = 2.0
@@ -25,7 +25,7 @@ PAUSE_SECONDS = 0.1
 Probe = Callable[[], Awaitable[None]]
 
 
-async def broker_ready(address: str, access: Access = OPEN) -> None:
+async def broker_ready(address: str, access: Credentials = OPEN) -> None:
     """Something speaks MQTT at ``address`` and lets us in."""
     try:
         async with open_client(address, access, timeout=PROBE_SECONDS):
@@ -34,7 +34,7 @@ async def broker_ready(address: str, access: Access = OPEN) -> None:
         raise unavailable(address, access, error, "start one there.") from error
 
 
-async def retriever_ready(config: Config, access: Access = OPEN) -> None:
+async def retriever_ready(config: Config, access: Credentials = OPEN) -> None:
     """The retriever answers a query, asked as samplers ask: by the same client, for as many documents, with as much time.
 
     Raises:
@@ -55,7 +55,7 @@ async def retriever_ready(config: Config, access: Access = OPEN) -> None:
         ) from error
 
 
-async def learner_ready(address: str, access: Access = OPEN) -> None:
+async def learner_ready(address: str, access: Credentials = OPEN) -> None:
     """The intake at ``address`` serves, says gRPC's health service."""
     access.check_reach("learner.listen", within_reach(address))
     async with open_channel(within_reach(address), access) as channel:

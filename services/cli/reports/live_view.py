@@ -14,7 +14,7 @@ from services.cli.reports.metrics_client import Scrape, pages
 from services.cli.reports.progress_reader import FILE_NAME, Account, EvalRecord, Progress, Record, StepRecord, Tail, WaitingRecord
 from services.cli.reports.terminal import Terminal, cell, panel
 from treegrpo.errors import DataError
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 
 REFRESH_SECONDS = 0.5
 RATE_STEPS = 5
@@ -144,7 +144,7 @@ class Screen:
         self._paused = sentence
 
     @asynccontextmanager
-    async def follow(self, run_dir: Path, metrics: str, total: int, access: Access) -> AsyncGenerator[None]:
+    async def follow(self, run_dir: Path, metrics: str, total: int, access: Credentials) -> AsyncGenerator[None]:
         """Show the run in ``run_dir`` for the time of the block; ``metrics`` is the intake's address.
 
         What a run that goes on did before is known, not told again. Lines that are no records are told of once; a progress
@@ -207,7 +207,7 @@ class Screen:
 
     @asynccontextmanager
     async def _panel(
-        self, progress: Progress, metrics: str, total: int, run_dir: Path, access: Access
+        self, progress: Progress, metrics: str, total: int, run_dir: Path, access: Credentials
     ) -> AsyncGenerator[Refresh]:
         async with pages(access) as read:
             with self._terminal.live() as live:

@@ -11,7 +11,7 @@ from treegrpo.config.security import Role
 from treegrpo.errors import ContractError, DeadlineError, UnavailableError
 from treegrpo.net.address import within_reach
 from treegrpo.net.http_client import Answer, HttpClient
-from treegrpo.security.credentials import Access, bearer
+from treegrpo.security.credentials import Credentials, bearer
 
 SCRAPE_SECONDS = 1.0
 PAGE_BYTES = 4 << 20
@@ -39,7 +39,7 @@ def _samples(page: Answer) -> Scrape:
 
 
 @asynccontextmanager
-async def pages(access: Access) -> AsyncGenerator[Read]:
+async def pages(access: Credentials) -> AsyncGenerator[Read]:
     """Read pages for the time of the block."""
     scheme = "http" if access.keys is None else "https"
     async with HttpClient(verify=access.web_context(Role.LEARNER), headers=bearer(access.metrics_token)) as client:

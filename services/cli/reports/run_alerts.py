@@ -14,7 +14,7 @@ from services.cli.reports.metrics_client import Scrape, pages
 from treegrpo.config.schema import Config
 from treegrpo.net.address import join_address, split_address
 from treegrpo.observability.metrics import MISMATCH_LIMIT
-from treegrpo.security.credentials import Access
+from treegrpo.security.credentials import Credentials
 from treegrpo.storage.manifest import DAMAGED
 
 LOOK_SECONDS = 1.0
@@ -25,7 +25,7 @@ MISMATCH = "treegrpo_kl_mismatch_lag0"
 
 
 class Troubles:
-    def __init__(self, config: Config, access: Access, say: Say) -> None:
+    def __init__(self, config: Config, access: Credentials, say: Say) -> None:
         """What is there already is known, and not said; ``say`` prints a line for the user."""
         self._run_dir, self._access, self._say = config.run.dir, access, say
         host, port = split_address(config.learner.metrics, "learner.metrics")

@@ -21,7 +21,7 @@ from services.sampler.expansion.lease_control import Gate
 from services.sampler.expansion.stall_monitor import Want
 from treegrpo.errors import AwayError, DeadlineError, describe
 from treegrpo.observability.metrics import SamplerMetrics
-from treegrpo.timing.notifier import Change
+from treegrpo.timing.notifier import Notifier
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 60.0
@@ -56,7 +56,7 @@ class Outage:
         self._probe = probe
         self._metrics = metrics
         self._probing = asyncio.Lock()
-        self._suspected = Change()
+        self._suspected = Notifier()
         self._spell: Spell | None = None
         self.on_change: Callable[[], None] = lambda: None
         """Called when `away` changes."""

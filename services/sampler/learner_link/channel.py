@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from treegrpo.config.security import Role, host_of
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.net import limits
-from treegrpo.security.credentials import Access, Keys
+from treegrpo.security.credentials import Credentials, Keys
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
@@ -39,7 +39,7 @@ CLOSED = ("Socket closed", "Connection reset", "recvmsg", "Broken pipe")
 """What gRPC says when the learner hangs up on us in the handshake, without a reason."""
 
 
-def open_channel(address: str, access: Access) -> grpc.aio.Channel:
+def open_channel(address: str, access: Credentials) -> grpc.aio.Channel:
     """A channel to the learner, which need not be there yet. The learner is known by its role, wherever it runs."""
     if access.keys is None:
         return grpc.aio.insecure_channel(address, options=OPTIONS)
@@ -55,7 +55,7 @@ class RenewingChannel:
     gRPC keeps what a channel was opened with, so renewed files mean another channel. What began on the one before ends on it.
     """
 
-    def __init__(self, address: str, access: Access, keys: Keys) -> None:
+    def __init__(self, address: str, access: Credentials, keys: Keys) -> None:
         self._address = address
         self._access = access
         self._keys = keys
@@ -93,7 +93,7 @@ class RenewingChannel:
         return self._channels[-1]
 
 
-async def connect(address: str, access: Access) -> grpc.aio.Channel:
+async def connect(address: str, access: Credentials) -> grpc.aio.Channel:
     """A channel to a learner that answers, which takes renewed certificates into use by itself.
 
     Raises:
@@ -118,7 +118,7 @@ async def connect(address: str, access: Access) -> grpc.aio.Channel:
     return channel
 
 
-def because(said: str, access: Access) -> str:
+def because(said: str, access: Credentials) -> str:
     """The likely reason behind what gRPC says of a connection that failed, with a colon before; empty if nothing is likely."""
     if reason := next((reason for mark, reason in REASONS.items() if mark in said), ""):
         return f": {reason}"

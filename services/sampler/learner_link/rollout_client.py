@@ -22,7 +22,7 @@ from treegrpo.core.step import Subtree
 from treegrpo.errors import ContractError
 from treegrpo.observability.metrics import SamplerMetrics
 from treegrpo.timing.backoff import pause
-from treegrpo.timing.notifier import Change
+from treegrpo.timing.notifier import Notifier
 from treegrpo.v1 import rollout_pb2, rollout_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class LearnerClient:
         self._address = address
         self._metrics = metrics
         self._outbox = Outbox()
-        self._acked = Change()
+        self._acked = Notifier()
         self._demand = 0
         self._closing = False
         self._queue: asyncio.Queue[rollout_pb2.RolloutRequest | None] | None = None

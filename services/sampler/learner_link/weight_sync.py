@@ -24,7 +24,7 @@ from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import DeadlineError, UnavailableError, WeightsError, describe
 from treegrpo.observability.metrics import SamplerMetrics
 from treegrpo.timing.backoff import pause
-from treegrpo.timing.notifier import Change
+from treegrpo.timing.notifier import Notifier
 from treegrpo.v1 import weights_pb2, weights_pb2_grpc
 from treegrpo.wire.codec import version_from_pb
 
@@ -147,8 +147,8 @@ class Follower:
         """Times it had said so before."""
         self._again = 0.0
         """When it is offered again, in time.monotonic."""
-        self._heard = Change()
-        self._loaded = Change()
+        self._heard = Notifier()
+        self._loaded = Notifier()
         self._waiting: dict[object, Want] = {}
         """Of each lease that needs a later version, the oldest first."""
         metrics.version.set(engine.version.step)
