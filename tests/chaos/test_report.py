@@ -45,5 +45,5 @@ def test_a_reward_that_falls_beyond_chance_is_a_bad_end_and_one_that_wavers_is_n
 
 
 def test_thirds_are_compared_with_an_interval() -> None:
-    assert Direction.of([1.0, 2.0, 9.0, 9.0, 3.0, 5.0]) == Notifier(1.5, 4.0, 1.96 * math.sqrt(0.5 / 2 + 2.0 / 2))
+    assert Direction.of([1.0, 2.0, 9.0, 9.0, 3.0, 5.0]) == Direction(1.5, 4.0, 1.96 * math.sqrt(0.5 / 2 + 2.0 / 2))
     assert Direction.of([1.0] * 5) is None
