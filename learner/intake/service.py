@@ -16,23 +16,23 @@ from grpc_health.v1._async import HealthServicer
 
 from learner.intake.coordinator import run_state
 from learner.intake.coordinator.coordinator import Desk
-from learner.intake.coordinator.stall_watchdog import Watchdog, look
-from learner.intake.coordinator.trainer_api import TrainerDesk
+from learner.intake.coordinator.stall_watchdog import StallWatchdog, current_run_status
+from learner.intake.coordinator.trainer_api import TrainerApi
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.question_queue import QuestionQueue, load_questions
-from learner.intake.monitoring.recorder import Reporter
-from learner.intake.persistence.compaction import Compaction
-from learner.intake.persistence.directory_watch import DirectoryWatch
-from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS, holds_run, recover
-from learner.intake.persistence.run_lock import only_intake
-from learner.intake.persistence.snapshot import Capture, Snapshots
-from learner.intake.persistence.untrained_run import begin_anew
-from learner.intake.rpc.rollout_servicer import RolloutServer
-from learner.intake.rpc.server import Admission, Visitors, open_server
+from learner.intake.monitoring.recorder import RunRecorder
+from learner.intake.persistence.compaction import JournalCompactor
+from learner.intake.persistence.directory_watch import DirectoryMonitor
+from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS, has_recorded_events, recover
+from learner.intake.persistence.run_lock import lock_run
+from learner.intake.persistence.snapshot import SnapshotStore, StateCapture
+from learner.intake.persistence.untrained_run import archive_untrained_run
+from learner.intake.rpc.rollout_servicer import RolloutServicer
+from learner.intake.rpc.server import ConnectionMonitor, StreamAdmission, create_server
 from learner.intake.rpc.trainer_socket import listen
-from learner.intake.rpc.weights_servicer import WeightsServer
-from learner.intake.wal.disk_reserve import Reserve
-from learner.intake.wal.filesystem import RealDisk
+from learner.intake.rpc.weights_servicer import WeightsServicer
+from learner.intake.wal.disk_reserve import DiskReserve
+from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
 from treegrpo.config.fingerprint import keep_identity
 from treegrpo.config.schema import Config
@@ -90,38 +90,38 @@ async def run(config: Config) -> None:
     check_run_directory(config.run.dir)
     make_run_dir(config.run.dir)
     check_run_files(config.run.dir)
-    with only_intake(config.run.dir):
+    with lock_run(config.run.dir):
         await _run(config, access)
 
 
 async def _run(config: Config, access: Credentials) -> None:
     run_dir = config.run.dir
-    disk, folder, snapshots = RealDisk(), run_dir / JOURNAL, Snapshots(RealDisk(), run_dir / SNAPSHOTS)
+    disk, folder, snapshots = LocalFileSystem(), run_dir / JOURNAL, SnapshotStore(LocalFileSystem(), run_dir / SNAPSHOTS)
     metrics = IntakeMetrics()
     heldout = load_questions(config.data.heldout)[: config.eval.questions or None]
     book = _book(config)
-    begun = holds_run(run_dir) and not begin_anew(config)
+    begun = has_recorded_events(run_dir) and not archive_untrained_run(config)
     run_id = keep_identity(config, begun=begun)
-    reporter = Reporter(metrics, run_dir / "progress.jsonl", window=config.train.batch)
+    reporter = RunRecorder(metrics, run_dir / "progress.jsonl", window=config.train.batch)
     recovered = recover(disk, folder, snapshots, book, reporter)
     serve(metrics, config.learner.metrics, "learner.metrics", access)
     member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics, run=run_id)
     with Journal.open(disk, folder, recovered.end) as journal:
-        compaction = Compaction(disk, folder, journal, snapshots, lambda: Capture(book, reporter))
+        compaction = JournalCompactor(disk, folder, journal, snapshots, lambda: StateCapture(book, reporter))
         reporter.watch(journal)
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
             await run_state.begin(control, run_dir)
-            weights = WeightsServer(metrics)
+            weights = WeightsServicer(metrics)
             plan = config.rollout.plan
             desk = Desk(book, journal, control, reporter, run=config.run.name, plan=plan, heldout=len(heldout))
-            trainer = TrainerDesk(desk, weights, heldout, checkpointed=compaction.ask)
-            directory = DirectoryWatch(disk, journal, snapshots, run_dir)
-            dog = Watchdog(desk.pace, lambda: look(desk, trainer, journal), reporter)
+            trainer = TrainerApi(desk, weights, heldout, checkpointed=compaction.ask)
+            directory = DirectoryMonitor(disk, journal, snapshots, run_dir)
+            dog = StallWatchdog(desk.pace, lambda: current_run_status(desk, trainer, journal), reporter)
             async with asyncio.TaskGroup() as tasks:
                 writing = tasks.create_task(journal.write_forever(), name="journal")
                 following = tasks.create_task(desk.follow(), name="control")
                 pausing = tasks.create_task(run_state.remember(control, run_dir), name="pause")
-                keeping = tasks.create_task(Reserve(disk, journal).keep_forever(), name="reserve")
+                keeping = tasks.create_task(DiskReserve(disk, journal).keep_forever(), name="reserve")
                 compacting = tasks.create_task(compaction.run_forever(), name="compaction")
                 watching = tasks.create_task(dog.run_forever(), name="watchdog")
                 seeing = tasks.create_task(_see_to(desk, directory, compaction), name="directory")
@@ -130,7 +130,7 @@ async def _run(config: Config, access: Credentials) -> None:
                     task.cancel()
 
 
-async def _see_to(desk: Desk, directory: DirectoryWatch, compaction: Compaction) -> None:
+async def _see_to(desk: Desk, directory: DirectoryMonitor, compaction: JournalCompactor) -> None:
     """End the run when its directory is gone."""
     try:
         await directory.run_forever(snapshot=compaction.ask)
@@ -142,17 +142,17 @@ async def _see_to(desk: Desk, directory: DirectoryWatch, compaction: Compaction)
 async def _serve(
     config: Config,
     desk: Desk,
-    trainer: TrainerDesk,
-    weights: WeightsServer,
+    trainer: TrainerApi,
+    weights: WeightsServicer,
     control: ControlPlane,
     metrics: IntakeMetrics,
     access: Credentials,
 ) -> None:
     """Open the doors, wait for the signal, drain, close them."""
-    visitors = Visitors(metrics)
+    visitors = ConnectionMonitor(metrics)
     most = message_bytes(config.rollout.plan)
-    server = open_server(config.learner.listen, access, visitors, most)
-    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(visitors, most)), server)
+    server = create_server(config.learner.listen, access, visitors, most)
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(desk, StreamAdmission(visitors, most)), server)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
     healthy = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from learner.intake.persistence.run_lock import only_intake
+from learner.intake.persistence.run_lock import lock_run
 from services.cli.checks.run_checks import learner_checks, run_checks, up_checks
 from services.cli.processes.part_supervisor import Part
 from services.cli.processes.process_group import Crew
@@ -124,7 +124,7 @@ def only_here(run_dir: Path) -> Generator[None]:
     check_run_files(run_dir)
     sentence = f"Another `treegrpo up` or `treegrpo learner` works on the run in {run_dir}; stop it, or set run.dir to another."
     with locked(run_dir / LOCK, sentence):
-        with only_intake(run_dir):
+        with lock_run(run_dir):
             pass
         yield
 

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from learner.intake.wal.filesystem import RealDisk
+from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.framing import Record
-from learner.intake.wal.segments import SUFFIX, Segments
+from learner.intake.wal.segments import SUFFIX, SegmentReader
 
 Row = dict[str, Any]
 
 
-class _AtOnce(RealDisk):
+class _AtOnce(LocalFileSystem):
     """Reads a file at one moment: a segment may be written to meanwhile."""
 
     def open(self, path: Path) -> BinaryIO:
@@ -41,13 +41,13 @@ class Archive:
             try:
                 if not kept.exists():
                     os.link(path, kept)
-            except FileNotFoundError:  # dropped between the two: it was linked before, or `Segments` will miss it
+            except FileNotFoundError:  # dropped between the two: it was linked before, or `SegmentReader` will miss it
                 continue
 
     def events(self) -> Iterator[Record]:
         """All events since the run began. Raises JournalError: one is missing or damaged."""
         self.keep()
-        yield from Segments(_AtOnce(), self._folder)
+        yield from SegmentReader(_AtOnce(), self._folder)
 
 
 def rows(path: Path) -> list[Row]:

@@ -11,8 +11,8 @@ from learner.intake.leases import circuit_breaker
 from tests.chaos import hostile
 from tests.chaos.hostile import NAME, Hostile
 from tests.intake.builders import book
-from tests.intake.doorstep import doorstep
-from tests.intake.harness import Sampler
+from tests.intake.process_harness import Sampler
+from tests.intake.server_harness import serve_intake
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import LeaseKind
 
@@ -22,7 +22,7 @@ async def test_the_hostile_sampler_is_refused_and_others_go_on(tmp_path: Path, m
     monkeypatch.setattr(hostile, "REST_SECONDS", 0.001)
     monkeypatch.setattr(circuit_breaker, "MOST_SECONDS", 0.02)
     made = book(questions=40, batch=8, max_lag=8)
-    async with doorstep(made, tmp_path) as door, Sampler.join(door.address, name="good") as good:
+    async with serve_intake(made, tmp_path) as door, Sampler.join(door.address, name="good") as good:
         bad = Hostile(door.address, random.Random(0))
         for turn in bad.turns:
             await hostile.once(turn)

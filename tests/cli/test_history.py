@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from learner.intake.wal.framing import encode, frame
-from learner.intake.wal.segments import path_of
+from learner.intake.wal.segments import segment_path
 from services.cli.checks.run_checks import check_run_dir
 from services.cli.reports.run_history import beginning, finished, newest_checkpoint, steps_done
 from tests.cli.records import eval_row, step_row, write
@@ -34,7 +34,7 @@ def test_a_directory_holds_a_run_once_something_is_recorded(tmp_path: Path) -> N
     (bench.run_dir / "logs").mkdir(parents=True)
     assert (steps_done(bench.run_dir), beginning(config)) == (None, f"Starting the run test in {bench.run_dir}")
     (bench.run_dir / "journal").mkdir()
-    segment = path_of(bench.run_dir / "journal", 1)
+    segment = segment_path(bench.run_dir / "journal", 1)
     segment.write_bytes(header := frame([encode({"format": 1, "segment": 1, "after": 0})]))
     assert steps_done(bench.run_dir) is None, "a start that failed has left nothing to go on with"
     segment.write_bytes(header + frame([encode({"event": "granted"})]))

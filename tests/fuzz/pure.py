@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from learner.intake.coordinator.sampler_presence import Presence
+from learner.intake.coordinator.sampler_presence import SamplerSessions
 from learner.intake.rpc.request_limits import read_request
 from learner.intake.wal.framing import BrokenFrameError, follows, read_frame
 from tests.fuzz import answers, foreign, samples
@@ -92,7 +92,7 @@ def journal(data: bytes) -> None:
 def presence() -> Callable[[tuple[int, bytes]], None]:
     """One listener for all cases: what it holds has to stay small."""
     plane = ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1, run="r"))
-    here = Presence({"s7/0000000000000007"}, lambda _: None)
+    here = SamplerSessions({"s7/0000000000000007"}, lambda _: None)
     topics = (
         "members/sampler/s7@0000000000000007",
         "state",

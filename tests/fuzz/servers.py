@@ -49,7 +49,7 @@ class Served:
 @asynccontextmanager
 async def rollout(stage: Stage) -> AsyncGenerator[Feed]:
     """Hello, perhaps a mutated one, a demand, and what follows; the lease's id is put where the sample has one."""
-    async with grpc.aio.insecure_channel(stage.setting.listen) as channel:
+    async with grpc.aio.insecure_channel(stage.intake.listen) as channel:
 
         async def feed(case: tuple[bool, bytes]) -> None:
             begun, data = case
@@ -73,7 +73,7 @@ async def rollout(stage: Stage) -> AsyncGenerator[Feed]:
 
 @asynccontextmanager
 async def weights(stage: Stage) -> AsyncGenerator[Feed]:
-    async with grpc.aio.insecure_channel(stage.setting.listen) as channel:
+    async with grpc.aio.insecure_channel(stage.intake.listen) as channel:
         methods = ("WeightsService/FetchWeights", "WeightsService/DescribeWeights")
         paths = [*(f"/treegrpo.v1.{method}" for method in methods), "/grpc.health.v1.Health/Check"]
 
@@ -165,8 +165,8 @@ def _talk(drawn: bytes) -> bytes:
 
 
 async def _intake(stage: Stage) -> None:
-    await learner_ready(stage.setting.listen)
-    assert (await stage.setting.samples())["treegrpo_journal_blocked"] == 0
+    await learner_ready(stage.intake.listen)
+    assert (await stage.intake.samples())["treegrpo_journal_blocked"] == 0
 
 
 QUICK = [row for row in samples.HANDOFF if row["type"] not in ("Take", "Evaluate")]
@@ -175,13 +175,13 @@ SERVED = [
     Served("rollout", "intake", 6_000, st.tuples(st.booleans(), protobufs(samples.REQUESTS)), rollout, _intake),
     Served("weights", "intake", 1_500, st.tuples(st.integers(0, 9), protobufs(samples.ASKED)), weights, _intake),
     Served("trainer", "intake", 3_000, packed(QUICK, _framed), trainer, _intake),
-    Served("metrics", "intake", 1_000, raw(samples.SCRAPES), dialling(lambda stage: stage.setting.metrics), _intake),
+    Served("metrics", "intake", 1_000, raw(samples.SCRAPES), dialling(lambda stage: stage.intake.metrics), _intake),
     Served(
         *("search", "retriever", 2_500, DRAWN.map(_post), dialling(lambda stage: stage.retriever)),
         lambda stage: retriever_ready(Config(retriever=RetrieverConfig(listen=stage.retriever))),
     ),
     Served(
-        *("mqtt", "broker", 2_000, DRAWN.map(_talk), dialling(lambda stage: stage.setting.broker)),
-        lambda stage: broker_ready(stage.setting.broker),
+        *("mqtt", "broker", 2_000, DRAWN.map(_talk), dialling(lambda stage: stage.intake.broker)),
+        lambda stage: broker_ready(stage.intake.broker),
     ),
 ]

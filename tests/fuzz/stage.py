@@ -14,7 +14,7 @@ from pathlib import Path
 
 from services.cli.processes.readiness import broker_ready, learner_ready, retriever_ready, wait_ready
 from tests.fuzz.watchdog import SAYS
-from tests.intake.harness import Setting
+from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address
 from treegrpo.config.schema import Config, RetrieverConfig
 from treegrpo.wire.trainer_protocol import Done, Publish, socket_path
@@ -55,13 +55,13 @@ class Server:
 class Stage:
     """Where everything is."""
 
-    setting: Setting
+    intake: IntakeProcess
     retriever: str
     servers: dict[str, Server]
 
     @property
     def socket(self) -> str:
-        return socket_path(self.setting.run_dir)
+        return socket_path(self.intake.run_dir)
 
 
 async def _start(name: str, folder: Path, *command: str) -> Server:
@@ -81,24 +81,24 @@ async def _start(name: str, folder: Path, *command: str) -> Server:
 async def stage(folder: Path) -> AsyncGenerator[Stage]:
     """Broker, retriever and intake, which serves a policy version."""
     (folder / "run").mkdir(parents=True)
-    setting, retriever = Setting(folder, free_address()), free_address()
+    intake, retriever = IntakeProcess(folder, free_address()), free_address()
     (folder / "corpus.jsonl").write_text(json.dumps({"id": "0", "contents": "Kabul\nKabul is a large city."}) + "\n")
-    where = ("--broker.address", setting.broker)
+    where = ("--broker.address", intake.broker)
     search = ("--retriever.listen", retriever, "--retriever.corpus", str(folder / "corpus.jsonl"))
     servers: dict[str, Server] = {}
     try:
         servers["broker"] = await _start("broker", folder, "services.broker.server", *where)
         servers["retriever"] = await _start("retriever", folder, "services.retriever", *search)
-        await wait_ready("broker", lambda: broker_ready(setting.broker), SECONDS)
-        servers["intake"] = await _start("intake", folder, "learner.intake", *setting.flags)
+        await wait_ready("broker", lambda: broker_ready(intake.broker), SECONDS)
+        servers["intake"] = await _start("intake", folder, "learner.intake", *intake.flags)
         await wait_ready("retriever", lambda: retriever_ready(Config(retriever=RetrieverConfig(listen=retriever))), SECONDS)
-        await wait_ready("intake", lambda: learner_ready(setting.listen), SECONDS)
-        weights = setting.run_dir / "weights" / "1.0"
+        await wait_ready("intake", lambda: learner_ready(intake.listen), SECONDS)
+        weights = intake.run_dir / "weights" / "1.0"
         weights.mkdir(parents=True)
         (weights / "config.json").write_text("{}")
-        async with setting.trainer() as trainer:
+        async with intake.trainer() as trainer:
             await asyncio.to_thread(trainer.ask, Publish("1.0", str(weights), 0), Done)
-        yield Stage(setting, retriever, servers)
+        yield Stage(intake, retriever, servers)
     finally:
         for server in servers.values():
             if server.alive:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.control.brokers import Broker, embedded
-from tests.intake.harness import Setting
+from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address
 
 
@@ -22,5 +22,5 @@ def broker() -> Generator[Broker]:
 
 
 @pytest.fixture
-def setting(tmp_path: Path, broker: Broker) -> Setting:
-    return Setting(tmp_path, broker.address)
+def intake(tmp_path: Path, broker: Broker) -> IntakeProcess:
+    return IntakeProcess(tmp_path, broker.address)

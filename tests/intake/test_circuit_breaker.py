@@ -21,11 +21,11 @@ from learner.intake.leases.circuit_breaker import (
     Verdict,
 )
 from learner.intake.leases.rollout_group import TRIES, OpenGroup
-from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence import lease_events
 from tests.intake.builders import book, chain, grant
-from tests.intake.doorstep import doorstep
-from tests.intake.harness import Sampler
+from tests.intake.process_harness import Sampler
+from tests.intake.server_harness import serve_intake
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.observability.metrics import IntakeMetrics
@@ -303,7 +303,7 @@ async def test_one_bad_sampler_costs_itself_alone(
     monkeypatch.setattr(circuit_breaker, "FIRST_SECONDS", 1000.0)
     caplog.set_level(logging.WARNING)
     made = book(questions=40, batch=8, max_lag=8)
-    async with doorstep(made, tmp_path) as door, Sampler.join(door.address, name="good") as good:
+    async with serve_intake(made, tmp_path) as door, Sampler.join(door.address, name="good") as good:
         failed = 0
         for incarnation in (1, 2):
             async with Sampler.join(door.address, name="bad", incarnation=incarnation) as bad:
@@ -328,7 +328,7 @@ async def test_one_bad_sampler_costs_itself_alone(
 
 async def test_leases_that_are_only_returned_are_not_granted_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(circuit_breaker, "FIRST_SECONDS", 1000.0)
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as idler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as idler:
         await idler.want(1)
         for _ in range(FAILURES):
             lease = (await idler.hear("lease")).id
@@ -343,7 +343,7 @@ async def test_leases_that_are_only_returned_are_not_granted_without_end(tmp_pat
 
 async def test_who_wants_very_many_leaves_others_their_share(tmp_path: Path) -> None:
     made = book(batch=4, max_lag=1)
-    async with doorstep(made, tmp_path) as door, Sampler.join(door.address, name="greedy") as greedy:
+    async with serve_intake(made, tmp_path) as door, Sampler.join(door.address, name="greedy") as greedy:
         made.version, version = None, made.version
         await greedy.want(1000)
         async with Sampler.join(door.address, name="modest") as modest:
@@ -370,7 +370,7 @@ def test_a_lease_that_was_excused_is_so_after_a_restart(tmp_path: Path) -> None:
     end = LeaseEnd(group.lease.id, LeaseEndReason.FAILED)
     made.ended(end, excused=True)
     records.append(lease_events.ended(end, excused=True))
-    reporter = Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
+    reporter = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
     for record in records:
         lease_events.replay(again, reporter, record)
     assert again.state() == made.state()

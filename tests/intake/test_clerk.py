@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from learner.intake.coordinator.journaled_leases import Clerk
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.question_queue import QuestionQueue
-from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence import lease_events
-from learner.intake.persistence.snapshot import Capture
+from learner.intake.persistence.snapshot import StateCapture
 from learner.intake.wal.framing import Record
 from tests.intake.builders import PLAN, VERSION, VOCABULARY, book, chain, complete, question
 from treegrpo.core.budget import Cost
@@ -44,7 +44,7 @@ class Lines:
 async def test_a_report_that_fails_does_not_part_the_journal_from_the_book(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, lines, reporter = book(), Lines(), Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=2)
+    made, lines, reporter = book(), Lines(), RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=2)
     clerk = Clerk(made, lines, reporter)
     work = made.next_lease()
     assert work is not None
@@ -63,12 +63,12 @@ async def test_a_report_that_fails_does_not_part_the_journal_from_the_book(
             clerk.end(complete(lease))
     again = book()
     for record in lines.records:
-        lease_events.replay(again, Reporter(IntakeMetrics(), tmp_path / "again.jsonl", window=2), record)
+        lease_events.replay(again, RunRecorder(IntakeMetrics(), tmp_path / "again.jsonl", window=2), record)
     assert (again.ledger.summary(), again.groups.closed) == (made.ledger.summary(), made.groups.closed)
 
 
-def described(made: LeaseBook, reporter: Reporter) -> list[Record]:
-    return list(Capture(made, reporter).records())
+def described(made: LeaseBook, reporter: RunRecorder) -> list[Record]:
+    return list(StateCapture(made, reporter).records())
 
 
 def with_questions(sources: list[str]) -> LeaseBook:
@@ -110,7 +110,7 @@ def test_what_cannot_be_written_down_changes_nothing(
     made, again, lines = with_questions(sources), with_questions(sources), Lines()
 
     async def run() -> None:
-        reporter = Reporter(IntakeMetrics(), folder / "progress.jsonl", window=2)
+        reporter = RunRecorder(IntakeMetrics(), folder / "progress.jsonl", window=2)
         clerk = Clerk(made, lines, reporter)
         for kind, text in script:
             before, written = copy.deepcopy(described(made, reporter)), len(lines.records)
@@ -118,7 +118,7 @@ def test_what_cannot_be_written_down_changes_nothing(
                 happens(clerk, made, kind, text)
             except UnicodeEncodeError:
                 assert (described(made, reporter), len(lines.records)) == (before, written)
-        reader = Reporter(IntakeMetrics(), folder / "again.jsonl", window=2)
+        reader = RunRecorder(IntakeMetrics(), folder / "again.jsonl", window=2)
         for record in lines.records:
             lease_events.replay(again, reader, record)
         assert described(again, reader)[0]["book"] == described(made, reporter)[0]["book"]
@@ -128,7 +128,7 @@ def test_what_cannot_be_written_down_changes_nothing(
 
 async def test_a_lease_beyond_a_record_is_still_the_next_one(tmp_path: Path) -> None:
     made, lines = with_questions(["x" * (MESSAGE_BYTES + (2 << 20)), "small"]), Lines()
-    clerk = Clerk(made, lines, Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=2))
+    clerk = Clerk(made, lines, RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=2))
     large = next(work for _ in range(2) if (work := made.next_lease()) is not None)
     if large[0].question.source == "small":
         clerk.grant(*large, "s/1")

@@ -10,8 +10,8 @@ import pytest
 
 from learner.intake.coordinator.coordinator import Desk
 from learner.intake.leases.lease_table import LeaseBook
-from learner.intake.monitoring.recorder import Reporter
-from learner.intake.persistence.run_lock import only_intake
+from learner.intake.monitoring.recorder import RunRecorder
+from learner.intake.persistence.run_lock import lock_run
 from tests.intake.builders import PLAN, VERSION, book, chain, complete
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.core.step import PolicyVersion
@@ -42,7 +42,7 @@ class Forgetful:
 def desk(made: LeaseBook, told: Told, folder: Path) -> Desk:
     return Desk(
         *(made, cast("Any", Forgetful()), cast("ControlPlane", told)),
-        Reporter(IntakeMetrics(), folder / "progress.jsonl", window=1),
+        RunRecorder(IntakeMetrics(), folder / "progress.jsonl", window=1),
         run="test",
         plan=PLAN,
         heldout=0,
@@ -91,7 +91,7 @@ def test_what_was_begun_goes_on_though_the_bound_was_lowered_meanwhile(now: dict
 
 def test_a_run_has_one_intake(tmp_path: Path) -> None:
     said = r"Another intake works on the run in .*; stop it, or set run\.dir"
-    with only_intake(tmp_path), pytest.raises(AddressInUseError, match=said), only_intake(tmp_path):
+    with lock_run(tmp_path), pytest.raises(AddressInUseError, match=said), lock_run(tmp_path):
         raise AssertionError("there are two")
-    with only_intake(tmp_path):
+    with lock_run(tmp_path):
         pass

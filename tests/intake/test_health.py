@@ -8,7 +8,7 @@ from typing import Any, cast
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.intake.harness import Setting
+from tests.intake.process_harness import IntakeProcess
 from tests.intake.test_service import publish, take
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -25,20 +25,20 @@ async def first_answer(address: str) -> int:
         return (await stub(channel).Check(request, wait_for_ready=True, timeout=30)).status
 
 
-async def test_it_serves_when_it_has_recovered_and_no_more_once_it_drains(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        await publish(setting, stage.trainer, 0, 0)
-        await stage.sampler.want(3)
-        leases = [await stage.sampler.hear("lease") for _ in range(3)]
+async def test_it_serves_when_it_has_recovered_and_no_more_once_it_drains(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        await publish(intake, peers.trainer, 0, 0)
+        await peers.sampler.want(3)
+        leases = [await peers.sampler.hear("lease") for _ in range(3)]
         for lease in leases[:2]:
-            await stage.sampler.roll_out(lease.id)
-        assert len(await take(stage.trainer, 0)) == 2
-        stage.intake.kill()
-        await stage.intake.wait()
-    process = await setting.start()
+            await peers.sampler.roll_out(lease.id)
+        assert len(await take(peers.trainer, 0)) == 2
+        peers.process.kill()
+        await peers.process.wait()
+    process = await intake.start()
     try:
-        assert await first_answer(setting.listen) == SERVING
-        async with setting.trainer() as trainer, grpc.aio.insecure_channel(setting.listen) as channel:
+        assert await first_answer(intake.listen) == SERVING
+        async with intake.trainer() as trainer, grpc.aio.insecure_channel(intake.listen) as channel:
             assert await take(trainer, 0) == ["0000000", "0000001"], "all of the journal has been read by then"
             watching = stub(channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watching.read()).status == SERVING
@@ -51,12 +51,12 @@ async def test_it_serves_when_it_has_recovered_and_no_more_once_it_drains(settin
         await process.communicate()
 
 
-async def test_an_intake_that_cannot_recover_never_serves(setting: Setting) -> None:
-    journal = setting.run_dir / "journal"
+async def test_an_intake_that_cannot_recover_never_serves(intake: IntakeProcess) -> None:
+    journal = intake.run_dir / "journal"
     journal.mkdir(parents=True)
     (journal / "00000002.log").write_bytes(b"a segment whose predecessor is gone")
-    process = await setting.start()
-    asking = asyncio.create_task(first_answer(setting.listen))
+    process = await intake.start()
+    asking = asyncio.create_task(first_answer(intake.listen))
     assert await asyncio.wait_for(process.wait(), 30) == 2
     assert not asking.done()
     asking.cancel()

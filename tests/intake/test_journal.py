@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
-from learner.intake.wal.filesystem import Disk, RealDisk
+from learner.intake.wal.filesystem import FileSystem, LocalFileSystem
 from learner.intake.wal.framing import BATCH_BYTES, MAX_RECORD_BYTES, encode, frame
 from learner.intake.wal.journal import BACKLOG_BYTES, Journal
-from learner.intake.wal.segments import End, Segments, drop, path_of
-from tests.intake.disks import CrashError, MemoryDisk
+from learner.intake.wal.segments import JournalEnd, SegmentReader, drop, segment_path
+from tests.intake.in_memory_filesystem import CrashError, InMemoryFileSystem
 from treegrpo.errors import JournalError
 
 FOLDER = Path("/journal")
 
 
 @contextlib.asynccontextmanager
-async def at_work(disk: Disk, folder: Path = FOLDER) -> AsyncGenerator[Journal]:
+async def at_work(disk: FileSystem, folder: Path = FOLDER) -> AsyncGenerator[Journal]:
     """A journal that goes on where the one before stopped, and its committing task."""
     with Journal.open(disk, folder, ended(disk, folder), retry=(0.0,)) as journal:
         writer = asyncio.create_task(journal.write_forever())
@@ -34,37 +34,37 @@ async def at_work(disk: Disk, folder: Path = FOLDER) -> AsyncGenerator[Journal]:
             await writer
 
 
-def ended(disk: Disk, folder: Path = FOLDER) -> End:
-    segments = Segments(disk, folder)
+def ended(disk: FileSystem, folder: Path = FOLDER) -> JournalEnd:
+    segments = SegmentReader(disk, folder)
     for _ in segments:
         pass
     return segments.end
 
 
-async def write(disk: Disk, *records: dict[str, Any], folder: Path = FOLDER) -> None:
+async def write(disk: FileSystem, *records: dict[str, Any], folder: Path = FOLDER) -> None:
     async with at_work(disk, folder) as journal:
         for record in records:
             await journal.append(record)
 
 
-def read(disk: Disk, folder: Path = FOLDER, first: int = 1) -> list[Any]:
-    return [record.get("n") for record in Segments(disk, folder, first)]
+def read(disk: FileSystem, folder: Path = FOLDER, first: int = 1) -> list[Any]:
+    return [record.get("n") for record in SegmentReader(disk, folder, first)]
 
 
 async def test_what_was_acknowledged_is_read_back_in_order(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "journal"
-    await write(RealDisk(), {"n": 1}, {"n": 2}, folder=folder)
-    await write(RealDisk(), {"n": 3}, folder=folder)
-    assert read(RealDisk(), folder) == [1, 2, 3]
+    await write(LocalFileSystem(), {"n": 1}, {"n": 2}, folder=folder)
+    await write(LocalFileSystem(), {"n": 3}, folder=folder)
+    assert read(LocalFileSystem(), folder) == [1, 2, 3]
     assert sorted(path.name for path in folder.iterdir()) == ["00000001.log", "00000002.log"]
 
 
 @pytest.mark.parametrize("lost", range(1, 45))
 async def test_a_torn_tail_is_left_out_with_a_word_and_the_rest_kept(lost: int, caplog: pytest.LogCaptureFixture) -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     torn = {"n": 2, "text": "x" * 40}
     await write(disk, {"n": 1}, torn)
-    inode = disk.files[path_of(FOLDER, 1)]
+    inode = disk.files[segment_path(FOLDER, 1)]
     del inode.data[-lost:]
     assert read(disk) == [1]
     await write(disk, {"n": 3})
@@ -74,43 +74,43 @@ async def test_a_torn_tail_is_left_out_with_a_word_and_the_rest_kept(lost: int, 
 
 
 async def test_zeros_where_a_commit_was_to_be_are_a_torn_tail() -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     await write(disk, {"n": 1})
-    disk.files[path_of(FOLDER, 1)].data += bytes(5000)
+    disk.files[segment_path(FOLDER, 1)].data += bytes(5000)
     assert read(disk) == [1]
 
 
 @pytest.mark.parametrize("place", range(62))
 async def test_damage_before_a_later_commit_is_no_torn_tail(place: int) -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     await write(disk, {"n": 1}, {"n": 2})
-    disk.files[path_of(FOLDER, 1)].data[place] ^= 1
+    disk.files[segment_path(FOLDER, 1)].data[place] ^= 1
     with pytest.raises(JournalError, match=r"00000001\.log is damaged at byte .* restore that file"):
         read(disk)
 
 
 @pytest.mark.parametrize("lost", [1, len(frame([encode({"n": 2})])), 30])
 async def test_an_earlier_segment_that_lacks_its_end_is_damaged(lost: int) -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     await write(disk, {"n": 1}, {"n": 2})
     await write(disk, {"n": 3})
-    del disk.files[path_of(FOLDER, 1)].data[-lost:]
+    del disk.files[segment_path(FOLDER, 1)].data[-lost:]
     with pytest.raises(JournalError, match=r"00000001\.log is damaged"):
         read(disk)
 
 
 @pytest.mark.parametrize("gone", [1, 2])
 async def test_a_missing_segment_is_an_error_that_names_it(gone: int) -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     for n in range(3):
         await write(disk, {"n": n})
-    del disk.files[path_of(FOLDER, gone)]
+    del disk.files[segment_path(FOLDER, gone)]
     with pytest.raises(JournalError, match=rf"0000000{gone}\.log is missing; restore it"):
         read(disk)
 
 
 async def test_a_segment_that_a_snapshot_stands_before_must_be_there() -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     await write(disk, {"n": 1})
     with pytest.raises(JournalError, match=r"00000002\.log is missing"):
         read(disk, first=2)
@@ -119,11 +119,11 @@ async def test_a_segment_that_a_snapshot_stands_before_must_be_there() -> None:
 def test_a_journal_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "journal.msgpack").write_bytes(b"")
     with pytest.raises(JournalError, match=r"is of an earlier version of treegrpo.*another directory"):
-        read(RealDisk(), tmp_path)
+        read(LocalFileSystem(), tmp_path)
 
 
 async def test_a_cut_begins_a_segment_and_says_its_number_when_what_came_before_is_durable() -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     async with at_work(disk) as journal:
         before = journal.append({"n": 1})
         cut, after = journal.cut(), journal.append({"n": 2})
@@ -138,7 +138,7 @@ async def test_a_cut_begins_a_segment_and_says_its_number_when_what_came_before_
 async def test_a_full_disk_blocks_until_it_has_room_and_nothing_is_lost(
     call: str, partial: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     async with at_work(disk) as journal:
         await journal.append({"n": 1})
         disk.partial, disk.full = partial, {call: 5}
@@ -157,20 +157,20 @@ async def test_a_full_disk_blocks_until_it_has_room_and_nothing_is_lost(
 
 
 async def test_nothing_partial_stays_while_the_disk_is_full() -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     async with at_work(disk) as journal:
         await journal.append({"n": 1})
-        size = len(disk.files[path_of(FOLDER, 1)].data)
+        size = len(disk.files[segment_path(FOLDER, 1)].data)
         disk.partial, disk.full = 0.7, {"write": 1}
         sizes: list[int] = []
-        journal.on_blocked = lambda: sizes.append(len(disk.files[path_of(FOLDER, 1)].data))
+        journal.on_blocked = lambda: sizes.append(len(disk.files[segment_path(FOLDER, 1)].data))
         await journal.append({"n": 2})
         assert sizes[0] == size
 
 
 @pytest.mark.parametrize("call", ["sync", "truncate"])
 async def test_after_a_failed_fsync_the_batch_goes_to_a_new_segment(call: str) -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     async with at_work(disk) as journal:
         await journal.append({"n": 1})
         disk.full = {"sync": 1} if call == "sync" else {"write": 1, "truncate": 2}
@@ -183,7 +183,7 @@ async def test_after_a_failed_fsync_the_batch_goes_to_a_new_segment(call: str) -
 
 
 async def test_who_feeds_the_journal_waits_while_too_much_is_unwritten() -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     disk.full = {"create": 1_000_000}
     async with at_work(disk) as journal:
         record = {"n": 1, "data": bytes(MAX_RECORD_BYTES - 100)}
@@ -204,23 +204,23 @@ async def test_who_feeds_the_journal_waits_while_too_much_is_unwritten() -> None
 
 
 async def test_a_record_too_large_to_be_read_again_is_not_taken() -> None:
-    async with at_work(MemoryDisk()) as journal:
+    async with at_work(InMemoryFileSystem()) as journal:
         with pytest.raises(ValueError, match="larger than the limit"):
             journal.append({"data": bytes(MAX_RECORD_BYTES)})
 
 
 async def test_what_is_in_line_at_the_end_is_written() -> None:
-    disk = MemoryDisk()
-    with Journal.open(disk, FOLDER, End()) as journal:
+    disk = InMemoryFileSystem()
+    with Journal.open(disk, FOLDER, JournalEnd()) as journal:
         for n in range(3):
             journal.append({"n": n, "data": bytes(BATCH_BYTES)})
     assert read(disk) == [0, 1, 2]
 
 
 async def test_a_disk_that_is_full_at_the_end_is_no_error_but_said(caplog: pytest.LogCaptureFixture) -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     disk.full = {"write": 1}
-    with Journal.open(disk, FOLDER, End()) as journal:
+    with Journal.open(disk, FOLDER, JournalEnd()) as journal:
         journal.append({"n": 1})
     assert "1 events are not in the journal" in caplog.text
 
@@ -234,7 +234,7 @@ async def test_a_commit_under_way_at_the_end_is_not_written_twice(tmp_path: Path
         go_on.wait(10)
         sync(descriptor)
 
-    with Journal.open(RealDisk(), tmp_path, End()) as journal:
+    with Journal.open(LocalFileSystem(), tmp_path, JournalEnd()) as journal:
         writer = asyncio.create_task(journal.write_forever())
         await journal.append({"n": 0})
         monkeypatch.setattr(os, "fsync", slow)
@@ -243,21 +243,21 @@ async def test_a_commit_under_way_at_the_end_is_not_written_twice(tmp_path: Path
         writer.cancel()
         journal.append({"n": 2})
         go_on.set()
-    assert read(RealDisk(), tmp_path) == [0, 1, 2]
+    assert read(LocalFileSystem(), tmp_path) == [0, 1, 2]
 
 
 async def test_reading_holds_one_frame_in_memory_however_long_the_journal_is(tmp_path: Path) -> None:
-    async with at_work(RealDisk(), tmp_path) as journal:
+    async with at_work(LocalFileSystem(), tmp_path) as journal:
         for n in range(60):
             await journal.append({"n": n, "data": bytes(1 << 20)})
     tracemalloc.start()
-    assert sum(1 for _ in Segments(RealDisk(), tmp_path)) == 60
+    assert sum(1 for _ in SegmentReader(LocalFileSystem(), tmp_path)) == 60
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 5 << 20
 
 
-async def three_lives(disk: MemoryDisk, acked: list[int]) -> None:
+async def three_lives(disk: InMemoryFileSystem, acked: list[int]) -> None:
     """Of a journal that meets a refusal, a failed fsync and cuts."""
     happens = {(1, 1): {"write": 2}, (1, 3): {"sync": 1}}
     for life in range(3):
@@ -278,12 +278,12 @@ async def three_lives(disk: MemoryDisk, acked: list[int]) -> None:
 
 @pytest.mark.parametrize("partial", [0.0, 0.3, 0.9, 1.0])
 async def test_killed_at_any_call_what_was_acked_is_there_and_what_is_there_was_written(partial: float) -> None:
-    whole, everything = MemoryDisk(), list[int]()
+    whole, everything = InMemoryFileSystem(), list[int]()
     await three_lives(whole, everything)
     calls = len(whole.log)
     assert read(whole) == everything == list(range(1, 13))
     for crash in range(1, calls + 1):
-        disk, acked = MemoryDisk(), list[int]()
+        disk, acked = InMemoryFileSystem(), list[int]()
         disk.partial, disk.crash_at = partial, crash
         with contextlib.suppress(CrashError):
             await three_lives(disk, acked)

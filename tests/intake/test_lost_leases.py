@@ -15,8 +15,8 @@ import pytest
 from learner.intake.coordinator import trainer_api
 from learner.intake.leases import circuit_breaker
 from tests.intake.builders import PLAN, book, complete
-from tests.intake.doorstep import Doorstep, doorstep, hurry
-from tests.intake.harness import Sampler
+from tests.intake.process_harness import Sampler
+from tests.intake.server_harness import IntakeFixture, hurry, serve_intake
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason, LeaseKind
 from treegrpo.core.step import PolicyVersion
@@ -36,13 +36,13 @@ async def beat(sampler: Sampler) -> None:
         await asyncio.sleep(0.05)
 
 
-def balanced(door: Doorstep) -> bool:
+def balanced(door: IntakeFixture) -> bool:
     return all(door.desk.book.ledger.imbalance(kind) == Budget() for kind in LeaseKind)
 
 
 async def test_a_sampler_that_hangs_loses_its_lease_to_another_who_goes_on(tmp_path: Path) -> None:
     """Its connection stays open all the while, and it comes back."""
-    async with doorstep(book(total=1), tmp_path) as door, Sampler.join(door.address, name="hangs") as hung:
+    async with serve_intake(book(total=1), tmp_path) as door, Sampler.join(door.address, name="hangs") as hung:
         await hung.want(1)
         lost = await hung.hear("lease")
         await hung.send_chain(lost.id)
@@ -75,7 +75,7 @@ async def test_a_sampler_that_hangs_loses_its_lease_to_another_who_goes_on(tmp_p
 
 
 async def test_what_a_late_sampler_has_is_taken_while_nobody_else_goes_on(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door:
+    async with serve_intake(book(), tmp_path) as door:
         async with Sampler.join(door.address) as first:
             await first.want(1)
             lost = await first.hear("lease")
@@ -94,7 +94,7 @@ async def test_what_a_late_sampler_has_is_taken_while_nobody_else_goes_on(tmp_pa
 
 
 async def test_a_sampler_that_was_cut_off_keeps_its_lease_if_it_is_back_in_time(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door:
+    async with serve_intake(book(), tmp_path) as door:
         async with Sampler.join(door.address) as cut_off:
             await cut_off.want(1)
             lease = await cut_off.hear("lease")
@@ -109,7 +109,7 @@ async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(
 ) -> None:
     hurry(monkeypatch, silence=20.0)
     monkeypatch.setattr("learner.intake.coordinator.sampler_presence.HUSHED_SECONDS", 0.2)
-    async with doorstep(book(), tmp_path) as door, AsyncExitStack() as stack:
+    async with serve_intake(book(), tmp_path) as door, AsyncExitStack() as stack:
         talks, hushed = [await stack.enter_async_context(Sampler.join(door.address, name=name)) for name in ("talks", "hushed")]
         beating = asyncio.create_task(beat(talks))
         for sampler in (talks, hushed):
@@ -123,12 +123,12 @@ async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(
         beating.cancel()
 
 
-def _silence(door: Doorstep, name: str) -> float:
+def _silence(door: IntakeFixture, name: str) -> float:
     return time.monotonic() - door.desk.peers[name].heard
 
 
 async def test_while_the_intake_stands_still_nobody_is_silent(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         lease = await sampler.hear("lease")
         _stand_still(1.0)
@@ -147,7 +147,7 @@ def _stand_still(seconds: float) -> None:
 
 
 async def test_a_sampler_that_drains_gives_its_group_to_another(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as drains:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as drains:
         await drains.want(1)
         lease = await drains.hear("lease")
         await drains.send_chain(lease.id)
@@ -164,7 +164,7 @@ async def test_a_sampler_that_drains_gives_its_group_to_another(tmp_path: Path) 
 
 async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(circuit_breaker, "REPEATS", -1)  # no other sampler is waited for
-    async with doorstep(book(total=1), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(total=1), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         asked: list[str] = []
         for _ in range(3):
@@ -186,12 +186,12 @@ async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path, monke
 
 
 async def test_after_a_restart_a_sampler_that_does_not_come_back_has_lost_its_lease_without_blame(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address, name="gone") as gone:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address, name="gone") as gone:
         await gone.want(1)
         lease = await gone.hear("lease")
         await gone.send_chain(lease.id)
         await gone.hear("ack")
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address, name="other") as other:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address, name="other") as other:
         beating = asyncio.create_task(beat(other))
         await door.until(lambda: lease.id not in door.desk.book.open)
         await other.want(1)
@@ -208,7 +208,7 @@ async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(
 ) -> None:
     """It is told to stop, trains on what it has when it does not answer, and its cost is known in the end all the same."""
     monkeypatch.setattr(trainer_api, "LONG_POLL_SECONDS", 2.0)
-    async with doorstep(book(batch=1, max_lag=1), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(batch=1, max_lag=1), tmp_path) as door, Sampler.join(door.address) as sampler:
         beating = asyncio.create_task(beat(sampler))
         await sampler.want(9)
         slow, fast = [await sampler.hear("lease") for _ in range(2)]
@@ -239,7 +239,7 @@ async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(
 async def test_a_trainer_that_is_slow_makes_nobody_grow(tmp_path: Path) -> None:
     """Eight samplers that want 20 leases each, a trainer that takes nothing: what is on its way stays within the bound."""
     made = book(questions=50, batch=3, max_lag=1, total=300)
-    async with doorstep(made, tmp_path) as door, AsyncExitStack() as stack:
+    async with serve_intake(made, tmp_path) as door, AsyncExitStack() as stack:
         samplers = [await stack.enter_async_context(Sampler.join(door.address, name=f"s{n}")) for n in range(8)]
         most = 0
 
@@ -263,7 +263,7 @@ async def test_a_trainer_that_is_slow_makes_nobody_grow(tmp_path: Path) -> None:
 
 
 async def test_a_sampler_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.hear("welcome")
         peer = door.desk.peers["s1"]
         for number in range(peer.room):

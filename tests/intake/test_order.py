@@ -19,7 +19,7 @@ from learner.intake.coordinator.journaled_leases import Clerk
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.rollout_group import OpenGroup
 from learner.intake.leases.staleness import pressing
-from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.lease_events import replay
 from tests.intake.builders import PLAN, book, chain, complete, kept
 from treegrpo.core.budget import Budget
@@ -67,7 +67,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.book = self.made()
-        reporter = Reporter(IntakeMetrics(), self.folder / "progress.jsonl", window=2)
+        reporter = RunRecorder(IntakeMetrics(), self.folder / "progress.jsonl", window=2)
         self.clerk = Clerk(self.book, self.lines, reporter)
         self.batches = Batches(self.book, self.clerk, lambda group: self.told.add(group.draw))
         self.publish()
@@ -125,7 +125,7 @@ class Run:
 
     def replayed(self) -> LeaseBook:
         again = self.made()
-        reporter = Reporter(IntakeMetrics(), self.folder / "again.jsonl", window=2)
+        reporter = RunRecorder(IntakeMetrics(), self.folder / "again.jsonl", window=2)
         for record in self.lines.records:
             replay(again, reporter, record)
         return again

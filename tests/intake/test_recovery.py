@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.intake.disks import CrashError, MemoryDisk
-from tests.intake.machine import History, Machine, play
+from tests.intake.crash_harness import CrashableIntake, History, play
+from tests.intake.in_memory_filesystem import CrashError, InMemoryFileSystem
 from treegrpo.core.lease import LeaseEndReason
 
 LOST, FAILED = LeaseEndReason.LOST, LeaseEndReason.FAILED
@@ -43,10 +43,10 @@ LIVES = (FIRST, SECOND, THIRD)
 
 
 async def test_the_script_covers_what_it_is_meant_to() -> None:
-    disk, history = MemoryDisk(), History()
+    disk, history = InMemoryFileSystem(), History()
     for script in LIVES:
-        play(Machine(disk, history), script)
-    last = Machine(disk, history)
+        play(CrashableIntake(disk, history), script)
+    last = CrashableIntake(disk, history)
     assert len(history.checkpoints) >= 4
     assert last.recovered.end.number > 5
     assert len(last.snapshots.numbers()) == 2, "two generations"
@@ -55,10 +55,10 @@ async def test_the_script_covers_what_it_is_meant_to() -> None:
 
 
 async def test_killed_at_any_call_of_the_file_layer() -> None:
-    disk, history, crashes = MemoryDisk(), History(), 0
+    disk, history, crashes = InMemoryFileSystem(), History(), 0
     for script in LIVES:
         whole, after = disk.after_crash(), history.copy()
-        play(Machine(whole, after), script)
+        play(CrashableIntake(whole, after), script)
         for number, call in enumerate(whole.log, start=1):
             for partial in (0.0, 0.4, 1.0) if call == "write" else (0.0,):
                 killed(disk.after_crash(), history.copy(), script, number, partial)
@@ -67,21 +67,21 @@ async def test_killed_at_any_call_of_the_file_layer() -> None:
     assert crashes > 150
 
 
-def killed(disk: MemoryDisk, history: History, script: list[Any], number: int, partial: float) -> None:
+def killed(disk: InMemoryFileSystem, history: History, script: list[Any], number: int, partial: float) -> None:
     """Crash at one call, and start again with whatever may be left."""
     disk.crash_at, disk.partial = number, partial
     with pytest.raises(CrashError):
-        play(Machine(disk, history), script)
+        play(CrashableIntake(disk, history), script)
     process, then = disk.after_kill(), history.copy()
-    Machine(process, then)  # has what no fsync has made durable, and counts on it from now on
-    Machine(process.after_crash(), then)
+    CrashableIntake(process, then)  # has what no fsync has made durable, and counts on it from now on
+    CrashableIntake(process.after_crash(), then)
     for names, kept, zeros in (("lost", 0.0, False), ("kept", 1.0, False), ("some", 0.5, bool(number % 2))):
         then = history.copy()
         left = disk.after_crash(kept, names=names, zeros=zeros, seed=number)
-        machine = Machine(left, then)
+        machine = CrashableIntake(left, then)
         if names == "some":
             play(machine, SECOND)
-            Machine(left, then)
+            CrashableIntake(left, then)
 
 
 HAPPENS = st.one_of(
@@ -104,11 +104,11 @@ HAPPENS = st.one_of(
 async def test_whatever_happens_and_whenever_it_stops(
     scripts: list[list[Any]], crash: int, kept: float, names: str, zeros: bool
 ) -> None:
-    disk, history = MemoryDisk(), History()
+    disk, history = InMemoryFileSystem(), History()
     disk.crash_at, disk.partial = crash, kept
     with contextlib.suppress(CrashError):
         for script in scripts:
-            play(Machine(disk, history), script)
+            play(CrashableIntake(disk, history), script)
     left = disk.after_crash(kept, names=names, zeros=zeros, seed=crash)
-    play(Machine(left, history), SECOND)
-    Machine(left, history)
+    play(CrashableIntake(left, history), SECOND)
+    CrashableIntake(left, history)

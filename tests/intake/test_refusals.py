@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.lease_events import replay
 from tests.ground.unsound import EVERY
 from tests.intake.builders import PLAN, book, chain, complete, grant
-from tests.intake.doorstep import doorstep
-from tests.intake.harness import Sampler, Setting
+from tests.intake.process_harness import IntakeProcess, Sampler
+from tests.intake.server_harness import serve_intake
 from tests.intake.test_service import publish
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import LeaseEndReason, LeaseKind
@@ -61,7 +61,7 @@ def test_a_journal_that_has_it_keeps_every_position(name: str, tmp_path: Path) -
             records.append({"event": "accepted", "subtree": subtree_to_pb(subtree).SerializeToString()})
         records.append({"event": "ended", "end": lease_end_to_pb(complete(lease.id)).SerializeToString()})
     again = book()
-    reporter = Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
+    reporter = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
     for record in [*records, {"event": "taken", "draws": [0, 1], "stale": []}]:
         replay(again, reporter, record)
     assert [group.group.id for group in again.groups.take(0, 2)] == ["0000000", "0000001"]
@@ -108,10 +108,10 @@ def test_a_trainer_that_goes_back_is_no_fault_of_the_questions_under_way() -> No
     assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
-async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(setting: Setting) -> None:
-    async with setting.stage("--train.batch", "1") as stage:
-        sampler, trainer = stage.sampler, stage.trainer
-        await publish(setting, trainer, 0, 0)
+async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(intake: IntakeProcess) -> None:
+    async with intake.with_peers("--train.batch", "1") as peers:
+        sampler, trainer = peers.sampler, peers.trainer
+        await publish(intake, trainer, 0, 0)
         await sampler.want(2)
         lease, other = [await sampler.hear("lease") for _ in range(2)]
         await sampler.send_chain(lease.id)
@@ -130,29 +130,29 @@ async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(setti
         for position, leaves in ((0, [2]), (1, [2])):
             taken = await asyncio.to_thread(trainer.ask, Take(position, 1), Taken)
             assert [leaf.node for _, leaf in unpack_group(taken.groups[0]).leaves()] == leaves
-        samples = await setting.samples()
+        samples = await intake.samples()
         assert samples["treegrpo_subtrees_refused_total/logprobs"] == 1
         assert samples["treegrpo_budget_spent_total/tokens/train"] == 3 * 28, "what was refused was computed all the same"
         assert samples["treegrpo_groups_closed_total/train/complete"] == 2
 
 
 async def test_what_a_refused_subtree_cost_outlives_a_restart(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         lease = await sampler.hear("lease")
         await sampler.say(subtree=subtree_to_pb(EVERY["positive logprob"].of(lease.id)))
         assert (await sampler.hear("ack")).refusal
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address, leases=(lease.id,)) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address, leases=(lease.id,)) as sampler:
         await sampler.say(lease_end=lease_end_to_pb(complete(lease.id)))
         await door.until(lambda: lease.id not in door.desk.book.open)
         assert door.sample("budget_spent_total", kind="train", currency="tokens") == 28
         assert door.desk.book.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
-async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        sampler = stage.sampler
-        await publish(setting, stage.trainer, 0, 0)
+async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        sampler = peers.sampler
+        await publish(intake, peers.trainer, 0, 0)
         await sampler.want(1)
         lease = await sampler.hear("lease")
         torn = subtree_to_pb(chain(lease.id))
@@ -162,22 +162,22 @@ async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(setting
         await sampler.hear("stop_expanding")
         await sampler.call.write(pb.RolloutRequest(lease_end=lease_end_to_pb(complete(lease.id))))
         assert (await sampler.hear("lease")).id != lease.id
-        samples = await setting.samples()
+        samples = await intake.samples()
         assert samples["treegrpo_subtrees_refused_total/action"] == 1
         assert samples["treegrpo_leases_ended_total/train/failed"] == 1, "nothing else came of it"
 
 
-async def test_work_for_a_lease_that_is_not_open_is_refused_in_a_sentence(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        await stage.sampler.send_chain("train-9999999")
-        assert (await stage.sampler.hear("ack")).refusal == "Lease train-9999999 is not open; its work is no longer wanted."
-        assert (await setting.samples())["treegrpo_subtrees_refused_total/lease"] == 1
+async def test_work_for_a_lease_that_is_not_open_is_refused_in_a_sentence(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        await peers.sampler.send_chain("train-9999999")
+        assert (await peers.sampler.hear("ack")).refusal == "Lease train-9999999 is not open; its work is no longer wanted."
+        assert (await intake.samples())["treegrpo_subtrees_refused_total/lease"] == 1
 
 
-async def test_an_intake_without_a_vocabulary_does_not_start(setting: Setting) -> None:
-    assert read_model_config(setting.model).vocabulary == 1000
-    (setting.model / "config.json").write_text(json.dumps({"model_type": "qwen2"}), encoding="utf-8")
-    process = await setting.start()
+async def test_an_intake_without_a_vocabulary_does_not_start(intake: IntakeProcess) -> None:
+    assert read_model_config(intake.model).vocabulary == 1000
+    (intake.model / "config.json").write_text(json.dumps({"model_type": "qwen2"}), encoding="utf-8")
+    process = await intake.start()
     _, stderr = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 2
-    assert stderr.decode().strip().splitlines()[-1].startswith(f"error: {setting.model / 'config.json'} has vocab_size None")
+    assert stderr.decode().strip().splitlines()[-1].startswith(f"error: {intake.model / 'config.json'} has vocab_size None")

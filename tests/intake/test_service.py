@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.intake.harness import Sampler, Setting, Stage
+from tests.intake.process_harness import IntakeProcess, IntakeWithPeers, Sampler
 from treegrpo.errors import ContractError
 from treegrpo.runtime.entrypoint import FAILED, PASSING
 from treegrpo.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
@@ -33,16 +33,16 @@ from treegrpo.wire.trainer_protocol import (
 )
 
 
-def version_directory(setting: Setting, step: int) -> Path:
-    directory = setting.run_dir / "weights" / f"1.{step}"
+def version_directory(intake: IntakeProcess, step: int) -> Path:
+    directory = intake.run_dir / "weights" / f"1.{step}"
     directory.mkdir(parents=True)
     (directory / "model.safetensors").write_bytes(bytes(range(256)) * 10_000)
     (directory / "config.json").write_text("{}", encoding="utf-8")
     return directory
 
 
-async def publish(setting: Setting, trainer: IntakeClient, step: int, position: int) -> None:
-    request = Publish(f"1.{step}", str(version_directory(setting, step)), position)
+async def publish(intake: IntakeProcess, trainer: IntakeClient, step: int, position: int) -> None:
+    request = Publish(f"1.{step}", str(version_directory(intake, step)), position)
     await asyncio.to_thread(trainer.ask, request, Done)
 
 
@@ -51,27 +51,27 @@ async def take(trainer: IntakeClient, position: int, count: int = 2) -> list[str
     return [unpack_group(group).id for group in taken.groups]
 
 
-async def test_a_question_goes_out_as_a_lease_and_comes_back_as_a_group(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        sampler, trainer = stage.sampler, stage.trainer
+async def test_a_question_goes_out_as_a_lease_and_comes_back_as_a_group(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        sampler, trainer = peers.sampler, peers.trainer
         assert (await sampler.hear("welcome")).plan.trees == 2
         await sampler.want(3)
-        await publish(setting, trainer, 0, 0)
+        await publish(intake, trainer, 0, 0)
         leases = [await sampler.hear("lease") for _ in range(3)]
         assert len({lease.question.id for lease in leases}) == 3
         for lease in leases[:2]:
             await sampler.roll_out(lease.id)
         assert await take(trainer, 0) == ["0000000", "0000001"]
         assert await take(trainer, 0) == ["0000000", "0000001"], "a trainer that starts again gets them again"
-        samples = await setting.samples()
+        samples = await intake.samples()
         assert samples["treegrpo_budget_spent_total/tokens/train"] == 2 * 28
         assert samples["treegrpo_leases_outstanding/train"] == 2
 
 
-async def test_work_sent_again_is_acked_again_and_counted_once(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        sampler, trainer = stage.sampler, stage.trainer
-        await publish(setting, trainer, 0, 0)
+async def test_work_sent_again_is_acked_again_and_counted_once(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        sampler, trainer = peers.sampler, peers.trainer
+        await publish(intake, trainer, 0, 0)
         await sampler.hear("welcome")
         await sampler.want(1)
         lease = await sampler.hear("lease")
@@ -80,16 +80,16 @@ async def test_work_sent_again_is_acked_again_and_counted_once(setting: Setting)
             await sampler.hear("ack")
         await sampler.send_chain("train-9999999")
         await sampler.hear("ack")
-        samples = await setting.samples()
+        samples = await intake.samples()
         assert samples["treegrpo_subtrees_duplicate_total"] == 1
         assert samples["treegrpo_subtrees_refused_total/lease"] == 1
         assert samples["treegrpo_budget_spent_total/tokens/train"] == 28
 
 
-async def test_a_killed_intake_resumes_with_every_acked_group(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        process, sampler, trainer = stage.intake, stage.sampler, stage.trainer
-        await publish(setting, trainer, 0, 0)
+async def test_a_killed_intake_resumes_with_every_acked_group(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        process, sampler, trainer = peers.process, peers.sampler, peers.trainer
+        await publish(intake, trainer, 0, 0)
         await sampler.hear("welcome")
         await sampler.want(3)
         done, also_done, open_ = [await sampler.hear("lease") for _ in range(3)]
@@ -101,16 +101,16 @@ async def test_a_killed_intake_resumes_with_every_acked_group(setting: Setting) 
         assert await take(trainer, 0) == ["0000000", "0000001"]
         process.kill()
         await process.wait()
-    async with setting.stage(leases=(open_.id,)) as stage:
-        sampler, trainer = stage.sampler, stage.trainer
+    async with intake.with_peers(leases=(open_.id,)) as peers:
+        sampler, trainer = peers.sampler, peers.trainer
         assert not (await sampler.hear("welcome")).void_leases, "who comes back goes on"
         assert await take(trainer, 0) == ["0000000", "0000001"]
-        await publish(setting, trainer, 1, 2)
+        await publish(intake, trainer, 1, 2)
         await sampler.send_chain(open_.id)
         await sampler.send_chain(open_.id, tree=1)
         for _ in range(2):
             assert not (await sampler.hear("ack")).refusal
-        samples = await setting.samples()
+        samples = await intake.samples()
         assert samples["treegrpo_subtrees_duplicate_total"] == 1
         assert samples["treegrpo_budget_spent_total/tokens/train"] == 4 * 28
         parts = ("spent", "refunded", "forfeited")
@@ -119,56 +119,56 @@ async def test_a_killed_intake_resumes_with_every_acked_group(setting: Setting) 
         assert samples["treegrpo_budget_granted_total/tokens/train"] == became + outstanding
 
 
-async def test_a_sampler_that_starts_again_takes_over_what_its_dead_self_held(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        await publish(setting, stage.trainer, 0, 0)
-        await stage.sampler.want(4)
-        before = [(await stage.sampler.hear("lease")).question.id for _ in range(4)]
-        async with Sampler.join(setting.listen, incarnation=2) as again:
+async def test_a_sampler_that_starts_again_takes_over_what_its_dead_self_held(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        await publish(intake, peers.trainer, 0, 0)
+        await peers.sampler.want(4)
+        before = [(await peers.sampler.hear("lease")).question.id for _ in range(4)]
+        async with Sampler.join(intake.listen, incarnation=2) as again:
             await again.want(4)
             assert [(await again.hear("lease")).question.id for _ in range(4)] == before
-        assert (await setting.samples())["treegrpo_leases_ended_total/train/lost"] == 4
+        assert (await intake.samples())["treegrpo_leases_ended_total/train/lost"] == 4
 
 
-async def test_a_stop_that_went_to_a_broken_stream_is_said_again(setting: Setting) -> None:
-    async with setting.intake(), setting.trainer() as trainer:
-        async with Sampler.join(setting.listen) as sampler:
-            await publish(setting, trainer, 0, 0)
+async def test_a_stop_that_went_to_a_broken_stream_is_said_again(intake: IntakeProcess) -> None:
+    async with intake.serving(), intake.trainer() as trainer:
+        async with Sampler.join(intake.listen) as sampler:
+            await publish(intake, trainer, 0, 0)
             await sampler.want(4)
             slow, *others = [await sampler.hear("lease") for _ in range(4)]
             for lease in others[:2]:
                 await sampler.roll_out(lease.id)
             assert len(await take(trainer, 0)) == 2
-            await publish(setting, trainer, 1, 2)
+            await publish(intake, trainer, 1, 2)
             for lease in (others[2], await sampler.hear("lease")):
                 await sampler.roll_out(lease.id)
             assert (await sampler.hear("stop_expanding")).lease == slow.id
-        async with Sampler.join(setting.listen, leases=(slow.id,)) as sampler:
+        async with Sampler.join(intake.listen, leases=(slow.id,)) as sampler:
             assert (await sampler.hear("stop_expanding")).lease == slow.id
 
 
-async def test_a_run_that_leads_nowhere_is_given_up_with_a_sentence(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        await publish(setting, stage.trainer, 0, 0)
-        await stage.sampler.want(1)
+async def test_a_run_that_leads_nowhere_is_given_up_with_a_sentence(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        await publish(intake, peers.trainer, 0, 0)
+        await peers.sampler.want(1)
         for _ in range(64):
-            lease = await stage.sampler.hear("lease")
-            await stage.sampler.fail(lease.id, "ToolError: the retriever is not there")
-        _, errors = await asyncio.wait_for(stage.intake.communicate(), 30)
-        assert stage.intake.returncode == 2
+            lease = await peers.sampler.hear("lease")
+            await peers.sampler.fail(lease.id, "ToolError: the retriever is not there")
+        _, errors = await asyncio.wait_for(peers.process.communicate(), 30)
+        assert peers.process.returncode == 2
         last = errors.decode().strip().splitlines()[-1]
         assert last.startswith(
             "error: The last 64 leases, of sampler s1, led to no finished episode; sampler s1 says: “ToolError: the retriever"
         )
 
 
-async def train(setting: Setting, stage: Stage, step: int) -> list[str]:
+async def train(intake: IntakeProcess, peers: IntakeWithPeers, step: int) -> list[str]:
     """Roll out a batch, train it, and write a checkpoint; the groups' names."""
-    for lease in [await stage.sampler.hear("lease") for _ in range(2)]:
-        await stage.sampler.roll_out(lease.id)
-    taken = await take(stage.trainer, 2 * step)
-    await publish(setting, stage.trainer, step + 1, 2 * step + 2)
-    await asyncio.to_thread(stage.trainer.ask, Covered(2 * step + 2), Done)
+    for lease in [await peers.sampler.hear("lease") for _ in range(2)]:
+        await peers.sampler.roll_out(lease.id)
+    taken = await take(peers.trainer, 2 * step)
+    await publish(intake, peers.trainer, step + 1, 2 * step + 2)
+    await asyncio.to_thread(peers.trainer.ask, Covered(2 * step + 2), Done)
     return taken
 
 
@@ -183,54 +183,54 @@ async def there(path: Path) -> None:
     await until(lambda: asyncio.to_thread(path.exists))
 
 
-async def test_what_two_checkpoints_cover_is_forgotten_in_memory_and_on_the_disk(setting: Setting) -> None:
-    journal, snapshots = setting.run_dir / "journal", setting.run_dir / "snapshots"
-    async with setting.stage("--train.max_lag", "5") as stage:
-        await publish(setting, stage.trainer, 0, 0)
-        await stage.sampler.hear("welcome")
-        await stage.sampler.want(2)
+async def test_what_two_checkpoints_cover_is_forgotten_in_memory_and_on_the_disk(intake: IntakeProcess) -> None:
+    journal, snapshots = intake.run_dir / "journal", intake.run_dir / "snapshots"
+    async with intake.with_peers("--train.max_lag", "5") as peers:
+        await publish(intake, peers.trainer, 0, 0)
+        await peers.sampler.hear("welcome")
+        await peers.sampler.want(2)
         taken: list[str] = []
         for step in range(3):
-            taken = await train(setting, stage, step)
+            taken = await train(intake, peers, step)
             await there(snapshots / f"{step + 2:08d}")
-            assert await take(stage.trainer, 2 * step) == taken, "a damaged checkpoint leaves the one before"
+            assert await take(peers.trainer, 2 * step) == taken, "a damaged checkpoint leaves the one before"
         with pytest.raises(ContractError, match="a checkpoint covers everything before 4"):
-            await take(stage.trainer, 1)
+            await take(peers.trainer, 1)
         await until(lambda: asyncio.to_thread(lambda: not (journal / "00000002.log").exists()))
-        stage.intake.kill()
-        await stage.intake.wait()
+        peers.process.kill()
+        await peers.process.wait()
     assert sorted(path.name for path in snapshots.iterdir()) == ["00000003", "00000004"]
     assert sorted(path.name for path in journal.glob("*.log")) == ["00000003.log", "00000004.log"]
-    async with setting.stage("--train.max_lag", "5") as stage:
-        assert await take(stage.trainer, 4) == taken
-        samples = await setting.samples()
+    async with intake.with_peers("--train.max_lag", "5") as peers:
+        assert await take(peers.trainer, 4) == taken
+        samples = await intake.samples()
         assert samples["treegrpo_budget_spent_total/tokens/train"] == 6 * 28
         assert samples["treegrpo_groups_closed_total/train/complete"] == 6, "counters go on where they were"
 
 
-async def test_a_disk_that_is_full_holds_everybody_up_and_ends_nobody(setting: Setting) -> None:
-    async with setting.stage("--train.max_lag", "5") as stage:
-        sampler, trainer, pid = stage.sampler, stage.trainer, stage.intake.pid
-        await publish(setting, trainer, 0, 0)
+async def test_a_disk_that_is_full_holds_everybody_up_and_ends_nobody(intake: IntakeProcess) -> None:
+    async with intake.with_peers("--train.max_lag", "5") as peers:
+        sampler, trainer, pid = peers.sampler, peers.trainer, peers.process.pid
+        await publish(intake, trainer, 0, 0)
         await sampler.hear("welcome")
         await sampler.want(3)
         leases = [await sampler.hear("lease") for _ in range(3)]
         for lease in leases[:2]:
             await sampler.roll_out(lease.id)
         assert len(await take(trainer, 0)) == 2
-        size = (setting.run_dir / "journal" / "00000001.log").stat().st_size
+        size = (intake.run_dir / "journal" / "00000001.log").stat().st_size
         limits = resource.prlimit(pid, resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
         await sampler.send_chain(leases[2].id)
 
         async def blocked() -> bool:
-            return (await setting.samples())["treegrpo_journal_blocked"] == 1
+            return (await intake.samples())["treegrpo_journal_blocked"] == 1
 
         await until(blocked)
-        out = (await setting.samples())["treegrpo_leases_outstanding/train"]
+        out = (await intake.samples())["treegrpo_leases_outstanding/train"]
         await sampler.want(9)
         assert await take(trainer, 0) == ["0000000", "0000001"], "what is durable is trained on"
         await asyncio.to_thread(trainer.ask, Report({"step": 1}), Done)
-        samples = await setting.samples()
+        samples = await intake.samples()
         assert samples["treegrpo_journal_bytes"] == size, "nothing partial stays"
         assert samples["treegrpo_leases_outstanding/train"] == out, "nothing is granted"
         hearing = asyncio.create_task(sampler.hear("ack"))
@@ -238,32 +238,32 @@ async def test_a_disk_that_is_full_holds_everybody_up_and_ends_nobody(setting: S
         resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
         assert (await hearing).lease == leases[2].id
         await sampler.hear("lease")
-        assert (await setting.samples())["treegrpo_journal_blocked"] == 0
-        stage.intake.kill()
-        await stage.intake.wait()
-    async with setting.stage():
-        assert (await setting.samples())["treegrpo_budget_spent_total/tokens/train"] == 3 * 28
+        assert (await intake.samples())["treegrpo_journal_blocked"] == 0
+        peers.process.kill()
+        await peers.process.wait()
+    async with intake.with_peers():
+        assert (await intake.samples())["treegrpo_budget_spent_total/tokens/train"] == 3 * 28
 
 
-async def test_an_evaluation_goes_on_where_a_killed_intake_left_it(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        await publish(setting, stage.trainer, 0, 0)
-        await stage.sampler.hear("welcome")
-        asked = asyncio.create_task(asyncio.to_thread(stage.trainer.ask, Evaluate("1.0"), Evaluation))
-        await stage.sampler.want(1)
-        await stage.sampler.roll_out((await evaluation_lease(stage.sampler)).id, reward=1.0)
-        await stage.sampler.send_chain((await evaluation_lease(stage.sampler)).id, fails=True)
-        await stage.sampler.hear("ack")
-        stage.intake.kill()
-        await stage.intake.wait()
+async def test_an_evaluation_goes_on_where_a_killed_intake_left_it(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        await publish(intake, peers.trainer, 0, 0)
+        await peers.sampler.hear("welcome")
+        asked = asyncio.create_task(asyncio.to_thread(peers.trainer.ask, Evaluate("1.0"), Evaluation))
+        await peers.sampler.want(1)
+        await peers.sampler.roll_out((await evaluation_lease(peers.sampler)).id, reward=1.0)
+        await peers.sampler.send_chain((await evaluation_lease(peers.sampler)).id, fails=True)
+        await peers.sampler.hear("ack")
+        peers.process.kill()
+        await peers.process.wait()
         with pytest.raises(ConnectionError):
             await asked
-    async with setting.stage() as stage:
-        await asyncio.to_thread(stage.trainer.ask, Publish("1.0", str(setting.run_dir / "weights" / "1.0"), 0), Done)
-        asked = asyncio.create_task(asyncio.to_thread(evaluated, stage.trainer))
-        await stage.sampler.want(9)
+    async with intake.with_peers() as peers:
+        await asyncio.to_thread(peers.trainer.ask, Publish("1.0", str(intake.run_dir / "weights" / "1.0"), 0), Done)
+        asked = asyncio.create_task(asyncio.to_thread(evaluated, peers.trainer))
+        await peers.sampler.want(9)
         for _ in range(2):
-            await stage.sampler.roll_out((await evaluation_lease(stage.sampler)).id, reward=0.0)
+            await peers.sampler.roll_out((await evaluation_lease(peers.sampler)).id, reward=0.0)
         result = await asked
         assert result.questions == 3
         assert result.em == pytest.approx(1 / 3)
@@ -283,18 +283,18 @@ def evaluated(trainer: IntakeClient) -> Evaluation:
 
 
 @pytest.mark.parametrize("state", [RunState.PAUSED, RunState.DRAINING])
-async def test_a_pause_outlives_a_restart_of_the_intake_and_a_drain_does_not(setting: Setting, state: RunState) -> None:
-    await publish_state(setting.broker, setting.name, state)
+async def test_a_pause_outlives_a_restart_of_the_intake_and_a_drain_does_not(intake: IntakeProcess, state: RunState) -> None:
+    await publish_state(intake.broker, intake.name, state)
     watcher = Member("watcher", "sampler", 1)
-    async with setting.intake(), ControlPlane.connect(setting.broker, setting.name, watcher) as control:
+    async with intake.serving(), ControlPlane.connect(intake.broker, intake.name, watcher) as control:
         await control.settled()
         assert control.state is (RunState.PAUSED if state is RunState.PAUSED else RunState.RUNNING)
 
 
-async def test_evaluation_is_every_heldout_question_once(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        sampler, trainer = stage.sampler, stage.trainer
-        await publish(setting, trainer, 0, 0)
+async def test_evaluation_is_every_heldout_question_once(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        sampler, trainer = peers.sampler, peers.trainer
+        await publish(intake, trainer, 0, 0)
         await sampler.hear("welcome")
         asked = asyncio.create_task(asyncio.to_thread(trainer.ask, Evaluate("1.0"), Evaluation))
         await sampler.want(3)
@@ -309,14 +309,18 @@ async def test_evaluation_is_every_heldout_question_once(setting: Setting) -> No
         assert (result.done, result.questions, result.failed) == (True, 3, 0)
         assert result.em == pytest.approx(1 / 3)
         await asyncio.to_thread(trainer.ask, Report({"step": 1, "reward": 0.5}), Done)
-        lines = [json.loads(line) for line in (setting.run_dir / "progress.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in (intake.run_dir / "progress.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [line["kind"] for line in lines] == ["eval", "step"]
         assert lines[1]["ledger"]["eval"]["tokens"]["spent"] == 3 * 28
 
 
-async def test_weights_arrive_whole_and_from_any_offset(setting: Setting) -> None:
-    async with setting.intake(), grpc.aio.insecure_channel(setting.listen) as channel, setting.trainer() as trainer:
-        await publish(setting, trainer, 0, 0)
+async def test_weights_arrive_whole_and_from_any_offset(intake: IntakeProcess) -> None:
+    async with (
+        intake.serving(),
+        grpc.aio.insecure_channel(intake.listen) as channel,
+        intake.trainer() as trainer,
+    ):
+        await publish(intake, trainer, 0, 0)
         stub = weights_pb2_grpc.WeightsServiceStub(channel)
         described = await stub.DescribeWeights(weights_pb2.DescribeWeightsRequest())
         (file,) = [f for f in described.files if f.name == "model.safetensors"]
@@ -330,10 +334,10 @@ async def test_weights_arrive_whole_and_from_any_offset(setting: Setting) -> Non
             await anext(aiter(stub.FetchWeights(request)))
 
 
-async def test_sigterm_drains_and_ends_cleanly(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        process, sampler, trainer = stage.intake, stage.sampler, stage.trainer
-        await publish(setting, trainer, 0, 0)
+async def test_sigterm_drains_and_ends_cleanly(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        process, sampler, trainer = peers.process, peers.sampler, peers.trainer
+        await publish(intake, trainer, 0, 0)
         await sampler.hear("welcome")
         await sampler.want(1)
         lease = await sampler.hear("lease")
@@ -343,8 +347,8 @@ async def test_sigterm_drains_and_ends_cleanly(setting: Setting) -> None:
         assert await asyncio.wait_for(process.wait(), 20) == 0
 
 
-async def test_a_stream_that_does_not_begin_with_hello_is_refused(setting: Setting) -> None:
-    async with setting.intake(), grpc.aio.insecure_channel(setting.listen) as channel:
+async def test_a_stream_that_does_not_begin_with_hello_is_refused(intake: IntakeProcess) -> None:
+    async with intake.serving(), grpc.aio.insecure_channel(intake.listen) as channel:
         call = Sampler(channel.stream_stream("/treegrpo.v1.RolloutService/Rollout")()).call
         await call.write(b"")
         with pytest.raises(grpc.aio.AioRpcError, match="begins with Hello"):
@@ -352,22 +356,22 @@ async def test_a_stream_that_does_not_begin_with_hello_is_refused(setting: Setti
 
 
 @pytest.mark.parametrize("case", ["another run", "busy port", "no broker"])
-async def test_what_cannot_work_is_refused_in_one_sentence(setting: Setting, case: str) -> None:
+async def test_what_cannot_work_is_refused_in_one_sentence(intake: IntakeProcess, case: str) -> None:
     more: list[str] = []
     if case == "another run":
         more = ["--run.seed", "5"]
-        async with setting.stage() as stage:
-            await publish(setting, stage.trainer, 0, 0)
-            await stage.sampler.want(1)
-            lease = await stage.sampler.hear("lease")
-            await stage.sampler.send_chain(lease.id)
-            await stage.sampler.hear("ack")
-        (setting.run_dir / "weights" / "0.1").mkdir(parents=True)  # a step was made
+        async with intake.with_peers() as peers:
+            await publish(intake, peers.trainer, 0, 0)
+            await peers.sampler.want(1)
+            lease = await peers.sampler.hear("lease")
+            await peers.sampler.send_chain(lease.id)
+            await peers.sampler.hear("ack")
+        (intake.run_dir / "weights" / "0.1").mkdir(parents=True)  # a step was made
     elif case == "busy port":
-        more = ["--learner.listen", setting.broker]
+        more = ["--learner.listen", intake.broker]
     else:
         more = ["--broker.address", "127.0.0.1:1"]
-    process = await setting.start(*more)
+    process = await intake.start(*more)
     _, stderr = await asyncio.wait_for(process.communicate(), 30)
     last = stderr.decode().strip().splitlines()[-1]
     assert process.returncode == (PASSING if case == "no broker" else FAILED)
@@ -376,31 +380,31 @@ async def test_what_cannot_work_is_refused_in_one_sentence(setting: Setting, cas
     assert "Traceback" not in stderr.decode()
 
 
-async def test_a_run_that_has_trained_nothing_becomes_another_and_its_leases_are_void(setting: Setting) -> None:
-    async with setting.stage() as stage:
-        await publish(setting, stage.trainer, 0, 0)
-        await stage.sampler.want(1)
-        before = await stage.sampler.hear("lease")
-        await stage.sampler.send_chain(before.id)
-        await stage.sampler.hear("ack")
-    async with setting.stage("--rollout.max_turns", "7", leases=(before.id,)) as stage:
-        shutil.rmtree(setting.run_dir / "weights")
-        await publish(setting, stage.trainer, 0, 0)
-        await stage.sampler.want(1)
-        lease = await stage.sampler.hear("lease")
+async def test_a_run_that_has_trained_nothing_becomes_another_and_its_leases_are_void(intake: IntakeProcess) -> None:
+    async with intake.with_peers() as peers:
+        await publish(intake, peers.trainer, 0, 0)
+        await peers.sampler.want(1)
+        before = await peers.sampler.hear("lease")
+        await peers.sampler.send_chain(before.id)
+        await peers.sampler.hear("ack")
+    async with intake.with_peers("--rollout.max_turns", "7", leases=(before.id,)) as peers:
+        shutil.rmtree(intake.run_dir / "weights")
+        await publish(intake, peers.trainer, 0, 0)
+        await peers.sampler.want(1)
+        lease = await peers.sampler.hear("lease")
         assert (lease.plan.max_turns, lease.id != before.id) == (7, True)
-    assert (setting.run_dir / "journal" / "untrained" / "00000001.log").exists()
-    async with setting.stage("--rollout.max_turns", "7", leases=(lease.id,)) as stage:  # and goes on as that
-        shutil.rmtree(setting.run_dir / "weights")
-        await publish(setting, stage.trainer, 0, 0)
-        await stage.sampler.want(2)
-        assert (await stage.sampler.hear("lease")).id != lease.id
+    assert (intake.run_dir / "journal" / "untrained" / "00000001.log").exists()
+    async with intake.with_peers("--rollout.max_turns", "7", leases=(lease.id,)) as peers:  # and goes on as that
+        shutil.rmtree(intake.run_dir / "weights")
+        await publish(intake, peers.trainer, 0, 0)
+        await peers.sampler.want(2)
+        assert (await peers.sampler.hear("lease")).id != lease.id
 
 
-async def test_a_journal_of_an_earlier_version_is_refused(setting: Setting) -> None:
-    (setting.run_dir / "journal").mkdir(parents=True)
-    (setting.run_dir / "journal" / "journal.msgpack").write_bytes(b"records")
-    process = await setting.start()
+async def test_a_journal_of_an_earlier_version_is_refused(intake: IntakeProcess) -> None:
+    (intake.run_dir / "journal").mkdir(parents=True)
+    (intake.run_dir / "journal" / "journal.msgpack").write_bytes(b"records")
+    process = await intake.start()
     _, stderr = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 2
     assert "is of an earlier version of treegrpo" in stderr.decode().strip().splitlines()[-1]

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from learner.intake.monitoring.recorder import Reporter
-from learner.intake.persistence.compaction import Compaction
+from learner.intake.monitoring.recorder import RunRecorder
+from learner.intake.persistence.compaction import JournalCompactor
 from learner.intake.persistence.recovery import recover
-from learner.intake.persistence.snapshot import STATE, Capture, Snapshots
+from learner.intake.persistence.snapshot import STATE, SnapshotStore, StateCapture
 from learner.intake.wal.framing import encode, frame
 from learner.intake.wal.journal import Journal
-from learner.intake.wal.segments import Segments
+from learner.intake.wal.segments import SegmentReader
 from tests.intake.builders import book
-from tests.intake.disks import MemoryDisk
-from tests.intake.machine import JOURNAL, SNAPSHOTS, History, Machine, described, play
+from tests.intake.crash_harness import JOURNAL, SNAPSHOTS, CrashableIntake, History, described, play
+from tests.intake.in_memory_filesystem import InMemoryFileSystem
 from tests.intake.test_recovery import FIRST, GROUP, SECOND, THIRD
 from treegrpo.core.lease import LeaseEndReason
 from treegrpo.errors import JournalError
@@ -26,7 +26,7 @@ SCRIPT: Sequence[Any] = [*FIRST, *SECOND, *THIRD]
 SHORT: Sequence[Any] = [("grant",), ("grant",), ("grant",), *GROUP, ("subtree", 1), ("end", 1, LeaseEndReason.LOST), ("compact",)]
 
 
-def samples(reporter: Reporter) -> dict[Any, float]:
+def samples(reporter: RunRecorder) -> dict[Any, float]:
     """All that a restart keeps of the metrics."""
     families = (family for family in reporter.metrics.registry.collect() if "journal" not in family.name)
     return {
@@ -37,18 +37,18 @@ def samples(reporter: Reporter) -> dict[Any, float]:
     }
 
 
-async def played(script: Sequence[Any] = SHORT) -> tuple[MemoryDisk, History]:
-    disk, history = MemoryDisk(), History()
-    play(Machine(disk, history), script)
+async def played(script: Sequence[Any] = SHORT) -> tuple[InMemoryFileSystem, History]:
+    disk, history = InMemoryFileSystem(), History()
+    play(CrashableIntake(disk, history), script)
     return disk, history
 
 
 @pytest.mark.parametrize("at", range(0, len(FIRST), 3))
 async def test_a_snapshot_is_worth_the_events_before_it(at: int) -> None:
     """With and without snapshots, a restart leads to the same book and the same metrics."""
-    with_, without = MemoryDisk(), MemoryDisk()
-    play(Machine(with_, History()), [*SCRIPT[:at], ("compact",), *SCRIPT[at:], ("commit",)])
-    plain = Machine(without, History())
+    with_, without = InMemoryFileSystem(), InMemoryFileSystem()
+    play(CrashableIntake(with_, History()), [*SCRIPT[:at], ("compact",), *SCRIPT[at:], ("commit",)])
+    plain = CrashableIntake(without, History())
     plain.compact = plain.commit
     play(plain, [*SCRIPT, ("commit",)])
     after, before = (recovered(disk) for disk in (with_, without))
@@ -57,11 +57,11 @@ async def test_a_snapshot_is_worth_the_events_before_it(at: int) -> None:
     assert (after.snapshots.numbers() != [], before.snapshots.numbers()) == (True, [])
 
 
-def recovered(disk: MemoryDisk) -> Machine:
+def recovered(disk: InMemoryFileSystem) -> CrashableIntake:
     """The next start, which does not know what happened."""
-    machine = Machine.__new__(Machine)
-    machine.book, machine.reporter = book(batch=2, questions=6), Reporter(IntakeMetrics(), Path("/dev/null"), window=2)
-    machine.snapshots = Snapshots(disk, SNAPSHOTS)
+    machine = CrashableIntake.__new__(CrashableIntake)
+    machine.book, machine.reporter = book(batch=2, questions=6), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2)
+    machine.snapshots = SnapshotStore(disk, SNAPSHOTS)
     recover(disk, JOURNAL, machine.snapshots, machine.book, machine.reporter)
     machine.reporter.keep(machine.book)
     return machine
@@ -77,14 +77,14 @@ async def test_a_damaged_newest_snapshot_is_set_aside_and_the_one_before_leads_t
     share: float, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk, history = await played([*SHORT, ("grant",), *GROUP, ("compact",), ("grant",), ("commit",)])
-    newest, older = Snapshots(disk, SNAPSHOTS).numbers()
+    newest, older = SnapshotStore(disk, SNAPSHOTS).numbers()
     data = disk.files[state_file(newest)].data
     place = int(len(data) * share)
     if harm == "flip":
         data[place] ^= 1
     else:
         del data[place:]
-    machine = Machine(disk, history)
+    machine = CrashableIntake(disk, history)
     assert described(machine.book) == history.states[-1]
     assert "It is set aside as /run/snapshots/00000003.damaged" in caplog.text
     assert machine.snapshots.numbers() == [older]
@@ -94,16 +94,16 @@ async def test_a_damaged_newest_snapshot_is_set_aside_and_the_one_before_leads_t
 
 async def test_without_a_whole_snapshot_and_the_segments_before_it_there_is_no_recovery() -> None:
     disk, history = await played([*SHORT, ("compact",), ("compact",)])
-    for number in Snapshots(disk, SNAPSHOTS).numbers():
+    for number in SnapshotStore(disk, SNAPSHOTS).numbers():
         disk.files[state_file(number)].data[50] ^= 1
     with pytest.raises(JournalError, match=r"00000001\.log is missing; restore it"):
-        Machine(disk, history)
+        CrashableIntake(disk, history)
 
 
 async def test_the_first_snapshot_keeps_the_whole_journal_as_the_generation_before() -> None:
     disk, history = await played()
     disk.files[state_file(2)].data[50] ^= 1
-    assert described(Machine(disk, history).book) == history.states[-1]
+    assert described(CrashableIntake(disk, history).book) == history.states[-1]
 
 
 async def test_a_snapshot_of_a_later_version_is_refused_in_one_sentence() -> None:
@@ -111,28 +111,28 @@ async def test_a_snapshot_of_a_later_version_is_refused_in_one_sentence() -> Non
     records = [{"event": "book", "format": 2}, {"event": "whole", "records": 1}]
     disk.files[state_file(2)].data[:] = frame([encode(record) for record in records])
     with pytest.raises(JournalError, match=r"is of format 2.*continue the run with the version that wrote it"):
-        Machine(disk, history)
+        CrashableIntake(disk, history)
 
 
 @pytest.mark.parametrize("call", ["create", "write", "sync", "rename", "remove", "make_folder", "sync_folder"])
 async def test_a_disk_without_room_for_a_snapshot_costs_nothing_but_the_snapshot(call: str) -> None:
     disk, history = await played()
-    machine = Machine(disk, history)
-    state, number = Capture(machine.book, machine.reporter), machine.journal.cut()
+    machine = CrashableIntake(disk, history)
+    state, number = StateCapture(machine.book, machine.reporter), machine.journal.cut()
     machine.commit()
     disk.full = {call: 1}
     with pytest.raises(OSError, match="No space"):
         machine.compaction.compact(number.result(), state)
-    play(Machine(disk, history), [("grant",), *GROUP, ("compact",), ("grant",), ("commit",)])
-    machine = Machine(disk, history)
+    play(CrashableIntake(disk, history), [("grant",), *GROUP, ("compact",), ("grant",), ("commit",)])
+    machine = CrashableIntake(disk, history)
     assert described(machine.book) == history.states[-1]
     assert not [name for name in disk.names(SNAPSHOTS) if name.startswith(".")], "what was half written is gone"
 
 
 async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
     disk, history = await played()
-    machine = Machine(disk, history)
-    state = Capture(machine.book, machine.reporter)
+    machine = CrashableIntake(disk, history)
+    state = StateCapture(machine.book, machine.reporter)
     assert state.bytes > 0
     disk.size -= disk.free(SNAPSHOTS) - state.bytes + 1
     calls = len(disk.log)
@@ -141,21 +141,21 @@ async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
     assert len(disk.log) == calls, "nothing was written, and nothing dropped"
     disk.size += 1 << 20
     play(machine, [("compact",)])
-    assert described(Machine(disk, history).book) == history.states[-1]
+    assert described(CrashableIntake(disk, history).book) == history.states[-1]
 
 
 async def test_snapshots_are_taken_when_asked_for_and_what_comes_meanwhile_is_behind_them() -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     disk.make_folder(JOURNAL)
-    made, told, appended = book(), Reporter(IntakeMetrics(), Path("/dev/null"), window=2), 0
-    with Journal.open(disk, JOURNAL, Segments(disk, JOURNAL).end) as journal:
+    made, told, appended = book(), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2), 0
+    with Journal.open(disk, JOURNAL, SegmentReader(disk, JOURNAL).end) as journal:
 
-        def capture() -> Capture:
+        def capture() -> StateCapture:
             made.set_aside["appended"] = appended
-            return Capture(made, told)
+            return StateCapture(made, told)
 
-        snapshots = Snapshots(disk, SNAPSHOTS)
-        compaction = Compaction(disk, JOURNAL, journal, snapshots, capture)
+        snapshots = SnapshotStore(disk, SNAPSHOTS)
+        compaction = JournalCompactor(disk, JOURNAL, journal, snapshots, capture)
         tasks = [asyncio.create_task(work) for work in (journal.write_forever(), compaction.run_forever())]
         async with asyncio.timeout(10):
             while len(snapshots.numbers()) < 2:
@@ -168,4 +168,4 @@ async def test_snapshots_are_taken_when_asked_for_and_what_comes_meanwhile_is_be
         await asyncio.gather(*tasks, return_exceptions=True)
     for number in snapshots.numbers():
         before = next(snapshots.read(number))["book"]["set_aside"]["appended"]
-        assert [record["n"] for record in Segments(disk, JOURNAL, number)] == list(range(before, appended))
+        assert [record["n"] for record in SegmentReader(disk, JOURNAL, number)] == list(range(before, appended))

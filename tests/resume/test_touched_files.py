@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import pytest
 
-from learner.intake.monitoring.recorder import Reporter
-from learner.intake.persistence.recovery import holds_run, recover
-from learner.intake.persistence.run_lock import only_intake
-from learner.intake.persistence.snapshot import Snapshots
+from learner.intake.monitoring.recorder import RunRecorder
+from learner.intake.persistence.recovery import has_recorded_events, recover
+from learner.intake.persistence.run_lock import lock_run
+from learner.intake.persistence.snapshot import SnapshotStore
 from learner.intake.rpc.trainer_socket import listen
 from learner.intake.rpc.weights_servicer import files_of
-from learner.intake.wal.filesystem import RealDisk
+from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
 from learner.trainer.loop import Trainer
 from services.cli.reports.run_alerts import Troubles
@@ -27,9 +27,9 @@ from services.cli.reports.summary import summary
 from services.cli.up import only_here
 from tests.cli.records import eval_row, step_row, write
 from tests.intake.builders import book
-from tests.intake.disks import MemoryDisk
-from tests.intake.harness import write_questions
-from tests.intake.machine import History, Machine, play
+from tests.intake.crash_harness import CrashableIntake, History, play
+from tests.intake.in_memory_filesystem import InMemoryFileSystem
+from tests.intake.process_harness import write_questions
 from tests.intake.test_recovery import FIRST, SECOND
 from tests.trainer.builders import configure, write_tiny
 from tests.trainer.runs import intake_for, train
@@ -67,10 +67,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-async def journaled() -> MemoryDisk:
+async def journaled() -> InMemoryFileSystem:
     """Journal and snapshots of an intake that has worked for a while."""
-    disk = MemoryDisk()
-    play(Machine(disk, History()), [*FIRST, ("compact",), *SECOND, ("compact",), ("grant",), ("commit",)])
+    disk = InMemoryFileSystem()
+    play(CrashableIntake(disk, History()), [*FIRST, ("compact",), *SECOND, ("compact",), ("grant",), ("commit",)])
     return disk
 
 
@@ -82,13 +82,13 @@ def config_of(folder: Path) -> Config:
 
 async def start_intake(config: Config) -> None:
     """What the intake reads and holds before it serves, and the first things that it writes."""
-    run_dir, disk = config.run.dir, RealDisk()
+    run_dir, disk = config.run.dir, LocalFileSystem()
     check_run_files(run_dir)
-    with only_intake(run_dir):
+    with lock_run(run_dir):
         metrics = IntakeMetrics()
-        reporter = Reporter(metrics, run_dir / "progress.jsonl", window=2)
-        keep_identity(config, begun=holds_run(run_dir))
-        snapshots = Snapshots(disk, run_dir / "snapshots")
+        reporter = RunRecorder(metrics, run_dir / "progress.jsonl", window=2)
+        keep_identity(config, begun=has_recorded_events(run_dir))
+        snapshots = SnapshotStore(disk, run_dir / "snapshots")
         recovered = recover(disk, run_dir / "journal", snapshots, known := book(batch=2, questions=6), reporter)
         with Journal.open(disk, run_dir / "journal", recovered.end) as journal:
             reporter.watch(journal)

@@ -18,7 +18,7 @@ from services.sampler.lease_worker import Identity
 from services.sampler.service import Sampler
 from tests.control.brokers import embedded
 from tests.engines.builders import save_model
-from tests.intake.harness import Setting
+from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, deep
 from treegrpo.errors import ToolAwayError
@@ -31,23 +31,23 @@ ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", 
 
 
 @pytest.fixture
-async def setting(tmp_path: Path) -> AsyncGenerator[Setting]:
+async def intake(tmp_path: Path) -> AsyncGenerator[IntakeProcess]:
     broker = embedded(free_address())
     await broker.start()
     try:
-        yield Setting(tmp_path, broker.address)
+        yield IntakeProcess(tmp_path, broker.address)
     finally:
         await broker.stop()
 
 
 @asynccontextmanager
-async def sampler(setting: Setting, environment: FakeEnvironment, root: Path) -> AsyncGenerator[None]:
+async def sampler(intake: IntakeProcess, environment: FakeEnvironment, root: Path) -> AsyncGenerator[None]:
     metrics, engine = SamplerMetrics(), FakeEngine(deep(1))
     member = Member("s1", "sampler", 1)
-    async with ControlPlane.connect(setting.broker, setting.name, member) as control:
-        channel = await connect(setting.listen, OPEN)
+    async with ControlPlane.connect(intake.broker, intake.name, member) as control:
+        channel = await connect(intake.listen, OPEN)
         expander = Expander(engine, environment, FakeText(), retries=0, metrics=metrics)
-        store, client = WeightStore(channel, root, metrics), LearnerClient(channel, setting.listen, metrics)
+        store, client = WeightStore(channel, root, metrics), LearnerClient(channel, intake.listen, metrics)
         whole = Sampler(Identity("s1", 1, "fake", 16), engine, expander, store, client, control, metrics)
         running = asyncio.create_task(whole.run())
         try:
@@ -58,15 +58,15 @@ async def sampler(setting: Setting, environment: FakeEnvironment, root: Path) ->
             await channel.close()
 
 
-async def counted(setting: Setting, name: str, least: int) -> dict[str, float]:
+async def counted(intake: IntakeProcess, name: str, least: int) -> dict[str, float]:
     """The intake's metrics when one of them is large enough; the test's time limit ends it."""
-    while (samples := await setting.samples()).get(name, 0) < least:  # noqa: ASYNC110
+    while (samples := await intake.samples()).get(name, 0) < least:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
     return samples
 
 
 async def test_no_question_is_blamed_for_an_outage_however_long(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    intake: IntakeProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It lasts for more leases in a row than the intake would bear without a leaf, if they had failed."""
     monkeypatch.setattr(availability, "PATIENCE_SECONDS", 0.01)
@@ -82,14 +82,14 @@ async def test_no_question_is_blamed_for_an_outage_however_long(
     environment.probe = probe
     root = tmp_path / "weights"
     root.mkdir()
-    async with setting.intake(*ROLLOUT), setting.trainer() as trainer, sampler(setting, environment, root):
-        weights = save_model(setting.run_dir / "weights" / "1.0", seed=0)
+    async with intake.serving(*ROLLOUT), intake.trainer() as trainer, sampler(intake, environment, root):
+        weights = save_model(intake.run_dir / "weights" / "1.0", seed=0)
         await asyncio.to_thread(trainer.ask, Publish("1.0", str(weights), 0), Done)
-        await counted(setting, "treegrpo_leases_ended_total/train/returned", 70)
+        await counted(intake, "treegrpo_leases_ended_total/train/returned", 70)
         environment.away = None
         while not (taken := await asyncio.to_thread(trainer.ask, Take(0, 2), Taken)).groups:
             pass
-        samples = await setting.samples()
+        samples = await intake.samples()
     assert [len(list(unpack_group(group).leaves())) for group in taken.groups] == [6, 6]
     assert samples["treegrpo_leases_ended_total/train/failed"] == 0
     assert not [name for name, count in samples.items() if name.startswith("treegrpo_groups_set_aside_total") and count]

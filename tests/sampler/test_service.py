@@ -13,7 +13,7 @@ import pytest
 
 from tests.control.brokers import embedded
 from tests.engines.builders import save_model
-from tests.intake.harness import Setting
+from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address
 from treegrpo.core.step import StepStatus
 from treegrpo.core.tree import Group
@@ -25,19 +25,19 @@ ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", 
 
 
 @pytest.fixture
-async def setting(tmp_path: Path) -> AsyncGenerator[Setting]:
+async def intake(tmp_path: Path) -> AsyncGenerator[IntakeProcess]:
     broker = embedded(free_address())
     await broker.start()
     try:
-        yield Setting(tmp_path, broker.address)
+        yield IntakeProcess(tmp_path, broker.address)
     finally:
         await broker.stop()
 
 
 @contextlib.asynccontextmanager
-async def sampler(setting: Setting, name: str, *more: str) -> AsyncGenerator[asyncio.subprocess.Process]:
+async def sampler(intake: IntakeProcess, name: str, *more: str) -> AsyncGenerator[asyncio.subprocess.Process]:
     """A sampler process; killed at the end if it still runs."""
-    command = [sys.executable, "-m", "services.sampler", *setting.flags, *ROLLOUT, "--sampler.id", name, *more]
+    command = [sys.executable, "-m", "services.sampler", *intake.flags, *ROLLOUT, "--sampler.id", name, *more]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
     try:
         yield process
@@ -47,8 +47,8 @@ async def sampler(setting: Setting, name: str, *more: str) -> AsyncGenerator[asy
         await process.wait()
 
 
-async def publish(setting: Setting, trainer: IntakeClient, step: int) -> None:
-    directory = save_model(setting.run_dir / "weights" / f"1.{step}", seed=step)
+async def publish(intake: IntakeProcess, trainer: IntakeClient, step: int) -> None:
+    directory = save_model(intake.run_dir / "weights" / f"1.{step}", seed=step)
     await asyncio.to_thread(trainer.ask, Publish(f"1.{step}", str(directory), 2 * step), Done)
 
 
@@ -59,9 +59,9 @@ async def take(trainer: IntakeClient, position: int) -> list[Group]:
             return [unpack_group(group) for group in taken.groups]
 
 
-async def connected(setting: Setting, samplers: int) -> None:
+async def connected(intake: IntakeProcess, samplers: int) -> None:
     """Wait until the intake counts so many samplers; the test's time limit ends it."""
-    while (await setting.samples())["treegrpo_samplers_connected"] != samplers:  # noqa: ASYNC110
+    while (await intake.samples())["treegrpo_samplers_connected"] != samplers:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
 
 
@@ -83,14 +83,14 @@ async def ended(process: asyncio.subprocess.Process) -> str:
     return said.decode()
 
 
-async def test_questions_become_trees_under_the_newest_weights_until_the_run_drains(setting: Setting) -> None:
+async def test_questions_become_trees_under_the_newest_weights_until_the_run_drains(intake: IntakeProcess) -> None:
     metrics = free_address()
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(setting.intake(*ROLLOUT))
-        trainer = await stack.enter_async_context(setting.trainer())
-        stays = await stack.enter_async_context(sampler(setting, "stays", "--sampler.metrics", metrics))
-        leaves = await stack.enter_async_context(sampler(setting, "leaves"))
-        await publish(setting, trainer, 0)
+        await stack.enter_async_context(intake.serving(*ROLLOUT))
+        trainer = await stack.enter_async_context(intake.trainer())
+        stays = await stack.enter_async_context(sampler(intake, "stays", "--sampler.metrics", metrics))
+        leaves = await stack.enter_async_context(sampler(intake, "leaves"))
+        await publish(intake, trainer, 0)
         groups = await take(trainer, 0)
         assert [len(list(group.leaves())) for group in groups] == [6, 6]
         steps = [step for group in groups for tree in group.trees.values() for step in tree.steps.values()]
@@ -99,11 +99,11 @@ async def test_questions_become_trees_under_the_newest_weights_until_the_run_dra
         assert versions(groups) == {0}
         assert any(step.cost.cached for step in steps)
 
-        await connected(setting, 2)
+        await connected(intake, 2)
         leaves.terminate()  # which finishes and leaves; the other goes on
         assert "all work is delivered" in await ended(leaves)
 
-        await publish(setting, trainer, 1)
+        await publish(intake, trainer, 1)
         position = 0
         while versions(groups) != {1}:
             position += 2
@@ -114,18 +114,18 @@ async def test_questions_become_trees_under_the_newest_weights_until_the_run_dra
         assert await value(metrics, "treegrpo_engine_version_step") == 1
         assert await value(metrics, "treegrpo_engine_cache_size_tokens") == 65536
 
-        await publish_state(setting.broker, setting.name, RunState.DRAINING)
+        await publish_state(intake.broker, intake.name, RunState.DRAINING)
         assert "all work is delivered" in await ended(stays)
-        await connected(setting, 0)
-        samples = await setting.samples()
+        await connected(intake, 0)
+        samples = await intake.samples()
         assert samples["treegrpo_leases_outstanding/train"] == 0
         assert samples["treegrpo_leases_ended_total/train/lost"] == 0
 
 
 async def test_a_broker_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    setting = Setting(tmp_path, free_address())
-    async with sampler(setting, "alone") as process:
+    intake = IntakeProcess(tmp_path, free_address())
+    async with sampler(intake, "alone") as process:
         _, errors = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == PASSING
-    assert f"error: No MQTT broker answers at broker.address = {setting.broker}" in errors.decode().splitlines()[-1]
+    assert f"error: No MQTT broker answers at broker.address = {intake.broker}" in errors.decode().splitlines()[-1]
     assert b"Traceback" not in errors

@@ -13,10 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from learner.intake.coordinator.coordinator import Desk
-from learner.intake.coordinator.sampler_sessions import Peer
-from learner.intake.rpc.rollout_servicer import RolloutServer
-from learner.intake.rpc.server import Admission, Visitors, open_server
-from learner.intake.rpc.weights_servicer import WeightsServer
+from learner.intake.coordinator.sampler_sessions import SamplerSession
+from learner.intake.rpc.rollout_servicer import RolloutServicer
+from learner.intake.rpc.server import ConnectionMonitor, StreamAdmission, create_server
+from learner.intake.rpc.weights_servicer import WeightsServicer
 from services.sampler.learner_link.channel import open_channel
 from tests.ports import free_address
 from treegrpo.net.limits import MESSAGE_BYTES
@@ -33,15 +33,15 @@ HELLO = pb.Hello(sampler="s7", incarnation=1, engine="fake")
 class Reception:
     """Takes samplers in and says welcome: the desk's part in this."""
 
-    peers: dict[str, Peer] = field(default_factory=dict[str, Peer])
+    peers: dict[str, SamplerSession] = field(default_factory=dict[str, SamplerSession])
     behind: bool = False
 
-    def join(self, hello: pb.Hello) -> Peer:
-        peer = self.peers[hello.sampler] = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity, room=16)
+    def join(self, hello: pb.Hello) -> SamplerSession:
+        peer = self.peers[hello.sampler] = SamplerSession(hello.sampler, hello.incarnation, hello.engine, hello.capacity, room=16)
         peer.send(pb.RolloutResponse(welcome=pb.Welcome(run="test")))
         return peer
 
-    def leave(self, peer: Peer) -> None:
+    def leave(self, peer: SamplerSession) -> None:
         self.peers.pop(peer.id, None)
 
 
@@ -66,11 +66,11 @@ class Door:
 @asynccontextmanager
 async def serving(learner: Credentials, message_bytes: int = MESSAGE_BYTES) -> AsyncGenerator[Door]:
     metrics, reception, address = IntakeMetrics(), Reception(), free_address()
-    visitors = Visitors(metrics)
-    server = open_server(address, learner, visitors, message_bytes)
-    rollout = RolloutServer(cast("Desk", reception), Admission(visitors, message_bytes))
+    visitors = ConnectionMonitor(metrics)
+    server = create_server(address, learner, visitors, message_bytes)
+    rollout = RolloutServicer(cast("Desk", reception), StreamAdmission(visitors, message_bytes))
     rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, server)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServer(metrics), server)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(metrics), server)
     healthy = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     await server.start()

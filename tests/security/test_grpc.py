@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from learner.intake.rpc import auth_interceptor
-from learner.intake.rpc.server import Visitors, open_server
+from learner.intake.rpc.server import ConnectionMonitor, create_server
 from services.certs.authority import issue
 from services.certs.issue import certs, write
 from services.cli.processes.readiness import learner_ready
@@ -174,7 +174,7 @@ async def test_a_sampler_that_is_not_trusted_is_told_so(made: Path, tmp_path: Pa
 
 async def test_beyond_this_machine_nothing_begins_without_certificates() -> None:
     with pytest.raises(ConfigError, match=r"learner\.listen = 0\.0\.0\.0:0 .*in plain text"):
-        open_server("0.0.0.0:0", OPEN, Visitors(IntakeMetrics()), MESSAGE_BYTES)
+        create_server("0.0.0.0:0", OPEN, ConnectionMonitor(IntakeMetrics()), MESSAGE_BYTES)
     with pytest.raises(ConfigError, match=r"sampler\.learner = 10\.0\.0\.7:1 is on another machine"):
         await connect("10.0.0.7:1", OPEN)
 

@@ -16,8 +16,8 @@ import pytest
 from learner.intake.rpc import auth_interceptor
 from services.sampler.learner_link.channel import OPTIONS
 from tests.intake.builders import PLAN, VERSION, book, chain, complete
-from tests.intake.doorstep import Doorstep, doorstep
-from tests.intake.harness import Sampler
+from tests.intake.process_harness import Sampler
+from tests.intake.server_harness import IntakeFixture, serve_intake
 from treegrpo.core.budget import Budget, Cost
 from treegrpo.core.lease import LeaseKind
 from treegrpo.net.limits import MESSAGE_BYTES
@@ -41,7 +41,7 @@ async def ended(sampler: Sampler) -> tuple[grpc.StatusCode, str]:
         return await sampler.call.code(), await sampler.call.details()
 
 
-def refused(door: Doorstep, reason: str) -> float:
+def refused(door: IntakeFixture, reason: str) -> float:
     return door.sample("subtrees_refused_total", reason=reason)
 
 
@@ -49,7 +49,7 @@ def refused(door: Doorstep, reason: str) -> float:
 
 
 async def test_a_subtree_sent_again_is_counted_once(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         lease = await granted(sampler)
         for _ in range(3):
             await sampler.send_chain(lease)
@@ -61,7 +61,7 @@ async def test_a_subtree_sent_again_is_counted_once(tmp_path: Path) -> None:
 async def test_nobody_brings_subtrees_of_another_samplers_lease(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Neither what the other has sent before nor anything new; and the other notices nothing."""
     async with (
-        doorstep(book(), tmp_path) as door,
+        serve_intake(book(), tmp_path) as door,
         Sampler.join(door.address, name="mine") as mine,
         Sampler.join(door.address, name="other") as other,
     ):
@@ -82,7 +82,7 @@ async def test_nobody_brings_subtrees_of_another_samplers_lease(tmp_path: Path, 
 
 async def test_nobody_ends_another_samplers_lease(tmp_path: Path) -> None:
     async with (
-        doorstep(book(), tmp_path) as door,
+        serve_intake(book(), tmp_path) as door,
         Sampler.join(door.address, name="mine") as mine,
         Sampler.join(door.address, name="other") as other,
     ):
@@ -93,7 +93,7 @@ async def test_nobody_ends_another_samplers_lease(tmp_path: Path) -> None:
 
 
 async def test_a_lease_that_ended_takes_nothing_more(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         lease = await granted(sampler)
         await sampler.roll_out(lease)
         await sampler.hear("lease")
@@ -123,7 +123,7 @@ WRONG: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 async def test_what_breaks_the_contract_ends_the_stream_and_is_counted(tmp_path: Path, name: str) -> None:
     says, sentence = WRONG[name]
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         lease = await granted(sampler)
         await sampler.say(**says(lease))
         code, said = await ended(sampler)
@@ -135,7 +135,7 @@ async def test_what_breaks_the_contract_ends_the_stream_and_is_counted(tmp_path:
 async def test_bytes_that_are_no_message_end_the_stream_without_a_traceback(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    async with serve_intake(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
         for _ in range(3):
             call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")()
             await call.write(b"\xff\xff\xff")
@@ -146,7 +146,7 @@ async def test_bytes_that_are_no_message_end_the_stream_without_a_traceback(
 
 async def test_a_step_that_costs_more_than_anything_can_is_refused_and_the_books_stay_small(tmp_path: Path) -> None:
     """Two of them were more than 64 bits, which neither journal nor snapshot can write."""
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         lease = await granted(sampler)
         sent = subtree_to_pb(chain(lease))
         for number, field in enumerate(("prefilled", "cached", "decoded", "tool_calls", "seconds")):
@@ -165,7 +165,7 @@ async def test_a_step_that_costs_more_than_anything_can_is_refused_and_the_books
 
 
 async def test_refusals_of_one_lease_are_bounded(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         lease = await granted(sampler)
         for number in range(50):
             await sampler.send_chain(lease, tree=2 + number)
@@ -180,7 +180,7 @@ async def test_refusals_of_one_lease_are_bounded(tmp_path: Path) -> None:
 async def test_half_a_message_is_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unary call whose message never comes; gRPC would wait for ever."""
     monkeypatch.setattr(auth_interceptor, "REQUEST_SECONDS", 0.2)
-    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    async with serve_intake(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
         for method in ("DescribeWeights", "FetchWeights"):
             call = cast("Any", channel).stream_stream(f"/treegrpo.v1.WeightsService/{method}")()
             assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -191,7 +191,7 @@ async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_pat
     monkeypatch.setattr(auth_interceptor, "CHUNK_SECONDS", 0.3)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(64 << 20))
-    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    async with serve_intake(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
         await door.weights.publish(VERSION, tmp_path / "weights")
         ask = weights_pb2.FetchWeightsRequest(version=version_to_pb(VERSION), name="model.safetensors")
         call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)
@@ -217,7 +217,7 @@ async def test_weights_that_are_not_there_are_refused_in_a_sentence(
 ) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(4))
-    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    async with serve_intake(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
         await door.weights.publish(VERSION, tmp_path / "weights")
         asked: dict[str, Any] = {"version": version_to_pb(VERSION), "name": "model.safetensors", **changes}
         ask = weights_pb2.FetchWeightsRequest(**asked)
@@ -230,7 +230,7 @@ async def test_weights_that_are_not_there_are_refused_in_a_sentence(
 
 
 async def test_metadata_beyond_the_limit_are_refused(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    async with serve_intake(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
         call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")(metadata=(("x", "y" * 20_000),))
         assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "metadata size exceeds" in await call.details()
@@ -238,7 +238,7 @@ async def test_metadata_beyond_the_limit_are_refused(tmp_path: Path) -> None:
 
 async def test_a_message_beyond_the_limit_is_refused_and_its_lease_is_another_matter(tmp_path: Path) -> None:
     options = [(key, value) for key, value in OPTIONS if "message_length" not in key]
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as good:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as good:
         async with grpc.aio.insecure_channel(door.address, options=options) as channel:
             call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")()
             await call.write(bytes(MESSAGE_BYTES + 1))
@@ -251,7 +251,7 @@ async def test_a_message_beyond_the_limit_is_refused_and_its_lease_is_another_ma
 
 async def test_a_stream_that_ends_while_it_is_written_to_comes_to_its_end(tmp_path: Path) -> None:
     """gRPC cannot say goodbye behind half a message; the handler died of it, and the sampler waited for ever."""
-    async with doorstep(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    async with serve_intake(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
         for _ in range(50):
             call = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)).Rollout()
             await call.write(pb.RolloutRequest(hello=pb.Hello(sampler="s1", incarnation=1, engine="fake")))

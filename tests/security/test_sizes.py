@@ -14,8 +14,8 @@ import pytest
 from learner.intake.leases.question_queue import load_questions
 from learner.intake.rpc.request_limits import PARTS
 from tests.intake.builders import PLAN, book, chain, grant, step
-from tests.intake.doorstep import doorstep
-from tests.intake.harness import Sampler
+from tests.intake.process_harness import Sampler
+from tests.intake.server_harness import serve_intake
 from treegrpo.core.budget import Cost
 from treegrpo.core.step import Leaf, Subtree
 from treegrpo.errors import DataError, TreeError
@@ -131,7 +131,7 @@ def test_a_question_that_is_too_long_is_refused_with_its_row(tmp_path: Path) -> 
 
 async def test_a_subtree_of_very_many_steps_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     """Thousands of steps of a few bytes held the event loop for a third of a second, each time."""
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         lease = (await sampler.hear("lease")).id
         sent = subtree_to_pb(chain(lease))

@@ -20,14 +20,14 @@ from dataclasses import replace
 from learner.intake.coordinator.batcher import Batches
 from learner.intake.coordinator.journaled_leases import Clerk
 from learner.intake.coordinator.lease_dispatcher import Granting
-from learner.intake.coordinator.sampler_presence import Presence, sampler_of
-from learner.intake.coordinator.sampler_sessions import Peer
+from learner.intake.coordinator.sampler_presence import SamplerSessions, sampler_of
+from learner.intake.coordinator.sampler_sessions import SamplerSession
 from learner.intake.leases.circuit_breaker import ABSENT_SECONDS, Attempts, NoProgressBreaker, Verdict
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.rollout_group import Fate, OpenGroup
 from learner.intake.leases.subtree_validation import check_holder, cost_of, reason_of
-from learner.intake.monitoring.progress_clock import Pace
-from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.progress_clock import ProgressClock
+from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.wal.journal import BACKLOG_BYTES, Journal
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.errors import ContractError
@@ -48,7 +48,7 @@ class Desk:
         book: LeaseBook,
         journal: Journal,
         control: ControlPlane,
-        reporter: Reporter,
+        reporter: RunRecorder,
         *,
         run: str,
         plan: Plan,
@@ -56,7 +56,7 @@ class Desk:
     ) -> None:
         """``heldout``: how many questions an evaluation has."""
         self.book = book
-        self.presence = Presence(set(book.open.holders), self.lose)
+        self.presence = SamplerSessions(set(book.open.holders), self.lose)
         self._journal = journal
         self.control = control
         self.reporter = reporter
@@ -81,18 +81,18 @@ class Desk:
     # ---- samplers
 
     @property
-    def pace(self) -> Pace:
+    def pace(self) -> ProgressClock:
         """When something last went on."""
         return self.clerk.pace
 
     @property
-    def peers(self) -> dict[str, Peer]:
+    def peers(self) -> dict[str, SamplerSession]:
         """The samplers that have a stream, by name."""
         return self.presence.peers
 
-    def join(self, hello: pb.Hello) -> Peer:
+    def join(self, hello: pb.Hello) -> SamplerSession:
         """A stream opened. Older incarnations of the same sampler have lost their leases."""
-        peer = Peer(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
+        peer = SamplerSession(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
         self.presence.came(peer)
         self.breaker.came(peer.id)
         held = {group.lease.id for group in self.book.open.of(peer.holder)}
@@ -121,7 +121,7 @@ class Desk:
         """Messages for one sampler: of every lease there may be itself, an ack of each subtree and the word to stop."""
         return (self.book.most + self._heldout) * (self._plan.leaves + 2) + 16
 
-    def leave(self, peer: Peer) -> None:
+    def leave(self, peer: SamplerSession) -> None:
         """Its stream closed: its leases wait for it until it was silent for too long."""
         if self.presence.left(peer):
             log.info("sampler %s left", peer.id)
@@ -139,12 +139,12 @@ class Desk:
             self._end(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
         self.grant()
 
-    def demand(self, peer: Peer, leases: int) -> None:
+    def demand(self, peer: SamplerSession, leases: int) -> None:
         peer.demand = leases
         self._granting.look_at(peer.id)
         self.grant()
 
-    def accept(self, peer: Peer, sent: tree_pb2.Subtree) -> None:
+    def accept(self, peer: SamplerSession, sent: tree_pb2.Subtree) -> None:
         """Take a subtree in. Acked when it is durable, also that it is refused: it is not sent again."""
         ack = pb.Ack(lease=sent.lease, tree=sent.tree, index=sent.index)
         try:
@@ -156,7 +156,7 @@ class Desk:
         response = pb.RolloutResponse(ack=ack)
         kept.add_done_callback(lambda future: None if future.exception() else peer.send(response))
 
-    def _refuse(self, peer: Peer, sent: tree_pb2.Subtree, error: ContractError) -> asyncio.Future[int]:
+    def _refuse(self, peer: SamplerSession, sent: tree_pb2.Subtree, error: ContractError) -> asyncio.Future[int]:
         """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has.
 
         Done when that is durable.
@@ -184,7 +184,7 @@ class Desk:
         """Return when the disk is no longer behind."""
         await self._journal.room()
 
-    def end(self, peer: Peer, end: LeaseEnd) -> None:
+    def end(self, peer: SamplerSession, end: LeaseEnd) -> None:
         """A lease ends. What its sampler stopped by itself another goes on with. Raises ContractError: nothing costs so much."""
         group = self.book.open.get(end.lease)
         if group is None or not end.reason.samplers_word or group.holder != peer.holder:

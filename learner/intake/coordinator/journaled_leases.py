@@ -14,8 +14,8 @@ from typing import Protocol
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.rollout_group import OpenGroup
 from learner.intake.leases.subtree_validation import not_open
-from learner.intake.monitoring.progress_clock import Pace
-from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.progress_clock import ProgressClock
+from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence import lease_events
 from learner.intake.wal.framing import encode
 from treegrpo.core.budget import Cost
@@ -37,11 +37,11 @@ class Log(Protocol):
 
 
 class Clerk:
-    def __init__(self, book: LeaseBook, journal: Log, reporter: Reporter) -> None:
+    def __init__(self, book: LeaseBook, journal: Log, reporter: RunRecorder) -> None:
         self._book = book
         self._journal = journal
         self._reporter = reporter
-        self.pace = Pace()
+        self.pace = ProgressClock()
         self.given = journal.barrier()
         """Done when all positions that were given are durable."""
 

@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heapreplace
 
 from learner.intake.coordinator.journaled_leases import Clerk
-from learner.intake.coordinator.sampler_sessions import Peer
+from learner.intake.coordinator.sampler_sessions import SamplerSession
 from learner.intake.leases.lease_table import LeaseBook
 from treegrpo.v1 import rollout_pb2 as pb
 
 
 class Granting:
-    def __init__(self, book: LeaseBook, clerk: Clerk, peers: Mapping[str, Peer], quota: Callable[[str], int | None]) -> None:
+    def __init__(
+        self, book: LeaseBook, clerk: Clerk, peers: Mapping[str, SamplerSession], quota: Callable[[str], int | None]
+    ) -> None:
         """``peers``: the samplers that have a stream, by name; ``quota``: leases that one may hold, None if it says itself."""
         self._book = book
         self._clerk = clerk

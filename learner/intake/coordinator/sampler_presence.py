@@ -11,21 +11,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from learner.intake.coordinator.sampler_sessions import Peer
+from learner.intake.coordinator.sampler_sessions import SamplerSession
 from treegrpo.core.lease import HEARTBEAT_SECONDS, SILENCE_SECONDS, LeaseEndReason
 from treegrpo.wire.control import Member
 
-HUSHED_SECONDS = 2 * HEARTBEAT_SECONDS
+WILL_GRACE_SECONDS = 2 * HEARTBEAT_SECONDS
 """Silent for so long, a last will is believed."""
 SEEN = 3
 TICK_SECONDS = 1.0
 """How often somebody looks who is silent."""
 
 
-class Presence:
+class SamplerSessions:
     def __init__(self, absent: set[str], lose: Callable[[str], None]) -> None:
         """``absent`` held leases when the intake was last there; ``lose`` is told the holder that is gone."""
-        self.peers: dict[str, Peer] = {}
+        self.peers: dict[str, SamplerSession] = {}
         """By sampler: the newest stream of each."""
         self.alone_since = time.monotonic()
         """When (time.monotonic) the last of them left."""
@@ -37,7 +37,7 @@ class Presence:
         self._departed = dict.fromkeys(absent, time.monotonic() + SILENCE_SECONDS)
         """Holders without a stream, and when (time.monotonic) they have been silent for too long."""
 
-    def came(self, peer: Peer) -> None:
+    def came(self, peer: SamplerSession) -> None:
         """A stream opened; an earlier one of the same sampler ends."""
         if (before := self.peers.get(peer.id)) is not None:
             before.hang_up(f"Sampler {peer.id} has opened another stream.")
@@ -45,7 +45,7 @@ class Presence:
         self._departed.pop(peer.holder, None)
         self._interrupted.discard(peer.holder)
 
-    def left(self, peer: Peer) -> bool:
+    def left(self, peer: SamplerSession) -> bool:
         """A stream closed; False if its sampler has another, or was gone before."""
         if self.peers.get(peer.id) is not peer:
             return False
@@ -65,7 +65,7 @@ class Presence:
         self._interrupted.discard(holder)
         return LeaseEndReason.INTERRUPTED
 
-    def _remove(self, peer: Peer) -> None:
+    def _remove(self, peer: SamplerSession) -> None:
         del self.peers[peer.id]
         self.alone_since = time.monotonic()
         self.last_seen.append(peer.id)
@@ -74,7 +74,7 @@ class Presence:
         """Lose those whose last will came."""
         for member in [member for member in members if not member.alive]:
             holder, peer = f"{member.id}/{member.incarnation:016x}", self.peers.get(member.id)
-            hushed = peer is not None and peer.holder == holder and time.monotonic() - peer.heard > HUSHED_SECONDS
+            hushed = peer is not None and peer.holder == holder and time.monotonic() - peer.heard > WILL_GRACE_SECONDS
             if hushed or holder in self._departed:
                 self._lose(holder)
 

@@ -10,7 +10,7 @@ from treegrpo.v1.rollout_pb2 import RolloutResponse
 
 
 @dataclass(slots=True, eq=False)
-class Peer:
+class SamplerSession:
     """One incarnation of a sampler with an open stream."""
 
     id: str

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 
 from learner.intake.coordinator.coordinator import Desk
-from learner.intake.coordinator.sampler_sessions import Peer
-from learner.intake.coordinator.trainer_api import TrainerDesk
-from learner.intake.monitoring.progress_clock import Pace
-from learner.intake.monitoring.recorder import Reporter
-from learner.intake.monitoring.stall_diagnosis import Cause, Part, Scene, Worker, cause
+from learner.intake.coordinator.sampler_sessions import SamplerSession
+from learner.intake.coordinator.trainer_api import TrainerApi
+from learner.intake.monitoring.progress_clock import ProgressClock
+from learner.intake.monitoring.recorder import RunRecorder
+from learner.intake.monitoring.stall_diagnosis import RunStatus, SamplerStatus, StallCause, StalledPart, diagnose_stall
 from learner.intake.wal.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -25,10 +25,10 @@ MOST_SECONDS = 3600.0
 """From one line to the next with the same cause."""
 
 
-def look(desk: Desk, trainer: TrainerDesk, journal: Journal) -> Scene:
+def current_run_status(desk: Desk, trainer: TrainerApi, journal: Journal) -> RunStatus:
     """How things are now."""
     now, book, presence = time.monotonic(), desk.book, desk.presence
-    return Scene(
+    return RunStatus(
         state=desk.control.state,
         changed=now - desk.state_since,
         blocked=None if journal.blocked_since is None else now - journal.blocked_since,
@@ -45,32 +45,32 @@ def look(desk: Desk, trainer: TrainerDesk, journal: Journal) -> Scene:
     )
 
 
-def _worker(desk: Desk, peer: Peer, now: float) -> Worker:
+def _worker(desk: Desk, peer: SamplerSession, now: float) -> SamplerStatus:
     granted = [desk.began if group.granted_at is None else group.granted_at for group in desk.book.open.of(peer.holder)]
     held = now - min(granted) if granted else None
-    return Worker(peer.id, max(0.0, now - peer.heard), peer.demand, held, peer.waits_for, peer.waited)
+    return SamplerStatus(peer.id, max(0.0, now - peer.heard), peer.demand, held, peer.waits_for, peer.waited)
 
 
-class Watchdog:
-    def __init__(self, pace: Pace, look: Callable[[], Scene], reporter: Reporter) -> None:
-        """``look`` tells how things are."""
+class StallWatchdog:
+    def __init__(self, pace: ProgressClock, status: Callable[[], RunStatus], reporter: RunRecorder) -> None:
+        """``status`` returns the present state of the run."""
         self._pace = pace
-        self._look = look
+        self._status = status
         self._reporter = reporter
-        self._said: Cause | None = None
+        self._said: StallCause | None = None
         self._again = 0.0
         """Seconds without progress at which it says the same again."""
 
     async def run_forever(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            self.look()
+            self.check_stall()
 
-    def look(self) -> None:
+    def check_stall(self) -> None:
         """Say what is to be said now."""
         seconds = time.monotonic() - self._pace.last
-        found = cause(self._look())
-        for part in Part:
+        found = diagnose_stall(self._status())
+        for part in StalledPart:
             self._reporter.metrics.stalled.labels(part.value).set(seconds if part is found.part else 0.0)
         if seconds < self._pace.patience:
             self._goes_on()

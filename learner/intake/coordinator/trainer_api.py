@@ -15,9 +15,9 @@ from pathlib import Path
 
 from learner.intake.coordinator.coordinator import Desk
 from learner.intake.leases.evaluation import Round
-from learner.intake.monitoring.stall_diagnosis import Asker
-from learner.intake.rpc.weights_servicer import WeightsServer
-from learner.intake.wal.journal import durable
+from learner.intake.monitoring.stall_diagnosis import TrainerStatus
+from learner.intake.rpc.weights_servicer import WeightsServicer
+from learner.intake.wal.journal import wait_until_durable
 from treegrpo.core.question import Question
 from treegrpo.core.step import PolicyVersion
 from treegrpo.wire.control import RunState
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 LONG_POLL_SECONDS = 5.0
 
 
-class TrainerDesk:
-    def __init__(self, desk: Desk, weights: WeightsServer, heldout: list[Question], checkpointed: Callable[[], None]) -> None:
+class TrainerApi:
+    def __init__(self, desk: Desk, weights: WeightsServicer, heldout: list[Question], checkpointed: Callable[[], None]) -> None:
         """``checkpointed`` is called when a checkpoint stands, and the journal may get shorter."""
         self._desk = desk
         self._weights = weights
@@ -51,7 +51,7 @@ class TrainerDesk:
             groups = desk.batches.batch(position, count) if state is RunState.RUNNING else []
             if groups or self._untold_damage or state is RunState.DRAINING or time.monotonic() > deadline:
                 desk.grant()
-                if groups and not await durable(desk.clerk.given, deadline):
+                if groups and not await wait_until_durable(desk.clerk.given, deadline):
                     groups = []  # a full disk; the trainer asks again
                 if groups:
                     desk.pace.progress()
@@ -130,7 +130,7 @@ class TrainerDesk:
             self._since = time.monotonic()
 
     @property
-    def seen(self) -> Asker:
+    def seen(self) -> TrainerStatus:
         """The trainer as it is now."""
         step = self._desk.book.version.step if self._desk.book.version else 0
-        return Asker(self._came, self._connections > 0, self._asking > 0, time.monotonic() - self._since, step)
+        return TrainerStatus(self._came, self._connections > 0, self._asking > 0, time.monotonic() - self._since, step)

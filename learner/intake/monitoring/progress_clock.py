@@ -13,7 +13,7 @@ PAUSES = 64
 """Pauses of a second and more that are remembered: those of the last few steps."""
 
 
-class Pace:
+class ProgressClock:
     """When something last went on, and how long a pause usually is. Times are time.monotonic."""
 
     def __init__(self) -> None:

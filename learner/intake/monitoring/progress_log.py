@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 WAITING_LINES = 1000
 
 
-class ProgressFile:
+class ProgressLog:
     def __init__(self, path: Path) -> None:
         """Go on with the file at ``path``, if there is one; a line that a crash has torn is cut off. Raises RunFileError."""
         self._path = path

@@ -18,7 +18,7 @@ from learner.intake.leases.evaluation import Round
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.rollout_group import Fate, OpenGroup
 from learner.intake.leases.subtree_validation import TOO_LATE
-from learner.intake.monitoring.progress_log import ProgressFile
+from learner.intake.monitoring.progress_log import ProgressLog
 from learner.intake.wal.journal import Journal
 from learner.intake.wal.segments import SUFFIX
 from treegrpo.core.budget import Budget
@@ -51,12 +51,12 @@ REPLAYED = (
 """The counters that only events of the journal move."""
 
 
-class Reporter:
+class RunRecorder:
     def __init__(self, metrics: IntakeMetrics, progress: Path, window: int) -> None:
         """``window``: groups that a mean is taken over."""
         self.metrics = metrics
-        self._progress = ProgressFile(progress)
-        self._aside = ProgressFile(progress.with_name("set_aside.jsonl"))
+        self._progress = ProgressLog(progress)
+        self._aside = ProgressLog(progress.with_name("set_aside.jsonl"))
         self._recent = {kind: deque[tuple[float, float]](maxlen=window) for kind in LeaseKind}
         self._spent = {kind: Budget() for kind in LeaseKind}
         self._chain = {kind: Budget() for kind in LeaseKind}

@@ -18,7 +18,7 @@ NAMED = 3
 """Samplers that a sentence names; of more it says how many."""
 
 
-class Part(Enum):
+class StalledPart(Enum):
     """The label of the metric: who or what is to move."""
 
     OPERATOR = "operator"
@@ -36,7 +36,7 @@ class Part(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class SamplerStatus:
     """A sampler with a stream. Times are seconds until now."""
 
     name: str
@@ -51,7 +51,7 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class TrainerStatus:
     """The trainer."""
 
     came: bool = False
@@ -67,7 +67,7 @@ class Asker:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class RunStatus:
     """A moment of the run. Times are seconds until now."""
 
     state: RunState = RunState.RUNNING
@@ -79,8 +79,8 @@ class Scene:
     """The disk has no room to spare, and nothing is granted."""
     folder: str = ""
     """Of the journal."""
-    trainer: Asker = field(default_factory=Asker)
-    workers: Sequence[Worker] = ()
+    trainer: TrainerStatus = field(default_factory=TrainerStatus)
+    workers: Sequence[SamplerStatus] = ()
     alone: float = 0.0
     """No sampler is there."""
     last_seen: Sequence[str] = ()
@@ -95,47 +95,49 @@ class Scene:
 
 
 @dataclass(frozen=True, slots=True)
-class Cause:
+class StallCause:
     """Who is to move. Causes are the same if part and names are, however long it takes."""
 
-    part: Part
+    part: StalledPart
     names: tuple[str, ...] = ()
     sentence: str = field(default="", compare=False)
     """As it follows "waiting for"."""
 
 
-def cause(scene: Scene) -> Cause:
+def diagnose_stall(scene: RunStatus) -> StallCause:
     """The deepest of what the run waits for."""
     if scene.state is RunState.PAUSED:
-        return Cause(Part.OPERATOR, (), f"the operator: the run has been paused for {_time(scene.changed)}")
+        return StallCause(StalledPart.OPERATOR, (), f"the operator: the run has been paused for {_time(scene.changed)}")
     if scene.blocked is not None:
         sentence = f"the disk, which has refused the journal {scene.folder} for {_time(scene.blocked)}; make room, or mend it"
-        return Cause(Part.DISK, (), sentence)
+        return StallCause(StalledPart.DISK, (), sentence)
     if scene.short is not None and not scene.out:
         sentence = f"the disk of {scene.folder}, which has had no room to spare for {_time(scene.short)}; make room"
-        return Cause(Part.DISK, (), sentence)
+        return StallCause(StalledPart.DISK, (), sentence)
     if (found := _trainer(scene)) is not None:
         return found
     if not scene.workers:
         seen = f"; the last to leave: {_names(scene.last_seen)}" if scene.last_seen else ""
-        return Cause(Part.SAMPLERS, (), f"a sampler: none has been here for {_time(scene.alone)}{seen}")
+        return StallCause(StalledPart.SAMPLERS, (), f"a sampler: none has been here for {_time(scene.alone)}{seen}")
     return _tools(scene) or _leases(scene) or _rest(scene)
 
 
-def _trainer(scene: Scene) -> Cause | None:
+def _trainer(scene: RunStatus) -> StallCause | None:
     """Nothing more can be rolled out before it moves, or it is not there at all."""
     trainer, since = scene.trainer, _time(scene.trainer.since)
     if not trainer.came:
-        return Cause(Part.TRAINER, ("never",), f"the trainer, which has not come in the {since} since the intake started")
+        return StallCause(
+            StalledPart.TRAINER, ("never",), f"the trainer, which has not come in the {since} since the intake started"
+        )
     if not trainer.here:
-        return Cause(Part.TRAINER, ("left",), f"the trainer, which left {since} ago, after step {trainer.step}")
+        return StallCause(StalledPart.TRAINER, ("left",), f"the trainer, which left {since} ago, after step {trainer.step}")
     if trainer.waits or (scene.room and scene.ready < scene.batch) or scene.out:
         return None
     sentence = f"the trainer, which has not asked for {since}, at step {trainer.step}; {_ready(scene)}"
-    return Cause(Part.TRAINER, ("works",), sentence)
+    return StallCause(StalledPart.TRAINER, ("works",), sentence)
 
 
-def _tools(scene: Scene) -> Cause | None:
+def _tools(scene: RunStatus) -> StallCause | None:
     """What most of the samplers that wait for something wait for."""
     waiting = [worker for worker in scene.workers if worker.waits_for]
     if not waiting or len(waiting) < sum(worker.held is not None or worker.demand > 0 for worker in scene.workers):
@@ -144,10 +146,10 @@ def _tools(scene: Scene) -> Cause | None:
     what = max(wants, key=lambda want: (wants.count(want), want))
     those = [worker for worker in waiting if worker.waits_for == what]
     waited = _time(max(worker.waited for worker in those))
-    return Cause(Part.TOOLS, (what,), f"{what}: so say {_names([w.name for w in those])}, for {waited}")
+    return StallCause(StalledPart.TOOLS, (what,), f"{what}: so say {_names([w.name for w in those])}, for {waited}")
 
 
-def _leases(scene: Scene) -> Cause | None:
+def _leases(scene: RunStatus) -> StallCause | None:
     """Work that is out, with the samplers that hold it; those of which nothing comes are named apart."""
     holders = sorted((worker for worker in scene.workers if worker.held is not None), key=lambda worker: -(worker.held or 0.0))
     if not holders:
@@ -157,17 +159,17 @@ def _leases(scene: Scene) -> Cause | None:
     sentence = f"{scene.out} leases, out to {_names(names)}, the oldest for {_time(holders[0].held or 0.0)}"
     if silent:
         sentence += f"; nothing comes from {_names(silent)}"
-    return Cause(Part.LEASES, tuple(sorted(names)), f"{sentence}; {_ready(scene)}")
+    return StallCause(StalledPart.LEASES, tuple(sorted(names)), f"{sentence}; {_ready(scene)}")
 
 
-def _rest(scene: Scene) -> Cause:
+def _rest(scene: RunStatus) -> StallCause:
     if scene.room:
         names = [worker.name for worker in scene.workers]
-        return Cause(Part.DEMAND, tuple(sorted(names)), f"{_names(names)} to want a lease; {_ready(scene)}")
-    return Cause(Part.GROUPS, (), f"groups: {_ready(scene)}, and nothing is out")
+        return StallCause(StalledPart.DEMAND, tuple(sorted(names)), f"{_names(names)} to want a lease; {_ready(scene)}")
+    return StallCause(StalledPart.GROUPS, (), f"groups: {_ready(scene)}, and nothing is out")
 
 
-def _ready(scene: Scene) -> str:
+def _ready(scene: RunStatus) -> str:
     return f"{scene.ready} of {scene.batch} groups are ready"
 
 

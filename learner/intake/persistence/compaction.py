@@ -9,16 +9,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from learner.intake.persistence.snapshot import Capture, Snapshots
-from learner.intake.wal.filesystem import Disk
+from learner.intake.persistence.snapshot import SnapshotStore, StateCapture
+from learner.intake.wal.filesystem import FileSystem
 from learner.intake.wal.journal import Journal
 from learner.intake.wal.segments import drop
 
 log = logging.getLogger(__name__)
 
 
-class Compaction:
-    def __init__(self, disk: Disk, folder: Path, journal: Journal, snapshots: Snapshots, capture: Callable[[], Capture]) -> None:
+class JournalCompactor:
+    def __init__(
+        self, disk: FileSystem, folder: Path, journal: Journal, snapshots: SnapshotStore, capture: Callable[[], StateCapture]
+    ) -> None:
         """``folder`` is the journal's; ``capture`` tells the state that everything appended so far has led to."""
         self._disk = disk
         self._folder = folder
@@ -47,7 +49,7 @@ class Compaction:
             except OSError as error:
                 log.error("no snapshot before segment %d (%s); the journal stays as it is", number, error.strerror or error)  # noqa: TRY400
 
-    def compact(self, number: int, state: Capture) -> None:
+    def compact(self, number: int, state: StateCapture) -> None:
         """Write the snapshot before segment ``number`` and drop what it makes superfluous. Raises OSError.
 
         One that would not fit is not begun: what room there is the journal needs more.

@@ -11,18 +11,18 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from learner.intake.persistence.snapshot import Snapshots
-from learner.intake.wal.filesystem import Disk
+from learner.intake.persistence.snapshot import SnapshotStore
+from learner.intake.wal.filesystem import FileSystem
 from learner.intake.wal.journal import Journal
-from learner.intake.wal.segments import numbers, path_of
+from learner.intake.wal.segments import numbers, segment_path
 from treegrpo.errors import JournalError, RunError
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 
 
-class DirectoryWatch:
-    def __init__(self, disk: Disk, journal: Journal, snapshots: Snapshots, run_dir: Path) -> None:
+class DirectoryMonitor:
+    def __init__(self, disk: FileSystem, journal: Journal, snapshots: SnapshotStore, run_dir: Path) -> None:
         self._disk = disk
         self._journal = journal
         self._snapshots = snapshots
@@ -47,7 +47,7 @@ class DirectoryWatch:
             self._told |= gone
             log.error(
                 "the journal's segment %s was removed by another program; a snapshot of the run takes its place",
-                path_of(self._journal.folder, min(gone)),
+                segment_path(self._journal.folder, min(gone)),
             )
             snapshot()
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, replace
 
 from learner.intake.leases.lease_table import LeaseBook
-from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.wal.framing import Record
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import Lease, LeaseEnd
@@ -54,7 +54,7 @@ def taken(draws: Sequence[int], stale: Sequence[int]) -> Record:
     return {"event": "taken", "draws": list(draws), "stale": list(stale)}
 
 
-def replay(book: LeaseBook, reporter: Reporter, event: Record) -> None:
+def replay(book: LeaseBook, reporter: RunRecorder, event: Record) -> None:
     """Put an event of the journal through the book. Raises ContractError if it contradicts what came before."""
     match event["event"]:
         case "granted":

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learner.intake.leases.lease_table import LeaseBook
-from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.lease_events import replay
-from learner.intake.persistence.snapshot import Snapshots, restore
-from learner.intake.wal.filesystem import Disk, RealDisk
-from learner.intake.wal.segments import End, Segments
+from learner.intake.persistence.snapshot import SnapshotStore, restore
+from learner.intake.wal.filesystem import FileSystem, LocalFileSystem
+from learner.intake.wal.segments import JournalEnd, SegmentReader
 from treegrpo.errors import ContractError, JournalError
 
 log = logging.getLogger(__name__)
@@ -31,19 +31,19 @@ JOURNAL, SNAPSHOTS = "journal", "snapshots"
 
 
 @dataclass(frozen=True, slots=True)
-class Recovered:
-    end: End
+class RecoveryResult:
+    end: JournalEnd
     """Where the journal goes on."""
     fresh: bool
     """There was nothing to recover."""
 
 
-def recover(disk: Disk, journal: Path, snapshots: Snapshots, book: LeaseBook, reporter: Reporter) -> Recovered:
+def recover(disk: FileSystem, journal: Path, snapshots: SnapshotStore, book: LeaseBook, reporter: RunRecorder) -> RecoveryResult:
     """Bring a new book and reporter to where they were. Raises JournalError: what is left does not make a whole."""
     number = _newest(snapshots)
     if number:
         restore(book, reporter, snapshots.read(number))
-    segments = Segments(disk, journal, first=number or 1)
+    segments = SegmentReader(disk, journal, first=number or 1)
     events = 0
     try:
         for event in segments:
@@ -53,18 +53,18 @@ def recover(disk: Disk, journal: Path, snapshots: Snapshots, book: LeaseBook, re
         raise JournalError(f"The journal {journal} contradicts itself ({error}); restore it, or begin a new run.dir.") from error
     if number or events:
         log.info("recovered from %s and %d events since", f"snapshot {number}" if number else "no snapshot", events)
-    return Recovered(segments.end, fresh=not number and not events)
+    return RecoveryResult(segments.end, fresh=not number and not events)
 
 
-def holds_run(run_dir: Path) -> bool:
+def has_recorded_events(run_dir: Path) -> bool:
     """Whether anything was recorded in a run's directory. Raises JournalError: it cannot be read."""
-    disk = RealDisk()
-    if Snapshots(disk, run_dir / SNAPSHOTS).numbers():
+    disk = LocalFileSystem()
+    if SnapshotStore(disk, run_dir / SNAPSHOTS).numbers():
         return True
-    return next(iter(Segments(disk, run_dir / JOURNAL)), None) is not None
+    return next(iter(SegmentReader(disk, run_dir / JOURNAL)), None) is not None
 
 
-def _newest(snapshots: Snapshots) -> int:
+def _newest(snapshots: SnapshotStore) -> int:
     """The newest whole snapshot, 0 for none; damaged ones are set aside."""
     for number in snapshots.numbers():
         try:

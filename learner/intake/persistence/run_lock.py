@@ -11,7 +11,7 @@ LOCK = "intake.lock"
 """A file in the run's directory."""
 
 
-def only_intake(run_dir: Path) -> AbstractContextManager[None]:
+def lock_run(run_dir: Path) -> AbstractContextManager[None]:
     """Hold the run for the time of the block. Raises AddressInUseError: another intake holds it."""
     sentence = f"Another intake works on the run in {run_dir}; stop it, or set run.dir to another directory."
     return locked(run_dir / LOCK, sentence)

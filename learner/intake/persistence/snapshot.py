@@ -20,8 +20,8 @@ from pathlib import Path
 
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.rollout_group import OpenGroup
-from learner.intake.monitoring.recorder import Reporter
-from learner.intake.wal.filesystem import Disk
+from learner.intake.monitoring.recorder import RunRecorder
+from learner.intake.wal.filesystem import FileSystem
 from learner.intake.wal.framing import BrokenFrameError, Record, batches, encode, frame, read_frame
 from treegrpo.core.lease import Lease
 from treegrpo.errors import JournalError, describe
@@ -37,10 +37,10 @@ PLACES = ("kept", "unfinished", "open")
 Row = tuple[Lease, Record, tuple[bytes, ...]]
 
 
-class Capture:
+class StateCapture:
     """The state of a moment. Taken at once; made into records, which takes long, by whoever writes them."""
 
-    def __init__(self, book: LeaseBook, reporter: Reporter) -> None:
+    def __init__(self, book: LeaseBook, reporter: RunRecorder) -> None:
         self._head = {"event": "book", "format": FORMAT, "book": book.state(), "report": reporter.state()}
         places = zip(PLACES, (book.groups.kept(), book.unfinished.values(), book.open.values()), strict=True)
         self._groups = [_row(group, place) for place, groups in places for group in groups]
@@ -65,8 +65,8 @@ def _row(group: OpenGroup, place: str) -> Row:
     return group.lease, {"event": "group", "place": place, **group.state()}, tuple(group.encoded)
 
 
-def restore(book: LeaseBook, reporter: Reporter, records: Iterator[Record]) -> None:
-    """Bring a new book and reporter to where those of a `Capture` were. Raises JournalError: it is of another format."""
+def restore(book: LeaseBook, reporter: RunRecorder, records: Iterator[Record]) -> None:
+    """Bring a new book and reporter to where those of a `StateCapture` were. Raises JournalError: it is of another format."""
     head = next(records)
     if head["format"] != FORMAT:
         raise JournalError(
@@ -85,8 +85,8 @@ def restore(book: LeaseBook, reporter: Reporter, records: Iterator[Record]) -> N
     reporter.restore(head["report"])
 
 
-class Snapshots:
-    def __init__(self, disk: Disk, folder: Path) -> None:
+class SnapshotStore:
+    def __init__(self, disk: FileSystem, folder: Path) -> None:
         self._disk = disk
         self._folder = folder
 

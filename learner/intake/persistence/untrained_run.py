@@ -36,7 +36,7 @@ def is_untrained(run_dir: Path) -> bool:
     return not any(row.get("kind") == "step" for row in JsonLines(run_dir / PROGRESS).new())
 
 
-def check_goes_on(config: Config) -> str:
+def check_resumable(config: Config) -> str:
     """That the run in ``run.dir`` can go on as what it is told to be; empty, or what changes since nothing was trained.
 
     Raises ConfigError and DataError as `check_identity`.
@@ -47,14 +47,14 @@ def check_goes_on(config: Config) -> str:
     return ""
 
 
-def begin_anew(config: Config) -> bool:
+def archive_untrained_run(config: Config) -> bool:
     """Set aside what a run has that was begun as another and has trained nothing; whether there was such a one.
 
     Raises:
         ConfigError, DataError: as `check_identity`: it is another, and has trained.
         RunFileError: something cannot be set aside.
     """
-    if not (changed := check_goes_on(config)):
+    if not (changed := check_resumable(config)):
         return False
     try:
         _set_aside(config.run.dir)

@@ -34,14 +34,14 @@ Serve = Callable[..., Any]
 
 
 class Guard(Protocol):
-    """Counts; see `learner.intake.rpc.server.Visitors`."""
+    """Counts; see `learner.intake.rpc.server.ConnectionMonitor`."""
 
     async def refuse(self, context: Context, reason: str, code: grpc.StatusCode, sentence: str) -> NoReturn: ...
 
     def called(self, peer: str) -> None: ...
 
 
-class Doorkeeper(grpc.aio.ServerInterceptor):
+class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Lets each role call what is its own, and hangs up on who is slow.
 
     gRPC waits for ever for the one message of a unary call, and for who does not read a stream. So every call is served as
@@ -71,7 +71,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
     def _guarded(self, serve: Serve, method: str) -> Serve:
         async def answer(requests: object, context: Context) -> Any:
             self._guard.called(context.peer())
-            holder = holder_of(context)
+            holder = peer_identity(context)
             if self._roles:
                 await self._check(method, context, holder)
             async with self._counted(holder[1] if holder else "", context):
@@ -139,7 +139,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
             await self._guard.refuse(context, "role", grpc.StatusCode.PERMISSION_DENIED, sentence)
 
 
-def holder_of(context: Context) -> tuple[Role, str] | None:
+def peer_identity(context: Context) -> tuple[Role, str] | None:
     """Role and name in the certificate of who calls; None in plain text."""
     names = cast("dict[str, list[bytes]]", context.auth_context()).get("x509_subject_alternative_name", [])
     return roles_in([name.decode(errors="replace") for name in names])

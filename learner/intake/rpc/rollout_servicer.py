@@ -11,8 +11,8 @@ from typing import Any, cast
 import grpc
 
 from learner.intake.coordinator.coordinator import Desk
-from learner.intake.coordinator.sampler_sessions import Peer
-from learner.intake.rpc.server import Admission
+from learner.intake.coordinator.sampler_sessions import SamplerSession
+from learner.intake.rpc.server import StreamAdmission
 from treegrpo.errors import ContractError, describe
 from treegrpo.net.limits import HANDSHAKE_SECONDS
 from treegrpo.v1 import rollout_pb2 as pb
@@ -26,8 +26,8 @@ EOF: Any = cast("Any", grpc.aio).EOF
 Context = grpc.aio.ServicerContext[pb.RolloutRequest, pb.RolloutResponse]
 
 
-class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
-    def __init__(self, desk: Desk, admission: Admission) -> None:
+class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
+    def __init__(self, desk: Desk, admission: StreamAdmission) -> None:
         self._desk = desk
         self._admission = admission
 
@@ -56,7 +56,7 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
         if peer.farewell:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.farewell)
 
-    async def _listen(self, peer: Peer, context: Context) -> None:
+    async def _listen(self, peer: SamplerSession, context: Context) -> None:
         """Hear a sampler to the end of its stream. Raises TimeoutError when the desk hangs up: it watches for silence."""
         try:
             async with asyncio.timeout(0.0 if peer.farewell else None) as peer.stream:
@@ -78,7 +78,7 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
             await self._admission.refuse(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
         return None if request == EOF else request
 
-    async def _write(self, peer: Peer, context: Context) -> None:
+    async def _write(self, peer: SamplerSession, context: Context) -> None:
         """Whole messages to the end: the end of a stream behind half a message is one that no peer ever hears."""
         try:
             while (message := await peer.outbox.get()) is not None:
@@ -86,7 +86,7 @@ class RolloutServer(rollout_pb2_grpc.RolloutServiceServicer):
         except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
             peer.hang_up(f"The stream to sampler {peer.id} broke ({describe(error)}); it has to join again.")
 
-    def _hear(self, peer: Peer, request: pb.RolloutRequest) -> None:
+    def _hear(self, peer: SamplerSession, request: pb.RolloutRequest) -> None:
         match request.WhichOneof("kind"):
             case "demand":
                 self._desk.demand(peer, request.demand.leases)

@@ -1,8 +1,8 @@
 """Who comes in to the intake's gRPC server, and how much they may do there.
 
 TLS asks everybody for a certificate of our authority; a stranger, an expired certificate and plain text end there.
-`Doorkeeper` looks at each call, `Admission` at the first message of a rollout stream. What is refused is counted, and logged
-once for each peer and reason.
+`AuthInterceptor` checks each call, `StreamAdmission` the first message of a rollout stream. What is refused is counted, and
+logged once for each peer and reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import grpc
 
-from learner.intake.rpc.auth_interceptor import Doorkeeper, holder_of
+from learner.intake.rpc.auth_interceptor import AuthInterceptor, peer_identity
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
 from treegrpo.net import limits
@@ -44,14 +44,14 @@ OPTIONS = [
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Refusal(NamedTuple):
+class CallRefusal(NamedTuple):
     """A call's end: gRPC's code and a sentence that says what to do."""
 
     code: grpc.StatusCode
     sentence: str
 
 
-class Visitors:
+class ConnectionMonitor:
     """Counts refusals, and logs each once; counts handshakes, of which gRPC does not say how they end."""
 
     def __init__(self, metrics: IntakeMetrics) -> None:
@@ -93,52 +93,54 @@ class Visitors:
             del self._callers[next(iter(self._callers))]
 
 
-class Admission:
+class StreamAdmission:
     """Looks at the Hello of a rollout stream."""
 
-    def __init__(self, visitors: Visitors, message_bytes: int) -> None:
+    def __init__(self, visitors: ConnectionMonitor, message_bytes: int) -> None:
         """``message_bytes``: the largest message of a sampler."""
         self._visitors = visitors
         self._most = limits.samplers(message_bytes)
 
     async def admit(self, first: pb.RolloutRequest | None, context: Context, connected: int) -> pb.Hello:
         """The Hello, or the end of the call; ``connected``: samplers that have a stream."""
-        reason, refusal = _judge(first, holder_of(context), connected, self._most)
+        reason, refusal = _judge(first, peer_identity(context), connected, self._most)
         if refusal is not None:
             await self._visitors.refuse(context, reason, *refusal)
         assert first is not None  # noqa: S101 - _judge refuses it
         return first.hello
 
     async def refuse(self, context: Context, reason: str, code: grpc.StatusCode, sentence: str) -> NoReturn:
-        """See `Visitors.refuse`."""
+        """See `ConnectionMonitor.refuse`."""
         await self._visitors.refuse(context, reason, code, sentence)
 
 
 def _judge(
     first: pb.RolloutRequest | None, holder: tuple[Role, str] | None, connected: int, most: int
-) -> tuple[str, Refusal | None]:
+) -> tuple[str, CallRefusal | None]:
     if first is None or first.WhichOneof("kind") != "hello":
-        return "hello", Refusal(grpc.StatusCode.INVALID_ARGUMENT, "A rollout stream begins with Hello and the sampler's name.")
+        return "hello", CallRefusal(
+            grpc.StatusCode.INVALID_ARGUMENT, "A rollout stream begins with Hello and the sampler's name."
+        )
     hello = first.hello
     for what, name in (("sampler", hello.sampler), ("engine", hello.engine)):
         if not NAME.fullmatch(name):
-            return "hello", Refusal(
+            return "hello", CallRefusal(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"Hello.{what} is {name[: limits.NAME_BYTES]!r}; a name has 1 to {limits.NAME_BYTES} letters, digits or _.-",
             )
     if holder is not None and holder[1] and holder[1] != hello.sampler:
-        return "forged", Refusal(
+        return "forged", CallRefusal(
             grpc.StatusCode.PERMISSION_DENIED,
             f"Sampler {hello.sampler!r} shows the certificate of sampler {holder[1]!r}; set sampler.id = {holder[1]}.",
         )
     if connected >= most:
-        return "peers", Refusal(
+        return "peers", CallRefusal(
             grpc.StatusCode.RESOURCE_EXHAUSTED, f"{connected} samplers are connected, the most one learner takes; stop some."
         )
     return "", None
 
 
-def open_server(address: str, access: Credentials, visitors: Visitors, message_bytes: int) -> grpc.aio.Server:
+def create_server(address: str, access: Credentials, visitors: ConnectionMonitor, message_bytes: int) -> grpc.aio.Server:
     """A server bound to ``address``, not started, that takes messages of ``message_bytes`` at most.
 
     Raises ConfigError for an address that may not be used in plain text.
@@ -147,7 +149,7 @@ def open_server(address: str, access: Credentials, visitors: Visitors, message_b
     seldom("grpc", "asyncio")
     server = grpc.aio.server(
         options=[*OPTIONS, ("grpc.max_receive_message_length", message_bytes)],
-        interceptors=[Doorkeeper(visitors, roles=access.keys is not None)],
+        interceptors=[AuthInterceptor(visitors, roles=access.keys is not None)],
         maximum_concurrent_rpcs=limits.calls(message_bytes),
     )
     if access.keys is None:
@@ -157,7 +159,7 @@ def open_server(address: str, access: Credentials, visitors: Visitors, message_b
     return server
 
 
-def _credentials(keys: Keys, role: Role, visitors: Visitors) -> grpc.ServerCredentials:
+def _credentials(keys: Keys, role: Role, visitors: ConnectionMonitor) -> grpc.ServerCredentials:
     """The certificate as it is on disk at each handshake: renewed files serve at once."""
     served = keys.stamp
 

@@ -9,7 +9,7 @@ import stat
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
-from learner.intake.coordinator.trainer_api import TrainerDesk
+from learner.intake.coordinator.trainer_api import TrainerApi
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import AddressInUseError, ContractError, RunFileError, describe
 from treegrpo.storage.run_files import check_kind, unusable
@@ -32,7 +32,7 @@ LOOK_SECONDS = 2.0
 """Until a socket that was removed is noticed."""
 
 
-async def _answer(desk: TrainerDesk, request: Message) -> Message:
+async def _answer(desk: TrainerApi, request: Message) -> Message:
     match request:
         case Take(position, count):
             return await desk.take(position, count)
@@ -50,7 +50,7 @@ async def _answer(desk: TrainerDesk, request: Message) -> Message:
     return Done()
 
 
-async def _answer_or_refuse(desk: TrainerDesk, request: Message) -> Message:
+async def _answer_or_refuse(desk: TrainerApi, request: Message) -> Message:
     try:
         with desk.question():
             return await _answer(desk, request)
@@ -60,7 +60,7 @@ async def _answer_or_refuse(desk: TrainerDesk, request: Message) -> Message:
 
 
 @contextlib.asynccontextmanager
-async def listen(desk: TrainerDesk, path: str) -> AsyncGenerator[None]:
+async def listen(desk: TrainerApi, path: str) -> AsyncGenerator[None]:
     """Answer trainers at a Unix socket for the time of the block.
 
     Raises:

@@ -57,7 +57,7 @@ def _as_they_are(directory: Path) -> dict[str, WeightFile]:
     return files
 
 
-class WeightsServer(weights_pb2_grpc.WeightsServiceServicer):
+class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     """WeightsService over the newest versions."""
 
     def __init__(self, metrics: IntakeMetrics) -> None:

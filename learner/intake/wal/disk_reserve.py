@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 
-from learner.intake.wal.filesystem import Disk
+from learner.intake.wal.filesystem import FileSystem
 from learner.intake.wal.framing import BATCH_BYTES
 from learner.intake.wal.journal import Journal
 
@@ -26,8 +26,8 @@ NAME = "reserve"
 """A file of this name beside the segments, since the journal may have a disk of its own."""
 
 
-class Reserve:
-    def __init__(self, disk: Disk, journal: Journal) -> None:
+class DiskReserve:
+    def __init__(self, disk: FileSystem, journal: Journal) -> None:
         self._disk = disk
         self._journal = journal
         self._path = journal.folder / NAME

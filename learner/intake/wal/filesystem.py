@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 
-class File(Protocol):
+class WritableFile(Protocol):
     """A file being written, from its beginning on."""
 
     def write(self, data: bytes) -> None:
@@ -27,10 +27,10 @@ class File(Protocol):
     def close(self) -> None: ...
 
 
-class Disk(Protocol):
+class FileSystem(Protocol):
     """Every call may raise OSError."""
 
-    def create(self, path: Path) -> File:
+    def create(self, path: Path) -> WritableFile:
         """An empty file to write; what was there before is gone."""
         ...
 
@@ -69,7 +69,7 @@ class Disk(Protocol):
         ...
 
 
-class _RealFile:
+class _LocalFile:
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
@@ -88,11 +88,11 @@ class _RealFile:
         os.close(self._handle)
 
 
-class RealDisk:
+class LocalFileSystem:
     """The file system."""
 
-    def create(self, path: Path) -> File:
-        return _RealFile(path)
+    def create(self, path: Path) -> WritableFile:
+        return _LocalFile(path)
 
     def open(self, path: Path) -> BinaryIO:
         return path.open("rb")

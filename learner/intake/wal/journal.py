@@ -23,23 +23,23 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.intake.wal.filesystem import Disk, File
+from learner.intake.wal.filesystem import FileSystem, WritableFile
 from learner.intake.wal.framing import BATCH_BYTES, MAX_RECORD_BYTES, Record, encode, frame
-from learner.intake.wal.segments import FORMAT, End, path_of
+from learner.intake.wal.segments import FORMAT, JournalEnd, segment_path
 from treegrpo.timing.backoff import pause
 from treegrpo.timing.notifier import Notifier
 
 log = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
-GATHER_SECONDS = 0.01
+GROUP_COMMIT_SECONDS = 0.01
 """From one commit to the next at least: what comes in meanwhile shares it, and an ack is no later than anybody minds."""
 BACKLOG_BYTES = 2 * MAX_RECORD_BYTES
 """What may wait to be written before `room` makes peers wait."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Entry:
+class PendingRecord:
     """A record in line, or a cut."""
 
     data: bytes | None
@@ -47,22 +47,22 @@ class Entry:
     """Gets the number of the segment it is in, or that begins with the cut."""
 
 
-async def durable(done: asyncio.Future[int], deadline: float) -> bool:
+async def wait_until_durable(done: asyncio.Future[int], deadline: float) -> bool:
     """Wait for a record to be on the disk; False when ``deadline`` (time.monotonic) comes first."""
     finished, _ = await asyncio.wait({done}, timeout=max(0.0, deadline - time.monotonic()))
     return bool(finished)
 
 
 class Journal:
-    def __init__(self, disk: Disk, folder: Path, end: End, retry: tuple[float, ...]) -> None:
+    def __init__(self, disk: FileSystem, folder: Path, end: JournalEnd, retry: tuple[float, ...]) -> None:
         """Append after ``end``. ``retry``: seconds between attempts while the disk refuses; the last is repeated."""
         self._disk = disk
         self.folder = folder
         self._number, self._good = end.number - 1, end.after
         self._retry = retry
-        self._file: File | None = None
+        self._file: WritableFile | None = None
         """None: the next commit begins a new segment."""
-        self._pending: list[Entry] = []
+        self._pending: list[PendingRecord] = []
         self._wake = asyncio.Event()
         self._wake.set()
         self._committing = threading.Lock()
@@ -92,7 +92,7 @@ class Journal:
 
     def _line_up(self, data: bytes | None) -> asyncio.Future[int]:
         self._last = asyncio.get_running_loop().create_future()
-        self._pending.append(Entry(data, self._last))
+        self._pending.append(PendingRecord(data, self._last))
         self._wake.set()
         return self._last
 
@@ -131,7 +131,7 @@ class Journal:
                     log.info("the disk takes the journal again, after %.1f s", time.monotonic() - self.blocked_since)
                     self._block(None)
                 self.settle(done)
-                await asyncio.sleep(GATHER_SECONDS)
+                await asyncio.sleep(GROUP_COMMIT_SECONDS)
 
     @property
     def busy(self) -> bool:
@@ -156,14 +156,14 @@ class Journal:
         self.short_since = since
         self.on_blocked()
 
-    def settle(self, done: list[Entry]) -> None:
+    def settle(self, done: list[PendingRecord]) -> None:
         """Tell who waits for what is durable now. In the event loop; `commit` may be anywhere."""
         for entry in done:
             self.backlog -= len(entry.data or b"")
             entry.done.set_result(self._number)
         self._committed.tell()
 
-    def commit(self) -> list[Entry]:
+    def commit(self) -> list[PendingRecord]:
         """Make the next batch durable, or the next cut, once: one that is under way when its task is cancelled counts.
 
         Raises OSError, and what was to be done is still in line.
@@ -179,9 +179,9 @@ class Journal:
             del self._pending[: len(batch)]
         return batch
 
-    def _batch(self) -> list[Entry]:
+    def _batch(self) -> list[PendingRecord]:
         """The first cut, or the records before it that make a frame."""
-        batch: list[Entry] = []
+        batch: list[PendingRecord] = []
         size = 0
         for entry in self._pending:
             if entry.data is None or size >= BATCH_BYTES:
@@ -192,7 +192,7 @@ class Journal:
 
     def _begin(self) -> None:
         """Begin the next segment; until it is durable the journal stays as it is."""
-        path = path_of(self.folder, self._number + 1)
+        path = segment_path(self.folder, self._number + 1)
         file = self._disk.create(path)
         try:
             header = frame([encode({"format": FORMAT, "segment": self._number + 1, "after": self._good})])
@@ -220,7 +220,7 @@ class Journal:
             raise
         self._good += len(data)
 
-    def _cut_back(self, file: File) -> None:
+    def _cut_back(self, file: WritableFile) -> None:
         """Take away what a failed write has left, or leave the segment if that fails too."""
         try:
             file.truncate(self._good)
@@ -228,7 +228,7 @@ class Journal:
         except OSError:
             self._leave(file)
 
-    def _leave(self, file: File) -> None:
+    def _leave(self, file: WritableFile) -> None:
         self._file = None
         with contextlib.suppress(OSError):  # only to give back room: the next segment says what counts of this one
             file.truncate(self._good)
@@ -247,7 +247,9 @@ class Journal:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, disk: Disk, folder: Path, end: End, retry: tuple[float, ...] = RETRY_SECONDS) -> Generator[Journal]:
+    def open(
+        cls, disk: FileSystem, folder: Path, end: JournalEnd, retry: tuple[float, ...] = RETRY_SECONDS
+    ) -> Generator[Journal]:
         """Append after ``end``; what is still in line is written at the end of the block.
 
         `write_forever` must run as a task meanwhile.

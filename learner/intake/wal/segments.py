@@ -19,65 +19,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from learner.intake.wal.filesystem import Disk
+from learner.intake.wal.filesystem import FileSystem
 from learner.intake.wal.framing import BrokenFrameError, Record, follows, read_frame
 from treegrpo.errors import JournalError
 
 log = logging.getLogger(__name__)
 FORMAT = 1
 SUFFIX = ".log"
-OLD_JOURNAL = "journal.msgpack"
+SINGLE_FILE_JOURNAL = "journal.msgpack"
 _SEGMENT = re.compile(r"([0-9]{8,})" + re.escape(SUFFIX))
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class JournalEnd:
     """Where a journal ends: the next segment's number, and the bytes that count of the one before."""
 
     number: int = 1
     after: int = 0
 
 
-def path_of(folder: Path, number: int) -> Path:
+def segment_path(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}{SUFFIX}"
 
 
-def numbers(disk: Disk, folder: Path) -> list[int]:
+def numbers(disk: FileSystem, folder: Path) -> list[int]:
     """The segments that are there. Raises JournalError at a journal of an earlier version."""
     names = disk.names(folder)
-    if OLD_JOURNAL in names:
+    if SINGLE_FILE_JOURNAL in names:
         raise JournalError(
-            f"The journal {folder / OLD_JOURNAL} is of an earlier version of treegrpo, which kept one file; "
+            f"The journal {folder / SINGLE_FILE_JOURNAL} is of an earlier version of treegrpo, which kept one file; "
             "finish that run with that version, or set run.dir to another directory."
         )
     return [int(match[1]) for name in names if (match := _SEGMENT.fullmatch(name))]  # what else is there is not ours
 
 
-def drop(disk: Disk, folder: Path, before: int) -> None:
+def drop(disk: FileSystem, folder: Path, before: int) -> None:
     """Remove the segments before a number, the oldest first. Raises OSError."""
     for number in numbers(disk, folder):
         if number < before:
-            disk.remove(path_of(folder, number))
+            disk.remove(segment_path(folder, number))
     disk.sync_folder(folder)
 
 
-class Segments:
+class SegmentReader:
     """The records from segment ``first`` on, one frame in memory at a time; when they are read through, `end` is known."""
 
-    def __init__(self, disk: Disk, folder: Path, first: int = 1) -> None:
+    def __init__(self, disk: FileSystem, folder: Path, first: int = 1) -> None:
         self._disk = disk
         self._folder = folder
         self._first = first
-        self.end = End(first)
+        self.end = JournalEnd(first)
 
     def __iter__(self) -> Iterator[Record]:
         """Raises JournalError: a segment is missing, damaged or cannot be read."""
         try:
             starts = self._starts()
             for number, stop in zip(starts, [*list(starts.values())[1:], None], strict=False):
-                with self._disk.open(path := path_of(self._folder, number)) as file:
+                with self._disk.open(path := segment_path(self._folder, number)) as file:
                     good = yield from _records(file, path, stop)
-                self.end = End(number + 1, good)
+                self.end = JournalEnd(number + 1, good)
             self._settle()
         except JournalError:
             raise
@@ -91,18 +91,18 @@ class Segments:
         Its writer may have been killed between write and fsync. What is acknowledged from here on counts on it.
         """
         if self.end.number > self._first:
-            self._disk.sync(path_of(self._folder, self.end.number - 1))
+            self._disk.sync(segment_path(self._folder, self.end.number - 1))
             self._disk.sync_folder(self._folder)
 
     def _starts(self) -> dict[int, int]:
         """The segments to read, each with the end of the one before, as its first frame says."""
         there = [number for number in numbers(self._disk, self._folder) if number >= self._first]
         if missing := set(range(self._first, max(there, default=self._first - (self._first == 1)) + 1)) - set(there):
-            path = path_of(self._folder, min(missing))
+            path = segment_path(self._folder, min(missing))
             raise JournalError(f"The journal's segment {path} is missing; restore it, or begin a new run.dir.")
         starts: dict[int, int] = {}
         for number in there:
-            with self._disk.open(path := path_of(self._folder, number)) as file:
+            with self._disk.open(path := segment_path(self._folder, number)) as file:
                 try:
                     starts[number] = _header(file, path, number)
                 except BrokenFrameError as broken:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from learner.intake.leases.question_queue import load_questions
-from learner.intake.persistence.untrained_run import check_goes_on
+from learner.intake.persistence.untrained_run import check_resumable
 from learner.trainer.algorithm.plan_signal import check_signal
 from services.cli.checks.caution import Caution
 from services.cli.reports.run_history import steps_done
@@ -53,7 +53,7 @@ def check_run_dir(config: Config) -> str:
     check_run_files(path)
     if (done := steps_done(path)) is None:
         return f"{path} (fresh)"
-    if changed := check_goes_on(config):
+    if changed := check_resumable(config):
         return f"{path} (nothing was trained yet; it begins anew: {changed})"
     return f"{path} (goes on after step {done})"
 

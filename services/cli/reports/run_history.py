@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from learner.intake.persistence.recovery import holds_run
-from learner.intake.persistence.untrained_run import check_goes_on
+from learner.intake.persistence.recovery import has_recorded_events
+from learner.intake.persistence.untrained_run import check_resumable
 from services.cli.reports.progress_reader import read_progress
 from treegrpo.config.schema import Config
 
@@ -30,7 +30,7 @@ def steps_done(run_dir: Path) -> int | None:
     """The step from which a run goes on, None if there is none. Raises JournalError: its journal cannot be read."""
     if steps := checkpoints(run_dir):
         return steps[-1][0]
-    return 0 if holds_run(run_dir) else None
+    return 0 if has_recorded_events(run_dir) else None
 
 
 def is_trained(config: Config) -> bool:
@@ -44,7 +44,7 @@ def beginning(config: Config) -> str:
     done = steps_done(config.run.dir)
     if done is None:
         return f"Starting the run {config.run.name} in {config.run.dir}"
-    if changed := check_goes_on(config):
+    if changed := check_resumable(config):
         return f"Starting the run in {config.run.dir} anew, since nothing was trained yet: {changed}"
     return f"Continuing the run in {config.run.dir} after step {done} of {config.train.steps}"
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from learner.intake.monitoring.progress_log import ProgressFile
+from learner.intake.monitoring.progress_log import ProgressLog
 
 
 def step(number: int, lineage: int = 0) -> dict[str, Any]:
@@ -17,10 +17,10 @@ def versions(path: Path) -> list[str]:
 
 def test_a_record_is_written_once_however_often_it_is_said_and_whoever_asks(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
-    first = ProgressFile(path)
+    first = ProgressLog(path)
     for row in (step(1), step(1), step(2)):
         first.add(row)
-    second = ProgressFile(path)
+    second = ProgressLog(path)
     for row in (step(1), step(2), step(2, lineage=1), step(3, lineage=1), {"kind": "eval", "version": "1.3"}):
         second.add(row)
     second.add({"kind": "eval", "version": "1.3"})
@@ -30,9 +30,9 @@ def test_a_record_is_written_once_however_often_it_is_said_and_whoever_asks(tmp_
 def test_a_line_that_a_crash_has_torn_is_cut_off_and_written_when_it_is_said_again(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     for row in (step(1), step(2)):
-        ProgressFile(path).add(row)
+        ProgressLog(path).add(row)
     path.write_bytes(path.read_bytes()[:-9])
-    again = ProgressFile(path)
+    again = ProgressLog(path)
     assert versions(path) == ["0.1"]
     for row in (step(1), step(2)):
         again.add(row)
@@ -40,7 +40,7 @@ def test_a_line_that_a_crash_has_torn_is_cut_off_and_written_when_it_is_said_aga
 
 
 def test_what_may_happen_twice_is_written_twice(tmp_path: Path) -> None:
-    file = ProgressFile(tmp_path / "progress.jsonl")
+    file = ProgressLog(tmp_path / "progress.jsonl")
     for _ in range(2):
         file.add({"kind": "waiting", "for": "a sampler", "version": ""})
     assert len(versions(tmp_path / "progress.jsonl")) == 2

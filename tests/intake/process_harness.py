@@ -40,7 +40,7 @@ def write_questions(path: Path, count: int, split: str) -> Path:
     return path
 
 
-class Setting:
+class IntakeProcess:
     """Addresses and files of one run."""
 
     def __init__(self, tmp_path: Path, broker: str) -> None:
@@ -64,7 +64,7 @@ class Setting:
         ]
 
     @contextlib.asynccontextmanager
-    async def intake(self, *more: str) -> AsyncGenerator[asyncio.subprocess.Process]:
+    async def serving(self, *more: str) -> AsyncGenerator[asyncio.subprocess.Process]:
         """An intake that serves; killed at the end if it still runs."""
         process = await self.start(*more)
         try:
@@ -77,10 +77,10 @@ class Setting:
             await process.wait()
 
     @contextlib.asynccontextmanager
-    async def stage(self, *more: str, leases: tuple[str, ...] = ()) -> AsyncGenerator[Stage]:
+    async def with_peers(self, *more: str, leases: tuple[str, ...] = ()) -> AsyncGenerator[IntakeWithPeers]:
         """An intake, a sampler that says it holds ``leases``, and a trainer."""
-        async with self.intake(*more) as process, Sampler.join(self.listen, leases=leases) as sampler, self.trainer() as trainer:
-            yield Stage(process, sampler, trainer)
+        async with self.serving(*more) as process, Sampler.join(self.listen, leases=leases) as sampler, self.trainer() as trainer:
+            yield IntakeWithPeers(process, sampler, trainer)
 
     async def start(self, *more: str) -> asyncio.subprocess.Process:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -104,10 +104,10 @@ class Setting:
 
 
 @dataclass
-class Stage:
+class IntakeWithPeers:
     """An intake at work with both its peers."""
 
-    intake: asyncio.subprocess.Process
+    process: asyncio.subprocess.Process
     sampler: Sampler
     trainer: IntakeClient
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.monitoring.recorder import DEEPEST, Reporter
+from learner.intake.monitoring.recorder import DEEPEST, RunRecorder
 from tests.intake.builders import PLAN, book, chain, complete, grant, step
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.observability.metrics import IntakeMetrics
 
 
-def reporter(tmp_path: Path) -> Reporter:
-    return Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=4)
+def reporter(tmp_path: Path) -> RunRecorder:
+    return RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=4)
 
 
 def test_a_group_whose_leaves_all_earn_the_same_is_counted_as_without_signal(tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ import pytest
 
 from learner.intake.coordinator import batcher, sampler_presence
 from learner.intake.coordinator.coordinator import Desk
-from learner.intake.coordinator.trainer_api import TrainerDesk
+from learner.intake.coordinator.trainer_api import TrainerApi
 from learner.intake.leases.lease_table import LeaseBook
-from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.recovery import recover
-from learner.intake.persistence.snapshot import Snapshots
-from learner.intake.rpc.rollout_servicer import RolloutServer
-from learner.intake.rpc.server import Admission, Visitors, open_server
-from learner.intake.rpc.weights_servicer import WeightsServer
-from learner.intake.wal.filesystem import RealDisk
+from learner.intake.persistence.snapshot import SnapshotStore
+from learner.intake.rpc.rollout_servicer import RolloutServicer
+from learner.intake.rpc.server import ConnectionMonitor, StreamAdmission, create_server
+from learner.intake.rpc.weights_servicer import WeightsServicer
+from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
 from tests.intake.builders import PLAN, VERSION, question
 from tests.ports import free_address
@@ -35,13 +35,13 @@ from treegrpo.wire.control import ControlPlane, Member
 
 
 @dataclass
-class Doorstep:
+class IntakeFixture:
     desk: Desk
-    trainer: TrainerDesk
+    trainer: TrainerApi
     journal: Journal
     control: ControlPlane
     metrics: IntakeMetrics
-    weights: WeightsServer
+    weights: WeightsServicer
     address: str
 
     def sample(self, name: str, **labels: str) -> float:
@@ -60,26 +60,28 @@ class Doorstep:
 
 
 @contextlib.asynccontextmanager
-async def doorstep(book: LeaseBook, folder: Path) -> AsyncGenerator[Doorstep]:
+async def serve_intake(book: LeaseBook, folder: Path) -> AsyncGenerator[IntakeFixture]:
     """Serve ``book`` after what the journal in ``folder`` has, at policy step 0."""
-    metrics, disk = IntakeMetrics(), RealDisk()
-    reporter = Reporter(metrics, folder / "progress.jsonl", window=4)
-    recovered = recover(disk, folder / "journal", Snapshots(disk, folder / "snapshots"), book, reporter)
+    metrics, disk = IntakeMetrics(), LocalFileSystem()
+    reporter = RunRecorder(metrics, folder / "progress.jsonl", window=4)
+    recovered = recover(disk, folder / "journal", SnapshotStore(disk, folder / "snapshots"), book, reporter)
     control = ControlPlane("127.0.0.1:1", "test", Member("learner", "learner", 1), Credentials.of(SecurityConfig(), Role.LEARNER))
     book.version = VERSION
     with Journal.open(disk, folder / "journal", recovered.end) as journal:
-        weights = WeightsServer(metrics)
+        weights = WeightsServicer(metrics)
         desk = Desk(book, journal, control, reporter, run="test", plan=PLAN, heldout=1)
-        trainer = TrainerDesk(desk, weights, [question(90)], checkpointed=lambda: None)
-        visitors, address = Visitors(metrics), free_address()
-        server = open_server(address, OPEN, visitors, MESSAGE_BYTES)
-        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServer(desk, Admission(visitors, MESSAGE_BYTES)), server)
+        trainer = TrainerApi(desk, weights, [question(90)], checkpointed=lambda: None)
+        visitors, address = ConnectionMonitor(metrics), free_address()
+        server = create_server(address, OPEN, visitors, MESSAGE_BYTES)
+        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(
+            RolloutServicer(desk, StreamAdmission(visitors, MESSAGE_BYTES)), server
+        )
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
         await server.start()
         async with asyncio.TaskGroup() as tasks:
             working = [tasks.create_task(journal.write_forever()), tasks.create_task(desk.follow())]
             try:
-                yield Doorstep(desk, trainer, journal, control, metrics, weights, address)
+                yield IntakeFixture(desk, trainer, journal, control, metrics, weights, address)
             finally:
                 await server.stop(grace=None)
                 for task in working:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.persistence.untrained_run import begin_anew, check_goes_on, is_untrained
+from learner.intake.persistence.untrained_run import archive_untrained_run, check_resumable, is_untrained
 from services.cli.checks.run_checks import check_run_dir
 from services.cli.reports.run_history import beginning
 from tests.cli.workbench import Workbench
@@ -46,10 +46,10 @@ def test_what_an_untrained_run_has_is_set_aside_and_it_becomes_another(tmp_path:
     assert "rollout.max_context was 256 and is 512" in check_run_dir(other(bench))
     assert "anew, since nothing was trained yet: rollout.max_context was 256 and is 512" in beginning(other(bench))
     for _ in range(2):  # the second time as after a crash in between
-        assert begin_anew(other(bench))
+        assert archive_untrained_run(other(bench))
     keep_identity(other(bench), begun=False)
     check_identity(other(bench))
-    assert not begin_anew(other(bench))
+    assert not archive_untrained_run(other(bench))
     there = {name for name in names(bench.run_dir) if "/untrained/" not in name}
     assert there == {"progress.jsonl.untrained", "paused", "run.json", "weights/0.0/config.json"}
 
@@ -59,20 +59,20 @@ def test_a_step_that_is_on_record_counts_wherever_its_checkpoint_is(tmp_path: Pa
     begun(bench := Workbench(tmp_path))
     (bench.run_dir / "progress.jsonl").write_text('{"kind": "step", "step": 1}\n')
     with pytest.raises(ConfigError, match="cannot go on as another"):
-        begin_anew(other(bench))
+        archive_untrained_run(other(bench))
 
 
 def test_what_cannot_be_set_aside_is_a_sentence(tmp_path: Path) -> None:
     begun(bench := Workbench(tmp_path))
     (bench.run_dir / "journal" / "untrained").touch()
     with pytest.raises(RunFileError, match=r"journal/untrained cannot be used \(File exists\); move away what is in the way"):
-        begin_anew(other(bench))
+        archive_untrained_run(other(bench))
 
 
 def test_the_same_run_goes_on_with_what_it_has(tmp_path: Path) -> None:
     config = begun(bench := Workbench(tmp_path))
     before = names(bench.run_dir)
-    assert (begin_anew(config), check_goes_on(config), is_untrained(bench.run_dir)) == (False, "", True)
+    assert (archive_untrained_run(config), check_resumable(config), is_untrained(bench.run_dir)) == (False, "", True)
     assert names(bench.run_dir) == before
 
 
@@ -80,7 +80,7 @@ def test_the_same_run_goes_on_with_what_it_has(tmp_path: Path) -> None:
 def test_a_run_that_has_trained_does_not_become_another(tmp_path: Path, left: str) -> None:
     begun(bench := Workbench(tmp_path), left)
     before = names(bench.run_dir)
-    for refuses in (begin_anew, check_goes_on, check_run_dir):
+    for refuses in (archive_untrained_run, check_resumable, check_run_dir):
         with pytest.raises(ConfigError, match=r"cannot go on as another: rollout\.max_context was 256 and is 512\. Set it back"):
             refuses(other(bench))
     assert names(bench.run_dir) == before

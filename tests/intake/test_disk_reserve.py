@@ -11,14 +11,14 @@ import pytest
 
 from learner.intake.coordinator.batcher import Batches
 from learner.intake.coordinator.journaled_leases import Clerk
-from learner.intake.monitoring.recorder import Reporter
+from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.wal import disk_reserve
-from learner.intake.wal.disk_reserve import NAME, RESERVE_BYTES, Reserve
-from learner.intake.wal.filesystem import RealDisk
+from learner.intake.wal.disk_reserve import NAME, RESERVE_BYTES, DiskReserve
+from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
-from learner.intake.wal.segments import End
+from learner.intake.wal.segments import JournalEnd
 from tests.intake.builders import book, chain, complete
-from tests.intake.disks import MemoryDisk
+from tests.intake.in_memory_filesystem import InMemoryFileSystem
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.wire.codec import subtree_to_pb
 
@@ -26,11 +26,11 @@ FOLDER = Path("/run/journal")
 
 
 @contextlib.asynccontextmanager
-async def at_work(disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Journal]:
+async def at_work(disk: InMemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Journal]:
     monkeypatch.setattr(disk_reserve, "LOOK_SECONDS", 0.01)
     disk.make_folder(FOLDER)
-    with Journal.open(disk, FOLDER, End(), retry=(0.01,)) as journal:
-        kept = Reserve(disk, journal)
+    with Journal.open(disk, FOLDER, JournalEnd(), retry=(0.01,)) as journal:
+        kept = DiskReserve(disk, journal)
         tasks = [asyncio.create_task(work) for work in (journal.write_forever(), kept.keep_forever())]
         yield journal
         for task in tasks:
@@ -38,13 +38,13 @@ async def at_work(disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> AsyncGen
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def until(disk: MemoryDisk, *, kept: bool) -> None:
+async def until(disk: InMemoryFileSystem, *, kept: bool) -> None:
     async with asyncio.timeout(10):
         while (FOLDER / NAME in disk.files) is not kept:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
-def fill(disk: MemoryDisk) -> None:
+def fill(disk: InMemoryFileSystem) -> None:
     """Somebody else takes all that is free."""
     disk.size -= disk.free(FOLDER)
 
@@ -52,9 +52,9 @@ def fill(disk: MemoryDisk) -> None:
 async def test_on_a_full_disk_what_is_under_way_comes_in_and_ready_groups_get_their_positions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    disk, made = MemoryDisk(), book(batch=2, max_lag=3)
+    disk, made = InMemoryFileSystem(), book(batch=2, max_lag=3)
     async with at_work(disk, monkeypatch) as journal:
-        clerk = Clerk(made, journal, Reporter(IntakeMetrics(), Path("/dev/null"), window=2))
+        clerk = Clerk(made, journal, RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2))
         batches = Batches(made, clerk, lambda _: None)
         while (work := made.next_lease()) is not None:
             clerk.grant(*work, "s/1")
@@ -82,7 +82,7 @@ async def test_on_a_full_disk_what_is_under_way_comes_in_and_ready_groups_get_th
 
 
 async def test_when_the_reserve_is_used_up_too_the_disk_refuses_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = MemoryDisk()
+    disk = InMemoryFileSystem()
     async with at_work(disk, monkeypatch) as journal:
         await journal.append({"n": 0})
         await until(disk, kept=True)
@@ -100,8 +100,8 @@ async def test_when_the_reserve_is_used_up_too_the_disk_refuses_and_loses_nothin
 async def test_a_reserve_takes_room_on_a_real_disk_and_gives_it_back(tmp_path: Path) -> None:
     folder = tmp_path / "journal"
     file = folder / NAME
-    with Journal.open(RealDisk(), folder, End()) as journal:
-        kept = Reserve(RealDisk(), journal)
+    with Journal.open(LocalFileSystem(), folder, JournalEnd()) as journal:
+        kept = DiskReserve(LocalFileSystem(), journal)
         keeping = asyncio.create_task(kept.keep_forever())
         async with asyncio.timeout(10):
             while not file.exists() or file.stat().st_blocks * 512 < RESERVE_BYTES:  # noqa: ASYNC110

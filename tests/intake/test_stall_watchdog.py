@@ -9,88 +9,88 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.coordinator.stall_watchdog import Watchdog, look
-from learner.intake.monitoring.progress_clock import QUIET_SECONDS, Pace
-from learner.intake.monitoring.recorder import Reporter
-from learner.intake.monitoring.stall_diagnosis import Asker, Part, Scene, Worker, cause
+from learner.intake.coordinator.stall_watchdog import StallWatchdog, current_run_status
+from learner.intake.monitoring.progress_clock import QUIET_SECONDS, ProgressClock
+from learner.intake.monitoring.recorder import RunRecorder
+from learner.intake.monitoring.stall_diagnosis import RunStatus, SamplerStatus, StalledPart, TrainerStatus, diagnose_stall
 from tests.intake.builders import book
-from tests.intake.doorstep import doorstep
-from tests.intake.harness import Sampler
+from tests.intake.process_harness import Sampler
+from tests.intake.server_harness import serve_intake
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.wire.control import RunState
 
-WAITS = Asker(came=True, here=True, waits=True, since=4.0, step=12)
-WORKS = Asker(came=True, here=True, since=310.0, step=12)
-ASKS = Scene(trainer=WAITS, batch=8, ready=3)
-BUSY = Worker("s1", held=200.0, demand=2)
-STUCK = Worker("s2", held=90.0, demand=2, waits_for="the retriever at http://r:1, which does not answer", waited=80.0)
+WAITS = TrainerStatus(came=True, here=True, waits=True, since=4.0, step=12)
+WORKS = TrainerStatus(came=True, here=True, since=310.0, step=12)
+ASKS = RunStatus(trainer=WAITS, batch=8, ready=3)
+BUSY = SamplerStatus("s1", held=200.0, demand=2)
+STUCK = SamplerStatus("s2", held=90.0, demand=2, waits_for="the retriever at http://r:1, which does not answer", waited=80.0)
 
-SEEN: dict[str, tuple[Scene, Part, str]] = {
+SEEN: dict[str, tuple[RunStatus, StalledPart, str]] = {
     "paused, whatever else is wrong": (
-        Scene(RunState.PAUSED, changed=600.0, blocked=3.0),
-        Part.OPERATOR,
+        RunStatus(RunState.PAUSED, changed=600.0, blocked=3.0),
+        StalledPart.OPERATOR,
         "the operator: the run has been paused for 10 min",
     ),
     "the disk": (
-        Scene(blocked=70.0, folder="run/journal"),
-        Part.DISK,
+        RunStatus(blocked=70.0, folder="run/journal"),
+        StalledPart.DISK,
         "the disk, which has refused the journal run/journal for 70 s; make room, or mend it",
     ),
     "a disk without room to spare": (
-        Scene(short=70.0, folder="run/journal", trainer=WAITS),
-        Part.DISK,
+        RunStatus(short=70.0, folder="run/journal", trainer=WAITS),
+        StalledPart.DISK,
         "the disk of run/journal, which has had no room to spare for 70 s; make room",
     ),
     "a trainer that never came": (
-        Scene(trainer=Asker(since=75.0), workers=[STUCK]),
-        Part.TRAINER,
+        RunStatus(trainer=TrainerStatus(since=75.0), workers=[STUCK]),
+        StalledPart.TRAINER,
         "the trainer, which has not come in the 75 s since the intake started",
     ),
     "a trainer that left": (
-        Scene(trainer=Asker(came=True, since=75.0, step=12), workers=[BUSY], out=1),
-        Part.TRAINER,
+        RunStatus(trainer=TrainerStatus(came=True, since=75.0, step=12), workers=[BUSY], out=1),
+        StalledPart.TRAINER,
         "the trainer, which left 75 s ago, after step 12",
     ),
     "a trainer that holds up everybody": (
-        Scene(trainer=WORKS, workers=[Worker("s1", demand=4)], room=False, ready=8, batch=8),
-        Part.TRAINER,
+        RunStatus(trainer=WORKS, workers=[SamplerStatus("s1", demand=4)], room=False, ready=8, batch=8),
+        StalledPart.TRAINER,
         "the trainer, which has not asked for 5 min, at step 12; 8 of 8 groups are ready",
     ),
     "nobody is there": (
         replace(ASKS, alone=90.0, last_seen=("s2", "s1")),
-        Part.SAMPLERS,
+        StalledPart.SAMPLERS,
         "a sampler: none has been here for 90 s; the last to leave: s1 and s2",
     ),
-    "nobody ever was": (replace(ASKS, alone=90.0), Part.SAMPLERS, "a sampler: none has been here for 90 s"),
+    "nobody ever was": (replace(ASKS, alone=90.0), StalledPart.SAMPLERS, "a sampler: none has been here for 90 s"),
     "all wait for a tool": (
-        replace(ASKS, workers=[STUCK, Worker("s3", demand=1, waits_for=STUCK.waits_for, waited=9.0)], out=1),
-        Part.TOOLS,
+        replace(ASKS, workers=[STUCK, SamplerStatus("s3", demand=1, waits_for=STUCK.waits_for, waited=9.0)], out=1),
+        StalledPart.TOOLS,
         "the retriever at http://r:1, which does not answer: so say s2 and s3, for 80 s",
     ),
     "one waits for a tool and another works": (
         replace(ASKS, workers=[STUCK, BUSY], out=4),
-        Part.LEASES,
+        StalledPart.LEASES,
         "4 leases, out to s1 and s2, the oldest for 3 min; 3 of 8 groups are ready",
     ),
     "a silent sampler": (
-        replace(ASKS, workers=[BUSY, Worker("s9", silent=15.0, held=300.0)], out=2),
-        Part.LEASES,
+        replace(ASKS, workers=[BUSY, SamplerStatus("s9", silent=15.0, held=300.0)], out=2),
+        StalledPart.LEASES,
         "2 leases, out to s1 and s9, the oldest for 5 min; nothing comes from s9; 3 of 8 groups are ready",
     ),
     "many samplers": (
-        replace(ASKS, workers=[Worker(f"s{n}", held=1.0) for n in range(9)], out=9),
-        Part.LEASES,
+        replace(ASKS, workers=[SamplerStatus(f"s{n}", held=1.0) for n in range(9)], out=9),
+        StalledPart.LEASES,
         "9 leases, out to s0, s1, s2 and 6 more, the oldest for 1 s; 3 of 8 groups are ready",
     ),
     "samplers that want nothing": (
-        replace(ASKS, workers=[Worker("s1")]),
-        Part.DEMAND,
+        replace(ASKS, workers=[SamplerStatus("s1")]),
+        StalledPart.DEMAND,
         "s1 to want a lease; 3 of 8 groups are ready",
     ),
     "nothing is left to lease": (
-        replace(ASKS, workers=[Worker("s1", demand=2)], room=False),
-        Part.GROUPS,
+        replace(ASKS, workers=[SamplerStatus("s1", demand=2)], room=False),
+        StalledPart.GROUPS,
         "groups: 3 of 8 groups are ready, and nothing is out",
     ),
 }
@@ -99,15 +99,17 @@ SEEN: dict[str, tuple[Scene, Part, str]] = {
 @pytest.mark.parametrize("name", SEEN)
 def test_the_deepest_cause_is_named(name: str) -> None:
     scene, part, sentence = SEEN[name]
-    found = cause(scene)
+    found = diagnose_stall(scene)
     assert (found.part, found.sentence) == (part, sentence)
 
 
 def test_a_cause_is_the_same_however_long_it_takes() -> None:
-    first, later = (cause(Scene(trainer=WAITS, workers=[Worker("s1", held=held)], out=1)) for held in (60.0, 90.0))
+    first, later = (
+        diagnose_stall(RunStatus(trainer=WAITS, workers=[SamplerStatus("s1", held=held)], out=1)) for held in (60.0, 90.0)
+    )
     assert first == later
     assert first.sentence != later.sentence
-    assert first != cause(Scene(trainer=WAITS, workers=[Worker("s2", held=90.0)], out=1))
+    assert first != diagnose_stall(RunStatus(trainer=WAITS, workers=[SamplerStatus("s2", held=90.0)], out=1))
 
 
 class Clock:
@@ -118,7 +120,7 @@ class Clock:
 
 def test_what_is_usual_for_a_run_is_no_reason_for_words(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    pace = Pace()
+    pace = ProgressClock()
     assert pace.patience == QUIET_SECONDS
     for _ in range(3):
         clock.now += 50.0
@@ -130,47 +132,47 @@ def test_what_is_usual_for_a_run_is_no_reason_for_words(monkeypatch: pytest.Monk
 
 
 def test_it_speaks_when_the_cause_changes_and_then_less_and_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, pace = Clock(monkeypatch), Pace()
-    scene = Scene(trainer=WAITS)
-    reporter = Reporter(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
-    dog = Watchdog(pace, lambda: scene, reporter)
+    clock, pace = Clock(monkeypatch), ProgressClock()
+    scene = RunStatus(trainer=WAITS)
+    reporter = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
+    dog = StallWatchdog(pace, lambda: scene, reporter)
 
     def said() -> list[tuple[str, int]]:
         path = tmp_path / "progress.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [(row["for"], row["seconds"]) for row in map(json.loads, lines)]
 
-    def stalled(part: Part) -> float | None:
+    def stalled(part: StalledPart) -> float | None:
         return reporter.metrics.registry.get_sample_value("treegrpo_stalled_seconds", {"waiting_for": part.value})
 
     begin = clock.now
     for seconds in range(0, 605, 5):
         clock.now = begin + seconds
         if seconds == 500:
-            scene = Scene(trainer=WAITS, workers=[BUSY], out=1)
-        dog.look()
+            scene = RunStatus(trainer=WAITS, workers=[BUSY], out=1)
+        dog.check_stall()
     assert [seconds for _, seconds in said()] == [60, 120, 240, 480, 500]
     assert said()[0][0].startswith("a sampler")
     assert said()[-1][0].startswith("1 leases")
-    assert (stalled(Part.LEASES), stalled(Part.SAMPLERS)) == (600.0, 0.0)
+    assert (stalled(StalledPart.LEASES), stalled(StalledPart.SAMPLERS)) == (600.0, 0.0)
     pace.progress()
-    dog.look()
-    assert (stalled(Part.LEASES), len(said())) == (0.0, 5)
+    dog.check_stall()
+    assert (stalled(StalledPart.LEASES), len(said())) == (0.0, 5)
 
 
 async def test_what_a_sampler_waits_for_is_known_to_the_learner(tmp_path: Path) -> None:
-    async with doorstep(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         with door.trainer.connection(), door.trainer.question():
             await sampler.want(1)
             lease = await sampler.hear("lease")
             beat = pb.Heartbeat(waits_for="the retriever,\nwhich is away", waited_seconds=7.0)
             await sampler.say(heartbeat=beat)
             await door.until(lambda: bool(door.desk.peers["s1"].waits_for))
-            scene = look(door.desk, door.trainer, door.journal)
-            assert cause(scene).sentence == "the retriever, which is away: so say s1, for 7 s"
+            scene = current_run_status(door.desk, door.trainer, door.journal)
+            assert diagnose_stall(scene).sentence == "the retriever, which is away: so say s1, for 7 s"
             await sampler.say(heartbeat=pb.Heartbeat())
             await door.until(lambda: not door.desk.peers["s1"].waits_for)
-            assert cause(look(door.desk, door.trainer, door.journal)).part is Part.LEASES
+            assert diagnose_stall(current_run_status(door.desk, door.trainer, door.journal)).part is StalledPart.LEASES
             before = door.desk.pace.last
             await sampler.send_chain(lease.id)
             await sampler.hear("ack")

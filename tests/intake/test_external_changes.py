@@ -12,14 +12,14 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from learner.intake.persistence.directory_watch import DirectoryWatch
-from learner.intake.persistence.snapshot import Snapshots
+from learner.intake.persistence.directory_watch import DirectoryMonitor
+from learner.intake.persistence.snapshot import SnapshotStore
 from learner.intake.rpc import trainer_socket
 from learner.intake.rpc.trainer_socket import listen
-from learner.intake.rpc.weights_servicer import WeightsServer
-from learner.intake.wal.filesystem import RealDisk
+from learner.intake.rpc.weights_servicer import WeightsServicer
+from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
-from learner.intake.wal.segments import End
+from learner.intake.wal.segments import JournalEnd
 from services.sampler.learner_link.weight_sync import WeightStore
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError, RunError, UnavailableError
@@ -43,9 +43,9 @@ def written(folder: Path, byte: bytes = b"w") -> Path:
 
 
 @contextlib.asynccontextmanager
-async def served(folder: Path) -> AsyncGenerator[tuple[WeightsServer, WeightStore]]:
+async def served(folder: Path) -> AsyncGenerator[tuple[WeightsServicer, WeightStore]]:
     """The version in ``folder`` behind a real server, and a sampler's store that fetches it."""
-    weights, server = WeightsServer(IntakeMetrics()), grpc.aio.server()
+    weights, server = WeightsServicer(IntakeMetrics()), grpc.aio.server()
     await weights.publish(VERSION, folder)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -118,12 +118,12 @@ async def test_what_took_the_place_of_the_socket_is_left_alone(tmp_path: Path) -
 @contextlib.contextmanager
 def watched(run_dir: Path) -> Any:
     """A journal with one segment, and who watches its directory."""
-    disk, folder = RealDisk(), run_dir / "journal"
+    disk, folder = LocalFileSystem(), run_dir / "journal"
     run_dir.mkdir()
-    with Journal.open(disk, folder, End()) as journal:
+    with Journal.open(disk, folder, JournalEnd()) as journal:
         journal.append({"event": "closed", "draw": 0})
         journal.commit()
-        yield DirectoryWatch(disk, journal, Snapshots(disk, run_dir / "snapshots"), run_dir)
+        yield DirectoryMonitor(disk, journal, SnapshotStore(disk, run_dir / "snapshots"), run_dir)
 
 
 async def test_a_segment_that_was_removed_is_replaced_by_a_snapshot(tmp_path: Path) -> None:

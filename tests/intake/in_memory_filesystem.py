@@ -19,7 +19,7 @@ class CrashError(Exception):
 
 
 @dataclass(eq=False)
-class Inode:
+class InMemoryInode:
     data: bytearray = field(default_factory=bytearray)
     durable: bytes = b""
     reserved: int = 0
@@ -28,10 +28,10 @@ class Inode:
     """An fsync failed: the kernel calls what it could not write clean, so a later one would say yes and keep nothing."""
 
 
-class MemoryDisk:
+class InMemoryFileSystem:
     def __init__(self) -> None:
-        self.files: dict[Path, Inode] = {}
-        self.kept_files: dict[Path, Inode] = {}
+        self.files: dict[Path, InMemoryInode] = {}
+        self.kept_files: dict[Path, InMemoryInode] = {}
         self.folders: set[Path] = {Path("/")}
         self.log: list[str] = []
         """The calls so far."""
@@ -57,7 +57,7 @@ class MemoryDisk:
             self.full[name] -= 1
             raise OSError(errno.EIO if name == "sync" else errno.ENOSPC, "No space left on device")
 
-    def after_crash(self, kept: float = 0.0, *, names: str = "lost", zeros: bool = False, seed: int = 0) -> MemoryDisk:
+    def after_crash(self, kept: float = 0.0, *, names: str = "lost", zeros: bool = False, seed: int = 0) -> InMemoryFileSystem:
         """The disk as the next start finds it.
 
         Args:
@@ -66,7 +66,7 @@ class MemoryDisk:
             zeros: the unsynced bytes' room is there, but zeros stand in it.
             seed: picks which of the names, when some.
         """
-        left, pick = MemoryDisk(), random.Random(seed)
+        left, pick = InMemoryFileSystem(), random.Random(seed)
         left.folders = set(self.folders)
         for path in sorted({*self.files, *self.kept_files}):
             volatile = names == "kept" or (names == "some" and pick.random() < 0.5)
@@ -76,11 +76,11 @@ class MemoryDisk:
                 left.folders |= set(path.parents)
         return left
 
-    def after_kill(self) -> MemoryDisk:
+    def after_kill(self) -> InMemoryFileSystem:
         """The same disk as the next process finds it: all that was written, durable or not."""
-        left = MemoryDisk()
+        left = InMemoryFileSystem()
         left.folders, left.kept_files = set(self.folders), dict(self.kept_files)
-        again = {inode: Inode(bytearray(inode.data), inode.durable, inode.failed) for inode in self.files.values()}
+        again = {inode: InMemoryInode(bytearray(inode.data), inode.durable, inode.failed) for inode in self.files.values()}
         left.files = {path: again[inode] for path, inode in self.files.items()}
         left.kept_files = {path: again.get(inode, inode) for path, inode in self.kept_files.items()}
         return left
@@ -88,16 +88,16 @@ class MemoryDisk:
     # ---- Disk
 
     def sync(self, path: Path) -> None:
-        MemoryFile(self, self.files[path]).sync()
+        InMemoryFile(self, self.files[path]).sync()
 
-    def create(self, path: Path) -> MemoryFile:
+    def create(self, path: Path) -> InMemoryFile:
         self.call("create")
         if path.parent not in self.folders:
             raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
         if path not in self.files:
-            self.files[path] = Inode()
+            self.files[path] = InMemoryInode()
         self.files[path].data.clear()
-        return MemoryFile(self, self.files[path])
+        return InMemoryFile(self, self.files[path])
 
     def open(self, path: Path) -> BinaryIO:
         if path not in self.files:
@@ -110,7 +110,7 @@ class MemoryDisk:
     def reserve(self, path: Path, size: int) -> None:
         self.call("reserve")
         self.take(size)
-        self.files[path] = Inode(reserved=size)
+        self.files[path] = InMemoryInode(reserved=size)
 
     def take(self, size: int) -> None:
         """Raises OSError if there is no room for so many bytes more."""
@@ -158,8 +158,8 @@ class MemoryDisk:
         return file.parent == folder or any(inode is self.files[file] for inode in self.kept_files.values())
 
 
-class MemoryFile:
-    def __init__(self, disk: MemoryDisk, inode: Inode) -> None:
+class InMemoryFile:
+    def __init__(self, disk: InMemoryFileSystem, inode: InMemoryInode) -> None:
         self._disk = disk
         self._inode = inode
 
@@ -189,11 +189,11 @@ class MemoryFile:
         pass
 
 
-def _survivor(inode: Inode, kept: float, zeros: bool) -> Inode:
+def _survivor(inode: InMemoryInode, kept: float, zeros: bool) -> InMemoryInode:
     """Durable bytes, and of a longer file the share ``kept`` of what is behind them."""
     data, durable = bytes(inode.data), inode.durable
     if not data.startswith(durable):  # cut back and not synced since
-        return Inode(bytearray(durable), durable)
+        return InMemoryInode(bytearray(durable), durable)
     extra = data[len(durable) : len(durable) + round((len(data) - len(durable)) * kept)]
     whole = durable + (bytes(len(extra)) if zeros else extra)
-    return Inode(bytearray(whole), whole)
+    return InMemoryInode(bytearray(whole), whole)

@@ -12,14 +12,14 @@ from learner.intake.coordinator.batcher import Batches
 from learner.intake.coordinator.journaled_leases import Clerk
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.rollout_group import OpenGroup
-from learner.intake.monitoring.recorder import Reporter
-from learner.intake.persistence.compaction import Compaction
+from learner.intake.monitoring.recorder import RunRecorder
+from learner.intake.persistence.compaction import JournalCompactor
 from learner.intake.persistence.recovery import recover
-from learner.intake.persistence.snapshot import Capture, Snapshots
+from learner.intake.persistence.snapshot import SnapshotStore, StateCapture
 from learner.intake.wal.framing import Record
 from learner.intake.wal.journal import Journal
 from tests.intake.builders import book, chain, kept, question
-from tests.intake.disks import MemoryDisk
+from tests.intake.in_memory_filesystem import InMemoryFileSystem
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.core.step import PolicyVersion, Subtree, VersionSpan
@@ -50,22 +50,24 @@ class History:
         return other
 
 
-class Machine:
+class CrashableIntake:
     """One life of an intake. Nothing runs by itself: `commit` and `compact` write.
 
     It begins with the check that what it found is a prefix of what happened, with all that was acknowledged, and joins up
     with either of the trainer's last two checkpoints.
     """
 
-    def __init__(self, disk: MemoryDisk, history: History) -> None:
+    def __init__(self, disk: InMemoryFileSystem, history: History) -> None:
         self.disk, self.history = disk, history
-        self.snapshots = Snapshots(disk, SNAPSHOTS)
-        self.book, self.reporter = book(batch=BATCH, questions=6), Reporter(IntakeMetrics(), Path("/dev/null"), window=BATCH)
+        self.snapshots = SnapshotStore(disk, SNAPSHOTS)
+        self.book, self.reporter = book(batch=BATCH, questions=6), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=BATCH)
         self.recovered = recover(disk, JOURNAL, self.snapshots, self.book, self.reporter)
         self.reporter.keep(self.book)
         disk.make_folder(JOURNAL)
         self.journal = Journal(disk, JOURNAL, self.recovered.end, retry=())
-        self.compaction = Compaction(disk, JOURNAL, self.journal, self.snapshots, lambda: Capture(self.book, self.reporter))
+        self.compaction = JournalCompactor(
+            disk, JOURNAL, self.journal, self.snapshots, lambda: StateCapture(self.book, self.reporter)
+        )
         self.clerk = Clerk(self.book, self.journal, self.reporter)
         self.batches = Batches(self.book, self.clerk, lambda _: None)
         if not history.states:
@@ -101,7 +103,7 @@ class Machine:
             self.history.acked = max(self.history.acked, self._kept + sum(future.done() for future in self._waiting))
 
     def compact(self) -> None:
-        state, cut = Capture(self.book, self.reporter), self.journal.cut()
+        state, cut = StateCapture(self.book, self.reporter), self.journal.cut()
         self.commit()
         self.compaction.compact(cut.result(), state)
 
@@ -189,7 +191,7 @@ def sampled(subtree: Subtree, version: PolicyVersion) -> Subtree:
     return replace(subtree, steps=tuple(steps))
 
 
-def play(machine: Machine, script: Sequence[Sequence[Any]]) -> None:
+def play(machine: CrashableIntake, script: Sequence[Sequence[Any]]) -> None:
     """Let things happen: each is the name of a method and its arguments."""
     for name, *arguments in script:
         getattr(machine, name)(*arguments)
