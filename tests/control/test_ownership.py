@@ -15,16 +15,20 @@ from tests.control.brokers import Broker
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import RunError
 from treegrpo.net.address import split_address
+from treegrpo.timing.backoff import Backoff
 from treegrpo.wire import control, run_name_owner
-from treegrpo.wire.control import ControlPlane, RunState, publish_state
+from treegrpo.wire.control import LIMITS, ControlLimits, ControlPlane, RunState, publish_state
 from treegrpo.wire.run_name_owner import Member
 
 SECONDS = 30.0
 VERSION = PolicyVersion(1, 7)
 
 
-def learner(broker: Broker, name: str, run: str, incarnation: int) -> AbstractAsyncContextManager[ControlPlane]:
-    return ControlPlane.connect(broker.address, name, Member("learner", "learner", incarnation, "127.0.0.1:9400", run))
+def learner(
+    broker: Broker, name: str, run: str, incarnation: int, limits: ControlLimits = LIMITS
+) -> AbstractAsyncContextManager[ControlPlane]:
+    member = Member("learner", "learner", incarnation, "127.0.0.1:9400", run)
+    return ControlPlane.connect(broker.address, name, member, limits=limits)
 
 
 def watcher(broker: Broker, name: str, incarnation: int = 99) -> AbstractAsyncContextManager[ControlPlane]:
@@ -129,13 +133,11 @@ async def test_a_crashed_owner_of_another_run_is_waited_for_until_its_will(broke
         await asyncio.gather(coming, return_exceptions=True)
 
 
-async def test_a_will_that_never_comes_is_not_waited_for_for_ever(
-    broker: Broker, run: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_name_owner, "WILL_SECONDS", 0.2)
+async def test_a_will_that_never_comes_is_not_waited_for_for_ever(broker: Broker, run: str) -> None:
+    limits = ControlLimits(will_seconds=0.2)
     crashed = Member("learner", "learner", 1, run="another-run", owner=True)
     await say(broker, run, crashed.topic, crashed.payload())
-    async with asyncio.timeout(SECONDS), learner(broker, run, "one-run", 2) as plane:
+    async with asyncio.timeout(SECONDS), learner(broker, run, "one-run", 2, limits) as plane:
         assert plane.lost is None
 
 
@@ -165,13 +167,11 @@ async def test_the_operators_word_before_the_first_run_of_a_name_is_heard(broker
         assert first.told is RunState.PAUSED
 
 
-async def test_who_lost_the_broker_and_then_its_name_ends_with_the_reason(
-    broker: Broker, run: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(control, "RETRY_SECONDS", (2.0,))
+async def test_who_lost_the_broker_and_then_its_name_ends_with_the_reason(broker: Broker, run: str) -> None:
+    limits = ControlLimits(backoff=Backoff((2.0,)))
 
     async def lose_it() -> None:
-        async with asyncio.timeout(SECONDS), learner(broker, run, "one-run", 1) as first:
+        async with asyncio.timeout(SECONDS), learner(broker, run, "one-run", 1, limits) as first:
             inner: Any = first._client._client  # pyright: ignore[reportPrivateUsage, reportOptionalMemberAccess]
             inner.socket().shutdown(socket.SHUT_RDWR)
             async with learner(broker, run, "another-run", 2):

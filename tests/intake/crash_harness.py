@@ -64,7 +64,7 @@ class CrashableIntake:
         self.recovered = recover(disk, JOURNAL, self.snapshots, self.book, self.reporter)
         self.reporter.keep(self.book)
         disk.make_folder(JOURNAL)
-        self.journal = Journal(disk, JOURNAL, self.recovered.end, retry=())
+        self.journal = Journal(disk, JOURNAL, self.recovered.end)
         self.compaction = JournalCompactor(
             disk, JOURNAL, self.journal, self.snapshots, lambda: StateCapture(self.book, self.reporter)
         )

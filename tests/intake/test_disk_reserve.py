@@ -20,6 +20,7 @@ from learner.intake.wal.segments import JournalEnd
 from tests.intake.builders import book, chain, complete
 from tests.intake.in_memory_filesystem import InMemoryFileSystem
 from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.timing.backoff import Backoff
 from treegrpo.wire.codec import subtree_to_pb
 
 FOLDER = Path("/run/journal")
@@ -29,7 +30,7 @@ FOLDER = Path("/run/journal")
 async def at_work(disk: InMemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Journal]:
     monkeypatch.setattr(disk_reserve, "LOOK_SECONDS", 0.01)
     disk.make_folder(FOLDER)
-    with Journal.open(disk, FOLDER, JournalEnd(), retry=(0.01,)) as journal:
+    with Journal.open(disk, FOLDER, JournalEnd(), backoff=Backoff((0.01,))) as journal:
         kept = DiskReserve(disk, journal)
         tasks = [asyncio.create_task(work) for work in (journal.write_forever(), kept.keep_forever())]
         yield journal

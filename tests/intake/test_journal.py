@@ -19,6 +19,7 @@ from learner.intake.wal.journal import BACKLOG_BYTES, Journal
 from learner.intake.wal.segments import JournalEnd, SegmentReader, drop, segment_path
 from tests.intake.in_memory_filesystem import CrashError, InMemoryFileSystem
 from treegrpo.errors import JournalError
+from treegrpo.timing.backoff import Backoff
 
 FOLDER = Path("/journal")
 
@@ -26,7 +27,7 @@ FOLDER = Path("/journal")
 @contextlib.asynccontextmanager
 async def at_work(disk: FileSystem, folder: Path = FOLDER) -> AsyncGenerator[Journal]:
     """A journal that goes on where the one before stopped, and its committing task."""
-    with Journal.open(disk, folder, ended(disk, folder), retry=(0.0,)) as journal:
+    with Journal.open(disk, folder, ended(disk, folder), backoff=Backoff((0.0,))) as journal:
         writer = asyncio.create_task(journal.write_forever())
         yield journal
         writer.cancel()
@@ -263,7 +264,7 @@ async def three_lives(disk: InMemoryFileSystem, acked: list[int]) -> None:
     for life in range(3):
         end = ended(disk)
         disk.make_folder(FOLDER)
-        journal = Journal(disk, FOLDER, end, retry=())
+        journal = Journal(disk, FOLDER, end)
         for turn in range(4):
             disk.full = happens.get((life, turn), {})
             if turn == 2:

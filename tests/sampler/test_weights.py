@@ -5,26 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from services.sampler.learner_link import weight_sync
-from services.sampler.learner_link.weight_sync import Follower, WeightStore, first_version
+from services.sampler.learner_link.weight_sync import Follower, WeightStore, WeightTimings, first_version
 from tests.sampler.fake_learner import FakeLearner, serving
 from tests.sampler.fakes import FakeEngine, deep
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import DeadlineError, UnavailableError, WeightsError
 from treegrpo.observability.metrics import SamplerMetrics
+from treegrpo.timing.backoff import Backoff
 
 V1, V2, V3, V4, V5 = (PolicyVersion(1, step) for step in range(1, 6))
 CONFIG = b'{"a": 1}'
 
 
-@pytest.fixture(autouse=True)
-def _retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    monkeypatch.setattr(weight_sync, "RETRY_SECONDS", (0.0,) * 5)
-    monkeypatch.setattr(weight_sync, "FIRST_RETRY_SECONDS", 0.0)
+TIMINGS = WeightTimings(resume=Backoff((0.0,), retries=4), update=Backoff((0.0,)))
+FIRST_VERSION = Backoff((0.0,), seconds=60.0)
 
 
 def files(step: int) -> dict[str, bytes]:
@@ -34,14 +33,16 @@ def files(step: int) -> dict[str, bytes]:
 @asynccontextmanager
 async def store_of(learner: FakeLearner, root: Path, metrics: SamplerMetrics | None = None) -> AsyncGenerator[WeightStore]:
     async with serving(learner) as channel:
-        yield WeightStore(channel, root, metrics or SamplerMetrics())
+        yield WeightStore(channel, root, metrics or SamplerMetrics(), TIMINGS)
 
 
 @asynccontextmanager
-async def following(learner: FakeLearner, root: Path) -> AsyncGenerator[tuple[Follower, FakeEngine, SamplerMetrics]]:
+async def following(
+    learner: FakeLearner, root: Path, timings: WeightTimings = TIMINGS
+) -> AsyncGenerator[tuple[Follower, FakeEngine, SamplerMetrics]]:
     metrics, engine = SamplerMetrics(), FakeEngine(deep(1))
     async with store_of(learner, root, metrics) as store, asyncio.TaskGroup() as tasks:
-        follower = Follower(store, engine, metrics)
+        follower = Follower(store, engine, metrics, timings)
         task = tasks.create_task(follower.run())
         yield follower, engine, metrics
         task.cancel()
@@ -215,11 +216,11 @@ async def test_a_version_that_is_refused_is_not_offered_again_until_there_is_ano
         assert metrics.registry.get_sample_value("treegrpo_weights_updates_failed_total", {"type": "WeightsError"}) == 1
 
 
-async def test_a_version_that_is_refused_is_offered_again_much_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_sync, "REFUSED_SECONDS", (0.05,))
+async def test_a_version_that_is_refused_is_offered_again_much_later(tmp_path: Path) -> None:
+    timings = replace(TIMINGS, refused=Backoff((0.05,)))
     learner = FakeLearner()
     learner.versions[V1] = files(1)
-    async with following(learner, tmp_path) as (follower, engine, _):
+    async with following(learner, tmp_path, timings) as (follower, engine, _):
         engine.refused, load = {V1}, engine.load
 
         async def refused_once(version: PolicyVersion, path: Path) -> None:
@@ -259,11 +260,11 @@ async def test_a_learner_that_went_back_to_another_lineage_is_followed(tmp_path:
         assert engine.version == back
 
 
-async def test_a_version_that_never_comes_is_a_deadline_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_sync, "SERVED_SECONDS", 0.05)
+async def test_a_version_that_never_comes_is_a_deadline_with_a_reason(tmp_path: Path) -> None:
+    timings = replace(TIMINGS, served_seconds=0.05)
     learner = FakeLearner()
     learner.versions[PolicyVersion(1, 0)] = files(0)
-    async with following(learner, tmp_path) as (follower, _, _metrics):
+    async with following(learner, tmp_path, timings) as (follower, _, _metrics):
         with pytest.raises(DeadlineError, match=r"version 1\.0, not 1\.5"):
             await follower.serves(V5)
 
@@ -273,15 +274,12 @@ async def test_the_first_version_is_waited_for(tmp_path: Path) -> None:
     learner.versions[V1] = files(1)
     learner.late = 3
     async with store_of(learner, tmp_path) as store:
-        version, path = await first_version(store)
+        version, path = await first_version(store, FIRST_VERSION)
     assert version == V1
     assert content(path) == files(1)
 
 
-async def test_a_first_version_that_does_not_come_names_the_learner_s_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weight_sync, "FIRST_VERSION_SECONDS", -1.0)
+async def test_a_first_version_that_does_not_come_names_the_learner_s_reason(tmp_path: Path) -> None:
     async with store_of(FakeLearner(), tmp_path) as store:
         with pytest.raises(UnavailableError, match="no policy version yet"):
-            await first_version(store)
+            await first_version(store, Backoff((0.0,), retries=0))

@@ -14,15 +14,15 @@ from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.wire import control
-from treegrpo.wire.control import ControlPlane, Member
+from treegrpo.wire.control import LIMITS, ControlLimits, ControlPlane, Member
 from treegrpo.wire.trainer_protocol import check_report, decode
 
 S7 = "s7@0000000000000007"
 GOOD: dict[str, Any] = {"id": "s7", "role": "sampler", "incarnation": 7, "metrics": "127.0.0.1:1", "alive": False}
 
 
-def plane() -> ControlPlane:
-    return ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1))
+def plane(limits: ControlLimits = LIMITS) -> ControlPlane:
+    return ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1), limits=limits)
 
 
 def hear(listener: ControlPlane, row: object, topic: str = f"members/sampler/{S7}") -> None:
@@ -70,18 +70,16 @@ def test_what_is_wrong_is_logged_once_and_shortly(caplog: pytest.LogCaptureFixtu
     assert len(caplog.records[0].getMessage()) < 400
 
 
-def test_members_that_left_make_room_for_those_who_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_that_left_make_room_for_those_who_come() -> None:
     """Samplers that are named by host and process start again for months."""
-    monkeypatch.setattr(control, "PEERS", 2)
-    listener = plane()
+    listener = plane(ControlLimits(members=2))
     for name, alive in (("s1", True), ("s2", False), ("s3", True), ("s4", True)):
         hear(listener, {**GOOD, "id": name, "alive": alive}, f"members/sampler/{name}@{7:016x}")
     assert [member.id for member in listener.members.values()] == ["s1", "s3"]
 
 
-def test_one_name_takes_no_room_of_others_by_many_incarnations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "PEERS", control.INCARNATIONS + 2)
-    listener = plane()
+def test_one_name_takes_no_room_of_others_by_many_incarnations() -> None:
+    listener = plane(ControlLimits(members=control.INCARNATIONS + 2))
     hear(listener, {**GOOD, "alive": True})
     for incarnation in range(100, 200):
         row = {**GOOD, "id": "many", "incarnation": incarnation, "alive": True}
@@ -92,10 +90,9 @@ def test_one_name_takes_no_room_of_others_by_many_incarnations(monkeypatch: pyte
     assert newest == list(range(200 - control.INCARNATIONS, 200))
 
 
-def test_a_member_for_whom_there_is_no_room_keeps_its_presence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_for_whom_there_is_no_room_keeps_its_presence() -> None:
     """Were it removed, it would be said again, and removed again, without end."""
-    monkeypatch.setattr(control, "PEERS", 1)
-    owner = ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1, run="r"))
+    owner = ControlPlane("127.0.0.1:1", "r", Member("learner", "learner", 1, run="r"), limits=ControlLimits(members=1))
     for name in ("s1", "s2"):
         hear(owner, {**GOOD, "id": name, "alive": True}, f"members/sampler/{name}@{7:016x}")
     hear(owner, {**GOOD, "id": "s1"}, "members/sampler/another")

@@ -22,7 +22,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -37,13 +37,12 @@ from treegrpo.net.limits import CONTROL_BYTES, PEERS
 from treegrpo.observability.rate_limited_log import RateLimitedLog
 from treegrpo.security.credentials import OPEN, Credentials
 from treegrpo.storage.parse_dataclass import typed
-from treegrpo.timing.backoff import pause
+from treegrpo.timing.backoff import Backoff
 from treegrpo.timing.notifier import Notifier
-from treegrpo.wire.run_name_owner import KEEPALIVE_SECONDS, Claim, Member
+from treegrpo.wire.run_name_owner import KEEPALIVE_SECONDS, WILL_SECONDS, Claim, Member
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
-RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
 GOODBYE_SECONDS = 1.0
 """To say that we leave; a broker that does not hear it says so for us."""
 AGAIN_SECONDS = 0.1
@@ -53,6 +52,23 @@ ROLES = {role.value for role in Role}
 """A sampler is not called like one of them."""
 HELD = ("state", "weights")
 """Topics of which a candidate does not know yet whose they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlLimits:
+    """Back-off, time limits and room of a control plane."""
+
+    backoff: Backoff = Backoff((0.5, 1.0, 2.0, 5.0))
+    """Before a lost broker is connected to again."""
+    stable_seconds: float = 5.0
+    """After a connection that lasted this long the delays begin again."""
+    will_seconds: float = WILL_SECONDS
+    """How long a candidate for run.name waits for the last will of a learner that may have crashed."""
+    members: int = PEERS
+    """Members that are known at once."""
+
+
+LIMITS = ControlLimits()
 
 
 class RunState(Enum):
@@ -74,13 +90,16 @@ class _FullError(ValueError):
 class ControlPlane:
     """One process's view of the control plane, kept up to date by a background task; see `connect`."""
 
-    def __init__(self, address: str, run: str, member: Member, access: Credentials = OPEN) -> None:
+    def __init__(
+        self, address: str, run: str, member: Member, access: Credentials = OPEN, limits: ControlLimits = LIMITS
+    ) -> None:
         self._address = address
+        self._limits = limits
         self._access = access
         self._run = run
         self._prefix = f"treegrpo/{run}"
         self._member = member
-        self._claim = Claim(member) if member.run else None
+        self._claim = Claim(member, limits.will_seconds) if member.run else None
         self._client: aiomqtt.Client | None = None
         self._changed = Notifier()
         self._refusals = RateLimitedLog(log)
@@ -266,10 +285,10 @@ class ControlPlane:
         """
         of_name = [client for client, one in self.members.items() if (one.role, one.id) == (member.role, member.id)]
         gone = of_name[0] if len(of_name) >= INCARNATIONS else None
-        if gone is None and len(self.members) >= PEERS:
+        if gone is None and len(self.members) >= self._limits.members:
             gone = next((client for client, one in self.members.items() if not one.alive), None)
             if gone is None:
-                raise _FullError(f"{PEERS} members are the most")
+                raise _FullError(f"{self._limits.members} members are the most")
         if gone is not None:
             del self.members[gone]
 
@@ -285,14 +304,16 @@ class ControlPlane:
                         raise
                     remedy = "start one, or set broker.embedded = true and use `treegrpo up`."
                     raise unavailable(self._address, self._access, error, remedy) from error
-                attempt = 0 if time.monotonic() - began > RETRY_SECONDS[-1] else attempt + 1
-                wait = pause(RETRY_SECONDS, attempt)
+                attempt = 0 if time.monotonic() - began > self._limits.stable_seconds else attempt + 1
+                wait = self._limits.backoff.delay(attempt)
                 log.warning("lost the MQTT broker at %s (%s); trying again in %.1f s", self._address, describe(error), wait)
                 await asyncio.sleep(wait)
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def connect(cls, address: str, run: str, member: Member, access: Credentials = OPEN) -> AsyncGenerator[ControlPlane]:
+    async def connect(
+        cls, address: str, run: str, member: Member, access: Credentials = OPEN, limits: ControlLimits = LIMITS
+    ) -> AsyncGenerator[ControlPlane]:
         """Join the control plane for the time of the block; reconnects by itself.
 
         Raises:
@@ -300,7 +321,7 @@ class ControlPlane:
             RunError: another run owns the name ``run`` there; also later, when we come back to a broker that we lost.
             UnavailableError: no broker answers at ``address`` now, or it and we do not trust each other.
         """
-        plane = cls(address, run, member, access)
+        plane = cls(address, run, member, access, limits)
         connected = asyncio.Event()
         task = asyncio.create_task(plane._follow(connected), name="control-plane")
         block = asyncio.current_task()

@@ -62,13 +62,15 @@ class Member:
 class Claim:
     """A learner's claim to its run's name; told what is heard, it says how long to wait and whom to answer."""
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: Member, will_seconds: float = WILL_SECONDS) -> None:
+        """``will_seconds``: how long to wait for the last will of another run's learner."""
         self.member = member
         """Our presence as it is now."""
         self.before: str | None = None
         """The id of the run that owned the name last, as the broker has retained it."""
         self._rivals: dict[str, Member] = {}
         """By topic, the learners that may be there."""
+        self._will_seconds = will_seconds
         self._since = time.monotonic()
         self._refused_by: Member | None = None
 
@@ -115,7 +117,7 @@ class Claim:
         if not self._rivals:
             return self._since
         ours = all(rival.run == self.member.run for rival in self._rivals.values())
-        return self._since + (ANSWER_SECONDS if ours else WILL_SECONDS)
+        return self._since + (ANSWER_SECONDS if ours else self._will_seconds)
 
     def check(self, name: str, address: str) -> None:
         """Raise RunError if an owner has answered."""

@@ -26,12 +26,13 @@ from pathlib import Path
 from learner.intake.wal.filesystem import FileSystem, WritableFile
 from learner.intake.wal.framing import BATCH_BYTES, MAX_RECORD_BYTES, Record, encode, frame
 from learner.intake.wal.segments import FORMAT, JournalEnd, segment_path
-from treegrpo.timing.backoff import pause
+from treegrpo.timing.backoff import Backoff
 from treegrpo.timing.notifier import Notifier
 
 log = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+BACKOFF = Backoff((0.1, 0.5, 1.0, 2.0, 5.0))
+"""Between attempts while the disk refuses a write."""
 GROUP_COMMIT_SECONDS = 0.01
 """From one commit to the next at least: what comes in meanwhile shares it, and an ack is no later than anybody minds."""
 BACKLOG_BYTES = 2 * MAX_RECORD_BYTES
@@ -54,12 +55,12 @@ async def wait_until_durable(done: asyncio.Future[int], deadline: float) -> bool
 
 
 class Journal:
-    def __init__(self, disk: FileSystem, folder: Path, end: JournalEnd, retry: tuple[float, ...]) -> None:
-        """Append after ``end``. ``retry``: seconds between attempts while the disk refuses; the last is repeated."""
+    def __init__(self, disk: FileSystem, folder: Path, end: JournalEnd, backoff: Backoff = BACKOFF) -> None:
+        """Append after ``end``. ``backoff``: between attempts while the disk refuses."""
         self._disk = disk
         self.folder = folder
         self._number, self._good = end.number - 1, end.after
-        self._retry = retry
+        self._backoff = backoff
         self._file: WritableFile | None = None
         """None: the next commit begins a new segment."""
         self._pending: list[PendingRecord] = []
@@ -124,7 +125,7 @@ class Journal:
                             *(self.folder, error.strerror or error),
                         )
                         self._block(time.monotonic())
-                    await asyncio.sleep(pause(self._retry, failures))
+                    await asyncio.sleep(self._backoff.delay(failures))
                     failures += 1
                     continue
                 if self.blocked_since is not None:
@@ -247,15 +248,13 @@ class Journal:
 
     @classmethod
     @contextlib.contextmanager
-    def open(
-        cls, disk: FileSystem, folder: Path, end: JournalEnd, retry: tuple[float, ...] = RETRY_SECONDS
-    ) -> Generator[Journal]:
+    def open(cls, disk: FileSystem, folder: Path, end: JournalEnd, backoff: Backoff = BACKOFF) -> Generator[Journal]:
         """Append after ``end``; what is still in line is written at the end of the block.
 
         `write_forever` must run as a task meanwhile.
         """
         disk.make_folder(folder)
-        journal = cls(disk, folder, end, retry)
+        journal = cls(disk, folder, end, backoff)
         try:
             yield journal
         finally:

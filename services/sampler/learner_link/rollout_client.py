@@ -21,13 +21,14 @@ from treegrpo.core.lease import HEARTBEAT_SECONDS, LeaseEnd, Plan
 from treegrpo.core.step import Subtree
 from treegrpo.errors import ContractError
 from treegrpo.observability.metrics import SamplerMetrics
-from treegrpo.timing.backoff import pause
+from treegrpo.timing.backoff import Backoff
 from treegrpo.timing.notifier import Notifier
 from treegrpo.v1 import rollout_pb2, rollout_pb2_grpc
 
 log = logging.getLogger(__name__)
 WELCOME_SECONDS = 10.0
-RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+BACKOFF = Backoff((0.1, 0.5, 1.0, 2.0, 5.0))
+"""Before the stream is opened again."""
 
 
 class Holder(Protocol):
@@ -55,7 +56,8 @@ class Holder(Protocol):
 class LearnerClient:
     """Keeps a stream to the learner open from `run` until `close`."""
 
-    def __init__(self, channel: grpc.aio.Channel, address: str, metrics: SamplerMetrics) -> None:
+    def __init__(self, channel: grpc.aio.Channel, address: str, metrics: SamplerMetrics, backoff: Backoff = BACKOFF) -> None:
+        self._backoff = backoff
         self._stub: Any = rollout_pb2_grpc.RolloutServiceStub(channel)
         self._address = address
         self._metrics = metrics
@@ -133,7 +135,7 @@ class LearnerClient:
             if self._closing and broken is None:
                 return
             attempt = 0 if welcomed else attempt + 1
-            wait = pause(RETRY_SECONDS, attempt)
+            wait = self._backoff.delay(attempt)
             reason = "it closed the stream" if broken is None else broken
             log.warning("the stream to the learner at %s broke (%s); opening it again in %.1f s", self._address, reason, wait)
             await asyncio.sleep(wait)

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from services.sampler.expansion.stall_monitor import Want
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import DeadlineError, UnavailableError, WeightsError, describe
 from treegrpo.observability.metrics import SamplerMetrics
-from treegrpo.timing.backoff import pause
+from treegrpo.timing.backoff import Backoff
 from treegrpo.timing.notifier import Notifier
 from treegrpo.v1 import weights_pb2, weights_pb2_grpc
 from treegrpo.wire.codec import version_from_pb
@@ -32,26 +33,36 @@ log = logging.getLogger(__name__)
 DESCRIBE_SECONDS = 30.0
 CHUNK_SECONDS = 60.0
 """The longest that one chunk may take."""
-FIRST_VERSION_SECONDS = 300.0
-"""The longest a sampler waits for a learner that has no version yet."""
-FIRST_RETRY_SECONDS = 0.5
-SERVED_SECONDS = 600.0
-"""The longest a lease waits for the version it needs."""
-RETRY_SECONDS = (0.2, 1.0, 2.0, 5.0, 10.0)
-REFUSED_SECONDS = (5.0, 60.0, 300.0)
-"""Before a version that the engine refused is offered to it again. Its files arrived whole, so most likely it is refused for
-what they are, and each offer makes the engine pause for nothing; but a file system that servers share may show them late, and
-memory come free."""
-BROKEN_STREAMS = 5
-"""Times one file is resumed from where its stream broke."""
+FIRST_VERSION = Backoff((0.5,), seconds=300.0)
+"""How a sampler waits for a learner that has no version yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTimings:
+    """Time limits and back-offs on the weights' way into the engine."""
+
+    resume: Backoff = Backoff((0.2, 1.0, 2.0, 5.0), retries=4)
+    """Before a file is resumed from where its stream broke."""
+    update: Backoff = Backoff((0.2, 1.0, 2.0, 5.0, 10.0))
+    """Before the newest version is asked for again, after an update failed."""
+    refused: Backoff = Backoff((5.0, 60.0, 300.0))
+    """Before a version that the engine refused is offered to it again. Its files arrived whole, so most likely it is refused for
+    what they are, and each offer makes the engine pause for nothing; but a file system that servers share may show them late,
+    and memory come free."""
+    served_seconds: float = 600.0
+    """The longest a lease waits for the version it needs."""
+
+
+TIMINGS = WeightTimings()
 
 
 class WeightStore:
     """The newest two policy versions as directories, fetched from the learner."""
 
-    def __init__(self, channel: grpc.aio.Channel, root: Path, metrics: SamplerMetrics) -> None:
+    def __init__(self, channel: grpc.aio.Channel, root: Path, metrics: SamplerMetrics, timings: WeightTimings = TIMINGS) -> None:
         self._stub: Any = weights_pb2_grpc.WeightsServiceStub(channel)
         self._root = root
+        self._timings = timings
         self._metrics = metrics
         self._known: dict[bytes, Path] = {}
         """Checked files of the newest directory by SHA-256."""
@@ -101,9 +112,9 @@ class WeightStore:
 
     async def _download(self, version: Any, file: weights_pb2.WeightFile, part: Path) -> bytes:
         """Fetch a file into ``part``, going on from where a stream broke; returns its SHA-256."""
-        digest, offset = hashlib.sha256(), 0
+        digest, offset, retries = hashlib.sha256(), 0, self._timings.resume.schedule()
         with part.open("wb") as out:
-            for attempt in range(BROKEN_STREAMS):
+            while True:
                 call = self._stub.FetchWeights(weights_pb2.FetchWeightsRequest(version=version, name=file.name, offset=offset))
                 try:
                     while isinstance(
@@ -115,14 +126,12 @@ class WeightStore:
                         offset += len(chunk.data)
                         self._metrics.fetched_bytes.inc(len(chunk.data))
                 except (grpc.aio.AioRpcError, TimeoutError) as error:
-                    if attempt == BROKEN_STREAMS - 1 or _gone(error):
+                    if _gone(error) or not await retries.sleep():
                         raise UnavailableError(f"The learner did not send {file.name} ({_said(error)}); see its log.") from error
-                    await asyncio.sleep(RETRY_SECONDS[attempt])
                 else:
-                    break
+                    return digest.digest()
                 finally:
                     call.cancel()
-        return digest.digest()
 
     def _keep(self, directory: Path) -> None:
         """Keep this version and the one before, nothing else."""
@@ -136,8 +145,9 @@ class WeightStore:
 class Follower:
     """Keeps the engine at the newest version it hears of."""
 
-    def __init__(self, store: WeightStore, engine: Engine, metrics: SamplerMetrics) -> None:
+    def __init__(self, store: WeightStore, engine: Engine, metrics: SamplerMetrics, timings: WeightTimings = TIMINGS) -> None:
         self._store = store
+        self._timings = timings
         self._engine = engine
         self._metrics = metrics
         self._newest = engine.version
@@ -165,16 +175,16 @@ class Follower:
         return next(iter(self._waiting.values()), None)
 
     async def serves(self, version: PolicyVersion) -> None:
-        """Return once the engine serves ``version`` or a later one. Raises DeadlineError after SERVED_SECONDS."""
+        """Return once the engine serves ``version`` or a later one. Raises DeadlineError after `WeightTimings.served_seconds`."""
         if self._engine.version < version:
             self.hear(version)
-        began, lease = time.monotonic(), object()
+        began, lease, limit = time.monotonic(), object(), self._timings.served_seconds
         self._waiting[lease] = Want("weights", f"policy version {version} from the learner", began)
         try:
             while self._engine.version < version:
-                if not await self._loaded.wait(began + SERVED_SECONDS):
+                if not await self._loaded.wait(began + limit):
                     raise DeadlineError(
-                        f"The engine still serves version {self._engine.version}, not {version}, after {SERVED_SECONDS:.0f} s; "
+                        f"The engine still serves version {self._engine.version}, not {version}, after {limit:.0f} s; "
                         "see this sampler's log for why the weights do not arrive."
                     )
         finally:
@@ -190,7 +200,7 @@ class Follower:
                 await self.update()
                 attempt = 0
             except (WeightsError, UnavailableError, OSError) as error:  # the last: a disk that is full
-                wait = pause(RETRY_SECONDS, attempt)
+                wait = self._timings.update.delay(attempt)
                 attempt += 1
                 self._metrics.errors.labels(type(error).__name__).inc()
                 self._metrics.not_updated.labels(type(error).__name__).inc()
@@ -216,7 +226,7 @@ class Follower:
                 await self._engine.load(version, path)
         except WeightsError:
             self._refusals = self._refusals + 1 if version == self._refused else 0
-            rest = pause(REFUSED_SECONDS, self._refusals)
+            rest = self._timings.refused.delay(self._refusals)
             self._refused, self._again = version, time.monotonic() + rest
             log.warning("version %s is refused, and offered again in %.0f s; a newer one at once", version, rest)
             raise
@@ -225,20 +235,20 @@ class Follower:
         self._loaded.tell()
 
 
-async def first_version(store: WeightStore) -> tuple[PolicyVersion, Path]:
-    """Wait for the learner's first version and fetch it. Raises the last error after FIRST_VERSION_SECONDS."""
-    deadline, said = time.monotonic() + FIRST_VERSION_SECONDS, ""
+async def first_version(store: WeightStore, backoff: Backoff = FIRST_VERSION) -> tuple[PolicyVersion, Path]:
+    """Wait for the learner's first version and fetch it. Raises the last error once ``backoff`` ends."""
+    retries, said = backoff.schedule(), ""
     while True:
         try:
             described = await store.describe()
             return version_from_pb(described.version), await store.fetch(described)
         except (WeightsError, UnavailableError) as error:
-            if time.monotonic() > deadline:
+            if (delay := retries.next_delay()) is None:
                 raise
             if str(error) != said:
                 said = str(error)
                 log.info("waiting for the first policy version: %s", said)
-            await asyncio.sleep(FIRST_RETRY_SECONDS)
+            await asyncio.sleep(delay)
 
 
 def _sha256(path: Path) -> bytes | None:
