@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
 import secrets
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from services.certs.authority import Pair, issue, new_authority
 from treegrpo.config.security import USERS, Role, host_of
 from treegrpo.errors import ConfigError, describe
 from treegrpo.security.credentials import read, read_secret
+from treegrpo.storage.atomic import OWNER_ONLY, write_atomically
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 SERVERS = (Role.LEARNER, Role.BROKER, Role.RETRIEVER)
@@ -70,13 +70,7 @@ def certs(directory: Path, names: Sequence[str], samplers: Sequence[str], *, new
 
 def write(path: Path, data: bytes, *, secret: bool) -> None:
     """Put ``data`` at ``path`` in one go, so that nobody reads half of it; a ``secret`` for its owner alone."""
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_atomically(path, data, OWNER_ONLY if secret else 0o644)
 
 
 def _authority(directory: Path) -> tuple[Pair, list[str]]:

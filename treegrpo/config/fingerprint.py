@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, cast
 
 from treegrpo.config.schema import Config, RolloutConfig
 from treegrpo.errors import ConfigError, DataError, RunFileError
+from treegrpo.storage.atomic import partial_path, write_atomically
 from treegrpo.storage.run_files import read_object, unusable
 
 log = logging.getLogger(__name__)
@@ -167,18 +167,9 @@ def _read(path: Path) -> Identity:
 
 
 def _write(path: Path, text: str) -> None:
-    """Put ``text`` in the place of ``path``, all at once. Raises RunFileError."""
-    partial = path.with_suffix(".partial")
+    """Replace ``path`` by a file with ``text``. Raises RunFileError."""
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)  # the name has to outlive the machine too
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_atomically(path, text.encode())
     except OSError as error:
+        partial = partial_path(path)
         raise unusable(partial if partial.is_dir() else path, error) from error

@@ -8,7 +8,6 @@ their folder, which may be a disk of its own, and replace what an earlier beginn
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS
 from treegrpo.config.fingerprint import changes, check_identity
 from treegrpo.config.schema import Config
+from treegrpo.storage.atomic import sync_path
 from treegrpo.storage.run_files import JsonLines, unusable
 
 log = logging.getLogger(__name__)
@@ -81,8 +81,4 @@ def _empty(folder: Path) -> None:
     aside.mkdir()
     for entry in entries:
         entry.rename(aside / entry.name)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_path(folder)

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from treegrpo.storage.atomic import sync_path
+
 
 class WritableFile(Protocol):
     """A file being written, from its beginning on."""
@@ -98,7 +100,7 @@ class LocalFileSystem:
         return path.open("rb")
 
     def sync(self, path: Path) -> None:
-        _sync(path, os.O_RDONLY)
+        sync_path(path)
 
     def reserve(self, path: Path, size: int) -> None:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -126,12 +128,4 @@ class LocalFileSystem:
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def sync_folder(self, path: Path) -> None:
-        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_path(path)
