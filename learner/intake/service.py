@@ -16,6 +16,7 @@ from grpc_health.v1._async import HealthServicer
 
 from learner.intake.coordinator import run_state
 from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.published_versions import PublishedVersions
 from learner.intake.coordinator.stall_watchdog import StallWatchdog, current_run_status
 from learner.intake.coordinator.trainer_api import TrainerApi
 from learner.intake.leases.lease_table import LeaseBook
@@ -111,10 +112,10 @@ async def _run(config: Config, access: Credentials) -> None:
         reporter.watch(journal)
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
             await run_state.begin(control, run_dir)
-            weights = WeightsServicer(metrics)
             plan = config.rollout.plan
             desk = Desk(book, journal, control, reporter, run=config.run.name, plan=plan, heldout=len(heldout))
-            trainer = TrainerApi(desk, weights, heldout, checkpointed=compaction.ask)
+            versions = PublishedVersions(book, control)
+            trainer = TrainerApi(desk, versions, heldout, on_checkpoint=compaction.ask)
             directory = DirectoryMonitor(disk, journal, snapshots, run_dir)
             dog = StallWatchdog(desk.pace, lambda: current_run_status(desk, trainer, journal), reporter)
             async with asyncio.TaskGroup() as tasks:
@@ -125,7 +126,7 @@ async def _run(config: Config, access: Credentials) -> None:
                 compacting = tasks.create_task(compaction.run_forever(), name="compaction")
                 watching = tasks.create_task(dog.run_forever(), name="watchdog")
                 seeing = tasks.create_task(_see_to(desk, directory, compaction), name="directory")
-                await _serve(config, desk, trainer, weights, control, metrics, access)
+                await _serve(config, desk, trainer, versions, control, metrics, access)
                 for task in (seeing, watching, compacting, keeping, writing, following, pausing):
                     task.cancel()
 
@@ -143,7 +144,7 @@ async def _serve(
     config: Config,
     desk: Desk,
     trainer: TrainerApi,
-    weights: WeightsServicer,
+    versions: PublishedVersions,
     control: ControlPlane,
     metrics: IntakeMetrics,
     access: Credentials,
@@ -153,7 +154,7 @@ async def _serve(
     most = message_bytes(config.rollout.plan)
     server = create_server(config.learner.listen, access, visitors, most)
     rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(desk, StreamAdmission(visitors, most)), server)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, metrics), server)
     healthy = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     asked = asyncio.Event()

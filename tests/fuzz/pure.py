@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from learner.intake.coordinator.sampler_presence import SamplerSessions
+from learner.intake.coordinator.sampler_sessions import SamplerSessions
 from learner.intake.rpc.request_limits import read_request
 from learner.intake.wal.framing import BrokenFrameError, follows, read_frame
 from tests.fuzz import answers, foreign, samples
@@ -106,7 +106,7 @@ def presence() -> Callable[[tuple[int, bytes]], None]:
     def hear(case: tuple[int, bytes]) -> None:
         which, payload = case
         plane._hear(topics[which % len(topics)], payload)  # pyright: ignore[reportPrivateUsage]
-        here.heed(plane.members.values())
+        here.apply_last_wills(plane.members.values())
         assert len(plane.members) < 9
 
     return hear

@@ -8,10 +8,9 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-from learner.intake.coordinator import batcher, sampler_presence
 from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.published_versions import PublishedVersions
+from learner.intake.coordinator.timings import LONG_POLL_SECONDS, CoordinatorTimings
 from learner.intake.coordinator.trainer_api import TrainerApi
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.monitoring.recorder import RunRecorder
@@ -22,7 +21,7 @@ from learner.intake.rpc.server import ConnectionMonitor, StreamAdmission, create
 from learner.intake.rpc.weights_servicer import WeightsServicer
 from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
-from tests.intake.builders import PLAN, VERSION, question
+from tests.intake.builders import PLAN, VERSION, book, question
 from tests.ports import free_address
 from treegrpo.config.schema import SecurityConfig
 from treegrpo.config.security import Role
@@ -34,6 +33,26 @@ from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
 from treegrpo.wire.control import ControlPlane, Member
 
 
+def offline_control() -> ControlPlane:
+    """A control plane without a broker."""
+    return ControlPlane("127.0.0.1:1", "test", Member("learner", "learner", 1), Credentials.of(SecurityConfig(), Role.LEARNER))
+
+
+def no_versions() -> PublishedVersions:
+    """A store of versions before the first is published."""
+    return PublishedVersions(book(), offline_control())
+
+
+def short_timings(silence: float = 0.4, *, long_poll_seconds: float = LONG_POLL_SECONDS) -> CoordinatorTimings:
+    return CoordinatorTimings(
+        silence_seconds=silence,
+        will_grace_seconds=silence / 4,
+        silence_check_seconds=silence / 20,
+        finishing_seconds=silence,
+        long_poll_seconds=long_poll_seconds,
+    )
+
+
 @dataclass
 class IntakeFixture:
     desk: Desk
@@ -41,7 +60,7 @@ class IntakeFixture:
     journal: Journal
     control: ControlPlane
     metrics: IntakeMetrics
-    weights: WeightsServicer
+    versions: PublishedVersions
     address: str
 
     def sample(self, name: str, **labels: str) -> float:
@@ -60,37 +79,31 @@ class IntakeFixture:
 
 
 @contextlib.asynccontextmanager
-async def serve_intake(book: LeaseBook, folder: Path) -> AsyncGenerator[IntakeFixture]:
-    """Serve ``book`` after what the journal in ``folder`` has, at policy step 0."""
+async def serve_intake(
+    table: LeaseBook, folder: Path, timings: CoordinatorTimings | None = None
+) -> AsyncGenerator[IntakeFixture]:
+    """Serve ``table`` after what the journal in ``folder`` has, at policy step 0."""
     metrics, disk = IntakeMetrics(), LocalFileSystem()
     reporter = RunRecorder(metrics, folder / "progress.jsonl", window=4)
-    recovered = recover(disk, folder / "journal", SnapshotStore(disk, folder / "snapshots"), book, reporter)
-    control = ControlPlane("127.0.0.1:1", "test", Member("learner", "learner", 1), Credentials.of(SecurityConfig(), Role.LEARNER))
-    book.version = VERSION
+    recovered = recover(disk, folder / "journal", SnapshotStore(disk, folder / "snapshots"), table, reporter)
+    control = offline_control()
+    table.version = VERSION
     with Journal.open(disk, folder / "journal", recovered.end) as journal:
-        weights = WeightsServicer(metrics)
-        desk = Desk(book, journal, control, reporter, run="test", plan=PLAN, heldout=1)
-        trainer = TrainerApi(desk, weights, [question(90)], checkpointed=lambda: None)
+        timings, versions = timings or CoordinatorTimings(), PublishedVersions(table, control)
+        desk = Desk(table, journal, control, reporter, run="test", plan=PLAN, heldout=1, timings=timings)
+        trainer = TrainerApi(desk, versions, [question(90)], lambda: None, long_poll_seconds=timings.long_poll_seconds)
         visitors, address = ConnectionMonitor(metrics), free_address()
         server = create_server(address, OPEN, visitors, MESSAGE_BYTES)
         rollout_pb2_grpc.add_RolloutServiceServicer_to_server(
             RolloutServicer(desk, StreamAdmission(visitors, MESSAGE_BYTES)), server
         )
-        weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
+        weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, metrics), server)
         await server.start()
         async with asyncio.TaskGroup() as tasks:
             working = [tasks.create_task(journal.write_forever()), tasks.create_task(desk.follow())]
             try:
-                yield IntakeFixture(desk, trainer, journal, control, metrics, weights, address)
+                yield IntakeFixture(desk, trainer, journal, control, metrics, versions, address)
             finally:
                 await server.stop(grace=None)
                 for task in working:
                     task.cancel()
-
-
-def hurry(monkeypatch: pytest.MonkeyPatch, silence: float = 0.4) -> None:
-    """Let silence be short."""
-    monkeypatch.setattr(sampler_presence, "SILENCE_SECONDS", silence)
-    monkeypatch.setattr(sampler_presence, "HUSHED_SECONDS", silence / 4)
-    monkeypatch.setattr(sampler_presence, "TICK_SECONDS", silence / 20)
-    monkeypatch.setattr(batcher, "FINISHING_SECONDS", silence)

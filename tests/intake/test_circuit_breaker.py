@@ -348,7 +348,7 @@ async def test_who_wants_very_many_leaves_others_their_share(tmp_path: Path) -> 
         await greedy.want(1000)
         async with Sampler.join(door.address, name="modest") as modest:
             await modest.want(4)
-            await door.until(lambda: sum(peer.demand for peer in door.desk.peers.values()) == 1004)
+            await door.until(lambda: sum(peer.demand for peer in door.desk.open_sessions.values()) == 1004)
             made.version = version
             door.desk.grant()
             for sampler in (greedy, modest):

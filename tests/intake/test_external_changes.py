@@ -12,6 +12,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
+from learner.intake.coordinator.published_versions import PublishedVersions
 from learner.intake.persistence.directory_watch import DirectoryMonitor
 from learner.intake.persistence.snapshot import SnapshotStore
 from learner.intake.rpc import trainer_socket
@@ -21,6 +22,7 @@ from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
 from learner.intake.wal.segments import JournalEnd
 from services.sampler.learner_link.weight_sync import WeightStore
+from tests.intake.server_harness import no_versions
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError, RunError, UnavailableError
 from treegrpo.observability.metrics import IntakeMetrics, SamplerMetrics
@@ -43,18 +45,18 @@ def written(folder: Path, byte: bytes = b"w") -> Path:
 
 
 @contextlib.asynccontextmanager
-async def served(folder: Path) -> AsyncGenerator[tuple[WeightsServicer, WeightStore]]:
+async def served(folder: Path) -> AsyncGenerator[tuple[PublishedVersions, WeightStore]]:
     """The version in ``folder`` behind a real server, and a sampler's store that fetches it."""
-    weights, server = WeightsServicer(IntakeMetrics()), grpc.aio.server()
-    await weights.publish(VERSION, folder)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
+    versions, server = no_versions(), grpc.aio.server()
+    await versions.publish_version(VERSION, folder, 0)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, IntakeMetrics()), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     store = folder.parent / "store"
     store.mkdir()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield weights, WeightStore(channel, store, SamplerMetrics())
+            yield versions, WeightStore(channel, store, SamplerMetrics())
     finally:
         await server.stop(0)
 
@@ -63,8 +65,8 @@ async def served(folder: Path) -> AsyncGenerator[tuple[WeightsServicer, WeightSt
 async def test_weights_damaged_after_they_were_published_are_not_served(tmp_path: Path, damage: str) -> None:
     """The sampler gets an error, the trainer is asked for the version again, and what it writes then is served."""
     folder, told = written(tmp_path / "1.4"), list[str]()
-    async with served(folder) as (weights, store):
-        weights.on_damaged = lambda: told.append("damaged")
+    async with served(folder) as (versions, store):
+        versions.on_damaged = lambda: told.append("damaged")
         file = folder / "model.safetensors"
         data = file.read_bytes()
         file.unlink()
@@ -74,19 +76,19 @@ async def test_weights_damaged_after_they_were_published_are_not_served(tmp_path
         assert [one.name for one in described.files] == ["config.json", "model.safetensors"]
         with pytest.raises(UnavailableError, match=r"DATA_LOSS: Version 1\.4 is damaged; a whole one will be published"):
             await store.fetch(described)
-        assert (told, weights.damaged) == (["damaged"], VERSION)
+        assert (told, versions.damaged) == (["damaged"], VERSION)
         with pytest.raises(ContractError, match=r"Version 1\.4 cannot be served: .*model\.safetensors .*; write it again"):
-            await weights.publish(VERSION, folder)
-        await weights.publish(VERSION, written(folder))
-        assert weights.damaged is None
+            await versions.publish_version(VERSION, folder, 0)
+        await versions.publish_version(VERSION, written(folder), 0)
+        assert versions.damaged is None
         assert (await store.fetch(await store.describe()) / "model.safetensors").read_bytes() == data
 
 
 async def test_a_file_of_the_samplers_own_that_was_damaged_is_fetched_again(tmp_path: Path) -> None:
-    async with served(written(tmp_path / "1.4")) as (weights, store):
+    async with served(written(tmp_path / "1.4")) as (versions, store):
         kept = await store.fetch(await store.describe())
         (kept / "model.safetensors").write_bytes(b"v" * 3_000_000)
-        await weights.publish(PolicyVersion(1, 5), written(tmp_path / "1.5"))
+        await versions.publish_version(PolicyVersion(1, 5), written(tmp_path / "1.5"), 0)
         fetched = await store.fetch(await store.describe())
         assert (fetched / "model.safetensors").read_bytes() == b"w" * 3_000_000
 

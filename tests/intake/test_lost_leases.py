@@ -7,16 +7,16 @@ import json
 import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import grpc
 import pytest
 
-from learner.intake.coordinator import trainer_api
 from learner.intake.leases import circuit_breaker
 from tests.intake.builders import PLAN, book, complete
 from tests.intake.process_harness import Sampler
-from tests.intake.server_harness import IntakeFixture, hurry, serve_intake
+from tests.intake.server_harness import IntakeFixture, serve_intake, short_timings
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason, LeaseKind
 from treegrpo.core.step import PolicyVersion
@@ -24,10 +24,7 @@ from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.wire.codec import lease_end_to_pb
 from treegrpo.wire.control import Member
 
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    hurry(monkeypatch)
+serving = partial(serve_intake, timings=short_timings())
 
 
 async def beat(sampler: Sampler) -> None:
@@ -42,7 +39,7 @@ def balanced(door: IntakeFixture) -> bool:
 
 async def test_a_sampler_that_hangs_loses_its_lease_to_another_who_goes_on(tmp_path: Path) -> None:
     """Its connection stays open all the while, and it comes back."""
-    async with serve_intake(book(total=1), tmp_path) as door, Sampler.join(door.address, name="hangs") as hung:
+    async with serving(book(total=1), tmp_path) as door, Sampler.join(door.address, name="hangs") as hung:
         await hung.want(1)
         lost = await hung.hear("lease")
         await hung.send_chain(lost.id)
@@ -75,7 +72,7 @@ async def test_a_sampler_that_hangs_loses_its_lease_to_another_who_goes_on(tmp_p
 
 
 async def test_what_a_late_sampler_has_is_taken_while_nobody_else_goes_on(tmp_path: Path) -> None:
-    async with serve_intake(book(), tmp_path) as door:
+    async with serving(book(), tmp_path) as door:
         async with Sampler.join(door.address) as first:
             await first.want(1)
             lost = await first.hear("lease")
@@ -94,7 +91,7 @@ async def test_what_a_late_sampler_has_is_taken_while_nobody_else_goes_on(tmp_pa
 
 
 async def test_a_sampler_that_was_cut_off_keeps_its_lease_if_it_is_back_in_time(tmp_path: Path) -> None:
-    async with serve_intake(book(), tmp_path) as door:
+    async with serving(book(), tmp_path) as door:
         async with Sampler.join(door.address) as cut_off:
             await cut_off.want(1)
             lease = await cut_off.hear("lease")
@@ -104,12 +101,9 @@ async def test_a_sampler_that_was_cut_off_keeps_its_lease_if_it_is_back_in_time(
             await door.until(lambda: door.desk.book.groups.closed == 1)
 
 
-async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hurry(monkeypatch, silence=20.0)
-    monkeypatch.setattr("learner.intake.coordinator.sampler_presence.HUSHED_SECONDS", 0.2)
-    async with serve_intake(book(), tmp_path) as door, AsyncExitStack() as stack:
+async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(tmp_path: Path) -> None:
+    timings = replace(short_timings(silence=20.0), will_grace_seconds=0.2)
+    async with serve_intake(book(), tmp_path, timings) as door, AsyncExitStack() as stack:
         talks, hushed = [await stack.enter_async_context(Sampler.join(door.address, name=name)) for name in ("talks", "hushed")]
         beating = asyncio.create_task(beat(talks))
         for sampler in (talks, hushed):
@@ -117,18 +111,18 @@ async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(
             await sampler.hear("lease")
         await door.until(lambda: _silence(door, "hushed") > 0.2)
         door.control.members = {name: Member(name, "sampler", 1, alive=False) for name in ("talks", "hushed")}
-        door.desk.presence.heed(door.control.members.values())
-        assert list(door.desk.peers) == ["talks"]
+        door.desk.sessions.apply_last_wills(door.control.members.values())
+        assert list(door.desk.open_sessions) == ["talks"]
         assert [group.holder for group in door.desk.book.open.values()] == [f"talks/{1:016x}"]
         beating.cancel()
 
 
 def _silence(door: IntakeFixture, name: str) -> float:
-    return time.monotonic() - door.desk.peers[name].heard
+    return time.monotonic() - door.desk.open_sessions[name].last_heard
 
 
 async def test_while_the_intake_stands_still_nobody_is_silent(tmp_path: Path) -> None:
-    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serving(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         lease = await sampler.hear("lease")
         _stand_still(1.0)
@@ -147,7 +141,7 @@ def _stand_still(seconds: float) -> None:
 
 
 async def test_a_sampler_that_drains_gives_its_group_to_another(tmp_path: Path) -> None:
-    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as drains:
+    async with serving(book(), tmp_path) as door, Sampler.join(door.address) as drains:
         await drains.want(1)
         lease = await drains.hear("lease")
         await drains.send_chain(lease.id)
@@ -164,7 +158,7 @@ async def test_a_sampler_that_drains_gives_its_group_to_another(tmp_path: Path) 
 
 async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(circuit_breaker, "REPEATS", -1)  # no other sampler is waited for
-    async with serve_intake(book(total=1), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serving(book(total=1), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         asked: list[str] = []
         for _ in range(3):
@@ -186,12 +180,12 @@ async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path, monke
 
 
 async def test_after_a_restart_a_sampler_that_does_not_come_back_has_lost_its_lease_without_blame(tmp_path: Path) -> None:
-    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address, name="gone") as gone:
+    async with serving(book(), tmp_path) as door, Sampler.join(door.address, name="gone") as gone:
         await gone.want(1)
         lease = await gone.hear("lease")
         await gone.send_chain(lease.id)
         await gone.hear("ack")
-    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address, name="other") as other:
+    async with serving(book(), tmp_path) as door, Sampler.join(door.address, name="other") as other:
         beating = asyncio.create_task(beat(other))
         await door.until(lambda: lease.id not in door.desk.book.open)
         await other.want(1)
@@ -203,25 +197,23 @@ async def test_after_a_restart_a_sampler_that_does_not_come_back_has_lost_its_le
         beating.cancel()
 
 
-async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(tmp_path: Path) -> None:
     """It is told to stop, trains on what it has when it does not answer, and its cost is known in the end all the same."""
-    monkeypatch.setattr(trainer_api, "LONG_POLL_SECONDS", 2.0)
-    async with serve_intake(book(batch=1, max_lag=1), tmp_path) as door, Sampler.join(door.address) as sampler:
+    timings = short_timings(long_poll_seconds=2.0)
+    async with serve_intake(book(batch=1, max_lag=1), tmp_path, timings) as door, Sampler.join(door.address) as sampler:
         beating = asyncio.create_task(beat(sampler))
         await sampler.want(9)
         slow, fast = [await sampler.hear("lease") for _ in range(2)]
         await sampler.send_chain(slow.id)
         await sampler.hear("ack")
         await sampler.roll_out(fast.id)
-        assert len((await door.trainer.take(0, 1)).groups) == 1
+        assert len((await door.trainer.handle_take(0, 1)).groups) == 1
         door.publish(1, 1)
         third = await sampler.hear("lease")
         assert PolicyVersion(1, 1) == PolicyVersion(third.min_version.lineage, third.min_version.step)
         await sampler.roll_out(third.id)
         assert (await sampler.hear("stop_expanding")).lease == slow.id
-        assert len((await door.trainer.take(1, 1)).groups) == 1
+        assert len((await door.trainer.handle_take(1, 1)).groups) == 1
         assert [group.draw for group in door.desk.book.groups.take(0, 9)] == [1, 0]
         assert door.sample("groups_closed_total", kind="train", reason="overdue") == 1
         assert door.sample("rollout_forgone_expansions_total", kind="train") == 3 * (PLAN.leaves - PLAN.trees)
@@ -239,7 +231,7 @@ async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(
 async def test_a_trainer_that_is_slow_makes_nobody_grow(tmp_path: Path) -> None:
     """Eight samplers that want 20 leases each, a trainer that takes nothing: what is on its way stays within the bound."""
     made = book(questions=50, batch=3, max_lag=1, total=300)
-    async with serve_intake(made, tmp_path) as door, AsyncExitStack() as stack:
+    async with serving(made, tmp_path) as door, AsyncExitStack() as stack:
         samplers = [await stack.enter_async_context(Sampler.join(door.address, name=f"s{n}")) for n in range(8)]
         most = 0
 
@@ -255,19 +247,19 @@ async def test_a_trainer_that_is_slow_makes_nobody_grow(tmp_path: Path) -> None:
         for step in range(3):
             await door.until(lambda: len(made.groups.ready) == made.most)
             assert (most, made.out(LeaseKind.TRAIN), made.next_lease()) == (6, 0, None)
-            assert all(peer.outbox.qsize() == 0 for peer in door.desk.peers.values())
-            assert len((await door.trainer.take(3 * step, 3)).groups) == 3
+            assert all(peer.outbox.qsize() == 0 for peer in door.desk.open_sessions.values())
+            assert len((await door.trainer.handle_take(3 * step, 3)).groups) == 3
             door.publish(step + 1, 3 * step + 3)
         for task in working:
             task.cancel()
 
 
 async def test_a_sampler_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
-    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serving(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.hear("welcome")
-        peer = door.desk.peers["s1"]
-        for number in range(peer.room):
+        peer = door.desk.open_sessions["s1"]
+        for number in range(peer.max_queued):
             peer.outbox.put_nowait(pb.RolloutResponse(ack=pb.Ack(lease="a", tree=0, index=number)))
-        peer.send(pb.RolloutResponse(drain=pb.Drain()))
+        peer.send_response(pb.RolloutResponse(drain=pb.Drain()))
         with pytest.raises(grpc.aio.AioRpcError, match="messages unread"):
             await sampler.hear("drain")

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.intake.coordinator import batcher
 from learner.intake.coordinator.batcher import Batches
 from learner.intake.coordinator.journaled_leases import Clerk
+from learner.intake.coordinator.timings import FINISHING_SECONDS
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.rollout_group import OpenGroup
 from learner.intake.leases.staleness import pressing
@@ -58,6 +58,7 @@ class Run:
     batch: int
     max_lag: int
     total: int
+    finishing_seconds: float = FINISHING_SECONDS
     lines: Lines = field(default_factory=Lines)
     position: int = 0
     lineage: int = 1
@@ -69,7 +70,7 @@ class Run:
         self.book = self.made()
         reporter = RunRecorder(IntakeMetrics(), self.folder / "progress.jsonl", window=2)
         self.clerk = Clerk(self.book, self.lines, reporter)
-        self.batches = Batches(self.book, self.clerk, lambda group: self.told.add(group.draw))
+        self.batches = Batches(self.book, self.clerk, lambda group: self.told.add(group.draw), self.finishing_seconds)
         self.publish()
 
     def made(self) -> LeaseBook:
@@ -170,36 +171,32 @@ ACTIONS = ["grant", "accept", "fail", "close", "close", "fault", "step", "step",
 )
 @settings(max_examples=40, deadline=None)
 def test_no_group_is_trained_beyond_the_bound(patience: float, actions: list[tuple[str, int]], batch: int, max_lag: int) -> None:
-    before, batcher.FINISHING_SECONDS = batcher.FINISHING_SECONDS, patience
-    try:
-        with TemporaryDirectory() as folder:
-            run = Run(Path(folder), batch, max_lag, total=5 * batch)
-            for action, pick in actions:
-                leases = list(run.book.open.values())
-                group = leases[pick % len(leases)] if leases else None
-                match action, group:
-                    case "grant", _:
-                        run.grant()
-                    case (("accept" | "fail"), OpenGroup()):
-                        run.accept(group, fails=action == "fail")
-                    case "close", OpenGroup():
-                        run.accept(group)
-                        run.clerk.end(complete(group.lease.id))
-                    case "fault", OpenGroup():
-                        run.clerk.end(LeaseEnd(group.lease.id, FAULTS[pick % len(FAULTS)]))
-                    case "step", _:
-                        run.step()
-                    case "back", _ if pick == 0:
-                        run.go_back(2)
-                    case _:
-                        pass
-                run.check()
-            assert restorable(run.replayed()) == restorable(run.book)
-            run.finish()
+    with TemporaryDirectory() as folder:
+        run = Run(Path(folder), batch, max_lag, total=5 * batch, finishing_seconds=patience)
+        for action, pick in actions:
+            leases = list(run.book.open.values())
+            group = leases[pick % len(leases)] if leases else None
+            match action, group:
+                case "grant", _:
+                    run.grant()
+                case (("accept" | "fail"), OpenGroup()):
+                    run.accept(group, fails=action == "fail")
+                case "close", OpenGroup():
+                    run.accept(group)
+                    run.clerk.end(complete(group.lease.id))
+                case "fault", OpenGroup():
+                    run.clerk.end(LeaseEnd(group.lease.id, FAULTS[pick % len(FAULTS)]))
+                case "step", _:
+                    run.step()
+                case "back", _ if pick == 0:
+                    run.go_back(2)
+                case _:
+                    pass
             run.check()
-            assert sum(len(draws) for draws in run.trained.values()) == run.total
-    finally:
-        batcher.FINISHING_SECONDS = before
+        assert restorable(run.replayed()) == restorable(run.book)
+        run.finish()
+        run.check()
+        assert sum(len(draws) for draws in run.trained.values()) == run.total
 
 
 def test_a_trainer_that_goes_back_makes_no_group_too_old(tmp_path: Path) -> None:

@@ -162,16 +162,16 @@ def test_it_speaks_when_the_cause_changes_and_then_less_and_less_often(tmp_path:
 
 async def test_what_a_sampler_waits_for_is_known_to_the_learner(tmp_path: Path) -> None:
     async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
-        with door.trainer.connection(), door.trainer.question():
+        with door.trainer.track_connection(), door.trainer.track_request():
             await sampler.want(1)
             lease = await sampler.hear("lease")
             beat = pb.Heartbeat(waits_for="the retriever,\nwhich is away", waited_seconds=7.0)
             await sampler.say(heartbeat=beat)
-            await door.until(lambda: bool(door.desk.peers["s1"].waits_for))
+            await door.until(lambda: bool(door.desk.open_sessions["s1"].waiting_for))
             scene = current_run_status(door.desk, door.trainer, door.journal)
             assert diagnose_stall(scene).sentence == "the retriever, which is away: so say s1, for 7 s"
             await sampler.say(heartbeat=pb.Heartbeat())
-            await door.until(lambda: not door.desk.peers["s1"].waits_for)
+            await door.until(lambda: not door.desk.open_sessions["s1"].waiting_for)
             assert diagnose_stall(current_run_status(door.desk, door.trainer, door.journal)).part is StalledPart.LEASES
             before = door.desk.pace.last
             await sampler.send_chain(lease.id)

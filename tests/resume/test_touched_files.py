@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import pytest
 
+from learner.intake.coordinator.published_versions import read_version_files
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.recovery import has_recorded_events, recover
 from learner.intake.persistence.run_lock import lock_run
 from learner.intake.persistence.snapshot import SnapshotStore
 from learner.intake.rpc.trainer_socket import listen
-from learner.intake.rpc.weights_servicer import files_of
 from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
 from learner.trainer.loop import Trainer
@@ -263,7 +263,7 @@ def test_damaged_weights_are_never_served_or_loaded(whole: Path, tmp_path: Path,
             with pytest.raises(ModelError, match=f"is damaged .*{name}"):
                 manifest.check_model_files(copy)
             with pytest.raises(RunFileError, match=f"is not as it was written: {name}"):
-                files_of(copy)
+                read_version_files(copy)
             shutil.rmtree(copy)
 
 

@@ -18,6 +18,7 @@ from learner.intake.rpc.rollout_servicer import RolloutServicer
 from learner.intake.rpc.server import ConnectionMonitor, StreamAdmission, create_server
 from learner.intake.rpc.weights_servicer import WeightsServicer
 from services.sampler.learner_link.channel import open_channel
+from tests.intake.server_harness import no_versions
 from tests.ports import free_address
 from treegrpo.net.limits import MESSAGE_BYTES
 from treegrpo.observability.metrics import IntakeMetrics
@@ -33,16 +34,17 @@ HELLO = pb.Hello(sampler="s7", incarnation=1, engine="fake")
 class Reception:
     """Takes samplers in and says welcome: the desk's part in this."""
 
-    peers: dict[str, SamplerSession] = field(default_factory=dict[str, SamplerSession])
+    open_sessions: dict[str, SamplerSession] = field(default_factory=dict[str, SamplerSession])
     behind: bool = False
 
     def join(self, hello: pb.Hello) -> SamplerSession:
-        peer = self.peers[hello.sampler] = SamplerSession(hello.sampler, hello.incarnation, hello.engine, hello.capacity, room=16)
-        peer.send(pb.RolloutResponse(welcome=pb.Welcome(run="test")))
+        peer = SamplerSession(hello.sampler, hello.incarnation, hello.engine, hello.capacity, max_queued=16)
+        self.open_sessions[hello.sampler] = peer
+        peer.send_response(pb.RolloutResponse(welcome=pb.Welcome(run="test")))
         return peer
 
     def leave(self, peer: SamplerSession) -> None:
-        self.peers.pop(peer.id, None)
+        self.open_sessions.pop(peer.id, None)
 
 
 @dataclass
@@ -70,7 +72,7 @@ async def serving(learner: Credentials, message_bytes: int = MESSAGE_BYTES) -> A
     server = create_server(address, learner, visitors, message_bytes)
     rollout = RolloutServicer(cast("Desk", reception), StreamAdmission(visitors, message_bytes))
     rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, server)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(metrics), server)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(no_versions(), metrics), server)
     healthy = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     await server.start()

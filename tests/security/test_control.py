@@ -8,11 +8,10 @@ from typing import Any
 import msgpack
 import pytest
 
-from learner.intake.coordinator.sampler_presence import SamplerSessions
-from learner.intake.rpc.weights_servicer import WeightsServicer
+from learner.intake.coordinator.sampler_sessions import SamplerSessions
+from tests.intake.server_harness import no_versions
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError
-from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.wire import control
 from treegrpo.wire.control import LIMITS, ControlLimits, ControlPlane, Member
 from treegrpo.wire.trainer_protocol import check_report, decode
@@ -52,7 +51,7 @@ def test_presence_of_the_wrong_type_is_ignored_and_breaks_nothing(change: dict[s
     assert not listener.members
     hear(listener, GOOD)
     assert list(listener.members) == [S7]
-    SamplerSessions(set(), lambda _: None).heed(listener.members.values())
+    SamplerSessions(set(), lambda _: None).apply_last_wills(listener.members.values())
 
 
 @pytest.mark.parametrize("row", [[], 7, "s7", None, {}, {1: 2}, [GOOD]])
@@ -146,4 +145,4 @@ def test_a_record_that_is_no_json_or_names_nothing_is_refused(values: dict[str, 
 async def test_weights_that_are_not_there_are_refused_in_a_sentence(tmp_path: Path) -> None:
     for path in (tmp_path / "none", Path("a\0b")):
         with pytest.raises(ContractError, match=r"Version 1\.0 cannot be served .*publish a directory that is there"):
-            await WeightsServicer(IntakeMetrics()).publish(PolicyVersion(1, 0), path)
+            await no_versions().publish_version(PolicyVersion(1, 0), path, 0)

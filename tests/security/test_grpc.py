@@ -68,7 +68,7 @@ async def test_a_bad_certificate_ends_in_the_handshake(made: Path, tmp_path: Pat
     async with serving(access(made, Role.LEARNER)) as door:
         code, _ = await stream(door, impostor(tmp_path, made, who), hello())
         assert code is grpc.StatusCode.UNAVAILABLE
-        assert door.reception.peers == {}
+        assert door.reception.open_sessions == {}
         assert (door.handshakes >= 1, door.connections) == (True, 0)
         assert await describe(door, access(made, Role.SAMPLER)) is grpc.StatusCode.OK
         assert door.connections == 1
@@ -205,7 +205,7 @@ async def test_a_sampler_shows_a_renewed_certificate_without_a_restart(tmp_path:
         after = stub.Rollout()
         await after.write(hello(sampler="s8"))
         assert await after.read() != grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
-        assert set(door.reception.peers) == {"s7", "s8"}
+        assert set(door.reception.open_sessions) == {"s7", "s8"}
         write(folder / "sampler.pem", b"half a fi", secret=False)
         again = stub.Rollout()
         await again.write(hello(sampler="s9"))

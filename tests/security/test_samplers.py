@@ -192,7 +192,7 @@ async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_pat
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(64 << 20))
     async with serve_intake(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
-        await door.weights.publish(VERSION, tmp_path / "weights")
+        await door.versions.publish_version(VERSION, tmp_path / "weights", 0)
         ask = weights_pb2.FetchWeightsRequest(version=version_to_pb(VERSION), name="model.safetensors")
         call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)
         await door.until(lambda: door.sample("peers_refused_total", reason="slow") == 1)
@@ -218,7 +218,7 @@ async def test_weights_that_are_not_there_are_refused_in_a_sentence(
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(4))
     async with serve_intake(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
-        await door.weights.publish(VERSION, tmp_path / "weights")
+        await door.versions.publish_version(VERSION, tmp_path / "weights", 0)
         asked: dict[str, Any] = {"version": version_to_pb(VERSION), "name": "model.safetensors", **changes}
         ask = weights_pb2.FetchWeightsRequest(**asked)
         call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)

@@ -12,20 +12,24 @@ import time
 from collections.abc import Callable
 
 from learner.intake.coordinator.journaled_leases import Clerk
+from learner.intake.coordinator.timings import FINISHING_SECONDS
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.rollout_group import OpenGroup
-from treegrpo.core.lease import SILENCE_SECONDS
-
-FINISHING_SECONDS = SILENCE_SECONDS
-"""What a sampler gets to finish the branches it is in the middle of while a whole batch waits for them."""
 
 
 class Batches:
-    def __init__(self, book: LeaseBook, clerk: Clerk, stop: Callable[[OpenGroup], None]) -> None:
-        """``stop`` tells the holder of a group to expand it no further."""
+    def __init__(
+        self,
+        book: LeaseBook,
+        clerk: Clerk,
+        stop: Callable[[OpenGroup], None],
+        finishing_seconds: float = FINISHING_SECONDS,
+    ) -> None:
+        """``stop`` tells the holder of a group to expand it no further; it may finish its branches for ``finishing_seconds``."""
         self._book = book
         self._clerk = clerk
         self._stop = stop
+        self._finishing_seconds = finishing_seconds
 
     def press(self) -> None:
         """Have stopped what a whole batch is waiting for, and close what nobody works on."""
@@ -56,7 +60,7 @@ class Batches:
             if not pressing:
                 self._clerk.give([group.draw for group in self._book.groups.ready[:count]], [])
                 return True
-            if any(_patience(group) > 0 for group in pressing if group.draw not in self._book.unfinished):
+            if any(self._patience(group) > 0 for group in pressing if group.draw not in self._book.unfinished):
                 return False
             for group in pressing:
                 self._clerk.close(group.draw)
@@ -68,9 +72,11 @@ class Batches:
         if not self._book.overdue():
             return float("inf")
         told = [group.told_at for group in self._book.open.values() if group.told_at is not None and not group.closed]
-        return min((at + FINISHING_SECONDS for at in told if at + FINISHING_SECONDS > time.monotonic()), default=float("inf"))
+        closable = [at + self._finishing_seconds for at in told]
+        return min((at for at in closable if at > time.monotonic()), default=float("inf"))
 
-
-def _patience(group: OpenGroup) -> float:
-    """Seconds that a group's sampler still has; one that was not told has all of them."""
-    return FINISHING_SECONDS if group.told_at is None else group.told_at + FINISHING_SECONDS - time.monotonic()
+    def _patience(self, group: OpenGroup) -> float:
+        """Seconds that a group's sampler still has; one that was not told has all of them."""
+        if group.told_at is None:
+            return self._finishing_seconds
+        return group.told_at + self._finishing_seconds - time.monotonic()

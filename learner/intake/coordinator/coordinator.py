@@ -20,8 +20,8 @@ from dataclasses import replace
 from learner.intake.coordinator.batcher import Batches
 from learner.intake.coordinator.journaled_leases import Clerk
 from learner.intake.coordinator.lease_dispatcher import Granting
-from learner.intake.coordinator.sampler_presence import SamplerSessions, sampler_of
-from learner.intake.coordinator.sampler_sessions import SamplerSession
+from learner.intake.coordinator.sampler_sessions import SamplerSession, SamplerSessions, sampler_of
+from learner.intake.coordinator.timings import CoordinatorTimings
 from learner.intake.leases.circuit_breaker import ABSENT_SECONDS, Attempts, NoProgressBreaker, Verdict
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.rollout_group import Fate, OpenGroup
@@ -53,10 +53,12 @@ class Desk:
         run: str,
         plan: Plan,
         heldout: int,
+        timings: CoordinatorTimings | None = None,
     ) -> None:
         """``heldout``: how many questions an evaluation has."""
         self.book = book
-        self.presence = SamplerSessions(set(book.open.holders), self.lose)
+        timings = timings or CoordinatorTimings()
+        self.sessions = SamplerSessions(set(book.open.holders), self.lose, timings)
         self._journal = journal
         self.control = control
         self.reporter = reporter
@@ -64,14 +66,14 @@ class Desk:
         self._plan = plan
         self._heldout = heldout
         self.clerk = Clerk(book, journal, reporter)
-        self.batches = Batches(book, self.clerk, self._stop)
+        self.batches = Batches(book, self.clerk, self._stop, timings.finishing_seconds)
         self.changed = Notifier()
         self._refusals = RateLimitedLog(log)
         self.breaker = NoProgressBreaker()
         self._attempts = Attempts(self.breaker)
         self.began = self.state_since = time.monotonic()
         """When this intake began, and when it heard of the run's present state."""
-        self._granting = Granting(book, self.clerk, self.peers, self.breaker.quota)
+        self._granting = Granting(book, self.clerk, self.open_sessions, self.breaker.quota)
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with RunError when rolling out on would lead nowhere."""
         asyncio.get_running_loop().call_later(ABSENT_SECONDS, self._look_for_hope)
@@ -86,14 +88,14 @@ class Desk:
         return self.clerk.pace
 
     @property
-    def peers(self) -> dict[str, SamplerSession]:
+    def open_sessions(self) -> dict[str, SamplerSession]:
         """The samplers that have a stream, by name."""
-        return self.presence.peers
+        return self.sessions.open_sessions
 
     def join(self, hello: pb.Hello) -> SamplerSession:
         """A stream opened. Older incarnations of the same sampler have lost their leases."""
         peer = SamplerSession(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
-        self.presence.came(peer)
+        self.sessions.open_session(peer)
         self.breaker.came(peer.id)
         held = {group.lease.id for group in self.book.open.of(peer.holder)}
         version = self.book.version
@@ -101,19 +103,19 @@ class Desk:
         welcome = pb.Welcome(run=self._run, void_leases=void, plan=plan_to_pb(self._plan))
         if version is not None:
             welcome.version.CopyFrom(version_to_pb(version))
-        peer.send(pb.RolloutResponse(welcome=welcome))  # before anything else: what follows may tell it to stop
+        peer.send_response(pb.RolloutResponse(welcome=welcome))  # before anything else: what follows may tell it to stop
         for group in self.book.open.of(peer.holder):
             if group.told_at is not None:  # it may have been said to a stream that was breaking
                 self._stop(group)
         if self.control.state is RunState.DRAINING:
-            peer.send(pb.RolloutResponse(drain=pb.Drain()))
+            peer.send_response(pb.RolloutResponse(drain=pb.Drain()))
         for holder in set(self.book.open.holders) - {peer.holder}:
             if sampler_of(holder) == peer.id:
                 self.lose(holder)
         for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
             self._end(LeaseEnd(lease, LeaseEndReason.RETURNED), Verdict.NEUTRAL)
         log.info("sampler %s joined (%s, %d at once)", peer.id, peer.engine, peer.capacity)
-        self.reporter.samplers(len(self.peers), self.breaker.aside())
+        self.reporter.samplers(len(self.open_sessions), self.breaker.aside())
         return peer
 
     @property
@@ -123,17 +125,17 @@ class Desk:
 
     def leave(self, peer: SamplerSession) -> None:
         """Its stream closed: its leases wait for it until it was silent for too long."""
-        if self.presence.left(peer):
+        if self.sessions.close_session(peer):
             log.info("sampler %s left", peer.id)
             self.breaker.left(peer.id)
-            self.reporter.samplers(len(self.peers), self.breaker.aside())
+            self.reporter.samplers(len(self.open_sessions), self.breaker.aside())
 
     def lose(self, holder: str) -> None:
         """A sampler is gone for good: others go on with its groups."""
-        reason = self.presence.gone(holder)
-        if (name := sampler_of(holder)) not in self.peers:
+        reason = self.sessions.expire_holder(holder)
+        if (name := sampler_of(holder)) not in self.open_sessions:
             self.breaker.left(name)
-        self.reporter.samplers(len(self.peers), self.breaker.aside())
+        self.reporter.samplers(len(self.open_sessions), self.breaker.aside())
         for group in self.book.open.of(holder):
             log.warning("lease %s of sampler %s is lost, with %d subtrees", group.lease.id, holder, len(group.subtrees))
             self._end(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
@@ -154,7 +156,7 @@ class Desk:
             ack.refusal = str(error)
             kept = self._refuse(peer, sent, error)
         response = pb.RolloutResponse(ack=ack)
-        kept.add_done_callback(lambda future: None if future.exception() else peer.send(response))
+        kept.add_done_callback(lambda future: None if future.exception() else peer.send_response(response))
 
     def _refuse(self, peer: SamplerSession, sent: tree_pb2.Subtree, error: ContractError) -> asyncio.Future[int]:
         """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has.
@@ -203,7 +205,7 @@ class Desk:
         group = self.book.open[end.lease]
         name = sampler_of(group.holder)
         verdict = verdict or Verdict.of(group, end)
-        excused = self.book.at_fault(group, end) and self._attempts.excused(group, name, self.peers)
+        excused = self.book.at_fault(group, end) and self._attempts.excused(group, name, self.open_sessions)
         group = self.clerk.end(end, excused=excused)
         if group.fate in (Fate.CLOSED, Fate.ASIDE):
             self._attempts.forget(group)
@@ -220,7 +222,7 @@ class Desk:
             log.warning("sampler %s is put aside for %.0f s, its last leases came to nothing; %s", name, seconds, words)
             asyncio.get_running_loop().call_later(seconds, self._try_again, name)
         if self.breaker.put_aside(name) is not before:
-            self.reporter.samplers(len(self.peers), self.breaker.aside())
+            self.reporter.samplers(len(self.open_sessions), self.breaker.aside())
         if verdict is Verdict.FAILED:
             self._look_for_hope()
 
@@ -235,9 +237,9 @@ class Desk:
         self.grant()
 
     def _stop(self, group: OpenGroup) -> None:
-        for peer in self.peers.values():
+        for peer in self.open_sessions.values():
             if peer.holder == group.holder:
-                peer.send(pb.RolloutResponse(stop_expanding=pb.StopExpanding(lease=group.lease.id)))
+                peer.send_response(pb.RolloutResponse(stop_expanding=pb.StopExpanding(lease=group.lease.id)))
 
     def grant(self) -> None:
         """Grant what there is to grant, unless the run or the disk stands still."""
@@ -253,7 +255,7 @@ class Desk:
         """Obey the run state, and notice samplers that are gone or silent."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._obey(), name="run-state")
-            tasks.create_task(self.presence.watch_over(), name="silence")
+            tasks.create_task(self.sessions.expire_silent_forever(), name="silence")
 
     async def _obey(self) -> None:
         before = self.control.state
@@ -264,10 +266,10 @@ class Desk:
                 self.state_since = time.monotonic()
                 log.info("the run is %s", state.value)
                 if state is RunState.DRAINING:
-                    for peer in self.peers.values():
-                        peer.send(pb.RolloutResponse(drain=pb.Drain()))
+                    for peer in self.open_sessions.values():
+                        peer.send_response(pb.RolloutResponse(drain=pb.Drain()))
                 before = state
-            self.presence.heed(self.control.members.values())
+            self.sessions.apply_last_wills(self.control.members.values())
             self.grant()
             self.changed.tell()
 

@@ -40,7 +40,7 @@ class Granting:
         while line and (work := self._book.next_lease()) is not None:
             held, name, lacks = line[0]
             peer = self._peers[name]
-            peer.send(pb.RolloutResponse(lease=self._clerk.grant(*work, peer.holder)))
+            peer.send_response(pb.RolloutResponse(lease=self._clerk.grant(*work, peer.holder)))
             if lacks > 1:
                 heapreplace(line, (held + 1, name, lacks - 1))
             else:

@@ -27,17 +27,17 @@ MOST_SECONDS = 3600.0
 
 def current_run_status(desk: Desk, trainer: TrainerApi, journal: Journal) -> RunStatus:
     """How things are now."""
-    now, book, presence = time.monotonic(), desk.book, desk.presence
+    now, book, sessions = time.monotonic(), desk.book, desk.sessions
     return RunStatus(
         state=desk.control.state,
         changed=now - desk.state_since,
         blocked=None if journal.blocked_since is None else now - journal.blocked_since,
         short=None if journal.short_since is None else now - journal.short_since,
         folder=str(journal.folder),
-        trainer=trainer.seen,
-        workers=[_worker(desk, peer, now) for peer in presence.peers.values()],
-        alone=now - presence.alone_since,
-        last_seen=tuple(presence.last_seen),
+        trainer=trainer.status,
+        workers=[_worker(desk, peer, now) for peer in sessions.open_sessions.values()],
+        alone=now - sessions.empty_since,
+        last_seen=tuple(sessions.last_seen),
         out=len(book.open),
         room=book.has_work,
         ready=book.groups.ready_count,
@@ -48,7 +48,7 @@ def current_run_status(desk: Desk, trainer: TrainerApi, journal: Journal) -> Run
 def _worker(desk: Desk, peer: SamplerSession, now: float) -> SamplerStatus:
     granted = [desk.began if group.granted_at is None else group.granted_at for group in desk.book.open.of(peer.holder)]
     held = now - min(granted) if granted else None
-    return SamplerStatus(peer.id, max(0.0, now - peer.heard), peer.demand, held, peer.waits_for, peer.waited)
+    return SamplerStatus(peer.id, max(0.0, now - peer.last_heard), peer.demand, held, peer.waiting_for, peer.waited_seconds)
 
 
 class StallWatchdog:

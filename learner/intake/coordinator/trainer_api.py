@@ -1,11 +1,10 @@
 """The intake's answers to the trainer: batches out; versions, checkpoints and evaluations in.
 
-treegrpo/wire/trainer_protocol.py has the messages.
+treegrpo/wire/trainer_protocol.py has the messages; a method for each begins with ``handle_``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -14,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.published_versions import PublishedVersions
+from learner.intake.coordinator.timings import LONG_POLL_SECONDS
 from learner.intake.leases.evaluation import Round
 from learner.intake.monitoring.stall_diagnosis import TrainerStatus
-from learner.intake.rpc.weights_servicer import WeightsServicer
 from learner.intake.wal.journal import wait_until_durable
 from treegrpo.core.question import Question
 from treegrpo.core.step import PolicyVersion
@@ -24,113 +24,124 @@ from treegrpo.wire.control import RunState
 from treegrpo.wire.trainer_protocol import Evaluation, Taken, pack_encoded
 
 log = logging.getLogger(__name__)
-LONG_POLL_SECONDS = 5.0
 
 
 class TrainerApi:
-    def __init__(self, desk: Desk, weights: WeightsServicer, heldout: list[Question], checkpointed: Callable[[], None]) -> None:
-        """``checkpointed`` is called when a checkpoint stands, and the journal may get shorter."""
+    def __init__(
+        self,
+        desk: Desk,
+        versions: PublishedVersions,
+        heldout: list[Question],
+        on_checkpoint: Callable[[], None],
+        long_poll_seconds: float = LONG_POLL_SECONDS,
+    ) -> None:
+        """``on_checkpoint`` is called when the trainer has a new checkpoint: the journal may get shorter."""
         self._desk = desk
-        self._weights = weights
+        self._book, self._batches, self._clerk = desk.book, desk.batches, desk.clerk
+        self._control, self._reporter, self._clock = desk.control, desk.reporter, desk.pace
+        self._versions = versions
         self._heldout = heldout
-        self._checkpointed = checkpointed
-        self._round: Round | None = None
-        self._publishing = asyncio.Lock()
-        self._told_damaged: PolicyVersion | None = None
-        weights.on_damaged = desk.changed.tell
+        self._on_checkpoint = on_checkpoint
+        self._long_poll_seconds = long_poll_seconds
+        self._evaluation: Round | None = None
+        self._reported_damage: PolicyVersion | None = None
+        """The version of which the trainer knows that it is damaged."""
+        versions.on_damaged = desk.changed.tell
         self._connections = 0
-        self._asking = 0
-        self._came = False
-        self._since = time.monotonic()
+        self._requests = 0
+        self._has_connected = False
+        self._state_since = time.monotonic()
 
-    async def take(self, position: int, count: int) -> Taken:
+    async def handle_take(self, position: int, count: int) -> Taken:
         """``count`` closed groups from ``position`` on, as soon as there are that many; none after a few seconds."""
-        desk, deadline = self._desk, time.monotonic() + LONG_POLL_SECONDS
+        deadline = time.monotonic() + self._long_poll_seconds
         while True:
-            state = desk.control.state
-            groups = desk.batches.batch(position, count) if state is RunState.RUNNING else []
-            if groups or self._untold_damage or state is RunState.DRAINING or time.monotonic() > deadline:
-                desk.grant()
-                if groups and not await wait_until_durable(desk.clerk.given, deadline):
+            state = self._control.state
+            groups = self._batches.batch(position, count) if state is RunState.RUNNING else []
+            if groups or self._has_news or time.monotonic() > deadline:
+                self._desk.grant()
+                if groups and not await wait_until_durable(self._clerk.given, deadline):
                     groups = []  # a full disk; the trainer asks again
                 if groups:
-                    desk.pace.progress()
-                return Taken([pack_encoded(g.group, g.encoded) for g in groups], state.value, self._tell_damage())
-            await desk.changed.wait(min(deadline, desk.batches.patience))
+                    self._clock.progress()
+                return Taken([pack_encoded(g.group, g.encoded) for g in groups], state.value, self._report_damage())
+            await self._desk.changed.wait(min(deadline, self._batches.patience))
 
-    async def publish(self, version: PolicyVersion, path: Path, position: int) -> None:
-        """Serve and announce a policy version; the groups before ``position`` made it."""
-        async with self._publishing:  # one that is asked for again while its files are read waits for them
-            await self._weights.publish(version, path)
-            self._told_damaged = None
-            self._desk.book.version = version
-            self._desk.book.groups.trained(position)
-            await self._desk.control.announce(version)
-        self._desk.pace.progress()
+    async def handle_publish(self, version: PolicyVersion, path: Path, position: int) -> None:
+        """A version is written to ``path``; the groups before ``position`` made it. Raises ContractError."""
+        await self._versions.publish_version(version, path, position)
+        self._reported_damage = None
+        self._clock.progress()
         self._desk.grant()
 
-    def covered(self, position: int) -> None:
+    def handle_covered(self, position: int) -> None:
         """A checkpoint covers the groups before ``position``."""
-        self._desk.book.groups.covered(position)
-        self._checkpointed()
+        self._book.groups.covered(position)
+        self._on_checkpoint()
 
-    async def evaluate(self, version: PolicyVersion) -> Evaluation:
+    async def handle_evaluate(self, version: PolicyVersion) -> Evaluation:
         """Begin the evaluation of ``version`` unless it runs, and wait a few seconds for its end."""
-        desk = self._desk
-        if self._round is None or self._round.version != version:
-            self._round = Round(version, self._heldout, desk.book.answers)
-            missing = self._round.missing
-            if 0 < len(missing) < len(self._heldout):
-                log.info("the evaluation of %s goes on; %d questions of %d are left", version, len(missing), len(self._heldout))
-            desk.book.evaluate(version, missing)
-            desk.grant()
-        deadline = time.monotonic() + LONG_POLL_SECONDS
-        while not (self._round.done or self._untold_damage or desk.control.state is RunState.DRAINING):
-            if not await desk.changed.wait(deadline):
+        evaluation = self._evaluation
+        if evaluation is None or evaluation.version != version:
+            evaluation = self._begin_evaluation(version)
+        deadline = time.monotonic() + self._long_poll_seconds
+        while not (evaluation.done or self._has_news):
+            if not await self._desk.changed.wait(deadline):
                 break
-        if self._round.done:
-            desk.reporter.evaluated(self._round, desk.book)
-        return replace(self._round.result(), state=desk.control.state.value, damaged=self._tell_damage())
+        if evaluation.done:
+            self._reporter.evaluated(evaluation, self._book)
+        return replace(evaluation.result(), state=self._control.state.value, damaged=self._report_damage())
+
+    def _begin_evaluation(self, version: PolicyVersion) -> Round:
+        evaluation = self._evaluation = Round(version, self._heldout, self._book.answers)
+        missing = evaluation.missing
+        if 0 < len(missing) < len(self._heldout):
+            log.info("the evaluation of %s goes on; %d questions of %d are left", version, len(missing), len(self._heldout))
+        self._book.evaluate(version, missing)
+        self._desk.grant()
+        return evaluation
+
+    def handle_step_report(self, values: dict[str, object]) -> None:
+        """A line for the run's progress file."""
+        self._reporter.step(values, self._book)
 
     @property
-    def _untold_damage(self) -> bool:
-        """Whether the trainer is to hear at once that it has to write a version again."""
-        return self._weights.damaged not in (None, self._told_damaged)
+    def _has_news(self) -> bool:
+        """Whether the trainer is to hear at once that the run drains, or that it has to write a version again."""
+        is_new_damage = self._versions.damaged not in (None, self._reported_damage)
+        return is_new_damage or self._control.state is RunState.DRAINING
 
-    def _tell_damage(self) -> str:
-        """The version that the trainer has to write again, empty if there is none; it is told now."""
-        self._told_damaged = self._weights.damaged
-        return str(self._told_damaged or "")
+    def _report_damage(self) -> str:
+        """The version that the trainer has to write again, empty if there is none; the trainer knows from now on."""
+        self._reported_damage = self._versions.damaged
+        return str(self._reported_damage or "")
 
-    def report(self, values: dict[str, object]) -> None:
-        """A line for the run's progress file."""
-        self._desk.reporter.step(values, self._desk.book)
-
-    # ---- whether it is there
+    # ---- whether it is connected
 
     @contextlib.contextmanager
-    def connection(self) -> Generator[None]:
+    def track_connection(self) -> Generator[None]:
         """A trainer is connected for the time of the block."""
         self._connections += 1
-        self._came, self._since = True, time.monotonic()
+        self._has_connected, self._state_since = True, time.monotonic()
         try:
             yield
         finally:
             self._connections -= 1
-            self._since = time.monotonic()
+            self._state_since = time.monotonic()
 
     @contextlib.contextmanager
-    def question(self) -> Generator[None]:
-        """It waits for an answer for the time of the block."""
-        self._asking += 1
+    def track_request(self) -> Generator[None]:
+        """The trainer waits for an answer for the time of the block."""
+        self._requests += 1
         try:
             yield
         finally:
-            self._asking -= 1
-            self._since = time.monotonic()
+            self._requests -= 1
+            self._state_since = time.monotonic()
 
     @property
-    def seen(self) -> TrainerStatus:
+    def status(self) -> TrainerStatus:
         """The trainer as it is now."""
-        step = self._desk.book.version.step if self._desk.book.version else 0
-        return TrainerStatus(self._came, self._connections > 0, self._asking > 0, time.monotonic() - self._since, step)
+        step = self._book.version.step if self._book.version else 0
+        seconds = time.monotonic() - self._state_since
+        return TrainerStatus(self._has_connected, self._connections > 0, self._requests > 0, seconds, step)

@@ -37,35 +37,35 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             first = await self._read(context, HANDSHAKE_SECONDS)
         except ContractError as error:
             await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        peer = self._desk.join(await self._admission.admit(first, context, len(self._desk.peers)))
+        peer = self._desk.join(await self._admission.admit(first, context, len(self._desk.open_sessions)))
         writer = asyncio.create_task(self._write(peer, context), name=f"to-{peer.id}")
         refusal: ContractError | None = None
         try:
             await self._listen(peer, context)
         except TimeoutError:
-            peer.farewell = peer.farewell or f"Sampler {peer.id} took too long."
+            peer.disconnect_reason = peer.disconnect_reason or f"Sampler {peer.id} took too long."
         except ContractError as error:
             refusal = error
         finally:
-            peer.close()
+            peer.close_outbox()
             self._desk.leave(peer)
             await asyncio.wait({writer}, timeout=LAST_WORD_SECONDS)
             writer.cancel()
         if refusal is not None:
             await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(refusal))
-        if peer.farewell:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.farewell)
+        if peer.disconnect_reason:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.disconnect_reason)
 
     async def _listen(self, peer: SamplerSession, context: Context) -> None:
         """Hear a sampler to the end of its stream. Raises TimeoutError when the desk hangs up: it watches for silence."""
         try:
-            async with asyncio.timeout(0.0 if peer.farewell else None) as peer.stream:
+            async with asyncio.timeout(0.0 if peer.disconnect_reason else None) as peer.stream:
                 while (request := await context.read()) != EOF:
                     self._hear(peer, request)
                     if self._desk.behind:  # what it says next stays in its stream, and its silence is our own
-                        peer.heard = math.inf
+                        peer.last_heard = math.inf
                         await self._desk.caught_up()
-                    peer.heard = time.monotonic()
+                    peer.last_heard = time.monotonic()
         finally:
             peer.stream = None  # it may be hung up on while its last message is written
 
@@ -84,7 +84,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             while (message := await peer.outbox.get()) is not None:
                 await context.write(message)
         except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
-            peer.hang_up(f"The stream to sampler {peer.id} broke ({describe(error)}); it has to join again.")
+            peer.disconnect(f"The stream to sampler {peer.id} broke ({describe(error)}); it has to join again.")
 
     def _hear(self, peer: SamplerSession, request: pb.RolloutRequest) -> None:
         match request.WhichOneof("kind"):
@@ -96,7 +96,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
                 self._desk.end(peer, lease_end_from_pb(request.lease_end))
             case "heartbeat":
                 beat = request.heartbeat
-                peer.waits_for, peer.waited = " ".join(beat.waits_for.split()), beat.waited_seconds
+                peer.waiting_for, peer.waited_seconds = " ".join(beat.waits_for.split()), beat.waited_seconds
             case kind:
                 raise ContractError(
                     f"A sampler sent {kind or 'an empty message'} in the middle of its stream; see rollout.proto."

@@ -32,35 +32,35 @@ LOOK_SECONDS = 2.0
 """Until a socket that was removed is noticed."""
 
 
-async def _answer(desk: TrainerApi, request: Message) -> Message:
+async def _answer(api: TrainerApi, request: Message) -> Message:
     match request:
         case Take(position, count):
-            return await desk.take(position, count)
+            return await api.handle_take(position, count)
         case Publish(version, path, position):
-            await desk.publish(PolicyVersion.parse(version), Path(path), position)
+            await api.handle_publish(PolicyVersion.parse(version), Path(path), position)
         case Covered(position):
-            desk.covered(position)
+            api.handle_covered(position)
         case Evaluate(version):
-            return await desk.evaluate(PolicyVersion.parse(version))
+            return await api.handle_evaluate(PolicyVersion.parse(version))
         case Report(values):
             check_report(values)
-            desk.report(values)
+            api.handle_step_report(values)
         case _:
             raise ContractError(f"The trainer sent {type(request).__name__}, which only the intake says.")
     return Done()
 
 
-async def _answer_or_refuse(desk: TrainerApi, request: Message) -> Message:
+async def _answer_or_refuse(api: TrainerApi, request: Message) -> Message:
     try:
-        with desk.question():
-            return await _answer(desk, request)
+        with api.track_request():
+            return await _answer(api, request)
     except ContractError as error:
         log.error("the trainer is refused: %s", error)  # noqa: TRY400 - one sentence is enough
         return Refused(str(error))
 
 
 @contextlib.asynccontextmanager
-async def listen(desk: TrainerApi, path: str) -> AsyncGenerator[None]:
+async def listen(api: TrainerApi, path: str) -> AsyncGenerator[None]:
     """Answer trainers at a Unix socket for the time of the block.
 
     Raises:
@@ -71,9 +71,9 @@ async def listen(desk: TrainerApi, path: str) -> AsyncGenerator[None]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         log.info("the trainer connected")
         try:
-            with desk.connection():
+            with api.track_connection():
                 while (request := await receive(reader)) is not None:
-                    writer.write(encode(await _answer_or_refuse(desk, request)))
+                    writer.write(encode(await _answer_or_refuse(api, request)))
                     await writer.drain()
         except (ContractError, ConnectionError) as error:
             log.error("the trainer's connection ends: %s", describe(error))  # noqa: TRY400 - one sentence is enough
