@@ -2,10 +2,9 @@
 
     torchrun --nproc-per-node=2 -m learner CONFIG.toml
 
-Rank 0 starts the intake, unless one already serves this run, and ends it after the trainer. If it dies it is started again,
-and the trainer waits for it. A broker must answer at
-broker.address (`treegrpo broker`), and samplers come from elsewhere (`treegrpo sampler`). `treegrpo learner` does the same
-with a process, a log file and a screen for each.
+Rank 0 starts the intake, unless one already serves this run, and stops it after the trainer. It restarts an intake that dies,
+and the trainer waits for that. A broker must answer at broker.address (`treegrpo broker`), and samplers come from elsewhere
+(`treegrpo sampler`). `treegrpo learner` does the same with a process, a log file and a screen for each.
 """
 
 from __future__ import annotations
@@ -29,55 +28,57 @@ from treegrpo.runtime.entrypoint import FAILED
 from treegrpo.runtime.exit_report import ExitReports, most_telling, reported_code
 from treegrpo.runtime.parent_death import leashed
 from treegrpo.runtime.process_environment import child_environment, python
+from treegrpo.runtime.supervisor import Ended, RestartPolicy, Supervisor
+from treegrpo.timing.backoff import Backoff
 from treegrpo.wire.trainer_protocol import IntakeClient, socket_path
 
 log = logging.getLogger(__name__)
-READY_SECONDS = 300.0
+READY = Backoff((0.1,), seconds=300.0)
+"""How an intake that was started is asked whether it serves. One that reads a long journal back needs minutes."""
 GRACE_SECONDS = 30.0
 """The intake closes open leases in 20."""
-RETRY_SECONDS = 0.1
-RESTART_SECONDS = 2.0
-"""How often it is in vain, the trainer says, which waits no longer than `link.AWAY_SECONDS`."""
+RESTARTS = RestartPolicy(Backoff((2.0,)))
+"""Without a limit: when it is in vain, the trainer says, which waits no longer than `intake_client.AWAY_SECONDS`."""
 
 
 def learn(config: Config, ranks: Ranks) -> None:
     """Train beside an intake of this run. Raises TreeGrpoError."""
-    with intake(config, ranks):
+    with running_intake(config, ranks):
         main(config, ranks)
 
 
 @contextmanager
-def intake(config: Config, ranks: Ranks) -> Generator[None]:
-    """An intake for the time of the block.
+def running_intake(config: Config, ranks: Ranks) -> Generator[None]:
+    """Run an intake for the time of the block.
 
     Raises:
-        PartError: it ended for a reason that stays, which goes before any error of the block; or before it served.
+        PartError: it ended with a permanent error, which goes before any error of the block; or before it served.
         DeadlineError: it is not ready in time.
     """
     path = socket_path(config.run.dir)
-    own = _Intake() if ranks.is_first and not _serves(path) else None
+    child = IntakeChild() if ranks.is_first and not _is_served(path) else None
     try:
-        ranks.first(lambda: _wait(own, path))
-        keeper = _Keeper(own) if own is not None else None
+        ranks.first(lambda: _wait_until_ready(child, path))
+        supervisor = IntakeSupervisor(child) if child is not None else None
     except BaseException:
-        if own is not None:
-            own.end()
+        if child is not None:
+            child.stop()
         raise
     try:
         yield
     except TreeGrpoError as error:  # such as that the intake is away
-        if keeper is not None:
-            keeper.end()
-            keeper.check(error)
+        if supervisor is not None:
+            supervisor.stop()
+            supervisor.raise_permanent_error(error)
         raise
     finally:
-        if keeper is not None:
-            keeper.end()
-    ranks.first(lambda: keeper and keeper.check())
+        if supervisor is not None:
+            supervisor.stop()
+    ranks.first(lambda: supervisor and supervisor.raise_permanent_error())
 
 
-class _Intake:
-    """An intake's process, with what it reports. Its own session: a Ctrl-C reaches the trainer alone, which ends it in order."""
+class IntakeChild:
+    """An intake's process, with what it reports. Its own session: a Ctrl-C reaches the trainer alone, which stops it in order."""
 
     def __init__(self) -> None:
         self._reports = ExitReports()
@@ -85,7 +86,7 @@ class _Intake:
         environment = child_environment(self._reports.environment)
         self.process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603
 
-    def obituary(self) -> str:
+    def exit_sentence(self) -> str:
         """How it ended, and why."""
         report = most_telling(self._reports.read())
         why = report.sentence if report else "it gave no reason, but its last words are above"
@@ -96,8 +97,8 @@ class _Intake:
         """As `reported_code`; None while it runs."""
         return reported_code(self.process.returncode, self._reports)
 
-    def end(self) -> None:
-        """End it, if it runs."""
+    def stop(self) -> None:
+        """Stop it, if it runs."""
         self.process.terminate()
         try:
             self.process.wait(GRACE_SECONDS)
@@ -106,39 +107,44 @@ class _Intake:
             self.process.wait()
 
 
-class _Keeper:
-    """Starts the intake again when it dies. When it has ended well or for good, the trainer is told to end too."""
+class IntakeSupervisor:
+    """Restarts the intake when it dies. When it has ended well or with a permanent error, the trainer is told to end too."""
 
-    def __init__(self, own: _Intake) -> None:
-        self._own = own
-        self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="intake-keeper", daemon=True)
+    def __init__(self, child: IntakeChild) -> None:
+        self._child = child
+        self._started = True
+        """Whether `_run_once` has a running child to wait for, instead of starting one."""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._supervise, name="intake-supervisor", daemon=True)
         self._thread.start()
 
-    def _keep(self) -> None:
-        while self._own.process.wait() not in (0, FAILED) and not self._leaving.is_set():
-            log.warning("%s; it is started again in %.0f s", self._own.obituary(), RESTART_SECONDS)
-            if self._leaving.wait(RESTART_SECONDS):
-                return
-            self._own = _Intake()  # it dies with this thread, which lives as long as it does
-            if self._leaving.is_set():  # `end` has met the one before
-                self._own.end()
-        if not self._leaving.is_set():
+    def _supervise(self) -> None:
+        supervisor = Supervisor(RESTARTS, lambda why, delay: log.warning("%s; it is started again in %.0f s", why, delay))
+        supervisor.supervise_blocking(self._run_once, self._stopping)
+        if not self._stopping.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def end(self) -> None:
-        """End the intake, if it runs."""
-        self._leaving.set()
-        self._own.end()
+    def _run_once(self) -> Ended | None:
+        if not self._started:
+            self._child = IntakeChild()  # it dies with this thread, which lives as long as it does
+            if self._stopping.is_set():  # `stop` has met the one before
+                self._child.stop()
+        self._started = False
+        return None if self._child.process.wait() in (0, FAILED) else Ended(self._child.exit_sentence())
+
+    def stop(self) -> None:
+        """Stop the intake, if it runs."""
+        self._stopping.set()
+        self._child.stop()
         self._thread.join()
 
-    def check(self, error: TreeGrpoError | None = None) -> None:
-        """Raise PartError, from ``error``, if the intake ended for a reason that stays."""
-        if self._own.code == FAILED:
-            raise PartError(self._own.obituary()) from error
+    def raise_permanent_error(self, error: TreeGrpoError | None = None) -> None:
+        """Raise PartError, from ``error``, if the intake ended with a permanent error."""
+        if self._child.process.returncode == FAILED:
+            raise PartError(self._child.exit_sentence()) from error
 
 
-def _serves(path: str) -> bool:
+def _is_served(path: str) -> bool:
     try:
         IntakeClient(path).close()
     except UnavailableError:
@@ -146,14 +152,14 @@ def _serves(path: str) -> bool:
     return True
 
 
-def _wait(own: _Intake | None, path: str) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while own is not None and not _serves(path):
-        if (code := own.process.poll()) is not None:
-            raise PartError(own.obituary(), passes=code != FAILED)
-        if time.monotonic() > deadline:
-            raise DeadlineError(f"The intake was not ready within {READY_SECONDS:.0f} s; see what it logged.")
-        time.sleep(RETRY_SECONDS)
+def _wait_until_ready(child: IntakeChild | None, path: str) -> None:
+    retries = READY.schedule()
+    while child is not None and not _is_served(path):
+        if (code := child.process.poll()) is not None:
+            raise PartError(child.exit_sentence(), passes=code != FAILED)
+        if (delay := retries.next_delay()) is None:
+            raise DeadlineError(f"The intake was not ready within {READY.seconds:.0f} s; see what it logged.")
+        time.sleep(delay)
 
 
 if __name__ == "__main__":
