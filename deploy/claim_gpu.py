@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from treegrpo.runtime.exit_report import FAILED, PASSING, Report, write_report
+from treegrpo.runtime.exit_report import FAILED, PASSING, Report, write_exit_report
 
 LOCKS = Path(os.environ.get("GPU_LOCKS", "/gpus"))
 DRIVER = Path(os.environ.get("GPU_DRIVER", "/proc/driver/nvidia/gpus"))
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     if refusal is None:
         return 0
     print(f"error: {refusal.sentence}", file=sys.stderr)
-    write_report(refusal)
+    write_exit_report(refusal)
     return refusal.code
 
 

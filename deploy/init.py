@@ -20,8 +20,8 @@ from cryptography import x509
 
 from services.certs.issue import certs, write
 from treegrpo.errors import ConfigError, TreeGrpoError
-from treegrpo.observability.log_setup import to_stderr
-from treegrpo.runtime.entrypoint import complain
+from treegrpo.observability.log_setup import log_to_stderr
+from treegrpo.runtime.entrypoint import report_error
 
 log = logging.getLogger("init")
 SECRETS, DATA, EXAMPLE = Path("/secrets"), Path("/data"), Path("/opt/treegrpo/geohop")
@@ -50,12 +50,12 @@ SELF_TEST = (
 
 def main() -> int:
     """Returns the exit code."""
-    to_stderr()
+    log_to_stderr()
     try:
         hand_out(SECRETS / "authority", [*SERVICES, *filter(None, os.environ["CERTIFICATE_NAMES"].split(","))])
         fill(DATA, Path(os.environ["CONFIG"]))
     except TreeGrpoError as error:
-        return complain(error)
+        return report_error(error)
     return 0
 
 

@@ -25,8 +25,8 @@ from learner.trainer.loop import main
 from treegrpo.config.schema import Config
 from treegrpo.errors import DeadlineError, PartError, TreeGrpoError, UnavailableError
 from treegrpo.runtime.entrypoint import FAILED
-from treegrpo.runtime.exit_report import ExitReports, most_telling, reported_code
-from treegrpo.runtime.parent_death import leashed
+from treegrpo.runtime.exit_report import ExitReports, decisive_report
+from treegrpo.runtime.parent_death import parent_bound_command
 from treegrpo.runtime.process_environment import child_environment, python
 from treegrpo.runtime.supervisor import Ended, RestartPolicy, Supervisor
 from treegrpo.timing.backoff import Backoff
@@ -82,13 +82,13 @@ class IntakeChild:
 
     def __init__(self) -> None:
         self._reports = ExitReports()
-        command = leashed(python("learner.intake", *sys.argv[1:]))
+        command = parent_bound_command(python("learner.intake", *sys.argv[1:]))
         environment = child_environment(self._reports.environment)
         self.process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603
 
     def exit_sentence(self) -> str:
         """How it ended, and why."""
-        report = most_telling(self._reports.read())
+        report = decisive_report(self._reports.read())
         why = report.sentence if report else "it gave no reason, but its last words are above"
         return f"The intake ended with code {self.code}: {why}"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from treegrpo.runtime.process_environment import isolate, restart
+from treegrpo.runtime.process_environment import isolate_process, restart
 
 
 def main() -> None:
     """The entry point. What it imports late would otherwise come from a directory that happens to be searched first."""
     restart()
-    isolate()
+    isolate_process()
     from services.cli.main import main as command
 
     command()

@@ -35,13 +35,13 @@ from learner.intake.rpc.weights_servicer import WeightsServicer
 from learner.intake.wal.disk_reserve import DiskReserve
 from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
-from treegrpo.config.fingerprint import keep_identity
+from treegrpo.config.fingerprint import record_fingerprint
 from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import RunError
 from treegrpo.net.address import check_free, check_port
 from treegrpo.observability.metrics import IntakeMetrics, serve
-from treegrpo.runtime.run_directory import check_run_directory, make_run_dir
+from treegrpo.runtime.run_directory import check_run_directory, make_run_directory
 from treegrpo.runtime.stop_signals import stop_signals
 from treegrpo.security.credentials import Credentials
 from treegrpo.storage.model_config import read_model_config
@@ -89,7 +89,7 @@ async def run(config: Config) -> None:
     check_port(config.learner.listen, "learner.listen")
     check_free(config.learner.listen, "learner.listen")
     check_run_directory(config.run.dir)
-    make_run_dir(config.run.dir)
+    make_run_directory(config.run.dir)
     check_run_files(config.run.dir)
     with lock_run(config.run.dir):
         await _run(config, access)
@@ -102,7 +102,7 @@ async def _run(config: Config, access: Credentials) -> None:
     heldout = load_questions(config.data.heldout)[: config.eval.questions or None]
     book = _book(config)
     begun = has_recorded_events(run_dir) and not archive_untrained_run(config)
-    run_id = keep_identity(config, begun=begun)
+    run_id = record_fingerprint(config, begun=begun)
     reporter = RunRecorder(metrics, run_dir / "progress.jsonl", window=config.train.batch)
     recovered = recover(disk, folder, snapshots, book, reporter)
     serve(metrics, config.learner.metrics, "learner.metrics", access)

@@ -52,7 +52,7 @@ from learner.trainer.packing.packing import Pack, pack
 from learner.trainer.persistence import checkpoint
 from learner.trainer.persistence.artifact_store import Shelf
 from learner.trainer.step_metrics import MismatchWatch, Phases, show, step_values
-from treegrpo.config.fingerprint import KEYS, MODEL, check_identity
+from treegrpo.config.fingerprint import KEYS, MODEL, check_fingerprint
 from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import ContractError, UnavailableError
@@ -232,7 +232,7 @@ def main(config: Config, ranks: Ranks) -> None:
     access = Credentials.of(config.security, Role.LEARNER)
     ranks.first(lambda: serve(metrics, own, "learner.metrics (the port after it)", access))
     with closing(Link.open(socket_path(config.run.dir), stop, ranks)) as link:
-        ranks.first(lambda: check_identity(config, (*KEYS, MODEL)))  # the questions are the intake's
+        ranks.first(lambda: check_fingerprint(config, (*KEYS, MODEL)))  # the questions are the intake's
         trainer = Trainer(config, link, metrics, ranks)
         metrics.lag_bound.set(config.train.max_lag)
         metrics.serving.set(1)

@@ -25,7 +25,7 @@ from amqtt.session import Session
 
 from services.broker.peers import peer_of
 from treegrpo.observability.rate_limited_log import RateLimitedLog
-from treegrpo.security.server_role import roles_in
+from treegrpo.security.server_role import role_of_uris
 
 REFUSALS = RateLimitedLog(logging.getLogger(__name__))
 """amqtt makes its plugins by itself; a process has one broker."""
@@ -101,5 +101,5 @@ class Topics(BaseTopicPlugin):
 def _certifies(connection: ssl.SSLObject, user: str, client: str) -> bool:
     """Whether the certificate of a connection says that ``user`` is its role, and ``client`` its name if it has one."""
     names = cast("Sequence[tuple[str, str]]", (connection.getpeercert() or {}).get("subjectAltName", ()))
-    found = roles_in([name for kind, name in names if kind == "URI"])
+    found = role_of_uris([name for kind, name in names if kind == "URI"])
     return found is not None and found[0].value == user and found[1] in ("", client.partition("@")[0])

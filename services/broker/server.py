@@ -26,7 +26,7 @@ from treegrpo.config.security import USERS, Role
 from treegrpo.errors import ConfigError, describe
 from treegrpo.net.address import check_free, check_port
 from treegrpo.net.limits import HANDSHAKE_SECONDS, PEERS
-from treegrpo.observability.rate_limited_log import RateLimitedLog, seldom
+from treegrpo.observability.rate_limited_log import RateLimitedLog, rate_limit_library_logs
 from treegrpo.runtime.entrypoint import run_service
 from treegrpo.security.credentials import OPEN, Credentials, read_secret
 
@@ -240,7 +240,7 @@ async def serve(config: Config) -> None:
     check_free(config.broker.address, "broker.address")
     for chatty in ("amqtt", "transitions"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    seldom("amqtt", "asyncio")
+    rate_limit_library_logs("amqtt", "asyncio")
     broker = embedded_broker(config.broker.address, access, passwords)
     await broker.start()
     try:

@@ -57,11 +57,11 @@ def run_up(call: Invocation, *, everything: bool) -> int:
     from services.cli.reports.summary import command, summary
     from services.cli.reports.terminal import Terminal
     from services.cli.up import Run
-    from treegrpo.config.fingerprint import check_identity
+    from treegrpo.config.fingerprint import check_fingerprint
 
     screen, run_dir = Screen(Terminal()), call.config.run.dir
     if sentence := finished(call.config):
-        check_identity(call.config)
+        check_fingerprint(call.config)
         screen.say(sentence)
         return 0
     again = ("up" if everything else "learner", *call.arguments)

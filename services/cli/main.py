@@ -12,8 +12,8 @@ from treegrpo.config.loader import flag_parser
 from treegrpo.errors import ConfigError
 from treegrpo.observability import log_setup
 from treegrpo.observability.standard_streams import lost_output
-from treegrpo.runtime.entrypoint import complain
-from treegrpo.runtime.process_environment import isolate
+from treegrpo.runtime.entrypoint import report_error
+from treegrpo.runtime.process_environment import isolate_process
 
 DRY_RUN = "--dry-run"
 HELP = ("-h", "--help")
@@ -76,15 +76,15 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point: one sentence and an exit code for an error of ours, see `treegrpo.runtime.entrypoint`."""
-    isolate()
-    log_setup.to_stderr(logging.WARNING, form=log_setup.BRIEF)
+    isolate_process()
+    log_setup.log_to_stderr(logging.WARNING, form=log_setup.BRIEF)
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C before it was done.", file=sys.stderr)
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001  # the edge: what is not ours is raised again
-        code = complain(error)
+        code = report_error(error)
     if why := lost_output():
         print(f"What this command printed is not complete: standard output could not be written ({why}).", file=sys.stderr)
     raise SystemExit(code)

@@ -34,10 +34,10 @@ from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import DeadlineError, PartError, RunError, UnavailableError
 from treegrpo.runtime.entrypoint import PASSING
-from treegrpo.runtime.run_directory import make_run_dir
+from treegrpo.runtime.run_directory import make_run_directory
 from treegrpo.runtime.stop_signals import TOLD, stop_signals
 from treegrpo.security.credentials import Credentials
-from treegrpo.storage.file_lock import locked
+from treegrpo.storage.file_lock import hold_file_lock
 from treegrpo.storage.run_files import check_run_files
 from treegrpo.wire.control import RunState, publish_state
 
@@ -120,10 +120,10 @@ def only_here(run_dir: Path) -> Generator[None]:
         AddressInUseError: another command works on it, or an intake that has a supervisor of its own.
         RunFileError: something else stands where the run keeps its files.
     """
-    make_run_dir(run_dir)
+    make_run_directory(run_dir)
     check_run_files(run_dir)
     sentence = f"Another `treegrpo up` or `treegrpo learner` works on the run in {run_dir}; stop it, or set run.dir to another."
-    with locked(run_dir / LOCK, sentence):
+    with hold_file_lock(run_dir / LOCK, sentence):
         with lock_run(run_dir):
             pass
         yield

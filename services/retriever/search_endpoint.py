@@ -28,7 +28,7 @@ from services.retriever.index import Hit, Index
 from treegrpo.net.limits import ANSWER_BYTES, ANSWER_SECONDS, LOOP_BYTES, REQUEST_BYTES, TOPK
 from treegrpo.observability.metrics import RetrieverMetrics
 from treegrpo.observability.rate_limited_log import RateLimitedLog
-from treegrpo.security.credentials import Credentials, shows
+from treegrpo.security.credentials import Credentials, has_token
 from treegrpo.wire.size_limits import TEXT_LENGTH
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Retrieve:
 
     async def _asked(self, request: Request, place: _Place) -> Ask:
         """The body, read to its end. Raises RefusedError and ClientDisconnect."""
-        if not shows(request.headers.get("authorization", ""), self._access.retriever_token):
+        if not has_token(request.headers.get("authorization", ""), self._access.retriever_token):
             sentence = "Show the token: Authorization: Bearer TOKEN; samplers take it from security.retriever_token."
             raise RefusedError(401, "token", sentence)
         try:

@@ -26,11 +26,11 @@ from services.retriever.http_limits import PatientProtocol
 from services.retriever.index import Index, load_corpus
 from services.retriever.search_endpoint import Book, Retrieve
 from treegrpo.config.schema import RetrieverConfig
-from treegrpo.net.address import check_free, family_of, split_address
+from treegrpo.net.address import address_family, check_free, split_address
 from treegrpo.net.limits import HEADER_BYTES, PEERS, REQUEST_SECONDS
 from treegrpo.observability.metrics import RetrieverMetrics
-from treegrpo.observability.rate_limited_log import seldom
-from treegrpo.security.credentials import Credentials, shows
+from treegrpo.observability.rate_limited_log import rate_limit_library_logs
+from treegrpo.security.credentials import Credentials, has_token
 
 log = logging.getLogger(__name__)
 _BACKLOG = 1024
@@ -48,7 +48,7 @@ def app(index: Index, metrics: RetrieverMetrics, access: Credentials, book: Book
         return JSONResponse({"status": "ok", "documents": len(index.documents)})
 
     async def scrape(request: Request) -> Response:
-        if not shows(request.headers.get("authorization", ""), access.metrics_token):
+        if not has_token(request.headers.get("authorization", ""), access.metrics_token):
             sentence = "Show the token: Authorization: Bearer TOKEN, of security.metrics_token."
             return book.answer(request, 401, "token", sentence)
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -74,13 +74,13 @@ async def serve(config: RetrieverConfig, access: Credentials, ready: Callable[[i
     host, port = split_address(config.listen, "retriever.listen")
     check_free(config.listen, "retriever.listen")
     index = Index(load_corpus(config.corpus))
-    listener = socket.create_server((host, port), family=family_of(host), backlog=_BACKLOG)
-    seldom("uvicorn", "asyncio")
+    listener = socket.create_server((host, port), family=address_family(host), backlog=_BACKLOG)
+    rate_limit_library_logs("uvicorn", "asyncio")
     metrics = RetrieverMetrics()
     book = Book(metrics)
     protocol = type("Protocol", (PatientProtocol,), {"refused": staticmethod(book.refused)})
     web = app(index, metrics, access, book)
-    server = _Server(web, protocol, access.server_context(), lambda: ready(listener.getsockname()[1]))
+    server = _MetricsServer(web, protocol, access.server_context(), lambda: ready(listener.getsockname()[1]))
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="retriever")
     try:
         await asyncio.shield(serving)
@@ -89,7 +89,7 @@ async def serve(config: RetrieverConfig, access: Credentials, ready: Callable[[i
         await serving
 
 
-class _Server(uvicorn.Server):
+class _MetricsServer(uvicorn.Server):
     """Uvicorn that leaves the signals to the process, has little patience with a TLS handshake, and tells when it listens."""
 
     def __init__(

@@ -30,7 +30,7 @@ from treegrpo.net.address import join_address, split_address
 from treegrpo.observability.metrics import SamplerMetrics, serve
 from treegrpo.runtime.stop_signals import stop_signals
 from treegrpo.security.credentials import Credentials
-from treegrpo.storage.temp_dir import scratch
+from treegrpo.storage.temp_dir import locked_temp_dir
 from treegrpo.wire.control import ControlPlane, Member, RunState
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ async def run(config: Config) -> None:
         await _not_draining(control)
         channel = await connect(address, access)
         stack.push_async_callback(channel.close)
-        store = WeightStore(channel, stack.enter_context(scratch(weights_dir(config))), metrics)
+        store = WeightStore(channel, stack.enter_context(locked_temp_dir(weights_dir(config))), metrics)
         version, path = await first_version(store)
         engine = await stack.enter_async_context(await open_engine(config, path, version, name, access))
         tokenizer = await asyncio.to_thread(Tokenizer.open, path)

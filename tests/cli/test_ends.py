@@ -147,7 +147,7 @@ def test_ctrl_c_before_anything_is_started_is_the_last_word(
     def interrupted(_arguments: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "isolate", lambda: None)
+    monkeypatch.setattr(main, "isolate_process", lambda: None)
     monkeypatch.setattr("sys.argv", ["treegrpo", "doctor"])
     monkeypatch.setattr(main, "run", interrupted)
     with pytest.raises(SystemExit) as ended:

@@ -10,7 +10,7 @@ from services.cli.checks.run_checks import check_run_dir
 from services.cli.reports.run_history import beginning, finished, newest_checkpoint, steps_done
 from tests.cli.records import eval_row, step_row, write
 from tests.cli.workbench import Workbench
-from treegrpo.config.fingerprint import keep_identity
+from treegrpo.config.fingerprint import record_fingerprint
 from treegrpo.config.loader import load
 from treegrpo.errors import ConfigError
 
@@ -47,7 +47,7 @@ def test_only_the_run_that_began_there_goes_on_in_a_directory(tmp_path: Path) ->
     bench = Workbench(tmp_path)
     other = load(None, bench.flags(rollout__trees="5"))
     bench.run_dir.mkdir()
-    keep_identity(load(None, bench.flags()), begun=False)
+    record_fingerprint(load(None, bench.flags()), begun=False)
     check_run_dir(other)
     checkpoint(bench.run_dir, "step-000001")
     with pytest.raises(ConfigError, match=r"rollout\.trees was 2 and is 5"):

@@ -53,7 +53,7 @@ def request(data: bytes) -> None:
         if read.HasField("lease_end"):
             end = lease_end_from_pb(read.lease_end)
             check_end(end, PLAN)
-            if end.lease in made.open and end.reason.samplers_word:
+            if end.lease in made.open and end.reason.from_sampler:
                 made.ended(group.settle(end))
     assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
     msgpack.packb(made.state())
@@ -113,7 +113,7 @@ def presence() -> Callable[[tuple[int, bytes]], None]:
 
 
 def page() -> Callable[[bytes], None]:
-    server = metrics_server._Server(lambda: b"page", lambda: True, SecretStr("word"), lambda _: None)  # pyright: ignore[reportPrivateUsage]
+    server = metrics_server._MetricsServer(lambda: b"page", lambda: True, SecretStr("word"), lambda _: None)  # pyright: ignore[reportPrivateUsage]
 
     def ask(data: bytes) -> None:
         assert server._answer(data).startswith(b"HTTP/1.1 ")  # pyright: ignore[reportPrivateUsage]

@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 
 from treegrpo.errors import AddressInUseError, ConfigError
-from treegrpo.net.address import check_free, family_of, is_local, join_address, split_address, within_reach
+from treegrpo.net.address import address_family, check_free, is_local, join_address, reachable_address, split_address
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_what_is_no_address_is_refused_by_its_key(address: str, sentence: str) -
     ],
 )
 def test_a_listener_on_all_interfaces_is_reached_at_loopback(listened: str, reached: str, *, local: bool) -> None:
-    assert within_reach(listened) == reached
+    assert reachable_address(listened) == reached
     assert is_local(listened) is local
 
 
@@ -67,4 +67,4 @@ def test_a_taken_address_and_a_name_that_is_none_are_told_apart() -> None:
     check_free(address, "learner.listen")
     with pytest.raises(AddressInUseError, match="cannot be used"):
         check_free("no.such.name.invalid:1", "learner.listen")
-    assert family_of("::1") is socket.AF_INET6
+    assert address_family("::1") is socket.AF_INET6

@@ -14,8 +14,8 @@ import pytest
 
 from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, JournalError, RankError, TreeGrpoError, UnavailableError
-from treegrpo.runtime.entrypoint import complain, find, run_service
-from treegrpo.runtime.exit_report import VARIABLE, ExitReports, Report, most_telling, report_of, write_report
+from treegrpo.runtime.entrypoint import find, report_error, run_service
+from treegrpo.runtime.exit_report import VARIABLE, ExitReports, Report, decisive_report, exit_report_for, write_exit_report
 
 STAYS, PASSES, CRASH = ConfigError("no such key"), UnavailableError("nobody answers"), KeyError("bug")
 
@@ -41,7 +41,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> ExitReports:
     ],
 )
 def test_an_error_that_stays_is_told_before_a_crash_and_that_before_what_passes(given: list[Report], told: str | None) -> None:
-    assert getattr(most_telling(given), "sentence", None) == told
+    assert getattr(decisive_report(given), "sentence", None) == told
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_an_error_that_stays_is_told_before_a_crash_and_that_before_what_passes(
     ],
 )
 def test_a_report_is_the_sentence_or_the_last_line_of_the_traceback(error: BaseException, report: Report) -> None:
-    assert report_of(error) == report
+    assert exit_report_for(error) == report
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_a_process_reports_what_it_ends_of_and_its_parent_alone_reads_it(
     reports: ExitReports, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR):
-        assert complain(ExceptionGroup("tasks", [CRASH, PASSES])) == 75
+        assert report_error(ExceptionGroup("tasks", [CRASH, PASSES])) == 75
     assert capsys.readouterr().err == "error: nobody answers\n"
     assert "besides, something crashed: 'bug'" in caplog.text
     with pytest.raises(KeyError):
-        complain(CRASH)
+        report_error(CRASH)
     assert reports.read() == [Report(75, "nobody answers"), Report(1, "KeyError: 'bug'")]
     assert ExitReports().read() == []
 
@@ -83,15 +83,15 @@ def test_a_process_reports_what_it_ends_of_and_its_parent_alone_reads_it(
 def test_lines_that_are_no_report_are_left_out(reports: ExitReports) -> None:
     with open(os.environ[VARIABLE], "ab") as file:  # noqa: PTH123
         file.write(b"garbage\n{}\n[1]\n")
-    write_report(Report(2, "a\nb"))
+    write_exit_report(Report(2, "a\nb"))
     assert reports.read() == [Report(2, "a\nb")]
 
 
 def test_without_a_parent_that_listens_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    write_report(Report(2, "nobody hears"))
+    write_exit_report(Report(2, "nobody hears"))
     monkeypatch.setenv(VARIABLE, "/proc/1/fd/999999")
-    write_report(Report(2, "nobody hears"))
+    write_exit_report(Report(2, "nobody hears"))
 
 
 def test_a_service_that_is_cancelled_unasked_has_crashed(reports: ExitReports) -> None:

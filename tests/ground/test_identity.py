@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.workbench import GEOHOP, Workbench
-from treegrpo.config.fingerprint import FILE_NAME, KEYS, MODEL, check_identity, keep_identity
+from treegrpo.config.fingerprint import FILE_NAME, KEYS, MODEL, check_fingerprint, record_fingerprint
 from treegrpo.config.loader import load
 from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, DataError, RunFileError
@@ -17,7 +17,7 @@ def begun(folder: Path) -> Workbench:
     """A run that has begun."""
     bench = Workbench(folder)
     bench.run_dir.mkdir()
-    keep_identity(told(bench), begun=False)
+    record_fingerprint(told(bench), begun=False)
     return bench
 
 
@@ -40,7 +40,7 @@ def told(bench: Workbench, **changes: str) -> Config:
     ],
 )
 def test_what_a_run_is_not_made_of_may_change(tmp_path: Path, changes: dict[str, str]) -> None:
-    check_identity(told(begun(tmp_path), **changes))
+    check_fingerprint(told(begun(tmp_path), **changes))
 
 
 @pytest.mark.parametrize(
@@ -59,20 +59,20 @@ def test_what_a_run_is_not_made_of_may_change(tmp_path: Path, changes: dict[str,
 def test_another_run_is_refused_with_the_keys_and_both_values(tmp_path: Path, changes: dict[str, str], sentence: str) -> None:
     bench = begun(tmp_path)
     with pytest.raises(ConfigError, match=rf"{bench.run_dir} cannot go on as another: {sentence}\. Set it back .*run\.dir"):
-        check_identity(told(bench, **changes))
+        check_fingerprint(told(bench, **changes))
 
 
 def test_of_files_the_content_counts_not_where_they_lie(tmp_path: Path) -> None:
     bench = begun(tmp_path)
     moved = shutil.copyfile(bench.train, tmp_path / "moved.jsonl")
     model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
-    check_identity(told(bench, data__train=str(moved), model__path=str(model)))
+    check_fingerprint(told(bench, data__train=str(moved), model__path=str(model)))
     with pytest.raises(ConfigError, match=rf"data\.train was {bench.train} and is {bench.heldout}\."):
-        check_identity(told(bench, data__train=str(bench.heldout)))
+        check_fingerprint(told(bench, data__train=str(bench.heldout)))
     with bench.heldout.open("a") as file:
         file.write("\n")
     with pytest.raises(ConfigError, match=rf"data\.heldout = {bench.heldout} has changed since"):
-        check_identity(told(bench))
+        check_fingerprint(told(bench))
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_of_files_the_content_counts_not_where_they_lie(tmp_path: Path) -> None:
 def test_another_template_or_special_token_is_another_model(tmp_path: Path, name: str) -> None:
     bench, model = begun(tmp_path), shutil.copytree(GEOHOP / "model", tmp_path / "model")
     (model / "README.md").write_text("no part of it")
-    check_identity(told(bench, model__path=str(model)))
+    check_fingerprint(told(bench, model__path=str(model)))
     with (model / name).open("a") as file:
         file.write(" ")
     with pytest.raises(ConfigError, match=rf"model\.path was .* and is {model}\."):
-        check_identity(told(bench, model__path=str(model)))
+        check_fingerprint(told(bench, model__path=str(model)))
 
 
 def test_a_run_that_noted_less_of_its_model_goes_on(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_run_that_noted_less_of_its_model_goes_on(tmp_path: Path) -> None:
     noted = json.loads((bench.run_dir / FILE_NAME).read_text())
     del noted[MODEL]["text_sha256"]
     (bench.run_dir / FILE_NAME).write_text(json.dumps(noted))
-    check_identity(told(bench))
+    check_fingerprint(told(bench))
 
 
 def test_one_weight_is_another_model(tmp_path: Path) -> None:
@@ -103,30 +103,30 @@ def test_one_weight_is_another_model(tmp_path: Path) -> None:
         file.seek(-2, 2)
         file.write(b"!!")
     with pytest.raises(ConfigError, match=rf"model\.path was {GEOHOP / 'model'} and is {model}"):
-        check_identity(told(bench, model__path=str(model)))
+        check_fingerprint(told(bench, model__path=str(model)))
 
 
 def test_who_has_not_the_questions_compares_the_rest(tmp_path: Path) -> None:
     bench = begun(tmp_path)
     bench.train.unlink()
-    check_identity(told(bench), (*KEYS, MODEL))
+    check_fingerprint(told(bench), (*KEYS, MODEL))
     with pytest.raises(DataError, match=r"data\.train = .* cannot be read"):
-        check_identity(told(bench))
+        check_fingerprint(told(bench))
 
 
 def test_what_an_earlier_version_began_becomes_what_it_is_told_to_be(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
     bench.run_dir.mkdir()
-    check_identity(told(bench))
-    keep_identity(told(bench, run__seed="7"), begun=True)
+    check_fingerprint(told(bench))
+    record_fingerprint(told(bench, run__seed="7"), begun=True)
     with pytest.raises(ConfigError, match=r"run\.seed was 7 and is 8"):
-        keep_identity(told(bench, run__seed="8"), begun=True)
-    keep_identity(told(bench, run__seed="8"), begun=False)
-    check_identity(told(bench, run__seed="8"))
+        record_fingerprint(told(bench, run__seed="8"), begun=True)
+    record_fingerprint(told(bench, run__seed="8"), begun=False)
+    check_fingerprint(told(bench, run__seed="8"))
 
 
 def test_a_damaged_record_is_named_with_the_remedy(tmp_path: Path) -> None:
     bench = begun(tmp_path)
     (bench.run_dir / FILE_NAME).write_text("{")
     with pytest.raises(RunFileError, match=r"run\.json is not what was written there .*; restore it, or"):
-        check_identity(told(bench))
+        check_fingerprint(told(bench))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treegrpo.observability import log_setup
-from treegrpo.observability.log_setup import INDENT, MESSAGE_LETTERS, JsonLines, TextLines
+from treegrpo.observability.log_setup import INDENT, MESSAGE_LETTERS, JsonLines, TextFormatter
 from treegrpo.observability.printable_text import UNPRINTABLE, clipped, printable, printable_json
 
 NASTY = "\x1b[31m\x9b\r\n\x07\u202e\u2028\ud800\x7ferror: forged"
@@ -49,7 +49,7 @@ def test_letters_of_all_languages_stay() -> None:
 
 @given(TEXTS)
 def test_a_record_is_one_line_of_text_and_of_json(text: str) -> None:
-    line = TextLines(who="rank 1: ").format(record("the retriever said %s", text))
+    line = TextFormatter(who="rank 1: ").format(record("the retriever said %s", text))
     assert UNPRINTABLE.search(line) is None
     assert line.endswith(f"WARNING sampler: rank 1: the retriever said {printable(text)}")
     row = JsonLines().format(record("%s", text))
@@ -58,7 +58,7 @@ def test_a_record_is_one_line_of_text_and_of_json(text: str) -> None:
 
 
 def test_a_long_message_is_cut_off() -> None:
-    line = TextLines().format(record("%s", "x" * 10**6))
+    line = TextFormatter().format(record("%s", "x" * 10**6))
     assert len(line) < MESSAGE_LETTERS + 100
     assert line.endswith(f"… ({10**6 - MESSAGE_LETTERS} more letters)")
     assert clipped("abc", 3) == "abc"
@@ -66,7 +66,7 @@ def test_a_long_message_is_cut_off() -> None:
 
 def test_lines_of_a_traceback_cannot_be_taken_for_records() -> None:
     error = ValueError(NASTY)
-    lines = TextLines().format(record("it failed", error=error)).split("\n")
+    lines = TextFormatter().format(record("it failed", error=error)).split("\n")
     row = JsonLines().format(record("it failed", error=error))
     assert [line for line in lines[1:] if not line.startswith(INDENT)] == []
     assert any("error: forged" in line for line in lines)
@@ -77,4 +77,4 @@ def test_lines_of_a_traceback_cannot_be_taken_for_records() -> None:
 
 def test_a_format_of_another_program_is_no_format_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOG_FORMAT", "%(message)s")
-    assert log_setup.as_json() is False
+    assert log_setup.is_json_format() is False

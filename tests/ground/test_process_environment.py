@@ -82,7 +82,8 @@ def test_the_command_runs_in_a_directory_of_other_modules(tmp_path: Path, start:
 
 
 def test_closed_streams_are_opened_for_nobody_else_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import os, sys; from treegrpo.runtime.process_environment import isolate; isolate(); print('x'); print(os.dup(0))"
+    isolate = "from treegrpo.runtime.process_environment import isolate_process; isolate_process()"
+    code = f"import os, sys; {isolate}; print('x'); print(os.dup(0))"
     say = (
         f"{code}; sys.stderr.write('said'); os.write(9, repr([os.readlink(f'/proc/self/fd/{{n}}') for n in (0, 1, 2)]).encode())"
     )
@@ -96,5 +97,5 @@ def test_closed_streams_are_opened_for_nobody_else_to_take(monkeypatch: pytest.M
 
 def test_a_program_of_others_that_imports_ours_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/theirs")
-    process_environment.isolate_module()
+    process_environment.isolate_module_process()
     assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == "/theirs"

@@ -3,16 +3,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from treegrpo.runtime.run_directory import make_run_dir
+from treegrpo.runtime.run_directory import make_run_directory
 
 
 def test_a_run_directory_is_its_owners_alone_and_rights_that_were_given_stay(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        make_run_dir(path := tmp_path / "runs" / "one")
+        make_run_directory(path := tmp_path / "runs" / "one")
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o700
     path.chmod(0o750)
-    make_run_dir(path)
+    make_run_directory(path)
     assert path.stat().st_mode & 0o777 == 0o750

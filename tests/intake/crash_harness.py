@@ -139,7 +139,7 @@ class CrashableIntake:
     def end(self, pick: int = 0, reason: LeaseEndReason = LeaseEndReason.COMPLETE) -> None:
         if (group := self._open(pick)) is not None:
             end = LeaseEnd(group.lease.id, reason)
-            self.clerk.end(group.settle(end) if reason.samplers_word else end)
+            self.clerk.end(group.settle(end) if reason.from_sampler else end)
 
     def evaluate(self) -> None:
         assert self.book.version is not None

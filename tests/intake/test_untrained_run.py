@@ -10,7 +10,7 @@ from learner.intake.persistence.untrained_run import archive_untrained_run, chec
 from services.cli.checks.run_checks import check_run_dir
 from services.cli.reports.run_history import beginning
 from tests.cli.workbench import Workbench
-from treegrpo.config.fingerprint import check_identity, keep_identity
+from treegrpo.config.fingerprint import check_fingerprint, record_fingerprint
 from treegrpo.config.loader import load
 from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, RunFileError
@@ -29,7 +29,7 @@ def begun(bench: Workbench, *left: str) -> Config:
         (path := bench.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
     config = load(None, bench.flags())
-    keep_identity(config, begun=False)
+    record_fingerprint(config, begun=False)
     return config
 
 
@@ -47,8 +47,8 @@ def test_what_an_untrained_run_has_is_set_aside_and_it_becomes_another(tmp_path:
     assert "anew, since nothing was trained yet: rollout.max_context was 256 and is 512" in beginning(other(bench))
     for _ in range(2):  # the second time as after a crash in between
         assert archive_untrained_run(other(bench))
-    keep_identity(other(bench), begun=False)
-    check_identity(other(bench))
+    record_fingerprint(other(bench), begun=False)
+    check_fingerprint(other(bench))
     assert not archive_untrained_run(other(bench))
     there = {name for name in names(bench.run_dir) if "/untrained/" not in name}
     assert there == {"progress.jsonl.untrained", "paused", "run.json", "weights/0.0/config.json"}

@@ -75,6 +75,8 @@ def test_the_sentence_a_process_ends_with_is_json_where_logs_are() -> None:
 
 
 def test_a_crash_is_one_line_too() -> None:
-    row = json.loads(last_line("-c", "from treegrpo import logs; logs.to_stderr(); 1 / 0", LOG_FORMAT="json"))
+    row = json.loads(
+        last_line("-c", "from treegrpo.observability import log_setup; log_setup.log_to_stderr(); 1 / 0", LOG_FORMAT="json")
+    )
     assert row["message"] == "the process ends: division by zero"
     assert "ZeroDivisionError" in row["exception"]

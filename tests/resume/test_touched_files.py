@@ -33,7 +33,7 @@ from tests.intake.process_harness import write_questions
 from tests.intake.test_recovery import FIRST, SECOND
 from tests.trainer.builders import configure, write_tiny
 from tests.trainer.runs import intake_for, train
-from treegrpo.config.fingerprint import check_identity, keep_identity
+from treegrpo.config.fingerprint import check_fingerprint, record_fingerprint
 from treegrpo.config.schema import Config
 from treegrpo.errors import ModelError, RunFileError, TreeGrpoError
 from treegrpo.observability.metrics import IntakeMetrics, TrainerMetrics
@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = config_of(folder)
     run_dir = config.run.dir
     run_dir.mkdir()
-    keep_identity(config, begun=False)
+    record_fingerprint(config, begun=False)
     with intake_for(config):
         train(config)
     (run_dir / "intake.sock").unlink()
@@ -87,7 +87,7 @@ async def start_intake(config: Config) -> None:
     with lock_run(run_dir):
         metrics = IntakeMetrics()
         reporter = RunRecorder(metrics, run_dir / "progress.jsonl", window=2)
-        keep_identity(config, begun=has_recorded_events(run_dir))
+        record_fingerprint(config, begun=has_recorded_events(run_dir))
         snapshots = SnapshotStore(disk, run_dir / "snapshots")
         recovered = recover(disk, run_dir / "journal", snapshots, known := book(batch=2, questions=6), reporter)
         with Journal.open(disk, run_dir / "journal", recovered.end) as journal:
@@ -117,7 +117,7 @@ class Alone:
 def start_trainer(config: Config) -> Trainer:
     """What the trainer reads before its first step."""
     check_run_files(config.run.dir)
-    check_identity(config, ["train.batch"])
+    check_fingerprint(config, ["train.batch"])
     return Trainer(config, cast("Any", Alone()), TrainerMetrics())
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from treegrpo.errors import ConfigError
-from treegrpo.storage.temp_dir import PREFIX, scratch
+from treegrpo.storage.temp_dir import PREFIX, locked_temp_dir
 
 HOLD = """
-from treegrpo.storage.temp_dir import scratch
-with scratch() as path:
+from treegrpo.storage.temp_dir import locked_temp_dir
+with locked_temp_dir() as path:
     (path / "1.0").mkdir()
     (path / "1.0" / "model.safetensors").write_bytes(b"weights")
     print(path, flush=True)
@@ -40,7 +40,7 @@ def sampler(root: Path) -> Generator[tuple[subprocess.Popen[str], Path]]:
 
 
 def test_the_directory_is_gone_afterwards() -> None:
-    with scratch() as path:
+    with locked_temp_dir() as path:
         (path / "file").touch()
     assert not path.exists()
 
@@ -51,7 +51,7 @@ def test_what_a_killed_sampler_leaves_is_removed_and_what_another_uses_is_not(tm
             process.kill()
             process.wait()
             assert dead.exists()
-        with scratch() as path:
+        with locked_temp_dir() as path:
             assert sorted(tmp_path.iterdir()) == sorted([living, path])
             assert (living / "1.0" / "model.safetensors").read_bytes() == b"weights"
 
@@ -62,7 +62,7 @@ def test_what_is_not_a_samplers_directory_stays(tmp_path: Path) -> None:
     (elsewhere / "file").touch()
     (tmp_path / f"{PREFIX}link").symlink_to(elsewhere)
     (tmp_path / f"{PREFIX}file").touch()
-    with scratch():
+    with locked_temp_dir():
         pass
     assert (elsewhere / "file").exists()
     assert (tmp_path / f"{PREFIX}file").exists()
@@ -72,10 +72,10 @@ def test_what_another_machine_uses_stays(tmp_path: Path) -> None:
     """Where several machines share a file system, none sees the locks of the others."""
     theirs = tmp_path / "treegrpo-sampler-00000000-abc"
     theirs.mkdir()
-    with scratch():
+    with locked_temp_dir():
         assert theirs.exists()
 
 
 def test_where_nothing_can_be_written_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"/proc cannot be written to .*engine\.weights_dir"), scratch(Path("/proc")):
+    with pytest.raises(ConfigError, match=r"/proc cannot be written to .*engine\.weights_dir"), locked_temp_dir(Path("/proc")):
         pass

@@ -9,7 +9,7 @@ from pathlib import Path
 from services.certs.authority import Pair, issue, new_authority
 from services.certs.issue import write
 from treegrpo.config.security import Role, SecurityConfig
-from treegrpo.security.credentials import Credentials, Keys
+from treegrpo.security.credentials import CertificateFiles, Credentials
 
 
 def access(folder: Path, role: Role) -> Credentials:
@@ -21,10 +21,10 @@ def authority(folder: Path) -> Pair:
     return Pair.load((folder / "ca.pem").read_bytes(), (folder / "ca.key").read_bytes())
 
 
-def save(folder: Path, pair: Pair, ca: bytes) -> Keys:
+def save(folder: Path, pair: Pair, ca: bytes) -> CertificateFiles:
     """``pair`` as files of somebody who trusts ``ca``."""
     folder.mkdir(parents=True, exist_ok=True)
-    keys = Keys(folder / "ca.pem", folder / "own.pem", folder / "own.key")
+    keys = CertificateFiles(folder / "ca.pem", folder / "own.pem", folder / "own.key")
     write(keys.ca, ca, secret=False)
     write(keys.certificate, pair.pem, secret=False)
     write(keys.key, pair.key_pem, secret=True)

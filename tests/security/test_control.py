@@ -14,7 +14,7 @@ from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError
 from treegrpo.wire import control
 from treegrpo.wire.control import LIMITS, ControlLimits, ControlPlane, Member
-from treegrpo.wire.trainer_protocol import check_report, decode
+from treegrpo.wire.trainer_protocol import check_step_report, decode
 
 S7 = "s7@0000000000000007"
 GOOD: dict[str, Any] = {"id": "s7", "role": "sampler", "incarnation": 7, "metrics": "127.0.0.1:1", "alive": False}
@@ -138,8 +138,8 @@ def test_bytes_that_are_none_are_refused_in_a_sentence(body: bytes) -> None:
 @pytest.mark.parametrize("values", [{"step": [1]}, {"version": {}}, {"reward": b"x"}, {"x": {1: b"y"}}])
 def test_a_record_that_is_no_json_or_names_nothing_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ContractError, match="record of a step"):
-        check_report(values)
-    check_report({"kind": "step", "step": 1, "version": "1.1", "reward": 0.5})
+        check_step_report(values)
+    check_step_report({"kind": "step", "step": 1, "version": "1.1", "reward": 0.5})
 
 
 async def test_weights_that_are_not_there_are_refused_in_a_sentence(tmp_path: Path) -> None:

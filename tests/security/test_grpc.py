@@ -27,7 +27,7 @@ from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.net.limits import MESSAGE_BYTES
 from treegrpo.observability.metrics import IntakeMetrics
-from treegrpo.security.credentials import OPEN, Credentials, Keys
+from treegrpo.security.credentials import OPEN, CertificateFiles, Credentials
 from treegrpo.v1 import rollout_pb2_grpc
 
 
@@ -59,7 +59,7 @@ async def test_a_certificate_without_a_role_may_not_even_ask_for_health(made: Pa
     keys = save(tmp_path, pair, ours.pem)
     async with serving(access(made, Role.LEARNER)) as door:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(auth_interceptor, "roles_in", lambda _uris: None)  # as of an authority that also serves others  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+            patch.setattr(auth_interceptor, "role_of_uris", lambda _uris: None)  # as of an authority that also serves others  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
             assert await describe(door, Credentials(Role.SAMPLER, keys)) is grpc.StatusCode.PERMISSION_DENIED
 
 
@@ -159,7 +159,7 @@ async def test_a_sampler_trusts_no_learner_of_another_authority(made: Path, tmp_
 
 @pytest.mark.usefixtures("impatient")
 async def test_a_sampler_trusts_nobody_but_a_learner(made: Path) -> None:
-    stolen = Keys(made / "ca.pem", made / "broker.pem", made / "broker.key")
+    stolen = CertificateFiles(made / "ca.pem", made / "broker.pem", made / "broker.key")
     async with serving(Credentials(Role.LEARNER, stolen)) as door:
         assert "its certificate is not a learner's" in await no_connection(door, access(made, Role.SAMPLER))
 

@@ -9,7 +9,14 @@ from collections.abc import Generator
 import pytest
 
 from treegrpo.observability import rate_limited_log
-from treegrpo.observability.rate_limited_log import AGAIN_SECONDS, LINES, REMEMBERED, WINDOW_SECONDS, RateLimitedLog, seldom
+from treegrpo.observability.rate_limited_log import (
+    AGAIN_SECONDS,
+    LINES,
+    REMEMBERED,
+    WINDOW_SECONDS,
+    RateLimitedLog,
+    rate_limit_library_logs,
+)
 
 log = logging.getLogger("of.the.test")
 
@@ -59,7 +66,7 @@ def handler() -> Generator[logging.Handler]:
 
 
 def test_what_a_library_complains_about_is_said_now_and_then(handler: logging.Handler, monkeypatch: pytest.MonkeyPatch) -> None:
-    seldom("library")
+    rate_limit_library_logs("library")
     (quiet,) = handler.filters
     assert isinstance(quiet, logging.Filter)
 

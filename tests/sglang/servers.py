@@ -18,7 +18,7 @@ from services.sampler.engines.sglang.api.launch_command import Installed, Launch
 from tests.engines import builders
 from tests.ports import free_ports
 from treegrpo.core.step import PolicyVersion
-from treegrpo.runtime.parent_death import leashed
+from treegrpo.runtime.parent_death import parent_bound_command
 
 PYTHON = Path(os.environ.get("SGLANG_PYTHON", ".venv-sglang/bin/python")).absolute()
 CONTEXT = 512
@@ -78,7 +78,7 @@ class Pool:
         """Start a server on ``path`` and wait until it is healthy."""
         port = port or free_ports(1)[0]
         plan, log = launch(), self.root / f"{path.name}-{port}.log"
-        command = leashed(plan.command(path, "0.0", "127.0.0.1", port))
+        command = parent_bound_command(plan.command(path, "0.0", "127.0.0.1", port))
         with log.open("wb") as out:
             process = subprocess.Popen(command, env=plan.environment(), stdout=out, stderr=out, start_new_session=True)
         running, deadline = Running(f"http://127.0.0.1:{port}", process), time.monotonic() + READY_SECONDS

@@ -11,7 +11,7 @@ import pytest
 from learner.trainer.distributed.ranks import TORCHRUN, by_torchrun
 from tests.ports import free_address
 from treegrpo.errors import ConfigError
-from treegrpo.runtime.process_environment import is_rank
+from treegrpo.runtime.process_environment import is_rank_variable
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_rank_of_torchrun_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def alone(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     """The environment of a launcher: ``variables``, and nothing that this test was started with."""
-    for name in [name for name in os.environ if is_rank(name)]:
+    for name in [name for name in os.environ if is_rank_variable(name)]:
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

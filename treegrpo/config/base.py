@@ -10,12 +10,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
 
-class Input:
+class InputMarker:
     """Marks a path that is read, hence relative to the file that names it."""
 
 
-InputPath = Annotated[Path, Input()]
-OptionalInputPath = Annotated[Path | None, Input()]
+InputPath = Annotated[Path, InputMarker()]
+OptionalInputPath = Annotated[Path | None, InputMarker()]
 
 
 def _without_credentials(place: str) -> str:

@@ -23,7 +23,7 @@ from typing import Any, cast
 from treegrpo.config.schema import Config, RolloutConfig
 from treegrpo.errors import ConfigError, DataError, RunFileError
 from treegrpo.storage.atomic import partial_path, write_atomically
-from treegrpo.storage.run_files import read_object, unusable
+from treegrpo.storage.run_files import read_object, unusable_file_error
 
 log = logging.getLogger(__name__)
 FILE_NAME = "run.json"
@@ -53,11 +53,11 @@ TEXT_FILES = (
 EDGE_BYTES = 1 << 20
 """Of a large file the size, the beginning and the end are looked at: fine-tuning leaves neither as it was."""
 
-Identity = Mapping[str, Any]
+Fingerprint = Mapping[str, Any]
 """Key → value, or {path, sha256} of what lies there."""
 
 
-def keep_identity(config: Config, *, begun: bool) -> str:
+def record_fingerprint(config: Config, *, begun: bool) -> str:
     """Write down what the run in ``run.dir`` is, or, if it has ``begun``, that it still is that; returns its id.
 
     The id is random, and made when the run begins: it tells two runs of one run.name apart.
@@ -69,15 +69,15 @@ def keep_identity(config: Config, *, begun: bool) -> str:
     """
     path = config.run.dir / FILE_NAME
     if begun and path.exists():
-        check_identity(config)
+        check_fingerprint(config)
         return _id(path)
-    _write(path, json.dumps({ID: secrets.token_hex(8), **_identity(config, [*KEYS, MODEL, *QUESTIONS])}, indent=1))
+    _write(path, json.dumps({ID: secrets.token_hex(8), **_fingerprint(config, [*KEYS, MODEL, *QUESTIONS])}, indent=1))
     if begun:
         log.warning("the run in %s began before runs wrote down what they are; it is now what it was told to be", config.run.dir)
     return _id(path)
 
 
-def check_identity(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -> None:
+def check_fingerprint(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -> None:
     """That the run in ``run.dir`` is still what it was when it began; nothing if nobody wrote that down.
 
     Args:
@@ -97,11 +97,11 @@ def check_identity(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTI
 
 
 def changes(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -> list[str]:
-    """What has changed of the run in ``run.dir`` since it began, each with both values; see `check_identity`."""
+    """What has changed of the run in ``run.dir`` since it began, each with both values; see `check_fingerprint`."""
     path = config.run.dir / FILE_NAME
     if not path.exists():
         return []
-    now, then = _identity(config, names), _read(path)
+    now, then = _fingerprint(config, names), _read(path)
     if missing := [key for key in now if key not in then]:
         log.warning("%s does not say what %s was, so nobody can say whether it has changed", path, ", ".join(missing))
     return [change for key in now if key in then for change in _changes(key, then[key], now[key])]
@@ -113,7 +113,7 @@ def _id(path: Path) -> str:
     return known if isinstance(known, str) else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _identity(config: Config, names: Iterable[str]) -> Identity:
+def _fingerprint(config: Config, names: Iterable[str]) -> Fingerprint:
     return {name: _value(config, name) for name in names}
 
 
@@ -157,7 +157,7 @@ def _changes(name: str, then: Any, now: Any) -> Iterator[str]:
         yield f"{name} = {now['path']} has changed since" if same else f"{name} was {then['path']} and is {now['path']}"
 
 
-def _read(path: Path) -> Identity:
+def _read(path: Path) -> Fingerprint:
     found = read_object(path, REMEDY)
     for name in (MODEL, *QUESTIONS):
         entry = found.get(name, {"path": "", "sha256": ""})
@@ -172,4 +172,4 @@ def _write(path: Path, text: str) -> None:
         write_atomically(path, text.encode())
     except OSError as error:
         partial = partial_path(path)
-        raise unusable(partial if partial.is_dir() else path, error) from error
+        raise unusable_file_error(partial if partial.is_dir() else path, error) from error

@@ -26,7 +26,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from treegrpo.config.base import Input, Section
+from treegrpo.config.base import InputMarker, Section
 from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, describe
 from treegrpo.storage.surrogates import has_lone_surrogate
@@ -165,7 +165,7 @@ def _from_toml(path: Path) -> Mapping[str, Any]:
     for section, field in Config.model_fields.items():
         keys = table.get(section)
         for key, about in cast("type[Section]", field.annotation).model_fields.items():
-            is_input = any(isinstance(mark, Input) for mark in about.metadata)
+            is_input = any(isinstance(mark, InputMarker) for mark in about.metadata)
             if is_input and isinstance(keys, dict) and isinstance(keys.get(key), str):
                 keys[key] = path.parent / keys[key]
     return table

@@ -15,7 +15,7 @@ from treegrpo.config.base import InputPath, Place, Section
 from treegrpo.config.security import SecurityConfig
 from treegrpo.config.train import TrainConfig
 from treegrpo.core.lease import Plan
-from treegrpo.net.address import within_reach
+from treegrpo.net.address import reachable_address
 from treegrpo.net.limits import GROUP_LEAVES, TURNS
 
 Dtype = Literal["float32", "bfloat16"]
@@ -166,4 +166,4 @@ class Config(Section):
     def search_url(self) -> str:
         """Where the retriever is."""
         scheme = "https" if self.security.tls else "http"
-        return self.retriever.url or f"{scheme}://{within_reach(self.retriever.listen)}"
+        return self.retriever.url or f"{scheme}://{reachable_address(self.retriever.listen)}"

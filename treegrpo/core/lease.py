@@ -37,7 +37,7 @@ class LeaseEndReason(Enum):
     """The learner was away, and the sampler did not come back to it. Never a sampler's word either."""
 
     @property
-    def samplers_word(self) -> bool:
+    def from_sampler(self) -> bool:
         """A sampler may say so of its lease."""
         return not self.silent
 

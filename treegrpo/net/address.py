@@ -46,7 +46,7 @@ def is_local(address: str) -> bool:
     return is_loopback(_bare(address))
 
 
-def within_reach(address: str) -> str:
+def reachable_address(address: str) -> str:
     """``address`` as a client on this machine reaches it: a listener on all interfaces is also at loopback."""
     try:
         found = ipaddress.ip_address(_bare(address))
@@ -62,7 +62,7 @@ def check_port(address: str, key: str) -> None:
         raise ConfigError(f"{key} = {address} has port 0, and the other processes would not know which that is; give a number.")
 
 
-def overlap(one: str, other: str) -> bool:
+def share_port(one: str, other: str) -> bool:
     """Whether two listeners would share a port: on the same host, or where one listens on all."""
     (host, port), (host_2, port_2) = _parts(one), _parts(other)
     names = {_bare(one) if host != "localhost" else "127.0.0.1", _bare(other) if host_2 != "localhost" else "127.0.0.1"}
@@ -73,7 +73,7 @@ def check_free(address: str, key: str) -> None:
     """Raise AddressInUseError if somebody listens on ``address`` already."""
     host, port = split_address(address, key)
     try:
-        with closing(socket.socket(family_of(host), socket.SOCK_STREAM)) as probe:
+        with closing(socket.socket(address_family(host), socket.SOCK_STREAM)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
@@ -81,7 +81,7 @@ def check_free(address: str, key: str) -> None:
         raise AddressInUseError(f"{key} = {address} {reason}; stop that process or set {key} to another address.") from error
 
 
-def family_of(host: str) -> socket.AddressFamily:
+def address_family(host: str) -> socket.AddressFamily:
     """What to listen on ``host`` with: IPv4, unless it has IPv6 addresses alone. Raises OSError for a name that is none."""
     families = {found[0] for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)}
     return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6

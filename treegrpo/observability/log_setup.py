@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 
 from treegrpo.observability.printable_text import clipped, printable, printable_json
-from treegrpo.observability.standard_streams import lossy
+from treegrpo.observability.standard_streams import lossy_file
 
 VARIABLE = "LOG_FORMAT"
 MESSAGE_LETTERS = 8192
@@ -29,26 +29,26 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: "
 BRIEF = "%(levelname)s "
 
 
-def as_json() -> bool:
+def is_json_format() -> bool:
     """Whether lines are JSON."""
     return os.environ.get(VARIABLE, "text") == "json"
 
 
-def to_stderr(level: int = logging.INFO, who: str = "", form: str = FORMAT) -> None:
+def log_to_stderr(level: int = logging.INFO, who: str = "", form: str = FORMAT) -> None:
     """Log to standard error from now on, each message with ``who`` before it; a second call changes nothing.
 
     In a process of ours all else that Python itself would say there goes to the log too: warnings, and what crashes.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines(who) if as_json() else TextLines(form, who))
+    handler.setFormatter(JsonLines(who) if is_json_format() else TextFormatter(form, who))
     logging.basicConfig(level=level, handlers=[handler])
-    if as_json() or lossy(sys.stderr) is not None:
+    if is_json_format() or lossy_file(sys.stderr) is not None:
         logging.captureWarnings(True)
         sys.excepthook = _log_uncaught
         threading.excepthook = _log_thread
 
 
-class TextLines(logging.Formatter):
+class TextFormatter(logging.Formatter):
     """A record as one line of text, its traceback indented below."""
 
     def __init__(self, form: str = FORMAT, who: str = "") -> None:

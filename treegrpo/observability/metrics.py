@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.registry import Collector
 
 from treegrpo.core.lease import LeaseEndReason, LeaseKind
-from treegrpo.net.address import check_free, family_of, split_address
-from treegrpo.observability.metrics_server import serve_page
+from treegrpo.net.address import address_family, check_free, split_address
+from treegrpo.observability.metrics_server import start_metrics_server
 from treegrpo.security.credentials import Credentials
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -31,7 +31,7 @@ class _Metrics:
         self.registry = CollectorRegistry()
         self.refresh: Callable[[], None] = lambda: None
         """Called before each scrape, in its thread: brings up to date what is not counted as it happens."""
-        self.registry.register(_Before(self))
+        self.registry.register(_RefreshOnScrape(self))
         self.serving = self._gauge("serving", "1 while the process does its work, as /health says")
         self._gauge("start_time_seconds", "Unix time at which the process began").set_to_current_time()
         self.scrapes_refused = self._counter("scrapes_refused", "Requests for /metrics refused, by what is wrong", "reason")
@@ -51,7 +51,7 @@ class _Metrics:
         return Histogram(f"treegrpo_{name}", text, labels, registry=self.registry, buckets=SECONDS)
 
 
-class _Before(Collector):
+class _RefreshOnScrape(Collector):
     """The first of the registry to be asked at a scrape; it has nothing to say itself."""
 
     def __init__(self, metrics: _Metrics) -> None:
@@ -62,7 +62,7 @@ class _Before(Collector):
         return ()
 
 
-class Relay(Collector):
+class RelayedMetrics(Collector):
     """Passes on what others say to Prometheus, with who said it in the label ``server``."""
 
     def __init__(self) -> None:
@@ -177,7 +177,7 @@ class TrainerMetrics(_Metrics):
 class SamplerMetrics(_Metrics):
     def __init__(self) -> None:
         super().__init__()
-        self.servers = Relay()
+        self.servers = RelayedMetrics()
         self.registry.register(self.servers)
         self.tokens = self._counter("engine_tokens", "Tokens of the engine by how: prefilled, cached, decoded", "how")
         self.running = self._gauge("engine_running", "Generations running")
@@ -224,8 +224,8 @@ def serve(metrics: _Metrics, address: str, key: str, access: Credentials) -> int
     access.check_metrics(key, address)
     host, port = split_address(address, key)
     check_free(address, key)
-    listener = socket.create_server((host, port), family=family_of(host))
-    serve_page(
+    listener = socket.create_server((host, port), family=address_family(host))
+    start_metrics_server(
         listener,
         lambda: generate_latest(metrics.registry),
         lambda: metrics.is_serving,

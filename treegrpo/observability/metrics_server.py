@@ -18,14 +18,14 @@ from typing import Any
 from pydantic import SecretStr
 
 from treegrpo.net.limits import HEADER_BYTES, REQUEST_SECONDS, SCRAPERS
-from treegrpo.security.credentials import shows
+from treegrpo.security.credentials import has_token
 
 log = logging.getLogger(__name__)
 CONTENT = "text/plain; version=0.0.4; charset=utf-8"
 END = b"\r\n\r\n"
 
 
-def serve_page(
+def start_metrics_server(
     listener: socket.socket,
     page: Callable[[], bytes],
     serving: Callable[[], bool],
@@ -37,13 +37,13 @@ def serve_page(
 
     ``refused`` counts reasons, of few.
     """
-    server = _Server(page, serving, token, refused)
+    server = _MetricsServer(page, serving, token, refused)
     thread = threading.Thread(target=asyncio.run, args=(server.run(listener, context),), name="metrics", daemon=True)
     thread.start()
     return thread
 
 
-class _Server:
+class _MetricsServer:
     def __init__(
         self, page: Callable[[], bytes], serving: Callable[[], bool], token: SecretStr, refused: Callable[[str], None]
     ) -> None:
@@ -95,7 +95,7 @@ class _Server:
             return (
                 _response(HTTPStatus.OK, b"ok\n") if self._serving() else _response(HTTPStatus.SERVICE_UNAVAILABLE, b"not yet\n")
             )
-        if not shows(headers.get("authorization", ""), self._token):
+        if not has_token(headers.get("authorization", ""), self._token):
             self._refused("token")
             return _response(
                 HTTPStatus.UNAUTHORIZED, b"Show the token: Authorization: Bearer TOKEN\n", "WWW-Authenticate: Bearer\r\n"

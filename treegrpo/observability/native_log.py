@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 
-from treegrpo.observability.standard_streams import lossy
+from treegrpo.observability.standard_streams import lossy_file
 
 log = logging.getLogger(__name__)
 LINE_BYTES = 1000
@@ -26,8 +26,8 @@ FLUSH_SECONDS = 2.0
 
 
 def filter_native_log() -> None:
-    """Log what native code of this process writes to standard error from now on. Call it after `log_setup.to_stderr`."""
-    file = lossy(sys.stderr)
+    """Log what native code of this process writes to standard error from now on. Call it after `log_setup.log_to_stderr`."""
+    file = lossy_file(sys.stderr)
     if file is None:
         return
     file.number = os.dup(2)  # Python's own words go on to where they went

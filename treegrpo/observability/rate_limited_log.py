@@ -53,7 +53,7 @@ class RateLimitedLog:
             del self._said[next(iter(self._said))]
 
 
-class _Seldom(logging.Filter):
+class _LibraryLogFilter(logging.Filter):
     """Lets a line of a library's code pass once in AGAIN_SECONDS."""
 
     def __init__(self, libraries: tuple[str, ...]) -> None:
@@ -76,7 +76,7 @@ class _Seldom(logging.Filter):
         return True
 
 
-def seldom(*libraries: str) -> None:
+def rate_limit_library_logs(*libraries: str) -> None:
     """Have what ``libraries`` complain about, which peers can make them do, in the log of this process now and then only."""
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_Seldom(libraries))
+        handler.addFilter(_LibraryLogFilter(libraries))

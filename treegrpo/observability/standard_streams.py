@@ -1,7 +1,7 @@
 """Standard output and error that cannot end a process: what cannot be written is lost, and that is remembered.
 
 A full disk, a reader that has gone (`| head`) or does not read, a terminal that was closed, an encoding without the letter:
-each would raise, or wait, in the middle of whatever prints or logs. `protect` puts streams in their place that do not.
+each would raise, or wait, in the middle of whatever prints or logs. `make_streams_lossy` puts streams in their place that do not.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class LossyFile(io.RawIOBase):
         return os.write(self.number, data[: select.PIPE_BUF])  # a pipe with room has room for so much
 
 
-def protect() -> None:
+def make_streams_lossy() -> None:
     """Have this process's standard output and error written so; those that were closed lead nowhere."""
     _open_closed()
     for name, number in STREAMS:
@@ -70,8 +70,8 @@ def protect() -> None:
             setattr(sys, name, _text(number, stream.encoding))
 
 
-def lossy(stream: TextIO) -> LossyFile | None:
-    """The file under a stream that `protect` has made."""
+def lossy_file(stream: TextIO) -> LossyFile | None:
+    """The file under a stream that `make_streams_lossy` has made."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     return raw if isinstance(raw, LossyFile) else None
 
@@ -79,7 +79,7 @@ def lossy(stream: TextIO) -> LossyFile | None:
 def lost_output() -> str:
     """Why standard output is not complete, if somebody still wanted it; empty if it is."""
     sys.stdout.flush()
-    file = lossy(sys.stdout)
+    file = lossy_file(sys.stdout)
     error = None if file is None else file.lost
     return "" if error is None or error.errno == errno.EPIPE else error.strerror or str(error)
 
@@ -92,7 +92,7 @@ def _text(number: int, encoding: str) -> TextIO:
 def _is_raw(stream: TextIO, number: int) -> bool:
     """Whether a stream is Python's own, not one that a test or notebook has put in its place."""
     try:
-        return lossy(stream) is None and isinstance(stream, io.TextIOWrapper) and stream.fileno() == number
+        return lossy_file(stream) is None and isinstance(stream, io.TextIOWrapper) and stream.fileno() == number
     except (OSError, ValueError):
         return False
 

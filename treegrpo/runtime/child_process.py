@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Self
 
-from treegrpo.runtime.parent_death import leashed
+from treegrpo.runtime.parent_death import parent_bound_command
 
 TAIL_BYTES = 65536
 GRACE_SECONDS = 5.0
@@ -36,7 +36,7 @@ class ChildProcess:
         """Run ``command``; what it says is appended to ``log``, or lost where that cannot be opened now."""
         with _appending(log) as out:
             process = await asyncio.create_subprocess_exec(
-                *leashed(command, group=cls.whole_group),
+                *parent_bound_command(command, group=cls.whole_group),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from treegrpo.observability import log_setup
-from treegrpo.runtime.exit_report import FAILED, ExitReports, most_telling
+from treegrpo.runtime.exit_report import FAILED, ExitReports, decisive_report
 from treegrpo.runtime.stop_signals import stop_signals
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def mark() -> Path:
 
 def main(arguments: Sequence[str]) -> int:
     """Run a program; returns its exit code, after FAILED only when told to stop."""
-    log_setup.to_stderr()
+    log_setup.log_to_stderr()
     mark().unlink(missing_ok=True)  # a directory for temporary files may outlive the container
     job = list(arguments[:1]) == [JOB]
     program = arguments[job:]
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     if job and code == 0 and signals:
         return SIGNALLED + signals[0]
     if code == FAILED and not job and not signals:
-        report = most_telling(reports.read())
+        report = decisive_report(reports.read())
         sentence = report.sentence if report else "it gave no reason; see the lines above"
         with suppress(OSError):  # a disk that is full: then the log alone has it
             mark().write_text(sentence + "\n", encoding="utf-8")

@@ -22,10 +22,10 @@ from treegrpo.config.schema import Config
 from treegrpo.errors import TreeGrpoError
 from treegrpo.observability import log_setup
 from treegrpo.observability.printable_text import printable
-from treegrpo.runtime.exit_report import FAILED, PASSING, exit_code, report_of, write_report
+from treegrpo.runtime.exit_report import FAILED, PASSING, exit_code, exit_report_for, write_exit_report
 from treegrpo.runtime.stop_signals import stop_signals
 
-__all__ = ["ERROR_MARK", "FAILED", "PASSING", "complain", "exit_code", "find", "run_service"]
+__all__ = ["ERROR_MARK", "FAILED", "PASSING", "exit_code", "find", "report_error", "run_service"]
 ERROR_MARK = "error: "
 """What the sentence begins with on standard error."""
 log = logging.getLogger(__name__)
@@ -38,29 +38,29 @@ def run_service(service: Callable[[Config], Coroutine[Any, Any, None]], argument
         if __name__ == "__main__":
             run_service(serve)
     """
-    log_setup.to_stderr()
+    log_setup.log_to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
     try:
         config = from_arguments(sys.argv[1:] if arguments is None else arguments)
         asyncio.run(_until_told(service(config)))
     except BaseException as error:  # noqa: BLE001  # the edge: what is not ours is raised again
-        raise SystemExit(complain(error)) from None
+        raise SystemExit(report_error(error)) from None
     raise SystemExit(0)
 
 
-def complain(error: BaseException) -> int:
+def report_error(error: BaseException) -> int:
     """Report an error of ours, print its sentence and return the exit code; report any other as a crash and raise it again."""
     ours = find(error)
     if ours is None:
         if not isinstance(error, SystemExit | KeyboardInterrupt):
-            write_report(report_of(error))
+            write_exit_report(exit_report_for(error))
         raise error
-    write_report(report_of(ours))
+    write_exit_report(exit_report_for(ours))
     for other in _leaves(error):  # a crash beside it is not lost
         if not isinstance(other, TreeGrpoError | asyncio.CancelledError):
             log.error("besides, something crashed: %s", other, exc_info=other)
-    if log_setup.as_json():
-        log_setup.to_stderr()
+    if log_setup.is_json_format():
+        log_setup.log_to_stderr()
         log.critical("%s", " ".join([str(ours), *getattr(ours, "__notes__", ())]))
     else:
         lines = [f"{ERROR_MARK}{ours}", *getattr(ours, "__notes__", ())]  # notes say how to go on

@@ -47,7 +47,7 @@ def exit_code(error: TreeGrpoError) -> int:
     return PASSING if error.passes else FAILED
 
 
-def report_of(error: BaseException) -> Report:
+def exit_report_for(error: BaseException) -> Report:
     """The report of a process that ends with ``error``: its sentence, or, of a crash, the last line of the traceback."""
     if isinstance(error, TreeGrpoError):
         return Report(exit_code(error), str(error)[:SENTENCE_LETTERS], isinstance(error, RankError))
@@ -56,13 +56,13 @@ def report_of(error: BaseException) -> Report:
     return Report(CRASHED, traceback.format_exception_only(error)[-1].strip()[:SENTENCE_LETTERS])
 
 
-def most_telling(reports: Iterable[Report]) -> Report | None:
+def decisive_report(reports: Iterable[Report]) -> Report | None:
     """Of several reports the one to act on: an error that stays, then a crash, then what may pass; of equals the first."""
     order = {FAILED: 0, PASSING: 2}
     return min(reports, key=lambda report: (report.secondary, order.get(report.code, 1)), default=None)
 
 
-def write_report(report: Report) -> None:
+def write_exit_report(report: Report) -> None:
     """Tell the parent, if it wants to know."""
     if path := os.environ.get(VARIABLE):
         with suppress(OSError), open(path, "ab", buffering=0) as file:  # noqa: PTH123  # one write, appended

@@ -25,13 +25,13 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def leashed(command: Sequence[str], *, group: bool = False) -> list[str]:
+def parent_bound_command(command: Sequence[str], *, group: bool = False) -> list[str]:
     """``command`` so that it dies with the process that runs it, and with ``group`` its session with it."""
     leash = [sys.executable, "-P", "-S", __file__]  # the standard library alone, whatever the program is given
     return [*leash, *(["--group"] if group else []), str(os.getpid()), *command]
 
 
-def watch_group() -> None:
+def start_group_killer() -> None:
     """Start a process that kills the group of this one, which leads it, when this one ends, whatever it runs by then."""
     leader = os.getpid()
     if os.fork():
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
         if os.getppid() != int(parent):  # it died before we asked
             raise SystemExit(1)
         if group:
-            watch_group()
+            start_group_killer()
     os.execv(program[0], program)  # noqa: S606
 
 

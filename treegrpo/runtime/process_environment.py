@@ -1,6 +1,6 @@
 """What a process takes over from the environment it is started in, and what it hands on to the processes it starts.
 
-    shell, pod, notebook ─► isolate() ─► this process ─► child_environment() ─► child: the same files, none of the rest
+    shell, pod, notebook ─► isolate_process() ─► this process ─► child_environment() ─► child: the same files, none of the rest
 
 Import path: our packages, and what they need, come from where this process has them: neither the current directory nor
 another directory that has a `services` or `learner` of its own comes before them. Variables that other programs leave
@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from treegrpo.observability.standard_streams import protect
+from treegrpo.observability.standard_streams import make_streams_lossy
 
 ROOT = Path(__file__).resolve().parents[2]
 """The directory that holds our packages."""
@@ -47,9 +47,9 @@ DEFAULTS = {"GRPC_VERBOSITY": "NONE"}
 """gRPC's own log writes what strangers send, as they send it, a line for each: see docs/security.md."""
 
 
-def isolate() -> None:
+def isolate_process() -> None:
     """Make this process one of ours, before it imports what is not ours: streams, import path, variables."""
-    protect()
+    make_streams_lossy()
     unwanted = _unwanted()
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) not in unwanted]
     kept = _own_environment()
@@ -58,11 +58,11 @@ def isolate() -> None:
     os.environ.update(kept)
 
 
-def isolate_module() -> None:
-    """`restart` and `isolate` at the start of ``python -m`` of a module of ours; in a program of others nothing is changed."""
+def isolate_module_process() -> None:
+    """Call `restart` and `isolate_process` at the start of ``python -m`` of a module of ours; change no program of others."""
     if sys.argv[0] == "-m":  # as long as Python looks for the module
         restart()
-        isolate()
+        isolate_process()
 
 
 def restart() -> None:
@@ -83,7 +83,7 @@ def child_environment(more: Mapping[str, str] | None = None, *, ours: bool = Tru
         more: variables that are set on top.
         ours: it runs our packages; False: another environment's Python, which finds its own.
     """
-    kept = {name: value for name, value in os.environ.items() if not (is_rank(name) or _is_foreign(name))}
+    kept = {name: value for name, value in os.environ.items() if not (is_rank_variable(name) or _is_foreign(name))}
     unwanted = {*_unwanted(), str(ROOT)}
     search = [path for entry in kept.pop(SEARCH, "").split(os.pathsep) if (path := os.path.realpath(entry)) not in unwanted]
     if ours and str(ROOT) not in _own_paths():
@@ -95,20 +95,20 @@ def child_environment(more: Mapping[str, str] | None = None, *, ours: bool = Tru
     return {**DEFAULTS, **kept, **({SEARCH: os.pathsep.join(search)} if search else {}), **FIXED, **(more or {})}
 
 
-def is_rank(name: str) -> bool:
+def is_rank_variable(name: str) -> bool:
     """Whether a launcher's variable says which process of a job this is."""
     return name in RANKS or name.startswith(RANK_PREFIXES)
 
 
-def forget_ranks() -> None:
+def remove_rank_variables() -> None:
     """Take what a launcher said from the environment of this process."""
-    for name in [name for name in os.environ if is_rank(name)]:
+    for name in [name for name in os.environ if is_rank_variable(name)]:
         del os.environ[name]
 
 
 def _own_environment() -> dict[str, str]:
     ranks = {
-        name: value for name, value in os.environ.items() if is_rank(name)
+        name: value for name, value in os.environ.items() if is_rank_variable(name)
     }  # `learner.trainer.distributed.rank_launcher` decides
     return {**child_environment(), **ranks}
 

@@ -92,6 +92,6 @@ def _listen(folder: Path) -> None:
             os.close(place)
 
 
-def make_run_dir(path: Path) -> None:
+def make_run_directory(path: Path) -> None:
     """Make ``path`` for this user alone. One that is there keeps the rights that somebody has given it. Raises OSError."""
     path.mkdir(parents=True, exist_ok=True, mode=PRIVATE)

@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from treegrpo.config.security import Role, SecurityConfig, check_address, check_url
 from treegrpo.errors import ConfigError, describe
 from treegrpo.net.address import is_local, split_address
-from treegrpo.security.server_role import asking_for, role_in, signed
+from treegrpo.security.server_role import certificate_role, is_signed_by, role_checking_context
 from treegrpo.security.tls_reload import Stamp, TlsReload, stamp
 
 WORLD = 0o007
@@ -32,7 +32,7 @@ WORLD = 0o007
 NONE = SecretStr("")
 
 
-class Pem(NamedTuple):
+class PemBundle(NamedTuple):
     """What gRPC wants to know."""
 
     ca: bytes
@@ -40,7 +40,7 @@ class Pem(NamedTuple):
     key: bytes
 
 
-class Keys(NamedTuple):
+class CertificateFiles(NamedTuple):
     """The files of one role's certificate."""
 
     ca: Path
@@ -48,10 +48,10 @@ class Keys(NamedTuple):
     key: Path
 
     @property
-    def pem(self) -> Pem:
+    def pem(self) -> PemBundle:
         """As the files are now: they may have been renewed. Raises ConfigError."""
         ca, certificate = read(self.ca, "the authorities to trust"), read(self.certificate, "the certificate")
-        return Pem(ca, certificate, read_secret(self.key, "the private key"))
+        return PemBundle(ca, certificate, read_secret(self.key, "the private key"))
 
     @property
     def stamp(self) -> Stamp:
@@ -81,9 +81,9 @@ class Keys(NamedTuple):
             raise ConfigError(
                 f"{self.certificate} is valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, not now; renew it with `treegrpo certs`."
             )
-        if not any(signed(certificate, authority) for authority in authorities):
+        if not any(is_signed_by(certificate, authority) for authority in authorities):
             raise ConfigError(f"{self.certificate} is not signed by an authority in {self.ca}; the two must belong together.")
-        found = role_in(certificate)
+        found = certificate_role(certificate)
         if found is None or found[0] is not role:
             says = f"the role {found[0].value}" if found else "no role"
             raise ConfigError(f"{self.certificate} has {says}; this process needs one for the role {role.value}.")
@@ -94,7 +94,7 @@ class Keys(NamedTuple):
 
     def client_context(self, server: Role) -> ssl.SSLContext:
         """For what connects with it to a ``server``, which must have the name or address that it is reached at, too."""
-        context = asking_for(server, self.ca)
+        context = role_checking_context(server, self.ca)
         context.load_cert_chain(self.certificate, self.key)
         return context
 
@@ -104,7 +104,7 @@ class Credentials:
     """What a process has; `OPEN` has nothing."""
 
     role: Role
-    keys: Keys | None = None
+    keys: CertificateFiles | None = None
     broker_user: str = ""
     broker_password: SecretStr = NONE
     metrics_token: SecretStr = NONE
@@ -160,7 +160,7 @@ class Credentials:
 
     def web_context(self, server: Role) -> ssl.SSLContext | bool:
         """What httpx verifies HTTPS servers with: public authorities, and ours where there is one, for a ``server`` alone."""
-        return True if self.keys is None else asking_for(server, self.keys.ca, public=True)
+        return True if self.keys is None else role_checking_context(server, self.keys.ca, public=True)
 
 
 OPEN = Credentials(Role.OPERATOR)
@@ -172,17 +172,17 @@ def bearer(token: SecretStr) -> dict[str, str]:
     return {"Authorization": f"Bearer {token.get_secret_value()}"} if token.get_secret_value() else {}
 
 
-def shows(header: str, token: SecretStr) -> bool:
+def has_token(header: str, token: SecretStr) -> bool:
     """Whether an Authorization ``header`` shows ``token``, or none is asked for; compared in constant time."""
     wanted = bearer(token)
     return not wanted or hmac.compare_digest(header.encode(errors="replace"), wanted["Authorization"].encode())
 
 
-def _keys(security: SecurityConfig, role: Role) -> Keys | None:
+def _keys(security: SecurityConfig, role: Role) -> CertificateFiles | None:
     if security.dir is not None:
-        return Keys(security.dir / "ca.pem", security.dir / f"{role.value}.pem", security.dir / f"{role.value}.key")
+        return CertificateFiles(security.dir / "ca.pem", security.dir / f"{role.value}.pem", security.dir / f"{role.value}.key")
     if security.ca is not None and security.certificate is not None and security.key is not None:
-        return Keys(security.ca, security.certificate, security.key)
+        return CertificateFiles(security.ca, security.certificate, security.key)
     return None
 
 

@@ -28,8 +28,8 @@ class RoleContext(ssl.SSLContext):
         if der is None:  # unverified: the handshake has failed already
             return
         certificate = x509.load_der_x509_certificate(der)
-        found = role_in(certificate)
-        if found is None and self.authorities and not any(signed(certificate, one) for one in self.authorities):
+        found = certificate_role(certificate)
+        if found is None and self.authorities and not any(is_signed_by(certificate, one) for one in self.authorities):
             return
         if found is None or found[0] is not self.role:
             says = f"the role {found[0].value}" if found else "no role"
@@ -54,7 +54,7 @@ RoleContext.sslsocket_class = _Socket
 RoleContext.sslobject_class = _Object
 
 
-def asking_for(role: Role, ca: Path, *, public: bool = False) -> RoleContext:
+def role_checking_context(role: Role, ca: Path, *, public: bool = False) -> RoleContext:
     """A client's context that trusts ``ca``, and with ``public`` the authorities that everybody trusts.
 
     Raises:
@@ -69,21 +69,21 @@ def asking_for(role: Role, ca: Path, *, public: bool = False) -> RoleContext:
     return context
 
 
-def role_in(certificate: x509.Certificate) -> tuple[Role, str] | None:
+def certificate_role(certificate: x509.Certificate) -> tuple[Role, str] | None:
     """The role that a certificate says, with the name it is for."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return None
-    return roles_in(names.get_values_for_type(x509.UniformResourceIdentifier))
+    return role_of_uris(names.get_values_for_type(x509.UniformResourceIdentifier))
 
 
-def roles_in(uris: Sequence[str]) -> tuple[Role, str] | None:
+def role_of_uris(uris: Sequence[str]) -> tuple[Role, str] | None:
     """The first role among the URIs of a certificate, with the name it is for."""
     return next((found for uri in uris if (found := role_of(uri))), None)
 
 
-def signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+def is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     """Whether ``authority`` has signed ``certificate``."""
     try:
         certificate.verify_directly_issued_by(authority)

@@ -8,11 +8,11 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 Kind = TypeVar("Kind")
 
 
-def typed(kind: type[Kind], row: object) -> Kind:
+def parse_dataclass(kind: type[Kind], row: object) -> Kind:
     """``kind(**row)``. Raises ValueError and TypeError, in short: ``row`` is a stranger's.
 
     Example:
-        >>> typed(Covered, {"position": "3"})
+        >>> parse_dataclass(Covered, {"position": "3"})
         ValueError: position is no int
     """
     if not isinstance(row, dict):

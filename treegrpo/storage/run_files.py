@@ -51,7 +51,7 @@ def check_kind(path: Path, kind: str, is_kind: Callable[[int], bool]) -> None:
             ) from None
         return
     except OSError as error:
-        raise unusable(path, error) from error
+        raise unusable_file_error(path, error) from error
     if not is_kind(mode):
         found = next((word for word, test in _KINDS if test(mode)), "something else")
         raise RunFileError(f"{path} is {found}, and the run keeps {kind} there; move it away.")
@@ -60,7 +60,7 @@ def check_kind(path: Path, kind: str, is_kind: Callable[[int], bool]) -> None:
 _KINDS = (("a directory", stat.S_ISDIR), ("a file", stat.S_ISREG), ("a socket", stat.S_ISSOCK), ("a pipe", stat.S_ISFIFO))
 
 
-def unusable(path: Path, error: OSError) -> RunFileError:
+def unusable_file_error(path: Path, error: OSError) -> RunFileError:
     """The error for a path that the system refuses."""
     return RunFileError(f"{path} cannot be used ({error.strerror or error}); move away what is in the way, or see to its owner.")
 
@@ -124,7 +124,7 @@ class JsonLines:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise unusable(self._path, error) from error
+            raise unusable_file_error(self._path, error) from error
 
     def _whole_line(self, file: Any) -> bytes:
         """The next line with its end; empty if there is none yet."""

@@ -30,7 +30,7 @@ PREFIX = f"treegrpo-sampler-{_kernel()}-"
 
 
 @contextmanager
-def scratch(parent: Path | None = None) -> Generator[Path]:
+def locked_temp_dir(parent: Path | None = None) -> Generator[Path]:
     """An empty directory in ``parent``, or else among the temporary files, for the time of the block.
 
     It is locked meanwhile. The kernel unlocks it however its process ends, and whoever finds it unlocked may remove it:

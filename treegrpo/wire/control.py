@@ -32,11 +32,11 @@ import msgpack
 from treegrpo.config.security import Role
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ConfigError, UnavailableError, describe
-from treegrpo.net.address import split_address, within_reach
+from treegrpo.net.address import reachable_address, split_address
 from treegrpo.net.limits import CONTROL_BYTES, PEERS
 from treegrpo.observability.rate_limited_log import RateLimitedLog
 from treegrpo.security.credentials import OPEN, Credentials
-from treegrpo.storage.parse_dataclass import typed
+from treegrpo.storage.parse_dataclass import parse_dataclass
 from treegrpo.timing.backoff import Backoff
 from treegrpo.timing.notifier import Notifier
 from treegrpo.wire.run_name_owner import KEEPALIVE_SECONDS, WILL_SECONDS, Claim, Member
@@ -263,7 +263,7 @@ class ControlPlane:
                 del self.members[client]
             self._repeat = self._repeat or ours
             return
-        member = typed(Member, msgpack.unpackb(payload))
+        member = parse_dataclass(Member, msgpack.unpackb(payload))
         if not 0 <= member.incarnation < 1 << 64 or max(map(len, (member.id, member.metrics, member.run))) > NAME_LETTERS:
             raise ValueError("its incarnation, name, run or address is none")
         if member.topic != topic or (member.id in ROLES and member.id != member.role):
@@ -303,7 +303,7 @@ class ControlPlane:
                     if not isinstance(error, aiomqtt.MqttError):
                         raise
                     remedy = "start one, or set broker.embedded = true and use `treegrpo up`."
-                    raise unavailable(self._address, self._access, error, remedy) from error
+                    raise broker_unavailable_error(self._address, self._access, error, remedy) from error
                 attempt = 0 if time.monotonic() - began > self._limits.stable_seconds else attempt + 1
                 wait = self._limits.backoff.delay(attempt)
                 log.warning("lost the MQTT broker at %s (%s); trying again in %.1f s", self._address, describe(error), wait)
@@ -374,7 +374,7 @@ async def publish_state(address: str, run: str, state: RunState, access: Credent
         async with open_client(address, access) as client:
             await client.publish(f"treegrpo/{run}/state", state.value.encode(), qos=1, retain=True)
     except aiomqtt.MqttError as error:
-        raise unavailable(address, access, error, "is the run up?") from error
+        raise broker_unavailable_error(address, access, error, "is the run up?") from error
 
 
 class _Client(aiomqtt.Client):
@@ -388,7 +388,7 @@ class _Client(aiomqtt.Client):
 def open_client(address: str, access: Credentials, timeout: float = CONNECT_SECONDS, **more: Any) -> aiomqtt.Client:
     """A client for the broker at ``address`` with what ``access`` has to show; ``more`` is aiomqtt's. Raises ConfigError."""
     access.check_reach("broker.address", address)
-    host, port = split_address(within_reach(address), "broker.address")
+    host, port = split_address(reachable_address(address), "broker.address")
     return _Client(
         host,
         port,
@@ -401,7 +401,7 @@ def open_client(address: str, access: Credentials, timeout: float = CONNECT_SECO
     )
 
 
-def unavailable(address: str, access: Credentials, error: aiomqtt.MqttError, remedy: str) -> UnavailableError:
+def broker_unavailable_error(address: str, access: Credentials, error: aiomqtt.MqttError, remedy: str) -> UnavailableError:
     """The sentence for a broker that does not let us in, with the likely reason."""
     said, likely = f"{error} {error.__cause__ or ''}".strip(), ""
     if "CERTIFICATE_VERIFY_FAILED" in said:

@@ -37,7 +37,7 @@ from google.protobuf.message import DecodeError
 from treegrpo.core.step import Subtree
 from treegrpo.core.tree import Group
 from treegrpo.errors import ContractError, UnavailableError, describe
-from treegrpo.storage.parse_dataclass import typed
+from treegrpo.storage.parse_dataclass import parse_dataclass
 from treegrpo.v1 import rollout_pb2, tree_pb2
 from treegrpo.wire.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_bytes
 
@@ -129,10 +129,10 @@ def socket_path(run_dir: Path) -> str:
 
 def pack_group(group: Group, subtrees: list[Subtree]) -> bytes:
     """A closed group as it crosses the socket: its question and its subtrees in the order they were accepted."""
-    return pack_encoded(group, [subtree_to_bytes(subtree) for subtree in subtrees])
+    return pack_encoded_group(group, [subtree_to_bytes(subtree) for subtree in subtrees])
 
 
-def pack_encoded(group: Group, subtrees: list[bytes]) -> bytes:
+def pack_encoded_group(group: Group, subtrees: list[bytes]) -> bytes:
     """The same, of subtrees that have kept their messages."""
     question = question_to_pb(group.question).SerializeToString()
     return cast("bytes", msgpack.packb({"id": group.id, "question": question, "subtrees": subtrees}))
@@ -157,7 +157,7 @@ def unpack_group(data: bytes) -> Group:
     return group
 
 
-def check_report(values: dict[str, Any]) -> None:
+def check_step_report(values: dict[str, Any]) -> None:
     """The record can stand in a line of JSON, under a name. Raises ContractError."""
     wrong = [key for key in ("kind", "step", "version", "position") if not isinstance(values.get(key), int | str | None)]
     try:
@@ -178,7 +178,7 @@ def decode(body: bytes) -> Message:
     """The message in a frame's body. Raises ContractError."""
     try:
         row = cast("dict[str, Any]", msgpack.unpackb(body))
-        return typed(_TYPES[row.pop("type")], row)
+        return parse_dataclass(_TYPES[row.pop("type")], row)
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
         said = describe(error)[:100]
         raise ContractError(

@@ -189,7 +189,7 @@ class Desk:
     def end(self, peer: SamplerSession, end: LeaseEnd) -> None:
         """A lease ends. What its sampler stopped by itself another goes on with. Raises ContractError: nothing costs so much."""
         group = self.book.open.get(end.lease)
-        if group is None or not end.reason.samplers_word or group.holder != peer.holder:
+        if group is None or not end.reason.from_sampler or group.holder != peer.holder:
             self._refusals.count(peer.id, "end", f"the end of lease {end.lease!r}, which is not open, or not its own")
             return
         check_end(end, group.lease.plan)

@@ -21,7 +21,7 @@ from learner.intake.wal.journal import wait_until_durable
 from treegrpo.core.question import Question
 from treegrpo.core.step import PolicyVersion
 from treegrpo.wire.control import RunState
-from treegrpo.wire.trainer_protocol import Evaluation, Taken, pack_encoded
+from treegrpo.wire.trainer_protocol import Evaluation, Taken, pack_encoded_group
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class TrainerApi:
                     groups = []  # a full disk; the trainer asks again
                 if groups:
                     self._clock.progress()
-                return Taken([pack_encoded(g.group, g.encoded) for g in groups], state.value, self._report_damage())
+                return Taken([pack_encoded_group(g.group, g.encoded) for g in groups], state.value, self._report_damage())
             await self._desk.changed.wait(min(deadline, self._batches.patience))
 
     async def handle_publish(self, version: PolicyVersion, path: Path, position: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from treegrpo.storage.file_lock import locked
+from treegrpo.storage.file_lock import hold_file_lock
 
 LOCK = "intake.lock"
 """A file in the run's directory."""
@@ -14,4 +14,4 @@ LOCK = "intake.lock"
 def lock_run(run_dir: Path) -> AbstractContextManager[None]:
     """Hold the run for the time of the block. Raises AddressInUseError: another intake holds it."""
     sentence = f"Another intake works on the run in {run_dir}; stop it, or set run.dir to another directory."
-    return locked(run_dir / LOCK, sentence)
+    return hold_file_lock(run_dir / LOCK, sentence)

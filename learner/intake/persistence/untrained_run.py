@@ -13,10 +13,10 @@ import shutil
 from pathlib import Path
 
 from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS
-from treegrpo.config.fingerprint import changes, check_identity
+from treegrpo.config.fingerprint import changes, check_fingerprint
 from treegrpo.config.schema import Config
 from treegrpo.storage.atomic import sync_path
-from treegrpo.storage.run_files import JsonLines, unusable
+from treegrpo.storage.run_files import JsonLines, unusable_file_error
 
 log = logging.getLogger(__name__)
 ASIDE = "untrained"
@@ -39,11 +39,11 @@ def is_untrained(run_dir: Path) -> bool:
 def check_resumable(config: Config) -> str:
     """That the run in ``run.dir`` can go on as what it is told to be; empty, or what changes since nothing was trained.
 
-    Raises ConfigError and DataError as `check_identity`.
+    Raises ConfigError and DataError as `check_fingerprint`.
     """
     if is_untrained(config.run.dir):
         return ", ".join(changes(config))
-    check_identity(config)
+    check_fingerprint(config)
     return ""
 
 
@@ -51,7 +51,7 @@ def archive_untrained_run(config: Config) -> bool:
     """Set aside what a run has that was begun as another and has trained nothing; whether there was such a one.
 
     Raises:
-        ConfigError, DataError: as `check_identity`: it is another, and has trained.
+        ConfigError, DataError: as `check_fingerprint`: it is another, and has trained.
         RunFileError: something cannot be set aside.
     """
     if not (changed := check_resumable(config)):
@@ -59,7 +59,7 @@ def archive_untrained_run(config: Config) -> bool:
     try:
         _set_aside(config.run.dir)
     except OSError as error:
-        raise unusable(Path(error.filename or config.run.dir), error) from error
+        raise unusable_file_error(Path(error.filename or config.run.dir), error) from error
     log.warning("nothing was trained yet, so the run begins anew as what it is told to be now: %s", changed)
     return True
 

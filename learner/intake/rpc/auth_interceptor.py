@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from learner.intake.rpc.request_limits import read_request
 from treegrpo.config.security import Role
 from treegrpo.net.limits import CHUNK_SECONDS, NAMED_CALLS, REQUEST_SECONDS
-from treegrpo.security.server_role import roles_in
+from treegrpo.security.server_role import role_of_uris
 
 ALLOWED = {
     "treegrpo.v1.RolloutService": {Role.SAMPLER},
@@ -142,4 +142,4 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 def peer_identity(context: Context) -> tuple[Role, str] | None:
     """Role and name in the certificate of who calls; None in plain text."""
     names = cast("dict[str, list[bytes]]", context.auth_context()).get("x509_subject_alternative_name", [])
-    return roles_in([name.decode(errors="replace") for name in names])
+    return role_of_uris([name.decode(errors="replace") for name in names])

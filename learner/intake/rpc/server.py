@@ -18,8 +18,8 @@ from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
 from treegrpo.net import limits
 from treegrpo.observability.metrics import IntakeMetrics
-from treegrpo.observability.rate_limited_log import RateLimitedLog, seldom
-from treegrpo.security.credentials import Credentials, Keys
+from treegrpo.observability.rate_limited_log import RateLimitedLog, rate_limit_library_logs
+from treegrpo.security.credentials import CertificateFiles, Credentials
 from treegrpo.v1 import rollout_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def create_server(address: str, access: Credentials, visitors: ConnectionMonitor
     Raises ConfigError for an address that may not be used in plain text.
     """
     access.check_listen("learner.listen", address)
-    seldom("grpc", "asyncio")
+    rate_limit_library_logs("grpc", "asyncio")
     server = grpc.aio.server(
         options=[*OPTIONS, ("grpc.max_receive_message_length", message_bytes)],
         interceptors=[AuthInterceptor(visitors, roles=access.keys is not None)],
@@ -159,7 +159,7 @@ def create_server(address: str, access: Credentials, visitors: ConnectionMonitor
     return server
 
 
-def _credentials(keys: Keys, role: Role, visitors: ConnectionMonitor) -> grpc.ServerCredentials:
+def _credentials(keys: CertificateFiles, role: Role, visitors: ConnectionMonitor) -> grpc.ServerCredentials:
     """The certificate as it is on disk at each handshake: renewed files serve at once."""
     served = keys.stamp
 

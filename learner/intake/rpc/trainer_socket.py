@@ -12,7 +12,7 @@ from pathlib import Path
 from learner.intake.coordinator.trainer_api import TrainerApi
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import AddressInUseError, ContractError, RunFileError, describe
-from treegrpo.storage.run_files import check_kind, unusable
+from treegrpo.storage.run_files import check_kind, unusable_file_error
 from treegrpo.wire.trainer_protocol import (
     Covered,
     Done,
@@ -22,7 +22,7 @@ from treegrpo.wire.trainer_protocol import (
     Refused,
     Report,
     Take,
-    check_report,
+    check_step_report,
     encode,
     receive,
 )
@@ -43,7 +43,7 @@ async def _answer(api: TrainerApi, request: Message) -> Message:
         case Evaluate(version):
             return await api.handle_evaluate(PolicyVersion.parse(version))
         case Report(values):
-            check_report(values)
+            check_step_report(values)
             api.handle_step_report(values)
         case _:
             raise ContractError(f"The trainer sent {type(request).__name__}, which only the intake says.")
@@ -107,7 +107,7 @@ class _Socket:
         try:
             server = await asyncio.start_unix_server(self._serve, self._path, limit=1 << 20)
         except OSError as error:
-            raise unusable(self._path, error) from error
+            raise unusable_file_error(self._path, error) from error
         if self._server is not None:
             self._server.close()  # connections stay
         self._server, self._inode = server, _inode(self._path)
@@ -153,7 +153,7 @@ async def _take_over(path: Path) -> None:
         await asyncio.to_thread(path.unlink, missing_ok=True)
         return
     except OSError as error:
-        raise unusable(path, error) from error
+        raise unusable_file_error(path, error) from error
     writer.close()
     raise AddressInUseError(f"Another intake serves this run at {path}; stop it, or set run.dir to another directory.")
 

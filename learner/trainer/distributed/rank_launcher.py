@@ -16,9 +16,9 @@ from treegrpo.config.loader import from_arguments
 from treegrpo.config.schema import Config
 from treegrpo.errors import TreeGrpoError
 from treegrpo.observability import log_setup
-from treegrpo.runtime.entrypoint import FAILED, PASSING, complain, exit_code
-from treegrpo.runtime.exit_report import ExitReports, Report, most_telling, report_of, write_report
-from treegrpo.runtime.process_environment import forget_ranks
+from treegrpo.runtime.entrypoint import FAILED, PASSING, exit_code, report_error
+from treegrpo.runtime.exit_report import ExitReports, Report, decisive_report, exit_report_for, write_exit_report
+from treegrpo.runtime.process_environment import remove_rank_variables
 from treegrpo.runtime.stop_signals import stop_signals
 
 SIGNALLED = 128
@@ -37,18 +37,18 @@ def run(work: Callable[[Config, Ranks], None], module: str) -> int:
     try:
         config = from_arguments(arguments)
         if not by_torchrun():
-            forget_ranks()
+            remove_rank_variables()
             if config.train.processes > 1:
                 return start(module, config.train.processes, arguments)
         with joined() as ranks:
             who = "" if ranks.is_first else f"rank {ranks.rank}: "
-            log_setup.to_stderr(logging.INFO if ranks.is_first else logging.WARNING, who)
+            log_setup.log_to_stderr(logging.INFO if ranks.is_first else logging.WARNING, who)
             work(config, ranks)
         code = 0
     except TreeGrpoError as error:
-        code = complain(error) if ranks.says(error) else exit_code(error)
+        code = report_error(error) if ranks.says(error) else exit_code(error)
     except Exception as crash:
-        write_report(report_of(crash))
+        write_exit_report(exit_report_for(crash))
         raise
     if dist.is_initialized():  # with a process group, the end of the interpreter now and then aborts (torch 2.13, gloo)
         logging.shutdown()
@@ -77,10 +77,10 @@ def start(module: str, processes: int, arguments: Sequence[str]) -> int:
         died = [_killed(rank, -failure.exitcode) for rank, failure in error.failures.items() if failure.exitcode < 0]
     except SignalException as told:  # it has waited for the ranks
         code = SIGNALLED + told.sigval
-    cause = most_telling([*reports.read(), *died])
+    cause = decisive_report([*reports.read(), *died])
     if cause is None or (cause.secondary and code > SIGNALLED):  # ranks that drain may lose each other at the very end
         return code
-    write_report(cause)
+    write_exit_report(cause)
     return FAILED if cause.code == FAILED else PASSING
 
 

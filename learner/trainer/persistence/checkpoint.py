@@ -43,7 +43,7 @@ from learner.trainer.persistence.policy_versions import write_model
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import DiskError, ModelError
 from treegrpo.storage import manifest
-from treegrpo.storage.run_files import parse_object, unusable
+from treegrpo.storage.run_files import parse_object, unusable_file_error
 
 log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -232,7 +232,7 @@ def _set_aside(folder: Path) -> Path:
     try:
         return folder.rename(aside)
     except OSError as error:
-        raise unusable(folder, error) from error
+        raise unusable_file_error(folder, error) from error
 
 
 def _remove_superfluous(root: Path, keep: int) -> None:

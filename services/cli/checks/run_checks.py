@@ -18,7 +18,7 @@ from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.core.question import Question
 from treegrpo.errors import AddressInUseError, ConfigError, DataError
-from treegrpo.net.address import check_free, check_port, join_address, overlap, split_address
+from treegrpo.net.address import check_free, check_port, join_address, share_port, split_address
 from treegrpo.net.http_client import public_url
 from treegrpo.runtime.run_directory import check_run_directory, check_writable
 from treegrpo.security.credentials import Credentials
@@ -90,7 +90,7 @@ def check_addresses(addresses: list[Address]) -> str:
     for address in addresses:
         check_port(address.value, address.key)
     for one, other in combinations(addresses, 2):
-        if overlap(one.value, other.value):
+        if share_port(one.value, other.value):
             both = f"both {one.value}" if one.value == other.value else f"{one.value} and {other.value}, on the same port"
             raise AddressInUseError(f"{one.key} and {other.key} are {both}; give one of them another port.")
     for address in addresses:

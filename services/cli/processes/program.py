@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from treegrpo.runtime.child_process import ChildProcess
-from treegrpo.runtime.exit_report import ExitReports, Report, most_telling, reported_code
+from treegrpo.runtime.exit_report import ExitReports, Report, decisive_report
 from treegrpo.runtime.process_environment import child_environment, python
 
 
@@ -47,7 +47,7 @@ class Child(ChildProcess):
     @property
     def report(self) -> Report | None:
         """Why it ends, in its own words; None while it has said nothing."""
-        return most_telling(self.reports.read())
+        return decisive_report(self.reports.read())
 
     def obituary(self) -> str:
         """One sentence: what ended, how, why, where to read more."""

@@ -15,9 +15,9 @@ from services.sampler.retriever_client import open_retriever
 from treegrpo.config.schema import Config
 from treegrpo.config.security import web_address
 from treegrpo.errors import ConfigError, DeadlineError, ToolAwayError, ToolError, UnavailableError
-from treegrpo.net.address import within_reach
+from treegrpo.net.address import reachable_address
 from treegrpo.security.credentials import OPEN, Credentials
-from treegrpo.wire.control import open_client, unavailable
+from treegrpo.wire.control import broker_unavailable_error, open_client
 
 PROBE_SECONDS = 2.0
 PAUSE_SECONDS = 0.1
@@ -31,7 +31,7 @@ async def broker_ready(address: str, access: Credentials = OPEN) -> None:
         async with open_client(address, access, timeout=PROBE_SECONDS):
             return
     except aiomqtt.MqttError as error:
-        raise unavailable(address, access, error, "start one there.") from error
+        raise broker_unavailable_error(address, access, error, "start one there.") from error
 
 
 async def retriever_ready(config: Config, access: Credentials = OPEN) -> None:
@@ -57,8 +57,8 @@ async def retriever_ready(config: Config, access: Credentials = OPEN) -> None:
 
 async def learner_ready(address: str, access: Credentials = OPEN) -> None:
     """The intake at ``address`` serves, says gRPC's health service."""
-    access.check_reach("learner.listen", within_reach(address))
-    async with open_channel(within_reach(address), access) as channel:
+    access.check_reach("learner.listen", reachable_address(address))
+    async with open_channel(reachable_address(address), access) as channel:
         try:
             check = health_pb2_grpc.HealthStub(channel).Check  # pyright: ignore[reportAttributeAccessIssue] - untyped stub
             reply = await check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from treegrpo.config.security import Role
 from treegrpo.errors import ContractError, DeadlineError, UnavailableError
-from treegrpo.net.address import within_reach
+from treegrpo.net.address import reachable_address
 from treegrpo.net.http_client import Answer, HttpClient
 from treegrpo.security.credentials import Credentials, bearer
 
@@ -45,7 +45,7 @@ async def pages(access: Credentials) -> AsyncGenerator[Read]:
     async with HttpClient(verify=access.web_context(Role.LEARNER), headers=bearer(access.metrics_token)) as client:
 
         async def read(address: str) -> Scrape:
-            url = f"{scheme}://{within_reach(address)}/metrics"
+            url = f"{scheme}://{reachable_address(address)}/metrics"
             try:
                 return await client.ask("GET", url, _samples, seconds=SCRAPE_SECONDS, size=PAGE_BYTES)
             except (UnavailableError, DeadlineError, ContractError):

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from treegrpo.config.security import Role, host_of
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.net import limits
-from treegrpo.security.credentials import Credentials, Keys
+from treegrpo.security.credentials import CertificateFiles, Credentials
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
@@ -55,7 +55,7 @@ class RenewingChannel:
     gRPC keeps what a channel was opened with, so renewed files mean another channel. What began on the one before ends on it.
     """
 
-    def __init__(self, address: str, access: Credentials, keys: Keys) -> None:
+    def __init__(self, address: str, access: Credentials, keys: CertificateFiles) -> None:
         self._address = address
         self._access = access
         self._keys = keys

@@ -6,13 +6,10 @@
 import signal
 import sys
 
-from treegrpo.runtime.exit_report import Report, write_report
+from treegrpo.runtime.exit_report import Report, write_exit_report
 
 words = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
 print("2026 INFO something before")
 if "--report" in words:
-    write_report(Report(int(words["--code"]), words["--report"]))
-print(words["--say"], flush=True)
-if "--linger" in words:  # until a signal kills it
-    signal.pause()
+    write_exit_report(Report(int(words["--code"]), words["--report"]))
 sys.exit(int(words["--code"]))

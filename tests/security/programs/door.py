@@ -12,7 +12,7 @@ from tests.security.people import access
 from treegrpo.config.security import Role
 from treegrpo.observability import log_setup
 from treegrpo.observability.native_log import filter_native_log
-from treegrpo.observability.standard_streams import protect
+from treegrpo.observability.standard_streams import make_streams_lossy
 
 
 async def main(folder: Path) -> None:
@@ -22,8 +22,8 @@ async def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    protect()
-    log_setup.to_stderr()
+    make_streams_lossy()
+    log_setup.log_to_stderr()
     if os.environ["GRPC_VERBOSITY"] != "NONE":
         filter_native_log()
     asyncio.run(main(Path(sys.argv[1])))

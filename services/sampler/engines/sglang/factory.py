@@ -25,7 +25,7 @@ from services.sampler.engines.sglang.weight_staging import Stage, Staged
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ConfigError, ContractError, DeadlineError, EngineError, UnavailableError
-from treegrpo.net.address import family_of, join_address, within_reach
+from treegrpo.net.address import address_family, join_address, reachable_address
 from treegrpo.storage.model_config import check_context, read_model_config
 
 ANSWER_SECONDS = 60.0
@@ -193,9 +193,9 @@ def _limits(demands: Demands) -> Limits:
 
 def _reached(host: str, port: int) -> str:
     """The address at which who listens on ``host`` is reached from here."""
-    return within_reach(join_address(host, port))
+    return reachable_address(join_address(host, port))
 
 
 def _free_port(host: str) -> int:
-    with closing(socket.create_server((host, 0), family=family_of(host))) as listener:
+    with closing(socket.create_server((host, 0), family=address_family(host))) as listener:
         return listener.getsockname()[1]

@@ -18,7 +18,7 @@ from pathlib import Path
 from services.sampler.engines.checkpoint import is_tied, read_tensors, read_weight_shapes
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ConfigError, WeightsError
-from treegrpo.storage.temp_dir import scratch
+from treegrpo.storage.temp_dir import locked_temp_dir
 
 WEIGHTS = ".safetensors"
 
@@ -41,7 +41,7 @@ class Stage:
                 f"engine.weights_dir = {parent} does not exist; name a directory in memory that the servers see too."
             )
         self._stack = ExitStack()
-        self._root = self._stack.enter_context(scratch(parent))
+        self._root = self._stack.enter_context(locked_temp_dir(parent))
         self._base: Path | None = None
 
     def first(self, version: PolicyVersion, model: Path) -> Staged:
