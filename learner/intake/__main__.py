@@ -2,11 +2,11 @@
 
 import os
 
-from learner.intake.service import run
+from learner.intake.service import run_intake
 from treegrpo.observability.native_log import filter_native_log
 from treegrpo.runtime.entrypoint import run_service
 
 if __name__ == "__main__":
-    if os.environ.get("GRPC_VERBOSITY") != "NONE":  # somebody wants to see it
+    if os.environ.get("GRPC_VERBOSITY") != "NONE":  # an operator has asked for the native log
         filter_native_log()
-    run_service(run)
+    run_service(run_intake)

@@ -1,4 +1,33 @@
-"""The intake process: builds the desk from the journal, then serves samplers and the trainer until told to drain.
+"""The intake, the file to read first: lease questions to samplers, keep what comes back, hand batches to the trainer.
+
+    questions ─► leases ─► subtrees ─► journal ─► groups ─► batches ─► trainer ─► policy version ─► (samplers ─► subtrees)
+
+                      ┌─────────────────────────────────────────┐
+    ┌──────────┐ gRPC │ rpc          who may call, size limits  │ Unix  ┌─────────┐
+    │          │ ───► │ coordinator  sessions, dispatch, batches│ ◄──── │         │
+    │ samplers │      │ leases       table, groups, staleness   │socket │ trainer │
+    │          │ ◄─── │ persistence  events, snapshots, recovery│ ────► │         │
+    └──────────┘      │ wal          journal, segments, fsync   │       └─────────┘
+                      │ monitoring   metrics, progress, stalls  │
+                      └────────────────────┬────────────────────┘
+                                      MQTT │ run state, versions, last wills
+
+    task           produces                     waits for                          unblocked by
+    gRPC stream    events, acks to its sampler  a message of its sampler           heartbeat, subtree, demand, lease end
+    trainer socket batches, evaluations         `train.batch` groups, durable      lease ends, the journal; 5 s at most
+    dispatch       leases                       demand, and room below the         demand, a lease end, a new version,
+                                                staleness bound                    room on the disk, the run state
+    journal        durable records              an event                           every change of the lease table
+    reserve        spare bytes on the disk      room on the disk                   its interval
+    compaction     snapshots, fewer segments    a checkpoint of the trainer        Covered, a segment that was removed
+    run-state      drain messages, lost leases  the broker                         an operator, the last will of a sampler
+    silence        lost leases                  its interval                       —
+    pause          the file `paused`            a change of the run state          an operator
+    watchdog       a line about a stall         its interval                       —
+    directory      the end of the run           its interval                       —
+
+The lease table changes at once, the journal follows, and an ack is sent when its record is durable. While the disk
+refuses, nothing is acked and nothing is leased, and nothing fails. One asyncio loop, hence no locks.
 
 Start:  questions → newest snapshot and the journal since → broker → run state "running" unless paused → trainer socket → gRPC
 Stop:   run state "draining" → open leases end → gRPC stops → socket → broker → journal is durable
@@ -10,7 +39,9 @@ import asyncio
 import gc
 import logging
 import secrets
+from collections.abc import Iterable
 
+import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
@@ -28,9 +59,11 @@ from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS, has_recorded
 from learner.intake.persistence.run_lock import lock_run
 from learner.intake.persistence.snapshot import SnapshotStore, StateCapture
 from learner.intake.persistence.untrained_run import archive_untrained_run
+from learner.intake.rpc.connection_monitor import ConnectionMonitor
 from learner.intake.rpc.rollout_servicer import RolloutServicer
-from learner.intake.rpc.server import ConnectionMonitor, StreamAdmission, create_server
-from learner.intake.rpc.trainer_socket import listen
+from learner.intake.rpc.server import create_server
+from learner.intake.rpc.stream_admission import StreamAdmission
+from learner.intake.rpc.trainer_socket import serve_trainer
 from learner.intake.rpc.weights_servicer import WeightsServicer
 from learner.intake.wal.disk_reserve import DiskReserve
 from learner.intake.wal.filesystem import LocalFileSystem
@@ -39,6 +72,7 @@ from treegrpo.config.fingerprint import record_fingerprint
 from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import RunError
+from treegrpo.net import limits
 from treegrpo.net.address import check_free, check_port
 from treegrpo.observability.metrics import IntakeMetrics, serve
 from treegrpo.runtime.run_directory import check_run_directory, make_run_directory
@@ -53,12 +87,35 @@ from treegrpo.wire.trainer_protocol import socket_path
 
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 20.0
-GARBAGE_OBJECTS = 50_000
-"""Made before somebody looks for cycles among them: a subtree is a hundred objects, and none of them is in a cycle."""
+GC_THRESHOLD = 50_000
+"""Objects made before Python looks for cycles among them: a subtree is a hundred objects, and none of them is in a cycle."""
 
 
-def _book(config: Config) -> LeaseBook:
-    """The book of a run that has not begun. Raises DataError and ModelError."""
+async def run_intake(config: Config) -> None:
+    """Serve until SIGTERM, SIGINT or the run state says draining.
+
+    Raises:
+        ConfigError, DataError, ModelError, JournalError: something given is not usable.
+        RunFileError: another program has changed the run's files.
+        RunError: their directory is gone, or another run owns run.name on the broker.
+        AddressInUseError: an address to listen on is taken.
+        UnavailableError: the broker does not answer.
+    """
+    gc.set_threshold(GC_THRESHOLD)
+    access = Credentials.of(config.security, Role.LEARNER)
+    access.check_listen("learner.listen", config.learner.listen)
+    access.check_reach("broker.address", config.broker.address)
+    check_port(config.learner.listen, "learner.listen")
+    check_free(config.learner.listen, "learner.listen")
+    check_run_directory(config.run.dir)
+    make_run_directory(config.run.dir)
+    check_run_files(config.run.dir)
+    with lock_run(config.run.dir):
+        await _recover_and_serve(config, access)
+
+
+def _new_lease_table(config: Config) -> LeaseBook:
+    """The lease table of a run that has not begun. Raises DataError and ModelError."""
     train = config.train
     return LeaseBook(
         QuestionQueue(load_questions(config.data.train), config.run.seed),
@@ -72,35 +129,12 @@ def _book(config: Config) -> LeaseBook:
     )
 
 
-async def run(config: Config) -> None:
-    """Serve until SIGTERM, SIGINT or the run state says draining.
-
-    Raises:
-        ConfigError, DataError, ModelError, JournalError: something given is not usable.
-        RunFileError: another program has touched the run's files.
-        RunError: their directory is gone, or another run owns run.name on the broker.
-        AddressInUseError: an address to listen on is taken.
-        UnavailableError: the broker does not answer.
-    """
-    gc.set_threshold(GARBAGE_OBJECTS)
-    access = Credentials.of(config.security, Role.LEARNER)
-    access.check_listen("learner.listen", config.learner.listen)
-    access.check_reach("broker.address", config.broker.address)
-    check_port(config.learner.listen, "learner.listen")
-    check_free(config.learner.listen, "learner.listen")
-    check_run_directory(config.run.dir)
-    make_run_directory(config.run.dir)
-    check_run_files(config.run.dir)
-    with lock_run(config.run.dir):
-        await _run(config, access)
-
-
-async def _run(config: Config, access: Credentials) -> None:
+async def _recover_and_serve(config: Config, access: Credentials) -> None:
     run_dir = config.run.dir
     disk, folder, snapshots = LocalFileSystem(), run_dir / JOURNAL, SnapshotStore(LocalFileSystem(), run_dir / SNAPSHOTS)
     metrics = IntakeMetrics()
     heldout = load_questions(config.data.heldout)[: config.eval.questions or None]
-    book = _book(config)
+    book = _new_lease_table(config)
     begun = has_recorded_events(run_dir) and not archive_untrained_run(config)
     run_id = record_fingerprint(config, begun=begun)
     reporter = RunRecorder(metrics, run_dir / "progress.jsonl", window=config.train.batch)
@@ -117,21 +151,27 @@ async def _run(config: Config, access: Credentials) -> None:
             versions = PublishedVersions(book, control)
             trainer = TrainerApi(desk, versions, heldout, on_checkpoint=compaction.ask)
             directory = DirectoryMonitor(disk, journal, snapshots, run_dir)
-            dog = StallWatchdog(desk.pace, lambda: current_run_status(desk, trainer, journal), reporter)
+            watchdog = StallWatchdog(desk.pace, lambda: current_run_status(desk, trainer, journal), reporter)
             async with asyncio.TaskGroup() as tasks:
-                writing = tasks.create_task(journal.write_forever(), name="journal")
-                following = tasks.create_task(desk.follow(), name="control")
-                pausing = tasks.create_task(run_state.remember(control, run_dir), name="pause")
-                keeping = tasks.create_task(DiskReserve(disk, journal).keep_forever(), name="reserve")
-                compacting = tasks.create_task(compaction.run_forever(), name="compaction")
-                watching = tasks.create_task(dog.run_forever(), name="watchdog")
-                seeing = tasks.create_task(_see_to(desk, directory, compaction), name="directory")
+                background = [
+                    tasks.create_task(journal.write_forever(), name="journal"),
+                    tasks.create_task(desk.follow(), name="control"),
+                    tasks.create_task(run_state.remember(control, run_dir), name="pause"),
+                    tasks.create_task(DiskReserve(disk, journal).keep_forever(), name="reserve"),
+                    tasks.create_task(compaction.run_forever(), name="compaction"),
+                    tasks.create_task(watchdog.run_forever(), name="watchdog"),
+                    tasks.create_task(_fail_if_removed(desk, directory, compaction), name="directory"),
+                ]
                 await _serve(config, desk, trainer, versions, control, metrics, access)
-                for task in (seeing, watching, compacting, keeping, writing, following, pausing):
-                    task.cancel()
+                _cancel(reversed(background))
 
 
-async def _see_to(desk: Desk, directory: DirectoryMonitor, compaction: JournalCompactor) -> None:
+def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+
+
+async def _fail_if_removed(desk: Desk, directory: DirectoryMonitor, compaction: JournalCompactor) -> None:
     """End the run when its directory is gone."""
     try:
         await directory.run_forever(snapshot=compaction.ask)
@@ -149,29 +189,43 @@ async def _serve(
     metrics: IntakeMetrics,
     access: Credentials,
 ) -> None:
-    """Open the doors, wait for the signal, drain, close them."""
-    visitors = ConnectionMonitor(metrics)
-    most = message_bytes(config.rollout.plan)
-    server = create_server(config.learner.listen, access, visitors, most)
-    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(desk, StreamAdmission(visitors, most)), server)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, metrics), server)
-    healthy = HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    asked = asyncio.Event()
+    """Serve the trainer and the samplers until a signal or a failed run, then drain and stop. Raises RunError."""
+    health = HealthServicer()
+    server = _create_server(config, desk, versions, metrics, access, health)
+    stop_requested = asyncio.Event()
     for number in stop_signals():
-        asyncio.get_running_loop().add_signal_handler(number, asked.set)
-    async with listen(trainer, socket_path(config.run.dir)):
+        asyncio.get_running_loop().add_signal_handler(number, stop_requested.set)
+    async with serve_trainer(trainer, socket_path(config.run.dir)):
         await server.start()
-        await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+        await health.set("", health_pb2.HealthCheckResponse.SERVING)
         metrics.serving.set(1)
         log.info("the intake serves samplers at %s", config.learner.listen)
-        told = asyncio.create_task(asked.wait(), name="told-to-drain")
-        await asyncio.wait({told, desk.broken}, return_when=asyncio.FIRST_COMPLETED)
+        stopping = asyncio.create_task(stop_requested.wait(), name="stop-signal")
+        await asyncio.wait({stopping, desk.broken}, return_when=asyncio.FIRST_COMPLETED)
         metrics.serving.set(0)
-        await healthy.enter_graceful_shutdown()
+        await health.enter_graceful_shutdown()
         await control.set_state(RunState.DRAINING)
         await desk.drained(0.0 if desk.broken.done() else DRAIN_SECONDS)
         await server.stop(grace=1.0)
-        told.cancel()
+        stopping.cancel()
         if desk.broken.done():
             desk.broken.result()
+
+
+def _create_server(
+    config: Config,
+    desk: Desk,
+    versions: PublishedVersions,
+    metrics: IntakeMetrics,
+    access: Credentials,
+    health: HealthServicer,
+) -> grpc.aio.Server:
+    """The gRPC server with its services, not started."""
+    monitor = ConnectionMonitor(metrics)
+    max_bytes = message_bytes(config.rollout.plan)
+    admission = StreamAdmission(monitor, limits.samplers(max_bytes))
+    server = create_server(config.learner.listen, access, monitor, max_bytes)
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(desk, admission, monitor), server)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, metrics), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    return server

@@ -16,8 +16,11 @@ from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.recovery import recover
 from learner.intake.persistence.snapshot import SnapshotStore
+from learner.intake.rpc.auth_interceptor import CallLimits
+from learner.intake.rpc.connection_monitor import ConnectionMonitor
 from learner.intake.rpc.rollout_servicer import RolloutServicer
-from learner.intake.rpc.server import ConnectionMonitor, StreamAdmission, create_server
+from learner.intake.rpc.server import create_server
+from learner.intake.rpc.stream_admission import StreamAdmission
 from learner.intake.rpc.weights_servicer import WeightsServicer
 from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
@@ -26,6 +29,7 @@ from tests.ports import free_address
 from treegrpo.config.schema import SecurityConfig
 from treegrpo.config.security import Role
 from treegrpo.core.step import PolicyVersion
+from treegrpo.net import limits
 from treegrpo.net.limits import MESSAGE_BYTES
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.security.credentials import OPEN, Credentials
@@ -80,7 +84,7 @@ class IntakeFixture:
 
 @contextlib.asynccontextmanager
 async def serve_intake(
-    table: LeaseBook, folder: Path, timings: CoordinatorTimings | None = None
+    table: LeaseBook, folder: Path, timings: CoordinatorTimings | None = None, call_limits: CallLimits | None = None
 ) -> AsyncGenerator[IntakeFixture]:
     """Serve ``table`` after what the journal in ``folder`` has, at policy step 0."""
     metrics, disk = IntakeMetrics(), LocalFileSystem()
@@ -92,11 +96,10 @@ async def serve_intake(
         timings, versions = timings or CoordinatorTimings(), PublishedVersions(table, control)
         desk = Desk(table, journal, control, reporter, run="test", plan=PLAN, heldout=1, timings=timings)
         trainer = TrainerApi(desk, versions, [question(90)], lambda: None, long_poll_seconds=timings.long_poll_seconds)
-        visitors, address = ConnectionMonitor(metrics), free_address()
-        server = create_server(address, OPEN, visitors, MESSAGE_BYTES)
-        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(
-            RolloutServicer(desk, StreamAdmission(visitors, MESSAGE_BYTES)), server
-        )
+        monitor, address = ConnectionMonitor(metrics), free_address()
+        server = create_server(address, OPEN, monitor, MESSAGE_BYTES, call_limits=call_limits)
+        rollout = RolloutServicer(desk, StreamAdmission(monitor, limits.samplers(MESSAGE_BYTES)), monitor)
+        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, server)
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, metrics), server)
         await server.start()
         async with asyncio.TaskGroup() as tasks:

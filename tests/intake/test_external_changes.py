@@ -15,8 +15,7 @@ import pytest
 from learner.intake.coordinator.published_versions import PublishedVersions
 from learner.intake.persistence.directory_watch import DirectoryMonitor
 from learner.intake.persistence.snapshot import SnapshotStore
-from learner.intake.rpc import trainer_socket
-from learner.intake.rpc.trainer_socket import listen
+from learner.intake.rpc.trainer_socket import serve_trainer
 from learner.intake.rpc.weights_servicer import WeightsServicer
 from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
@@ -100,10 +99,9 @@ def connected(path: Path) -> IntakeClient:
             return IntakeClient(str(path))
 
 
-async def test_a_socket_that_was_removed_is_there_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_socket, "LOOK_SECONDS", 0.01)
+async def test_a_socket_that_was_removed_is_there_again(tmp_path: Path) -> None:
     path = tmp_path / "intake.sock"
-    async with listen(cast("Any", None), str(path)), asyncio.timeout(20):
+    async with serve_trainer(cast("Any", None), str(path), rebind_check_seconds=0.01), asyncio.timeout(20):
         path.unlink()
         (await asyncio.to_thread(connected, path)).close()
     assert not path.exists()
@@ -111,7 +109,7 @@ async def test_a_socket_that_was_removed_is_there_again(tmp_path: Path, monkeypa
 
 async def test_what_took_the_place_of_the_socket_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "intake.sock"
-    async with listen(cast("Any", None), str(path)):
+    async with serve_trainer(cast("Any", None), str(path)):
         path.unlink()
         path.mkdir()
     assert path.is_dir()

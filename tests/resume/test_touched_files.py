@@ -17,7 +17,7 @@ from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.recovery import has_recorded_events, recover
 from learner.intake.persistence.run_lock import lock_run
 from learner.intake.persistence.snapshot import SnapshotStore
-from learner.intake.rpc.trainer_socket import listen
+from learner.intake.rpc.trainer_socket import serve_trainer
 from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
 from learner.trainer.loop import Trainer
@@ -96,7 +96,7 @@ async def start_intake(config: Config) -> None:
             journal.commit()
         reporter.step({"step": 3, "version": "0.3", "position": 6}, known)
         snapshots.prune()
-        async with listen(cast("Any", None), str(run_dir / "intake.sock")):
+        async with serve_trainer(cast("Any", None), str(run_dir / "intake.sock")):
             pass
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,13 +14,16 @@ from grpc_health.v1._async import HealthServicer
 
 from learner.intake.coordinator.coordinator import Desk
 from learner.intake.coordinator.sampler_sessions import SamplerSession
+from learner.intake.rpc.auth_interceptor import CallLimits
+from learner.intake.rpc.connection_monitor import ConnectionMonitor
 from learner.intake.rpc.rollout_servicer import RolloutServicer
-from learner.intake.rpc.server import ConnectionMonitor, StreamAdmission, create_server
+from learner.intake.rpc.server import OPTIONS, create_server
+from learner.intake.rpc.stream_admission import StreamAdmission
 from learner.intake.rpc.weights_servicer import WeightsServicer
 from services.sampler.learner_link.channel import open_channel
 from tests.intake.server_harness import no_versions
 from tests.ports import free_address
-from treegrpo.net.limits import MESSAGE_BYTES
+from treegrpo.net.limits import HANDSHAKE_SECONDS, MESSAGE_BYTES
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.security.credentials import Credentials
 from treegrpo.v1 import rollout_pb2 as pb
@@ -66,11 +69,20 @@ class Door:
 
 
 @asynccontextmanager
-async def serving(learner: Credentials, message_bytes: int = MESSAGE_BYTES) -> AsyncGenerator[Door]:
+async def serving(
+    learner: Credentials,
+    message_bytes: int = MESSAGE_BYTES,
+    *,
+    max_samplers: int = 64,
+    handshake_seconds: float = HANDSHAKE_SECONDS,
+    call_limits: CallLimits | None = None,
+    options: Sequence[tuple[str, int]] = OPTIONS,
+) -> AsyncGenerator[Door]:
     metrics, reception, address = IntakeMetrics(), Reception(), free_address()
-    visitors = ConnectionMonitor(metrics)
-    server = create_server(address, learner, visitors, message_bytes)
-    rollout = RolloutServicer(cast("Desk", reception), StreamAdmission(visitors, message_bytes))
+    monitor = ConnectionMonitor(metrics)
+    server = create_server(address, learner, monitor, message_bytes, call_limits=call_limits, options=options)
+    admission = StreamAdmission(monitor, max_samplers)
+    rollout = RolloutServicer(cast("Desk", reception), admission, monitor, handshake_seconds)
     rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, server)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(no_versions(), metrics), server)
     healthy = HealthServicer()

@@ -15,7 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from learner.intake.rpc import auth_interceptor
-from learner.intake.rpc.server import ConnectionMonitor, create_server
+from learner.intake.rpc.connection_monitor import ConnectionMonitor
+from learner.intake.rpc.server import create_server
 from services.certs.authority import issue
 from services.certs.issue import certs, write
 from services.cli.processes.readiness import learner_ready

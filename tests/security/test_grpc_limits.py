@@ -13,7 +13,8 @@ import grpc
 import pytest
 
 from bench.http2 import Connection, grpc_frame
-from learner.intake.rpc import auth_interceptor, rollout_servicer, server
+from learner.intake.rpc import server
+from learner.intake.rpc.auth_interceptor import CallLimits
 from services.sampler.learner_link import channel as channel_module
 from services.sampler.learner_link.channel import open_channel
 from tests.intake.builders import PLAN, chain, step
@@ -46,18 +47,16 @@ async def test_a_stream_that_begins_otherwise_is_refused_and_counted(first: pb.R
         assert says in sentence
 
 
-async def test_one_sampler_too_many_is_refused_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "PEERS", 1)
-    async with serving(OPEN) as door:
+async def test_one_sampler_too_many_is_refused_and_counted() -> None:
+    async with serving(OPEN, max_samplers=1) as door:
         door.reception.join(pb.Hello(sampler="first"))
         code, sentence = await stream(door, OPEN, hello())
         assert (code, door.refused("peers")) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)
         assert sentence == "1 samplers are connected, the most one learner takes; stop some."
 
 
-async def test_a_stream_without_hello_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_servicer, "HANDSHAKE_SECONDS", 0.2)
-    async with serving(OPEN) as door:
+async def test_a_stream_without_hello_is_closed() -> None:
+    async with serving(OPEN, handshake_seconds=0.2) as door:
         code, sentence = await stream(door, OPEN)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "send Hello" in sentence
@@ -129,10 +128,10 @@ def test_the_longest_branch_fits_into_a_message() -> None:
         assert len(subtree_to_bytes(replace(made, leaves=()))) / plan.max_turns < message_bytes(plan)
 
 
-async def test_calls_of_a_sampler_that_its_certificate_names_are_bounded(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth_interceptor, "NAMED_CALLS", 1)
+async def test_calls_of_a_sampler_that_its_certificate_names_are_bounded(made: Path) -> None:
     named = impostor(made / "named", made, "named")
-    async with serving(access(made, Role.LEARNER)) as door, open_channel(door.address, named) as channel:
+    learner, call_limits = access(made, Role.LEARNER), CallLimits(calls_per_name=1)
+    async with serving(learner, call_limits=call_limits) as door, open_channel(door.address, named) as channel:
         stub = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel))
         first = stub.Rollout()
         await first.write(hello())
@@ -147,12 +146,9 @@ async def test_calls_of_a_sampler_that_its_certificate_names_are_bounded(made: P
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("said", [b"", b"PRI * HTTP/2.0\r\n", b"\x16\x03\x01"])
-async def test_who_connects_and_says_nothing_more_is_hung_up_on(
-    made: Path, monkeypatch: pytest.MonkeyPatch, said: bytes, *, tls: bool
-) -> None:
+async def test_who_connects_and_says_nothing_more_is_hung_up_on(made: Path, said: bytes, *, tls: bool) -> None:
     quick = [(key, 300 if key == "grpc.server_handshake_timeout_ms" else value) for key, value in server.OPTIONS]
-    monkeypatch.setattr(server, "OPTIONS", quick)
-    async with serving(access(made, Role.LEARNER) if tls else OPEN) as door:
+    async with serving(access(made, Role.LEARNER) if tls else OPEN, options=quick) as door:
         host, _, port = door.address.rpartition(":")
         with socket.create_connection((host, int(port))) as slow:
             slow.setblocking(False)
@@ -163,10 +159,9 @@ async def test_who_connects_and_says_nothing_more_is_hung_up_on(
                     pass
 
 
-async def test_calls_at_once_on_one_connection_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_at_once_on_one_connection_are_bounded() -> None:
     few = [(key, 2 if key == "grpc.max_concurrent_streams" else value) for key, value in server.OPTIONS]
-    monkeypatch.setattr(server, "OPTIONS", few)
-    async with serving(OPEN) as door, open_channel(door.address, OPEN) as channel:
+    async with serving(OPEN, options=few) as door, open_channel(door.address, OPEN) as channel:
         stub, calls = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)), list[Any]()
         for number in range(2):
             calls.append(stub.Rollout())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from learner.intake.rpc.request_limits import LEASES, PARTS, read_request
+from learner.intake.rpc.request_limits import MAX_FIELDS, MAX_HELLO_LEASES, read_request
 from tests.intake.builders import chain, complete
 from treegrpo.errors import ContractError
 from treegrpo.net.limits import SENTENCE_LETTERS
@@ -15,17 +15,17 @@ from treegrpo.wire.codec import lease_end_to_pb, subtree_to_pb
 @pytest.mark.parametrize("field", [b"\x2a\x00", b"\x32\x00"])
 def test_many_small_parts_are_refused_before_they_are_parsed(field: bytes) -> None:
     """Empty steps and leaves: 2 bytes here, 70 and more when they are parsed."""
-    body = field * (PARTS + 1)
+    body = field * (MAX_FIELDS + 1)
     with pytest.raises(ContractError, match="more than 16384 parts"):
         read_request(b"\x1a" + varint(len(body)) + body)
-    inner = b"\x32\x00" * (PARTS + 1)
+    inner = b"\x32\x00" * (MAX_FIELDS + 1)
     step = b"\x2a" + varint(len(inner)) + inner
     with pytest.raises(ContractError, match="more than 16384 parts"):
         read_request(b"\x1a" + varint(len(step)) + step)
 
 
 def test_a_group_of_the_old_wire_format_is_no_way_around_it() -> None:
-    body = b"\x2a\x00" * (PARTS + 1)
+    body = b"\x2a\x00" * (MAX_FIELDS + 1)
     with pytest.raises(ContractError, match="no request"):
         read_request(b"\x9b\x06\x9c\x06\x1a" + varint(len(body)) + body)
 
@@ -44,7 +44,7 @@ def test_what_a_sampler_says_in_its_own_words_is_cut_off() -> None:
 
 
 def test_a_hello_that_names_many_leases_is_refused() -> None:
-    hello = pb.Hello(sampler="s1", leases=["x"] * (LEASES + 1))
+    hello = pb.Hello(sampler="s1", leases=["x"] * (MAX_HELLO_LEASES + 1))
     with pytest.raises(ContractError, match="names 4097 leases"):
         read_request(pb.RolloutRequest(hello=hello).SerializeToString())
 

@@ -14,6 +14,7 @@ import msgpack
 import pytest
 
 from learner.intake.rpc import auth_interceptor
+from learner.intake.rpc.auth_interceptor import CallLimits
 from services.sampler.learner_link.channel import OPTIONS
 from tests.intake.builders import PLAN, VERSION, book, chain, complete
 from tests.intake.process_harness import Sampler
@@ -177,21 +178,27 @@ async def test_refusals_of_one_lease_are_bounded(tmp_path: Path) -> None:
 # ---- how slowly it says it, and how it hears
 
 
-async def test_half_a_message_is_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_half_a_message_is_no_sign_of_life(tmp_path: Path) -> None:
     """A unary call whose message never comes; gRPC would wait for ever."""
-    monkeypatch.setattr(auth_interceptor, "REQUEST_SECONDS", 0.2)
-    async with serve_intake(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    short = CallLimits(request_seconds=0.2)
+    async with (
+        serve_intake(book(), tmp_path, call_limits=short) as door,
+        grpc.aio.insecure_channel(door.address) as channel,
+    ):
         for method in ("DescribeWeights", "FetchWeights"):
             call = cast("Any", channel).stream_stream(f"/treegrpo.v1.WeightsService/{method}")()
             assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert door.sample("peers_refused_total", reason="slow") == 2
 
 
-async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth_interceptor, "CHUNK_SECONDS", 0.3)
+async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_path: Path) -> None:
+    short = CallLimits(response_seconds=0.3)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(64 << 20))
-    async with serve_intake(book(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    async with (
+        serve_intake(book(), tmp_path, call_limits=short) as door,
+        grpc.aio.insecure_channel(door.address) as channel,
+    ):
         await door.versions.publish_version(VERSION, tmp_path / "weights", 0)
         ask = weights_pb2.FetchWeightsRequest(version=version_to_pb(VERSION), name="model.safetensors")
         call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)

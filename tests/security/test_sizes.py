@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from learner.intake.leases.question_queue import load_questions
-from learner.intake.rpc.request_limits import PARTS
+from learner.intake.rpc.request_limits import MAX_FIELDS
 from tests.intake.builders import PLAN, book, chain, grant, step
 from tests.intake.process_harness import Sampler
 from tests.intake.server_harness import serve_intake
@@ -135,7 +135,7 @@ async def test_a_subtree_of_very_many_steps_is_refused_before_it_is_decoded(tmp_
         await sampler.want(1)
         lease = (await sampler.hear("lease")).id
         sent = subtree_to_pb(chain(lease))
-        for number in range(PARTS // 4):
+        for number in range(MAX_FIELDS // 4):
             sent.steps.add(node=number + 100, status=tree_pb2.STEP_STATUS_OK)
         for made in (lease, "train-9999999"):
             sent.lease = made

@@ -1,4 +1,4 @@
-"""Who may call what of the intake's gRPC server, and how long a call may take to be said and to be heard.
+"""The interceptor of the intake's gRPC server: which role may call what, and how long a call may take to send and to read.
 
     RolloutService, WeightsService   samplers
     Health                           every role
@@ -13,47 +13,52 @@ import inspect
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, NoReturn, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from learner.intake.rpc.connection_monitor import ConnectionMonitor
 from learner.intake.rpc.request_limits import read_request
 from treegrpo.config.security import Role
 from treegrpo.net.limits import CHUNK_SECONDS, NAMED_CALLS, REQUEST_SECONDS
 from treegrpo.security.server_role import role_of_uris
 
-ALLOWED = {
+ALLOWED_ROLES = {
     "treegrpo.v1.RolloutService": {Role.SAMPLER},
     "treegrpo.v1.WeightsService": {Role.SAMPLER},
     "grpc.health.v1.Health": set(Role),
 }
 EOF: Any = cast("Any", grpc.aio).EOF
 Context = grpc.aio.ServicerContext[Any, Any]
-Serve = Callable[..., Any]
+Handler = Callable[..., Any]
 
 
-class Guard(Protocol):
-    """Counts; see `learner.intake.rpc.server.ConnectionMonitor`."""
-
-    async def refuse(self, context: Context, reason: str, code: grpc.StatusCode, sentence: str) -> NoReturn: ...
-
-    def called(self, peer: str) -> None: ...
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    request_seconds: float = REQUEST_SECONDS
+    """The one message of a unary call comes within this time."""
+    response_seconds: float = CHUNK_SECONDS
+    """The client reads each message of a response stream within this time."""
+    calls_per_name: int = NAMED_CALLS
+    """Calls at once of one sampler, by the name in its certificate."""
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Lets each role call what is its own, and hangs up on who is slow.
+    """Refuses calls that the client's role may not make, and ends calls of a slow client.
 
-    gRPC waits for ever for the one message of a unary call, and for who does not read a stream. So every call is served as
-    one that streams its request, which looks the same on the wire, and its message is read here.
+    gRPC waits without a limit for the one message of a unary call, and for a client that does not read a stream. So every
+    call is served as one that streams its request, which looks the same on the wire, and its message is read here.
     """
 
-    def __init__(self, guard: Guard, *, roles: bool) -> None:
-        """``roles``: who calls has shown a certificate, and only what its role may do is done."""
-        self._guard = guard
-        self._roles = roles
-        self._calls = Counter[str]()
-        """That are served, by the name in the caller's certificate."""
+    def __init__(self, monitor: ConnectionMonitor, *, check_roles: bool, call_limits: CallLimits | None = None) -> None:
+        """``check_roles``: clients have certificates, and may do only what their role may do."""
+        self._monitor = monitor
+        self._check_roles = check_roles
+        self._limits = call_limits or CallLimits()
+        self._open_calls = Counter[str]()
+        """By the name in the client's certificate."""
 
     async def intercept_service(self, continuation: Callable[..., Awaitable[Any]], handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
@@ -61,85 +66,88 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             return None  # no such method: gRPC says so
         method = str(handler_call_details.method)
         if handler.request_streaming:
-            guarded = self._guarded(handler.stream_stream or handler.stream_unary, method)
+            checked = self._with_checks(handler.stream_stream or handler.stream_unary, method)
         else:
-            guarded = self._guarded(self._patient(handler.unary_stream or handler.unary_unary), method)
+            checked = self._with_checks(self._with_deadlines(handler.unary_stream or handler.unary_unary), method)
         make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         read = read_request if method.endswith("/Rollout") else handler.request_deserializer
-        return make(guarded, read, handler.response_serializer)
+        return make(checked, read, handler.response_serializer)
 
-    def _guarded(self, serve: Serve, method: str) -> Serve:
-        async def answer(requests: object, context: Context) -> Any:
-            self._guard.called(context.peer())
-            holder = peer_identity(context)
-            if self._roles:
-                await self._check(method, context, holder)
-            async with self._counted(holder[1] if holder else "", context):
-                return await serve(requests, context)
+    def _with_checks(self, handler: Handler, method: str) -> Handler:
+        async def serve(requests: object, context: Context) -> Any:
+            self._monitor.record_call(context.peer())
+            identity = peer_identity(context)
+            if self._check_roles:
+                await self._check_role(method, context, identity)
+            async with self._counted_call(identity[1] if identity else "", context):
+                return await handler(requests, context)
 
-        return answer
+        return serve
 
-    def _patient(self, serve: Serve) -> Serve:
-        async def answer(_requests: object, context: Context) -> Any:
-            request = await self._only(context)
-            if not inspect.isasyncgenfunction(serve):
-                return await serve(request, context)
-            async with aclosing(serve(request, context)) as responses:
+    def _with_deadlines(self, handler: Handler) -> Handler:
+        async def serve(_requests: object, context: Context) -> Any:
+            request = await self._read_single_request(context)
+            if not inspect.isasyncgenfunction(handler):
+                return await handler(request, context)
+            async with aclosing(handler(request, context)) as responses:
                 async for response in responses:
-                    await self._write(response, context)
+                    await self._write_response(response, context)
             return None
 
-        return answer
+        return serve
 
-    async def _only(self, context: Context) -> Any:
-        """The one message of a call."""
+    async def _read_single_request(self, context: Context) -> Any:
+        seconds = self._limits.request_seconds
         try:
-            async with asyncio.timeout(REQUEST_SECONDS):
+            async with asyncio.timeout(seconds):
                 request = await context.read()
         except TimeoutError:
-            sentence = f"Nothing came for {REQUEST_SECONDS:.0f} s; a call says at once what it wants."
-            await self._guard.refuse(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
+            sentence = f"No request came for {seconds:.0f} s; a unary call sends it at once."
+            await self._monitor.abort_call(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
         except DecodeError:
             request = EOF
         if request == EOF:
-            await self._guard.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, "The call has no request of ours.")
+            sentence = "The call has no request of this protocol."
+            await self._monitor.abort_call(context, "message", grpc.StatusCode.INVALID_ARGUMENT, sentence)
         return request
 
-    async def _write(self, response: object, context: Context) -> None:
+    async def _write_response(self, response: object, context: Context) -> None:
+        seconds = self._limits.response_seconds
         try:
-            async with asyncio.timeout(CHUNK_SECONDS):
+            async with asyncio.timeout(seconds):
                 await context.write(response)
         except TimeoutError:
-            sentence = f"Nothing was read for {CHUNK_SECONDS:.0f} s; ask again from where it broke."
-            await self._guard.refuse(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
+            sentence = f"The client read nothing for {seconds:.0f} s; fetch again from the offset where it stopped."
+            await self._monitor.abort_call(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
 
     @asynccontextmanager
-    async def _counted(self, name: str, context: Context) -> AsyncGenerator[None]:
-        """A call of ``name`` is served for the time of the block; a certificate without a name is many samplers'."""
+    async def _counted_call(self, name: str, context: Context) -> AsyncGenerator[None]:
+        """A call of ``name`` is open for the time of the block; many samplers may share a certificate without a name."""
         if not name:
             yield
             return
-        if self._calls[name] >= NAMED_CALLS:
-            sentence = f"Sampler {name} has {NAMED_CALLS} calls at once, the most that one may have; end some."
-            await self._guard.refuse(context, "calls", grpc.StatusCode.RESOURCE_EXHAUSTED, sentence)
-        self._calls[name] += 1
+        most = self._limits.calls_per_name
+        if self._open_calls[name] >= most:
+            sentence = f"Sampler {name} has {most} calls at once, the most that one may have; end some."
+            await self._monitor.abort_call(context, "calls", grpc.StatusCode.RESOURCE_EXHAUSTED, sentence)
+        self._open_calls[name] += 1
         try:
             yield
         finally:
-            self._calls[name] -= 1
-            if not self._calls[name]:
-                del self._calls[name]
+            self._open_calls[name] -= 1
+            if not self._open_calls[name]:
+                del self._open_calls[name]
 
-    async def _check(self, method: str, context: Context, holder: tuple[Role, str] | None) -> None:
-        allowed = ALLOWED.get(method.strip("/").partition("/")[0], set[Role]())
-        if holder is None or holder[0] not in allowed:
-            who = f"The role {holder[0].value}" if holder else "A certificate without a role"
+    async def _check_role(self, method: str, context: Context, identity: tuple[Role, str] | None) -> None:
+        allowed = ALLOWED_ROLES.get(method.strip("/").partition("/")[0], set[Role]())
+        if identity is None or identity[0] not in allowed:
+            who = f"The role {identity[0].value}" if identity else "A certificate without a role"
             whose = ", ".join(sorted(role.value for role in allowed)) or "nobody"
             sentence = f"{who} may not call {method}; that is for {whose}."
-            await self._guard.refuse(context, "role", grpc.StatusCode.PERMISSION_DENIED, sentence)
+            await self._monitor.abort_call(context, "role", grpc.StatusCode.PERMISSION_DENIED, sentence)
 
 
 def peer_identity(context: Context) -> tuple[Role, str] | None:
-    """Role and name in the certificate of who calls; None in plain text."""
+    """Role and name in the client's certificate; None in plain text."""
     names = cast("dict[str, list[bytes]]", context.auth_context()).get("x509_subject_alternative_name", [])
     return role_of_uris([name.decode(errors="replace") for name in names])

@@ -1,4 +1,4 @@
-"""A sampler's message: bytes in, a request out. What costs too much to look at is refused before it is parsed.
+"""Parses a sampler's message, and refuses one that would cost too much memory before it is parsed.
 
 An empty submessage has two bytes on the wire and a hundred when it is parsed: 32 MiB of them would be gigabytes.
 """
@@ -14,28 +14,28 @@ from treegrpo.errors import ContractError
 from treegrpo.net.limits import NAME_BYTES, SENTENCE_LETTERS
 from treegrpo.v1 import rollout_pb2 as pb
 
-PARTS = 1 << 14
-"""Fields of a message, those of its parts included. A branch of 32 turns has a thousand."""
-LEASES = 4096
+MAX_FIELDS = 1 << 14
+"""Fields of a message with those of its submessages. A branch of 32 turns has a thousand."""
+MAX_HELLO_LEASES = 4096
 """Of a Hello; more than one sampler can hold."""
-FIXED = {1: 8, 5: 4}
+FIXED_SIZE_BYTES = {1: 8, 5: 4}
 """Bytes of a value by wire type; 0 is a varint, 2 is behind its length."""
 
 
 def read_request(data: bytes) -> pb.RolloutRequest:
-    """Raises ContractError: it is no request, has more than PARTS parts, or a name that is too long."""
-    if len(data) > 2 * PARTS:  # a field has two bytes at least
-        _count(memoryview(data), pb.RolloutRequest.DESCRIPTOR, PARTS)
+    """Raises ContractError: it is no request, has more than MAX_FIELDS fields, or a lease id that is too long."""
+    if len(data) > 2 * MAX_FIELDS:  # a field has two bytes at least
+        _count_fields(memoryview(data), pb.RolloutRequest.DESCRIPTOR, MAX_FIELDS)
     try:
         request = pb.RolloutRequest.FromString(data)
     except DecodeError as error:
         raise ContractError("A sampler sent what is no request; it must be of this version.") from error
-    if len(data) > 2 * PARTS:
-        request.DiscardUnknownFields()  # no way past the limits into the journal
+    if len(data) > 2 * MAX_FIELDS:
+        request.DiscardUnknownFields()  # they would pass the limits into the journal
     match request.WhichOneof("kind"):
         case "hello":
-            if len(request.hello.leases) > LEASES:
-                raise ContractError(f"Hello names {len(request.hello.leases)} leases; {LEASES} are the most.")
+            if len(request.hello.leases) > MAX_HELLO_LEASES:
+                raise ContractError(f"Hello names {len(request.hello.leases)} leases; {MAX_HELLO_LEASES} are the most.")
             names = list(request.hello.leases)
         case "subtree":
             names = [request.subtree.lease]
@@ -52,34 +52,34 @@ def read_request(data: bytes) -> pb.RolloutRequest:
     return request
 
 
-def _count(data: memoryview, kind: Any, left: int) -> int:
-    """How many of ``left`` fields there may be still; submessages of ``kind`` are looked into. Raises ContractError."""
-    place, end = 0, len(data)
-    while place < end:
+def _count_fields(data: memoryview, kind: Any, left: int) -> int:
+    """Count the fields of a message of type ``kind`` and its submessages: what remains of ``left``. Raises ContractError."""
+    position, end = 0, len(data)
+    while position < end:
         left -= 1
         if left < 0:
-            raise ContractError(f"A sampler sent a message of more than {PARTS} parts.")
-        tag, place = _varint(data, place)
+            raise ContractError(f"A sampler sent a message of more than {MAX_FIELDS} parts.")
+        tag, position = _read_varint(data, position)
         wire = tag & 7
-        if wire not in (0, 2) and wire not in FIXED:
+        if wire not in (0, 2) and wire not in FIXED_SIZE_BYTES:
             raise ContractError("A sampler sent what is no request; it must be of this version.")  # a group, or nothing
-        value, place = (0, place + FIXED[wire]) if wire in FIXED else _varint(data, place)
+        value, position = (0, position + FIXED_SIZE_BYTES[wire]) if wire in FIXED_SIZE_BYTES else _read_varint(data, position)
         if wire == 2:
             field = kind.fields_by_number.get(tag >> 3)
             if field is not None and field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type is not None:
-                left = _count(data[place : place + value], field.message_type, left)
-            place += value
+                left = _count_fields(data[position : position + value], field.message_type, left)
+            position += value
     return left
 
 
-def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """A number and the place behind it; what is cut off ends with the data, and the parser refuses it."""
+def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
+    """A varint and the position behind it; a truncated one ends with the data, and the parser refuses it."""
     value = shift = 0
-    while place < len(data) and shift < 70:
-        byte = data[place]
-        place += 1
+    while position < len(data) and shift < 70:
+        byte = data[position]
+        position += 1
         value |= (byte & 127) << shift
         shift += 7
         if byte < 128:
             break
-    return value, place
+    return value, position

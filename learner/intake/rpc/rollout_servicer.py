@@ -1,4 +1,4 @@
-"""RolloutService: one stream per sampler, in and out of the desk."""
+"""RolloutService: one bidirectional stream per sampler, between gRPC and the coordinator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import grpc
 
 from learner.intake.coordinator.coordinator import Desk
 from learner.intake.coordinator.sampler_sessions import SamplerSession
-from learner.intake.rpc.server import StreamAdmission
+from learner.intake.rpc.connection_monitor import ConnectionMonitor
+from learner.intake.rpc.stream_admission import StreamAdmission
 from treegrpo.errors import ContractError, describe
 from treegrpo.net.limits import HANDSHAKE_SECONDS
 from treegrpo.v1 import rollout_pb2 as pb
@@ -20,83 +21,95 @@ from treegrpo.v1 import rollout_pb2_grpc
 from treegrpo.wire.codec import lease_end_from_pb
 
 log = logging.getLogger(__name__)
-LAST_WORD_SECONDS = 1.0
-"""The longest that the end of a stream waits for the message before it."""
+FLUSH_SECONDS = 1.0
+"""The end of a stream waits for the message before it for so long at most."""
 EOF: Any = cast("Any", grpc.aio).EOF
 Context = grpc.aio.ServicerContext[pb.RolloutRequest, pb.RolloutResponse]
 
 
 class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
-    def __init__(self, desk: Desk, admission: StreamAdmission) -> None:
-        self._desk = desk
+    def __init__(
+        self,
+        coordinator: Desk,
+        admission: StreamAdmission,
+        monitor: ConnectionMonitor,
+        handshake_seconds: float = HANDSHAKE_SECONDS,
+    ) -> None:
+        """``handshake_seconds``: a stream's first message comes within this time."""
+        self._coordinator = coordinator
         self._admission = admission
+        self._monitor = monitor
+        self._handshake_seconds = handshake_seconds
 
     async def Rollout(self, request_iterator: object, context: Context) -> None:  # noqa: ARG002 - named by the contract
         """Serve one sampler until either side closes the stream."""
         try:
-            first = await self._read(context, HANDSHAKE_SECONDS)
+            first = await self._read_first(context)
         except ContractError as error:
-            await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        peer = self._desk.join(await self._admission.admit(first, context, len(self._desk.open_sessions)))
-        writer = asyncio.create_task(self._write(peer, context), name=f"to-{peer.id}")
+            await self._monitor.abort_call(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        hello = await self._admission.admit_stream(first, context, len(self._coordinator.open_sessions))
+        session = self._coordinator.join(hello)
+        writer = asyncio.create_task(self._write_outbox(session, context), name=f"to-{session.id}")
         refusal: ContractError | None = None
         try:
-            await self._listen(peer, context)
+            await self._read_requests(session, context)
         except TimeoutError:
-            peer.disconnect_reason = peer.disconnect_reason or f"Sampler {peer.id} took too long."
+            session.disconnect_reason = session.disconnect_reason or f"Sampler {session.id} took too long."
         except ContractError as error:
             refusal = error
         finally:
-            peer.close_outbox()
-            self._desk.leave(peer)
-            await asyncio.wait({writer}, timeout=LAST_WORD_SECONDS)
+            session.close_outbox()
+            self._coordinator.leave(session)
+            await asyncio.wait({writer}, timeout=FLUSH_SECONDS)
             writer.cancel()
         if refusal is not None:
-            await self._admission.refuse(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(refusal))
-        if peer.disconnect_reason:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, peer.disconnect_reason)
+            await self._monitor.abort_call(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(refusal))
+        if session.disconnect_reason:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, session.disconnect_reason)
 
-    async def _listen(self, peer: SamplerSession, context: Context) -> None:
-        """Hear a sampler to the end of its stream. Raises TimeoutError when the desk hangs up: it watches for silence."""
-        try:
-            async with asyncio.timeout(0.0 if peer.disconnect_reason else None) as peer.stream:
-                while (request := await context.read()) != EOF:
-                    self._hear(peer, request)
-                    if self._desk.behind:  # what it says next stays in its stream, and its silence is our own
-                        peer.last_heard = math.inf
-                        await self._desk.caught_up()
-                    peer.last_heard = time.monotonic()
-        finally:
-            peer.stream = None  # it may be hung up on while its last message is written
-
-    async def _read(self, context: Context, seconds: float) -> pb.RolloutRequest | None:
+    async def _read_first(self, context: Context) -> pb.RolloutRequest | None:
+        """The first message; None if the stream ends without one."""
+        seconds = self._handshake_seconds
         try:
             async with asyncio.timeout(seconds):
                 request = await context.read()
         except TimeoutError:
             sentence = f"Nothing came for {seconds:.0f} s; send Hello and heartbeats."
-            await self._admission.refuse(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
+            await self._monitor.abort_call(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
         return None if request == EOF else request
 
-    async def _write(self, peer: SamplerSession, context: Context) -> None:
-        """Whole messages to the end: the end of a stream behind half a message is one that no peer ever hears."""
+    async def _read_requests(self, session: SamplerSession, context: Context) -> None:
+        """Read a stream to its end. Raises TimeoutError when the session is disconnected, for silence or a full outbox."""
         try:
-            while (message := await peer.outbox.get()) is not None:
+            async with asyncio.timeout(0.0 if session.disconnect_reason else None) as session.stream:
+                while (request := await context.read()) != EOF:
+                    self._handle_request(session, request)
+                    if self._coordinator.behind:  # the next message stays in the stream: the delay is not the sampler's
+                        session.last_heard = math.inf
+                        await self._coordinator.caught_up()
+                    session.last_heard = time.monotonic()
+        finally:
+            session.stream = None  # it may be disconnected while its last message is written
+
+    async def _write_outbox(self, session: SamplerSession, context: Context) -> None:
+        """Write whole messages only: a client never sees the end of a stream behind half a message."""
+        try:
+            while (message := await session.outbox.get()) is not None:
                 await context.write(message)
         except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
-            peer.disconnect(f"The stream to sampler {peer.id} broke ({describe(error)}); it has to join again.")
+            session.disconnect(f"The stream to sampler {session.id} broke ({describe(error)}); it has to join again.")
 
-    def _hear(self, peer: SamplerSession, request: pb.RolloutRequest) -> None:
+    def _handle_request(self, session: SamplerSession, request: pb.RolloutRequest) -> None:
         match request.WhichOneof("kind"):
             case "demand":
-                self._desk.demand(peer, request.demand.leases)
+                self._coordinator.demand(session, request.demand.leases)
             case "subtree":
-                self._desk.accept(peer, request.subtree)
+                self._coordinator.accept(session, request.subtree)
             case "lease_end":
-                self._desk.end(peer, lease_end_from_pb(request.lease_end))
+                self._coordinator.end(session, lease_end_from_pb(request.lease_end))
             case "heartbeat":
                 beat = request.heartbeat
-                peer.waiting_for, peer.waited_seconds = " ".join(beat.waits_for.split()), beat.waited_seconds
+                session.waiting_for, session.waited_seconds = " ".join(beat.waits_for.split()), beat.waited_seconds
             case kind:
                 raise ContractError(
                     f"A sampler sent {kind or 'an empty message'} in the middle of its stream; see rollout.proto."

@@ -1,4 +1,4 @@
-"""The local socket on which the trainer asks; treegrpo/wire/trainer_protocol.py has the conversation."""
+"""The Unix socket on which the trainer sends its requests; treegrpo/wire/trainer_protocol.py has the messages."""
 
 from __future__ import annotations
 
@@ -28,8 +28,50 @@ from treegrpo.wire.trainer_protocol import (
 )
 
 log = logging.getLogger(__name__)
-LOOK_SECONDS = 2.0
-"""Until a socket that was removed is noticed."""
+REBIND_CHECK_SECONDS = 2.0
+"""A socket that was removed is noticed within this time."""
+
+
+@contextlib.asynccontextmanager
+async def serve_trainer(api: TrainerApi, path: str, rebind_check_seconds: float = REBIND_CHECK_SECONDS) -> AsyncGenerator[None]:
+    """Answer trainers at a Unix socket for the time of the block.
+
+    Raises:
+        AddressInUseError: another intake answers there.
+        RunFileError: something else is in the place of the socket.
+    """
+
+    async def serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        log.info("the trainer connected")
+        try:
+            with api.track_connection():
+                while (request := await receive(reader)) is not None:
+                    writer.write(encode(await _answer_or_refuse(api, request)))
+                    await writer.drain()
+        except (ContractError, ConnectionError) as error:
+            log.error("the trainer's connection ends: %s", describe(error))  # noqa: TRY400 - one sentence is enough
+        finally:
+            writer.close()
+        log.info("the trainer left")
+
+    listener = UnixListener(Path(path), serve_connection)
+    await listener.bind_socket()
+    rebinding = asyncio.create_task(listener.rebind_forever(rebind_check_seconds), name="socket")
+    try:
+        yield
+    finally:
+        rebinding.cancel()
+        await asyncio.gather(rebinding, return_exceptions=True)
+        listener.unbind_socket()
+
+
+async def _answer_or_refuse(api: TrainerApi, request: Message) -> Message:
+    try:
+        with api.track_request():
+            return await _answer(api, request)
+    except ContractError as error:
+        log.error("a request of the trainer is refused: %s", error)  # noqa: TRY400 - one sentence is enough
+        return Refused(str(error))
 
 
 async def _answer(api: TrainerApi, request: Message) -> Message:
@@ -46,64 +88,23 @@ async def _answer(api: TrainerApi, request: Message) -> Message:
             check_step_report(values)
             api.handle_step_report(values)
         case _:
-            raise ContractError(f"The trainer sent {type(request).__name__}, which only the intake says.")
+            raise ContractError(f"The trainer sent {type(request).__name__}, which only the intake sends.")
     return Done()
 
 
-async def _answer_or_refuse(api: TrainerApi, request: Message) -> Message:
-    try:
-        with api.track_request():
-            return await _answer(api, request)
-    except ContractError as error:
-        log.error("the trainer is refused: %s", error)  # noqa: TRY400 - one sentence is enough
-        return Refused(str(error))
-
-
-@contextlib.asynccontextmanager
-async def listen(api: TrainerApi, path: str) -> AsyncGenerator[None]:
-    """Answer trainers at a Unix socket for the time of the block.
-
-    Raises:
-        AddressInUseError: another intake answers there.
-        RunFileError: something else is in the place of the socket.
-    """
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        log.info("the trainer connected")
-        try:
-            with api.track_connection():
-                while (request := await receive(reader)) is not None:
-                    writer.write(encode(await _answer_or_refuse(api, request)))
-                    await writer.drain()
-        except (ContractError, ConnectionError) as error:
-            log.error("the trainer's connection ends: %s", describe(error))  # noqa: TRY400 - one sentence is enough
-        finally:
-            writer.close()
-        log.info("the trainer left")
-
-    socket = _Socket(Path(path), serve)
-    await socket.open()
-    keeping = asyncio.create_task(socket.keep_forever(), name="socket")
-    try:
-        yield
-    finally:
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
-        socket.close()
-
-
-class _Socket:
-    """A listening Unix socket that is made again when another program removes it."""
+class UnixListener:
+    """A listening Unix socket that is bound again when another program removes it."""
 
     def __init__(self, path: Path, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> None:
+        """``serve`` is called with each connection."""
         self._path = path
         self._serve = serve
         self._server: asyncio.Server | None = None
         self._inode: int | None = None
 
-    async def open(self) -> None:
+    async def bind_socket(self) -> None:
         """Raises AddressInUseError and RunFileError."""
-        await _take_over(self._path)
+        await _remove_stale_socket(self._path)
         try:
             server = await asyncio.start_unix_server(self._serve, self._path, limit=1 << 20)
         except OSError as error:
@@ -112,24 +113,25 @@ class _Socket:
             self._server.close()  # connections stay
         self._server, self._inode = server, _inode(self._path)
 
-    async def keep_forever(self) -> None:
-        said = False
+    async def rebind_forever(self, seconds: float) -> None:
+        """Bind again when the socket's file is another, or gone; checked every few ``seconds``."""
+        has_logged = False
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(seconds)
             if _inode(self._path) == self._inode:
                 continue
             try:
-                await self.open()
+                await self.bind_socket()
             except (RunFileError, AddressInUseError) as error:
-                if not said:
-                    log.error("trainers that come anew do not find the intake: %s", error)  # noqa: TRY400 - one sentence is enough
-                said = True
+                if not has_logged:
+                    log.error("a trainer that starts now does not find the intake: %s", error)  # noqa: TRY400 - one sentence is enough
+                has_logged = True
             else:
-                log.warning("%s was removed by another program and is there again", self._path)
-                said = False
+                log.warning("another program removed %s; it was made again", self._path)
+                has_logged = False
 
-    def close(self) -> None:
-        """What another program has put in its place stays."""
+    def unbind_socket(self) -> None:
+        """Remove the socket, unless another program has put something in its place."""
         if self._server is not None:
             self._server.close()
         if _inode(self._path) == self._inode:
@@ -137,11 +139,11 @@ class _Socket:
                 self._path.unlink()
 
 
-async def _take_over(path: Path) -> None:
-    """Remove the socket of a dead intake.
+async def _remove_stale_socket(path: Path) -> None:
+    """Remove the socket of an intake that has died.
 
     Raises:
-        AddressInUseError: a living one answers.
+        AddressInUseError: a running one answers.
         RunFileError: it is no socket, or cannot be used.
     """
     await asyncio.to_thread(check_kind, path, "a socket", stat.S_ISSOCK)
