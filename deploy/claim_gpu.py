@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from treegrpo.runtime.exit_report import FAILED, PASSING, Report, write_exit_report
+from treegrpo.runtime.exit_report import FAILED, TRANSIENT, ExitReport, write_exit_report
 
 LOCKS = Path(os.environ.get("GPU_LOCKS", "/gpus"))
 DRIVER = Path(os.environ.get("GPU_DRIVER", "/proc/driver/nvidia/gpus"))
@@ -68,15 +68,15 @@ def check() -> str:
     return "" if DRIVER.is_dir() and any(DRIVER.iterdir()) else NO_GPU
 
 
-def become(arguments: Sequence[str]) -> Report:
+def become(arguments: Sequence[str]) -> ExitReport:
     """Become the program. Returns why not."""
     count, program = int(arguments[0]), list(arguments[1:])
     if not (seen := gpus()):
-        return Report(FAILED, NO_GPU)
+        return ExitReport(FAILED, NO_GPU)
     mine = take(count, seen)
     if len(mine) < count:
-        return Report(
-            PASSING,
+        return ExitReport(
+            TRANSIENT,
             f"{count} GPUs are wanted and {len(mine)} of {len(seen)} are free, the others are held by other containers; "
             "scale sampler-gpu down, or start it on another machine.",
         )
@@ -87,7 +87,7 @@ def become(arguments: Sequence[str]) -> Report:
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     if list(arguments) == ["--check"]:
-        refusal = Report(FAILED, sentence) if (sentence := check()) else None
+        refusal = ExitReport(FAILED, sentence) if (sentence := check()) else None
     else:
         refusal = become(arguments)
     if refusal is None:

@@ -27,7 +27,7 @@ from treegrpo.errors import DeadlineError, PartError, TreeGrpoError, Unavailable
 from treegrpo.runtime.entrypoint import FAILED
 from treegrpo.runtime.exit_report import ExitReports, decisive_report
 from treegrpo.runtime.parent_death import parent_bound_command
-from treegrpo.runtime.process_environment import child_environment, python
+from treegrpo.runtime.process_environment import child_environment, python_command
 from treegrpo.runtime.supervisor import Ended, RestartPolicy, Supervisor
 from treegrpo.timing.backoff import Backoff
 from treegrpo.wire.trainer_protocol import IntakeClient, socket_path
@@ -82,7 +82,7 @@ class IntakeChild:
 
     def __init__(self) -> None:
         self._reports = ExitReports()
-        command = parent_bound_command(python("learner.intake", *sys.argv[1:]))
+        command = parent_bound_command(python_command("learner.intake", *sys.argv[1:]))
         environment = child_environment(self._reports.environment)
         self.process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603
 
@@ -156,7 +156,7 @@ def _wait_until_ready(child: IntakeChild | None, path: str) -> None:
     retries = READY.schedule()
     while child is not None and not _is_served(path):
         if (code := child.process.poll()) is not None:
-            raise PartError(child.exit_sentence(), passes=code != FAILED)
+            raise PartError(child.exit_sentence(), is_transient=code != FAILED)
         if (delay := retries.next_delay()) is None:
             raise DeadlineError(f"The intake was not ready within {READY.seconds:.0f} s; see what it logged.")
         time.sleep(delay)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from treegrpo.runtime.process_environment import isolate_process, restart
+from treegrpo.runtime.process_environment import isolate_process, reexec_with_clean_environment
 
 
 def main() -> None:
     """The entry point. What it imports late would otherwise come from a directory that happens to be searched first."""
-    restart()
+    reexec_with_clean_environment()
     isolate_process()
     from services.cli.main import main as command
 

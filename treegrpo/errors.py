@@ -37,7 +37,7 @@ from collections.abc import Sequence
 class TreeGrpoError(Exception):
     """Base of all errors raised on purpose."""
 
-    passes: bool = False
+    is_transient: bool = False
     """Whether the same, tried again a little later, may go well without anybody's help."""
 
 
@@ -60,7 +60,7 @@ class ModelError(TreeGrpoError, ValueError):
 class WeightsError(TreeGrpoError, ValueError):
     """A policy version is incomplete, corrupt or does not fit the model."""
 
-    passes = True
+    is_transient = True
 
 
 class ContractError(TreeGrpoError, ValueError):
@@ -86,7 +86,7 @@ class JournalError(TreeGrpoError, OSError):
 class DiskError(TreeGrpoError, OSError):
     """A disk is full or fails for now; nothing is left of what was being written, which may be tried again."""
 
-    passes = True
+    is_transient = True
 
     def __init__(self, number: int, message: str) -> None:
         """``number`` is the system's errno, by which such errors are counted."""
@@ -103,19 +103,19 @@ class AddressInUseError(TreeGrpoError, OSError):
 class UnavailableError(TreeGrpoError, ConnectionError):
     """A service that is needed does not answer at its address."""
 
-    passes = True
+    is_transient = True
 
 
 class DeadlineError(TreeGrpoError, TimeoutError):
     """A wait ended without what was waited for."""
 
-    passes = True
+    is_transient = True
 
 
 class RankError(TreeGrpoError, RuntimeError):
     """Another rank of the trainer failed, for a reason that it gives itself."""
 
-    passes = True
+    is_transient = True
 
 
 class RunError(TreeGrpoError, RuntimeError):
@@ -125,28 +125,28 @@ class RunError(TreeGrpoError, RuntimeError):
 class PartError(RunError):
     """A part of the run ended, and the run with it: for a reason that stays, or too often."""
 
-    def __init__(self, message: str, *, passes: bool = False) -> None:
-        """``passes`` as the part's own error says."""
+    def __init__(self, message: str, *, is_transient: bool = False) -> None:
+        """``is_transient`` as the part's own error says."""
         super().__init__(message)
-        self.passes = passes
+        self.is_transient = is_transient
 
 
 class EngineError(TreeGrpoError, RuntimeError):
     """The engine could not generate."""
 
-    passes = True
+    is_transient = True
 
 
 class ToolError(TreeGrpoError, RuntimeError):
     """A tool of the environment could not answer."""
 
-    passes = True
+    is_transient = True
 
 
 class AwayError(TreeGrpoError):
     """Something that is needed is not there, or says so itself. What was asked of it may be asked again when it is back."""
 
-    passes = True
+    is_transient = True
 
     def __init__(self, part: str, address: str, reason: str, *, certain: bool) -> None:
         """What is away, and how that shows.

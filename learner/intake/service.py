@@ -74,7 +74,7 @@ from treegrpo.config.security import Role
 from treegrpo.errors import RunError
 from treegrpo.net import limits
 from treegrpo.net.address import check_free, check_port
-from treegrpo.observability.metrics import IntakeMetrics, serve
+from treegrpo.observability.metrics import IntakeMetrics, serve_metrics
 from treegrpo.runtime.run_directory import check_run_directory, make_run_directory
 from treegrpo.runtime.stop_signals import stop_signals
 from treegrpo.security.credentials import Credentials
@@ -139,7 +139,7 @@ async def _recover_and_serve(config: Config, access: Credentials) -> None:
     run_id = record_fingerprint(config, begun=begun)
     reporter = RunRecorder(metrics, run_dir / "progress.jsonl", window=config.train.batch)
     recovered = recover(disk, folder, snapshots, book, reporter)
-    serve(metrics, config.learner.metrics, "learner.metrics", access)
+    serve_metrics(metrics, config.learner.metrics, "learner.metrics", access)
     member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics, run=run_id)
     with Journal.open(disk, folder, recovered.end) as journal:
         compaction = JournalCompactor(disk, folder, journal, snapshots, lambda: StateCapture(book, reporter))

@@ -28,7 +28,7 @@ from treegrpo.wire.trainer_protocol import (
     IntakeClient,
     Message,
     Publish,
-    Report,
+    StepReport,
     Take,
     Taken,
 )
@@ -173,7 +173,7 @@ class Link:
 
     def report(self, values: dict[str, Any]) -> None:
         """Have rank 0's record in the run's progress file; one that is there already is not written again."""
-        self._ask(Report(values), Done)
+        self._ask(StepReport(values), Done)
 
     def close(self) -> None:
         if self._client is not None:

@@ -57,7 +57,7 @@ from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.net.address import join_address, split_address
-from treegrpo.observability.metrics import TrainerMetrics, serve
+from treegrpo.observability.metrics import TrainerMetrics, serve_metrics
 from treegrpo.runtime.stop_signals import stop_signals
 from treegrpo.security.credentials import Credentials
 from treegrpo.storage.manifest import check_model_files
@@ -230,7 +230,7 @@ def main(config: Config, ranks: Ranks) -> None:
     host, port = split_address(config.learner.metrics, "learner.metrics")
     own = join_address(host, port + 1 if port else 0)
     access = Credentials.of(config.security, Role.LEARNER)
-    ranks.first(lambda: serve(metrics, own, "learner.metrics (the port after it)", access))
+    ranks.first(lambda: serve_metrics(metrics, own, "learner.metrics (the port after it)", access))
     with closing(Link.open(socket_path(config.run.dir), stop, ranks)) as link:
         ranks.first(lambda: check_fingerprint(config, (*KEYS, MODEL)))  # the questions are the intake's
         trainer = Trainer(config, link, metrics, ranks)

@@ -28,7 +28,7 @@ from treegrpo.net.address import check_free, check_port
 from treegrpo.net.limits import HANDSHAKE_SECONDS, PEERS
 from treegrpo.observability.rate_limited_log import RateLimitedLog, rate_limit_library_logs
 from treegrpo.runtime.entrypoint import run_service
-from treegrpo.security.credentials import OPEN, Credentials, read_secret
+from treegrpo.security.credentials import OPEN, Credentials, read_secret_file
 
 log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 2.0
@@ -228,7 +228,7 @@ def passwords_in(directory: Path | None) -> dict[str, str]:
     """The users' passwords as `treegrpo certs` made them. Raises ConfigError."""
     if directory is None:
         raise ConfigError("The embedded broker takes its users from security.dir; set it, or run Mosquitto (docs/security.md).")
-    return {role.value: read_secret(directory / f"{role.value}.password", "a password").decode().strip() for role in USERS}
+    return {role.value: read_secret_file(directory / f"{role.value}.password", "a password").decode().strip() for role in USERS}
 
 
 async def serve(config: Config) -> None:

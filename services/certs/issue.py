@@ -24,7 +24,7 @@ from cryptography import x509
 from services.certs.authority import Pair, issue, new_authority
 from treegrpo.config.security import USERS, Role, host_of
 from treegrpo.errors import ConfigError, describe
-from treegrpo.security.credentials import read, read_secret
+from treegrpo.security.credentials import read_credential_file, read_secret_file
 from treegrpo.storage.atomic import OWNER_ONLY, write_atomically
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -63,7 +63,9 @@ def certs(directory: Path, names: Sequence[str], samplers: Sequence[str], *, new
     known = {path.stem.removeprefix("sampler-") for path in directory.glob("sampler-*.pem")}
     said += [_leaf(directory, authority, Role.SAMPLER, f"sampler-{name}", [], name) for name in sorted({*samplers, *known})]
     said += [_secret(directory / file) for file in (*(f"{role.value}.password" for role in USERS), *TOKENS)]
-    users = [(role.value, read_secret(directory / f"{role.value}.password", "a password").decode().strip()) for role in USERS]
+    users = [
+        (role.value, read_secret_file(directory / f"{role.value}.password", "a password").decode().strip()) for role in USERS
+    ]
     write(directory / "mosquitto.passwd", "".join(f"{user}:{_hashed(word)}\n" for user, word in users).encode(), secret=True)
     return [*said, f"{directory / 'mosquitto.passwd'}: the passwords, for Mosquitto"]
 
@@ -90,7 +92,7 @@ def _authority(directory: Path) -> tuple[Pair, list[str]]:
 
 def _load(certificate: Path, key: Path) -> Pair:
     try:
-        return Pair.load(read(certificate, "the authority"), read_secret(key, "the authority's key"))
+        return Pair.load(read_credential_file(certificate, "the authority"), read_secret_file(key, "the authority's key"))
     except ValueError as error:
         raise ConfigError(
             f"{certificate} or {key} is no PEM file of `treegrpo certs` ({describe(error)}); restore it."

@@ -16,8 +16,8 @@ from treegrpo.config.loader import is_secret
 from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, DeadlineError, PartError, RunError, UnavailableError
 from treegrpo.observability.printable_text import printable_json
-from treegrpo.runtime.entrypoint import find
-from treegrpo.runtime.process_environment import child_environment, python
+from treegrpo.runtime.entrypoint import find_own_error
+from treegrpo.runtime.process_environment import child_environment, python_command
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,11 @@ def run_up(call: Invocation, *, everything: bool) -> int:
     try:
         code = asyncio.run(run())
     except Exception as error:  # a task group may have wrapped it
-        ours = find(error)
+        ours = find_own_error(error)
         if not isinstance(ours, UnavailableError | DeadlineError | RunError) or newest_checkpoint(run_dir) is None:
             raise
-        go_on = "go on" if ours.passes else "when that is mended, go on"
-        last = PartError(str(ours), passes=ours.passes)
+        go_on = "go on" if ours.is_transient else "when that is mended, go on"
+        last = PartError(str(ours), is_transient=ours.is_transient)
         last.add_note(f"{go_on}: {command(*again)}")
         raise last from error
     for line in summary(run_dir, call.config.train.steps, call.toml, again):
@@ -84,7 +84,7 @@ def run_up(call: Invocation, *, everything: bool) -> int:
 def become(module: str, call: Invocation) -> int:
     """Go on as another program; does not return."""
     sys.stdout.flush()
-    os.execve(sys.executable, python(module, *call.arguments), child_environment())  # noqa: S606
+    os.execve(sys.executable, python_command(module, *call.arguments), child_environment())  # noqa: S606
 
 
 def run_eval(call: Invocation) -> int:
@@ -256,7 +256,7 @@ the retriever. Run again, it renews the certificates and keeps the rest. See doc
 
 def understand(command: Command, arguments: Sequence[str]) -> Invocation:
     """The words, and the configuration as every process will be told it. Raises ConfigError."""
-    from treegrpo.config.loader import from_arguments
+    from treegrpo.config.loader import config_from_arguments
 
     count = len(command.words)
     words, rest = arguments[:count], arguments[count:]
@@ -264,7 +264,7 @@ def understand(command: Command, arguments: Sequence[str]) -> Invocation:
         raise ConfigError(f"{next(iter(command.words[len(words) :]), command.words[0])} is missing; see --help.")
     if command.options:
         return Invocation(Config(), (), tuple(words), own_options(command, rest))
-    return Invocation(from_arguments(rest), tuple(rest), tuple(words))
+    return Invocation(config_from_arguments(rest), tuple(rest), tuple(words))
 
 
 def option_parser(command: Command, **options: Any) -> argparse.ArgumentParser:

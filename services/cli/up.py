@@ -33,9 +33,9 @@ from services.cli.state import follow_state
 from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import DeadlineError, PartError, RunError, UnavailableError
-from treegrpo.runtime.entrypoint import PASSING
+from treegrpo.runtime.entrypoint import TRANSIENT
 from treegrpo.runtime.run_directory import make_run_directory
-from treegrpo.runtime.stop_signals import TOLD, stop_signals
+from treegrpo.runtime.stop_signals import STOP_SIGNALS, stop_signals
 from treegrpo.security.credentials import Credentials
 from treegrpo.storage.file_lock import hold_file_lock
 from treegrpo.storage.run_files import check_run_files
@@ -72,7 +72,7 @@ class Interrupts:
 
     def arm(self) -> None:
         for number in stop_signals():
-            asyncio.get_running_loop().add_signal_handler(number, self.hit if number in TOLD else self.hang_up)
+            asyncio.get_running_loop().add_signal_handler(number, self.hit if number in STOP_SIGNALS else self.hang_up)
 
     def hang_up(self) -> None:
         self.hit_once.set()
@@ -253,7 +253,7 @@ class Run:
             self._interrupts.second.set()
             return INTERRUPTED
         if (trainer := crew.newest(TRAINER.name)).code not in DRAINED:
-            raise PartError(trainer.obituary(), passes=trainer.code == PASSING)
+            raise PartError(trainer.obituary(), is_transient=trainer.code == TRANSIENT)
         return 0
 
     @property

@@ -25,7 +25,7 @@ from typing import Any, Protocol, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from treegrpo.errors import ConfigError, ContractError, DeadlineError, ToolAwayError, ToolError, UnavailableError, describe
-from treegrpo.net.http_client import Answer, HttpClient, public_url, read_json
+from treegrpo.net.http_client import HttpClient, HttpResponse, public_url, read_json
 
 CONNECTIONS = 128
 """Queries at once; more wait."""
@@ -99,7 +99,7 @@ class HttpRetriever:
         except (ContractError, ConfigError) as error:
             raise ToolError(f"{error} See retriever.url.") from error
 
-    def _read(self, topk: int, answer: Answer) -> list[str]:
+    def _read(self, topk: int, answer: HttpResponse) -> list[str]:
         """The documents of an answer. Raises ToolError when it has none to read."""
         if not answer.ok:
             raise self._refused(answer)
@@ -111,7 +111,7 @@ class HttpRetriever:
                 f"begins as {answer.said}"
             ) from error
 
-    def _refused(self, answer: Answer) -> ToolError:
+    def _refused(self, answer: HttpResponse) -> ToolError:
         """The error for a status that says so: of a server that is not well, or of one that does not like the query."""
         status = answer.status
         if status >= 500 or status in _PASSING or status == 408:

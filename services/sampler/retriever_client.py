@@ -7,7 +7,7 @@ from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
 from treegrpo.net.limits import TOPK
-from treegrpo.security.credentials import Credentials, bearer
+from treegrpo.security.credentials import Credentials, bearer_header
 
 
 def check_topk(config: Config) -> str:
@@ -32,7 +32,7 @@ def open_retriever(config: Config, access: Credentials) -> HttpRetriever:
     """
     check_topk(config)
     access.check_url("retriever.url", config.search_url)
-    headers = bearer(access.retriever_token)
+    headers = bearer_header(access.retriever_token)
     return HttpRetriever(
         config.search_url, config.environment.timeout, verify=access.web_context(Role.RETRIEVER), headers=headers
     )

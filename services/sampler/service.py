@@ -27,7 +27,7 @@ from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import DeadlineError, EngineAwayError
 from treegrpo.net.address import join_address, split_address
-from treegrpo.observability.metrics import SamplerMetrics, serve
+from treegrpo.observability.metrics import SamplerMetrics, serve_metrics
 from treegrpo.runtime.stop_signals import stop_signals
 from treegrpo.security.credentials import Credentials
 from treegrpo.storage.temp_dir import locked_temp_dir
@@ -58,7 +58,7 @@ async def run(config: Config) -> None:
     host, _ = split_address(config.sampler.metrics, "sampler.metrics")
     access = Credentials.of(config.security, Role.SAMPLER)
     access.check_reach("broker.address", config.broker.address)
-    port = serve(metrics, config.sampler.metrics, "sampler.metrics", access)
+    port = serve_metrics(metrics, config.sampler.metrics, "sampler.metrics", access)
     metrics_address = join_address(host, port)
     log.info("metrics at %s", metrics_address)
     incarnation = secrets.randbits(64)

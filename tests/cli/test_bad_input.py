@@ -11,7 +11,7 @@ import pytest
 from tests.cli.machine import Result, treegrpo
 from tests.cli.workbench import GEOHOP, Workbench, question, write_rows
 from tests.control.brokers import embedded
-from treegrpo.runtime.entrypoint import FAILED, PASSING
+from treegrpo.runtime.entrypoint import FAILED, TRANSIENT
 
 
 @pytest.fixture
@@ -76,14 +76,14 @@ def test_a_broker_that_is_not_there(bench: Workbench) -> None:
     address = bench.keys["broker.address"]
     for command in (["sampler"], ["learner"], ["state", "paused"]):
         result = treegrpo(*command, *bench.flags())
-        refused(result, f"No MQTT broker answers at broker.address = {address}", code=PASSING)
+        refused(result, f"No MQTT broker answers at broker.address = {address}", code=TRANSIENT)
 
 
 async def test_a_learner_that_is_not_there(bench: Workbench) -> None:
     broker = embedded(bench.keys["broker.address"])
     await broker.start()
     try:
-        refused(treegrpo("sampler", *bench.flags()), bench.keys["learner.listen"], code=PASSING)
+        refused(treegrpo("sampler", *bench.flags()), bench.keys["learner.listen"], code=TRANSIENT)
     finally:
         await broker.stop()
 

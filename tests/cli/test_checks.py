@@ -26,13 +26,13 @@ from services.cli.checks.run_checks import (
 from services.cli.doctor import examine, files, machine
 from tests.cli.workbench import GEOHOP, Workbench
 from tests.control.brokers import embedded
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.config.schema import Config, RunConfig
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError
 
 
 def test_a_complete_run_passes_all_checks(tmp_path: Path) -> None:
-    run_checks(up_checks(load(None, Workbench(tmp_path).flags())).values())
+    run_checks(up_checks(load_config(None, Workbench(tmp_path).flags())).values())
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_a_kind_that_only_sglang_runs_is_refused_only_for_the_embedded_engine(tm
     with pytest.raises(ModelError, match="use SGLang for others"):
         check_model(model, "embedded", 256)
     flags = Workbench(tmp_path).flags(model__path=str(model), engine__kind="sglang")
-    assert "(mistral," in up_checks(load(None, flags))["model"]()
+    assert "(mistral," in up_checks(load_config(None, flags))["model"]()
 
 
 def test_the_doctor_takes_a_kind_with_another_config_for_a_finding(tmp_path: Path) -> None:
     model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
-    found = files(up_checks(load(None, Workbench(tmp_path).flags(model__path=str(model)))))
+    found = files(up_checks(load_config(None, Workbench(tmp_path).flags(model__path=str(model)))))
     assert [finding.subject for finding in found if "qwen2_vl" in finding.text and finding.verdict == "fail"] == ["model"]
 
 
@@ -121,7 +121,7 @@ def test_code_beside_a_model_is_not_run_and_nobody_is_asked(tmp_path: Path, monk
 
 def test_files_that_are_not_there_are_named_with_their_key(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train = .*absent\.jsonl does not exist"):
-        Questions(load(None, ["--data.train", str(tmp_path / "absent.jsonl")])).found("data.train")
+        Questions(load_config(None, ["--data.train", str(tmp_path / "absent.jsonl")])).found("data.train")
     with pytest.raises(DataError, match=r"retriever\.corpus = .*absent\.jsonl does not exist"):
         check_corpus(tmp_path / "absent.jsonl")
 
@@ -134,20 +134,20 @@ def test_a_busy_port_is_named_with_its_key() -> None:
 
 
 def test_two_parts_at_one_address_are_both_named() -> None:
-    config = load(None, ["--learner.metrics", "127.0.0.1:40000", "--learner.listen", "127.0.0.1:40001"])
+    config = load_config(None, ["--learner.metrics", "127.0.0.1:40000", "--learner.listen", "127.0.0.1:40001"])
     with pytest.raises(AddressInUseError, match=r"learner\.listen and learner\.metrics .* are both 127\.0\.0\.1:40001"):
         check_addresses(learner_addresses(config))
 
 
 def test_several_samplers_cannot_share_a_metrics_port() -> None:
     with pytest.raises(ConfigError, match="would be shared by 2 samplers"):
-        check_sampler_metrics(load(None, ["--sampler.metrics", "127.0.0.1:9500"]))
-    check_sampler_metrics(load(None, ["--sampler.metrics", "127.0.0.1:9500", "--sampler.count", "1"]))
+        check_sampler_metrics(load_config(None, ["--sampler.metrics", "127.0.0.1:9500"]))
+    check_sampler_metrics(load_config(None, ["--sampler.metrics", "127.0.0.1:9500", "--sampler.count", "1"]))
 
 
 def test_an_sglang_that_cannot_be_started_is_found_before_anything_is() -> None:
     def refused(error: type[Exception], sentence: str, *flags: str) -> None:
-        config = load(None, ["--engine.kind", "sglang", *flags])
+        config = load_config(None, ["--engine.kind", "sglang", *flags])
         with pytest.raises(error, match=sentence):
             check_engine(config, config.sampler.count)
 
@@ -161,20 +161,20 @@ def test_an_sglang_that_cannot_be_started_is_found_before_anything_is() -> None:
     refused(ConfigError, r"engine\.weights_dir = /nowhere does not exist", "--engine.weights_dir", "/nowhere")
     refused(ConfigError, r"engine\.weights_dir = /proc cannot be written to", "--engine.weights_dir", "/proc")
     refused(ConfigError, "SGLang is not installed.*make sglang-cpu", "--engine.python", "/nowhere/python")
-    check_engine(load(None, ["--engine.python", "/nowhere/python"]), 1)
+    check_engine(load_config(None, ["--engine.python", "/nowhere/python"]), 1)
 
 
 def test_where_an_engine_listens_is_an_address_like_the_others() -> None:
     address = "127.0.0.1:40000"
     flags = ("--engine.listen", address, "--broker.address", address)
-    assert Address("engine.listen", address) not in all_addresses(load(None, flags))
+    assert Address("engine.listen", address) not in all_addresses(load_config(None, flags))
     with pytest.raises(AddressInUseError, match=rf"broker\.address and engine\.listen are both {address}"):
-        check_addresses(all_addresses(load(None, ["--engine.kind", "sglang", *flags])))
+        check_addresses(all_addresses(load_config(None, ["--engine.kind", "sglang", *flags])))
 
 
 async def test_the_doctor_takes_the_ports_of_a_run_that_is_up_for_no_fault(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
-    config = load(None, bench.flags())
+    config = load_config(None, bench.flags())
     broker = embedded(config.broker.address)
     await broker.start()
     try:
@@ -188,7 +188,7 @@ def test_the_doctor_finds_every_fault_and_the_machine_fit(tmp_path: Path) -> Non
     bench = Workbench(tmp_path)
     bench.corpus.write_text("{}\n")
     bench.train.unlink()
-    verdicts = {finding.subject: finding.verdict for finding in files(up_checks(load(None, bench.flags())))}
+    verdicts = {finding.subject: finding.verdict for finding in files(up_checks(load_config(None, bench.flags())))}
     assert {subject for subject, verdict in verdicts.items() if verdict == "fail"} == {"corpus", "training questions"}
     assert all(finding.verdict != "fail" for finding in machine())
 

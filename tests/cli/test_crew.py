@@ -15,7 +15,7 @@ from services.cli.processes.process_group import Crew
 from services.cli.processes.program import Program
 from services.cli.processes.readiness import wait_ready
 from treegrpo.errors import DeadlineError, PartError, UnavailableError
-from treegrpo.runtime.entrypoint import FAILED, PASSING, exit_code
+from treegrpo.runtime.entrypoint import FAILED, TRANSIENT, exit_code
 
 SECONDS = 30.0
 QUICK = (0.0, 0.0)
@@ -90,7 +90,7 @@ async def test_an_error_that_stays_ends_the_run_with_its_sentence_and_all_others
     assert said == []
 
 
-@pytest.mark.parametrize("code", [PASSING, 1, 0])
+@pytest.mark.parametrize("code", [TRANSIENT, 1, 0])
 async def test_what_may_pass_is_tried_again_and_in_the_end_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
@@ -104,7 +104,7 @@ async def test_what_may_pass_is_tried_again_and_in_the_end_given_up(
             PartError, match=rf"The intake ended with code {code}{why}.* started 3 times and is given up"
         ) as given_up:
             await asyncio.wait_for(running.watch("trainer"), SECONDS)
-        assert exit_code(given_up.value) == (PASSING if code == PASSING else FAILED)
+        assert exit_code(given_up.value) == (TRANSIENT if code == TRANSIENT else FAILED)
     assert ["starting it again in 0 s" in line for line in said] == [True, True]
 
 
@@ -134,7 +134,7 @@ async def test_the_run_is_over_when_the_trainer_is_done(tmp_path: Path) -> None:
             await running.watch("trainer")
 
 
-@pytest.mark.parametrize(("code", "starts"), [(PASSING, 3), (FAILED, 1)])
+@pytest.mark.parametrize(("code", "starts"), [(TRANSIENT, 3), (FAILED, 1)])
 async def test_the_run_outlives_a_sampler_but_not_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, starts: int
 ) -> None:
@@ -182,7 +182,7 @@ async def test_a_drain_cuts_a_back_off_short(tmp_path: Path, monkeypatch: pytest
     back_off(monkeypatch, FOREVER)
     said: list[str] = []
     async with crew(tmp_path, said) as running:
-        await running.start(ending("trainer", "No intake.", PASSING))
+        await running.start(ending("trainer", "No intake.", TRANSIENT))
         await until(lambda: bool(said))
         assert not running.runs("trainer")
         running.drain.set()
@@ -227,13 +227,13 @@ async def test_an_error_that_stays_is_heard_whether_the_run_drains_or_not(tmp_pa
 
 
 async def test_what_a_part_says_only_when_it_is_stopped_is_the_reason_too(tmp_path: Path) -> None:
-    passes, stays = PartError("No intake answers.", passes=True), PartError("No such key.")
+    transient, permanent = PartError("No intake answers.", is_transient=True), PartError("No such key.")
     async with crew(tmp_path, []) as running:
         await running.start(failing("intake", "The run leads nowhere."))
         await started(tmp_path, "intake")
         await running.start(ending("trainer", "done", 0, done=True))
         await asyncio.wait_for(running.watch("trainer"), SECONDS)
-        assert (running.failure(), running.cause(passes)) == (None, passes)
+        assert (running.failure(), running.cause(transient)) == (None, transient)
     assert "The intake ended with code 2: The run leads nowhere." in str(running.failure())
-    assert str(running.cause(passes)) == str(running.failure())
-    assert running.cause(stays) is stays
+    assert str(running.cause(transient)) == str(running.failure())
+    assert running.cause(permanent) is permanent

@@ -18,7 +18,7 @@ from services.cli.processes.readiness import wait_ready
 from services.cli.reports.live_view import Screen
 from tests.cli.workbench import Workbench
 from tests.control.brokers import embedded
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.errors import PartError, UnavailableError
 from treegrpo.runtime.entrypoint import exit_code
 from treegrpo.security.credentials import OPEN
@@ -50,7 +50,7 @@ class House:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bench = Workbench(folder)
-        self.config = load(None, self.bench.flags(broker__embedded="false"))
+        self.config = load_config(None, self.bench.flags(broker__embedded="false"))
         self.screen = FakeScreen()
         self.broker = embedded(self.config.broker.address)
         self._monkeypatch = monkeypatch

@@ -11,7 +11,7 @@ from services.cli.reports.run_history import beginning, finished, newest_checkpo
 from tests.cli.records import eval_row, step_row, write
 from tests.cli.workbench import Workbench
 from treegrpo.config.fingerprint import record_fingerprint
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def test_the_newest_checkpoint_stands_in_for_the_final_model(tmp_path: Path) -> 
 
 def test_a_directory_holds_a_run_once_something_is_recorded(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
-    config = load(None, bench.flags())
+    config = load_config(None, bench.flags())
     (bench.run_dir / "logs").mkdir(parents=True)
     assert (steps_done(bench.run_dir), beginning(config)) == (None, f"Starting the run test in {bench.run_dir}")
     (bench.run_dir / "journal").mkdir()
@@ -45,21 +45,21 @@ def test_a_directory_holds_a_run_once_something_is_recorded(tmp_path: Path) -> N
 
 def test_only_the_run_that_began_there_goes_on_in_a_directory(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
-    other = load(None, bench.flags(rollout__trees="5"))
+    other = load_config(None, bench.flags(rollout__trees="5"))
     bench.run_dir.mkdir()
-    record_fingerprint(load(None, bench.flags()), begun=False)
+    record_fingerprint(load_config(None, bench.flags()), begun=False)
     check_run_dir(other)
     checkpoint(bench.run_dir, "step-000001")
     with pytest.raises(ConfigError, match=r"rollout\.trees was 2 and is 5"):
         check_run_dir(other)
-    assert check_run_dir(load(None, bench.flags(train__lr="1e-3"))) == f"{bench.run_dir} (goes on after step 1)"
+    assert check_run_dir(load_config(None, bench.flags(train__lr="1e-3"))) == f"{bench.run_dir} (goes on after step 1)"
     with pytest.raises(ConfigError, match="is a file"):
-        check_run_dir(load(None, bench.flags(run__dir=str(bench.train))))
+        check_run_dir(load_config(None, bench.flags(run__dir=str(bench.train))))
 
 
 def test_a_run_is_finished_when_its_last_step_is_kept_and_evaluated(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
-    config = load(None, bench.flags())
+    config = load_config(None, bench.flags())
     checkpoint(bench.run_dir, "step-000001", "final")
     write(bench.run_dir, eval_row(0, 0.1), step_row(1), step_row(2))
     assert not finished(config)
@@ -68,4 +68,4 @@ def test_a_run_is_finished_when_its_last_step_is_kept_and_evaluated(tmp_path: Pa
     write(bench.run_dir, eval_row(2, 0.3))
     assert "is finished: step 2 of 2 is done" in finished(config)
     assert "Raise train.steps to go on with it, or choose another run.dir" in finished(config)
-    assert not finished(load(None, bench.flags(train__steps="3")))
+    assert not finished(load_config(None, bench.flags(train__steps="3")))

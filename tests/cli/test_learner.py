@@ -16,7 +16,7 @@ import pytest
 from tests.cli.machine import environment, marked
 from tests.cli.workbench import Workbench
 from tests.control.brokers import embedded
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 
 SECONDS = 100.0
 
@@ -57,7 +57,7 @@ async def start(flags: Sequence[str], mark: str) -> asyncio.subprocess.Process:
 @asynccontextmanager
 async def learner(flags: Sequence[str]) -> AsyncGenerator[Learner]:
     """A learner with a broker, which the block ends; it has told of no error, and nothing of it is left."""
-    mark, broker = uuid.uuid4().hex, embedded(load(None, flags).broker.address)
+    mark, broker = uuid.uuid4().hex, embedded(load_config(None, flags).broker.address)
     await broker.start()
     try:
         one = Learner(await start(flags, mark), mark)

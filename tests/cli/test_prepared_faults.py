@@ -14,7 +14,7 @@ from services.cli.up import Run
 from tests.cli.machine import treegrpo
 from tests.cli.prepared_faults import FAULTS, Fault
 from tests.cli.workbench import Workbench
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.errors import TreeGrpoError
 from treegrpo.runtime.entrypoint import FAILED, exit_code
 
@@ -29,7 +29,9 @@ def prepared(folder: Path, fault: Fault) -> Workbench:
 
 @every_fault
 def test_the_doctor_finds_it_with_its_remedy(tmp_path: Path, fault: Fault) -> None:
-    failed = [finding for finding in files(up_checks(load(None, prepared(tmp_path, fault).flags()))) if finding.verdict == "fail"]
+    failed = [
+        finding for finding in files(up_checks(load_config(None, prepared(tmp_path, fault).flags()))) if finding.verdict == "fail"
+    ]
     assert [finding.text for finding in failed if re.search(fault.says, finding.text)], failed
     assert len({finding.text for finding in failed}) == len(failed)
 
@@ -37,7 +39,7 @@ def test_the_doctor_finds_it_with_its_remedy(tmp_path: Path, fault: Fault) -> No
 @every_fault
 def test_up_refuses_it_before_anything_is_made(tmp_path: Path, fault: Fault) -> None:
     bench = prepared(tmp_path, fault)
-    config, before = load(None, bench.flags()), sorted(tmp_path.rglob("*"))
+    config, before = load_config(None, bench.flags()), sorted(tmp_path.rglob("*"))
     with pytest.raises(TreeGrpoError, match=fault.says) as refusal:
         asyncio.run(Run(config, bench.flags(), Screen(Terminal()), "", everything=True).check())
     assert exit_code(refusal.value) == FAILED
@@ -58,6 +60,6 @@ def test_the_command_says_it_in_one_sentence_and_leaves_nothing(tmp_path: Path, 
 )
 def test_eval_says_the_same(tmp_path: Path, name: str) -> None:
     (fault,) = (fault for fault in FAULTS if fault.name == name)
-    checks = eval_checks(load(None, prepared(tmp_path, fault).flags()))
+    checks = eval_checks(load_config(None, prepared(tmp_path, fault).flags()))
     with pytest.raises(TreeGrpoError, match=fault.says.replace(r"data.train", r"data\.\w+")):
         run_checks(checks.values())

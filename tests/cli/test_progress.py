@@ -9,7 +9,7 @@ from services.cli.reports.progress_reader import EvalRecord, StepRecord, Tail, r
 from tests.cli.records import eval_row, step_row, write
 from treegrpo.errors import RunFileError
 from treegrpo.storage import run_files
-from treegrpo.storage.run_files import JsonLines
+from treegrpo.storage.run_files import JsonLinesFile
 
 
 def test_records_are_read_by_kind_and_others_left_out(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_marks_ends_and_rubbish_of_other_programs_cost_no_record(tmp_path: Path)
 def test_a_line_without_an_end_is_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_files, "LINE_BYTES", 1000)
     (tmp_path / "progress.jsonl").write_bytes(b"x" * 5000 + b"\n" + json.dumps({"kind": "eval"}).encode() + b"\n")
-    lines = JsonLines(tmp_path / "progress.jsonl")
+    lines = JsonLinesFile(tmp_path / "progress.jsonl")
     assert list(lines.new()) == [{"kind": "eval"}]
     assert "line 1 is no record" in lines.complaint
 
@@ -78,7 +78,7 @@ def test_a_line_that_grows_while_it_is_read_is_read_whole_the_next_time(tmp_path
         def readline(self, _limit: int) -> bytes:
             return self.pieces.pop(0)
 
-    lines = JsonLines(tmp_path / "progress.jsonl")
+    lines = JsonLinesFile(tmp_path / "progress.jsonl")
     assert (lines._whole_line(Growing()), lines.whole) == (b"", 0)  # pyright: ignore[reportPrivateUsage]
 
 

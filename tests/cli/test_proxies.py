@@ -15,7 +15,7 @@ from services.environments.retrieval import HttpRetriever
 from tests.security.door import describe, serving
 from treegrpo.config.schema import Config, RetrieverConfig
 from treegrpo.config.security import Role
-from treegrpo.runtime.healthcheck import complaint
+from treegrpo.runtime.healthcheck import probe_failure
 from treegrpo.security.credentials import OPEN, Credentials
 
 ANSWER = b'{"result": [[{"document": {"id": "1", "contents": "A"}, "score": 1.0}]]}'
@@ -65,7 +65,7 @@ async def test_http_goes_directly(address: str) -> None:
         assert await retriever.search("anything", topk=1) == ["A"]
     async with pages(OPEN) as read:
         assert await read(address) == {"treegrpo_step": 3.0}
-    assert complaint(f"http://{address}/health") == ""
+    assert probe_failure(f"http://{address}/health") == ""
 
 
 async def test_grpc_goes_directly() -> None:

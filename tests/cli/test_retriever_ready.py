@@ -11,7 +11,7 @@ from services.cli.processes.readiness import retriever_ready
 from services.sampler.retriever_client import check_topk
 from tests.cli.workbench import Workbench
 from tests.environments.raw_server import Pieces, answering, response
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.config.schema import Config, EnvironmentConfig, RetrieverConfig
 from treegrpo.errors import ConfigError, UnavailableError
 from treegrpo.net.limits import TOPK
@@ -70,7 +70,7 @@ async def test_a_retriever_that_is_of_no_use_is_refused_with_why(
 
 
 def test_more_documents_than_our_retriever_gives_are_refused(tmp_path: Path) -> None:
-    config = load(None, [*Workbench(tmp_path).flags(), "--environment.topk", str(TOPK + 1)])
+    config = load_config(None, [*Workbench(tmp_path).flags(), "--environment.topk", str(TOPK + 1)])
     with pytest.raises(ConfigError, match=rf"environment\.topk = {TOPK + 1} is more than the {TOPK} documents"):
         run_checks(up_checks(config).values())
     assert check_topk(Config(environment=EnvironmentConfig(topk=TOPK))) == f"{TOPK} documents for a query"

@@ -22,7 +22,7 @@ from services.sampler.factory import open_engine
 from services.sampler.text.tokenizer import Tokenizer
 from tests.cli.prepared_faults import FAULTS
 from tests.cli.workbench import GEOHOP, Workbench
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.config.schema import Config
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import TreeGrpoError
@@ -84,11 +84,11 @@ async def test_it_says_the_same_sentence(tmp_path: Path, service: Callable[[Conf
     (fault,) = (fault for fault in FAULTS if fault.name == name)
     bench = Workbench(tmp_path)
     bench.keys.update(fault.prepare(bench))
-    config = load(None, bench.flags())
+    config = load_config(None, bench.flags())
     with pytest.raises(TreeGrpoError) as refusal:
         await service(config)
     assert re.search(fault.says, str(refusal.value))
-    assert not refusal.value.passes
+    assert not refusal.value.is_transient
     assert str(refusal.value) in {finding.text for finding in files(up_checks(config))} or service is tokenizer
 
 
@@ -96,7 +96,7 @@ def test_the_model_that_a_run_leaves_passes_all_checks(tmp_path: Path) -> None:
     final = tmp_path / "checkpoints" / "final"
     final.parent.mkdir()
     export(load_model(GEOHOP / "model", CPU), final, GEOHOP / "model", "bfloat16")
-    config = load(None, Workbench(tmp_path).flags(model__path=str(final)))
+    config = load_config(None, Workbench(tmp_path).flags(model__path=str(final)))
     for checks in (up_checks(config), eval_checks(config)):
         found = {finding.subject: finding.verdict for finding in files(checks)}
         assert {subject for subject, verdict in found.items() if verdict != "ok"} <= {"data", "limits"}

@@ -13,7 +13,7 @@ from services.cli.reports.metrics_client import pages
 from services.cli.reports.run_alerts import JOURNAL_BLOCKED, JOURNAL_SHORT, MISMATCH, TRAINER_BLOCKED, Troubles
 from tests.ports import free_address, free_ports
 from treegrpo.config.schema import Config
-from treegrpo.observability.metrics import IntakeMetrics, TrainerMetrics, serve
+from treegrpo.observability.metrics import IntakeMetrics, TrainerMetrics, serve_metrics
 from treegrpo.security.credentials import OPEN
 
 
@@ -69,8 +69,8 @@ async def test_a_damaged_checkpoint_that_is_passed_over_is_said_once_and_an_old_
 async def test_it_is_read_from_the_pages_of_intake_and_trainer(tmp_path: Path) -> None:
     (port, _), said = free_ports(2), asyncio.Queue[str]()
     intake, trainer = IntakeMetrics(), TrainerMetrics()
-    serve(intake, f"127.0.0.1:{port}", "learner.metrics", OPEN)
-    serve(trainer, f"127.0.0.1:{port + 1}", "learner.metrics", OPEN)
+    serve_metrics(intake, f"127.0.0.1:{port}", "learner.metrics", OPEN)
+    serve_metrics(trainer, f"127.0.0.1:{port + 1}", "learner.metrics", OPEN)
     intake.journal_short.set(1)
     trainer.blocked.set(1)
     following = asyncio.create_task(Troubles(config(tmp_path, port), OPEN, said.put_nowait).follow())
@@ -83,6 +83,6 @@ async def test_it_is_read_from_the_pages_of_intake_and_trainer(tmp_path: Path) -
 
 async def test_a_page_that_is_refused_is_as_good_as_none(tmp_path: Path) -> None:
     address = free_address()
-    serve(IntakeMetrics(), address, "learner.metrics", replace(OPEN, metrics_token=SecretStr("secret")))
+    serve_metrics(IntakeMetrics(), address, "learner.metrics", replace(OPEN, metrics_token=SecretStr("secret")))
     async with pages(OPEN) as read:
         assert await read(address) == {}

@@ -19,7 +19,7 @@ from services.cli.reports.summary import program
 from services.cli.up import DRAIN_SECONDS
 from tests.cli.machine import environment, marked, treegrpo
 from tests.cli.workbench import Workbench
-from treegrpo.runtime.entrypoint import FAILED, PASSING
+from treegrpo.runtime.entrypoint import FAILED, TRANSIENT
 
 SECONDS = 240.0
 pytestmark = pytest.mark.timeout(300)
@@ -212,7 +212,7 @@ async def test_a_rank_that_dies_costs_the_trainer_a_new_start_and_ranks_drain_to
     await run.line("step 1/")
     os.kill(run.pid_of("learner.trainer", variable="RANK=1"), signal.SIGKILL)
     lost = "Rank 1 of the trainer was killed by signal 9; if nobody sent it, memory ran out."
-    await run.line(f"The trainer ended with code {PASSING}: {lost} (log: ")
+    await run.line(f"The trainer ended with code {TRANSIENT}: {lost} (log: ")
     await run.line("held-out after step 0")
     await run.line("step 1/")
     run.process.send_signal(signal.SIGINT)
@@ -275,8 +275,8 @@ async def test_ctrl_c_while_the_trainer_waits_for_its_disk_ends_the_run_soon(ben
     await run.line(f"The disk of {bench.run_dir} refuses what the trainer has to write: it waits")
     run.process.send_signal(signal.SIGINT)
     async with asyncio.timeout(DRAIN_SECONDS / 4):
-        assert await run.end() == PASSING
+        assert await run.end() == TRANSIENT
     (error,) = [line for line in run.lines if line.startswith("error: ")]
-    assert error.startswith(f"error: The trainer ended with code {PASSING}: ")
+    assert error.startswith(f"error: The trainer ended with code {TRANSIENT}: ")
     assert "make room on its disk" in error
     assert run.lines[-1].startswith(f"go on: {program()} up ")

@@ -25,7 +25,7 @@ from tests.engines.tokenizers_of_all_kinds import CALL, END, MASK, USER, make
 from tests.fuzz.mutations import Notifier, bytewise, changes_of, tree
 from treegrpo.core.question import Message, Question
 from treegrpo.errors import DataError
-from treegrpo.observability.log_setup import JsonLines, TextFormatter
+from treegrpo.observability.log_setup import JsonFormatter, TextFormatter
 from treegrpo.observability.printable_text import UNPRINTABLE, printable
 from treegrpo.v1 import rollout_pb2
 from treegrpo.wire.codec import question_from_pb, question_to_pb
@@ -171,7 +171,7 @@ def lines(text: str) -> None:
     shown = printable(text)
     assert not UNPRINTABLE.search(shown)
     record = logging.LogRecord("fuzz", logging.WARNING, __file__, 1, "it said %s", (text,), None)
-    for form in (TextFormatter(), JsonLines()):
+    for form in (TextFormatter(), JsonFormatter()):
         line = form.format(record)
         assert not UNPRINTABLE.search(line)
         assert len(line) < 10 * 8192

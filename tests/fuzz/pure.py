@@ -26,7 +26,7 @@ from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.wire.codec import lease_end_from_pb, lease_from_pb, plan_from_pb, subtree_from_pb, version_from_pb
 from treegrpo.wire.control import ControlPlane, Member
 from treegrpo.wire.size_limits import check_end
-from treegrpo.wire.trainer_protocol import decode, encode, pack_group, unpack_group
+from treegrpo.wire.trainer_protocol import decode_message, encode_message, pack_group, unpack_group
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def response(data: bytes) -> None:
 
 def handoff(data: bytes) -> None:
     with suppress(ContractError):
-        encode(decode(data))
+        encode_message(decode_message(data))
 
 
 def group(data: bytes) -> None:

@@ -15,7 +15,7 @@ from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import weights_pb2
 from treegrpo.wire.codec import lease_end_to_pb, lease_to_pb, plan_to_pb, question_to_pb, subtree_to_pb, version_to_pb
 from treegrpo.wire.control import Member
-from treegrpo.wire.trainer_protocol import Covered, Done, Evaluate, Evaluation, Publish, Report, Take, Taken
+from treegrpo.wire.trainer_protocol import Covered, Done, Evaluate, Evaluation, Publish, StepReport, Take, Taken
 
 LEASE = "train-0000000-t"
 """The first that `tests.intake.builders.book` grants."""
@@ -47,7 +47,7 @@ ASKED = [
 ]
 _SAID = [
     *(Take(0, 2), Covered(2), Evaluate("1.0"), Done(), Evaluation(done=True, questions=3, em=0.5), Taken([b"x"], "running")),
-    *(Publish("1.0", "weights/1.0", 0), Report({"step": 1, "reward_mean": 0.5})),
+    *(Publish("1.0", "weights/1.0", 0), StepReport({"step": 1, "reward_mean": 0.5})),
 ]
 HANDOFF: list[Any] = [{"type": type(message).__name__, **asdict(message)} for message in _SAID]
 GROUPS: list[Any] = [

@@ -14,8 +14,8 @@ import pytest
 
 from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, JournalError, RankError, TreeGrpoError, UnavailableError
-from treegrpo.runtime.entrypoint import find, report_error, run_service
-from treegrpo.runtime.exit_report import VARIABLE, ExitReports, Report, decisive_report, exit_report_for, write_exit_report
+from treegrpo.runtime.entrypoint import find_own_error, report_error, run_service
+from treegrpo.runtime.exit_report import VARIABLE, ExitReport, ExitReports, decisive_report, exit_report_for, write_exit_report
 
 STAYS, PASSES, CRASH = ConfigError("no such key"), UnavailableError("nobody answers"), KeyError("bug")
 
@@ -33,29 +33,31 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> ExitReports:
     ("given", "told"),
     [
         ([], None),
-        ([Report(75, "a"), Report(75, "b")], "a"),
-        ([Report(75, "a"), Report(1, "b"), Report(2, "c")], "c"),
-        ([Report(75, "a"), Report(-9, "b")], "b"),
-        ([Report(75, "lost another", secondary=True), Report(75, "full disk")], "full disk"),
-        ([Report(75, "lost another", secondary=True), Report(-9, "killed")], "killed"),
+        ([ExitReport(75, "a"), ExitReport(75, "b")], "a"),
+        ([ExitReport(75, "a"), ExitReport(1, "b"), ExitReport(2, "c")], "c"),
+        ([ExitReport(75, "a"), ExitReport(-9, "b")], "b"),
+        ([ExitReport(75, "lost another", secondary=True), ExitReport(75, "full disk")], "full disk"),
+        ([ExitReport(75, "lost another", secondary=True), ExitReport(-9, "killed")], "killed"),
     ],
 )
-def test_an_error_that_stays_is_told_before_a_crash_and_that_before_what_passes(given: list[Report], told: str | None) -> None:
+def test_an_error_that_stays_is_told_before_a_crash_and_that_before_what_passes(
+    given: list[ExitReport], told: str | None
+) -> None:
     assert getattr(decisive_report(given), "sentence", None) == told
 
 
 @pytest.mark.parametrize(
     ("error", "report"),
     [
-        (STAYS, Report(2, "no such key")),
-        (PASSES, Report(75, "nobody answers")),
-        (RankError("rank 0 failed"), Report(75, "rank 0 failed", secondary=True)),
-        (CRASH, Report(1, "KeyError: 'bug'")),
-        (ExceptionGroup("tasks", [ExceptionGroup("inner", [CRASH])]), Report(1, "KeyError: 'bug'")),
-        (JournalError("x" * 9000), Report(2, "x" * 4096)),
+        (STAYS, ExitReport(2, "no such key")),
+        (PASSES, ExitReport(75, "nobody answers")),
+        (RankError("rank 0 failed"), ExitReport(75, "rank 0 failed", secondary=True)),
+        (CRASH, ExitReport(1, "KeyError: 'bug'")),
+        (ExceptionGroup("tasks", [ExceptionGroup("inner", [CRASH])]), ExitReport(1, "KeyError: 'bug'")),
+        (JournalError("x" * 9000), ExitReport(2, "x" * 4096)),
     ],
 )
-def test_a_report_is_the_sentence_or_the_last_line_of_the_traceback(error: BaseException, report: Report) -> None:
+def test_a_report_is_the_sentence_or_the_last_line_of_the_traceback(error: BaseException, report: ExitReport) -> None:
     assert exit_report_for(error) == report
 
 
@@ -64,7 +66,7 @@ def test_a_report_is_the_sentence_or_the_last_line_of_the_traceback(error: BaseE
     [([PASSES, STAYS], STAYS), ([STAYS, PASSES], STAYS), ([CRASH, PASSES], PASSES), ([CRASH], None), ([PASSES, PASSES], PASSES)],
 )
 def test_of_several_errors_the_one_that_stays_is_told(errors: list[Exception], told: TreeGrpoError | None) -> None:
-    assert find(ExceptionGroup("tasks", [ExceptionGroup("inner", errors)])) is told
+    assert find_own_error(ExceptionGroup("tasks", [ExceptionGroup("inner", errors)])) is told
 
 
 def test_a_process_reports_what_it_ends_of_and_its_parent_alone_reads_it(
@@ -76,22 +78,22 @@ def test_a_process_reports_what_it_ends_of_and_its_parent_alone_reads_it(
     assert "besides, something crashed: 'bug'" in caplog.text
     with pytest.raises(KeyError):
         report_error(CRASH)
-    assert reports.read() == [Report(75, "nobody answers"), Report(1, "KeyError: 'bug'")]
+    assert reports.read() == [ExitReport(75, "nobody answers"), ExitReport(1, "KeyError: 'bug'")]
     assert ExitReports().read() == []
 
 
 def test_lines_that_are_no_report_are_left_out(reports: ExitReports) -> None:
     with open(os.environ[VARIABLE], "ab") as file:  # noqa: PTH123
         file.write(b"garbage\n{}\n[1]\n")
-    write_exit_report(Report(2, "a\nb"))
-    assert reports.read() == [Report(2, "a\nb")]
+    write_exit_report(ExitReport(2, "a\nb"))
+    assert reports.read() == [ExitReport(2, "a\nb")]
 
 
 def test_without_a_parent_that_listens_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    write_exit_report(Report(2, "nobody hears"))
+    write_exit_report(ExitReport(2, "nobody hears"))
     monkeypatch.setenv(VARIABLE, "/proc/1/fd/999999")
-    write_exit_report(Report(2, "nobody hears"))
+    write_exit_report(ExitReport(2, "nobody hears"))
 
 
 def test_a_service_that_is_cancelled_unasked_has_crashed(reports: ExitReports) -> None:
@@ -100,7 +102,7 @@ def test_a_service_that_is_cancelled_unasked_has_crashed(reports: ExitReports) -
 
     with pytest.raises(RuntimeError, match="nobody had told it to stop"):
         run_service(service, [])
-    assert reports.read() == [Report(1, "RuntimeError: The service was cancelled, and nobody had told it to stop.")]
+    assert reports.read() == [ExitReport(1, "RuntimeError: The service was cancelled, and nobody had told it to stop.")]
 
 
 SERVICE = """

@@ -21,13 +21,13 @@ from treegrpo.wire.trainer_protocol import (
     Message,
     Publish,
     Refused,
-    Report,
+    StepReport,
     Take,
     Taken,
-    decode,
-    encode,
+    decode_message,
+    encode_message,
     pack_group,
-    receive,
+    receive_message,
     socket_path,
     unpack_group,
 )
@@ -39,7 +39,7 @@ MESSAGES: list[Message] = [
     Covered(4),
     Evaluate("1.2"),
     Evaluation(True, 3, 0.5, 0.25, 1),
-    Report({"loss": 0.1}),
+    StepReport({"loss": 0.1}),
     Refused("Position 3 is gone."),
     Done(),
 ]
@@ -47,22 +47,27 @@ MESSAGES: list[Message] = [
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
 def test_every_message_crosses_the_socket(message: Message) -> None:
-    assert decode(encode(message)[4:]) == message
+    assert decode_message(encode_message(message)[4:]) == message
+
+
+def test_a_message_has_one_name_on_the_socket_whatever_its_class_is_called() -> None:
+    names = ["Take", "Taken", "Publish", "Covered", "Evaluate", "Evaluation", "Report", "Refused", "Done"]
+    assert {msgpack.unpackb(encode_message(message)[4:])["type"] for message in MESSAGES} == set(names)
 
 
 async def test_a_stream_ends_between_messages_and_inside_one() -> None:
     reader = asyncio.StreamReader()
-    reader.feed_data(encode(Done()) + encode(Done())[:3])
+    reader.feed_data(encode_message(Done()) + encode_message(Done())[:3])
     reader.feed_eof()
-    assert await receive(reader) == Done()
-    assert await receive(reader) is None
+    assert await receive_message(reader) == Done()
+    assert await receive_message(reader) is None
 
 
 async def test_a_frame_beyond_the_limit_is_refused_before_it_is_read() -> None:
     reader = asyncio.StreamReader()
     reader.feed_data(b"\xff\xff\xff\xff")
     with pytest.raises(ContractError, match="the limit is"):
-        await receive(reader)
+        await receive_message(reader)
 
 
 def test_a_group_crosses_with_its_question_and_subtrees() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.environments.raw_server import answering, endless, response
 from treegrpo.errors import ConfigError, ContractError, DeadlineError, UnavailableError
-from treegrpo.net.http_client import Answer, HttpClient, public_url, read_json
+from treegrpo.net.http_client import HttpClient, HttpResponse, public_url, read_json
 from treegrpo.net.limits import JSON_PARTS, LARGE_ANSWERS, LARGE_BYTES, LOOP_BYTES
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -18,7 +18,7 @@ UNTIL_CLOSED = OK + b"\r\n"
 SIZE = 4 << 20
 
 
-async def asked(raw: bytes, path: str = "/", seconds: float = 10.0) -> Answer:
+async def asked(raw: bytes, path: str = "/", seconds: float = 10.0) -> HttpResponse:
     async with answering(raw) as url, HttpClient() as client:
         return await client.ask("GET", url + path, lambda answer: answer, seconds=seconds, size=SIZE)
 
@@ -70,7 +70,7 @@ async def test_many_small_pieces_do_not_hold_the_event_loop(head: bytes, piece: 
 
 
 async def test_a_timeout_of_the_callers_own_stays_its_own() -> None:
-    def late(_: Answer) -> None:
+    def late(_: HttpResponse) -> None:
         raise TimeoutError
 
     async with answering(response("200 OK", b"")) as url, HttpClient() as client:
@@ -190,7 +190,7 @@ async def test_large_answers_are_read_a_few_at_a_time() -> None:
         await everybody.wait()
         yield bytes(LARGE_BYTES)
 
-    def read(answer: Answer) -> int:
+    def read(answer: HttpResponse) -> int:
         nonlocal reading, most
         reading += 1
         most = max(most, reading)
@@ -206,7 +206,7 @@ async def test_large_answers_are_read_a_few_at_a_time() -> None:
 
 
 async def test_a_large_answer_is_read_off_the_event_loop() -> None:
-    def on_loop(_: Answer) -> bool:
+    def on_loop(_: HttpResponse) -> bool:
         try:
             asyncio.get_running_loop()
         except RuntimeError:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.workbench import GEOHOP, Workbench
 from treegrpo.config.fingerprint import FILE_NAME, KEYS, MODEL, check_fingerprint, record_fingerprint
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, DataError, RunFileError
 
@@ -22,7 +22,7 @@ def begun(folder: Path) -> Workbench:
 
 
 def told(bench: Workbench, **changes: str) -> Config:
-    return load(None, bench.flags(**changes))
+    return load_config(None, bench.flags(**changes))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treegrpo.observability import log_setup
-from treegrpo.observability.log_setup import INDENT, MESSAGE_LETTERS, JsonLines, TextFormatter
+from treegrpo.observability.log_setup import INDENT, MESSAGE_LETTERS, JsonFormatter, TextFormatter
 from treegrpo.observability.printable_text import UNPRINTABLE, clipped, printable, printable_json
 
 NASTY = "\x1b[31m\x9b\r\n\x07\u202e\u2028\ud800\x7ferror: forged"
@@ -52,7 +52,7 @@ def test_a_record_is_one_line_of_text_and_of_json(text: str) -> None:
     line = TextFormatter(who="rank 1: ").format(record("the retriever said %s", text))
     assert UNPRINTABLE.search(line) is None
     assert line.endswith(f"WARNING sampler: rank 1: the retriever said {printable(text)}")
-    row = JsonLines().format(record("%s", text))
+    row = JsonFormatter().format(record("%s", text))
     assert UNPRINTABLE.search(row) is None
     assert json.loads(row)["level"] == "WARNING"
 
@@ -67,7 +67,7 @@ def test_a_long_message_is_cut_off() -> None:
 def test_lines_of_a_traceback_cannot_be_taken_for_records() -> None:
     error = ValueError(NASTY)
     lines = TextFormatter().format(record("it failed", error=error)).split("\n")
-    row = JsonLines().format(record("it failed", error=error))
+    row = JsonFormatter().format(record("it failed", error=error))
     assert [line for line in lines[1:] if not line.startswith(INDENT)] == []
     assert any("error: forged" in line for line in lines)
     assert UNPRINTABLE.search("".join(lines)) is None

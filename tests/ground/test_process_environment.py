@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from treegrpo.runtime import process_environment
-from treegrpo.runtime.process_environment import FOREIGN, RANKS, ROOT, child_environment, python
+from treegrpo.runtime.process_environment import FOREIGN, RANKS, ROOT, child_environment, python_command
 
 SHADOWS = ("tokenizers.py", "rich.py", "torch.py", "learner.py", "prometheus_client.py", "services/__init__.py")
 SHOW = "import json, os, sys; sys.argv[0] = '-m'; import services; print(json.dumps([sys.path, dict(os.environ)]))"
@@ -69,7 +69,7 @@ def test_a_module_is_isolated_before_it_imports_what_is_not_ours(tmp_path: Path)
     assert environment["RANK"] == "0", "torchrun's own ranks need it"
 
 
-@pytest.mark.parametrize("start", [python("treegrpo"), [sys.executable, "-m", "services.cli.main"]])
+@pytest.mark.parametrize("start", [python_command("treegrpo"), [sys.executable, "-m", "services.cli.main"]])
 def test_the_command_runs_in_a_directory_of_other_modules(tmp_path: Path, start: list[str]) -> None:
     folder = shadowed(tmp_path)
     if "-P" not in start:  # then Python itself looks for `services` there

@@ -38,7 +38,7 @@ def written(folder: Path, byte: bytes = b"w") -> Path:
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(byte * 3_000_000)
     (folder / "config.json").write_text("{}", encoding="utf-8")
-    manifest.write(folder)
+    manifest.write_manifest(folder)
     (folder / ".DS_Store").write_bytes(b"x")
     return folder
 

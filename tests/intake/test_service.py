@@ -16,7 +16,7 @@ import pytest
 
 from tests.intake.process_harness import IntakeProcess, IntakeWithPeers, Sampler
 from treegrpo.errors import ContractError
-from treegrpo.runtime.entrypoint import FAILED, PASSING
+from treegrpo.runtime.entrypoint import FAILED, TRANSIENT
 from treegrpo.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
 from treegrpo.wire.control import ControlPlane, Member, RunState, publish_state
 from treegrpo.wire.trainer_protocol import (
@@ -26,7 +26,7 @@ from treegrpo.wire.trainer_protocol import (
     Evaluation,
     IntakeClient,
     Publish,
-    Report,
+    StepReport,
     Take,
     Taken,
     unpack_group,
@@ -229,7 +229,7 @@ async def test_a_disk_that_is_full_holds_everybody_up_and_ends_nobody(intake: In
         out = (await intake.samples())["treegrpo_leases_outstanding/train"]
         await sampler.want(9)
         assert await take(trainer, 0) == ["0000000", "0000001"], "what is durable is trained on"
-        await asyncio.to_thread(trainer.ask, Report({"step": 1}), Done)
+        await asyncio.to_thread(trainer.ask, StepReport({"step": 1}), Done)
         samples = await intake.samples()
         assert samples["treegrpo_journal_bytes"] == size, "nothing partial stays"
         assert samples["treegrpo_leases_outstanding/train"] == out, "nothing is granted"
@@ -308,7 +308,7 @@ async def test_evaluation_is_every_heldout_question_once(intake: IntakeProcess) 
         result = await asked
         assert (result.done, result.questions, result.failed) == (True, 3, 0)
         assert result.em == pytest.approx(1 / 3)
-        await asyncio.to_thread(trainer.ask, Report({"step": 1, "reward": 0.5}), Done)
+        await asyncio.to_thread(trainer.ask, StepReport({"step": 1, "reward": 0.5}), Done)
         lines = [json.loads(line) for line in (intake.run_dir / "progress.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [line["kind"] for line in lines] == ["eval", "step"]
         assert lines[1]["ledger"]["eval"]["tokens"]["spent"] == 3 * 28
@@ -374,7 +374,7 @@ async def test_what_cannot_work_is_refused_in_one_sentence(intake: IntakeProcess
     process = await intake.start(*more)
     _, stderr = await asyncio.wait_for(process.communicate(), 30)
     last = stderr.decode().strip().splitlines()[-1]
-    assert process.returncode == (PASSING if case == "no broker" else FAILED)
+    assert process.returncode == (TRANSIENT if case == "no broker" else FAILED)
     assert last.startswith("error: ")
     assert {"another run": "run.seed was 0 and is 5", "busy port": "learner.listen", "no broker": "127.0.0.1:1"}[case] in last
     assert "Traceback" not in stderr.decode()

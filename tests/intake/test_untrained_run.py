@@ -11,7 +11,7 @@ from services.cli.checks.run_checks import check_run_dir
 from services.cli.reports.run_history import beginning
 from tests.cli.workbench import Workbench
 from treegrpo.config.fingerprint import check_fingerprint, record_fingerprint
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, RunFileError
 
@@ -28,13 +28,13 @@ def begun(bench: Workbench, *left: str) -> Config:
     for name in (*LEFT, *left, "progress.jsonl", "paused"):
         (path := bench.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    config = load(None, bench.flags())
+    config = load_config(None, bench.flags())
     record_fingerprint(config, begun=False)
     return config
 
 
 def other(bench: Workbench) -> Config:
-    return load(None, bench.flags(rollout__max_context="512"))
+    return load_config(None, bench.flags(rollout__max_context="512"))
 
 
 def names(folder: Path) -> set[str]:

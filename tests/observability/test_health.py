@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from treegrpo.observability.metrics import RetrieverMetrics, serve
+from treegrpo.observability.metrics import RetrieverMetrics, serve_metrics
 from treegrpo.runtime import healthcheck
 from treegrpo.security.credentials import OPEN
 
@@ -22,15 +22,15 @@ from treegrpo.security.credentials import OPEN
 def process() -> tuple[RetrieverMetrics, str]:
     """A process's metrics, and the address of its health."""
     metrics = RetrieverMetrics()
-    port = serve(metrics, "127.0.0.1:0", "learner.metrics", OPEN)
+    port = serve_metrics(metrics, "127.0.0.1:0", "learner.metrics", OPEN)
     return metrics, f"http://127.0.0.1:{port}/health"
 
 
 def test_health_is_what_the_gauge_says(process: tuple[RetrieverMetrics, str]) -> None:
     metrics, url = process
-    assert "503" in healthcheck.complaint(url)
+    assert "503" in healthcheck.probe_failure(url)
     metrics.serving.set(1)
-    assert healthcheck.complaint(url) == ""
+    assert healthcheck.probe_failure(url) == ""
     metrics.serving.set(0)
     assert healthcheck.main([url]) == 1
 
@@ -54,7 +54,7 @@ def test_the_probe_has_a_deadline_for_the_whole_answer(monkeypatch: pytest.Monke
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=drip, args=(listener,), daemon=True).start()
         began = time.monotonic()
-        assert "no answer within 0.3 s" in healthcheck.complaint(f"http://127.0.0.1:{listener.getsockname()[1]}/health")
+        assert "no answer within 0.3 s" in healthcheck.probe_failure(f"http://127.0.0.1:{listener.getsockname()[1]}/health")
     assert time.monotonic() - began < 5.0
 
 

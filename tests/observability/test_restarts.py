@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from treegrpo.runtime import healthcheck
-from treegrpo.runtime.container import MARK
-from treegrpo.runtime.exit_report import CRASHED, FAILED, PASSING
+from treegrpo.runtime.container import FAILURE_MARKER
+from treegrpo.runtime.exit_report import CRASHED, FAILED, TRANSIENT
 
 ROOT = Path(__file__).parents[2]
 SAY_AND_END = "tests.cli.programs.say_and_end"
@@ -43,11 +43,11 @@ def ending(code: int, *report: str) -> tuple[str, ...]:
     return ("-m", SAY_AND_END, "--say", "a line", "--code", str(code), *(("--report", *report) if report else ()))
 
 
-@pytest.mark.parametrize("code", [0, CRASHED, PASSING])
+@pytest.mark.parametrize("code", [0, CRASHED, TRANSIENT])
 def test_what_is_done_or_may_pass_ends_the_container_with_its_code(tmp_path: Path, code: int) -> None:
     with container(tmp_path, *ending(code, "Nobody answers.")) as one:
         assert ended(one)[0] == code
-    assert not (tmp_path / MARK).exists()
+    assert not (tmp_path / FAILURE_MARKER).exists()
 
 
 def test_a_crash_of_the_program_ends_the_container_as_a_shell_would(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_crash_of_the_program_ends_the_container_as_a_shell_would(tmp_path: Pa
 def test_what_stays_is_said_last_and_waits_unhealthy_but_alive_until_it_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], report: list[str], sentence: str
 ) -> None:
-    (tmp_path / MARK).write_text("of an earlier start")
+    (tmp_path / FAILURE_MARKER).write_text("of an earlier start")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with container(tmp_path, *ending(FAILED, *report)) as one:
         assert one.stderr is not None

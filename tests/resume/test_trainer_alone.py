@@ -16,7 +16,7 @@ from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.intake import FakeIntake
 from tests.trainer.runs import changed, intake_for, train
 from treegrpo.config.schema import Config
-from treegrpo.wire.trainer_protocol import Message, Publish, Report, Take
+from treegrpo.wire.trainer_protocol import Message, Publish, StepReport, Take
 
 SECONDS = 60.0
 
@@ -79,7 +79,9 @@ def test_killed_in_the_middle_of_steps_a_trainer_ends_with_the_same_weights_bit_
     assert taken == [[0, 2, 4, 6], [4, 6], [4, 6], [4, 6, 8, 10]]
     assert [intake.of(Publish)[0].version for intake in (first, second, third, last)] == ["0.0", "1.2", "2.2", "3.2"]
     losses = {
-        report.values["step"]: report.values["loss"] for intake in (first, second, third, last) for report in intake.of(Report)
+        report.values["step"]: report.values["loss"]
+        for intake in (first, second, third, last)
+        for report in intake.of(StepReport)
     }
     assert [losses[step] for step in range(1, 7)] == [report["loss"] for report in whole.reports]
     models = [load_model(one.run.dir / "checkpoints" / "final", CPU) for one in (config, undisturbed)]

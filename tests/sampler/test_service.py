@@ -17,7 +17,7 @@ from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address
 from treegrpo.core.step import StepStatus
 from treegrpo.core.tree import Group
-from treegrpo.runtime.entrypoint import PASSING
+from treegrpo.runtime.entrypoint import TRANSIENT
 from treegrpo.wire.control import RunState, publish_state
 from treegrpo.wire.trainer_protocol import Done, Evaluate, Evaluation, IntakeClient, Publish, Take, Taken, unpack_group
 
@@ -126,6 +126,6 @@ async def test_a_broker_that_is_not_there_is_one_sentence(tmp_path: Path) -> Non
     intake = IntakeProcess(tmp_path, free_address())
     async with sampler(intake, "alone") as process:
         _, errors = await asyncio.wait_for(process.communicate(), 30)
-    assert process.returncode == PASSING
+    assert process.returncode == TRANSIENT
     assert f"error: No MQTT broker answers at broker.address = {intake.broker}" in errors.decode().splitlines()[-1]
     assert b"Traceback" not in errors

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from services.certs.authority import issue, new_authority
 from services.cli.commands import as_toml
 from tests.security.people import authority, save
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.config.security import Role, SecurityConfig, check_address
 from treegrpo.errors import ConfigError
 from treegrpo.net.address import is_loopback
@@ -83,11 +83,11 @@ def test_what_is_wrong_with_the_files_is_said_in_a_sentence(folder: Path, fault:
 def test_certificates_from_elsewhere_are_named_one_by_one(made: Path, tmp_path: Path) -> None:
     keys = save(tmp_path / "other", issue(authority(made), Role.SAMPLER), (made / "ca.pem").read_bytes())
     flags = ["--security.ca", str(keys.ca), "--security.certificate", str(keys.certificate), "--security.key", str(keys.key)]
-    assert Credentials.of(load(None, flags).security, Role.SAMPLER).keys == keys
+    assert Credentials.of(load_config(None, flags).security, Role.SAMPLER).keys == keys
     with pytest.raises(ConfigError, match=r"security\.key .*ca, certificate and key go together; security\.key is missing"):
-        load(None, flags[:4])
+        load_config(None, flags[:4])
     with pytest.raises(ConfigError, match=r"security\.dir already says where the files are"):
-        load(None, [*flags, "--security.dir", str(made)])
+        load_config(None, [*flags, "--security.dir", str(made)])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
@@ -140,15 +140,15 @@ def test_a_secret_comes_from_the_environment_or_its_own_file(tmp_path: Path, mon
     (tmp_path / "word").write_text(f"{SECRET}\n")
     (tmp_path / "word").chmod(0o600)
     flags = ["--security.broker_password_file", str(tmp_path / "word"), "--security.broker_user", "me"]
-    access = Credentials.of(load(None, flags).security, Role.SAMPLER)
+    access = Credentials.of(load_config(None, flags).security, Role.SAMPLER)
     assert (access.broker_user, access.broker_password.get_secret_value()) == ("me", SECRET)
     monkeypatch.setenv("TREEGRPO_SECURITY__METRICS_TOKEN", SECRET)
-    assert Credentials.of(load(None).security, Role.SAMPLER).metrics_token.get_secret_value() == SECRET
+    assert Credentials.of(load_config(None).security, Role.SAMPLER).metrics_token.get_secret_value() == SECRET
 
 
 def test_a_secret_where_others_could_read_it_is_refused_and_not_repeated(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(f'[security]\nretriever_token = "{SECRET}"\n')
-    for source in (lambda: load(None, ["--security.metrics_token", SECRET]), lambda: load(tmp_path / "run.toml")):
+    for source in (lambda: load_config(None, ["--security.metrics_token", SECRET]), lambda: load_config(tmp_path / "run.toml")):
         with pytest.raises(ConfigError, match=r"is a secret; name a file in security\.\w+_token_file") as caught:
             source()
         assert SECRET not in str(caught.value)
@@ -157,7 +157,7 @@ def test_a_secret_where_others_could_read_it_is_refused_and_not_repeated(tmp_pat
 def test_a_secret_is_in_no_dry_run_and_no_representation(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BROKER_PASSWORD", "METRICS_TOKEN", "RETRIEVER_TOKEN"):
         monkeypatch.setenv(f"TREEGRPO_SECURITY__{name}", SECRET)
-    config = load(None)
+    config = load_config(None)
     assert SECRET not in as_toml(config) + repr(config) + repr(Credentials.of(config.security, Role.SAMPLER))
     assert "# broker_password is set in the environment" in as_toml(config)
 

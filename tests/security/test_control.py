@@ -14,7 +14,7 @@ from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError
 from treegrpo.wire import control
 from treegrpo.wire.control import LIMITS, ControlLimits, ControlPlane, Member
-from treegrpo.wire.trainer_protocol import check_step_report, decode
+from treegrpo.wire.trainer_protocol import check_step_report, decode_message
 
 S7 = "s7@0000000000000007"
 GOOD: dict[str, Any] = {"id": "s7", "role": "sampler", "incarnation": 7, "metrics": "127.0.0.1:1", "alive": False}
@@ -126,13 +126,13 @@ def test_a_version_beyond_what_the_contract_can_say_is_refused(text: str) -> Non
 def test_what_is_no_message_of_the_local_socket_is_refused_in_a_sentence(row: object) -> None:
     body: Any = msgpack.packb(row)
     with pytest.raises(ContractError, match="trainer and intake must be of one version"):
-        decode(body)
+        decode_message(body)
 
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"\xdf\xff\xff\xff\xff", b"\x91" * 2000 + b"\xc0", b"\x81\xa4type\xa1\xff"])
 def test_bytes_that_are_none_are_refused_in_a_sentence(body: bytes) -> None:
     with pytest.raises(ContractError, match="what is no message of ours"):
-        decode(body)
+        decode_message(body)
 
 
 @pytest.mark.parametrize("values", [{"step": [1]}, {"version": {}}, {"reward": b"x"}, {"x": {1: b"y"}}])

@@ -16,13 +16,13 @@ from treegrpo.net.limits import HEADER_BYTES
 from treegrpo.observability import metrics as served
 from treegrpo.observability import metrics_server
 from treegrpo.observability.metrics import RetrieverMetrics
-from treegrpo.security.credentials import OPEN, bearer
+from treegrpo.security.credentials import OPEN, bearer_header
 
 
 async def test_prometheus_scrapes_with_certificate_authority_and_token(made: Path) -> None:
     who = access(made, Role.LEARNER)
     address = metrics(who)
-    async with client(access(made, Role.OPERATOR), bearer(who.metrics_token), Role.LEARNER) as web:
+    async with client(access(made, Role.OPERATOR), bearer_header(who.metrics_token), Role.LEARNER) as web:
         page = await web.get(f"https://{address}/metrics")
         assert (page.status_code, page.headers["content-type"]) == (200, metrics_server.CONTENT)
         assert "treegrpo_retriever_queries_total 0.0" in page.text
@@ -42,7 +42,7 @@ async def test_whether_it_serves_is_everybodys_to_know_and_no_more(made: Path) -
 async def test_a_samplers_metrics_are_asked_for_by_its_role(made: Path) -> None:
     who = access(made, Role.SAMPLER)
     address = metrics(who)
-    async with client(who, bearer(who.metrics_token), Role.SAMPLER) as web:
+    async with client(who, bearer_header(who.metrics_token), Role.SAMPLER) as web:
         page = await web.get(f"https://{address}/metrics", extensions={"sni_hostname": "sampler.treegrpo.internal"})
     assert page.status_code == 200
 
@@ -84,4 +84,4 @@ async def test_one_scraper_too_many_is_hung_up_on(monkeypatch: pytest.MonkeyPatc
 def test_beyond_this_machine_metrics_want_a_token(made: Path) -> None:
     who = replace(access(made, Role.LEARNER), metrics_token=OPEN.metrics_token)
     with pytest.raises(ConfigError, match=r"learner\.metrics = 0\.0\.0\.0:0 would tell everybody"):
-        served.serve(RetrieverMetrics(), "0.0.0.0:0", "learner.metrics", who)
+        served.serve_metrics(RetrieverMetrics(), "0.0.0.0:0", "learner.metrics", who)

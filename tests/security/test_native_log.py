@@ -12,7 +12,7 @@ import pytest
 
 from treegrpo.observability.native_log import LINE_BYTES, LINES
 from treegrpo.observability.printable_text import UNPRINTABLE
-from treegrpo.runtime.process_environment import child_environment, python
+from treegrpo.runtime.process_environment import child_environment, python_command
 
 KNOCKS = 200
 SECONDS = 60.0
@@ -48,7 +48,7 @@ def knock(address: str, times: int) -> None:
 
 async def said(made: Path, more: dict[str, str]) -> str:
     """What a server writes to standard error while strangers knock."""
-    command, pipe = python("tests.security.programs.door", str(made)), asyncio.subprocess.PIPE
+    command, pipe = python_command("tests.security.programs.door", str(made)), asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *command, stdin=pipe, stdout=pipe, stderr=pipe, env={**child_environment(more), "LOG_FORMAT": "text"}
     )

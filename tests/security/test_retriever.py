@@ -23,7 +23,7 @@ from treegrpo.config.schema import Config, RetrieverConfig
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError, ToolError, UnavailableError
 from treegrpo.net.limits import HEADER_BYTES, REQUEST_BYTES
-from treegrpo.security.credentials import OPEN, bearer
+from treegrpo.security.credentials import OPEN, bearer_header
 from treegrpo.wire.size_limits import TEXT_LENGTH
 
 
@@ -34,7 +34,7 @@ def at(url: str) -> Config:
 async def test_the_retriever_answers_samplers_over_tls_that_show_its_token(tmp_path: Path, made: Path) -> None:
     sampler = access(made, Role.SAMPLER)
     async with retriever(tmp_path, access(made, Role.RETRIEVER)) as address:
-        url, shown = f"https://{address}", bearer(sampler.retriever_token)
+        url, shown = f"https://{address}", bearer_header(sampler.retriever_token)
         async with HttpRetriever(url, SECONDS, verify=sampler.web_context(Role.RETRIEVER), headers=shown) as search:
             assert await search.search("Kabul", topk=1) == ["Kabul\nKabul is large."]
         async with HttpRetriever(url, SECONDS, verify=sampler.web_context(Role.RETRIEVER)) as search:
@@ -69,7 +69,7 @@ async def test_health_is_for_everybody_and_metrics_are_not(tmp_path: Path, made:
     async with retriever(tmp_path, who) as address, client(who) as web:
         assert (await web.get(f"https://{address}/health")).json() == {"status": "ok", "documents": 1}
         assert (await web.get(f"https://{address}/metrics")).status_code == 401
-        page = await web.get(f"https://{address}/metrics", headers=bearer(who.metrics_token))
+        page = await web.get(f"https://{address}/metrics", headers=bearer_header(who.metrics_token))
         assert 'treegrpo_retriever_refused_total{reason="token"} 1.0' in page.text
 
 
@@ -217,7 +217,7 @@ async def test_a_renewed_certificate_serves_without_a_restart(tmp_path: Path, ma
     scraped = metrics(access(folder, Role.SAMPLER))
     sni = {"sni_hostname": "sampler.treegrpo.internal"}
     async with retriever(tmp_path, access(folder, Role.RETRIEVER)) as address:
-        token = bearer(access(folder, Role.RETRIEVER).metrics_token)
+        token = bearer_header(access(folder, Role.RETRIEVER).metrics_token)
         for renewed in (False, True):
             if renewed:
                 for path in [*folder.glob("*.pem"), *folder.glob("*.key")]:

@@ -15,7 +15,7 @@ from tests.cli.test_up import Running, Up, up
 from tests.cli.workbench import Workbench
 from tests.security.people import access
 from treegrpo.config.security import Role
-from treegrpo.security.credentials import Credentials, bearer
+from treegrpo.security.credentials import Credentials, bearer_header
 from treegrpo.wire.control import open_client
 
 __all__ = ["up"]
@@ -45,7 +45,7 @@ async def pages(bench: Workbench, who: Credentials) -> list[str]:
     """What every /metrics says, with the token and without."""
     said: list[str] = []
     addresses = {Role.LEARNER: bench.keys["learner.metrics"], Role.RETRIEVER: bench.keys["retriever.listen"]}
-    for headers in ({}, bearer(who.metrics_token)):
+    for headers in ({}, bearer_header(who.metrics_token)):
         for role, address in addresses.items():
             async with httpx.AsyncClient(verify=who.web_context(role), headers=headers) as web:
                 said.append((await web.get(f"https://{address}/metrics")).text)

@@ -24,12 +24,12 @@ from treegrpo.wire.trainer_protocol import (
     Message,
     Publish,
     Refused,
-    Report,
+    StepReport,
     Take,
     Taken,
-    encode,
+    encode_message,
     pack_group,
-    receive,
+    receive_message,
 )
 
 PROMPT = [1, 2]
@@ -113,9 +113,9 @@ class FakeIntake:
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._talks.add(asyncio.current_task())
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):  # a trainer that was killed
-            while (request := await receive(reader)) is not None and self.answers(request):
+            while (request := await receive_message(reader)) is not None and self.answers(request):
                 self.asked.append(request)
-                writer.write(encode(self._answer(request)))
+                writer.write(encode_message(self._answer(request)))
                 await writer.drain()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
@@ -138,7 +138,7 @@ class FakeIntake:
                 self.evaluations.append(version)
                 done = self.evaluations.count(version) > 1
                 return Evaluation(done, 10, em=self.em(self._version.step), state=self.state)
-            case Report(values):
+            case StepReport(values):
                 if values["version"] not in {*self.had, *(report["version"] for report in self.reports)}:
                     self.reports.append(values)
                 return Done()

@@ -13,7 +13,7 @@ from learner.trainer.algorithm.corrections import effective_sample, m2po_limit, 
 from learner.trainer.algorithm.metric_sums import Tally
 from learner.trainer.algorithm.targets import SIGNS
 from tests.trainer.targets import float64, lone, places
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.config.train import OPTIONS, Correction, Estimator, Loss, TrainConfig
 from treegrpo.errors import ConfigError
 
@@ -184,14 +184,14 @@ def test_tallies_add_up_in_any_order_and_nothing_is_neutral() -> None:
 )
 def test_keys_that_make_no_sense_together_are_refused(flags: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        load(None, flags)
+        load_config(None, flags)
 
 
 @pytest.mark.parametrize(("loss", "low", "high"), [("ppo", 0.2, 0.2), ("gspo", 3e-4, 4e-4), ("cispo", 1.0, 0.2)])
 def test_the_clips_follow_from_the_loss_unless_they_are_given(loss: str, low: float, high: float) -> None:
-    train = load(None, ["--train.loss", loss]).train
+    train = load_config(None, ["--train.loss", loss]).train
     assert (train.clip_low, train.clip_high) == (low, high)
-    assert load(None, ["--train.loss", loss, "--train.clip_high", "0.03"]).train.clip_high == 0.03
+    assert load_config(None, ["--train.loss", loss, "--train.clip_high", "0.03"]).train.clip_high == 0.03
 
 
 OTHERS: dict[str, Any] = {
@@ -220,12 +220,12 @@ def test_an_option_is_accepted_by_the_choices_that_use_it_and_by_no_other(key: s
     for choice, option in itertools.product(get_args(choices), set[str]().union(*table.values())):
         flags = [f"--train.{key}", choice, f"--train.{option}", str(OTHERS[option])]
         if option in table.get(choice, set()):
-            assert getattr(load(None, flags).train, option) == OTHERS[option]
+            assert getattr(load_config(None, flags).train, option) == OTHERS[option]
         else:
             with pytest.raises(ConfigError, match=rf"train\.{option} = .*only train\.{key} = .*{key} is {choice}; leave it out"):
-                load(None, flags)
+                load_config(None, flags)
 
 
 def test_an_option_of_another_choice_may_have_its_default() -> None:
     """So it is in a configuration that was written out whole."""
-    assert load(None, ["--train.tis_cap", "2", "--train.loss", "dppo", "--train.clip_low", "0.2"]).train.loss == "dppo"
+    assert load_config(None, ["--train.tis_cap", "2", "--train.loss", "dppo", "--train.clip_low", "0.2"]).train.loss == "dppo"

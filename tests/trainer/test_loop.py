@@ -32,7 +32,7 @@ from treegrpo.wire.trainer_protocol import (
     Message,
     Publish,
     Refused,
-    Report,
+    StepReport,
     Take,
     Taken,
     socket_path,
@@ -219,7 +219,7 @@ def test_sigterm_ends_the_process_well(config: Config) -> None:
     command = [sys.executable, "-m", "learner.trainer", *flags]
 
     def trained(request: Message) -> bool:
-        if isinstance(request, Report):
+        if isinstance(request, StepReport):
             asked.set()
         return True
 

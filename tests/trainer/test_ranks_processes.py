@@ -17,8 +17,8 @@ from learner.trainer.persistence import checkpoint
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.intake import FakeIntake
 from treegrpo.config.schema import Config
-from treegrpo.runtime.entrypoint import ERROR_MARK, FAILED, PASSING
-from treegrpo.wire.trainer_protocol import Message, Report, socket_path
+from treegrpo.runtime.entrypoint import ERROR_PREFIX, FAILED, TRANSIENT
+from treegrpo.wire.trainer_protocol import Message, StepReport, socket_path
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "-m")
 
@@ -66,7 +66,7 @@ def test_a_signal_to_all_drains_and_the_death_of_a_rank_ends_the_run_with_a_sent
     reported = threading.Event()
 
     def answers(request: Message) -> bool:
-        if isinstance(request, Report):
+        if isinstance(request, StepReport):
             reported.set()
         return True
 
@@ -76,13 +76,13 @@ def test_a_signal_to_all_drains_and_the_death_of_a_rank_ends_the_run_with_a_sent
         os.kill(process.pid if number == signal.SIGTERM else rank_of(process, 1), number)
         _, said = process.communicate(timeout=60)
     assert "Traceback" not in said
-    errors = [line for line in said.splitlines() if line.startswith(ERROR_MARK)]
+    errors = [line for line in said.splitlines() if line.startswith(ERROR_PREFIX)]
     left = [*(config.run.dir / "checkpoints").glob("step-*/progress.json")]
     if number == signal.SIGTERM:
         assert (process.returncode, errors, len(left)) == (128 + number, [], 1)
     else:
         lost = "error: Rank 0 of the trainer lost another; the log has why that one ended."
-        assert (process.returncode, errors, left) == (PASSING, [lost], [])
+        assert (process.returncode, errors, left) == (TRANSIENT, [lost], [])
 
 
 def errors_of(config: Config, intake: FakeIntake, code: int) -> tuple[str, list[str]]:
@@ -90,19 +90,19 @@ def errors_of(config: Config, intake: FakeIntake, code: int) -> tuple[str, list[
     with intake:
         _, said = (process := started(config, 2)).communicate(timeout=100)
     assert process.returncode == code, said
-    return said, [line for line in said.splitlines() if line.startswith(ERROR_MARK)]
+    return said, [line for line in said.splitlines() if line.startswith(ERROR_PREFIX)]
 
 
 def test_what_all_ranks_end_of_is_said_once(config: Config) -> None:
     said, errors = errors_of(config, FakeIntake(socket_path(config.run.dir), kept=2), FAILED)
-    assert errors == [ERROR_MARK + "Position 0 is gone."]
+    assert errors == [ERROR_PREFIX + "Position 0 is gone."]
     assert "Traceback" not in said
 
 
 def test_what_is_in_the_way_of_all_ranks_is_said_once(config: Config) -> None:
     (config.run.dir / "weights").touch()
     said, errors = errors_of(config, FakeIntake(socket_path(config.run.dir)), FAILED)
-    assert errors == [f"{ERROR_MARK}{config.run.dir}/weights is a file, and the run keeps a directory there; move it away."]
+    assert errors == [f"{ERROR_PREFIX}{config.run.dir}/weights is a file, and the run keeps a directory there; move it away."]
     assert "Traceback" not in said
 
 

@@ -21,7 +21,7 @@ from treegrpo.config.schema import Config
 from treegrpo.errors import ContractError, DiskError, ModelError, UnavailableError
 from treegrpo.observability.metrics import TrainerMetrics
 from treegrpo.storage.manifest import DAMAGED
-from treegrpo.wire.trainer_protocol import Covered, Evaluate, Message, Publish, Report, Take
+from treegrpo.wire.trainer_protocol import Covered, Evaluate, Message, Publish, StepReport, Take
 
 SMALL = 20_000
 """Bytes: no weights fit."""
@@ -72,7 +72,7 @@ def positions(messages: list[Take]) -> list[int]:
 # ---- an intake that is away
 
 
-@pytest.mark.parametrize(("kind", "number"), [(Publish, 2), (Take, 2), (Report, 2), (Covered, 1), (Evaluate, 1)], ids=str)
+@pytest.mark.parametrize(("kind", "number"), [(Publish, 2), (Take, 2), (StepReport, 2), (Covered, 1), (Evaluate, 1)], ids=str)
 def test_what_an_intake_did_not_answer_it_is_asked_again_after_it_has_heard_the_version(
     config: Config, kind: type[Message], number: int
 ) -> None:
@@ -124,7 +124,7 @@ def test_a_step_that_could_not_be_reported_is_reported_by_the_next_trainer(confi
     silent = threading.Event()
 
     def answers(request: Message) -> bool:
-        if isinstance(request, Report) and request.values["step"] == 3:
+        if isinstance(request, StepReport) and request.values["step"] == 3:
             silent.set()
         return not silent.is_set()
 
@@ -151,7 +151,7 @@ def filling(step: int, size: int) -> Callable[[Message], bool]:
     """The disk becomes full when ``step`` is reported."""
 
     def answers(request: Message) -> bool:
-        if isinstance(request, Report) and request.values["step"] == step:
+        if isinstance(request, StepReport) and request.values["step"] == step:
             limit_files(size)
         return True
 
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_does_not_fit_is_written_after_a_later_step(
     fill = filling(2, MIDDLE)
 
     def answers(request: Message) -> bool:
-        if isinstance(request, Report) and request.values["step"] == 5:
+        if isinstance(request, StepReport) and request.values["step"] == 5:
             room_again()
         return fill(request)
 

@@ -58,7 +58,7 @@ class _Source(NamedTuple):
         return self.label.format(section=section, key=key, env=f"{section}__{key}".upper())
 
 
-def load(toml: Path | None, flags: Sequence[str] = ()) -> Config:
+def load_config(toml: Path | None, flags: Sequence[str] = ()) -> Config:
     """Read the configuration: ``toml``, then TREEGRPO_SECTION__KEY variables, then ``--section.key value`` flags.
 
     Raises:
@@ -85,8 +85,8 @@ def load(toml: Path | None, flags: Sequence[str] = ()) -> Config:
         raise _refused(error, sources) from error
 
 
-def from_arguments(arguments: Sequence[str]) -> Config:
-    """`load` for a command's arguments, ``[CONFIG.toml] [--section.key value …]``. Raises ConfigError."""
+def config_from_arguments(arguments: Sequence[str]) -> Config:
+    """`load_config` for a command's arguments, ``[CONFIG.toml] [--section.key value …]``. Raises ConfigError."""
     try:
         Path.cwd()
     except OSError as error:  # libraries would end the process without a reason
@@ -94,7 +94,7 @@ def from_arguments(arguments: Sequence[str]) -> Config:
     named = bool(arguments) and not arguments[0].startswith("-")
     if late := [word for word in arguments[1:] if word.endswith(".toml")]:
         raise ConfigError(f"The configuration file {late[0]} goes first, before the flags.")
-    return load(Path(arguments[0]), arguments[1:]) if named else load(None, arguments)
+    return load_config(Path(arguments[0]), arguments[1:]) if named else load_config(None, arguments)
 
 
 def flag_parser(**options: Any) -> argparse.ArgumentParser:

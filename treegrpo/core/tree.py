@@ -16,7 +16,7 @@ import numpy as np
 from treegrpo.core.budget import Cost
 from treegrpo.core.question import Question
 from treegrpo.core.step import ROOT, Leaf, Step, Subtree, TokenIds, VersionSpan
-from treegrpo.core.validation import check_leaves, check_steps, name
+from treegrpo.core.validation import check_leaves, check_steps, tree_label
 from treegrpo.errors import TreeError
 
 
@@ -37,7 +37,7 @@ class Tree:
         """
         if subtree.index in self.indices:
             return False
-        where = name(subtree.lease, subtree.tree, group)
+        where = tree_label(subtree.lease, subtree.tree, group)
         self._check_place(subtree, where)
         self._check_order(subtree, where)
         check_steps(subtree.steps, where)

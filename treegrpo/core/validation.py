@@ -20,7 +20,7 @@ LOGPROB_SLACK = 1e-4
 came (token-in, token-out); the ratio it makes is off by as little."""
 
 
-def name(lease: str, tree: int, group: str = "") -> str:
+def tree_label(lease: str, tree: int, group: str = "") -> str:
     """Where a sentence plays, its beginning: the group if it is known, else the lease."""
     return f"{f'Group {group}' if group else f'Lease {lease}'}, tree {tree}"
 

@@ -46,7 +46,7 @@ cast(
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpResponse:
     """A whole answer."""
 
     url: str
@@ -72,7 +72,7 @@ class Answer:
         return f"{kind or 'no type'}: {text or 'an empty body'}"
 
 
-class Reply:
+class StreamedResponse:
     """An answer whose body is still to come."""
 
     def __init__(
@@ -91,7 +91,7 @@ class Reply:
     def ok(self) -> bool:
         return 200 <= self.status < 300
 
-    async def whole(self) -> Answer:
+    async def whole(self) -> HttpResponse:
         """The answer with its body, decompressed. Raises ContractError when that is larger than allowed."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._size):
@@ -105,10 +105,10 @@ class Reply:
                 large = await self._place()
         encoding = self.headers.get("content-encoding", "identity").strip().lower()
         if encoding in {"", "identity"}:
-            return Answer(self.url, self.status, self.headers, bytes(body))
+            return HttpResponse(self.url, self.status, self.headers, bytes(body))
         if not large:
             await self._place()
-        return Answer(self.url, self.status, self.headers, await asyncio.to_thread(self._inflated, bytes(body), encoding))
+        return HttpResponse(self.url, self.status, self.headers, await asyncio.to_thread(self._inflated, bytes(body), encoding))
 
     async def lines(self) -> AsyncGenerator[bytes]:
         """Lines of an event stream as they come, each no larger than a whole answer may be.
@@ -202,7 +202,7 @@ class HttpClient:
         self,
         method: str,
         url: str,
-        read: Callable[[Answer], T],
+        read: Callable[[HttpResponse], T],
         *,
         seconds: float,
         body: Any = None,
@@ -228,13 +228,13 @@ class HttpClient:
     @asynccontextmanager
     async def stream(
         self, method: str, url: str, *, seconds: float, body: Any = None, size: int = ANSWER_BYTES
-    ) -> AsyncGenerator[Reply]:
+    ) -> AsyncGenerator[StreamedResponse]:
         """The answer while it comes; the block has to end within ``seconds``. Arguments and errors as `ask`."""
         shown = public_url(url)
         server = f"{self._name} at {shown}"
         async with _failures(server, seconds), AsyncExitStack() as stack:
             response = await self._sent(stack, self._request(method, url, body), server)
-            yield Reply(server, shown, response, size, self._places, stack)
+            yield StreamedResponse(server, shown, response, size, self._places, stack)
 
     def _request(self, method: str, url: str, body: Any) -> httpx.Request:
         if body is None:

@@ -40,7 +40,7 @@ def log_to_stderr(level: int = logging.INFO, who: str = "", form: str = FORMAT) 
     In a process of ours all else that Python itself would say there goes to the log too: warnings, and what crashes.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines(who) if is_json_format() else TextFormatter(form, who))
+    handler.setFormatter(JsonFormatter(who) if is_json_format() else TextFormatter(form, who))
     logging.basicConfig(level=level, handlers=[handler])
     if is_json_format() or lossy_file(sys.stderr) is not None:
         logging.captureWarnings(True)
@@ -66,7 +66,7 @@ class TextFormatter(logging.Formatter):
         return "\n".join(lines)
 
 
-class JsonLines(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """A record as one line of JSON."""
 
     def __init__(self, who: str = "") -> None:

@@ -2,7 +2,7 @@
 
 Base units (seconds, bytes, tokens); counters end in `_total`, shares in `_ratio`. Labels have few values (a currency,
 a lease kind, a phase, an error type), never a question or a lease. Each service builds its own set once and serves it
-with `serve`.
+with `serve_metrics`.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class RetrieverMetrics(_Metrics):
         self.documents = self._gauge("retriever_documents", "Documents in the index")
 
 
-def serve(metrics: _Metrics, address: str, key: str, access: Credentials) -> int:
+def serve_metrics(metrics: _Metrics, address: str, key: str, access: Credentials) -> int:
     """Serve /metrics and /health from a thread until the process ends; returns the port.
 
     Raises:

@@ -30,19 +30,19 @@ from treegrpo.runtime.stop_signals import stop_signals
 
 log = logging.getLogger(__name__)
 JOB = "--job"
-MARK = "treegrpo-ended"
+FAILURE_MARKER = "treegrpo-ended"
 """A file in the directory for temporary files: the sentence of a program that ended for good."""
 SIGNALLED = 128
 
 
-def mark() -> Path:
-    return Path(tempfile.gettempdir()) / MARK
+def failure_marker() -> Path:
+    return Path(tempfile.gettempdir()) / FAILURE_MARKER
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a program; returns its exit code, after FAILED only when told to stop."""
     log_setup.log_to_stderr()
-    mark().unlink(missing_ok=True)  # a directory for temporary files may outlive the container
+    failure_marker().unlink(missing_ok=True)  # a directory for temporary files may outlive the container
     job = list(arguments[:1]) == [JOB]
     program = arguments[job:]
     told, signals, reports = threading.Event(), list[int](), ExitReports()
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         report = decisive_report(reports.read())
         sentence = report.sentence if report else "it gave no reason; see the lines above"
         with suppress(OSError):  # a disk that is full: then the log alone has it
-            mark().write_text(sentence + "\n", encoding="utf-8")
+            failure_marker().write_text(sentence + "\n", encoding="utf-8")
         log.critical("%s ended for good, so this container waits; mend that and start it again: %s", " ".join(program), sentence)
         told.wait()
     return code if code >= 0 else SIGNALLED - code

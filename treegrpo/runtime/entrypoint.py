@@ -17,16 +17,16 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from treegrpo.config.loader import from_arguments
+from treegrpo.config.loader import config_from_arguments
 from treegrpo.config.schema import Config
 from treegrpo.errors import TreeGrpoError
 from treegrpo.observability import log_setup
 from treegrpo.observability.printable_text import printable
-from treegrpo.runtime.exit_report import FAILED, PASSING, exit_code, exit_report_for, write_exit_report
+from treegrpo.runtime.exit_report import FAILED, TRANSIENT, exit_code, exit_report_for, write_exit_report
 from treegrpo.runtime.stop_signals import stop_signals
 
-__all__ = ["ERROR_MARK", "FAILED", "PASSING", "exit_code", "find", "report_error", "run_service"]
-ERROR_MARK = "error: "
+__all__ = ["ERROR_PREFIX", "FAILED", "TRANSIENT", "exit_code", "find_own_error", "report_error", "run_service"]
+ERROR_PREFIX = "error: "
 """What the sentence begins with on standard error."""
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def run_service(service: Callable[[Config], Coroutine[Any, Any, None]], argument
     log_setup.log_to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
     try:
-        config = from_arguments(sys.argv[1:] if arguments is None else arguments)
-        asyncio.run(_until_told(service(config)))
+        config = config_from_arguments(sys.argv[1:] if arguments is None else arguments)
+        asyncio.run(_run_until_stopped(service(config)))
     except BaseException as error:  # noqa: BLE001  # the edge: what is not ours is raised again
         raise SystemExit(report_error(error)) from None
     raise SystemExit(0)
@@ -50,7 +50,7 @@ def run_service(service: Callable[[Config], Coroutine[Any, Any, None]], argument
 
 def report_error(error: BaseException) -> int:
     """Report an error of ours, print its sentence and return the exit code; report any other as a crash and raise it again."""
-    ours = find(error)
+    ours = find_own_error(error)
     if ours is None:
         if not isinstance(error, SystemExit | KeyboardInterrupt):
             write_exit_report(exit_report_for(error))
@@ -63,15 +63,15 @@ def report_error(error: BaseException) -> int:
         log_setup.log_to_stderr()
         log.critical("%s", " ".join([str(ours), *getattr(ours, "__notes__", ())]))
     else:
-        lines = [f"{ERROR_MARK}{ours}", *getattr(ours, "__notes__", ())]  # notes say how to go on
+        lines = [f"{ERROR_PREFIX}{ours}", *getattr(ours, "__notes__", ())]  # notes say how to go on
         with suppress(OSError):  # nobody listens any more
             print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
     return exit_code(ours)
 
 
-def find(error: BaseException) -> TreeGrpoError | None:
+def find_own_error(error: BaseException) -> TreeGrpoError | None:
     """The error of ours in ``error``, which a task group may have wrapped: one that stays before one that may pass."""
-    return min((one for one in _leaves(error) if isinstance(one, TreeGrpoError)), key=lambda one: one.passes, default=None)
+    return min((one for one in _leaves(error) if isinstance(one, TreeGrpoError)), key=lambda one: one.is_transient, default=None)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
@@ -82,7 +82,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-async def _until_told(service: Coroutine[Any, Any, None]) -> None:
+async def _run_until_stopped(service: Coroutine[Any, Any, None]) -> None:
     """Await ``service``; a signal cancels it, which is a normal end. One that is cancelled unasked has crashed."""
     task, told = asyncio.ensure_future(service), asyncio.Event()
 

@@ -23,7 +23,7 @@ from treegrpo.errors import RankError, TreeGrpoError
 VARIABLE = "_TREEGRPO_EXIT_REPORT"
 """In the environment; it does not begin as keys of the configuration do."""
 FAILED = 2
-PASSING = 75
+TRANSIENT = 75
 """EX_TEMPFAIL of sysexits.h."""
 CRASHED = 1
 """What Python ends with after an exception that nobody caught."""
@@ -32,7 +32,7 @@ SENTENCE_LETTERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ExitReport:
     """Why a process ended."""
 
     code: int
@@ -44,25 +44,25 @@ class Report:
 
 def exit_code(error: TreeGrpoError) -> int:
     """What a process ends with after ``error``."""
-    return PASSING if error.passes else FAILED
+    return TRANSIENT if error.is_transient else FAILED
 
 
-def exit_report_for(error: BaseException) -> Report:
+def exit_report_for(error: BaseException) -> ExitReport:
     """The report of a process that ends with ``error``: its sentence, or, of a crash, the last line of the traceback."""
     if isinstance(error, TreeGrpoError):
-        return Report(exit_code(error), str(error)[:SENTENCE_LETTERS], isinstance(error, RankError))
+        return ExitReport(exit_code(error), str(error)[:SENTENCE_LETTERS], isinstance(error, RankError))
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return Report(CRASHED, traceback.format_exception_only(error)[-1].strip()[:SENTENCE_LETTERS])
+    return ExitReport(CRASHED, traceback.format_exception_only(error)[-1].strip()[:SENTENCE_LETTERS])
 
 
-def decisive_report(reports: Iterable[Report]) -> Report | None:
+def decisive_report(reports: Iterable[ExitReport]) -> ExitReport | None:
     """Of several reports the one to act on: an error that stays, then a crash, then what may pass; of equals the first."""
-    order = {FAILED: 0, PASSING: 2}
+    order = {FAILED: 0, TRANSIENT: 2}
     return min(reports, key=lambda report: (report.secondary, order.get(report.code, 1)), default=None)
 
 
-def write_exit_report(report: Report) -> None:
+def write_exit_report(report: ExitReport) -> None:
     """Tell the parent, if it wants to know."""
     if path := os.environ.get(VARIABLE):
         with suppress(OSError), open(path, "ab", buffering=0) as file:  # noqa: PTH123  # one write, appended
@@ -87,12 +87,12 @@ class ExitReports:
         """What the child has to have in its environment."""
         return {VARIABLE: self._path}
 
-    def read(self) -> list[Report]:
+    def read(self) -> list[ExitReport]:
         """All reports so far; a line that is none is left out."""
-        reports: list[Report] = []
+        reports: list[ExitReport] = []
         for line in os.pread(self._file, READ_BYTES, 0).splitlines():
             with suppress(ValueError, TypeError):
-                reports.append(Report(**json.loads(line)))
+                reports.append(ExitReport(**json.loads(line)))
         return reports
 
 

@@ -22,14 +22,14 @@ from urllib.error import HTTPError
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 from treegrpo.errors import describe
-from treegrpo.runtime.container import mark
+from treegrpo.runtime.container import failure_marker
 
 PROBE_SECONDS = 3.0
 """For one URL, from connecting to the end of the answer's head."""
 ALIVE = "--alive"
 
 
-def complaint(url: str, *, alive: bool = False) -> str:
+def probe_failure(url: str, *, alive: bool = False) -> str:
     """Why what is at ``url`` cannot be said to serve, or to be ``alive``; empty if it can."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -62,11 +62,11 @@ def _deadline() -> Generator[None]:
 def main(arguments: Sequence[str]) -> int:
     """Print what does not serve; returns the exit code."""
     alive = ALIVE in arguments
-    if mark().exists():
-        print(f"ended for good: {mark().read_text(encoding='utf-8').strip()}")
+    if failure_marker().exists():
+        print(f"ended for good: {failure_marker().read_text(encoding='utf-8').strip()}")
         return int(not alive)
     urls = [word for word in arguments if word != ALIVE]
-    complaints = [said for url in urls if (said := complaint(url, alive=alive))]
+    complaints = [said for url in urls if (said := probe_failure(url, alive=alive))]
     print("\n".join(complaints) or "ok")
     return int(bool(complaints))
 

@@ -59,19 +59,19 @@ def isolate_process() -> None:
 
 
 def isolate_module_process() -> None:
-    """Call `restart` and `isolate_process` at the start of ``python -m`` of a module of ours; change no program of others."""
+    """Isolate a process that ``python -m`` started with a module of ours; in a program of others nothing is changed."""
     if sys.argv[0] == "-m":  # as long as Python looks for the module
-        restart()
+        reexec_with_clean_environment()
         isolate_process()
 
 
-def restart() -> None:
+def reexec_with_clean_environment() -> None:
     """Begin again as the same process, if Python has taken in what is not handed on; else return."""
     if any(os.environ.get(name) for name in READ_AT_START):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _own_environment())  # noqa: S606
 
 
-def python(module: str, *arguments: str) -> list[str]:
+def python_command(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of ours as this process would import it; goes with `child_environment`."""
     return [sys.executable, "-P", "-m", module, *arguments]
 

@@ -25,7 +25,7 @@ from treegrpo.config.security import Role, SecurityConfig, check_address, check_
 from treegrpo.errors import ConfigError, describe
 from treegrpo.net.address import is_local, split_address
 from treegrpo.security.server_role import certificate_role, is_signed_by, role_checking_context
-from treegrpo.security.tls_reload import Stamp, TlsReload, stamp
+from treegrpo.security.tls_reload import FileStamp, TlsReload, file_stamp
 
 WORLD = 0o007
 """Permission bits of everybody."""
@@ -50,14 +50,15 @@ class CertificateFiles(NamedTuple):
     @property
     def pem(self) -> PemBundle:
         """As the files are now: they may have been renewed. Raises ConfigError."""
-        ca, certificate = read(self.ca, "the authorities to trust"), read(self.certificate, "the certificate")
-        return PemBundle(ca, certificate, read_secret(self.key, "the private key"))
+        ca = read_credential_file(self.ca, "the authorities to trust")
+        certificate = read_credential_file(self.certificate, "the certificate")
+        return PemBundle(ca, certificate, read_secret_file(self.key, "the private key"))
 
     @property
-    def stamp(self) -> Stamp:
+    def stamp(self) -> FileStamp:
         """Another one when the files were renewed. Raises ConfigError."""
         try:
-            return stamp(self)
+            return file_stamp(self)
         except OSError as error:
             raise ConfigError(
                 f"{error.filename} cannot be read ({error.strerror}); make it with `treegrpo certs`, or let this user read it."
@@ -167,14 +168,14 @@ OPEN = Credentials(Role.OPERATOR)
 """Plain text, no password: what stays on this machine."""
 
 
-def bearer(token: SecretStr) -> dict[str, str]:
+def bearer_header(token: SecretStr) -> dict[str, str]:
     """The header that shows ``token``; nothing for an empty one."""
     return {"Authorization": f"Bearer {token.get_secret_value()}"} if token.get_secret_value() else {}
 
 
 def has_token(header: str, token: SecretStr) -> bool:
     """Whether an Authorization ``header`` shows ``token``, or none is asked for; compared in constant time."""
-    wanted = bearer(token)
+    wanted = bearer_header(token)
     return not wanted or hmac.compare_digest(header.encode(errors="replace"), wanted["Authorization"].encode())
 
 
@@ -196,7 +197,7 @@ def _secret(security: SecurityConfig, name: str, usual: str) -> SecretStr:
         return NONE
     path = path or (security.dir or Path()) / usual
     try:
-        text = read_secret(path, f"security.{name}").decode().strip()
+        text = read_secret_file(path, f"security.{name}").decode().strip()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} (security.{name}) is no text; write the secret into it, in one line.") from error
     if not text or not text.isprintable():
@@ -204,7 +205,7 @@ def _secret(security: SecurityConfig, name: str, usual: str) -> SecretStr:
     return SecretStr(text)
 
 
-def read(path: Path, what: str) -> bytes:
+def read_credential_file(path: Path, what: str) -> bytes:
     """The bytes of a file. Raises ConfigError."""
     try:
         return path.read_bytes()
@@ -215,9 +216,9 @@ def read(path: Path, what: str) -> bytes:
         ) from error
 
 
-def read_secret(path: Path, what: str) -> bytes:
-    """`read` for what not everybody may read. Raises ConfigError."""
-    data = read(path, what)
+def read_secret_file(path: Path, what: str) -> bytes:
+    """`read_credential_file` for what not everybody may read. Raises ConfigError."""
+    data = read_credential_file(path, what)
     if (mode := stat.S_IMODE(path.stat().st_mode)) & WORLD:
         raise ConfigError(f"{path} ({what}) is open to every user of this machine (mode {mode:04o}); run `chmod 600 {path}`.")
     return data

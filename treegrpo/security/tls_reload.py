@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 sslproto.SSLProtocol.max_size = 32 << 10
 """Bytes that asyncio sets aside for each connection when it is accepted, before anybody has shown anything: 256 Ki otherwise, a
 gigabyte for four thousand strangers. A TLS record has 16 Ki at most."""
-Stamp = tuple[tuple[int, int], ...]
+FileStamp = tuple[tuple[int, int], ...]
 
 
 class TlsReload:
@@ -24,7 +24,7 @@ class TlsReload:
         """``files``: authorities, certificate, key. ``ask`` clients for a certificate too. Raises OSError, ssl.SSLError too."""
         self._files = files
         self._ask = ask
-        self._seen = stamp(files)
+        self._seen = file_stamp(files)
         self._newest = self._load()
 
     def context(self) -> ssl.SSLContext:
@@ -35,7 +35,7 @@ class TlsReload:
 
     def _renew(self, connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext) -> None:
         try:
-            if (now := stamp(self._files)) != self._seen:
+            if (now := file_stamp(self._files)) != self._seen:
                 self._seen = now
                 self._newest = self._load()
                 log.info("%s is served as it is now", self._files[1])
@@ -51,6 +51,6 @@ class TlsReload:
         return context
 
 
-def stamp(files: Sequence[Path]) -> Stamp:
+def file_stamp(files: Sequence[Path]) -> FileStamp:
     """Another one when any of the files was written again. Raises OSError."""
     return tuple((stat.st_mtime_ns, stat.st_ino) for stat in (path.stat() for path in files))

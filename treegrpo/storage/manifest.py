@@ -43,7 +43,7 @@ class FileEntry:
     """In hexadecimal."""
 
 
-def write(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Note size and SHA-256 of every file below ``folder``. Raises OSError."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(READERS) as threads:
@@ -52,11 +52,11 @@ def write(folder: Path) -> None:
         (folder / NAME).write_text(dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def exists(folder: Path) -> bool:
+def has_manifest(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
-def read(folder: Path, needed: Iterable[str] = MODEL_FILES) -> dict[str, FileEntry]:
+def read_manifest(folder: Path, needed: Iterable[str] = MODEL_FILES) -> dict[str, FileEntry]:
     """The files of ``folder`` as they were written, by their names within it.
 
     Args:
@@ -80,13 +80,13 @@ def read(folder: Path, needed: Iterable[str] = MODEL_FILES) -> dict[str, FileEnt
     return entries
 
 
-def damage(folder: Path, needed: Iterable[str] = MODEL_FILES) -> str:
+def find_damage(folder: Path, needed: Iterable[str] = MODEL_FILES) -> str:
     """Which file of ``folder`` is not what it was and how, in words; empty if all are.
 
     What was added later does not count, if nobody would load it.
     """
     try:
-        known = read(folder, needed)
+        known = read_manifest(folder, needed)
     except RunFileError as error:
         return str(error).partition("; ")[0]
     names = sorted(known, key=lambda name: (folder / name).is_file())  # what is missing is found without reading the rest
@@ -100,13 +100,13 @@ def check_model_files(folder: Path) -> None:
 
     A model from elsewhere has no manifest of ours, and nobody can say.
     """
-    if _is_ours(folder) and (reason := damage(folder)):
+    if _is_ours(folder) and (reason := find_damage(folder)):
         raise ModelError(f"The model in {folder} is damaged ({reason}); take another, like a checkpoint of the same run.")
 
 
 def _is_ours(folder: Path) -> bool:
     """A manifest that cannot be read may be half of one of ours; other programs have files of that name too."""
-    if not exists(folder):
+    if not has_manifest(folder):
         return False
     try:
         found = read_object(folder / NAME, "")

@@ -90,7 +90,7 @@ def parse_object(data: bytes) -> Object:
     return cast("Object", found)
 
 
-class JsonLines:
+class JsonLinesFile:
     """Reads the objects of a JSONL file that grows. Lines that are none are left out, and `complaint` says so."""
 
     def __init__(self, path: Path) -> None:

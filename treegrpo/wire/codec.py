@@ -15,7 +15,7 @@ from treegrpo.core.budget import Budget, Cost
 from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason, LeaseKind, Plan
 from treegrpo.core.question import Message, Question
 from treegrpo.core.step import Leaf, Logprobs, PolicyVersion, Step, StepStatus, Subtree, TokenIds, VersionSpan
-from treegrpo.core.validation import name
+from treegrpo.core.validation import tree_label
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.net.limits import SENTENCE_LETTERS
 from treegrpo.storage.surrogates import replace_surrogates
@@ -124,7 +124,7 @@ def subtree_to_pb(subtree: Subtree) -> tree_pb2.Subtree:
 
 def subtree_from_pb(pb: tree_pb2.Subtree, group: str = "") -> Subtree:
     """The subtree as it was sent; whether it is sound, `Tree.add` says. Raises TreeError, which names ``group`` if given."""
-    where = name(pb.lease, pb.tree, group)
+    where = tree_label(pb.lease, pb.tree, group)
     return Subtree(
         lease=pb.lease,
         tree=pb.tree,

@@ -96,7 +96,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class StepReport:
     values: dict[str, Any] = field(default_factory=dict[str, Any])
     """The record of a step; `step`, `version` and `position` say which."""
 
@@ -112,10 +112,13 @@ class Refused:
     """One sentence. Asking again would not help."""
 
 
-Message = Take | Taken | Publish | Covered | Evaluate | Evaluation | Report | Done | Refused
+Message = Take | Taken | Publish | Covered | Evaluate | Evaluation | StepReport | Done | Refused
 _TYPES: dict[str, type[Message]] = {
-    t.__name__: t for t in (Take, Taken, Publish, Covered, Evaluate, Evaluation, Report, Done, Refused)
+    **{kind.__name__: kind for kind in (Take, Taken, Publish, Covered, Evaluate, Evaluation, Done, Refused)},
+    "Report": StepReport,
 }
+"""By what the socket calls them."""
+_NAMES = {kind: name for name, kind in _TYPES.items()}
 Answer = TypeVar("Answer", Taken, Evaluation, Done)
 
 
@@ -168,13 +171,13 @@ def check_step_report(values: dict[str, Any]) -> None:
         raise ContractError(f"The record of a step has a {wrong[0]} that names nothing.")
 
 
-def encode(message: Message) -> bytes:
+def encode_message(message: Message) -> bytes:
     """The frame of a message."""
-    body = cast("bytes", msgpack.packb({"type": type(message).__name__, **asdict(message)}))
+    body = cast("bytes", msgpack.packb({"type": _NAMES[type(message)], **asdict(message)}))
     return _LENGTH.pack(len(body)) + body
 
 
-def decode(body: bytes) -> Message:
+def decode_message(body: bytes) -> Message:
     """The message in a frame's body. Raises ContractError."""
     try:
         row = cast("dict[str, Any]", msgpack.unpackb(body))
@@ -186,14 +189,14 @@ def decode(body: bytes) -> Message:
         ) from error
 
 
-async def receive(reader: asyncio.StreamReader) -> Message | None:
+async def receive_message(reader: asyncio.StreamReader) -> Message | None:
     """The next message of a stream; None at its end."""
     try:
         head = await reader.readexactly(_LENGTH.size)
         (length,) = _LENGTH.unpack(head)
         if length > MAX_FRAME_BYTES:
             raise ContractError(f"The local socket carried a frame of {length} bytes; the limit is {MAX_FRAME_BYTES}.")
-        return decode(await reader.readexactly(length))
+        return decode_message(await reader.readexactly(length))
     except asyncio.IncompleteReadError:
         return None
 
@@ -219,9 +222,9 @@ class IntakeClient:
             ContractError: the intake refuses the request, or is of another version.
         """
         try:
-            self._socket.sendall(encode(request))
+            self._socket.sendall(encode_message(request))
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
-            reply = decode(self._read(length))
+            reply = decode_message(self._read(length))
         except OSError as error:
             raise UnavailableError("The intake went away or did not answer in time; see its log.") from error
         if isinstance(reply, Refused):

@@ -20,7 +20,7 @@ from learner.intake.persistence import lease_events
 from learner.intake.wal.framing import encode
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import Lease, LeaseEnd
-from treegrpo.core.validation import name
+from treegrpo.core.validation import tree_label
 from treegrpo.v1 import rollout_pb2, tree_pb2
 from treegrpo.wire.codec import lease_to_pb, subtree_from_pb
 from treegrpo.wire.size_limits import check_count
@@ -57,7 +57,7 @@ class Clerk:
         group = self._book.find(sent.lease)
         if group is None:
             raise not_open(sent.lease)
-        where = name(sent.lease, sent.tree, group.group.id)
+        where = tree_label(sent.lease, sent.tree, group.group.id)
         check_count(len(sent.steps), len(sent.leaves), group.lease.plan, f"{where}: subtree {sent.index}")
         subtree = subtree_from_pb(sent, group.group.id)
         encoded = sent.SerializeToString()

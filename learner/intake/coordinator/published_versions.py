@@ -97,11 +97,11 @@ def read_version_files(directory: Path) -> dict[str, FileEntry]:
         RunFileError: a file is not as it was written.
         OSError, ValueError: there is no such directory.
     """
-    if not manifest.exists(directory):
+    if not manifest.has_manifest(directory):
         return _hash_files(directory)
-    if reason := manifest.damage(directory, needed=()):
+    if reason := manifest.find_damage(directory, needed=()):
         raise RunFileError(f"{directory} is not as it was written: {reason}")
-    return manifest.read(directory, needed=())
+    return manifest.read_manifest(directory, needed=())
 
 
 def _hash_files(directory: Path) -> dict[str, FileEntry]:

@@ -8,7 +8,7 @@ from learner.intake.leases.rollout_group import OpenGroup
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import LeaseKind, Plan
 from treegrpo.core.step import Subtree
-from treegrpo.core.validation import check_vocabulary, name
+from treegrpo.core.validation import check_vocabulary, tree_label
 from treegrpo.errors import ContractError, TreeError
 from treegrpo.v1 import tree_pb2
 from treegrpo.wire.codec import cost_from_pb
@@ -20,7 +20,7 @@ TOO_LATE = ("lease", "overdue", "age")
 
 def check_asked_for(group: OpenGroup, subtree: Subtree, vocabulary: int) -> None:
     """It is in the plan, within its limits, of the model's ``vocabulary`` and of a policy young enough. Raises TreeError."""
-    plan, where = group.lease.plan, name(subtree.lease, subtree.tree, group.group.id)
+    plan, where = group.lease.plan, tree_label(subtree.lease, subtree.tree, group.group.id)
     if subtree.tree >= plan.trees:
         raise TreeError(f"Group {group.group.id}: tree {subtree.tree} is not one of its plan's {plan.trees}, from 0 on.", "tree")
     if subtree.index >= plan.branches:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 
-from treegrpo.storage.run_files import JsonLines
+from treegrpo.storage.run_files import JsonLinesFile
 
 log = logging.getLogger(__name__)
 WAITING_LINES = 1000
@@ -30,7 +30,7 @@ class ProgressLog:
 
     def _read(self) -> bool:
         """Learn what the file has; whether that is anything. Raises RunFileError."""
-        lines = JsonLines(self._path)
+        lines = JsonLinesFile(self._path)
         for row in lines.new():
             try:
                 self._had.add(_name(row))

@@ -16,7 +16,7 @@ from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS
 from treegrpo.config.fingerprint import changes, check_fingerprint
 from treegrpo.config.schema import Config
 from treegrpo.storage.atomic import sync_path
-from treegrpo.storage.run_files import JsonLines, unusable_file_error
+from treegrpo.storage.run_files import JsonLinesFile, unusable_file_error
 
 log = logging.getLogger(__name__)
 ASIDE = "untrained"
@@ -33,7 +33,7 @@ def is_untrained(run_dir: Path) -> bool:
     names = [path.name for folder in ("checkpoints", "weights") for path in (run_dir / folder).glob("[!.]*")]
     if any(int(found[1]) for name in names if (found := STEP.match(name))):
         return False
-    return not any(row.get("kind") == "step" for row in JsonLines(run_dir / PROGRESS).new())
+    return not any(row.get("kind") == "step" for row in JsonLinesFile(run_dir / PROGRESS).new())
 
 
 def check_resumable(config: Config) -> str:

@@ -20,11 +20,11 @@ from treegrpo.wire.trainer_protocol import (
     Message,
     Publish,
     Refused,
-    Report,
+    StepReport,
     Take,
     check_step_report,
-    encode,
-    receive,
+    encode_message,
+    receive_message,
 )
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ async def serve_trainer(api: TrainerApi, path: str, rebind_check_seconds: float 
         log.info("the trainer connected")
         try:
             with api.track_connection():
-                while (request := await receive(reader)) is not None:
-                    writer.write(encode(await _answer_or_refuse(api, request)))
+                while (request := await receive_message(reader)) is not None:
+                    writer.write(encode_message(await _answer_or_refuse(api, request)))
                     await writer.drain()
         except (ContractError, ConnectionError) as error:
             log.error("the trainer's connection ends: %s", describe(error))  # noqa: TRY400 - one sentence is enough
@@ -84,7 +84,7 @@ async def _answer(api: TrainerApi, request: Message) -> Message:
             api.handle_covered(position)
         case Evaluate(version):
             return await api.handle_evaluate(PolicyVersion.parse(version))
-        case Report(values):
+        case StepReport(values):
             check_step_report(values)
             api.handle_step_report(values)
         case _:

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from learner.trainer.distributed.ranks import ALONE, Ranks, by_torchrun, joined
-from treegrpo.config.loader import from_arguments
+from treegrpo.config.loader import config_from_arguments
 from treegrpo.config.schema import Config
 from treegrpo.errors import TreeGrpoError
 from treegrpo.observability import log_setup
-from treegrpo.runtime.entrypoint import FAILED, PASSING, exit_code, report_error
-from treegrpo.runtime.exit_report import ExitReports, Report, decisive_report, exit_report_for, write_exit_report
+from treegrpo.runtime.entrypoint import FAILED, TRANSIENT, exit_code, report_error
+from treegrpo.runtime.exit_report import ExitReport, ExitReports, decisive_report, exit_report_for, write_exit_report
 from treegrpo.runtime.process_environment import remove_rank_variables
 from treegrpo.runtime.stop_signals import stop_signals
 
@@ -35,7 +35,7 @@ def run(work: Callable[[Config, Ranks], None], module: str) -> int:
     """
     arguments, ranks = sys.argv[1:], ALONE
     try:
-        config = from_arguments(arguments)
+        config = config_from_arguments(arguments)
         if not by_torchrun():
             remove_rank_variables()
             if config.train.processes > 1:
@@ -68,12 +68,12 @@ def start(module: str, processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     here = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}", f"--shutdown-timeout={DRAIN_SECONDS}"]
-    code, died, reports, signals = 0, list[Report](), ExitReports(), ",".join(number.name for number in stop_signals())
+    code, died, reports, signals = 0, list[ExitReport](), ExitReports(), ",".join(number.name for number in stop_signals())
     try:
         with _environment({**reports.environment, "TORCHELASTIC_SIGNALS_TO_HANDLE": signals}):
             torchrun.main([*here, "-m", module, *arguments])
     except ChildFailedError as error:
-        code = FAILED if any(failure.exitcode == FAILED for failure in error.failures.values()) else PASSING
+        code = FAILED if any(failure.exitcode == FAILED for failure in error.failures.values()) else TRANSIENT
         died = [_killed(rank, -failure.exitcode) for rank, failure in error.failures.items() if failure.exitcode < 0]
     except SignalException as told:  # it has waited for the ranks
         code = SIGNALLED + told.sigval
@@ -81,12 +81,12 @@ def start(module: str, processes: int, arguments: Sequence[str]) -> int:
     if cause is None or (cause.secondary and code > SIGNALLED):  # ranks that drain may lose each other at the very end
         return code
     write_exit_report(cause)
-    return FAILED if cause.code == FAILED else PASSING
+    return FAILED if cause.code == FAILED else TRANSIENT
 
 
-def _killed(rank: int, number: int) -> Report:
+def _killed(rank: int, number: int) -> ExitReport:
     memory = "; if nobody sent it, memory ran out" if number == signal.SIGKILL else ""
-    return Report(-number, f"Rank {rank} of the trainer was killed by signal {number}{memory}.", number == signal.SIGTERM)
+    return ExitReport(-number, f"Rank {rank} of the trainer was killed by signal {number}{memory}.", number == signal.SIGTERM)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def save(
         with on_disk(folder):
             (partial / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
             (partial / PROGRESS).write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
-            manifest.write(partial)
+            manifest.write_manifest(partial)
 
     with ranks.whole(folder) as partial:
         write_model(model, partial, tokenizer_from, ranks=ranks)
@@ -122,7 +122,7 @@ def newest(root: Path) -> Path | None:
         RunFileError: one cannot be set aside.
     """
     for folder in reversed(_folders(root)):
-        if not (reason := manifest.damage(folder, NEEDED)):
+        if not (reason := manifest.find_damage(folder, NEEDED)):
             return folder
         aside = _set_aside(folder)
         log.warning(

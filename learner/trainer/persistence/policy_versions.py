@@ -57,7 +57,7 @@ def export(model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dt
 
     def write_manifest() -> None:
         with on_disk(folder):
-            manifest.write(partial)
+            manifest.write_manifest(partial)
 
     with ranks.whole(folder) as partial:
         write_model(model, partial, tokenizer_from, dtype, ranks)

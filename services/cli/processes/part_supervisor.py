@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from services.cli.processes.program import Child, Program
 from services.cli.processes.readiness import Probe, wait_ready
 from treegrpo.errors import DeadlineError, PartError
-from treegrpo.runtime.entrypoint import FAILED, PASSING
+from treegrpo.runtime.entrypoint import FAILED, TRANSIENT
 
 READY_SECONDS = 300.0
 """An intake that reads a long journal back needs minutes."""
@@ -84,7 +84,7 @@ class Keeper:
             attempt = 0 if clock() - began > SETTLED_SECONDS else attempt
             if attempt == len(RESTART_SECONDS):
                 sentence = f"{child.obituary()}; it has been started {attempt + 1} times and is given up"
-                raise PartError(sentence, passes=child.code == PASSING)
+                raise PartError(sentence, is_transient=child.code == TRANSIENT)
             self._say(f"{child.obituary()}; starting it again in {RESTART_SECONDS[attempt]:.0f} s.")
             await self._back_off(RESTART_SECONDS[attempt])
             attempt += 1

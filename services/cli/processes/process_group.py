@@ -103,7 +103,7 @@ class Crew:
 
     def cause(self, error: RunError | DeadlineError) -> RunError | DeadlineError:
         """Why the run ended, which ``error`` was the first to show: a part's reason that stays explains what may pass."""
-        return (error.passes and self.failure()) or error
+        return (error.is_transient and self.failure()) or error
 
     def runs(self, part: str) -> bool:
         """Whether a process of a part is there now."""
@@ -148,7 +148,7 @@ class Crew:
         self._say(f"{error}.")
         self._samplers_lost.append(error)
         if all(one.done() for one in samplers) and not self.drain.is_set():
-            self._lost.set_exception(min(self._samplers_lost, key=lambda one: getattr(one, "passes", False)))
+            self._lost.set_exception(min(self._samplers_lost, key=lambda one: getattr(one, "is_transient", False)))
 
     async def _stop(self, part: str) -> None:
         if (child := self._keepers[part].child) is not None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Self
 
 from treegrpo.runtime.child_process import ChildProcess
-from treegrpo.runtime.exit_report import ExitReports, Report, decisive_report
-from treegrpo.runtime.process_environment import child_environment, python
+from treegrpo.runtime.exit_report import ExitReport, ExitReports, decisive_report
+from treegrpo.runtime.process_environment import child_environment, python_command
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Child(ChildProcess):
     @classmethod
     async def start(cls, program: Program, arguments: Sequence[str], logs: Path) -> Self:
         """Start ``program`` with the arguments all have and its own; output is appended to ``logs``/NAME.log."""
-        command = python(program.module, *arguments, *program.flags)
+        command = python_command(program.module, *arguments, *program.flags)
         reports = ExitReports()
         environment = child_environment({**reports.environment, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
         child = await cls.spawn(program.name, command, environment, logs / f"{program.name}.log")
@@ -40,12 +40,7 @@ class Child(ChildProcess):
         return child
 
     @property
-    def code(self) -> int | None:
-        """The exit code, None while it runs; negative after a signal, unless it had reported an error: `reported_code`."""
-        return reported_code(super().code, self.reports)
-
-    @property
-    def report(self) -> Report | None:
+    def report(self) -> ExitReport | None:
         """Why it ends, in its own words; None while it has said nothing."""
         return decisive_report(self.reports.read())
 

@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from treegrpo.config.security import Role
 from treegrpo.errors import ContractError, DeadlineError, UnavailableError
 from treegrpo.net.address import reachable_address
-from treegrpo.net.http_client import Answer, HttpClient
-from treegrpo.security.credentials import Credentials, bearer
+from treegrpo.net.http_client import HttpClient, HttpResponse
+from treegrpo.security.credentials import Credentials, bearer_header
 
 SCRAPE_SECONDS = 1.0
 PAGE_BYTES = 4 << 20
@@ -31,7 +31,7 @@ def parse_scrape(text: str) -> Scrape:
     }
 
 
-def _samples(page: Answer) -> Scrape:
+def _samples(page: HttpResponse) -> Scrape:
     try:
         return parse_scrape(page.text) if page.ok else {}
     except (ValueError, IndexError):  # the parser has no error of its own
@@ -42,7 +42,7 @@ def _samples(page: Answer) -> Scrape:
 async def pages(access: Credentials) -> AsyncGenerator[Read]:
     """Read pages for the time of the block."""
     scheme = "http" if access.keys is None else "https"
-    async with HttpClient(verify=access.web_context(Role.LEARNER), headers=bearer(access.metrics_token)) as client:
+    async with HttpClient(verify=access.web_context(Role.LEARNER), headers=bearer_header(access.metrics_token)) as client:
 
         async def read(address: str) -> Scrape:
             url = f"{scheme}://{reachable_address(address)}/metrics"

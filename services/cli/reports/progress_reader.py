@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError, describe
-from treegrpo.storage.run_files import JsonLines
+from treegrpo.storage.run_files import JsonLinesFile
 
 log = logging.getLogger(__name__)
 FILE_NAME = "progress.jsonl"
@@ -110,7 +110,7 @@ class Tail:
     """Reads what was appended to a progress file since the last look. What is no record is left out; see `complaint`."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = JsonLines(path)
+        self._lines = JsonLinesFile(path)
 
     def new(self) -> list[Record]:
         """The new records, none while there is no file; a line still being written waits. Raises RunFileError."""

@@ -27,7 +27,7 @@ from treegrpo.core.budget import Budget, Cost
 from treegrpo.core.lease import Plan
 from treegrpo.core.question import Message
 from treegrpo.core.step import Leaf, Step, StepStatus, Subtree, TokenIds
-from treegrpo.core.validation import check_steps, name
+from treegrpo.core.validation import check_steps, tree_label
 from treegrpo.errors import EngineError, EnvironmentFaultError, ToolError, TreeError
 from treegrpo.observability.metrics import SamplerMetrics
 from treegrpo.wire.size_limits import TEXT_LENGTH
@@ -178,7 +178,7 @@ class Player:
 
 def _check(turn: Turn, completion: Completion) -> None:
     """An answer that could not be trained on is an engine that failed, before the learner refuses it. Raises EngineError."""
-    where = name(turn.branch.lease.id, turn.branch.tree_index)
+    where = tree_label(turn.branch.lease.id, turn.branch.tree_index)
     try:
         check_steps((Step(turn.node, turn.parent, completion.ids, completion.logprobs, _NONE, completion.spans),), where)
     except TreeError as error:

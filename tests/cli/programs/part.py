@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from treegrpo.runtime.exit_report import Report, write_exit_report
+from treegrpo.runtime.exit_report import ExitReport, write_exit_report
 from treegrpo.security.credentials import OPEN
 from treegrpo.wire.control import RunState, open_client, publish_state
 
@@ -41,7 +41,7 @@ async def main() -> int:
         task.cancel()
     print("a checkpoint", flush=True)
     if "--report" in words:
-        write_exit_report(Report(int(words["--code"]), words["--report"]))
+        write_exit_report(ExitReport(int(words["--code"]), words["--report"]))
     return int(words.get("--code", "0"))
 
 

@@ -6,10 +6,10 @@
 import signal
 import sys
 
-from treegrpo.runtime.exit_report import Report, write_exit_report
+from treegrpo.runtime.exit_report import ExitReport, write_exit_report
 
 words = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
 print("2026 INFO something before")
 if "--report" in words:
-    write_exit_report(Report(int(words["--code"]), words["--report"]))
+    write_exit_report(ExitReport(int(words["--code"]), words["--report"]))
 sys.exit(int(words["--code"]))

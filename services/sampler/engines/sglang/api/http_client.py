@@ -41,8 +41,7 @@ from treegrpo.errors import (
     WeightsError,
     describe,
 )
-from treegrpo.net.http_client import Answer as HttpAnswer
-from treegrpo.net.http_client import HttpClient, read_json
+from treegrpo.net.http_client import HttpClient, HttpResponse, read_json
 
 GENERATE_SECONDS = 300.0
 """The longest one completion may take; a request that takes longer is given up and made again."""
@@ -103,7 +102,7 @@ class Api:
                 "GET", f"{self.url}/metrics/", self._families, seconds=CONTROL_SECONDS, size=METRICS_BYTES
             )
 
-    def _families(self, page: HttpAnswer) -> list[Metric]:
+    def _families(self, page: HttpResponse) -> list[Metric]:
         if page.status == HTTPStatus.NOT_FOUND:
             return []
         if not page.ok:
@@ -159,7 +158,7 @@ class Api:
             read = partial(self._value, path)
             return await self._client.ask(method, self.url + path, read, seconds=seconds, body=body, size=size)
 
-    def _value(self, path: str, answer: HttpAnswer) -> Any:
+    def _value(self, path: str, answer: HttpResponse) -> Any:
         if not answer.ok:
             raise self._refusal(path, answer)
         return self._read(lambda: read_json(answer.body), path) if answer.body else None
@@ -192,7 +191,7 @@ class Api:
             said = describe(error.__cause__ or error)
             raise UnavailableError(f"The SGLang server at {self.url} cannot be reached ({said}).") from error
 
-    def _refusal(self, path: str, answer: HttpAnswer) -> EngineError:
+    def _refusal(self, path: str, answer: HttpResponse) -> EngineError:
         try:
             said = _message(read_json(answer.body))
         except ValueError:
