@@ -54,7 +54,7 @@ class Work:
     def look(self) -> None:
         """Tell who waits for the end."""
         if self.idle:
-            self.changed.tell()
+            self.changed.notify()
 
 
 class Sampler:

@@ -102,7 +102,7 @@ async def run_intake(config: Config) -> None:
         UnavailableError: the broker does not answer.
     """
     gc.set_threshold(GC_THRESHOLD)
-    access = Credentials.of(config.security, Role.LEARNER)
+    access = Credentials.from_config(config.security, Role.LEARNER)
     access.check_listen("learner.listen", config.learner.listen)
     access.check_reach("broker.address", config.broker.address)
     check_port(config.learner.listen, "learner.listen")

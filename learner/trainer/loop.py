@@ -229,7 +229,7 @@ def main(config: Config, ranks: Ranks) -> None:
     metrics = TrainerMetrics()
     host, port = split_address(config.learner.metrics, "learner.metrics")
     own = join_address(host, port + 1 if port else 0)
-    access = Credentials.of(config.security, Role.LEARNER)
+    access = Credentials.from_config(config.security, Role.LEARNER)
     ranks.first(lambda: serve_metrics(metrics, own, "learner.metrics (the port after it)", access))
     with closing(Link.open(socket_path(config.run.dir), stop, ranks)) as link:
         ranks.first(lambda: check_fingerprint(config, (*KEYS, MODEL)))  # the questions are the intake's

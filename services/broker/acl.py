@@ -77,7 +77,7 @@ class Passwords(BaseAuthPlugin):
 
     @staticmethod
     def _refused(session: Session, reason: str, sentence: str) -> bool:
-        REFUSALS.count(peer_of(session), reason, sentence)
+        REFUSALS.log_refusal(peer_of(session), reason, sentence)
         return False
 
 
@@ -94,7 +94,7 @@ class Topics(BaseTopicPlugin):
             return may_subscribe(user, client, topic)
         allowed = may_publish(user, client, topic)
         if not allowed:
-            REFUSALS.count(peer_of(session), "topic", f"it may not publish to {topic[:TOPIC_LETTERS]!r}")
+            REFUSALS.log_refusal(peer_of(session), "topic", f"it may not publish to {topic[:TOPIC_LETTERS]!r}")
         return allowed
 
 

@@ -162,7 +162,7 @@ class PatientBroker(Broker):
         if not data or (room and len(topic_name or "") + len(data) <= RETAINED_BYTES):
             await super().retain_message(None, topic_name, data, qos)  # it would keep the session of who left long ago
         else:
-            self._refusals.count(
+            self._refusals.log_refusal(
                 peer_of(source_session), "retained", "its message is not retained: too large, or one topic too many"
             )
 
@@ -233,7 +233,7 @@ def passwords_in(directory: Path | None) -> dict[str, str]:
 
 async def serve(config: Config) -> None:
     """Run the broker at ``broker.address`` until cancelled. Raises AddressInUseError, ConfigError."""
-    access = Credentials.of(config.security, Role.BROKER)
+    access = Credentials.from_config(config.security, Role.BROKER)
     access.check_listen("broker.address", config.broker.address)
     passwords = passwords_in(config.security.dir) if config.security.tls else None
     check_port(config.broker.address, "broker.address")

@@ -66,7 +66,7 @@ async def peers(config: Config) -> list[Finding]:
     """Broker, learner and retriever: reachable now? That none runs is only a warning."""
     learner = config.sampler.learner or config.learner.listen
     try:
-        access = Credentials.of(config.security, Role.OPERATOR)
+        access = Credentials.from_config(config.security, Role.OPERATOR)
     except ConfigError as error:  # a finding, not an end
         return [Finding("security", "fail", str(error))]
     return [

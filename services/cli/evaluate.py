@@ -46,7 +46,7 @@ class Answered:
 @asynccontextmanager
 async def retriever_for(config: Config, arguments: Sequence[str], say: Say) -> AsyncGenerator[None]:
     """A retriever for the time of the block: the one that runs already, or one of our own."""
-    access = Credentials.of(config.security, Role.OPERATOR)
+    access = Credentials.from_config(config.security, Role.OPERATOR)
     try:
         await retriever_ready(config, access)
     except UnavailableError:
@@ -67,7 +67,7 @@ async def evaluate(config: Config) -> list[Answered]:
     """Greedy, one chain for each held-out question. Raises ModelError, DataError, UnavailableError."""
     questions = load_questions(config.data.heldout)[: config.eval.questions or None]
     tokenizer = Tokenizer.open(config.model.path)
-    access = Credentials.of(config.security, Role.OPERATOR)
+    access = Credentials.from_config(config.security, Role.OPERATOR)
     engine = await open_engine(config, config.model.path, PolicyVersion(), "eval", access)
     async with engine, open_environment(config, tokenizer, access) as environment:
         expander = Expander(engine, environment, tokenizer, retries=config.sampler.retries)

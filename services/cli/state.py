@@ -22,7 +22,7 @@ async def set_state(config: Config, word: str) -> str:
         state = RunState(word)
     except ValueError as error:
         raise ConfigError(f"{word!r} is no run state; write running, paused or draining.") from error
-    access = Credentials.of(config.security, Role.OPERATOR)
+    access = Credentials.from_config(config.security, Role.OPERATOR)
     await publish_state(config.broker.address, config.run.name, state, access)
     return f"The run {config.run.name} is told to be {state.value}."
 

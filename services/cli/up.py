@@ -141,7 +141,7 @@ class Run:
         everything: broker, retriever and samplers too, not the learner alone.
         """
         self._config = config
-        self._access = Credentials.of(config.security, Role.OPERATOR)
+        self._access = Credentials.from_config(config.security, Role.OPERATOR)
         self._arguments = arguments
         self._screen = screen
         self._go_on = go_on

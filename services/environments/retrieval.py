@@ -89,7 +89,7 @@ class HttpRetriever:
         """See `Retriever.search`."""
         body = {"queries": [query], "topk": topk, "return_scores": True}
         try:
-            return await self._client.ask("POST", self._url, partial(self._read, topk), seconds=self._deadline, body=body)
+            return await self._client.request("POST", self._url, partial(self._read, topk), seconds=self._deadline, body=body)
         except UnavailableError as error:
             reason = f"does not answer ({describe(error.__cause__ or error)})"
             raise ToolAwayError("retriever", self._shown, reason, certain=True) from error
@@ -108,16 +108,16 @@ class HttpRetriever:
         except ValueError as error:
             raise ToolError(
                 f"the retriever at {self._shown} answered something that is not Search-R1's format: {describe(error)}; it "
-                f"begins as {answer.said}"
+                f"begins as {answer.summary}"
             ) from error
 
     def _refused(self, answer: HttpResponse) -> ToolError:
         """The error for a status that says so: of a server that is not well, or of one that does not like the query."""
         status = answer.status
         if status >= 500 or status in _PASSING or status == 408:
-            reason = f"answers with status {status}: {answer.said}"
+            reason = f"answers with status {status}: {answer.summary}"
             return ToolAwayError("retriever", self._shown, reason, certain=status in _PASSING)
-        return ToolError(f"the retriever at {self._shown} refused a query with status {status}: {answer.said}")
+        return ToolError(f"the retriever at {self._shown} refused a query with status {status}: {answer.summary}")
 
 
 def retrieve_url(address: str) -> str:

@@ -6,4 +6,4 @@ from treegrpo.runtime.entrypoint import run_service
 from treegrpo.security.credentials import Credentials
 
 if __name__ == "__main__":
-    run_service(lambda config: serve(config.retriever, Credentials.of(config.security, Role.RETRIEVER)))
+    run_service(lambda config: serve(config.retriever, Credentials.from_config(config.security, Role.RETRIEVER)))

@@ -71,7 +71,7 @@ class Book:
 
     def refused(self, client: str, reason: str, sentence: str) -> None:
         self._metrics.refused.labels(reason).inc()
-        self._refusals.count(client, reason, sentence)
+        self._refusals.log_refusal(client, reason, sentence)
 
     def answer(self, request: Request, status: int, reason: str, sentence: str) -> Response:
         self.refused(request.client.host if request.client else "nobody", reason, sentence)

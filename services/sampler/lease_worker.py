@@ -183,7 +183,7 @@ class LeaseHolder:
         self._metrics.leases.set(len(self._held))
         if not self._held:
             self._idle_since = time.monotonic()
-        self._changed.tell()
+        self._changed.notify()
 
 
 def _untouched(lease: Lease, why: str) -> LeaseEnd:

@@ -56,7 +56,7 @@ async def run(config: Config) -> None:
     address = config.sampler.learner or config.learner.listen
     metrics = SamplerMetrics()
     host, _ = split_address(config.sampler.metrics, "sampler.metrics")
-    access = Credentials.of(config.security, Role.SAMPLER)
+    access = Credentials.from_config(config.security, Role.SAMPLER)
     access.check_reach("broker.address", config.broker.address)
     port = serve_metrics(metrics, config.sampler.metrics, "sampler.metrics", access)
     metrics_address = join_address(host, port)
@@ -85,7 +85,7 @@ async def run(config: Config) -> None:
 
 async def _not_draining(control: ControlPlane) -> None:
     """Return when the run goes on: what starts samplers again after a drain needs no other way to tell when."""
-    await control.settled()
+    await control.wait_retained_state()
     if control.state is RunState.DRAINING:
         log.info("the run drains; waiting until it goes on")
     while control.state is RunState.DRAINING:

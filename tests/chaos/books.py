@@ -124,4 +124,4 @@ class Books:
         self.stale |= set(stale)
 
     def _spend(self, kind: LeaseKind, cost: Cost) -> None:
-        self.spent[kind] += Budget.of(cost)
+        self.spent[kind] += Budget.for_cost(cost)

@@ -94,5 +94,5 @@ async def test_a_process_whose_log_cannot_be_written_runs_without(tmp_path: Path
     (tmp_path / "service.log").mkdir()
     child = await Child.start(ending("a line", 3, "ValueError: 3"), [], tmp_path)
     assert await child.ended == 3
-    assert child.said() == []
+    assert child.read_last_lines() == []
     assert "ended with code 3: ValueError: 3" in child.obituary()

@@ -64,8 +64,8 @@ def test_a_line_without_an_end_is_not_kept_in_memory(tmp_path: Path, monkeypatch
     monkeypatch.setattr(run_files, "LINE_BYTES", 1000)
     (tmp_path / "progress.jsonl").write_bytes(b"x" * 5000 + b"\n" + json.dumps({"kind": "eval"}).encode() + b"\n")
     lines = JsonLinesFile(tmp_path / "progress.jsonl")
-    assert list(lines.new()) == [{"kind": "eval"}]
-    assert "line 1 is no record" in lines.complaint
+    assert list(lines.read_new_rows()) == [{"kind": "eval"}]
+    assert "line 1 is no record" in lines.skipped_summary
 
 
 def test_a_line_that_grows_while_it_is_read_is_read_whole_the_next_time(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_line_that_grows_while_it_is_read_is_read_whole_the_next_time(tmp_path
             return self.pieces.pop(0)
 
     lines = JsonLinesFile(tmp_path / "progress.jsonl")
-    assert (lines._whole_line(Growing()), lines.whole) == (b"", 0)  # pyright: ignore[reportPrivateUsage]
+    assert (lines._whole_line(Growing()), lines.complete_bytes) == (b"", 0)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_progress_file_that_is_a_directory_is_named(tmp_path: Path) -> None:

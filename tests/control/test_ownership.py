@@ -150,11 +150,11 @@ async def test_what_a_run_that_ended_left_behind_does_not_reach_the_next(broker:
     async with learner(broker, run, "ended", 1) as ended:
         await ended.announce(VERSION)
         await ended.set_state(RunState.DRAINING)
-        await until(ended, lambda: ended.told is RunState.DRAINING)
+        await until(ended, lambda: ended.announced_state is RunState.DRAINING)
     async with learner(broker, run, "ended", 2) as again:
-        assert (again.told, again.version) == (RunState.DRAINING, VERSION)
+        assert (again.announced_state, again.version) == (RunState.DRAINING, VERSION)
     async with learner(broker, run, "next", 3) as following:
-        assert (following.state, following.told, following.version) == (RunState.RUNNING, None, None)
+        assert (following.state, following.announced_state, following.version) == (RunState.RUNNING, None, None)
         await until(following, lambda: "learner@0000000000000003" in following.members)
         left = await retained(broker, run)
     assert set(left) == {"owner", "members/learner/learner@0000000000000003"}
@@ -164,7 +164,7 @@ async def test_what_a_run_that_ended_left_behind_does_not_reach_the_next(broker:
 async def test_the_operators_word_before_the_first_run_of_a_name_is_heard(broker: Broker, run: str) -> None:
     await publish_state(broker.address, run, RunState.PAUSED)
     async with learner(broker, run, "first", 1) as first:
-        assert first.told is RunState.PAUSED
+        assert first.announced_state is RunState.PAUSED
 
 
 async def test_who_lost_the_broker_and_then_its_name_ends_with_the_reason(broker: Broker, run: str) -> None:
@@ -207,7 +207,7 @@ async def test_a_broker_that_keeps_silent_about_the_run_is_refused(
     async def at_once(_: ControlPlane) -> None:
         return
 
-    monkeypatch.setattr(ControlPlane, "settled", at_once)
+    monkeypatch.setattr(ControlPlane, "wait_retained_state", at_once)
     with pytest.raises(control.ConfigError, match=rf"does not pass on what the learner says about run\.name = {run}"):
         async with learner(broker, run, "one-run", 1):
             pytest.fail("it came in")

@@ -36,8 +36,8 @@ async def test_a_run_that_goes_on_is_paused_if_the_operator_said_so_last(
     async with ControlPlane.connect(broker.address, run, LEARNER) as control:
         await begin(control, tmp_path)
         async with ControlPlane.connect(broker.address, run, Member("late", "sampler", 1)) as late:
-            await late.settled()
-            assert late.told is then
+            await late.wait_retained_state()
+            assert late.announced_state is then
 
 
 async def test_a_pause_is_noted_until_somebody_says_running(broker: Broker, run: str, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ async def test_a_pause_is_noted_until_somebody_says_running(broker: Broker, run:
         noting = asyncio.create_task(remember(control, tmp_path))
         for state, noted in (("paused", True), ("draining", True), ("running", False)):
             await publish_state(broker.address, run, RunState(state))
-            while control.told is not RunState(state):
+            while control.announced_state is not RunState(state):
                 await control.wait_change()
             await asyncio.sleep(0)  # whoever waits for the same change has had its turn
             assert (tmp_path / MARK).exists() == noted
@@ -60,7 +60,7 @@ async def test_a_sampler_that_is_started_while_the_run_drains_waits_until_it_goe
     await publish_state(broker.address, run, RunState.DRAINING)
     async with ControlPlane.connect(broker.address, run, Member("late", "sampler", 1)) as late, asyncio.timeout(30):
         starting = asyncio.create_task(service._not_draining(late))  # pyright: ignore[reportPrivateUsage]
-        await late.settled()
+        await late.wait_retained_state()
         await asyncio.sleep(0)  # whoever waits for the same has had its turn
         assert "waiting until it goes on" in caplog.text
         assert not starting.done()

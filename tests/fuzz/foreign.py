@@ -22,7 +22,7 @@ from services.retriever.index import load_corpus
 from services.sampler.text.encoding import encode_text, render_prompt
 from services.sampler.text.tokenizer import Tokenizer
 from tests.engines.tokenizers_of_all_kinds import CALL, END, MASK, USER, make
-from tests.fuzz.mutations import Notifier, bytewise, changes_of, tree
+from tests.fuzz.mutations import Mutation, bytewise, changes_of, tree
 from treegrpo.core.question import Message, Question
 from treegrpo.errors import DataError
 from treegrpo.observability.log_setup import JsonFormatter, TextFormatter
@@ -136,7 +136,7 @@ def _file(sample: dict[str, Any], case: Case) -> bytes:
     return mark + bytewise("\n".join(lines).encode("utf-8", "surrogatepass"), _few(rest))
 
 
-def _few(changes: list[Notifier]) -> list[Notifier]:
+def _few(changes: list[Mutation]) -> list[Mutation]:
     return changes[:2]
 
 

@@ -15,14 +15,14 @@ import msgpack
 from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import strategies as st
 
-Notifier = tuple[int, int, int]
+Mutation = tuple[int, int, int]
 """What, where, how much."""
 _CHANGE = struct.Struct("<BHH")
 DRAWN = st.binary(min_size=1, max_size=1 + 5 * _CHANGE.size)
 """Which sample, and up to five changes."""
 
 
-def changes_of(drawn: bytes) -> tuple[int, list[Notifier], list[Notifier]]:
+def changes_of(drawn: bytes) -> tuple[int, list[Mutation], list[Mutation]]:
     """Which sample, what to change of its parts, and of its bytes: a quarter of them."""
     every = list(_CHANGE.iter_unpack(drawn[1 : 1 + (len(drawn) - 1) // _CHANGE.size * _CHANGE.size]))
     return drawn[0], [one for one in every if one[0] < 192], [one for one in every if one[0] >= 192]
@@ -45,7 +45,7 @@ DEEP = 300
 # ---- bytes
 
 
-def bytewise(data: bytes, changes: Sequence[Notifier]) -> bytes:
+def bytewise(data: bytes, changes: Sequence[Mutation]) -> bytes:
     """Flip, cut off, repeat, leave out, put in, and lengths that promise too much."""
     for what, where, much in changes:
         place = where % (len(data) + 1)
@@ -103,7 +103,7 @@ def build(fields: Sequence[Field]) -> bytes:
     return data
 
 
-def protobuf(fields: list[Field], changes: Sequence[Notifier]) -> bytes:
+def protobuf(fields: list[Field], changes: Sequence[Mutation]) -> bytes:
     """The message after changes of its fields: doubled, left out, exchanged, of another number, type or value, nested deeply."""
     fields = _copied(fields)
     for what, where, much in changes:
@@ -199,7 +199,7 @@ VALUES: tuple[Any, ...] = (
 BINARY: tuple[Any, ...] = (b"", b"\xff" * 9, {1: 2}, {b"a": 1}, msgpack.ExtType(5, b"x"), msgpack.Timestamp(1, 1))
 
 
-def tree(value: Any, changes: Sequence[Notifier], values: Sequence[Any] = VALUES + BINARY) -> Any:
+def tree(value: Any, changes: Sequence[Mutation], values: Sequence[Any] = VALUES + BINARY) -> Any:
     """The data after changes of its parts: another value, left out, renamed, doubled, nested."""
     root = [copy.deepcopy(value)]
     for what, where, much in changes:

@@ -120,6 +120,6 @@ async def test_a_change_wakes_who_waits_and_not_who_comes_later() -> None:
     change = Notifier()
     waiting = asyncio.create_task(change.wait())
     await asyncio.sleep(0)
-    change.tell()
+    change.notify()
     assert await waiting
     assert not await change.wait(deadline=0.0)

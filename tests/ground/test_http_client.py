@@ -20,13 +20,13 @@ SIZE = 4 << 20
 
 async def asked(raw: bytes, path: str = "/", seconds: float = 10.0) -> HttpResponse:
     async with answering(raw) as url, HttpClient() as client:
-        return await client.ask("GET", url + path, lambda answer: answer, seconds=seconds, size=SIZE)
+        return await client.request("GET", url + path, lambda answer: answer, seconds=seconds, size=SIZE)
 
 
 async def test_an_answer_comes_with_status_type_and_body() -> None:
     answer = await asked(response("404 Not Found", b"no\nsuch <page>", "Content-Type: text/html; charset=utf-8"))
     assert (answer.status, answer.ok, answer.text) == (404, False, "no\nsuch <page>")
-    assert answer.said == "text/html: no such <page>"
+    assert answer.summary == "text/html: no such <page>"
 
 
 @pytest.mark.parametrize("head", [UNTIL_CLOSED, OK + b"Content-Length: 999\r\n\r\n", OK, b"H"])
@@ -35,13 +35,13 @@ async def test_the_deadline_is_for_the_whole_answer_not_for_each_byte(head: byte
     async with answering(lambda _: endless(head, drip, 0.005)) as url, HttpClient() as client:
         with pytest.raises(DeadlineError, match=f"The server at {url}/ did not answer within 0.2 s"):
             async with asyncio.timeout(5.0):
-                await client.ask("GET", f"{url}/", lambda answer: answer, seconds=0.2)
+                await client.request("GET", f"{url}/", lambda answer: answer, seconds=0.2)
 
 
 async def test_informational_answers_do_not_count_as_one() -> None:
     async with answering(lambda _: endless(b"", b"HTTP/1.1 102 Processing\r\n\r\n")) as url, HttpClient() as client:
         with pytest.raises(DeadlineError):
-            await client.ask("GET", url, lambda answer: answer, seconds=0.2)
+            await client.request("GET", url, lambda answer: answer, seconds=0.2)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ async def test_many_small_pieces_do_not_hold_the_event_loop(head: bytes, piece: 
     watching = asyncio.create_task(watch())
     async with answering(lambda _: endless(head, piece * 10_000, 0.001)) as url, HttpClient() as client:
         with pytest.raises(DeadlineError):
-            await client.ask("GET", url, lambda answer: answer, seconds=1.0)
+            await client.request("GET", url, lambda answer: answer, seconds=1.0)
     watching.cancel()
     assert longest < 0.25
 
@@ -75,7 +75,7 @@ async def test_a_timeout_of_the_callers_own_stays_its_own() -> None:
 
     async with answering(response("200 OK", b"")) as url, HttpClient() as client:
         with pytest.raises(TimeoutError) as caught:
-            await client.ask("GET", url, late, seconds=5.0)
+            await client.request("GET", url, late, seconds=5.0)
     assert not isinstance(caught.value, DeadlineError)
 
 
@@ -84,7 +84,7 @@ async def test_an_endless_body_costs_no_more_than_its_limit() -> None:
     try:
         async with answering(lambda _: endless(UNTIL_CLOSED, bytes(1 << 16))) as url, HttpClient() as client:
             with pytest.raises(ContractError, match=f"answers with more than {SIZE} bytes"):
-                await client.ask("GET", url, lambda answer: answer, seconds=10.0, size=SIZE)
+                await client.request("GET", url, lambda answer: answer, seconds=10.0, size=SIZE)
         assert tracemalloc.get_traced_memory()[1] < 3 * SIZE
     finally:
         tracemalloc.stop()
@@ -99,7 +99,7 @@ async def test_a_length_beyond_the_limit_is_refused_unread(length: str) -> None:
 async def test_a_head_without_end_is_refused() -> None:
     async with answering(lambda _: endless(OK, b"X-A: " + b"b" * 4096 + b"\r\n")) as url, HttpClient() as client:
         with pytest.raises(UnavailableError, match=r"RemoteProtocolError|[Tt]oo"):
-            await client.ask("GET", url, lambda answer: answer, seconds=10.0)
+            await client.request("GET", url, lambda answer: answer, seconds=10.0)
 
 
 @pytest.mark.parametrize("body", [gzip.compress(b"[1]"), zlib.compress(b"[1]")])
@@ -135,7 +135,7 @@ async def test_a_redirect_within_the_server_is_followed_with_the_body() -> None:
         yield response("307 Moved", b"", "Location: /there/") if moved else response("200 OK", head)
 
     async with answering(pieces) as url, HttpClient(headers={"X-Token": "t"}, connections=1) as client:
-        head = await client.ask("POST", f"{url}/there", lambda answer: answer.text, seconds=5.0, body={"a": 1})
+        head = await client.request("POST", f"{url}/there", lambda answer: answer.text, seconds=5.0, body={"a": 1})
     assert head.startswith("POST /there/ HTTP/1.1")
     assert ("X-Token: t" in head, head.endswith('\r\n\r\n{"a": 1}')) == (True, True)
 
@@ -148,7 +148,7 @@ async def test_a_redirect_within_the_server_is_followed_with_the_body() -> None:
 async def test_other_redirects_are_refused_with_where_they_lead(status: str, there: str, said: str) -> None:
     async with answering(response(f"{status} Moved", b"", f"Location: {there}")) as url, HttpClient() as client:
         with pytest.raises(ContractError, match=said):
-            await client.ask("POST", url, lambda answer: answer, seconds=5.0, body={})
+            await client.request("POST", url, lambda answer: answer, seconds=5.0, body={})
 
 
 async def test_neither_proxies_nor_cookies_of_others_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ async def test_neither_proxies_nor_cookies_of_others_count(monkeypatch: pytest.M
 
     async with answering(pieces) as url, HttpClient() as client:
         for _ in range(2):
-            await client.ask("GET", url, lambda answer: answer, seconds=5.0)
+            await client.request("GET", url, lambda answer: answer, seconds=5.0)
     assert len(heads) == 2
     assert b"cookie" not in heads[1].lower()
     assert b"accept-encoding: identity" in heads[0].lower()
@@ -172,14 +172,14 @@ async def test_neither_proxies_nor_cookies_of_others_count(monkeypatch: pytest.M
 async def test_a_url_that_cannot_be_asked_is_a_matter_of_configuration(url: str) -> None:
     async with HttpClient() as client:
         with pytest.raises((ConfigError, UnavailableError)) as caught:
-            await client.ask("GET", url, lambda answer: answer, seconds=5.0)
+            await client.request("GET", url, lambda answer: answer, seconds=5.0)
     assert not str(caught.value).endswith("()")
 
 
 async def test_a_server_that_is_gone_is_said_with_a_reason() -> None:
     async with answering(b"") as url, HttpClient(name="retriever") as client:
         with pytest.raises(UnavailableError, match=rf"The retriever at {url}/ does not answer \(.+\)"):
-            await client.ask("GET", f"{url}/", lambda answer: answer, seconds=5.0)
+            await client.request("GET", f"{url}/", lambda answer: answer, seconds=5.0)
 
 
 async def test_large_answers_are_read_a_few_at_a_time() -> None:
@@ -198,7 +198,7 @@ async def test_large_answers_are_read_a_few_at_a_time() -> None:
         return len(answer.body)
 
     async with answering(pieces) as url, HttpClient() as client:
-        asking = [asyncio.create_task(client.ask("GET", url, read, seconds=10.0)) for _ in range(3 * LARGE_ANSWERS)]
+        asking = [asyncio.create_task(client.request("GET", url, read, seconds=10.0)) for _ in range(3 * LARGE_ANSWERS)]
         await asyncio.sleep(0)
         everybody.set()
         assert await asyncio.gather(*asking) == [2 * LARGE_BYTES] * (3 * LARGE_ANSWERS)
@@ -215,17 +215,17 @@ async def test_a_large_answer_is_read_off_the_event_loop() -> None:
 
     for size, here in ((LOOP_BYTES, True), (LOOP_BYTES + 1, False)):
         async with answering(response("200 OK", bytes(size))) as url, HttpClient() as client:
-            assert await client.ask("GET", url, on_loop, seconds=5.0) is here
+            assert await client.request("GET", url, on_loop, seconds=5.0) is here
 
 
 async def test_lines_come_whole_and_are_bounded_each() -> None:
     body = b"data: a\xe2\x80\xa8b\n\n" + b"x" * 70_000 + b"\nend"
     async with answering(response("200 OK", body)) as url, HttpClient() as client:
         async with client.stream("GET", url, seconds=5.0) as reply:
-            assert [len(line) async for line in reply.lines()] == [11, 0, 70_000, 3]
+            assert [len(line) async for line in reply.iter_lines()] == [11, 0, 70_000, 3]
         async with client.stream("GET", url, seconds=5.0, size=50_000) as reply:
             with pytest.raises(ContractError, match="more than 50000 bytes"):
-                _ = [line async for line in reply.lines()]
+                _ = [line async for line in reply.iter_lines()]
 
 
 @pytest.mark.parametrize("value", [{"a": [1, "x,[{", None], "b\\": 'say "\\, [" '}, [[]], "a,b", 1])

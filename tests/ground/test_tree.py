@@ -96,10 +96,10 @@ def test_the_chain_equivalent_samples_every_path_and_reads_every_prefix_once() -
     group.add(chain("a", tree=1, index=0))  # word for word like the first chain: a prefix cache would serve what it reads
     sampled, read = [4 + 4, 4 + 4 + 4, 4 + 4], [3, 3]
     assert group.chain_equivalent().tokens == 7 + sum(sampled) + sum(read)
-    assert Budget.of(group.chain_equivalent()).tool_calls == 2 + 3 + 2
+    assert Budget.for_cost(group.chain_equivalent()).tool_calls == 2 + 3 + 2
     nodes, distinct = [4 + 4, 4 + 4, 4 + 4], [3, 3]
     assert group.needed().tokens == 7 + sum(nodes) + sum(distinct)
-    assert Budget.of(group.needed()).tool_calls == 2 + 2 + 2
+    assert Budget.for_cost(group.needed()).tool_calls == 2 + 2 + 2
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 50)), min_size=1, max_size=12))

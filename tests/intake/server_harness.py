@@ -39,7 +39,8 @@ from treegrpo.wire.control import ControlPlane, Member
 
 def offline_control() -> ControlPlane:
     """A control plane without a broker."""
-    return ControlPlane("127.0.0.1:1", "test", Member("learner", "learner", 1), Credentials.of(SecurityConfig(), Role.LEARNER))
+    access = Credentials.from_config(SecurityConfig(), Role.LEARNER)
+    return ControlPlane("127.0.0.1:1", "test", Member("learner", "learner", 1), access)
 
 
 def no_versions() -> PublishedVersions:

@@ -287,7 +287,7 @@ async def test_a_pause_outlives_a_restart_of_the_intake_and_a_drain_does_not(int
     await publish_state(intake.broker, intake.name, state)
     watcher = Member("watcher", "sampler", 1)
     async with intake.serving(), ControlPlane.connect(intake.broker, intake.name, watcher) as control:
-        await control.settled()
+        await control.wait_retained_state()
         assert control.state is (RunState.PAUSED if state is RunState.PAUSED else RunState.RUNNING)
 
 

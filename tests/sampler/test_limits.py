@@ -72,7 +72,7 @@ async def test_whoever_goes_on_with_a_group_may_begin_what_the_first_would_have_
     assert 2 < len(subtrees) < whole.plan.leaves
     for cut in range(len(subtrees)):
         accepted = tuple(subtrees[:cut])
-        spent = Budget.of(Cost.total([subtree.cost for subtree in accepted]))
+        spent = Budget.for_cost(Cost.total([subtree.cost for subtree in accepted]))
         rest = dataclasses.replace(whole, accepted=accepted, grant=whole.grant - spent)
         more, _ = await grown(rest, FakeEngine(deep(1)))
         assert {(s.tree, s.index) for s in (*accepted, *more)} == {(s.tree, s.index) for s in subtrees}

@@ -14,7 +14,7 @@ from treegrpo.security.credentials import CertificateFiles, Credentials
 
 def access(folder: Path, role: Role) -> Credentials:
     """What a process of ``role`` has with ``security.dir = folder``."""
-    return Credentials.of(SecurityConfig(dir=folder), role)
+    return Credentials.from_config(SecurityConfig(dir=folder), role)
 
 
 def authority(folder: Path) -> Pair:

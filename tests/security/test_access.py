@@ -77,13 +77,13 @@ def test_what_is_wrong_with_the_files_is_said_in_a_sentence(folder: Path, fault:
     breaks, sentence = FAULTS[fault]
     breaks(folder)
     with pytest.raises(ConfigError, match=sentence):
-        Credentials.of(SecurityConfig(dir=folder), Role.SAMPLER)
+        Credentials.from_config(SecurityConfig(dir=folder), Role.SAMPLER)
 
 
 def test_certificates_from_elsewhere_are_named_one_by_one(made: Path, tmp_path: Path) -> None:
     keys = save(tmp_path / "other", issue(authority(made), Role.SAMPLER), (made / "ca.pem").read_bytes())
     flags = ["--security.ca", str(keys.ca), "--security.certificate", str(keys.certificate), "--security.key", str(keys.key)]
-    assert Credentials.of(load_config(None, flags).security, Role.SAMPLER).keys == keys
+    assert Credentials.from_config(load_config(None, flags).security, Role.SAMPLER).keys == keys
     with pytest.raises(ConfigError, match=r"security\.key .*ca, certificate and key go together; security\.key is missing"):
         load_config(None, flags[:4])
     with pytest.raises(ConfigError, match=r"security\.dir already says where the files are"):
@@ -104,7 +104,7 @@ def test_beyond_this_machine_plain_text_is_refused_with_the_remedy(address: str)
 
 
 def test_with_certificates_any_address_will_do_but_metrics_want_a_token(made: Path) -> None:
-    access = Credentials.of(SecurityConfig(dir=made), Role.LEARNER)
+    access = Credentials.from_config(SecurityConfig(dir=made), Role.LEARNER)
     access.check_listen("learner.listen", "0.0.0.0:1")
     access.check_metrics("learner.metrics", "0.0.0.0:1")
     without = Credentials(Role.LEARNER, access.keys)
@@ -140,10 +140,10 @@ def test_a_secret_comes_from_the_environment_or_its_own_file(tmp_path: Path, mon
     (tmp_path / "word").write_text(f"{SECRET}\n")
     (tmp_path / "word").chmod(0o600)
     flags = ["--security.broker_password_file", str(tmp_path / "word"), "--security.broker_user", "me"]
-    access = Credentials.of(load_config(None, flags).security, Role.SAMPLER)
+    access = Credentials.from_config(load_config(None, flags).security, Role.SAMPLER)
     assert (access.broker_user, access.broker_password.get_secret_value()) == ("me", SECRET)
     monkeypatch.setenv("TREEGRPO_SECURITY__METRICS_TOKEN", SECRET)
-    assert Credentials.of(load_config(None).security, Role.SAMPLER).metrics_token.get_secret_value() == SECRET
+    assert Credentials.from_config(load_config(None).security, Role.SAMPLER).metrics_token.get_secret_value() == SECRET
 
 
 def test_a_secret_where_others_could_read_it_is_refused_and_not_repeated(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_secret_is_in_no_dry_run_and_no_representation(monkeypatch: pytest.Mon
     for name in ("BROKER_PASSWORD", "METRICS_TOKEN", "RETRIEVER_TOKEN"):
         monkeypatch.setenv(f"TREEGRPO_SECURITY__{name}", SECRET)
     config = load_config(None)
-    assert SECRET not in as_toml(config) + repr(config) + repr(Credentials.of(config.security, Role.SAMPLER))
+    assert SECRET not in as_toml(config) + repr(config) + repr(Credentials.from_config(config.security, Role.SAMPLER))
     assert "# broker_password is set in the environment" in as_toml(config)
 
 

@@ -373,7 +373,7 @@ def test_the_embedded_broker_needs_the_directory_of_the_passwords() -> None:
 async def test_beyond_this_machine_no_broker_is_spoken_to_in_plain_text() -> None:
     with pytest.raises(ConfigError, match=r"broker\.address = 10\.0\.0\.7:1883 is on another machine"):
         open_client("10.0.0.7:1883", OPEN)
-    open_client("10.0.0.7:1883", Credentials.of(SecurityConfig(insecure_network=True), Role.SAMPLER))
+    open_client("10.0.0.7:1883", Credentials.from_config(SecurityConfig(insecure_network=True), Role.SAMPLER))
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_the_rules(user: str, topic: str, *, may: bool) -> None:
 
 
 async def test_mosquittos_access_list_is_good_for_one_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ControlPlane.settled, "__defaults__", (1.0,))
+    monkeypatch.setattr(ControlPlane.wait_retained_state, "__defaults__", (1.0,))
     where = free_address()
     if (binary := mosquitto_binary()) is None:
         pytest.skip("no mosquitto binary on the PATH; .ci/run installs one")

@@ -32,11 +32,11 @@ def test_a_refusal_is_said_once_for_a_peer_and_reason_and_again_after_an_hour(ca
     clock = Clock()
     book = RateLimitedLog(log, clock)
     for _ in range(5):
-        book.count("a", "hello", "it is no name")
-    book.count("a", "role", "it may not")
-    book.count("b", "hello", "it is no name")
+        book.log_refusal("a", "hello", "it is no name")
+    book.log_refusal("a", "role", "it may not")
+    book.log_refusal("b", "hello", "it is no name")
     clock.now += AGAIN_SECONDS
-    book.count("a", "hello", "it is no name")
+    book.log_refusal("a", "hello", "it is no name")
     assert [record.getMessage() for record in caplog.records] == [
         "refused a: it is no name",
         "refused a: it may not",
@@ -49,10 +49,10 @@ def test_many_strangers_do_not_fill_the_log_either(caplog: pytest.LogCaptureFixt
     clock = Clock()
     book = RateLimitedLog(log, clock)
     for number in range(3 * REMEMBERED):
-        book.count(f"peer {number}", "hello", "it is no name")
+        book.log_refusal(f"peer {number}", "hello", "it is no name")
     assert len(caplog.records) == LINES
     clock.now += WINDOW_SECONDS + 1
-    book.count("one more", "hello", "it is no name")
+    book.log_refusal("one more", "hello", "it is no name")
     assert len(caplog.records) == LINES + 1
     assert len(book._said) <= REMEMBERED  # pyright: ignore[reportPrivateUsage]
 

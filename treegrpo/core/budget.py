@@ -60,7 +60,7 @@ class Budget:
     tool_calls: int = 0
 
     @classmethod
-    def of(cls, cost: Cost) -> Budget:
+    def for_cost(cls, cost: Cost) -> Budget:
         """What ``cost`` takes from a budget."""
         return cls(cost.tokens, cost.tool_calls)
 

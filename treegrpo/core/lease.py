@@ -83,9 +83,9 @@ class Plan:
         """The most that a group can cost, when nothing is shared and every episode is as long as it may be."""
         return Budget(tokens=self.leaves * self.max_context, tool_calls=self.leaves * self.max_turns)
 
-    def remaining_grant(self, accepted: Sequence[Subtree]) -> Budget:
+    def remaining_budget(self, accepted: Sequence[Subtree]) -> Budget:
         """What is left of `grant` for a lease that goes on with a group of which ``accepted`` is there."""
-        left = self.grant - Budget.of(Cost.total([subtree.cost for subtree in accepted]))
+        left = self.grant - Budget.for_cost(Cost.total([subtree.cost for subtree in accepted]))
         return Budget(max(0, left.tokens), max(0, left.tool_calls))
 
     @property

@@ -1,7 +1,7 @@
 """HTTP client of every service that asks a web server: the retriever, SGLang, /metrics pages.
 
-    ask ─► place ─► connect ─► head ─► pieces of the body ─► decompressed ─► read by the caller
-           └───────── one deadline for all of it, one size for the body ─────────┘
+    request ─► connection slot ─► connect ─► head ─► chunks of the body ─► decompressed ─► parsed by the caller
+               └────────────── one deadline for all of it, one size limit for the body ──────────────┘
 
 | fault | error |
 |---|---|
@@ -65,7 +65,7 @@ class HttpResponse:
         return self.body.decode(errors="replace")
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """The beginning of the body in one line, with its type: for a sentence about an answer that is of no use."""
         text = " ".join(self.body[: 4 * SAID_LETTERS].decode(errors="replace").split())[:SAID_LETTERS]
         kind = self.headers.get("content-type", "").partition(";")[0][:SAID_LETTERS]
@@ -91,7 +91,7 @@ class StreamedResponse:
     def ok(self) -> bool:
         return 200 <= self.status < 300
 
-    async def whole(self) -> HttpResponse:
+    async def read_body(self) -> HttpResponse:
         """The answer with its body, decompressed. Raises ContractError when that is larger than allowed."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._size):
@@ -110,7 +110,7 @@ class StreamedResponse:
             await self._place()
         return HttpResponse(self.url, self.status, self.headers, await asyncio.to_thread(self._inflated, bytes(body), encoding))
 
-    async def lines(self) -> AsyncGenerator[bytes]:
+    async def iter_lines(self) -> AsyncGenerator[bytes]:
         """Lines of an event stream as they come, each no larger than a whole answer may be.
 
         httpx would also end a line at U+0085 and U+2028, which a policy may sample.
@@ -157,7 +157,7 @@ class HttpClient:
 
     Example:
         async with HttpClient() as client:
-            page = await client.ask("GET", "http://127.0.0.1:9400/metrics", lambda answer: answer.text, seconds=1.0)
+            page = await client.request("GET", "http://127.0.0.1:9400/metrics", lambda answer: answer.text, seconds=1.0)
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class HttpClient:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def ask(
+    async def request(
         self,
         method: str,
         url: str,
@@ -222,14 +222,14 @@ class HttpClient:
             UnavailableError, DeadlineError, ContractError, ConfigError: as the module says. ``read``'s own.
         """
         async with self.stream(method, url, seconds=seconds, body=body, size=size) as reply:
-            answer = await reply.whole()
+            answer = await reply.read_body()
             return await asyncio.to_thread(read, answer) if len(answer.body) > LOOP_BYTES else read(answer)
 
     @asynccontextmanager
     async def stream(
         self, method: str, url: str, *, seconds: float, body: Any = None, size: int = ANSWER_BYTES
     ) -> AsyncGenerator[StreamedResponse]:
-        """The answer while it comes; the block has to end within ``seconds``. Arguments and errors as `ask`."""
+        """The answer while it comes; the block has to end within ``seconds``. Arguments and errors as `request`."""
         shown = public_url(url)
         server = f"{self._name} at {shown}"
         async with _failures(server, seconds), AsyncExitStack() as stack:

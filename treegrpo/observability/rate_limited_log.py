@@ -33,7 +33,7 @@ class RateLimitedLog:
         self._window = 0.0
         self._lines = 0
 
-    def count(self, peer: str, reason: str, sentence: str) -> None:
+    def log_refusal(self, peer: str, reason: str, sentence: str) -> None:
         """``peer`` without what changes from one connection to the next; ``reason`` is one of few."""
         now, key = self._clock(), (peer, reason)
         said = self._said.get(key)

@@ -80,7 +80,7 @@ class ChildProcess:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
-    def said(self) -> list[str]:
+    def read_last_lines(self) -> list[str]:
         """The last lines of its log since it started, those that are not blank; none when nobody can read it."""
         try:
             with self.log.open("rb") as log:

@@ -1,6 +1,6 @@
 """What a process of one role shows to others and asks of them: certificate, password, tokens. Read and checked at the start.
 
-    access = Access.of(config.security, Role.SAMPLER)
+    access = Credentials.from_config(config.security, Role.SAMPLER)
     access.check_listen("sampler.metrics", address)      # refused beyond this machine without TLS
     context = access.client_context()                    # None: in plain text
 
@@ -113,7 +113,7 @@ class Credentials:
     insecure_network: bool = False
 
     @classmethod
-    def of(cls, security: SecurityConfig, role: Role) -> Credentials:
+    def from_config(cls, security: SecurityConfig, role: Role) -> Credentials:
         """Read the files of ``role``. Raises ConfigError that names the file and the remedy."""
         keys = _keys(security, role)
         if keys is not None:

@@ -91,7 +91,7 @@ def parse_object(data: bytes) -> Object:
 
 
 class JsonLinesFile:
-    """Reads the objects of a JSONL file that grows. Lines that are none are left out, and `complaint` says so."""
+    """Reads the objects of a JSONL file that grows. Lines that are none are left out, and `skipped_summary` says so."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -100,7 +100,7 @@ class JsonLinesFile:
         self._wrong = 0
         self._first = ""
 
-    def new(self) -> Iterator[Object]:
+    def read_new_rows(self) -> Iterator[Object]:
         """The objects that were appended since the last look; a last line without its end waits for it.
 
         A file that has become shorter was written anew, and is read from its beginning.
@@ -117,7 +117,7 @@ class JsonLinesFile:
                     try:
                         found = parse_object(line) if line.strip(b"\r\n\x00 " + _BOM) else None
                     except ValueError as error:
-                        self.leave_out(describe(error)[:100])
+                        self.skip_line(describe(error)[:100])
                         continue
                     if found is not None:
                         yield found
@@ -140,17 +140,17 @@ class JsonLinesFile:
         return line
 
     @property
-    def whole(self) -> int:
+    def complete_bytes(self) -> int:
         """Bytes up to the end of the last whole line that was read."""
         return self._offset
 
-    def leave_out(self, reason: str) -> None:
+    def skip_line(self, reason: str) -> None:
         """Note that the last line is none of ours."""
         self._wrong += 1
         self._first = self._first or f"line {self._line} is no record ({reason})"
 
     @property
-    def complaint(self) -> str:
+    def skipped_summary(self) -> str:
         """A sentence about the lines that were left out; empty if none was."""
         if not self._wrong:
             return ""

@@ -1,4 +1,4 @@
-"""A thing that changes, for tasks of one event loop to wait on."""
+"""A notifier: tasks of one event loop wait for the next change of something."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 
 
 class Notifier:
-    """`tell` wakes everybody who waits now; who waits later waits for the next."""
+    """`notify` wakes all current waiters; a later `wait` waits for the next one."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         self._event.set()
         self._event = asyncio.Event()
 

@@ -111,7 +111,7 @@ class ControlPlane:
         self._ours: dict[str, bytes] = {}
         self._settled = asyncio.Event()
         self.state = RunState.RUNNING
-        self.told: RunState | None = None
+        self.announced_state: RunState | None = None
         """What the broker said the state is; None while it has said nothing."""
         self.version: PolicyVersion | None = None
         self.members: dict[str, Member] = {}
@@ -122,14 +122,14 @@ class ControlPlane:
     async def set_state(self, state: RunState) -> None:
         """Tell everybody, now and later, what the run shall do; we do it at once, whether the broker hears us or not."""
         self.state = state
-        self._changed.tell()
+        self._changed.notify()
         await self._publish("state", state.value.encode())
 
     async def announce(self, version: PolicyVersion) -> None:
         """Tell everybody, now and later, which weights are newest."""
         await self._publish("weights", str(version).encode())
 
-    async def settled(self, seconds: float = CONNECT_SECONDS) -> None:
+    async def wait_retained_state(self, seconds: float = CONNECT_SECONDS) -> None:
         """Return when what the broker had retained is known, or after ``seconds``.
 
         A broker sends that at the subscription, and our own record, which we publish after it, later.
@@ -201,7 +201,7 @@ class ControlPlane:
             ConfigError: the broker does not pass on what we say about this name.
             RunError: another learner owns it.
         """
-        await self.settled()
+        await self.wait_retained_state()
         if not self._settled.is_set():
             raise ConfigError(
                 f"The MQTT broker at broker.address = {self._address} does not pass on what the learner says about run.name = "
@@ -232,7 +232,7 @@ class ControlPlane:
         try:
             _check_size(payload)
             if topic == "state" and payload:
-                self.state = self.told = RunState(payload.decode())
+                self.state = self.announced_state = RunState(payload.decode())
             elif topic == "weights":
                 self.version = PolicyVersion.parse(payload.decode()) if payload else None
             elif topic == "owner" and self._claim is not None:
@@ -240,7 +240,7 @@ class ControlPlane:
             elif topic.startswith("members/"):
                 self._meet(topic, payload, retained=retained)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
-            self._refusals.count(
+            self._refusals.log_refusal(
                 f"{self._prefix}/{topic}"[:NAME_LETTERS], "contract", f"a message: {describe(error)[:NAME_LETTERS]}"
             )
             wrong = topic.startswith("members/") and not isinstance(error, _FullError)  # a good one would say it again at once
@@ -251,7 +251,7 @@ class ControlPlane:
             self._settled.set()
         if topic in self._ours and payload:  # somebody else has set it since: what is repeated after a reconnect is the newest
             self._ours[topic] = payload
-        self._changed.tell()
+        self._changed.notify()
 
     def _meet(self, topic: str, payload: bytes, *, retained: bool) -> None:
         """Note a member. Raises ValueError unless it is the one its topic is for, and _FullError if there is no room."""

@@ -165,7 +165,7 @@ class Desk:
         """
         group, leaves = self.book.open.get(sent.lease), len(sent.leaves)
         reason = reason_of(group, peer.holder, error)
-        self._refusals.count(peer.id, reason, f"a subtree: {error}")
+        self._refusals.log_refusal(peer.id, reason, f"a subtree: {error}")
         if group is None or reason == "holder":
             self.reporter.refused(reason, leaves)
             return self._journal.barrier()
@@ -190,7 +190,7 @@ class Desk:
         """A lease ends. What its sampler stopped by itself another goes on with. Raises ContractError: nothing costs so much."""
         group = self.book.open.get(end.lease)
         if group is None or not end.reason.from_sampler or group.holder != peer.holder:
-            self._refusals.count(peer.id, "end", f"the end of lease {end.lease!r}, which is not open, or not its own")
+            self._refusals.log_refusal(peer.id, "end", f"the end of lease {end.lease!r}, which is not open, or not its own")
             return
         check_end(end, group.lease.plan)
         end = group.settle(end)
@@ -212,7 +212,7 @@ class Desk:
         self._judge(name, verdict, end.error)
         self._granting.look_at(name)
         self.batches.press()
-        self.changed.tell()
+        self.changed.notify()
 
     def _judge(self, name: str, verdict: Verdict, error: str) -> None:
         """Put a sampler aside that only fails, and give up a run in which all do."""
@@ -271,7 +271,7 @@ class Desk:
                 before = state
             self.sessions.apply_last_wills(self.control.members.values())
             self.grant()
-            self.changed.tell()
+            self.changed.notify()
 
     async def drained(self, seconds: float) -> None:
         """Wait until no lease is out; those that remain after ``seconds`` are for another time."""

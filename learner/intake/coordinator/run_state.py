@@ -18,8 +18,9 @@ MARK = "paused"
 
 async def begin(control: ControlPlane, run_dir: Path) -> None:
     """Set the run state of a run that begins or goes on; a drain is over with the process that drained."""
-    await control.settled()
-    paused = control.told is RunState.PAUSED or (control.told is not RunState.RUNNING and (run_dir / MARK).exists())
+    await control.wait_retained_state()
+    state = control.announced_state
+    paused = state is RunState.PAUSED or (state is not RunState.RUNNING and (run_dir / MARK).exists())
     await control.set_state(RunState.PAUSED if paused else RunState.RUNNING)
 
 
@@ -27,7 +28,7 @@ async def remember(control: ControlPlane, run_dir: Path) -> None:
     """Note pauses and their ends, for ever."""
     while True:
         try:
-            match control.told:
+            match control.announced_state:
                 case RunState.PAUSED:
                     (run_dir / MARK).touch()
                 case RunState.RUNNING:

@@ -55,7 +55,7 @@ class LeaseBook(Standing):
             group = min(movable, key=lambda waiting: (waiting.age, waiting.draw))
             draw = group.draw
             lease = self._lease(LeaseKind.TRAIN, group.lease.question, group.lease.plan, self.version, draw)
-            return replace(lease, grant=lease.plan.remaining_grant(group.subtrees), accepted=tuple(group.subtrees)), draw
+            return replace(lease, grant=lease.plan.remaining_budget(group.subtrees), accepted=tuple(group.subtrees)), draw
         draw = self._queue.next_draw
         return self._lease(LeaseKind.TRAIN, self._queue[draw], self._plan, self.version, draw), draw
 
@@ -109,9 +109,9 @@ class LeaseBook(Standing):
 
     def _charge(self, group: OpenGroup, subtree: Subtree) -> None:
         if subtree.lease in self.open:
-            self.ledger.spend(subtree.lease, Budget.of(subtree.cost))
+            self.ledger.spend(subtree.lease, Budget.for_cost(subtree.cost))
         else:
-            self.ledger.late(group.lease.kind, Budget.of(subtree.cost))
+            self.ledger.late(group.lease.kind, Budget.for_cost(subtree.cost))
 
     def ended(self, end: LeaseEnd, *, excused: bool = False) -> OpenGroup:
         """Close a lease; its `OpenGroup.fate` says what becomes of its group. ``excused``: no try is counted.
@@ -125,7 +125,7 @@ class LeaseBook(Standing):
         if end.reason.silent:
             self.ledger.forfeit(end.lease)
         else:
-            self.ledger.spend(end.lease, Budget.of(end.unaccounted))
+            self.ledger.spend(end.lease, Budget.for_cost(end.unaccounted))
             self.ledger.refund(end.lease)
         if group.closed:
             return group

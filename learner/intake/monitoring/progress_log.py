@@ -31,17 +31,17 @@ class ProgressLog:
     def _read(self) -> bool:
         """Learn what the file has; whether that is anything. Raises RunFileError."""
         lines = JsonLinesFile(self._path)
-        for row in lines.new():
+        for row in lines.read_new_rows():
             try:
                 self._had.add(_name(row))
             except TypeError:  # a list where a name should be
-                lines.leave_out("its name is none")
-        if lines.complaint:
-            log.warning("%s", lines.complaint)
+                lines.skip_line("its name is none")
+        if lines.skipped_summary:
+            log.warning("%s", lines.skipped_summary)
         with contextlib.suppress(FileNotFoundError):
-            if lines.whole < self._path.stat().st_size:
-                os.truncate(self._path, lines.whole)
-        return lines.whole > 0
+            if lines.complete_bytes < self._path.stat().st_size:
+                os.truncate(self._path, lines.complete_bytes)
+        return lines.complete_bytes > 0
 
     def add(self, row: Mapping[str, object]) -> bool:
         """Append a line; False if it is there already. Those that a full disk does not take wait for the next one."""

@@ -126,7 +126,7 @@ class RunRecorder:
         """A lease ended; what its group is worth is counted when the group is closed."""
         kind = group.lease.kind
         self._of(self.metrics.ended, kind.value, end.reason.value).inc()
-        self._spent[kind] += Budget.of(end.unaccounted)
+        self._spent[kind] += Budget.for_cost(end.unaccounted)
         if not group.closed:
             self.closed(group, end.reason.value, end.error)
 
@@ -149,10 +149,10 @@ class RunRecorder:
             self.metrics.zero_signal.inc()
         self._of(self.metrics.unique, kind.value).inc(group.group.unique_tokens)
         self._recent[kind].append((sum(rewards) / len(rewards), em))
-        self._spent[kind] += Budget.of(group.group.cost)
-        chain = Budget.of(group.group.chain_equivalent())
+        self._spent[kind] += Budget.for_cost(group.group.cost)
+        chain = Budget.for_cost(group.group.chain_equivalent())
         self._chain[kind] += chain
-        self._needed[kind] += Budget.of(group.group.needed())
+        self._needed[kind] += Budget.for_cost(group.group.needed())
         for currency in CURRENCIES:
             self._of(self.metrics.chain, kind.value, currency).inc(getattr(chain, currency))
 

@@ -33,7 +33,7 @@ def is_untrained(run_dir: Path) -> bool:
     names = [path.name for folder in ("checkpoints", "weights") for path in (run_dir / folder).glob("[!.]*")]
     if any(int(found[1]) for name in names if (found := STEP.match(name))):
         return False
-    return not any(row.get("kind") == "step" for row in JsonLinesFile(run_dir / PROGRESS).new())
+    return not any(row.get("kind") == "step" for row in JsonLinesFile(run_dir / PROGRESS).read_new_rows())
 
 
 def check_resumable(config: Config) -> str:

@@ -33,7 +33,7 @@ class ConnectionMonitor:
     async def abort_call(self, context: Context, reason: str, code: grpc.StatusCode, sentence: str) -> NoReturn:
         """Refuse a call; ``reason``: few values, the metric's label."""
         self._metrics.peers_refused.labels(reason).inc()
-        self._refusals.count(context.peer().rpartition(":")[0], reason, sentence)  # a peer comes back from another port
+        self._refusals.log_refusal(context.peer().rpartition(":")[0], reason, sentence)  # a peer comes back from another port
         await context.abort(code, sentence)
         raise AssertionError  # it never returns
 

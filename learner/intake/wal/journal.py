@@ -162,7 +162,7 @@ class Journal:
         for entry in done:
             self.backlog -= len(entry.data or b"")
             entry.done.set_result(self._number)
-        self._committed.tell()
+        self._committed.notify()
 
     def commit(self) -> list[PendingRecord]:
         """Make the next batch durable, or the next cut, once: one that is under way when its task is cancelled counts.

@@ -140,24 +140,24 @@ def check_engine(config: Config, samplers: int) -> str:
 
 def check_security(config: Config) -> str:
     """Certificates, passwords and tokens can be read, and no address is in the open without them. Raises ConfigError."""
-    access = Credentials.of(config.security, Role.LEARNER)
+    access = Credentials.from_config(config.security, Role.LEARNER)
     access.check_reach("broker.address", config.broker.address)
     access.check_listen("learner.listen", config.learner.listen)
     access.check_metrics("learner.metrics", config.learner.metrics)
-    Credentials.of(config.security, Role.OPERATOR)
+    Credentials.from_config(config.security, Role.OPERATOR)
     return f"TLS with {access.keys.certificate}" if access.keys else "plain text, on this machine alone"
 
 
 def check_parts_security(config: Config) -> str:
     """`check_security` for the other processes of `treegrpo up`. Raises ConfigError."""
-    sampler, retriever = Credentials.of(config.security, Role.SAMPLER), Credentials.of(config.security, Role.RETRIEVER)
+    sampler, retriever = Credentials.from_config(config.security, Role.SAMPLER), Credentials.of(config.security, Role.RETRIEVER)
     sampler.check_metrics("sampler.metrics", config.sampler.metrics)
     sampler.check_url("retriever.url", config.search_url)
     if config.engine.kind == "sglang":
         for url in config.engine.urls:
             sampler.check_url("engine.urls", url)
     retriever.check_metrics("retriever.listen", config.retriever.listen)
-    Credentials.of(config.security, Role.BROKER)
+    Credentials.from_config(config.security, Role.BROKER)
     return "sampler, retriever, broker"
 
 

@@ -54,7 +54,7 @@ class Child(ChildProcess):
     def _last_line(self) -> str:
         """What stands in for the reason of a process that had no time to give one."""
         memory = "if nobody sent it, memory ran out; " if self.code == -signal.SIGKILL else ""
-        lines = self.said()
+        lines = self.read_last_lines()
         return f"{memory}its log ends with {lines[-1]!r}" if lines else f"{memory}its log is empty"
 
 

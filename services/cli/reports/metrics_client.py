@@ -47,7 +47,7 @@ async def pages(access: Credentials) -> AsyncGenerator[Read]:
         async def read(address: str) -> Scrape:
             url = f"{scheme}://{reachable_address(address)}/metrics"
             try:
-                return await client.ask("GET", url, _samples, seconds=SCRAPE_SECONDS, size=PAGE_BYTES)
+                return await client.request("GET", url, _samples, seconds=SCRAPE_SECONDS, size=PAGE_BYTES)
             except (UnavailableError, DeadlineError, ContractError):
                 return {}
 

@@ -114,12 +114,12 @@ class Tail:
 
     def new(self) -> list[Record]:
         """The new records, none while there is no file; a line still being written waits. Raises RunFileError."""
-        return [record for row in self._lines.new() if (record := self._record(row)) is not None]
+        return [record for row in self._lines.read_new_rows() if (record := self._record(row)) is not None]
 
     @property
     def complaint(self) -> str:
         """A sentence about lines that are no records; empty if there is none."""
-        return self._lines.complaint
+        return self._lines.skipped_summary
 
     def _record(self, row: dict[str, Any]) -> Record | None:
         kind = _KINDS.get(str(row.get("kind")))
@@ -130,7 +130,7 @@ class Tail:
             if isinstance(record, EvalRecord):
                 PolicyVersion.parse(record.version)
         except (ValueError, ContractError) as error:
-            self._lines.leave_out(error.errors()[0]["msg"] if isinstance(error, ValidationError) else describe(error))
+            self._lines.skip_line(error.errors()[0]["msg"] if isinstance(error, ValidationError) else describe(error))
             return None
         return record
 

@@ -83,7 +83,7 @@ class Outage:
         """Note that it did not answer."""
         if self._spell is None:
             self._spell = Spell(error)
-            self._suspected.tell()
+            self._suspected.notify()
         return self._spell
 
     async def sit_out(self, error: AwayError, gate: Gate, pause: float, since: float) -> bool:

@@ -24,7 +24,8 @@ class Allowance:
         What one tree has left is not for the others: which branches are made must not depend on which tree was quicker, nor on
         how many leases the group took.
         """
-        costs = [Budget.of(Cost.total([s.cost for s in lease.accepted if s.tree == tree])) for tree in range(lease.plan.trees)]
+        trees = ([subtree.cost for subtree in lease.accepted if subtree.tree == tree] for tree in range(lease.plan.trees))
+        costs = [Budget.for_cost(Cost.total(accepted)) for accepted in trees]
         part = sum(costs, lease.grant) // lease.plan.trees
         return [cls(part - cost) for cost in costs]
 
@@ -36,7 +37,7 @@ class Allowance:
 
     def claim(self, step: Budget) -> bool:
         """Set ``step`` aside for a new expansion; False if the grant does not cover it."""
-        rest = self._grant - Budget.of(self.spent) - self._claimed - step
+        rest = self._grant - Budget.for_cost(self.spent) - self._claimed - step
         if rest.tokens < 0 or rest.tool_calls < 0:
             return False
         self._claimed += step

@@ -155,7 +155,7 @@ class LearnerClient:
             for lease in first.welcome.void_leases:
                 self._outbox.void(lease)
             self._metrics.unacked.set(self.unacked)
-            self._acked.tell()
+            self._acked.notify()
             holder.welcomed(first.welcome)
             self._metrics.serving.set(1)
             return True, await self._serve(call, holder)
@@ -196,7 +196,7 @@ class LearnerClient:
                 self._outbox.acked(response.ack.lease, response.ack.tree, response.ack.index)
                 self._metrics.unacked.set(self.unacked)
                 self._heard = time.monotonic()
-                self._acked.tell()
+                self._acked.notify()
                 if response.ack.refusal:
                     self._metrics.errors.labels(ContractError.__name__).inc()
                     log.warning("the learner refused a subtree of lease %s: %s", response.ack.lease, response.ack.refusal)

@@ -167,7 +167,7 @@ class Follower:
         """Somebody says that ``version`` is the newest. Hearing it twice changes nothing."""
         if version is not None and version != self._newest:
             self._newest = version
-            self._heard.tell()
+            self._heard.notify()
 
     @property
     def want(self) -> Want | None:
@@ -232,7 +232,7 @@ class Follower:
             raise
         self._metrics.version.set(version.step)
         log.info("serving version %s", version)
-        self._loaded.tell()
+        self._loaded.notify()
 
 
 async def first_version(store: WeightStore, backoff: Backoff = FIRST_VERSION) -> tuple[PolicyVersion, Path]:

@@ -98,7 +98,7 @@ class Api:
     async def metrics(self) -> list[Metric]:
         """What it says of itself to Prometheus; nothing where others started it without ``--enable-metrics``."""
         async with self._failing("/metrics", CONTROL_SECONDS):
-            return await self._client.ask(
+            return await self._client.request(
                 "GET", f"{self.url}/metrics/", self._families, seconds=CONTROL_SECONDS, size=METRICS_BYTES
             )
 
@@ -156,7 +156,7 @@ class Api:
     async def _call(self, method: str, path: str, body: dict[str, Any] | None, seconds: float, size: int = CONTROL_BYTES) -> Any:
         async with self._failing(path, seconds):
             read = partial(self._value, path)
-            return await self._client.ask(method, self.url + path, read, seconds=seconds, body=body, size=size)
+            return await self._client.request(method, self.url + path, read, seconds=seconds, body=body, size=size)
 
     def _value(self, path: str, answer: HttpResponse) -> Any:
         if not answer.ok:
@@ -170,8 +170,8 @@ class Api:
         last = b""
         async with self._failing(path, GENERATE_SECONDS), asking as reply:
             if not reply.ok:
-                raise self._refusal(path, await reply.whole())
-            async for line in reply.lines():
+                raise self._refusal(path, await reply.read_body())
+            async for line in reply.iter_lines():
                 if line.startswith(EVENT) and not line.endswith(END):
                     last = line.removeprefix(EVENT)
                     started()

@@ -69,7 +69,7 @@ class Child(ChildProcess):
 
     def last_words(self) -> str:
         """Why it could not listen, or else the last error in its log since it started, or else the last line."""
-        lines = [line.strip() for line in self.said()]
+        lines = [line.strip() for line in self.read_last_lines()]
         binding = [found[1] for line in lines if (found := _BIND.search(line))]
         causes = [line for line in lines if _CAUSE.match(line)]
         return (binding or causes or lines or ["nothing"])[-1]
