@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from treegrpo.observability.native_log import LINE_BYTES, LINES
+from treegrpo.observability.native_log import LINE_BYTES
 from treegrpo.observability.printable_text import UNPRINTABLE
+from treegrpo.observability.rate_limited_log import LINES
 from treegrpo.runtime.process_environment import child_environment, python_command
 
 KNOCKS = 200

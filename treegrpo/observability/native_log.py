@@ -13,14 +13,12 @@ import logging
 import os
 import sys
 import threading
-import time
 
+from treegrpo.observability.rate_limited_log import LineBudget
 from treegrpo.observability.standard_streams import lossy_file
 
 log = logging.getLogger(__name__)
 LINE_BYTES = 1000
-WINDOW_SECONDS = 60.0
-LINES = 60
 CHUNK = 65536
 FLUSH_SECONDS = 2.0
 
@@ -42,20 +40,16 @@ def filter_native_log() -> None:
 
 def _pass_on(reading: int) -> None:
     """Log lines until the other end is closed."""
-    rest, since, said, left_out = b"", time.monotonic(), 0, 0
+    rest, budget = b"", LineBudget()
     while chunk := os.read(reading, CHUNK):
         *lines, rest = (rest + chunk).split(b"\n")
         rest = rest[:LINE_BYTES]
         for line in filter(None, lines):
-            if time.monotonic() - since > WINDOW_SECONDS:
-                if left_out:
-                    log.warning("native code wrote %d more lines, which are left out", left_out)
-                since, said, left_out = time.monotonic(), 0, 0
-            said += 1
-            if said <= LINES:
+            allowed = budget.allow_line()
+            if dropped := budget.take_dropped():
+                log.warning("native code wrote %d more lines, which are left out", dropped)
+            if allowed:
                 log.warning("%s", line[:LINE_BYTES].decode(errors="replace"))
-            else:
-                left_out += 1
 
 
 def _end(before: int, thread: threading.Thread) -> None:

@@ -1,4 +1,4 @@
-"""What a log has of those who are refused."""
+"""Rate-limited logs: refusals of peers, lines of libraries, lines of any kind."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Generator
 
 import pytest
 
-from treegrpo.observability import rate_limited_log
+from tests.manual_clock import ManualClock
 from treegrpo.observability.rate_limited_log import (
     AGAIN_SECONDS,
     LINES,
     REMEMBERED,
     WINDOW_SECONDS,
+    LineBudget,
     RateLimitedLog,
     rate_limit_library_logs,
 )
@@ -21,22 +22,15 @@ from treegrpo.observability.rate_limited_log import (
 log = logging.getLogger("of.the.test")
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_a_refusal_is_said_once_for_a_peer_and_reason_and_again_after_an_hour(caplog: pytest.LogCaptureFixture) -> None:
-    clock = Clock()
-    book = RateLimitedLog(log, clock)
+def test_a_refusal_is_logged_once_a_peer_and_reason_and_hour(caplog: pytest.LogCaptureFixture) -> None:
+    clock = ManualClock(1000.0)
+    limited = RateLimitedLog(log, clock.monotonic)
     for _ in range(5):
-        book.log_refusal("a", "hello", "it is no name")
-    book.log_refusal("a", "role", "it may not")
-    book.log_refusal("b", "hello", "it is no name")
-    clock.now += AGAIN_SECONDS
-    book.log_refusal("a", "hello", "it is no name")
+        limited.log_refusal("a", "hello", "it is no name")
+    limited.log_refusal("a", "role", "it may not")
+    limited.log_refusal("b", "hello", "it is no name")
+    clock.advance(AGAIN_SECONDS)
+    limited.log_refusal("a", "hello", "it is no name")
     assert [record.getMessage() for record in caplog.records] == [
         "refused a: it is no name",
         "refused a: it may not",
@@ -45,16 +39,16 @@ def test_a_refusal_is_said_once_for_a_peer_and_reason_and_again_after_an_hour(ca
     ]
 
 
-def test_many_strangers_do_not_fill_the_log_either(caplog: pytest.LogCaptureFixture) -> None:
-    clock = Clock()
-    book = RateLimitedLog(log, clock)
+def test_many_strangers_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    clock = ManualClock(1000.0)
+    limited = RateLimitedLog(log, clock.monotonic)
     for number in range(3 * REMEMBERED):
-        book.log_refusal(f"peer {number}", "hello", "it is no name")
+        limited.log_refusal(f"peer {number}", "hello", "it is no name")
     assert len(caplog.records) == LINES
-    clock.now += WINDOW_SECONDS + 1
-    book.log_refusal("one more", "hello", "it is no name")
+    clock.advance(WINDOW_SECONDS + 1)
+    limited.log_refusal("one more", "hello", "it is no name")
     assert len(caplog.records) == LINES + 1
-    assert len(book._said) <= REMEMBERED  # pyright: ignore[reportPrivateUsage]
+    assert len(limited._logged) <= REMEMBERED  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.fixture
@@ -65,8 +59,9 @@ def handler() -> Generator[logging.Handler]:
     logging.getLogger().removeHandler(made)
 
 
-def test_what_a_library_complains_about_is_said_now_and_then(handler: logging.Handler, monkeypatch: pytest.MonkeyPatch) -> None:
-    rate_limit_library_logs("library")
+def test_a_line_of_a_library_is_logged_once_an_hour(handler: logging.Handler) -> None:
+    clock = ManualClock()
+    rate_limit_library_logs("library", clock=clock.monotonic)
     (quiet,) = handler.filters
     assert isinstance(quiet, logging.Filter)
 
@@ -79,10 +74,20 @@ def test_what_a_library_complains_about_is_said_now_and_then(handler: logging.Ha
     assert passes("library.part", 8)
     assert passes("ours", 7)
     assert passes("ours", 7)
-    monkeypatch.setattr(rate_limited_log, "AGAIN_SECONDS", 0.0)
+    clock.advance(AGAIN_SECONDS)
     again = passes("library.part", 7)
     assert again is not None
     assert again.getMessage() == "about x (1 more like it since)"
+
+
+def test_a_line_budget_counts_what_it_drops() -> None:
+    clock = ManualClock()
+    budget = LineBudget(clock.monotonic)
+    assert [budget.allow_line() for _ in range(LINES + 2)] == [True] * LINES + [False] * 2
+    assert budget.take_dropped() == 0, "the window is not over"
+    clock.advance(WINDOW_SECONDS + 1)
+    assert budget.allow_line()
+    assert [budget.take_dropped(), budget.take_dropped()] == [2, 0]
 
 
 def test_a_connection_costs_little_before_it_has_shown_anything() -> None:
