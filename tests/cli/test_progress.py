@@ -8,7 +8,6 @@ import pytest
 from services.cli.reports.progress_reader import EvalRecord, StepRecord, Tail, read_progress
 from tests.cli.records import eval_row, step_row, write
 from treegrpo.errors import RunFileError
-from treegrpo.storage import run_files
 from treegrpo.storage.run_files import JsonLinesFile
 
 
@@ -60,10 +59,9 @@ def test_marks_ends_and_rubbish_of_other_programs_cost_no_record(tmp_path: Path)
     assert [record.step for record in tail.new() if isinstance(record, StepRecord)] == [1], "written anew"
 
 
-def test_a_line_without_an_end_is_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_files, "LINE_BYTES", 1000)
+def test_a_line_without_an_end_is_not_kept_in_memory(tmp_path: Path) -> None:
     (tmp_path / "progress.jsonl").write_bytes(b"x" * 5000 + b"\n" + json.dumps({"kind": "eval"}).encode() + b"\n")
-    lines = JsonLinesFile(tmp_path / "progress.jsonl")
+    lines = JsonLinesFile(tmp_path / "progress.jsonl", line_bytes=1000)
     assert list(lines.read_new_rows()) == [{"kind": "eval"}]
     assert "line 1 is no record" in lines.skipped_summary
 

@@ -21,7 +21,6 @@ from services.cli.reports.summary import summary
 from services.cli.reports.terminal import Terminal
 from tests.cli.records import evaluation, step, step_row, write
 from treegrpo.core.question import Question
-from treegrpo.observability import standard_streams
 from treegrpo.observability.printable_text import UNPRINTABLE
 from treegrpo.observability.standard_streams import LossyFile
 
@@ -102,10 +101,9 @@ def test_an_error_has_its_exit_code_whatever_becomes_of_the_sentence(output: str
     assert command(output, "no-such-command", error="closed") == (2, "")
 
 
-def test_a_reader_that_does_not_read_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standard_streams, "BLOCKED_SECONDS", 0.01)
+def test_a_reader_that_does_not_read_holds_nobody_up() -> None:
     reading, writing = os.pipe()
-    file = LossyFile(writing)
+    file = LossyFile(writing, blocked_seconds=0.01)
     with os.fdopen(reading, "rb") as reader:
         assert file.write(b"x" * 200_000) == 200_000
         assert file.lost is not None

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 
 from treegrpo.errors import WeightsError
-from treegrpo.storage import weight_files
 from treegrpo.storage.weight_files import check_finite, check_head, check_plain_numbers, read_heads
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -75,13 +74,12 @@ def test_the_largest_and_smallest_numbers_are_finite(tmp_path: Path, dtype: torc
     check_finite(read_heads(saved(tmp_path, a__weight=torch.tensor([limits.max, limits.min, limits.tiny, 0.0], dtype=dtype))))
 
 
-def test_of_a_large_checkpoint_each_tensors_beginning_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_files, "SCAN_BYTES", 64)
+def test_of_a_large_checkpoint_each_tensors_beginning_is_scanned(tmp_path: Path) -> None:
     late, early = torch.ones(64), torch.ones(64)
     late[-1], early[1] = float("nan"), float("nan")
-    assert check_finite(read_heads(saved(tmp_path, a__weight=late))) == "the first 64 bytes of each tensor finite"
+    assert check_finite(read_heads(saved(tmp_path, a__weight=late)), 64) == "the first 64 bytes of each tensor finite"
     with pytest.raises(WeightsError, match="not finite"):
-        check_finite(read_heads(saved(tmp_path, a__weight=early)))
+        check_finite(read_heads(saved(tmp_path, a__weight=early)), 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])

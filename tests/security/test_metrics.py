@@ -16,6 +16,7 @@ from treegrpo.net.limits import HEADER_BYTES
 from treegrpo.observability import metrics as served
 from treegrpo.observability import metrics_server
 from treegrpo.observability.metrics import RetrieverMetrics
+from treegrpo.observability.metrics_server import ScrapeLimits
 from treegrpo.security.credentials import OPEN, bearer_header
 
 
@@ -53,26 +54,23 @@ async def test_on_this_machine_metrics_need_neither() -> None:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: a\r\n"])
-async def test_a_slow_scrape_is_hung_up_on_and_counted(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
-    monkeypatch.setattr(metrics_server, "REQUEST_SECONDS", 0.2)
-    address = metrics(OPEN)
+async def test_a_slow_scrape_is_hung_up_on_and_counted(said: bytes) -> None:
+    address = metrics(OPEN, ScrapeLimits(seconds=0.2))
     assert await said_to(address, said) == b""
     async with client(OPEN) as web:
         assert 'treegrpo_scrapes_refused_total{reason="slow"} 1.0' in (await web.get(f"http://{address}/metrics")).text
 
 
-async def test_a_slow_handshake_is_hung_up_on(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_server, "REQUEST_SECONDS", 0.2)
-    assert await said_to(metrics(access(made, Role.LEARNER)), b"\x16\x03\x01") == b""
+async def test_a_slow_handshake_is_hung_up_on(made: Path) -> None:
+    assert await said_to(metrics(access(made, Role.LEARNER), ScrapeLimits(seconds=0.2)), b"\x16\x03\x01") == b""
 
 
 async def test_a_large_scrape_is_hung_up_on() -> None:
     assert await said_to(metrics(OPEN), b"GET /metrics HTTP/1.1\r\nX: " + b"x" * (2 * HEADER_BYTES)) == b""
 
 
-async def test_one_scraper_too_many_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_server, "SCRAPERS", 1)
-    address = metrics(OPEN)
+async def test_one_scraper_too_many_is_hung_up_on() -> None:
+    address = metrics(OPEN, ScrapeLimits(connections=1))
     host, _, port = address.rpartition(":")
     _, waiting = await asyncio.open_connection(host, int(port))
     waiting.write(b"GET")

@@ -16,6 +16,7 @@ from treegrpo.config.schema import RetrieverConfig
 from treegrpo.config.security import Role
 from treegrpo.observability import metrics as served
 from treegrpo.observability.metrics import RetrieverMetrics
+from treegrpo.observability.metrics_server import LIMITS, ScrapeLimits
 from treegrpo.security.credentials import Credentials
 
 SECONDS = 10.0
@@ -37,9 +38,9 @@ async def retriever(tmp_path: Path, who: Credentials, contents: str = "Kabul\nKa
             await service
 
 
-def metrics(who: Credentials) -> str:
+def metrics(who: Credentials, limits: ScrapeLimits = LIMITS) -> str:
     """Served until the tests end; HOST:PORT."""
-    return f"127.0.0.1:{served.serve(RetrieverMetrics(), '127.0.0.1:0', 'retriever.listen', who)}"
+    return f"127.0.0.1:{served.serve_metrics(RetrieverMetrics(), '127.0.0.1:0', 'retriever.listen', who, limits)}"
 
 
 def client(who: Credentials, token: dict[str, str] | None = None, server: Role = Role.RETRIEVER) -> httpx.AsyncClient:

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from treegrpo.core.lease import LeaseEndReason, LeaseKind
 from treegrpo.net.address import address_family, check_free, split_address
-from treegrpo.observability.metrics_server import start_metrics_server
+from treegrpo.observability.metrics_server import LIMITS, ScrapeLimits, start_metrics_server
 from treegrpo.security.credentials import Credentials
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -214,7 +214,7 @@ class RetrieverMetrics(_Metrics):
         self.documents = self._gauge("retriever_documents", "Documents in the index")
 
 
-def serve_metrics(metrics: _Metrics, address: str, key: str, access: Credentials) -> int:
+def serve_metrics(metrics: _Metrics, address: str, key: str, access: Credentials, limits: ScrapeLimits = LIMITS) -> int:
     """Serve /metrics and /health from a thread until the process ends; returns the port.
 
     Raises:
@@ -232,5 +232,6 @@ def serve_metrics(metrics: _Metrics, address: str, key: str, access: Credentials
         access.server_context(),
         access.metrics_token,
         refused=lambda reason: metrics.scrapes_refused.labels(reason).inc(),
+        limits=limits,
     )
     return listener.getsockname()[1]

@@ -12,6 +12,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -25,6 +26,19 @@ CONTENT = "text/plain; version=0.0.4; charset=utf-8"
 END = b"\r\n\r\n"
 
 
+@dataclass(frozen=True, slots=True)
+class ScrapeLimits:
+    """What one reader of /metrics may take."""
+
+    seconds: float = REQUEST_SECONDS
+    """From the connection to the last byte of its request, and to read the answer."""
+    connections: int = SCRAPERS
+    """At once."""
+
+
+LIMITS = ScrapeLimits()
+
+
 def start_metrics_server(
     listener: socket.socket,
     page: Callable[[], bytes],
@@ -32,45 +46,52 @@ def start_metrics_server(
     context: ssl.SSLContext | None,
     token: SecretStr,
     refused: Callable[[str], None],
+    limits: ScrapeLimits = LIMITS,
 ) -> threading.Thread:
     """Answer ``GET /metrics`` with ``page()`` and ``GET /health`` by ``serving()`` at ``listener`` until the process ends.
 
     ``refused`` counts reasons, of few.
     """
-    server = _MetricsServer(page, serving, token, refused)
-    thread = threading.Thread(target=asyncio.run, args=(server.run(listener, context),), name="metrics", daemon=True)
+    server = _MetricsServer(page, serving, token, refused, limits)
+    thread = threading.Thread(target=asyncio.run, args=(server.serve_forever(listener, context),), name="metrics", daemon=True)
     thread.start()
     return thread
 
 
 class _MetricsServer:
     def __init__(
-        self, page: Callable[[], bytes], serving: Callable[[], bool], token: SecretStr, refused: Callable[[str], None]
+        self,
+        page: Callable[[], bytes],
+        serving: Callable[[], bool],
+        token: SecretStr,
+        refused: Callable[[str], None],
+        limits: ScrapeLimits,
     ) -> None:
         self._page = page
         self._serving = serving
         self._token = token
         self._refused = refused
+        self._limits = limits
         self._open = 0
 
-    async def run(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
-        patience = None if context is None else REQUEST_SECONDS
+    async def serve_forever(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
+        handshake_seconds = None if context is None else self._limits.seconds
         server = await asyncio.start_server(
             self._connected,
             sock=listener,
             ssl=context,
             limit=HEADER_BYTES,
-            ssl_handshake_timeout=patience,
-            ssl_shutdown_timeout=patience,
+            ssl_handshake_timeout=handshake_seconds,
+            ssl_shutdown_timeout=handshake_seconds,
         )
-        asyncio.get_running_loop().set_exception_handler(_complain)
+        asyncio.get_running_loop().set_exception_handler(_ignore_failed_handshake)
         await server.serve_forever()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open += 1
         try:
-            if self._open <= SCRAPERS:
-                async with asyncio.timeout(REQUEST_SECONDS):
+            if self._open <= self._limits.connections:
+                async with asyncio.timeout(self._limits.seconds):
                     writer.write(self._answer(await reader.readuntil(END)))
                     await writer.drain()
             else:
@@ -109,7 +130,7 @@ class _MetricsServer:
             return _response(HTTPStatus.INTERNAL_SERVER_ERROR, b"A figure cannot be made; see the log of this process.\n")
 
 
-def _complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def _ignore_failed_handshake(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """A handshake that failed is the peer's affair; all else is ours."""
     if not isinstance(context.get("exception"), OSError):
         loop.default_exception_handler(context)

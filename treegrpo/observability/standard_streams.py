@@ -21,13 +21,14 @@ BLOCKED_SECONDS = 5.0
 class LossyFile(io.RawIOBase):
     """Raw file of a descriptor, to write to; a write never fails."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, blocked_seconds: float = BLOCKED_SECONDS) -> None:
         super().__init__()
+        self._blocked_seconds = blocked_seconds
         self.number = number
         self.lost: OSError | None = None
         """Why the first bytes that are missing could not be written."""
         self._stuck = False
-        """Nobody has read for BLOCKED_SECONDS; until somebody does, nothing is waited for."""
+        """Nobody has read for ``blocked_seconds``; until somebody does, nothing is waited for."""
 
     def writable(self) -> bool:
         return True
@@ -51,7 +52,7 @@ class LossyFile(io.RawIOBase):
     def _write(self, data: memoryview) -> int:
         ready = select.poll()
         ready.register(self.number, select.POLLOUT)
-        if not ready.poll(0 if self._stuck else 1000 * BLOCKED_SECONDS):
+        if not ready.poll(0 if self._stuck else 1000 * self._blocked_seconds):
             self._stuck = True
             raise BlockingIOError(errno.EAGAIN, "nobody reads it")
         self._stuck = False

@@ -29,12 +29,12 @@ PROBE_SECONDS = 3.0
 ALIVE = "--alive"
 
 
-def probe_failure(url: str, *, alive: bool = False) -> str:
+def probe_failure(url: str, *, alive: bool = False, seconds: float = PROBE_SECONDS) -> str:
     """Why what is at ``url`` cannot be said to serve, or to be ``alive``; empty if it can."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        with _deadline(), build_opener(ProxyHandler({}), HTTPSHandler(context=context)).open(url, timeout=PROBE_SECONDS):
+        with _deadline(seconds), build_opener(ProxyHandler({}), HTTPSHandler(context=context)).open(url, timeout=seconds):
             return ""
     except HTTPError as error:
         with error:
@@ -44,14 +44,14 @@ def probe_failure(url: str, *, alive: bool = False) -> str:
 
 
 @contextmanager
-def _deadline() -> Generator[None]:
-    """Raise TimeoutError in the block after PROBE_SECONDS: a socket's own time-out is for each read."""
+def _deadline(seconds: float) -> Generator[None]:
+    """Raise TimeoutError in the block after ``seconds``: a socket's own time-out is for each read."""
 
     def expired(_number: int, _frame: object) -> None:
-        raise TimeoutError(f"no answer within {PROBE_SECONDS:g} s")
+        raise TimeoutError(f"no answer within {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, expired)
-    signal.setitimer(signal.ITIMER_REAL, PROBE_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from treegrpo.config.security import Role, SecurityConfig, check_address, check_
 from treegrpo.errors import ConfigError, describe
 from treegrpo.net.address import is_local, split_address
 from treegrpo.security.server_role import certificate_role, is_signed_by, role_checking_context
-from treegrpo.security.tls_reload import FileStamp, TlsReload, file_stamp
+from treegrpo.security.tls_reload import reloading_context
 
 WORLD = 0o007
 """Permission bits of everybody."""
@@ -54,16 +54,6 @@ class CertificateFiles(NamedTuple):
         certificate = read_credential_file(self.certificate, "the certificate")
         return PemBundle(ca, certificate, read_secret_file(self.key, "the private key"))
 
-    @property
-    def stamp(self) -> FileStamp:
-        """Another one when the files were renewed. Raises ConfigError."""
-        try:
-            return file_stamp(self)
-        except OSError as error:
-            raise ConfigError(
-                f"{error.filename} cannot be read ({error.strerror}); make it with `treegrpo certs`, or let this user read it."
-            ) from error
-
     def check(self, role: Role) -> None:
         """Raise ConfigError when the certificate is not the key's, not the CA's, not this role's, or out of date."""
         pem = self.pem
@@ -91,7 +81,7 @@ class CertificateFiles(NamedTuple):
 
     def server_context(self, *, ask: bool) -> ssl.SSLContext:
         """For what listens with Python's own TLS, with the files as they are at each handshake; ``ask``: for a certificate."""
-        return TlsReload(self, ask=ask).context()
+        return reloading_context(self, ask=ask)
 
     def client_context(self, server: Role) -> ssl.SSLContext:
         """For what connects with it to a ``server``, which must have the name or address that it is reached at, too."""

@@ -93,8 +93,9 @@ def parse_object(data: bytes) -> Object:
 class JsonLinesFile:
     """Reads the objects of a JSONL file that grows. Lines that are none are left out, and `skipped_summary` says so."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, line_bytes: int = LINE_BYTES) -> None:
         self._path = path
+        self._line_bytes = line_bytes
         self._offset = 0
         self._line = 0
         self._wrong = 0
@@ -128,10 +129,10 @@ class JsonLinesFile:
 
     def _whole_line(self, file: Any) -> bytes:
         """The next line with its end; empty if there is none yet."""
-        piece: bytes = file.readline(LINE_BYTES)
+        piece: bytes = file.readline(self._line_bytes)
         line = piece
-        while len(piece) == LINE_BYTES and not piece.endswith(b"\n"):
-            piece = file.readline(LINE_BYTES)
+        while len(piece) == self._line_bytes and not piece.endswith(b"\n"):
+            piece = file.readline(self._line_bytes)
             line = b"#" + piece[-1:]  # too long to be ours: only its end matters
         if not piece.endswith(b"\n"):  # the end of the file, where somebody may be writing
             return b""

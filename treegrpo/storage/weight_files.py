@@ -130,8 +130,8 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(_blocks(one, one.size), _blocks(other, other.size), strict=True))
 
 
-def check_finite(tensors: Mapping[str, StoredTensor]) -> str:
-    """Look for numbers that are none, in all tensors, or in the beginning of each where they are large together.
+def check_finite(tensors: Mapping[str, StoredTensor], scan_bytes: int = SCAN_BYTES) -> str:
+    """Look for values that are not finite, in all tensors, or, above ``scan_bytes`` together, in the beginning of each.
 
     Returns:
         How much was looked at.
@@ -140,11 +140,11 @@ def check_finite(tensors: Mapping[str, StoredTensor]) -> str:
         WeightsError: there is one.
     """
     total = sum(tensor.size for tensor in tensors.values())
-    share = total if total <= SCAN_BYTES else SCAN_BYTES // len(tensors) // 8 * 8
+    share = total if total <= scan_bytes else scan_bytes // len(tensors) // 8 * 8
     for tensor in tensors.values():
         if tensor.dtype in EXPONENTS and not all(_finite(block, tensor.dtype) for block in _blocks(tensor, share)):
             raise WeightsError(f"{tensor.name} in {tensor.file} has values that are not finite; {RESTORE}.")
-    return "all values finite" if total <= SCAN_BYTES else f"the first {share} bytes of each tensor finite"
+    return "all values finite" if total <= scan_bytes else f"the first {share} bytes of each tensor finite"
 
 
 def _blocks(tensor: StoredTensor, limit: int) -> Iterator[np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -15,10 +16,10 @@ import grpc
 from learner.intake.rpc.auth_interceptor import AuthInterceptor, CallLimits
 from learner.intake.rpc.connection_monitor import ConnectionMonitor
 from treegrpo.config.security import Role
-from treegrpo.errors import ConfigError
 from treegrpo.net import limits
 from treegrpo.observability.rate_limited_log import rate_limit_library_logs
 from treegrpo.security.credentials import CertificateFiles, Credentials
+from treegrpo.security.tls_reload import CertificateReload
 
 log = logging.getLogger(__name__)
 OPTIONS = (
@@ -65,25 +66,16 @@ def create_server(
 
 
 def _server_credentials(keys: CertificateFiles, role: Role, monitor: ConnectionMonitor) -> grpc.ServerCredentials:
-    """Reads the certificate's files again at a handshake after they have changed: a renewed one needs no restart."""
-    served = keys.stamp
+    """Credentials that follow renewed certificate files at each handshake."""
 
-    def configuration() -> Any:
+    def load() -> Any:
         pem = keys.pem
         return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], root_certificates=pem.ca)
 
-    def reload_if_changed() -> Any:
-        nonlocal served
-        monitor.record_handshake()
-        try:
-            if (now := keys.stamp) == served:
-                return None
-            keys.check(role)
-            reloaded = configuration()
-        except ConfigError as error:  # half of a renewal; the next handshake finds the rest
-            log.warning("the renewed certificate cannot be used, so the server keeps the one before: %s", error)
-            return None
-        served = now
-        return reloaded
+    reload = CertificateReload(keys, load, partial(keys.check, role))
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), reload_if_changed, require_client_authentication=True)
+    def reload_if_changed() -> Any:
+        monitor.record_handshake()
+        return reload.newest if reload.reload_if_changed() else None
+
+    return grpc.dynamic_ssl_server_credentials(reload.newest, reload_if_changed, require_client_authentication=True)

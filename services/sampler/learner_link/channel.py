@@ -12,9 +12,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from treegrpo.config.security import Role, host_of
-from treegrpo.errors import ConfigError, UnavailableError
+from treegrpo.errors import UnavailableError
 from treegrpo.net import limits
 from treegrpo.security.credentials import CertificateFiles, Credentials
+from treegrpo.security.tls_reload import CertificateReload
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
@@ -58,9 +59,8 @@ class RenewingChannel:
     def __init__(self, address: str, access: Credentials, keys: CertificateFiles) -> None:
         self._address = address
         self._access = access
-        self._keys = keys
-        self._stamp = keys.stamp
-        self._channels = [open_channel(address, access)]
+        self._channels: list[grpc.aio.Channel] = []
+        self._reload = CertificateReload(keys, self._open_channel, partial(keys.check, access.role))
 
     def unary_unary(self, path: str, **options: Any) -> Callable[..., Any]:
         return partial(self._call, "unary_unary", path, options)
@@ -81,16 +81,13 @@ class RenewingChannel:
         for channel in self._channels:
             await channel.close()
 
-    def _newest(self) -> Any:
-        try:
-            if (now := self._keys.stamp) != self._stamp:
-                self._keys.check(self._access.role)
-                self._channels.append(open_channel(self._address, self._access))
-                self._stamp = now
-                log.info("%s is shown to the learner as it is now", self._keys.certificate)
-        except ConfigError as error:  # half of a renewal; the next call finds the rest
-            log.warning("the certificate of before goes on to be shown: %s", error)
+    def _open_channel(self) -> Any:
+        self._channels.append(open_channel(self._address, self._access))
         return self._channels[-1]
+
+    def _newest(self) -> Any:
+        self._reload.reload_if_changed()
+        return self._reload.newest
 
 
 async def connect(address: str, access: Credentials) -> grpc.aio.Channel:
