@@ -113,7 +113,9 @@ def presence() -> Callable[[tuple[int, bytes]], None]:
 
 
 def page() -> Callable[[bytes], None]:
-    server = metrics_server._MetricsServer(lambda: b"page", lambda: True, SecretStr("word"), lambda _: None)  # pyright: ignore[reportPrivateUsage]
+    server = metrics_server._MetricsServer(  # pyright: ignore[reportPrivateUsage]
+        lambda: b"page", lambda: True, SecretStr("word"), lambda _: None, metrics_server.LIMITS
+    )
 
     def ask(data: bytes) -> None:
         assert server._answer(data).startswith(b"HTTP/1.1 ")  # pyright: ignore[reportPrivateUsage]

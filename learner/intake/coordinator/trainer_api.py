@@ -46,7 +46,7 @@ class TrainerApi:
         self._evaluation: Round | None = None
         self._reported_damage: PolicyVersion | None = None
         """The version of which the trainer knows that it is damaged."""
-        versions.on_damaged = desk.changed.tell
+        versions.on_damaged = desk.changed.notify
         self._connections = 0
         self._requests = 0
         self._has_connected = False

@@ -150,7 +150,8 @@ def check_security(config: Config) -> str:
 
 def check_parts_security(config: Config) -> str:
     """`check_security` for the other processes of `treegrpo up`. Raises ConfigError."""
-    sampler, retriever = Credentials.from_config(config.security, Role.SAMPLER), Credentials.of(config.security, Role.RETRIEVER)
+    sampler = Credentials.from_config(config.security, Role.SAMPLER)
+    retriever = Credentials.from_config(config.security, Role.RETRIEVER)
     sampler.check_metrics("sampler.metrics", config.sampler.metrics)
     sampler.check_url("retriever.url", config.search_url)
     if config.engine.kind == "sglang":
