@@ -141,9 +141,9 @@ async def _recover_and_serve(config: Config, access: Credentials) -> None:
     recovered = recover(disk, folder, snapshots, book, reporter)
     serve_metrics(metrics, config.learner.metrics, "learner.metrics", access)
     member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics, run=run_id)
-    with Journal.open(disk, folder, recovered.end) as journal:
+    with Journal.open_journal(disk, folder, recovered.end) as journal:
         compaction = JournalCompactor(disk, folder, journal, snapshots, lambda: StateCapture(book, reporter))
-        reporter.watch(journal)
+        reporter.export_journal(journal)
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
             await run_state.begin(control, run_dir)
             plan = config.rollout.plan
@@ -154,12 +154,12 @@ async def _recover_and_serve(config: Config, access: Credentials) -> None:
             watchdog = StallWatchdog(desk.pace, lambda: current_run_status(desk, trainer, journal), reporter)
             async with asyncio.TaskGroup() as tasks:
                 background = [
-                    tasks.create_task(journal.write_forever(), name="journal"),
+                    tasks.create_task(journal.commit_forever(), name="journal"),
                     tasks.create_task(desk.follow(), name="control"),
                     tasks.create_task(run_state.remember(control, run_dir), name="pause"),
-                    tasks.create_task(DiskReserve(disk, journal).keep_forever(), name="reserve"),
+                    tasks.create_task(DiskReserve(disk, journal).maintain_forever(), name="reserve"),
                     tasks.create_task(compaction.run_forever(), name="compaction"),
-                    tasks.create_task(watchdog.run_forever(), name="watchdog"),
+                    tasks.create_task(watchdog.watch_forever(), name="watchdog"),
                     tasks.create_task(_fail_if_removed(desk, directory, compaction), name="directory"),
                 ]
                 await _serve(config, desk, trainer, versions, control, metrics, access)

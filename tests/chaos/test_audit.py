@@ -10,7 +10,7 @@ import pytest
 
 from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.persistence import lease_events
-from learner.intake.wal.framing import Record, encode, frame
+from learner.intake.wal.framing import Record, encode_frame, encode_record
 from learner.intake.wal.segments import FORMAT, segment_path
 from tests.chaos.audit import Audit, audit
 from tests.chaos.history import Archive, Row
@@ -62,8 +62,10 @@ class Run:
         journal, checkpoint = folder / "journal", folder / "checkpoints" / "step-000002"
         for made in (journal, checkpoint):
             made.mkdir(parents=True)
-        header = encode({"format": FORMAT, "segment": 1, "after": 0})
-        segment_path(journal, 1).write_bytes(frame([header]) + frame([encode(event) for event in self.journal]))
+        header = encode_record({"format": FORMAT, "segment": 1, "after": 0})
+        segment_path(journal, 1).write_bytes(
+            encode_frame([header]) + encode_frame([encode_record(event) for event in self.journal])
+        )
         (checkpoint / "progress.json").write_text(json.dumps({"position": self.position}))
         for name, rows in (("progress.jsonl", self.lines), ("set_aside.jsonl", self.aside)):
             (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))

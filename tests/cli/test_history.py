@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.wal.framing import encode, frame
+from learner.intake.wal.framing import encode_frame, encode_record
 from learner.intake.wal.segments import segment_path
 from services.cli.checks.run_checks import check_run_dir
 from services.cli.reports.run_history import beginning, finished, newest_checkpoint, steps_done
@@ -35,9 +35,9 @@ def test_a_directory_holds_a_run_once_something_is_recorded(tmp_path: Path) -> N
     assert (steps_done(bench.run_dir), beginning(config)) == (None, f"Starting the run test in {bench.run_dir}")
     (bench.run_dir / "journal").mkdir()
     segment = segment_path(bench.run_dir / "journal", 1)
-    segment.write_bytes(header := frame([encode({"format": 1, "segment": 1, "after": 0})]))
+    segment.write_bytes(header := encode_frame([encode_record({"format": 1, "segment": 1, "after": 0})]))
     assert steps_done(bench.run_dir) is None, "a start that failed has left nothing to go on with"
-    segment.write_bytes(header + frame([encode({"event": "granted"})]))
+    segment.write_bytes(header + encode_frame([encode_record({"event": "granted"})]))
     assert (steps_done(bench.run_dir), beginning(config)) == (0, f"Continuing the run in {bench.run_dir} after step 0 of 2")
     checkpoint(bench.run_dir, "step-000001")
     assert beginning(config) == f"Continuing the run in {bench.run_dir} after step 1 of 2"

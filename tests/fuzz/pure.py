@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from learner.intake.coordinator.sampler_sessions import SamplerSessions
 from learner.intake.rpc.request_limits import read_request
-from learner.intake.wal.framing import BrokenFrameError, follows, read_frame
+from learner.intake.wal.framing import BrokenFrameError, has_later_commit, read_frame
 from tests.fuzz import answers, foreign, samples
 from tests.fuzz.mutations import packed, protobufs, raw
 from tests.intake.builders import PLAN, book, grant
@@ -86,7 +86,7 @@ def journal(data: bytes) -> None:
         while read_frame(file) is not None:
             pass
     except BrokenFrameError as broken:
-        follows(file, 0, broken.end)
+        has_later_commit(file, 0, broken.end)
 
 
 def presence() -> Callable[[tuple[int, bytes]], None]:

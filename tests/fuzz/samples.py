@@ -6,7 +6,7 @@ import io
 from dataclasses import asdict, replace
 from typing import Any
 
-from learner.intake.wal.framing import encode, frame
+from learner.intake.wal.framing import encode_frame, encode_record
 from tests.intake.builders import PLAN, VERSION, chain, complete, question, step
 from treegrpo.core.budget import Budget, Cost
 from treegrpo.core.lease import Lease, LeaseKind
@@ -66,8 +66,8 @@ _RECORDS: list[Any] = [
     {"event": "accepted", "subtree": subtree_to_pb(chain(LEASE)).SerializeToString()},
     {"event": "closed", "draw": 3},
 ]
-FRAMES = [frame([encode(record) for record in _RECORDS[first:]]) for first in range(3)]
-SEGMENT = b"".join([frame([encode(_RECORDS[0])]), *FRAMES[1:]])
+FRAMES = [encode_frame([encode_record(record) for record in _RECORDS[first:]]) for first in range(3)]
+SEGMENT = b"".join([encode_frame([encode_record(_RECORDS[0])]), *FRAMES[1:]])
 SCRAPES = [b"GET /metrics HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer word\r\nAccept: */*\r\n\r\n"]
 SEARCH: list[Any] = [{"queries": ["Kabul", "small town"], "topk": 3, "return_scores": True}]
 

@@ -62,8 +62,8 @@ class CrashableIntake:
         self.snapshots = SnapshotStore(disk, SNAPSHOTS)
         self.book, self.reporter = book(batch=BATCH, questions=6), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=BATCH)
         self.recovered = recover(disk, JOURNAL, self.snapshots, self.book, self.reporter)
-        self.reporter.keep(self.book)
-        disk.make_folder(JOURNAL)
+        self.reporter.export_lease_table(self.book)
+        disk.make_directory(JOURNAL)
         self.journal = Journal(disk, JOURNAL, self.recovered.end)
         self.compaction = JournalCompactor(
             disk, JOURNAL, self.journal, self.snapshots, lambda: StateCapture(self.book, self.reporter)
@@ -81,7 +81,7 @@ class CrashableIntake:
         del history.states[kept + 1 :]
         del history.line[self.book.groups.line_end :]
         self.publish(history.checkpoints[-1] // BATCH)
-        kept, append = len(history.states) - 1, self.journal.append
+        kept, append = len(history.states) - 1, self.journal.append_record
         self._waiting: list[asyncio.Future[int]] = []
 
         def watched(record: Record | bytes) -> asyncio.Future[int]:
@@ -91,19 +91,19 @@ class CrashableIntake:
             self._waiting.append(append(record))
             return self._waiting[-1]
 
-        self.journal.append = watched
+        self.journal.append_record = watched
         self._kept = kept
         self.commit()
 
     # ---- what writes
 
     def commit(self) -> None:
-        while self.journal.busy:
-            self.journal.settle(self.journal.commit())
+        while self.journal.has_pending:
+            self.journal.resolve_records(self.journal.commit_next())
             self.history.acked = max(self.history.acked, self._kept + sum(future.done() for future in self._waiting))
 
     def compact(self) -> None:
-        state, cut = StateCapture(self.book, self.reporter), self.journal.cut()
+        state, cut = StateCapture(self.book, self.reporter), self.journal.start_segment()
         self.commit()
         self.compaction.compact(cut.result(), state)
 

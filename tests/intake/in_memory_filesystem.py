@@ -87,10 +87,10 @@ class InMemoryFileSystem:
 
     # ---- Disk
 
-    def sync(self, path: Path) -> None:
-        InMemoryFile(self, self.files[path]).sync()
+    def sync_file(self, path: Path) -> None:
+        InMemoryFile(self, self.files[path]).flush_to_disk()
 
-    def create(self, path: Path) -> InMemoryFile:
+    def create_file(self, path: Path) -> InMemoryFile:
         self.call("create")
         if path.parent not in self.folders:
             raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
@@ -99,32 +99,32 @@ class InMemoryFileSystem:
         self.files[path].data.clear()
         return InMemoryFile(self, self.files[path])
 
-    def open(self, path: Path) -> BinaryIO:
+    def open_file(self, path: Path) -> BinaryIO:
         if path not in self.files:
             raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
         return io.BytesIO(self.files[path].data)
 
-    def free(self, folder: Path) -> int:
+    def free_bytes(self, folder: Path) -> int:
         return self.size - sum(len(inode.data) + inode.reserved for inode in self.files.values())
 
-    def reserve(self, path: Path, size: int) -> None:
+    def preallocate(self, path: Path, size: int) -> None:
         self.call("reserve")
         self.take(size)
         self.files[path] = InMemoryInode(reserved=size)
 
     def take(self, size: int) -> None:
         """Raises OSError if there is no room for so many bytes more."""
-        if self.free(Path("/")) < size:
+        if self.free_bytes(Path("/")) < size:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def names(self, folder: Path) -> list[str]:
+    def list_names(self, folder: Path) -> list[str]:
         return sorted({path.name for path in (*self.files, *self.folders) if path.parent == folder != path})
 
-    def make_folder(self, path: Path) -> None:
+    def make_directory(self, path: Path) -> None:
         self.call("make_folder")
         self.folders |= {path, *path.parents}
 
-    def rename(self, old: Path, new: Path) -> None:
+    def rename_path(self, old: Path, new: Path) -> None:
         self.call("rename")
         if old in self.folders:
             if any(path.parent == new for path in self.files):
@@ -133,16 +133,16 @@ class InMemoryFileSystem:
         for path in [path for path in self.files if path.is_relative_to(old)]:
             self.files[new / path.relative_to(old)] = self.files.pop(path)
 
-    def remove(self, path: Path) -> None:
+    def remove_path(self, path: Path) -> None:
         self.call("remove")
         if path in self.folders:
-            if self.names(path):
+            if self.list_names(path):
                 raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
             self.folders.remove(path)
         else:
             del self.files[path]
 
-    def sync_folder(self, path: Path) -> None:
+    def sync_directory(self, path: Path) -> None:
         """Of a folder that moved, also where it was: one journal holds both names."""
         self.call("sync_folder")
         self.kept_files = {
@@ -163,7 +163,7 @@ class InMemoryFile:
         self._disk = disk
         self._inode = inode
 
-    def write(self, data: bytes) -> None:
+    def append_bytes(self, data: bytes) -> None:
         try:
             self._disk.call("write")
         except (CrashError, OSError):
@@ -172,7 +172,7 @@ class InMemoryFile:
         self._disk.take(len(data))
         self._inode.data += data
 
-    def sync(self) -> None:
+    def flush_to_disk(self) -> None:
         try:
             self._disk.call("sync")
         except OSError:
@@ -181,11 +181,11 @@ class InMemoryFile:
         if not self._inode.failed:
             self._inode.durable = bytes(self._inode.data)
 
-    def truncate(self, size: int) -> None:
+    def truncate_to(self, size: int) -> None:
         self._disk.call("truncate")
         del self._inode.data[size:]
 
-    def close(self) -> None:
+    def close_file(self) -> None:
         pass
 
 

@@ -93,7 +93,7 @@ async def serve_intake(
     recovered = recover(disk, folder / "journal", SnapshotStore(disk, folder / "snapshots"), table, reporter)
     control = offline_control()
     table.version = VERSION
-    with Journal.open(disk, folder / "journal", recovered.end) as journal:
+    with Journal.open_journal(disk, folder / "journal", recovered.end) as journal:
         timings, versions = timings or CoordinatorTimings(), PublishedVersions(table, control)
         desk = Desk(table, journal, control, reporter, run="test", plan=PLAN, heldout=1, timings=timings)
         trainer = TrainerApi(desk, versions, [question(90)], lambda: None, long_poll_seconds=timings.long_poll_seconds)
@@ -104,7 +104,7 @@ async def serve_intake(
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, metrics), server)
         await server.start()
         async with asyncio.TaskGroup() as tasks:
-            working = [tasks.create_task(journal.write_forever()), tasks.create_task(desk.follow())]
+            working = [tasks.create_task(journal.commit_forever()), tasks.create_task(desk.follow())]
             try:
                 yield IntakeFixture(desk, trainer, journal, control, metrics, versions, address)
             finally:

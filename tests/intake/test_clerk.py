@@ -32,15 +32,15 @@ class Lines:
     def __init__(self) -> None:
         self.records: list[Record] = []
 
-    def append(self, record: bytes) -> asyncio.Future[int]:
+    def append_record(self, record: bytes) -> asyncio.Future[int]:
         self.records.append(msgpack.unpackb(record))
-        return self.barrier()
+        return self.durable_so_far()
 
-    def barrier(self) -> asyncio.Future[int]:
+    def durable_so_far(self) -> asyncio.Future[int]:
         return asyncio.get_running_loop().create_future()
 
 
-@pytest.mark.parametrize("failing", ["accepted", "ended"])
+@pytest.mark.parametrize("failing", ["record_subtree", "record_lease_end"])
 async def test_a_report_that_fails_does_not_part_the_journal_from_the_book(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +54,7 @@ async def test_a_report_that_fails_does_not_part_the_journal_from_the_book(
         raise ZeroDivisionError
 
     monkeypatch.setattr(reporter, failing, fail)
-    if failing == "accepted":
+    if failing == "record_subtree":
         with pytest.raises(ZeroDivisionError):
             clerk.accept(subtree_to_pb(chain(lease)))
     else:

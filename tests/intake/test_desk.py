@@ -26,16 +26,16 @@ class Told:
 
 
 class Forgetful:
-    blocked, short_since, backlog = False, None, 0
+    blocked, low_space_since, backlog_bytes = False, None, 0
 
     def __init__(self) -> None:
         self._done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._done.set_result(1)
 
-    def append(self, _: Any) -> asyncio.Future[int]:
+    def append_record(self, _: Any) -> asyncio.Future[int]:
         return self._done
 
-    def barrier(self) -> asyncio.Future[int]:
+    def durable_so_far(self) -> asyncio.Future[int]:
         return self._done
 
 

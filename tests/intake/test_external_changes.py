@@ -120,9 +120,9 @@ def watched(run_dir: Path) -> Any:
     """A journal with one segment, and who watches its directory."""
     disk, folder = LocalFileSystem(), run_dir / "journal"
     run_dir.mkdir()
-    with Journal.open(disk, folder, JournalEnd()) as journal:
-        journal.append({"event": "closed", "draw": 0})
-        journal.commit()
+    with Journal.open_journal(disk, folder, JournalEnd()) as journal:
+        journal.append_record({"event": "closed", "draw": 0})
+        journal.commit_next()
         yield DirectoryMonitor(disk, journal, SnapshotStore(disk, run_dir / "snapshots"), run_dir)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from learner.intake.wal.filesystem import FileSystem, LocalFileSystem
-from learner.intake.wal.framing import BATCH_BYTES, MAX_RECORD_BYTES, encode, frame
+from learner.intake.wal.framing import BATCH_BYTES, MAX_RECORD_BYTES, encode_frame, encode_record
 from learner.intake.wal.journal import BACKLOG_BYTES, Journal
-from learner.intake.wal.segments import JournalEnd, SegmentReader, drop, segment_path
+from learner.intake.wal.segments import JournalEnd, SegmentReader, drop_segments, segment_path
 from tests.intake.in_memory_filesystem import CrashError, InMemoryFileSystem
 from treegrpo.errors import JournalError
 from treegrpo.timing.backoff import Backoff
@@ -27,8 +27,8 @@ FOLDER = Path("/journal")
 @contextlib.asynccontextmanager
 async def at_work(disk: FileSystem, folder: Path = FOLDER) -> AsyncGenerator[Journal]:
     """A journal that goes on where the one before stopped, and its committing task."""
-    with Journal.open(disk, folder, ended(disk, folder), backoff=Backoff((0.0,))) as journal:
-        writer = asyncio.create_task(journal.write_forever())
+    with Journal.open_journal(disk, folder, ended(disk, folder), backoff=Backoff((0.0,))) as journal:
+        writer = asyncio.create_task(journal.commit_forever())
         yield journal
         writer.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -45,7 +45,7 @@ def ended(disk: FileSystem, folder: Path = FOLDER) -> JournalEnd:
 async def write(disk: FileSystem, *records: dict[str, Any], folder: Path = FOLDER) -> None:
     async with at_work(disk, folder) as journal:
         for record in records:
-            await journal.append(record)
+            await journal.append_record(record)
 
 
 def read(disk: FileSystem, folder: Path = FOLDER, first: int = 1) -> list[Any]:
@@ -70,7 +70,7 @@ async def test_a_torn_tail_is_left_out_with_a_word_and_the_rest_kept(lost: int, 
     assert read(disk) == [1]
     await write(disk, {"n": 3})
     assert read(disk) == [1, 3]
-    assert f"left out the last {len(frame([encode(torn)])) - lost} bytes" in caplog.text
+    assert f"left out the last {len(encode_frame([encode_record(torn)])) - lost} bytes" in caplog.text
     assert "not acknowledged yet, or the disk has damaged one that was" in caplog.text  # nobody can tell which
 
 
@@ -90,7 +90,7 @@ async def test_damage_before_a_later_commit_is_no_torn_tail(place: int) -> None:
         read(disk)
 
 
-@pytest.mark.parametrize("lost", [1, len(frame([encode({"n": 2})])), 30])
+@pytest.mark.parametrize("lost", [1, len(encode_frame([encode_record({"n": 2})])), 30])
 async def test_an_earlier_segment_that_lacks_its_end_is_damaged(lost: int) -> None:
     disk = InMemoryFileSystem()
     await write(disk, {"n": 1}, {"n": 2})
@@ -126,11 +126,11 @@ def test_a_journal_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Pa
 async def test_a_cut_begins_a_segment_and_says_its_number_when_what_came_before_is_durable() -> None:
     disk = InMemoryFileSystem()
     async with at_work(disk) as journal:
-        before = journal.append({"n": 1})
-        cut, after = journal.cut(), journal.append({"n": 2})
+        before = journal.append_record({"n": 1})
+        cut, after = journal.start_segment(), journal.append_record({"n": 2})
         assert (await after, await cut, await before) == (2, 2, 1)
     assert read(disk, first=2) == [2]
-    drop(disk, FOLDER, before=2)
+    drop_segments(disk, FOLDER, before=2)
     assert read(disk.after_crash(), first=2) == [2]
 
 
@@ -141,11 +141,15 @@ async def test_a_full_disk_blocks_until_it_has_room_and_nothing_is_lost(
 ) -> None:
     disk = InMemoryFileSystem()
     async with at_work(disk) as journal:
-        await journal.append({"n": 1})
+        await journal.append_record({"n": 1})
         disk.partial, disk.full = partial, {call: 5}
         blocked: list[bool] = []
-        journal.on_blocked = lambda: blocked.append(journal.blocked)
-        waiting = [journal.append({"n": n}) for n in (2, 3)] if call == "write" else [journal.cut(), journal.append({"n": 2})]
+        journal.on_availability_change = lambda: blocked.append(journal.blocked)
+        waiting = (
+            [journal.append_record({"n": n}) for n in (2, 3)]
+            if call == "write"
+            else [journal.start_segment(), journal.append_record({"n": 2})]
+        )
         await asyncio.gather(*waiting)
         assert blocked == [True, False]
         assert disk.full[call] == 0
@@ -154,18 +158,18 @@ async def test_a_full_disk_blocks_until_it_has_room_and_nothing_is_lost(
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(said) == 1, "said once, not at every attempt"
     assert "nothing is acknowledged or granted" in said[0]
-    assert len(disk.names(FOLDER)) == (1 if call == "write" else 2), "a write that failed is cut back, its segment goes on"
+    assert len(disk.list_names(FOLDER)) == (1 if call == "write" else 2), "a write that failed is cut back, its segment goes on"
 
 
 async def test_nothing_partial_stays_while_the_disk_is_full() -> None:
     disk = InMemoryFileSystem()
     async with at_work(disk) as journal:
-        await journal.append({"n": 1})
+        await journal.append_record({"n": 1})
         size = len(disk.files[segment_path(FOLDER, 1)].data)
         disk.partial, disk.full = 0.7, {"write": 1}
         sizes: list[int] = []
-        journal.on_blocked = lambda: sizes.append(len(disk.files[segment_path(FOLDER, 1)].data))
-        await journal.append({"n": 2})
+        journal.on_availability_change = lambda: sizes.append(len(disk.files[segment_path(FOLDER, 1)].data))
+        await journal.append_record({"n": 2})
         assert sizes[0] == size
 
 
@@ -173,12 +177,12 @@ async def test_nothing_partial_stays_while_the_disk_is_full() -> None:
 async def test_after_a_failed_fsync_the_batch_goes_to_a_new_segment(call: str) -> None:
     disk = InMemoryFileSystem()
     async with at_work(disk) as journal:
-        await journal.append({"n": 1})
+        await journal.append_record({"n": 1})
         disk.full = {"sync": 1} if call == "sync" else {"write": 1, "truncate": 2}
         disk.partial = 0.5
-        assert await journal.append({"n": 2}) == 2
-        assert await journal.append({"n": 3}) == 2
-    assert disk.names(FOLDER) == ["00000001.log", "00000002.log"]
+        assert await journal.append_record({"n": 2}) == 2
+        assert await journal.append_record({"n": 3}) == 2
+    assert disk.list_names(FOLDER) == ["00000001.log", "00000002.log"]
     assert read(disk) == [1, 2, 3]
     assert read(disk.after_crash()) == [1, 2, 3], "a second fsync of the same file would have kept nothing"
 
@@ -190,39 +194,39 @@ async def test_who_feeds_the_journal_waits_while_too_much_is_unwritten() -> None
         record = {"n": 1, "data": bytes(MAX_RECORD_BYTES - 100)}
 
         async def feed() -> asyncio.Future[int]:
-            await journal.room()
-            assert journal.backlog <= BACKLOG_BYTES
-            return journal.append(record)
+            await journal.wait_for_capacity()
+            assert journal.backlog_bytes <= BACKLOG_BYTES
+            return journal.append_record(record)
 
         *_, last = [await feed() for _ in range(3)]
-        room = asyncio.create_task(journal.room())
+        room = asyncio.create_task(journal.wait_for_capacity())
         await asyncio.sleep(0)
         assert not room.done()
         disk.full = {}
         await room
         await last
-        assert journal.backlog == 0
+        assert journal.backlog_bytes == 0
 
 
 async def test_a_record_too_large_to_be_read_again_is_not_taken() -> None:
     async with at_work(InMemoryFileSystem()) as journal:
         with pytest.raises(ValueError, match="larger than the limit"):
-            journal.append({"data": bytes(MAX_RECORD_BYTES)})
+            journal.append_record({"data": bytes(MAX_RECORD_BYTES)})
 
 
 async def test_what_is_in_line_at_the_end_is_written() -> None:
     disk = InMemoryFileSystem()
-    with Journal.open(disk, FOLDER, JournalEnd()) as journal:
+    with Journal.open_journal(disk, FOLDER, JournalEnd()) as journal:
         for n in range(3):
-            journal.append({"n": n, "data": bytes(BATCH_BYTES)})
+            journal.append_record({"n": n, "data": bytes(BATCH_BYTES)})
     assert read(disk) == [0, 1, 2]
 
 
 async def test_a_disk_that_is_full_at_the_end_is_no_error_but_said(caplog: pytest.LogCaptureFixture) -> None:
     disk = InMemoryFileSystem()
     disk.full = {"write": 1}
-    with Journal.open(disk, FOLDER, JournalEnd()) as journal:
-        journal.append({"n": 1})
+    with Journal.open_journal(disk, FOLDER, JournalEnd()) as journal:
+        journal.append_record({"n": 1})
     assert "1 events are not in the journal" in caplog.text
 
 
@@ -235,14 +239,14 @@ async def test_a_commit_under_way_at_the_end_is_not_written_twice(tmp_path: Path
         go_on.wait(10)
         sync(descriptor)
 
-    with Journal.open(LocalFileSystem(), tmp_path, JournalEnd()) as journal:
-        writer = asyncio.create_task(journal.write_forever())
-        await journal.append({"n": 0})
+    with Journal.open_journal(LocalFileSystem(), tmp_path, JournalEnd()) as journal:
+        writer = asyncio.create_task(journal.commit_forever())
+        await journal.append_record({"n": 0})
         monkeypatch.setattr(os, "fsync", slow)
-        journal.append({"n": 1})
+        journal.append_record({"n": 1})
         await asyncio.to_thread(syncing.wait, 10)
         writer.cancel()
-        journal.append({"n": 2})
+        journal.append_record({"n": 2})
         go_on.set()
     assert read(LocalFileSystem(), tmp_path) == [0, 1, 2]
 
@@ -250,7 +254,7 @@ async def test_a_commit_under_way_at_the_end_is_not_written_twice(tmp_path: Path
 async def test_reading_holds_one_frame_in_memory_however_long_the_journal_is(tmp_path: Path) -> None:
     async with at_work(LocalFileSystem(), tmp_path) as journal:
         for n in range(60):
-            await journal.append({"n": n, "data": bytes(1 << 20)})
+            await journal.append_record({"n": n, "data": bytes(1 << 20)})
     tracemalloc.start()
     assert sum(1 for _ in SegmentReader(LocalFileSystem(), tmp_path)) == 60
     _, peak = tracemalloc.get_traced_memory()
@@ -263,16 +267,16 @@ async def three_lives(disk: InMemoryFileSystem, acked: list[int]) -> None:
     happens = {(1, 1): {"write": 2}, (1, 3): {"sync": 1}}
     for life in range(3):
         end = ended(disk)
-        disk.make_folder(FOLDER)
+        disk.make_directory(FOLDER)
         journal = Journal(disk, FOLDER, end)
         for turn in range(4):
             disk.full = happens.get((life, turn), {})
             if turn == 2:
-                journal.cut()
-            done = journal.append({"n": len(acked) + 1, "data": bytes(50)})
-            while journal.busy:
+                journal.start_segment()
+            done = journal.append_record({"n": len(acked) + 1, "data": bytes(50)})
+            while journal.has_pending:
                 with contextlib.suppress(OSError):
-                    journal.settle(journal.commit())
+                    journal.resolve_records(journal.commit_next())
             assert done.done()
             acked.append(len(acked) + 1)
 

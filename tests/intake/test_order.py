@@ -39,11 +39,11 @@ class Lines:
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
 
-    def append(self, record: bytes) -> asyncio.Future[int]:
+    def append_record(self, record: bytes) -> asyncio.Future[int]:
         self.records.append(msgpack.unpackb(record))
-        return self.barrier()
+        return self.durable_so_far()
 
-    def barrier(self) -> asyncio.Future[int]:
+    def durable_so_far(self) -> asyncio.Future[int]:
         return asyncio.Future(loop=_LOOP)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.monitoring.recorder import DEEPEST, RunRecorder
+from learner.intake.monitoring.recorder import MAX_DEPTH_LABEL, RunRecorder
 from tests.intake.builders import PLAN, book, chain, complete, grant, step
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.observability.metrics import IntakeMetrics
@@ -22,7 +22,7 @@ def test_a_group_whose_leaves_all_earn_the_same_is_counted_as_without_signal(tmp
         lease = grant(made)
         for tree, reward in enumerate(rewards):
             made.accept(chain(lease, tree=tree, reward=reward))
-        told.ended(made.ended(complete(lease)), complete(lease))
+        told.record_lease_end(made.ended(complete(lease)), complete(lease))
     assert told.metrics.registry.get_sample_value("treegrpo_groups_zero_signal_total") == 2
 
 
@@ -31,13 +31,13 @@ def test_a_lost_lease_is_counted_and_its_group_when_it_is_closed(tmp_path: Path)
     lease = grant(made)
     made.accept(chain(lease))
     lost = LeaseEnd(lease, LeaseEndReason.LOST)
-    told.ended(made.ended(lost), lost)
+    told.record_lease_end(made.ended(lost), lost)
     sample = told.metrics.registry.get_sample_value
     assert sample("treegrpo_leases_ended_total", {"kind": "train", "reason": "lost"}) == 1
     assert sample("treegrpo_groups_closed_total", {"kind": "train", "reason": "lost"}) is None
     assert sample("treegrpo_rollout_unique_tokens_total", {"kind": "train"}) is None
     end = complete(grant(made))
-    told.ended(made.ended(end), end)
+    told.record_lease_end(made.ended(end), end)
     assert sample("treegrpo_groups_closed_total", {"kind": "train", "reason": "complete"}) == 1
     assert sample("treegrpo_rollout_unique_tokens_total", {"kind": "train"}) == 18
     assert sample("treegrpo_rollout_forgone_expansions_total", {"kind": "train"}) == PLAN.leaves - PLAN.trees
@@ -48,7 +48,7 @@ def test_what_a_turn_begins_from_is_counted_by_its_depth(tmp_path: Path) -> None
     lease = grant(made)
     subtree = chain(lease)
     made.accept(subtree)
-    told.accepted(made.open[lease], subtree)
+    told.record_subtree(made.open[lease], subtree)
     sample = told.metrics.registry.get_sample_value
     for depth, turn in enumerate(subtree.steps, 1):
         for how in ("cached", "prefilled"):
@@ -59,14 +59,16 @@ def test_what_a_turn_begins_from_is_counted_by_its_depth(tmp_path: Path) -> None
 def test_what_turns_far_from_the_root_begin_from_is_counted_together(tmp_path: Path) -> None:
     made, told = book(), reporter(tmp_path)
     group = made.open[grant(made)]
-    subtree = replace(chain(group.lease.id), steps=tuple(step(n, n - 1) for n in range(1, DEEPEST + 3)), leaves=())
+    subtree = replace(chain(group.lease.id), steps=tuple(step(n, n - 1) for n in range(1, MAX_DEPTH_LABEL + 3)), leaves=())
     group.group.add(subtree)
-    told.accepted(group, subtree)
+    told.record_subtree(group, subtree)
     sample = told.metrics.registry.get_sample_value
     for how in ("cached", "prefilled"):
-        counted = [sample("treegrpo_rollout_prefix_tokens_total", {"depth": str(n), "how": how}) for n in range(1, DEEPEST + 2)]
+        counted = [
+            sample("treegrpo_rollout_prefix_tokens_total", {"depth": str(n), "how": how}) for n in range(1, MAX_DEPTH_LABEL + 2)
+        ]
         each = getattr(subtree.steps[0].cost, how)
-        assert counted == [each] * (DEEPEST - 1) + [3 * each, None]
+        assert counted == [each] * (MAX_DEPTH_LABEL - 1) + [3 * each, None]
 
 
 def test_a_lease_that_is_lost_is_seen_in_a_rate_although_it_is_the_first(tmp_path: Path) -> None:
@@ -78,8 +80,8 @@ def test_a_progress_line_has_the_books_beside_it(tmp_path: Path) -> None:
     made, told = book(), reporter(tmp_path)
     lease = grant(made)
     made.accept(chain(lease))
-    told.ended(made.ended(complete(lease)), complete(lease))
-    told.step({"step": 1}, made)
+    told.record_lease_end(made.ended(complete(lease)), complete(lease))
+    told.record_step({"step": 1}, made)
     line = json.loads((tmp_path / "progress.jsonl").read_text(encoding="utf-8"))
     tokens = line["ledger"]["train"]["tokens"]
     assert tokens["granted"] == tokens["spent"] + tokens["refunded"] + tokens["forfeited"] + tokens["outstanding"]
@@ -90,9 +92,9 @@ def test_a_progress_line_has_the_books_beside_it(tmp_path: Path) -> None:
 def test_progress_lines_that_the_disk_does_not_take_wait_for_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made, told = book(), reporter(tmp_path)
     (tmp_path / "progress.jsonl").mkdir()
-    told.step({"step": 1}, made)
+    told.record_step({"step": 1}, made)
     assert "takes no line" in caplog.text
     (tmp_path / "progress.jsonl").rmdir()
-    told.step({"step": 2}, made)
+    told.record_step({"step": 2}, made)
     lines = (tmp_path / "progress.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]

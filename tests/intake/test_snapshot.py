@@ -11,7 +11,7 @@ from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.compaction import JournalCompactor
 from learner.intake.persistence.recovery import recover
 from learner.intake.persistence.snapshot import STATE, SnapshotStore, StateCapture
-from learner.intake.wal.framing import encode, frame
+from learner.intake.wal.framing import encode_frame, encode_record
 from learner.intake.wal.journal import Journal
 from learner.intake.wal.segments import SegmentReader
 from tests.intake.builders import book
@@ -63,7 +63,7 @@ def recovered(disk: InMemoryFileSystem) -> CrashableIntake:
     machine.book, machine.reporter = book(batch=2, questions=6), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2)
     machine.snapshots = SnapshotStore(disk, SNAPSHOTS)
     recover(disk, JOURNAL, machine.snapshots, machine.book, machine.reporter)
-    machine.reporter.keep(machine.book)
+    machine.reporter.export_lease_table(machine.book)
     return machine
 
 
@@ -109,7 +109,7 @@ async def test_the_first_snapshot_keeps_the_whole_journal_as_the_generation_befo
 async def test_a_snapshot_of_a_later_version_is_refused_in_one_sentence() -> None:
     disk, history = await played()
     records = [{"event": "book", "format": 2}, {"event": "whole", "records": 1}]
-    disk.files[state_file(2)].data[:] = frame([encode(record) for record in records])
+    disk.files[state_file(2)].data[:] = encode_frame([encode_record(record) for record in records])
     with pytest.raises(JournalError, match=r"is of format 2.*continue the run with the version that wrote it"):
         CrashableIntake(disk, history)
 
@@ -118,7 +118,7 @@ async def test_a_snapshot_of_a_later_version_is_refused_in_one_sentence() -> Non
 async def test_a_disk_without_room_for_a_snapshot_costs_nothing_but_the_snapshot(call: str) -> None:
     disk, history = await played()
     machine = CrashableIntake(disk, history)
-    state, number = StateCapture(machine.book, machine.reporter), machine.journal.cut()
+    state, number = StateCapture(machine.book, machine.reporter), machine.journal.start_segment()
     machine.commit()
     disk.full = {call: 1}
     with pytest.raises(OSError, match="No space"):
@@ -126,7 +126,7 @@ async def test_a_disk_without_room_for_a_snapshot_costs_nothing_but_the_snapshot
     play(CrashableIntake(disk, history), [("grant",), *GROUP, ("compact",), ("grant",), ("commit",)])
     machine = CrashableIntake(disk, history)
     assert described(machine.book) == history.states[-1]
-    assert not [name for name in disk.names(SNAPSHOTS) if name.startswith(".")], "what was half written is gone"
+    assert not [name for name in disk.list_names(SNAPSHOTS) if name.startswith(".")], "what was half written is gone"
 
 
 async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
@@ -134,7 +134,7 @@ async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
     machine = CrashableIntake(disk, history)
     state = StateCapture(machine.book, machine.reporter)
     assert state.bytes > 0
-    disk.size -= disk.free(SNAPSHOTS) - state.bytes + 1
+    disk.size -= disk.free_bytes(SNAPSHOTS) - state.bytes + 1
     calls = len(disk.log)
     with pytest.raises(OSError, match="No space"):
         machine.compaction.compact(3, state)
@@ -146,9 +146,9 @@ async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
 
 async def test_snapshots_are_taken_when_asked_for_and_what_comes_meanwhile_is_behind_them() -> None:
     disk = InMemoryFileSystem()
-    disk.make_folder(JOURNAL)
+    disk.make_directory(JOURNAL)
     made, told, appended = book(), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2), 0
-    with Journal.open(disk, JOURNAL, SegmentReader(disk, JOURNAL).end) as journal:
+    with Journal.open_journal(disk, JOURNAL, SegmentReader(disk, JOURNAL).end) as journal:
 
         def capture() -> StateCapture:
             made.set_aside["appended"] = appended
@@ -156,11 +156,11 @@ async def test_snapshots_are_taken_when_asked_for_and_what_comes_meanwhile_is_be
 
         snapshots = SnapshotStore(disk, SNAPSHOTS)
         compaction = JournalCompactor(disk, JOURNAL, journal, snapshots, capture)
-        tasks = [asyncio.create_task(work) for work in (journal.write_forever(), compaction.run_forever())]
+        tasks = [asyncio.create_task(work) for work in (journal.commit_forever(), compaction.run_forever())]
         async with asyncio.timeout(10):
             while len(snapshots.numbers()) < 2:
                 compaction.ask()
-                waiting = [journal.append({"n": appended + n}) for n in range(3)]
+                waiting = [journal.append_record({"n": appended + n}) for n in range(3)]
                 appended += 3
                 await asyncio.gather(*waiting)
         for task in tasks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,80 +15,87 @@ from learner.intake.monitoring.stall_diagnosis import RunStatus, SamplerStatus, 
 from tests.intake.builders import book
 from tests.intake.process_harness import Sampler
 from tests.intake.server_harness import serve_intake
+from tests.manual_clock import ManualClock
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.wire.control import RunState
 
-WAITS = TrainerStatus(came=True, here=True, waits=True, since=4.0, step=12)
-WORKS = TrainerStatus(came=True, here=True, since=310.0, step=12)
-ASKS = RunStatus(trainer=WAITS, batch=8, ready=3)
-BUSY = SamplerStatus("s1", held=200.0, demand=2)
-STUCK = SamplerStatus("s2", held=90.0, demand=2, waits_for="the retriever at http://r:1, which does not answer", waited=80.0)
+WAITS = TrainerStatus(has_connected=True, is_connected=True, is_waiting=True, seconds=4.0, step=12)
+WORKS = TrainerStatus(has_connected=True, is_connected=True, seconds=310.0, step=12)
+ASKS = RunStatus(trainer=WAITS, batch=8, ready_groups=3)
+BUSY = SamplerStatus("s1", lease_seconds=200.0, demand=2)
+STUCK = SamplerStatus(
+    "s2", lease_seconds=90.0, demand=2, waiting_for="the retriever at http://r:1, which does not answer", waited_seconds=80.0
+)
 
 SEEN: dict[str, tuple[RunStatus, StalledPart, str]] = {
     "paused, whatever else is wrong": (
-        RunStatus(RunState.PAUSED, changed=600.0, blocked=3.0),
+        RunStatus(RunState.PAUSED, state_seconds=600.0, blocked_seconds=3.0),
         StalledPart.OPERATOR,
         "the operator: the run has been paused for 10 min",
     ),
     "the disk": (
-        RunStatus(blocked=70.0, folder="run/journal"),
+        RunStatus(blocked_seconds=70.0, journal_folder="run/journal"),
         StalledPart.DISK,
         "the disk, which has refused the journal run/journal for 70 s; make room, or mend it",
     ),
     "a disk without room to spare": (
-        RunStatus(short=70.0, folder="run/journal", trainer=WAITS),
+        RunStatus(low_space_seconds=70.0, journal_folder="run/journal", trainer=WAITS),
         StalledPart.DISK,
         "the disk of run/journal, which has had no room to spare for 70 s; make room",
     ),
     "a trainer that never came": (
-        RunStatus(trainer=TrainerStatus(since=75.0), workers=[STUCK]),
+        RunStatus(trainer=TrainerStatus(seconds=75.0), samplers=[STUCK]),
         StalledPart.TRAINER,
         "the trainer, which has not come in the 75 s since the intake started",
     ),
     "a trainer that left": (
-        RunStatus(trainer=TrainerStatus(came=True, since=75.0, step=12), workers=[BUSY], out=1),
+        RunStatus(trainer=TrainerStatus(has_connected=True, seconds=75.0, step=12), samplers=[BUSY], open_leases=1),
         StalledPart.TRAINER,
         "the trainer, which left 75 s ago, after step 12",
     ),
     "a trainer that holds up everybody": (
-        RunStatus(trainer=WORKS, workers=[SamplerStatus("s1", demand=4)], room=False, ready=8, batch=8),
+        RunStatus(trainer=WORKS, samplers=[SamplerStatus("s1", demand=4)], can_grant=False, ready_groups=8, batch=8),
         StalledPart.TRAINER,
         "the trainer, which has not asked for 5 min, at step 12; 8 of 8 groups are ready",
     ),
     "nobody is there": (
-        replace(ASKS, alone=90.0, last_seen=("s2", "s1")),
+        replace(ASKS, no_sampler_seconds=90.0, last_seen=("s2", "s1")),
         StalledPart.SAMPLERS,
         "a sampler: none has been here for 90 s; the last to leave: s1 and s2",
     ),
-    "nobody ever was": (replace(ASKS, alone=90.0), StalledPart.SAMPLERS, "a sampler: none has been here for 90 s"),
+    "nobody ever was": (replace(ASKS, no_sampler_seconds=90.0), StalledPart.SAMPLERS, "a sampler: none has been here for 90 s"),
     "all wait for a tool": (
-        replace(ASKS, workers=[STUCK, SamplerStatus("s3", demand=1, waits_for=STUCK.waits_for, waited=9.0)], out=1),
+        replace(
+            ASKS,
+            samplers=[STUCK, SamplerStatus("s3", demand=1, waiting_for=STUCK.waiting_for, waited_seconds=9.0)],
+            open_leases=1,
+        ),
         StalledPart.TOOLS,
         "the retriever at http://r:1, which does not answer: so say s2 and s3, for 80 s",
     ),
     "one waits for a tool and another works": (
-        replace(ASKS, workers=[STUCK, BUSY], out=4),
+        replace(ASKS, samplers=[STUCK, BUSY], open_leases=4),
         StalledPart.LEASES,
         "4 leases, out to s1 and s2, the oldest for 3 min; 3 of 8 groups are ready",
     ),
     "a silent sampler": (
-        replace(ASKS, workers=[BUSY, SamplerStatus("s9", silent=15.0, held=300.0)], out=2),
+        replace(ASKS, samplers=[BUSY, SamplerStatus("s9", silent_seconds=15.0, lease_seconds=300.0)], open_leases=2),
         StalledPart.LEASES,
         "2 leases, out to s1 and s9, the oldest for 5 min; nothing comes from s9; 3 of 8 groups are ready",
     ),
     "many samplers": (
-        replace(ASKS, workers=[SamplerStatus(f"s{n}", held=1.0) for n in range(9)], out=9),
+        replace(ASKS, samplers=[SamplerStatus(f"s{n}", lease_seconds=1.0) for n in range(9)], open_leases=9),
         StalledPart.LEASES,
         "9 leases, out to s0, s1, s2 and 6 more, the oldest for 1 s; 3 of 8 groups are ready",
     ),
     "samplers that want nothing": (
-        replace(ASKS, workers=[SamplerStatus("s1")]),
+        replace(ASKS, samplers=[SamplerStatus("s1")]),
         StalledPart.DEMAND,
         "s1 to want a lease; 3 of 8 groups are ready",
     ),
     "nothing is left to lease": (
-        replace(ASKS, workers=[SamplerStatus("s1", demand=2)], room=False),
+        replace(ASKS, samplers=[SamplerStatus("s1", demand=2)], can_grant=False),
         StalledPart.GROUPS,
         "groups: 3 of 8 groups are ready, and nothing is out",
     ),
@@ -105,34 +111,30 @@ def test_the_deepest_cause_is_named(name: str) -> None:
 
 def test_a_cause_is_the_same_however_long_it_takes() -> None:
     first, later = (
-        diagnose_stall(RunStatus(trainer=WAITS, workers=[SamplerStatus("s1", held=held)], out=1)) for held in (60.0, 90.0)
+        diagnose_stall(RunStatus(trainer=WAITS, samplers=[SamplerStatus("s1", lease_seconds=held)], open_leases=1))
+        for held in (60.0, 90.0)
     )
     assert first == later
     assert first.sentence != later.sentence
-    assert first != diagnose_stall(RunStatus(trainer=WAITS, workers=[SamplerStatus("s2", held=90.0)], out=1))
+    assert first != diagnose_stall(RunStatus(trainer=WAITS, samplers=[SamplerStatus("s2", lease_seconds=90.0)], open_leases=1))
 
 
-class Clock:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
-
-
-def test_what_is_usual_for_a_run_is_no_reason_for_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    pace = ProgressClock()
-    assert pace.patience == QUIET_SECONDS
+def test_what_is_usual_for_a_run_is_no_reason_for_words() -> None:
+    clock = ManualClock(1000.0)
+    pace = ProgressClock(clock.monotonic)
+    assert pace.stall_seconds == QUIET_SECONDS
     for _ in range(3):
         clock.now += 50.0
-        pace.progress()
-    assert pace.patience == 150.0
+        pace.record_progress()
+    assert pace.stall_seconds == 150.0
     clock.now += 100_000.0
-    pace.progress()
-    assert pace.patience == 450.0, "an outage does not make the next one usual"
+    pace.record_progress()
+    assert pace.stall_seconds == 450.0, "an outage does not make the next one usual"
 
 
-def test_it_speaks_when_the_cause_changes_and_then_less_and_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, pace = Clock(monkeypatch), ProgressClock()
+def test_it_speaks_when_the_cause_changes_and_then_less_and_less_often(tmp_path: Path) -> None:
+    clock = ManualClock(1000.0)
+    pace = ProgressClock(clock.monotonic)
     scene = RunStatus(trainer=WAITS)
     reporter = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
     dog = StallWatchdog(pace, lambda: scene, reporter)
@@ -149,13 +151,13 @@ def test_it_speaks_when_the_cause_changes_and_then_less_and_less_often(tmp_path:
     for seconds in range(0, 605, 5):
         clock.now = begin + seconds
         if seconds == 500:
-            scene = RunStatus(trainer=WAITS, workers=[BUSY], out=1)
+            scene = RunStatus(trainer=WAITS, samplers=[BUSY], open_leases=1)
         dog.check_stall()
     assert [seconds for _, seconds in said()] == [60, 120, 240, 480, 500]
     assert said()[0][0].startswith("a sampler")
     assert said()[-1][0].startswith("1 leases")
     assert (stalled(StalledPart.LEASES), stalled(StalledPart.SAMPLERS)) == (600.0, 0.0)
-    pace.progress()
+    pace.record_progress()
     dog.check_stall()
     assert (stalled(StalledPart.LEASES), len(said())) == (0.0, 5)
 
@@ -173,7 +175,7 @@ async def test_what_a_sampler_waits_for_is_known_to_the_learner(tmp_path: Path) 
             await sampler.say(heartbeat=pb.Heartbeat())
             await door.until(lambda: not door.desk.open_sessions["s1"].waiting_for)
             assert diagnose_stall(current_run_status(door.desk, door.trainer, door.journal)).part is StalledPart.LEASES
-            before = door.desk.pace.last
+            before = door.desk.pace.last_progress
             await sampler.send_chain(lease.id)
             await sampler.hear("ack")
-            assert door.desk.pace.last > before
+            assert door.desk.pace.last_progress > before

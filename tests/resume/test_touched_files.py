@@ -90,11 +90,11 @@ async def start_intake(config: Config) -> None:
         record_fingerprint(config, begun=has_recorded_events(run_dir))
         snapshots = SnapshotStore(disk, run_dir / "snapshots")
         recovered = recover(disk, run_dir / "journal", snapshots, known := book(batch=2, questions=6), reporter)
-        with Journal.open(disk, run_dir / "journal", recovered.end) as journal:
-            reporter.watch(journal)
-            journal.append({"event": "closed", "draw": 0})
-            journal.commit()
-        reporter.step({"step": 3, "version": "0.3", "position": 6}, known)
+        with Journal.open_journal(disk, run_dir / "journal", recovered.end) as journal:
+            reporter.export_journal(journal)
+            journal.append_record({"event": "closed", "draw": 0})
+            journal.commit_next()
+        reporter.record_step({"step": 3, "version": "0.3", "position": 6}, known)
         snapshots.prune()
         async with serve_trainer(cast("Any", None), str(run_dir / "intake.sock")):
             pass

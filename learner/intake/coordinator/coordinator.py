@@ -77,8 +77,8 @@ class Desk:
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with RunError when rolling out on would lead nowhere."""
         asyncio.get_running_loop().call_later(ABSENT_SECONDS, self._look_for_hope)
-        journal.on_blocked = self.grant
-        reporter.keep(book)
+        journal.on_availability_change = self.grant
+        reporter.export_lease_table(book)
 
     # ---- samplers
 
@@ -115,7 +115,7 @@ class Desk:
         for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
             self._end(LeaseEnd(lease, LeaseEndReason.RETURNED), Verdict.NEUTRAL)
         log.info("sampler %s joined (%s, %d at once)", peer.id, peer.engine, peer.capacity)
-        self.reporter.samplers(len(self.open_sessions), self.breaker.aside())
+        self.reporter.record_samplers(len(self.open_sessions), self.breaker.aside())
         return peer
 
     @property
@@ -128,14 +128,14 @@ class Desk:
         if self.sessions.close_session(peer):
             log.info("sampler %s left", peer.id)
             self.breaker.left(peer.id)
-            self.reporter.samplers(len(self.open_sessions), self.breaker.aside())
+            self.reporter.record_samplers(len(self.open_sessions), self.breaker.aside())
 
     def lose(self, holder: str) -> None:
         """A sampler is gone for good: others go on with its groups."""
         reason = self.sessions.expire_holder(holder)
         if (name := sampler_of(holder)) not in self.open_sessions:
             self.breaker.left(name)
-        self.reporter.samplers(len(self.open_sessions), self.breaker.aside())
+        self.reporter.record_samplers(len(self.open_sessions), self.breaker.aside())
         for group in self.book.open.of(holder):
             log.warning("lease %s of sampler %s is lost, with %d subtrees", group.lease.id, holder, len(group.subtrees))
             self._end(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
@@ -167,24 +167,24 @@ class Desk:
         reason = reason_of(group, peer.holder, error)
         self._refusals.log_refusal(peer.id, reason, f"a subtree: {error}")
         if group is None or reason == "holder":
-            self.reporter.refused(reason, leaves)
-            return self._journal.barrier()
+            self.reporter.record_rejection(reason, leaves)
+            return self._journal.durable_so_far()
         cost = cost_of(sent, group.lease.plan)
         kept = self.clerk.refuse(sent.lease, (sent.tree, sent.index), cost, reason, str(error))
         if kept is not None:
-            self.reporter.refused(reason, leaves)
+            self.reporter.record_rejection(reason, leaves)
             group.told_at = group.told_at or time.monotonic()
             self._stop(group)
-        return kept or self._journal.barrier()
+        return kept or self._journal.durable_so_far()
 
     @property
     def behind(self) -> bool:
         """Whether so much waits for the disk that samplers have to wait too."""
-        return self._journal.backlog > BACKLOG_BYTES
+        return self._journal.backlog_bytes > BACKLOG_BYTES
 
     async def caught_up(self) -> None:
         """Return when the disk is no longer behind."""
-        await self._journal.room()
+        await self._journal.wait_for_capacity()
 
     def end(self, peer: SamplerSession, end: LeaseEnd) -> None:
         """A lease ends. What its sampler stopped by itself another goes on with. Raises ContractError: nothing costs so much."""
@@ -222,7 +222,7 @@ class Desk:
             log.warning("sampler %s is put aside for %.0f s, its last leases came to nothing; %s", name, seconds, words)
             asyncio.get_running_loop().call_later(seconds, self._try_again, name)
         if self.breaker.put_aside(name) is not before:
-            self.reporter.samplers(len(self.open_sessions), self.breaker.aside())
+            self.reporter.record_samplers(len(self.open_sessions), self.breaker.aside())
         if verdict is Verdict.FAILED:
             self._look_for_hope()
 
@@ -244,7 +244,7 @@ class Desk:
     def grant(self) -> None:
         """Grant what there is to grant, unless the run or the disk stands still."""
         journal = self._journal
-        if self.control.state is not RunState.RUNNING or journal.blocked or journal.short_since is not None:
+        if self.control.state is not RunState.RUNNING or journal.blocked or journal.low_space_since is not None:
             return
         self.batches.press()
         self._granting.grant()

@@ -17,7 +17,7 @@ from learner.intake.leases.subtree_validation import not_open
 from learner.intake.monitoring.progress_clock import ProgressClock
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence import lease_events
-from learner.intake.wal.framing import encode
+from learner.intake.wal.framing import encode_record
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import Lease, LeaseEnd
 from treegrpo.core.validation import tree_label
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 class Log(Protocol):
     """Where events are kept; see `Journal`."""
 
-    def append(self, record: bytes) -> asyncio.Future[int]: ...
+    def append_record(self, record: bytes) -> asyncio.Future[int]: ...
 
-    def barrier(self) -> asyncio.Future[int]: ...
+    def durable_so_far(self) -> asyncio.Future[int]: ...
 
 
 class Clerk:
@@ -42,14 +42,14 @@ class Clerk:
         self._journal = journal
         self._reporter = reporter
         self.pace = ProgressClock()
-        self.given = journal.barrier()
+        self.given = journal.durable_so_far()
         """Done when all positions that were given are durable."""
 
     def grant(self, lease: Lease, draw: int, holder: str) -> rollout_pb2.Lease:
         """The lease as it goes to its holder, with what its group has already."""
-        record, message = encode(lease_events.granted(lease, draw, holder)), lease_to_pb(lease)
+        record, message = encode_record(lease_events.granted(lease, draw, holder)), lease_to_pb(lease)
         self._book.granted(lease, draw, holder, time.monotonic())
-        self._journal.append(record)
+        self._journal.append_record(record)
         return message
 
     def accept(self, sent: tree_pb2.Subtree) -> asyncio.Future[int]:
@@ -61,41 +61,41 @@ class Clerk:
         check_count(len(sent.steps), len(sent.leaves), group.lease.plan, f"{where}: subtree {sent.index}")
         subtree = subtree_from_pb(sent, group.group.id)
         encoded = sent.SerializeToString()
-        record = encode(lease_events.accepted(encoded))
+        record = encode_record(lease_events.accepted(encoded))
         if not self._book.accept(subtree, encoded):
-            self._reporter.duplicate()
-            return self._journal.barrier()
-        done = self._journal.append(record)
-        self.pace.progress()
-        self._reporter.accepted(group, subtree)
+            self._reporter.record_duplicate()
+            return self._journal.durable_so_far()
+        done = self._journal.append_record(record)
+        self.pace.record_progress()
+        self._reporter.record_subtree(group, subtree)
         return done
 
     def refuse(self, lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> asyncio.Future[int] | None:
         """Leave a subtree of an open lease out; done when that is durable, None if nothing changes."""
-        record = encode(lease_events.refused(lease, key, cost, reason, why))
+        record = encode_record(lease_events.refused(lease, key, cost, reason, why))
         if not self._book.refuse(lease, key, cost, reason, why):
             return None
-        return self._journal.append(record)
+        return self._journal.append_record(record)
 
     def end(self, end: LeaseEnd, *, excused: bool = False) -> OpenGroup:
         """A lease ends; ``excused``: it does not count against its question."""
-        record = encode(lease_events.ended(end, excused=excused))
+        record = encode_record(lease_events.ended(end, excused=excused))
         group = self._book.ended(end, excused=excused)
-        self._journal.append(record)
-        self._reporter.ended(group, end)
+        self._journal.append_record(record)
+        self._reporter.record_lease_end(group, end)
         return group
 
     def close(self, draw: int) -> None:
         """A group closes at the staleness bound, before its lease ends."""
-        record = encode(lease_events.closed(draw))
+        record = encode_record(lease_events.closed(draw))
         group = self._book.close(draw)
-        self._journal.append(record)
-        self._reporter.closed(group, "overdue")
+        self._journal.append_record(record)
+        self._reporter.record_group_close(group, "overdue")
 
     def give(self, draws: Sequence[int], stale: Sequence[int]) -> None:
         """The trainer is to get ``draws`` at the next positions, and those that are ``stale`` never."""
-        record = encode(lease_events.taken(draws, stale))
+        record = encode_record(lease_events.taken(draws, stale))
         left_out = self._book.taken(draws, stale)
-        self.given = self._journal.append(record)
+        self.given = self._journal.append_record(record)
         for group in left_out:
-            self._reporter.closed(group, "stale")
+            self._reporter.record_group_close(group, "stale")

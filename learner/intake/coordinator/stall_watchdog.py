@@ -1,7 +1,7 @@
-"""The watchdog: when nothing has gone on for longer than usual, it says what is waited for.
+"""The stall watchdog: when the run makes no progress for longer than usual, it logs what the run waits for.
 
 A line in the log and one in progress.jsonl when the cause changes, and again after twice the time; a gauge all the while.
-What goes on is a subtree accepted, a batch handed to the trainer, a version published.
+Progress is a subtree accepted, a batch handed to the trainer, a version published.
 """
 
 from __future__ import annotations
@@ -20,66 +20,70 @@ from learner.intake.monitoring.stall_diagnosis import RunStatus, SamplerStatus, 
 from learner.intake.wal.journal import Journal
 
 log = logging.getLogger(__name__)
-LOOK_SECONDS = 5.0
-MOST_SECONDS = 3600.0
+CHECK_SECONDS = 5.0
+MAX_REPEAT_SECONDS = 3600.0
 """From one line to the next with the same cause."""
 
 
 def current_run_status(desk: Desk, trainer: TrainerApi, journal: Journal) -> RunStatus:
-    """How things are now."""
+    """The state of the run now."""
     now, book, sessions = time.monotonic(), desk.book, desk.sessions
     return RunStatus(
         state=desk.control.state,
-        changed=now - desk.state_since,
-        blocked=None if journal.blocked_since is None else now - journal.blocked_since,
-        short=None if journal.short_since is None else now - journal.short_since,
-        folder=str(journal.folder),
+        state_seconds=now - desk.state_since,
+        blocked_seconds=None if journal.blocked_since is None else now - journal.blocked_since,
+        low_space_seconds=None if journal.low_space_since is None else now - journal.low_space_since,
+        journal_folder=str(journal.folder),
         trainer=trainer.status,
-        workers=[_worker(desk, peer, now) for peer in sessions.open_sessions.values()],
-        alone=now - sessions.empty_since,
+        samplers=[_sampler_status(desk, session, now) for session in sessions.open_sessions.values()],
+        no_sampler_seconds=now - sessions.empty_since,
         last_seen=tuple(sessions.last_seen),
-        out=len(book.open),
-        room=book.has_work,
-        ready=book.groups.ready_count,
+        open_leases=len(book.open),
+        can_grant=book.has_work,
+        ready_groups=book.groups.ready_count,
         batch=book.batch,
     )
 
 
-def _worker(desk: Desk, peer: SamplerSession, now: float) -> SamplerStatus:
-    granted = [desk.began if group.granted_at is None else group.granted_at for group in desk.book.open.of(peer.holder)]
-    held = now - min(granted) if granted else None
-    return SamplerStatus(peer.id, max(0.0, now - peer.last_heard), peer.demand, held, peer.waiting_for, peer.waited_seconds)
+def _sampler_status(desk: Desk, session: SamplerSession, now: float) -> SamplerStatus:
+    groups = desk.book.open.of(session.holder)
+    granted = [desk.began if group.granted_at is None else group.granted_at for group in groups]
+    lease_seconds = now - min(granted) if granted else None
+    silent_seconds = max(0.0, now - session.last_heard)
+    return SamplerStatus(
+        *(session.id, silent_seconds, session.demand, lease_seconds), session.waiting_for, session.waited_seconds
+    )
 
 
 class StallWatchdog:
-    def __init__(self, pace: ProgressClock, status: Callable[[], RunStatus], reporter: RunRecorder) -> None:
+    def __init__(self, clock: ProgressClock, status: Callable[[], RunStatus], reporter: RunRecorder) -> None:
         """``status`` returns the present state of the run."""
-        self._pace = pace
+        self._clock = clock
         self._status = status
         self._reporter = reporter
-        self._said: StallCause | None = None
-        self._again = 0.0
-        """Seconds without progress at which it says the same again."""
+        self._logged: StallCause | None = None
+        self._repeat_at = 0.0
+        """Seconds without progress at which the same cause is logged again."""
 
-    async def run_forever(self) -> None:
+    async def watch_forever(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(CHECK_SECONDS)
             self.check_stall()
 
     def check_stall(self) -> None:
-        """Say what is to be said now."""
-        seconds = time.monotonic() - self._pace.last
+        """Set the gauge, and log a stall whose cause is new or due again."""
+        seconds = self._clock.seconds_without_progress
         found = diagnose_stall(self._status())
         for part in StalledPart:
             self._reporter.metrics.stalled.labels(part.value).set(seconds if part is found.part else 0.0)
-        if seconds < self._pace.patience:
-            self._goes_on()
-        elif found != self._said or seconds >= self._again:
-            self._said, self._again = found, seconds + min(seconds, MOST_SECONDS)
-            log.warning("nothing has gone on for %.0f s; waiting for %s", seconds, found.sentence)
-            self._reporter.waits(found.sentence, seconds)
+        if seconds < self._clock.stall_seconds:
+            self._log_recovery()
+        elif found != self._logged or seconds >= self._repeat_at:
+            self._logged, self._repeat_at = found, seconds + min(seconds, MAX_REPEAT_SECONDS)
+            log.warning("no progress for %.0f s; waiting for %s", seconds, found.sentence)
+            self._reporter.record_stall(found.sentence, seconds)
 
-    def _goes_on(self) -> None:
-        if self._said is not None:
-            log.info("the run goes on")
-            self._said = None
+    def _log_recovery(self) -> None:
+        if self._logged is not None:
+            log.info("the run makes progress again")
+            self._logged = None

@@ -63,7 +63,7 @@ class TrainerApi:
                 if groups and not await wait_until_durable(self._clerk.given, deadline):
                     groups = []  # a full disk; the trainer asks again
                 if groups:
-                    self._clock.progress()
+                    self._clock.record_progress()
                 return Taken([pack_encoded_group(g.group, g.encoded) for g in groups], state.value, self._report_damage())
             await self._desk.changed.wait(min(deadline, self._batches.patience))
 
@@ -71,7 +71,7 @@ class TrainerApi:
         """A version is written to ``path``; the groups before ``position`` made it. Raises ContractError."""
         await self._versions.publish_version(version, path, position)
         self._reported_damage = None
-        self._clock.progress()
+        self._clock.record_progress()
         self._desk.grant()
 
     def handle_covered(self, position: int) -> None:
@@ -89,7 +89,7 @@ class TrainerApi:
             if not await self._desk.changed.wait(deadline):
                 break
         if evaluation.done:
-            self._reporter.evaluated(evaluation, self._book)
+            self._reporter.record_evaluation(evaluation, self._book)
         return replace(evaluation.result(), state=self._control.state.value, damaged=self._report_damage())
 
     def _begin_evaluation(self, version: PolicyVersion) -> Round:
@@ -103,7 +103,7 @@ class TrainerApi:
 
     def handle_step_report(self, values: dict[str, object]) -> None:
         """A line for the run's progress file."""
-        self._reporter.step(values, self._book)
+        self._reporter.record_step(values, self._book)
 
     @property
     def _has_news(self) -> bool:

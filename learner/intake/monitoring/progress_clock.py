@@ -1,33 +1,39 @@
-"""How long it is that nothing has gone on, and whether that is unusual for this run."""
+"""Measures how long the run has made no progress, and what pause is usual for it."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 QUIET_SECONDS = 60.0
-"""Less is no reason for words, however fast the run is."""
-USUAL_TIMES = 3
-"""So many times the longest of the last pauses is unusual."""
-PAUSES = 64
+"""A shorter pause is never a stall, however fast the run is."""
+USUAL_PAUSE_FACTOR = 3
+"""A pause is a stall when it is so many times as long as the longest of the last pauses."""
+MAX_PAUSES = 64
 """Pauses of a second and more that are remembered: those of the last few steps."""
 
 
 class ProgressClock:
-    """When something last went on, and how long a pause usually is. Times are time.monotonic."""
+    """When the run last made progress: a subtree accepted, a batch handed out, a version published."""
 
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-        self._pauses: deque[float] = deque(maxlen=PAUSES)
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.last_progress = clock()
+        """An instant of the clock."""
+        self._pauses: deque[float] = deque(maxlen=MAX_PAUSES)
 
-    def progress(self) -> None:
-        """Something goes on."""
-        now = time.monotonic()
-        if (pause := now - self.last) >= 1.0:
-            self._pauses.append(min(pause, self.patience))  # one that was too long makes the next no normal thing
-        self.last = now
+    def record_progress(self) -> None:
+        now = self._clock()
+        if (pause := now - self.last_progress) >= 1.0:
+            self._pauses.append(min(pause, self.stall_seconds))  # a stall does not make the next one usual
+        self.last_progress = now
 
     @property
-    def patience(self) -> float:
-        """Seconds of a pause that is no longer usual."""
-        return max(QUIET_SECONDS, USUAL_TIMES * max(self._pauses, default=0.0))
+    def seconds_without_progress(self) -> float:
+        return self._clock() - self.last_progress
+
+    @property
+    def stall_seconds(self) -> float:
+        """A pause of so many seconds is a stall."""
+        return max(QUIET_SECONDS, USUAL_PAUSE_FACTOR * max(self._pauses, default=0.0))

@@ -1,4 +1,4 @@
-"""What the intake tells the world: its metrics, and a line of the run's progress file for each step and evaluation."""
+"""Records what the intake does: its metrics, and a line of the run's progress file for each step and evaluation."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from treegrpo.core.step import Subtree
 from treegrpo.observability.metrics import IntakeMetrics
 
 log = logging.getLogger(__name__)
-SENTENCES = {
+SET_ASIDE_REASONS = {
     "overdue": "the staleness bound was reached before its first leaf",
     "stale": "it is older than train.max_lag allows",
 }
-"""Why a group is given up that no lease's end explains."""
+"""Sentences for groups that are set aside for another reason than the end of a lease."""
 CURRENCIES = ("tokens", "tool_calls")
-DEEPEST = 8
-"""Steps from the root that are told apart; what is deeper is counted there."""
-REPLAYED = (
+MAX_DEPTH_LABEL = 8
+"""Depths from the root that have a label of their own; deeper turns are counted under this one."""
+REPLAYED_COUNTERS = (
     "tokens",
     "prefix",
     "leaves",
@@ -48,7 +48,7 @@ REPLAYED = (
     "unique",
     "chain",
 )
-"""The counters that only events of the journal move."""
+"""The counters that only events of the journal change."""
 
 
 class RunRecorder:
@@ -56,8 +56,8 @@ class RunRecorder:
         """``window``: groups that a mean is taken over."""
         self.metrics = metrics
         self._progress = ProgressLog(progress)
-        self._aside = ProgressLog(progress.with_name("set_aside.jsonl"))
-        self._recent = {kind: deque[tuple[float, float]](maxlen=window) for kind in LeaseKind}
+        self._set_aside_log = ProgressLog(progress.with_name("set_aside.jsonl"))
+        self._recent_means = {kind: deque[tuple[float, float]](maxlen=window) for kind in LeaseKind}
         self._spent = {kind: Budget() for kind in LeaseKind}
         self._chain = {kind: Budget() for kind in LeaseKind}
         self._needed = {kind: Budget() for kind in LeaseKind}
@@ -65,107 +65,107 @@ class RunRecorder:
         self._counted: dict[tuple[LeaseKind, str, str], int] = {}
         self._labelled: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
 
-    def keep(self, book: LeaseBook) -> None:
-        """Show ledger and leases at each scrape."""
-        self.metrics.refresh = lambda: self._show(book)
+    def export_lease_table(self, book: LeaseBook) -> None:
+        """Bring the metrics of ledger and leases up to date at each scrape."""
+        self.metrics.refresh = lambda: self._refresh(book)
 
-    def watch(self, journal: Journal) -> None:
-        """Show the journal at each scrape."""
+    def export_journal(self, journal: Journal) -> None:
+        """Read the metrics of the journal at each scrape."""
         self.metrics.journal_blocked.set_function(lambda: journal.blocked)
-        self.metrics.journal_short.set_function(lambda: journal.short_since is not None)
-        self.metrics.journal_bytes.set_function(lambda: _bytes(journal.folder))
-        self.metrics.journal_free.set_function(lambda: _free(journal.folder))
+        self.metrics.journal_short.set_function(lambda: journal.low_space_since is not None)
+        self.metrics.journal_bytes.set_function(lambda: _segment_bytes(journal.folder))
+        self.metrics.journal_free.set_function(lambda: _free_bytes(journal.folder))
 
-    def _of(self, counter: Counter, *labels: str) -> Counter:
-        """What ``counter.labels`` gives, which takes longer than all else that is counted of a subtree."""
+    def _labels(self, counter: Counter, *labels: str) -> Counter:
+        """``counter.labels``, cached: that call takes longer than all other work of `record_subtree`."""
         found = self._labelled.get((counter, labels))
         if found is None:
             found = self._labelled[(counter, labels)] = counter.labels(*labels)
         return found
 
-    def samplers(self, count: int, aside: int) -> None:
-        """So many samplers have an open stream; so many of them are put aside."""
+    def record_samplers(self, count: int, aside: int) -> None:
+        """``count`` samplers have an open stream; ``aside`` of them are put aside by the circuit breaker."""
         self._samplers = count
         self.metrics.samplers.set(count)
         self.metrics.put_aside.set(aside)
 
-    def refused(self, reason: str, leaves: int) -> None:
-        """A subtree was not wanted: "lease" or "overdue" if it came too late, else what of it is wrong."""
+    def record_rejection(self, reason: str, leaves: int) -> None:
+        """A subtree was rejected. ``reason``: "lease" or "overdue" if it came too late, else the field that is wrong."""
         self.metrics.refused.labels(reason).inc()
         if reason in TOO_LATE:
             self.metrics.dropped.labels(reason).inc(leaves)
 
-    def duplicate(self) -> None:
+    def record_duplicate(self) -> None:
         self.metrics.duplicates.inc()
 
-    def accepted(self, group: OpenGroup, subtree: Subtree) -> None:
-        """A subtree came in."""
+    def record_subtree(self, group: OpenGroup, subtree: Subtree) -> None:
+        """A subtree was accepted."""
         kind, cost = group.lease.kind.value, subtree.cost
         for how, tokens in (("prefilled", cost.prefilled), ("cached", cost.cached), ("decoded", cost.decoded)):
-            self._of(self.metrics.tokens, kind, how).inc(tokens)
-        self._of(self.metrics.leaves, kind).inc(len(subtree.leaves))
+            self._labels(self.metrics.tokens, kind, how).inc(tokens)
+        self._labels(self.metrics.leaves, kind).inc(len(subtree.leaves))
         if group.granted_at is not None:
             self.metrics.subtree_seconds.observe(time.monotonic() - group.granted_at)
-        self._prefixes(group, subtree)
+        self._record_prefixes(group, subtree)
         for step in subtree.steps:
             if step.status.failed:
                 self.metrics.failed_steps.labels(step.status.value).inc()
 
-    def _prefixes(self, group: OpenGroup, subtree: Subtree) -> None:
-        """Count what turns begin from; first added up by depth, since a counter costs more than an addition."""
-        begun: dict[int, tuple[int, int]] = {}
+    def _record_prefixes(self, group: OpenGroup, subtree: Subtree) -> None:
+        """Count the prefix tokens of turns by depth; summed first, since a counter costs more than an addition."""
+        by_depth: dict[int, tuple[int, int]] = {}
         for step, depth in zip(subtree.steps, group.group.depths(subtree), strict=True):
-            at = min(depth, DEEPEST)
-            cached, prefilled = begun.get(at, (0, 0))
-            begun[at] = (cached + step.cost.cached, prefilled + step.cost.prefilled)
-        for at, (cached, prefilled) in begun.items():
-            self._of(self.metrics.prefix, str(at), "cached").inc(cached)
-            self._of(self.metrics.prefix, str(at), "prefilled").inc(prefilled)
+            at = min(depth, MAX_DEPTH_LABEL)
+            cached, prefilled = by_depth.get(at, (0, 0))
+            by_depth[at] = (cached + step.cost.cached, prefilled + step.cost.prefilled)
+        for at, (cached, prefilled) in by_depth.items():
+            self._labels(self.metrics.prefix, str(at), "cached").inc(cached)
+            self._labels(self.metrics.prefix, str(at), "prefilled").inc(prefilled)
 
-    def ended(self, group: OpenGroup, end: LeaseEnd) -> None:
-        """A lease ended; what its group is worth is counted when the group is closed."""
+    def record_lease_end(self, group: OpenGroup, end: LeaseEnd) -> None:
+        """A lease ended; the yield of its group is counted when the group is closed."""
         kind = group.lease.kind
-        self._of(self.metrics.ended, kind.value, end.reason.value).inc()
+        self._labels(self.metrics.ended, kind.value, end.reason.value).inc()
         self._spent[kind] += Budget.for_cost(end.unaccounted)
         if not group.closed:
-            self.closed(group, end.reason.value, end.error)
+            self.record_group_close(group, end.reason.value, end.error)
 
-    def closed(self, group: OpenGroup, why: str, error: str = "") -> None:
-        """Count what a group is worth, if it is closed; list it if nobody will try it again."""
+    def record_group_close(self, group: OpenGroup, why: str, error: str = "") -> None:
+        """Count the yield of a group, if it is closed; list it if it is set aside. ``why``: the metric's label."""
         kind = group.lease.kind
         if group.given_up:
             self.metrics.set_aside.labels(kind.value, why).inc()
-            self._gave_up(group, why, error or SENTENCES.get(why, why))
+            self._list_set_aside(group, why, error or SET_ASIDE_REASONS.get(why, why))
         if group.fate is not Fate.CLOSED:
             return
-        self._of(self.metrics.groups, kind.value, why).inc()
-        self._of(self.metrics.forgone, kind.value).inc(group.forgone)
+        self._labels(self.metrics.groups, kind.value, why).inc()
+        self._labels(self.metrics.forgone, kind.value).inc(group.forgone)
         leaves = [leaf for _, leaf in group.group.leaves()]
-        if not leaves:  # the journal has what would be refused today
+        if not leaves:  # a journal of an earlier version may have groups whose leaves are rejected today
             return
         rewards = [leaf.reward for leaf in leaves]
         em = sum(leaf.metrics.get("em", 0.0) for leaf in leaves) / len(leaves)
         if kind is LeaseKind.TRAIN and max(rewards) == min(rewards):
             self.metrics.zero_signal.inc()
-        self._of(self.metrics.unique, kind.value).inc(group.group.unique_tokens)
-        self._recent[kind].append((sum(rewards) / len(rewards), em))
+        self._labels(self.metrics.unique, kind.value).inc(group.group.unique_tokens)
+        self._recent_means[kind].append((sum(rewards) / len(rewards), em))
         self._spent[kind] += Budget.for_cost(group.group.cost)
         chain = Budget.for_cost(group.group.chain_equivalent())
         self._chain[kind] += chain
         self._needed[kind] += Budget.for_cost(group.group.needed())
         for currency in CURRENCIES:
-            self._of(self.metrics.chain, kind.value, currency).inc(getattr(chain, currency))
+            self._labels(self.metrics.chain, kind.value, currency).inc(getattr(chain, currency))
 
-    def _means(self, kind: LeaseKind) -> None:
-        recent = tuple(self._recent[kind])
-        self.metrics.recomputed.labels(kind.value).set(self.recomputed(kind))
+    def _refresh_means(self, kind: LeaseKind) -> None:
+        recent = tuple(self._recent_means[kind])
+        self.metrics.recomputed.labels(kind.value).set(self.recomputed_ratio(kind))
         for currency in CURRENCIES:
-            self.metrics.saving.labels(kind.value, currency).set(self.saving(kind, currency))
+            self.metrics.saving.labels(kind.value, currency).set(self.saving_ratio(kind, currency))
         for gauge, place in ((self.metrics.reward, 0), (self.metrics.em, 1)):
             gauge.labels(kind.value).set(sum(row[place] for row in recent) / len(recent))
 
-    def _gave_up(self, group: OpenGroup, why: str, error: str) -> None:
-        """List a group for somebody to look at: in progress.jsonl and in set_aside.jsonl, once, however often it is replayed."""
+    def _list_set_aside(self, group: OpenGroup, why: str, error: str) -> None:
+        """List a group in progress.jsonl and set_aside.jsonl for the operator; once, however often its events are replayed."""
         row = {
             "kind": "set_aside",
             "lease": group.lease.id,
@@ -176,25 +176,25 @@ class RunRecorder:
             "why": why,
             "error": error,
         }
-        self._progress.add(row)
-        if self._aside.add(row):
+        self._progress.append_row(row)
+        if self._set_aside_log.append_row(row):
             log.warning("question %s is set aside after %d tries, the last %s: %s", row["question"], group.tries, why, error)
 
-    def saving(self, kind: LeaseKind, currency: str) -> float:
+    def saving_ratio(self, kind: LeaseKind, currency: str) -> float:
         """1 - needed / what chains to the same leaves would have needed, over the closed groups; see docs/adr/0002."""
         chain = getattr(self._chain[kind], currency)
         return 1.0 - getattr(self._needed[kind], currency) / chain if chain else 0.0
 
-    def recomputed(self, kind: LeaseKind) -> float:
-        """Share of the spent tokens that the trees did not need: new weights make every cached key and value stale.
+    def recomputed_ratio(self, kind: LeaseKind) -> float:
+        """Share of the spent tokens that were computed again, since new weights make every cached key and value stale.
 
-        What a cache shares between questions goes the other way and is taken off, so it is 0 at least.
+        A cache that shares prefixes between questions lowers it, to 0 at least.
         """
         spent = self._spent[kind].tokens
         return max(0.0, 1.0 - self._needed[kind].tokens / spent) if spent else 0.0
 
-    def _show(self, book: LeaseBook) -> None:
-        """Bring up to date what is not counted as it happens. In the thread of the scrape."""
+    def _refresh(self, book: LeaseBook) -> None:
+        """Set the metrics that no event updates. Runs in the thread of the scrape."""
         for kind, accounts in book.ledger.summary().items():
             for currency, row in accounts.items():
                 self.metrics.outstanding.labels(kind, currency).set(row.pop("outstanding"))
@@ -204,42 +204,42 @@ class RunRecorder:
                     self._counted[place] = total
         for kind in LeaseKind:
             self.metrics.leases.labels(kind.value).set(book.out(kind))
-            if self._recent[kind]:
-                self._means(kind)
+            if self._recent_means[kind]:
+                self._refresh_means(kind)
         self.metrics.lease_limit.set(book.limit)
         self.metrics.ready.set(book.groups.waiting)
 
-    def step(self, values: Mapping[str, object], book: LeaseBook) -> None:
-        """A progress line of the trainer's, with the books beside it; none if it is there already."""
-        self._progress.add({"kind": "step", **values, **self._books(book)})
+    def record_step(self, values: Mapping[str, object], book: LeaseBook) -> None:
+        """Write a step's progress line, with the ledger's totals; nothing if the file has it already."""
+        self._progress.append_row({"kind": "step", **values, **self._ledger_totals(book)})
 
-    def evaluated(self, done: Round, book: LeaseBook) -> None:
-        """A progress line of a finished evaluation; none if it is there already."""
+    def record_evaluation(self, done: Round, book: LeaseBook) -> None:
+        """Write the progress line of a finished evaluation; nothing if the file has it already."""
         result = done.result()
         row = {"version": str(done.version), "questions": result.questions, "em": result.em, "reward": result.reward}
-        self._progress.add({"kind": "eval", **row, "failed": result.failed, **self._books(book)})
+        self._progress.append_row({"kind": "eval", **row, "failed": result.failed, **self._ledger_totals(book)})
 
-    def waits(self, what: str, seconds: float) -> None:
-        """A progress line of a run in which nothing goes on; the next line of another kind ends it."""
-        self._progress.add({"kind": "waiting", "for": what, "seconds": round(seconds)})
+    def record_stall(self, cause: str, seconds: float) -> None:
+        """Write a progress line about a run without progress; the next line of another kind ends the stall."""
+        self._progress.append_row({"kind": "waiting", "for": cause, "seconds": round(seconds)})
 
-    def _books(self, book: LeaseBook) -> dict[str, object]:
+    def _ledger_totals(self, book: LeaseBook) -> dict[str, object]:
         return {
             "ledger": book.ledger.summary(),
             "chain_tokens": self._chain[LeaseKind.TRAIN].tokens,
-            "recomputed": self.recomputed(LeaseKind.TRAIN),
-            "saving": self.saving(LeaseKind.TRAIN, "tokens"),
-            "saving_tool_calls": self.saving(LeaseKind.TRAIN, "tool_calls"),
+            "recomputed": self.recomputed_ratio(LeaseKind.TRAIN),
+            "saving": self.saving_ratio(LeaseKind.TRAIN, "tokens"),
+            "saving_tool_calls": self.saving_ratio(LeaseKind.TRAIN, "tool_calls"),
             "samplers": self._samplers,
         }
 
-    def state(self) -> dict[str, Any]:
-        """Plain data to be restored from: what the events so far have added up to."""
+    def snapshot_counters(self) -> dict[str, Any]:
+        """Plain data for `restore_counters`: the sums over all events so far."""
         return {
-            "counters": {counter: _samples(getattr(self.metrics, counter)) for counter in REPLAYED},
+            "counters": {counter: _counter_samples(getattr(self.metrics, counter)) for counter in REPLAYED_COUNTERS},
             "kinds": {
                 kind.value: {
-                    "recent": [list(row) for row in self._recent[kind]],
+                    "recent": [list(row) for row in self._recent_means[kind]],
                     "spent": astuple(self._spent[kind]),
                     "chain": astuple(self._chain[kind]),
                     "needed": astuple(self._needed[kind]),
@@ -248,33 +248,33 @@ class RunRecorder:
             },
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Become, new, what `state` was taken of."""
-        for counter, samples in state["counters"].items():
+    def restore_counters(self, row: dict[str, Any]) -> None:
+        """Set a new recorder to what `snapshot_counters` returned."""
+        for counter, samples in row["counters"].items():
             for labels, value in samples:
                 metric: Counter = getattr(self.metrics, counter)
                 (metric.labels(**labels) if labels else metric).inc(value)
         for kind in LeaseKind:
-            row = state["kinds"][kind.value]
-            self._recent[kind].extend((reward, em) for reward, em in row["recent"])
+            sums = row["kinds"][kind.value]
+            self._recent_means[kind].extend((reward, em) for reward, em in sums["recent"])
             self._spent[kind], self._chain[kind], self._needed[kind] = (
-                Budget(*row[name]) for name in ("spent", "chain", "needed")
+                Budget(*sums[name]) for name in ("spent", "chain", "needed")
             )
 
 
-def _samples(counter: Counter) -> list[tuple[dict[str, str], float]]:
+def _counter_samples(counter: Counter) -> list[tuple[dict[str, str], float]]:
     return [(s.labels, s.value) for family in counter.collect() for s in family.samples if s.name.endswith("_total")]
 
 
-def _free(folder: Path) -> int:
-    """0 where there is no such folder any more."""
+def _free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder; 0 if it is gone."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
         return 0
 
 
-def _bytes(folder: Path) -> int:
+def _segment_bytes(folder: Path) -> int:
     total = 0
     for path in folder.glob(f"*{SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):  # dropped meanwhile

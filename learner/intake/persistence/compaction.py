@@ -12,7 +12,7 @@ from pathlib import Path
 from learner.intake.persistence.snapshot import SnapshotStore, StateCapture
 from learner.intake.wal.filesystem import FileSystem
 from learner.intake.wal.journal import Journal
-from learner.intake.wal.segments import drop
+from learner.intake.wal.segments import drop_segments
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class JournalCompactor:
             await self._asked.wait()
             self._asked.clear()
             state = self._capture()
-            begun = self._journal.cut()  # in the same breath: what is appended from here on is not in the state
+            begun = self._journal.start_segment()  # in the same breath: what is appended from here on is not in the state
             number = await begun
             try:
                 await asyncio.to_thread(self.compact, number, state)
@@ -54,7 +54,7 @@ class JournalCompactor:
 
         One that would not fit is not begun: what room there is the journal needs more.
         """
-        if self._disk.free(self._folder) < state.bytes:
+        if self._disk.free_bytes(self._folder) < state.bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._snapshots.write(number, state.records())
-        drop(self._disk, self._folder, before=self._snapshots.prune())
+        drop_segments(self._disk, self._folder, before=self._snapshots.prune())

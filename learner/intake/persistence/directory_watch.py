@@ -14,7 +14,7 @@ from pathlib import Path
 from learner.intake.persistence.snapshot import SnapshotStore
 from learner.intake.wal.filesystem import FileSystem
 from learner.intake.wal.journal import Journal
-from learner.intake.wal.segments import numbers, segment_path
+from learner.intake.wal.segments import segment_numbers, segment_path
 from treegrpo.errors import JournalError, RunError
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class DirectoryMonitor:
         """The segments that a restart would read and that are not there."""
         try:
             first = next(iter(self._snapshots.numbers()), 1)
-            return set(range(first, self._journal.number + 1)) - set(numbers(self._disk, self._journal.folder))
+            return set(range(first, self._journal.segment_number + 1)) - set(segment_numbers(self._disk, self._journal.folder))
         except (OSError, JournalError):  # a disk that fails for now: the journal says so
             return set()
 

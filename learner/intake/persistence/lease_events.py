@@ -62,15 +62,15 @@ def replay(book: LeaseBook, reporter: RunRecorder, event: Record) -> None:
         case "accepted":
             subtree = subtree_from_pb(tree_pb2.Subtree.FromString(event["subtree"]))
             if (group := book.replay_accepted(subtree, event["subtree"])) is not None:
-                reporter.accepted(group, subtree)
+                reporter.record_subtree(group, subtree)
         case "refused":
             key = (event["tree"], event["index"])
             book.refuse(event["lease"], key, Cost(*event["cost"]), event["reason"], event["why"])
         case "closed":
-            reporter.closed(book.close(event["draw"]), "overdue")
+            reporter.record_group_close(book.close(event["draw"]), "overdue")
         case "taken":
             for group in book.taken(event["draws"], event["stale"]):
-                reporter.closed(group, "stale")
+                reporter.record_group_close(group, "stale")
         case _:
             end = lease_end_from_pb(rollout_pb2.LeaseEnd.FromString(event["end"]))
-            reporter.ended(book.ended(end, excused=event.get("excused", False)), end)
+            reporter.record_lease_end(book.ended(end, excused=event.get("excused", False)), end)

@@ -22,7 +22,7 @@ from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.leases.rollout_group import OpenGroup
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.wal.filesystem import FileSystem
-from learner.intake.wal.framing import BrokenFrameError, Record, batches, encode, frame, read_frame
+from learner.intake.wal.framing import BrokenFrameError, Record, encode_frame, encode_record, read_frame, split_into_frames
 from treegrpo.core.lease import Lease
 from treegrpo.errors import JournalError, describe
 from treegrpo.v1 import rollout_pb2, tree_pb2
@@ -41,7 +41,7 @@ class StateCapture:
     """The state of a moment. Taken at once; made into records, which takes long, by whoever writes them."""
 
     def __init__(self, book: LeaseBook, reporter: RunRecorder) -> None:
-        self._head = {"event": "book", "format": FORMAT, "book": book.state(), "report": reporter.state()}
+        self._head = {"event": "book", "format": FORMAT, "book": book.state(), "report": reporter.snapshot_counters()}
         places = zip(PLACES, (book.groups.kept(), book.unfinished.values(), book.open.values()), strict=True)
         self._groups = [_row(group, place) for place, groups in places for group in groups]
 
@@ -82,7 +82,7 @@ def restore(book: LeaseBook, reporter: RunRecorder, records: Iterator[Record]) -
         elif group is not None:
             group.restore(subtree_from_pb(tree_pb2.Subtree.FromString(record["subtree"])), record["subtree"])
     book.restore(head["book"], open_=groups["open"], unfinished=groups["unfinished"], kept=groups["kept"])
-    reporter.restore(head["report"])
+    reporter.restore_counters(head["report"])
 
 
 class SnapshotStore:
@@ -93,7 +93,7 @@ class SnapshotStore:
     def numbers(self) -> list[int]:
         """The segments that a snapshot stands before, newest first. Raises JournalError: the folder cannot be read."""
         try:
-            names = self._disk.names(self._folder)
+            names = self._disk.list_names(self._folder)
         except OSError as error:
             raise JournalError(
                 f"{self._folder} cannot be read ({error.strerror or error}); move away what is in the way."
@@ -106,31 +106,31 @@ class SnapshotStore:
     def write(self, number: int, records: Iterator[Record]) -> None:
         """Write the snapshot before segment ``number``. Raises OSError, and then there is none."""
         partial, whole = self._folder / f".{number:08d}", self.path(number)
-        self._disk.make_folder(partial)
+        self._disk.make_directory(partial)
         try:
             self._fill(partial / STATE, records)
-            self._disk.sync_folder(partial)
-            self._disk.rename(partial, whole)
+            self._disk.sync_directory(partial)
+            self._disk.rename_path(partial, whole)
         except OSError:
             with contextlib.suppress(OSError):  # gives back the room now, or `prune` does it later
                 self._remove(partial.name)
             raise
-        self._disk.sync_folder(self._folder)
+        self._disk.sync_directory(self._folder)
 
     def _fill(self, path: Path, records: Iterator[Record]) -> None:
-        file = self._disk.create(path)
+        file = self._disk.create_file(path)
         try:
-            for batch in batches(encode(record) for record in records):
-                file.write(frame(batch))
-            file.sync()
+            for batch in split_into_frames(encode_record(record) for record in records):
+                file.append_bytes(encode_frame(batch))
+            file.flush_to_disk()
         finally:
-            file.close()
+            file.close_file()
 
     def read(self, number: int) -> Iterator[Record]:
         """The records of a snapshot, one frame in memory at a time. Raises JournalError if it is not whole."""
         path = self.path(number) / STATE
         try:
-            with self._disk.open(path) as file:
+            with self._disk.open_file(path) as file:
                 count = 0
                 while records := read_frame(file):
                     for record in records:
@@ -150,14 +150,14 @@ class SnapshotStore:
     def set_aside(self, number: int) -> Path:
         """Give a damaged snapshot a name under which it counts no more."""
         aside = self.path(number).with_suffix(".damaged")
-        self._disk.rename(self.path(number), aside)
-        self._disk.sync_folder(self._folder)
+        self._disk.rename_path(self.path(number), aside)
+        self._disk.sync_directory(self._folder)
         return aside
 
     def prune(self) -> int:
         """Remove what a crash left half written and all but the newest generations; the first segment that is still needed."""
         kept = self.numbers()[:GENERATIONS]
-        for name in self._disk.names(self._folder):
+        for name in self._disk.list_names(self._folder):
             if _PARTIAL.fullmatch(name) or (_WHOLE.fullmatch(name) and int(name) not in kept):
                 self._remove(name)
         return kept[-1] if len(kept) == GENERATIONS else 1
@@ -166,13 +166,13 @@ class SnapshotStore:
         """Unnamed before it is emptied: a snapshot is there completely or not at all."""
         gone = self._folder / f".{name.removeprefix('.')}"
         if gone.name != name:
-            self._disk.rename(self._folder / name, gone)
-            self._disk.sync_folder(self._folder)
+            self._disk.rename_path(self._folder / name, gone)
+            self._disk.sync_directory(self._folder)
         self._empty(gone)
 
     def _empty(self, path: Path) -> None:
         """Remove a snapshot, with whatever somebody has put into it."""
         with contextlib.suppress(NotADirectoryError):
-            for name in self._disk.names(path):
+            for name in self._disk.list_names(path):
                 self._empty(path / name)
-        self._disk.remove(path)
+        self._disk.remove_path(path)

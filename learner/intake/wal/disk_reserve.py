@@ -1,8 +1,8 @@
-"""Room on the disk that is kept for the journal, so that a full disk finds what is under way a place.
+"""The disk reserve: room that is kept for the journal, so that a full disk still takes what is under way.
 
-    room  ─► kept ─► the disk is full ─► given to the journal: what is out comes in, and groups get their positions,
-      ▲                                  but nothing is granted
-      └──────────── there is room again ─┘
+    room  ─► reserved ─► the disk is full ─► released to the journal: subtrees come in, and groups get their positions,
+      ▲                                      but nothing is granted
+      └────────────── there is room again ───┘
 
 Without it the trainer would not get groups that are ready and durable: the position of each is an event of the journal too.
 """
@@ -21,63 +21,65 @@ from learner.intake.wal.journal import Journal
 log = logging.getLogger(__name__)
 RESERVE_BYTES = 2 * BATCH_BYTES
 """A commit that fills its frame, and as much again: two thousand branches of 1,500 tokens, or the positions of a long run."""
-LOOK_SECONDS = 5.0
+CHECK_SECONDS = 5.0
 NAME = "reserve"
 """A file of this name beside the segments, since the journal may have a disk of its own."""
 
 
 class DiskReserve:
-    def __init__(self, disk: FileSystem, journal: Journal) -> None:
+    def __init__(self, disk: FileSystem, journal: Journal, check_seconds: float = CHECK_SECONDS) -> None:
+        """``check_seconds``: from one attempt to get a released reserve back to the next."""
         self._disk = disk
         self._journal = journal
+        self._check_seconds = check_seconds
         self._path = journal.folder / NAME
         self._held = False
-        journal.on_full = self.give
+        journal.on_disk_full = self.release_reserve
 
-    async def keep_forever(self) -> None:
-        """Keep it, and get it back when it was given."""
+    async def maintain_forever(self) -> None:
+        """Hold the reserve, and get it back when it was released."""
         try:
             while True:
                 if not self._held:
-                    self._held = await asyncio.to_thread(self._take)
-                    self._tell()
-                await asyncio.sleep(LOOK_SECONDS)
+                    self._held = await asyncio.to_thread(self._try_preallocate)
+                    self._report_space()
+                await asyncio.sleep(self._check_seconds)
         finally:
             if self._held:
-                self._free()
+                self._remove_file()
 
-    def _take(self) -> bool:
+    def _try_preallocate(self) -> bool:
         """Twice as much has to be free: a disk that has just this is full again in a moment."""
         with contextlib.suppress(OSError):
-            there = self._disk.names(self._path.parent)
-            if NAME in there or self._disk.free(self._path.parent) >= 2 * RESERVE_BYTES:
-                self._disk.reserve(self._path, RESERVE_BYTES)
+            names = self._disk.list_names(self._path.parent)
+            if NAME in names or self._disk.free_bytes(self._path.parent) >= 2 * RESERVE_BYTES:
+                self._disk.preallocate(self._path, RESERVE_BYTES)
                 return True
         return False
 
-    def give(self) -> bool:
-        """Free it; False if it is gone already."""
+    def release_reserve(self) -> bool:
+        """Free the room; False if that was done already."""
         if not self._held:
             return False
-        self._free()
-        self._tell()
+        self._remove_file()
+        self._report_space()
         return True
 
-    def _free(self) -> None:
+    def _remove_file(self) -> None:
         self._held = False
         with contextlib.suppress(OSError):
-            self._disk.remove(self._path)
+            self._disk.remove_path(self._path)
 
-    def _tell(self) -> None:
-        """Say so, and let leases be granted or not."""
-        short = self._journal.short_since
-        if self._held and short is not None:
-            log.info("there is room on the disk again, after %.0f s", time.monotonic() - short)
-            self._journal.run_short(None)
-        elif not self._held and short is None:
+    def _report_space(self) -> None:
+        """Log a change, and tell the journal whether leases may be granted."""
+        since = self._journal.low_space_since
+        if self._held and since is not None:
+            log.info("there is room on the disk again, after %.0f s", time.monotonic() - since)
+            self._journal.set_low_space(None)
+        elif not self._held and since is None:
             log.error(
-                "The disk of %s has no %d MiB to spare: what is under way comes in, but nothing is granted before it has; "
+                "The disk of %s has no %d MiB to spare: results of open leases are kept, but nothing is granted until it has; "
                 "make room.",
                 *(self._path.parent, 2 * RESERVE_BYTES >> 20),
             )
-            self._journal.run_short(time.monotonic())
+            self._journal.set_low_space(time.monotonic())

@@ -1,4 +1,4 @@
-"""Frames: how records stand in the files of journal and snapshots.
+"""Framing: how records are laid out in the files of journal and snapshots.
 
     frame   head (16 bytes, little-endian) and body
     head    magic · length of the body · CRC-32 of the body · CRC-32 of the twelve bytes before
@@ -23,7 +23,7 @@ import msgpack
 from treegrpo.net.limits import MESSAGE_BYTES
 
 MAX_RECORD_BYTES = MESSAGE_BYTES + (1 << 20)
-"""A message, and what a record says about it."""
+"""A message, and the other fields of its record."""
 BATCH_BYTES = 8 << 20
 """A frame takes no further record beyond this."""
 MAX_BODY_BYTES = BATCH_BYTES + MAX_RECORD_BYTES
@@ -37,7 +37,7 @@ Record = dict[str, Any]
 
 
 class BrokenFrameError(Exception):
-    """No whole frame where one should begin. Never leaves this package."""
+    """There is no whole frame where one should begin. Never leaves this package."""
 
     def __init__(self, end: int | None = None) -> None:
         """``end``: where its intact head says that it ends."""
@@ -45,23 +45,23 @@ class BrokenFrameError(Exception):
         self.end = end
 
 
-def encode(record: Record) -> bytes:
-    """A record as it stands in a body. Raises ValueError beyond MAX_RECORD_BYTES."""
+def encode_record(record: Record) -> bytes:
+    """Encode a record with msgpack. Raises ValueError beyond MAX_RECORD_BYTES."""
     data = cast("bytes", msgpack.packb(record))
     if len(data) > MAX_RECORD_BYTES:
         raise ValueError(f"a record of {len(data)} bytes is larger than the limit of {MAX_RECORD_BYTES}")
     return data
 
 
-def frame(records: list[bytes]) -> bytes:
-    """The frame of encoded records."""
+def encode_frame(records: list[bytes]) -> bytes:
+    """Make a frame of encoded records."""
     body = b"".join((cast("bytes", msgpack.Packer().pack_array_header(len(records))), *records))
-    head = _HEAD.pack(_MAGIC, len(body), zlib.crc32(body))  # at once: each call lets another thread go first
+    head = _HEAD.pack(_MAGIC, len(body), zlib.crc32(body))  # one call: each lets another thread run first
     return b"".join((head, _SEAL.pack(zlib.crc32(head)), body))
 
 
-def batches(records: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Encoded records in lists that each make a frame."""
+def split_into_frames(records: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Split encoded records into lists that each make a frame."""
     batch: list[bytes] = []
     size = 0
     for record in records:
@@ -75,7 +75,7 @@ def batches(records: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def read_frame(file: BinaryIO) -> list[Record] | None:
-    """The records of the frame that begins here; None at the end of the file. Raises BrokenFrameError."""
+    """Read the frame at the position of ``file``; None at the end of the file. Raises BrokenFrameError."""
     head = file.read(HEAD_BYTES)
     if not head:
         return None
@@ -91,7 +91,7 @@ def read_frame(file: BinaryIO) -> list[Record] | None:
     return cast("list[Record]", msgpack.unpackb(body, strict_map_key=False))
 
 
-def follows(file: BinaryIO, broken: int, end: int | None) -> bool:
+def has_later_commit(file: BinaryIO, broken: int, end: int | None) -> bool:
     """Whether a later commit stands behind the broken frame at ``broken``, whose head says that it ends at ``end``."""
     if end is not None:
         return file.seek(0, os.SEEK_END) > end
@@ -101,9 +101,9 @@ def follows(file: BinaryIO, broken: int, end: int | None) -> bool:
         data = tail + file.read(SCAN_BYTES)
         if len(data) == len(tail):
             return False
-        place = -1
-        while (place := data.find(_MAGIC, place + 1)) >= 0:
-            file.seek(start - len(tail) + place)
+        position = -1
+        while (position := data.find(_MAGIC, position + 1)) >= 0:
+            file.seek(start - len(tail) + position)
             try:
                 read_frame(file)
             except BrokenFrameError:

@@ -1,10 +1,10 @@
-"""The journal: every grant, accepted subtree and lease end, in the order they happened; the queue to the trainer.
+"""The write-ahead log: every grant, accepted subtree and lease end, in the order they happened; the queue to the trainer.
 
-Records are appended in memory and written by one task that makes everything that has come in since the last time
-durable with one fsync (group commit); `append` returns a future that is done when its record is on the disk.
+Records are appended in memory. One task writes them, and makes all that have come since its last commit durable with one
+fsync (group commit); `append_record` returns a future that is done when its record is on the disk.
 
-    a write fails   ─► cut back what is half there ─► try again, until it works
-    an fsync fails  ─► leave the segment           ─► try again in a new one, until it works
+    a write fails   ─► truncate what is half written ─► try again, until it works
+    an fsync fails  ─► leave the segment             ─► try again in a new one, until it works
 
 Meanwhile nothing is acknowledged and nothing fails: the journal is *blocked*. A new segment, because after a failed
 fsync the kernel may have dropped what it could not write and calls it clean: a second fsync of that file would report
@@ -24,28 +24,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learner.intake.wal.filesystem import FileSystem, WritableFile
-from learner.intake.wal.framing import BATCH_BYTES, MAX_RECORD_BYTES, Record, encode, frame
+from learner.intake.wal.framing import BATCH_BYTES, MAX_RECORD_BYTES, Record, encode_frame, encode_record
 from learner.intake.wal.segments import FORMAT, JournalEnd, segment_path
 from treegrpo.timing.backoff import Backoff
 from treegrpo.timing.notifier import Notifier
 
 log = logging.getLogger(__name__)
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 BACKOFF = Backoff((0.1, 0.5, 1.0, 2.0, 5.0))
 """Between attempts while the disk refuses a write."""
 GROUP_COMMIT_SECONDS = 0.01
-"""From one commit to the next at least: what comes in meanwhile shares it, and an ack is no later than anybody minds."""
+"""From one commit to the next at least: the records that come meanwhile share the next fsync."""
 BACKLOG_BYTES = 2 * MAX_RECORD_BYTES
-"""What may wait to be written before `room` makes peers wait."""
+"""Records may wait to be written up to this before `Journal.wait_for_capacity` makes their senders wait."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingRecord:
-    """A record in line, or a cut."""
+    """An encoded record that waits to be written, or the request for a new segment."""
 
     data: bytes | None
+    """None: a new segment begins here."""
     done: asyncio.Future[int]
-    """Gets the number of the segment it is in, or that begins with the cut."""
+    """Gets the number of the segment that the record is in, or of the new one."""
 
 
 async def wait_until_durable(done: asyncio.Future[int], deadline: float) -> bool:
@@ -59,88 +60,95 @@ class Journal:
         """Append after ``end``. ``backoff``: between attempts while the disk refuses."""
         self._disk = disk
         self.folder = folder
-        self._number, self._good = end.number - 1, end.after
+        self._number, self._durable_bytes = end.number - 1, end.after
         self._backoff = backoff
         self._file: WritableFile | None = None
         """None: the next commit begins a new segment."""
         self._pending: list[PendingRecord] = []
         self._wake = asyncio.Event()
         self._wake.set()
-        self._committing = threading.Lock()
+        self._commit_lock = threading.Lock()
         self._committed = Notifier()
         self._last: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._last.set_result(self._number)
         self.blocked_since: float | None = None
         """time.monotonic since when the disk refuses: nothing is acknowledged, and nothing should be granted."""
-        self.short_since: float | None = None
+        self.low_space_since: float | None = None
         """time.monotonic since when the disk has no room to spare: nothing should be granted. See `disk_reserve.py`."""
-        self.on_blocked: Callable[[], None] = lambda: None
+        self.on_availability_change: Callable[[], None] = lambda: None
         """Called when any of the two changes."""
-        self.on_full: Callable[[], bool] = lambda: False
-        """Called when there is no room; True if there is some now."""
-        self.backlog = 0
-        """Bytes that wait to be written."""
+        self.on_disk_full: Callable[[], bool] = lambda: False
+        """Called when there is no room; True if it has made some."""
+        self.backlog_bytes = 0
+        """Of records that wait to be written."""
 
-    def append(self, record: Record | bytes) -> asyncio.Future[int]:
-        """Put a record in line, or one that is encoded already; the future is done when it is durable."""
-        data = record if isinstance(record, bytes) else encode(record)
-        self.backlog += len(data)
-        return self._line_up(data)
+    # ---- appending
 
-    def cut(self) -> asyncio.Future[int]:
-        """Everything appended from now on goes to a new segment; its number, when what came before is durable."""
-        return self._line_up(None)
+    def append_record(self, record: Record | bytes) -> asyncio.Future[int]:
+        """Queue a record, or one that is encoded already; the future is done when it is durable."""
+        data = record if isinstance(record, bytes) else encode_record(record)
+        self.backlog_bytes += len(data)
+        return self._enqueue(data)
 
-    def _line_up(self, data: bytes | None) -> asyncio.Future[int]:
+    def start_segment(self) -> asyncio.Future[int]:
+        """Write all records appended from now on to a new segment; its number, when what came before is durable."""
+        return self._enqueue(None)
+
+    def _enqueue(self, data: bytes | None) -> asyncio.Future[int]:
         self._last = asyncio.get_running_loop().create_future()
         self._pending.append(PendingRecord(data, self._last))
         self._wake.set()
         return self._last
 
-    def barrier(self) -> asyncio.Future[int]:
+    def durable_so_far(self) -> asyncio.Future[int]:
         """A future that is done when everything appended so far is durable."""
         return self._last
 
-    async def room(self) -> None:
-        """Return when little enough waits to be written: whoever feeds the journal waits here."""
-        while self.backlog > BACKLOG_BYTES:
+    async def wait_for_capacity(self) -> None:
+        """Return when few enough bytes wait to be written: whoever reads records from a peer waits here."""
+        while self.backlog_bytes > BACKLOG_BYTES:
             await self._committed.wait()
 
-    async def write_forever(self) -> None:
-        """The committing task."""
+    # ---- committing
+
+    async def commit_forever(self) -> None:
+        """The task that commits; it retries with back-off while the disk refuses."""
         while True:
             await self._wake.wait()
             self._wake.clear()
             failures = 0
-            while self.busy:
+            while self.has_pending:
                 try:
-                    done = await asyncio.to_thread(self.commit)
+                    committed = await asyncio.to_thread(self.commit_next)
                 except OSError as error:
-                    if error.errno in FULL and self.on_full():
+                    if error.errno in DISK_FULL_ERRNOS and self.on_disk_full():
                         continue
-                    if not self.blocked:
-                        log.error(  # noqa: TRY400 - one sentence is enough
-                            "The disk refuses the journal %s (%s): nothing is acknowledged or granted until it takes it; "
-                            "make room, or mend it.",
-                            *(self.folder, error.strerror or error),
-                        )
-                        self._block(time.monotonic())
+                    self._log_blocked(error)
                     await asyncio.sleep(self._backoff.delay(failures))
                     failures += 1
                     continue
                 if self.blocked_since is not None:
                     log.info("the disk takes the journal again, after %.1f s", time.monotonic() - self.blocked_since)
-                    self._block(None)
-                self.settle(done)
+                    self._set_blocked(None)
+                self.resolve_records(committed)
                 await asyncio.sleep(GROUP_COMMIT_SECONDS)
 
+    def _log_blocked(self, error: OSError) -> None:
+        if not self.blocked:
+            log.error(
+                "The disk refuses the journal %s (%s): nothing is acknowledged or granted until it takes it; "
+                "make room, or mend it.",
+                *(self.folder, error.strerror or error),
+            )
+            self._set_blocked(time.monotonic())
+
     @property
-    def busy(self) -> bool:
+    def has_pending(self) -> bool:
         """Whether there is something to commit."""
         return bool(self._pending) or self._file is None
 
     @property
-    def number(self) -> int:
+    def segment_number(self) -> int:
         """Of the segment that is written to, or was last."""
         return self._number
 
@@ -148,114 +156,117 @@ class Journal:
     def blocked(self) -> bool:
         return self.blocked_since is not None
 
-    def _block(self, since: float | None) -> None:
+    def _set_blocked(self, since: float | None) -> None:
         self.blocked_since = since
-        self.on_blocked()
+        self.on_availability_change()
 
-    def run_short(self, since: float | None) -> None:
-        """The disk has no room to spare, or has some again."""
-        self.short_since = since
-        self.on_blocked()
+    def set_low_space(self, since: float | None) -> None:
+        """The disk has no room to spare since then; None: it has some again."""
+        self.low_space_since = since
+        self.on_availability_change()
 
-    def settle(self, done: list[PendingRecord]) -> None:
-        """Tell who waits for what is durable now. In the event loop; `commit` may be anywhere."""
-        for entry in done:
-            self.backlog -= len(entry.data or b"")
-            entry.done.set_result(self._number)
+    def resolve_records(self, committed: list[PendingRecord]) -> None:
+        """Complete the futures of durable records. In the event loop, while `commit_next` may run in any thread."""
+        for record in committed:
+            self.backlog_bytes -= len(record.data or b"")
+            record.done.set_result(self._number)
         self._committed.notify()
 
-    def commit(self) -> list[PendingRecord]:
-        """Make the next batch durable, or the next cut, once: one that is under way when its task is cancelled counts.
+    def commit_next(self) -> list[PendingRecord]:
+        """Make the next batch durable, or begin the next segment. A commit whose task is cancelled still counts, once.
 
-        Raises OSError, and what was to be done is still in line.
+        Raises OSError, and the records still wait.
         """
-        with self._committing:
+        with self._commit_lock:
             if self._file is None:
-                self._begin()
-            batch = self._batch()
+                self._create_segment()
+            batch = self._next_batch()
             if batch and batch[0].data is None:
-                self._begin()
+                self._create_segment()
             elif batch:
-                self._write(frame([entry.data for entry in batch if entry.data is not None]))
+                self._write_frame(encode_frame([record.data for record in batch if record.data is not None]))
             del self._pending[: len(batch)]
         return batch
 
-    def _batch(self) -> list[PendingRecord]:
-        """The first cut, or the records before it that make a frame."""
+    def _next_batch(self) -> list[PendingRecord]:
+        """The first request for a segment, or the records before it that make a frame."""
         batch: list[PendingRecord] = []
         size = 0
-        for entry in self._pending:
-            if entry.data is None or size >= BATCH_BYTES:
-                return batch or [entry]
-            batch.append(entry)
-            size += len(entry.data)
+        for record in self._pending:
+            if record.data is None or size >= BATCH_BYTES:
+                return batch or [record]
+            batch.append(record)
+            size += len(record.data)
         return batch
 
-    def _begin(self) -> None:
+    def _create_segment(self) -> None:
         """Begin the next segment; until it is durable the journal stays as it is."""
         path = segment_path(self.folder, self._number + 1)
-        file = self._disk.create(path)
+        file = self._disk.create_file(path)
         try:
-            header = frame([encode({"format": FORMAT, "segment": self._number + 1, "after": self._good})])
-            file.write(header)
-            file.sync()
-            self._disk.sync_folder(self.folder)
+            header = {"format": FORMAT, "segment": self._number + 1, "after": self._durable_bytes}
+            data = encode_frame([encode_record(header)])
+            file.append_bytes(data)
+            file.flush_to_disk()
+            self._disk.sync_directory(self.folder)
         except OSError:
-            file.close()
+            file.close_file()
             raise
         if self._file is not None:
-            self._file.close()
-        self._file, self._number, self._good = file, self._number + 1, len(header)
+            self._file.close_file()
+        self._file, self._number, self._durable_bytes = file, self._number + 1, len(data)
 
-    def _write(self, data: bytes) -> None:
-        assert self._file is not None  # noqa: S101  # `_commit` began one
+    def _write_frame(self, data: bytes) -> None:
+        assert self._file is not None  # noqa: S101  # `commit_next` began one
         try:
-            self._file.write(data)
+            self._file.append_bytes(data)
         except OSError:
-            self._cut_back(self._file)
+            self._truncate_or_leave(self._file)
             raise
         try:
-            self._file.sync()
+            self._file.flush_to_disk()
         except OSError:
-            self._leave(self._file)
+            self._leave_segment(self._file)
             raise
-        self._good += len(data)
+        self._durable_bytes += len(data)
 
-    def _cut_back(self, file: WritableFile) -> None:
-        """Take away what a failed write has left, or leave the segment if that fails too."""
+    def _truncate_or_leave(self, file: WritableFile) -> None:
+        """Remove what a failed write has left, or leave the segment if that fails too."""
         try:
-            file.truncate(self._good)
-            file.sync()
+            file.truncate_to(self._durable_bytes)
+            file.flush_to_disk()
         except OSError:
-            self._leave(file)
+            self._leave_segment(file)
 
-    def _leave(self, file: WritableFile) -> None:
+    def _leave_segment(self, file: WritableFile) -> None:
+        """Write to this segment no more: the next commit begins a new one."""
         self._file = None
         with contextlib.suppress(OSError):  # only to give back room: the next segment says what counts of this one
-            file.truncate(self._good)
-        file.close()
+            file.truncate_to(self._durable_bytes)
+        file.close_file()
 
-    def _close(self) -> None:
-        """Write what is still in line."""
-        try:
-            while self._pending:
-                self.commit()
-        except OSError as error:
-            count, reason = len(self._pending), error.strerror or error
-            log.error("%d events are not in the journal %s (%s): nobody was told of them", count, self.folder, reason)  # noqa: TRY400
-        if self._file is not None:
-            self._file.close()
+    # ---- lifetime
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, disk: FileSystem, folder: Path, end: JournalEnd, backoff: Backoff = BACKOFF) -> Generator[Journal]:
-        """Append after ``end``; what is still in line is written at the end of the block.
+    def open_journal(cls, disk: FileSystem, folder: Path, end: JournalEnd, backoff: Backoff = BACKOFF) -> Generator[Journal]:
+        """Append after ``end`` for the time of the block; what still waits at its end is written then.
 
-        `write_forever` must run as a task meanwhile.
+        `commit_forever` must run as a task meanwhile.
         """
-        disk.make_folder(folder)
+        disk.make_directory(folder)
         journal = cls(disk, folder, end, backoff)
         try:
             yield journal
         finally:
-            journal._close()
+            journal._commit_rest()
+
+    def _commit_rest(self) -> None:
+        try:
+            while self._pending:
+                self.commit_next()
+        except OSError as error:
+            count, reason = len(self._pending), error.strerror or error
+            log.error("%d events are not in the journal %s (%s): none was acknowledged", count, self.folder, reason)  # noqa: TRY400
+        if self._file is not None:
+            self._file.close_file()
