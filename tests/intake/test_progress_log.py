@@ -19,28 +19,28 @@ def test_a_record_is_written_once_however_often_it_is_said_and_whoever_asks(tmp_
     path = tmp_path / "progress.jsonl"
     first = ProgressLog(path)
     for row in (step(1), step(1), step(2)):
-        first.add(row)
+        first.append_row(row)
     second = ProgressLog(path)
     for row in (step(1), step(2), step(2, lineage=1), step(3, lineage=1), {"kind": "eval", "version": "1.3"}):
-        second.add(row)
-    second.add({"kind": "eval", "version": "1.3"})
+        second.append_row(row)
+    second.append_row({"kind": "eval", "version": "1.3"})
     assert versions(path) == ["0.1", "0.2", "1.2", "1.3", "1.3"]
 
 
 def test_a_line_that_a_crash_has_torn_is_cut_off_and_written_when_it_is_said_again(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     for row in (step(1), step(2)):
-        ProgressLog(path).add(row)
+        ProgressLog(path).append_row(row)
     path.write_bytes(path.read_bytes()[:-9])
     again = ProgressLog(path)
     assert versions(path) == ["0.1"]
     for row in (step(1), step(2)):
-        again.add(row)
+        again.append_row(row)
     assert versions(path) == ["0.1", "0.2"]
 
 
 def test_what_may_happen_twice_is_written_twice(tmp_path: Path) -> None:
     file = ProgressLog(tmp_path / "progress.jsonl")
     for _ in range(2):
-        file.add({"kind": "waiting", "for": "a sampler", "version": ""})
+        file.append_row({"kind": "waiting", "for": "a sampler", "version": ""})
     assert len(versions(tmp_path / "progress.jsonl")) == 2
