@@ -55,14 +55,14 @@ def raw(broker: Broker) -> aiomqtt.Client:
 async def test_a_late_comer_finds_state_version_and_members(broker: Broker, run: str) -> None:
     async with join(broker, run, "learner") as learner:
         await learner.set_state(RunState.PAUSED)
-        await learner.announce(VERSION)
+        await learner.announce_version(VERSION)
         async with join(broker, run, "late") as late:
             await until(late, lambda: late.version == VERSION and late.state is RunState.PAUSED and bool(there(late, "learner")))
 
 
 async def test_everybody_hears_changes(broker: Broker, run: str) -> None:
     async with join(broker, run, "learner") as learner, join(broker, run, "a") as a, join(broker, run, "b") as b:
-        await learner.announce(VERSION)
+        await learner.announce_version(VERSION)
         await learner.set_state(RunState.DRAINING)
         for plane in (learner, a, b):
             await until(plane, lambda plane=plane: plane.version == VERSION and plane.state is RunState.DRAINING)
@@ -111,7 +111,7 @@ async def test_a_late_will_of_an_earlier_connection_buries_nobody(broker: Broker
 
 async def test_after_the_broker_restarts_everything_is_there_again(broker: Broker, run: str) -> None:
     async with join(broker, run, "learner") as learner:
-        await learner.announce(VERSION)
+        await learner.announce_version(VERSION)
         await learner.set_state(RunState.PAUSED)
         await until(learner, lambda: learner.version == VERSION)
         await broker.stop()

@@ -66,7 +66,7 @@ async def retained(broker: Broker, name: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("other", ["another-run", "one-run"], ids=["another-run", "a-copy-of-it"])
 async def test_a_second_learner_is_refused_and_disturbs_nobody(broker: Broker, run: str, other: str) -> None:
     async with learner(broker, run, "one-run", 1) as first, watcher(broker, run) as seen:
-        await first.announce(VERSION)
+        await first.announce_version(VERSION)
         await first.set_state(RunState.RUNNING)
         await until(seen, lambda: seen.version == VERSION)
         with pytest.raises(
@@ -148,7 +148,7 @@ async def _stay(broker: Broker, run: str) -> None:
 
 async def test_what_a_run_that_ended_left_behind_does_not_reach_the_next(broker: Broker, run: str) -> None:
     async with learner(broker, run, "ended", 1) as ended:
-        await ended.announce(VERSION)
+        await ended.announce_version(VERSION)
         await ended.set_state(RunState.DRAINING)
         await until(ended, lambda: ended.announced_state is RunState.DRAINING)
     async with learner(broker, run, "ended", 2) as again:

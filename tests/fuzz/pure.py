@@ -105,7 +105,7 @@ def presence() -> Callable[[tuple[int, bytes]], None]:
 
     def hear(case: tuple[int, bytes]) -> None:
         which, payload = case
-        plane._hear(topics[which % len(topics)], payload)  # pyright: ignore[reportPrivateUsage]
+        plane._handle_message(topics[which % len(topics)], payload)  # pyright: ignore[reportPrivateUsage]
         here.apply_last_wills(plane.members.values())
         assert len(plane.members) < 9
 

@@ -126,7 +126,7 @@ async def test_learner_samplers_and_operator_work_together(address: str, run: st
         join(address, run, made, Role.LEARNER, "learner") as learner,
         join(address, run, made, Role.SAMPLER, "s7") as sampler,
     ):
-        await learner.announce(VERSION)
+        await learner.announce_version(VERSION)
         await learner.set_state(RunState.RUNNING)
         await publish_state(address, run, RunState.PAUSED, access(made, Role.OPERATOR))
         for plane in (learner, sampler):
@@ -140,7 +140,7 @@ async def test_learner_samplers_and_operator_work_together(address: str, run: st
 async def test_a_sampler_publishes_its_own_presence_and_nothing_else(address: str, run: str, made: Path, topic: str) -> None:
     """The state is set before and after: what comes in between would have been heard in between."""
     async with join(address, run, made, Role.LEARNER, "learner") as learner:
-        await learner.announce(VERSION)
+        await learner.announce_version(VERSION)
         await learner.set_state(RunState.RUNNING)
         payload = {"state": b"draining", "weights": b"9.9"}.get(topic, Member("learner", "learner", 66, alive=False).payload())
         async with open_client(address, access(made, Role.OPERATOR)) as listener:

@@ -26,7 +26,7 @@ def plane(limits: ControlLimits = LIMITS) -> ControlPlane:
 
 def hear(listener: ControlPlane, row: object, topic: str = f"members/sampler/{S7}") -> None:
     payload: Any = msgpack.packb(row)
-    listener._hear(topic, payload)  # pyright: ignore[reportPrivateUsage]
+    listener._handle_message(topic, payload)  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_presence_that_is_no_map_is_ignored(row: object) -> None:
 def test_what_is_wrong_is_logged_once_and_shortly(caplog: pytest.LogCaptureFixture) -> None:
     listener = plane()
     for number in range(100):
-        listener._hear("state", f"x{number}".encode() * 1000)  # pyright: ignore[reportPrivateUsage]
+        listener._handle_message("state", f"x{number}".encode() * 1000)  # pyright: ignore[reportPrivateUsage]
     assert len(caplog.records) == 1
     assert len(caplog.records[0].getMessage()) < 400
 
@@ -96,7 +96,7 @@ def test_a_member_for_whom_there_is_no_room_keeps_its_presence() -> None:
         hear(owner, {**GOOD, "id": name, "alive": True}, f"members/sampler/{name}@{7:016x}")
     hear(owner, {**GOOD, "id": "s1"}, "members/sampler/another")
     assert [member.id for member in owner.members.values()] == ["s1"]
-    assert owner._rubbish == {"members/sampler/another"}  # pyright: ignore[reportPrivateUsage]
+    assert owner._topics_to_clear == {"members/sampler/another"}  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("text", ["1.4294967296", "1." + "9" * 5000, "١.٢", "1.2.3", "1", ".", "1.", "-1.2", " 1.2"])

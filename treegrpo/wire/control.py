@@ -1,4 +1,4 @@
-"""The control plane: who is there, what the run shall do, which weights are newest. Over MQTT, retained, QoS 1.
+"""The control plane: membership, run state and newest policy version, as retained MQTT messages with QoS 1.
 
     treegrpo/RUN/state                running | paused | draining, as plain text
     treegrpo/RUN/weights              newest policy version, as plain text
@@ -9,7 +9,7 @@ A broker with users lets each do what its role needs: the learner all of it, the
 presence alone: ROLE is its user, CLIENT its MQTT client id. Samplers read state, weights, owner and their own presence. The
 learner removes the presence of who left, and what nobody should have retained.
 
-Everything is a level, not an event: a late-comer finds the present state, and hearing it twice changes nothing. State
+Every message is a state, not an event: a late subscriber gets the present one, and a duplicate changes nothing. State
 and version are plain text so that a person can set the state with any MQTT client:
 
     mosquitto_pub -r -q 1 -t treegrpo/RUN/state -m paused
@@ -39,18 +39,18 @@ from treegrpo.security.credentials import OPEN, Credentials
 from treegrpo.storage.parse_dataclass import parse_dataclass
 from treegrpo.timing.backoff import Backoff
 from treegrpo.timing.notifier import Notifier
-from treegrpo.wire.run_name_owner import KEEPALIVE_SECONDS, WILL_SECONDS, Claim, Member
+from treegrpo.wire.run_name_owner import KEEPALIVE_SECONDS, WILL_SECONDS, Member, RunNameClaim
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
-GOODBYE_SECONDS = 1.0
-"""To say that we leave; a broker that does not hear it says so for us."""
-AGAIN_SECONDS = 0.1
+FAREWELL_SECONDS = 1.0
+"""To publish that we leave; otherwise the broker publishes our last will."""
+CANCEL_AGAIN_SECONDS = 0.1
 NAME_LETTERS = 256
 """The longest name, address or topic of a member that is believed, and what the log repeats of a stranger's words."""
 ROLES = {role.value for role in Role}
 """A sampler is not called like one of them."""
-HELD = ("state", "weights")
+UNCLAIMED_TOPICS = ("state", "weights")
 """Topics of which a candidate does not know yet whose they are."""
 
 
@@ -83,7 +83,7 @@ INCARNATIONS = 8
 """Of one name that are known at once: a process that is started again is a new one before the old one's will has come."""
 
 
-class _FullError(ValueError):
+class _TooManyMembersError(ValueError):
     """There is no room for another member, which may be a good one."""
 
 
@@ -99,20 +99,20 @@ class ControlPlane:
         self._run = run
         self._prefix = f"treegrpo/{run}"
         self._member = member
-        self._claim = Claim(member, limits.will_seconds) if member.run else None
+        self._claim = RunNameClaim(member, limits.will_seconds) if member.run else None
         self._client: aiomqtt.Client | None = None
         self._changed = Notifier()
         self._refusals = RateLimitedLog(log)
-        self._repeat = False
-        """Our presence has to be said again."""
-        self._rubbish: set[str] = set()
+        self._republish_presence = False
+        """Our presence has to be published again."""
+        self._topics_to_clear: set[str] = set()
         """Topics whose retained message has to go, as soon as we own the name."""
-        self._held: dict[str, bytes] = {}
-        self._ours: dict[str, bytes] = {}
-        self._settled = asyncio.Event()
+        self._unclaimed_messages: dict[str, bytes] = {}
+        self._retained_by_us: dict[str, bytes] = {}
+        self._retained_known = asyncio.Event()
         self.state = RunState.RUNNING
         self.announced_state: RunState | None = None
-        """What the broker said the state is; None while it has said nothing."""
+        """The run state as the broker has it; None while there is no message."""
         self.version: PolicyVersion | None = None
         self.members: dict[str, Member] = {}
         """By MQTT client id: a process that is started again is another member."""
@@ -120,32 +120,32 @@ class ControlPlane:
         """The broker's address and since when (time.monotonic) there is no connection to it; None while there is one."""
 
     async def set_state(self, state: RunState) -> None:
-        """Tell everybody, now and later, what the run shall do; we do it at once, whether the broker hears us or not."""
+        """Publish the run state, retained. It counts for this process at once, connected or not."""
         self.state = state
         self._changed.notify()
         await self._publish("state", state.value.encode())
 
-    async def announce(self, version: PolicyVersion) -> None:
-        """Tell everybody, now and later, which weights are newest."""
+    async def announce_version(self, version: PolicyVersion) -> None:
+        """Publish the newest policy version, retained."""
         await self._publish("weights", str(version).encode())
 
     async def wait_retained_state(self, seconds: float = CONNECT_SECONDS) -> None:
-        """Return when what the broker had retained is known, or after ``seconds``.
+        """Wait until the broker's retained messages have arrived, or for ``seconds``.
 
         A broker sends that at the subscription, and our own record, which we publish after it, later.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._settled.wait()
+                await self._retained_known.wait()
 
     async def wait_change(self) -> None:
         """Return after the next change of state, version or members."""
         await self._changed.wait()
 
     async def _publish(self, topic: str, payload: bytes) -> None:
-        self._ours[topic] = payload
+        self._retained_by_us[topic] = payload
         if self._client is not None:
-            with contextlib.suppress(aiomqtt.MqttError):  # lost while publishing: `_session` publishes `_ours` again
+            with contextlib.suppress(aiomqtt.MqttError):  # lost while publishing: `_session` publishes `_retained_by_us` again
                 await self._client.publish(f"{self._prefix}/{topic}", payload, qos=1, retain=True)
 
     @property
@@ -153,27 +153,29 @@ class ControlPlane:
         return (self._claim.member if self._claim else self._member).payload()
 
     def _topics(self) -> list[str]:
-        """What we listen to; a sampler has no business with the presence of others."""
+        """The topics to subscribe to; a sampler does not read the presence of others."""
         own = ("state", "weights", "owner", self._member.topic)
         return [f"{self._prefix}/{topic}" for topic in (own if self._member.role == Role.SAMPLER.value else ("#",))]
 
     async def _session(self, connected: asyncio.Event) -> None:
-        """One connection: say who we are, own the run's name or be refused, repeat what we own, follow the rest."""
-        mine = f"{self._prefix}/{self._member.topic}"
+        """One connection: publish our presence, claim the run's name, publish again what we had retained, then listen."""
+        presence_topic = f"{self._prefix}/{self._member.topic}"
         farewell = replace(self._member, alive=False).payload()
-        will = aiomqtt.Will(mine, farewell, qos=1, retain=True)
-        self._settled.clear()
-        self._held.clear()
+        will = aiomqtt.Will(presence_topic, farewell, qos=1, retain=True)
+        self._retained_known.clear()
+        self._unclaimed_messages.clear()
         if self._claim is not None:
-            self._claim.begin()
+            self._claim.begin_candidacy()
         async with open_client(self._address, self._access, identifier=self._member.client, will=will) as client:
             await client.subscribe([(topic, 1) for topic in self._topics()])
-            await client.publish(mine, self._presence, qos=1, retain=True)
-            listening = asyncio.create_task(self._listen(client, mine), name="control-plane-listening")
+            await client.publish(presence_topic, self._presence, qos=1, retain=True)
+            listening = asyncio.create_task(self._listen(client, presence_topic), name="control-plane-listening")
             try:
-                if self._claim is not None and await _before(listening, self._own(client, mine, self._claim)):
-                    return
-                for topic, payload in self._ours.items():
+                if self._claim is not None:
+                    claiming = self._claim_run_name(client, presence_topic, self._claim)
+                    if await _ends_before(listening, claiming):
+                        return
+                for topic, payload in self._retained_by_us.items():
                     await client.publish(f"{self._prefix}/{topic}", payload, qos=1, retain=True)
                 self._client, self.lost = client, None
                 connected.set()
@@ -181,53 +183,53 @@ class ControlPlane:
             finally:
                 if self._client is not None:
                     self._client, self.lost = None, (self._address, time.monotonic())
-                await _ended(listening)
+                await _end_task(listening)
                 with contextlib.suppress(aiomqtt.MqttError):  # a clean goodbye; a lost connection sends the will instead
-                    await client.publish(mine, farewell, qos=1, retain=True, timeout=GOODBYE_SECONDS)
+                    await client.publish(presence_topic, farewell, qos=1, retain=True, timeout=FAREWELL_SECONDS)
 
-    async def _listen(self, client: aiomqtt.Client, mine: str) -> None:
+    async def _listen(self, client: aiomqtt.Client, presence_topic: str) -> None:
         async for message in client.messages:
-            self._hear(message.topic.value.removeprefix(f"{self._prefix}/"), message.payload, retained=message.retain)
-            if self._repeat:  # somebody asks, or it was the will of a connection of ours that the broker had not yet given up
-                self._repeat = False
-                await client.publish(mine, self._presence, qos=1, retain=True)
-            while self._rubbish and self._claim is not None and self._claim.owned:
-                await client.publish(f"{self._prefix}/{self._rubbish.pop()}", b"", qos=0, retain=True)
+            self._handle_message(message.topic.value.removeprefix(f"{self._prefix}/"), message.payload, retained=message.retain)
+            if self._republish_presence:  # a candidate asks, or the will of an earlier connection of ours came late
+                self._republish_presence = False
+                await client.publish(presence_topic, self._presence, qos=1, retain=True)
+            while self._topics_to_clear and self._claim is not None and self._claim.is_owner:
+                await client.publish(f"{self._prefix}/{self._topics_to_clear.pop()}", b"", qos=0, retain=True)
 
-    async def _own(self, client: aiomqtt.Client, mine: str, claim: Claim) -> None:
-        """Own the run's name, once nobody else does.
+    async def _claim_run_name(self, client: aiomqtt.Client, presence_topic: str, claim: RunNameClaim) -> None:
+        """Become the owner of the run's name, once no other learner is.
 
         Raises:
             ConfigError: the broker does not pass on what we say about this name.
             RunError: another learner owns it.
         """
         await self.wait_retained_state()
-        if not self._settled.is_set():
+        if not self._retained_known.is_set():
             raise ConfigError(
                 f"The MQTT broker at broker.address = {self._address} does not pass on what the learner says about run.name = "
                 f"{self._run}; let its access list name that run (deploy/mosquitto)."
             )
-        claim.settle()
-        if claim.contested:
+        claim.start_waiting()
+        if claim.has_rivals:
             log.info("another learner may own run.name = %s; waiting until it answers or is gone", self._run)
-        while await self._changed.wait(claim.deadline()):
-            claim.check(self._run, self._address)
-        claim.check(self._run, self._address)
-        claim.own()
-        held, self._held = self._held, {}
-        await client.publish(mine, self._presence, qos=1, retain=True)
-        if claim.stale:
-            log.info("state and weights that the broker has retained are of the run %s; they are removed", claim.before)
+        while await self._changed.wait(claim.wait_until()):
+            claim.raise_if_refused(self._run, self._address)
+        claim.raise_if_refused(self._run, self._address)
+        claim.take_ownership()
+        held, self._unclaimed_messages = self._unclaimed_messages, {}
+        await client.publish(presence_topic, self._presence, qos=1, retain=True)
+        if claim.retained_is_stale:
+            log.info("state and weights that the broker has retained are of the run %s; they are removed", claim.previous_owner)
             for topic in held:
                 await client.publish(f"{self._prefix}/{topic}", b"", qos=1, retain=True)
         else:
             for topic, payload in held.items():
-                self._hear(topic, payload, retained=True)
-        self._ours["owner"] = claim.member.run.encode()
+                self._handle_message(topic, payload, retained=True)
+        self._retained_by_us["owner"] = claim.member.run.encode()
 
-    def _hear(self, topic: str, payload: bytes, *, retained: bool = False) -> None:
-        if self._claim is not None and not self._claim.owned and topic in HELD:
-            self._held[topic] = payload
+    def _handle_message(self, topic: str, payload: bytes, *, retained: bool = False) -> None:
+        if self._claim is not None and not self._claim.is_owner and topic in UNCLAIMED_TOPICS:
+            self._unclaimed_messages[topic] = payload
             return
         try:
             _check_size(payload)
@@ -236,32 +238,32 @@ class ControlPlane:
             elif topic == "weights":
                 self.version = PolicyVersion.parse(payload.decode()) if payload else None
             elif topic == "owner" and self._claim is not None:
-                self._claim.before = payload.decode() or None
+                self._claim.previous_owner = payload.decode() or None
             elif topic.startswith("members/"):
-                self._meet(topic, payload, retained=retained)
+                self._update_member(topic, payload, retained=retained)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             self._refusals.log_refusal(
                 f"{self._prefix}/{topic}"[:NAME_LETTERS], "contract", f"a message: {describe(error)[:NAME_LETTERS]}"
             )
-            wrong = topic.startswith("members/") and not isinstance(error, _FullError)  # a good one would say it again at once
-            if wrong and self._claim is not None:
-                self._rubbish.add(topic)
+            full = isinstance(error, _TooManyMembersError)  # a good member would publish its presence again at once
+            if topic.startswith("members/") and not full and self._claim is not None:
+                self._topics_to_clear.add(topic)
             return
         if topic == self._member.topic and payload == self._presence:
-            self._settled.set()
-        if topic in self._ours and payload:  # somebody else has set it since: what is repeated after a reconnect is the newest
-            self._ours[topic] = payload
+            self._retained_known.set()
+        if topic in self._retained_by_us and payload:  # set by another since: a reconnect publishes the newest again
+            self._retained_by_us[topic] = payload
         self._changed.notify()
 
-    def _meet(self, topic: str, payload: bytes, *, retained: bool) -> None:
-        """Note a member. Raises ValueError unless it is the one its topic is for, and _FullError if there is no room."""
+    def _update_member(self, topic: str, payload: bytes, *, retained: bool) -> None:
+        """Take in a presence. Raises ValueError unless the topic is its own, and _TooManyMembersError if there is no room."""
         ours = topic == self._member.topic
         if not payload:
             if self._claim is not None:
-                self._claim.forget(topic)
+                self._claim.remove_rival(topic)
             if (gone := self.members.get(client := topic.rpartition("/")[2])) is not None and gone.alive:
                 del self.members[client]
-            self._repeat = self._repeat or ours
+            self._republish_presence = self._republish_presence or ours
             return
         member = parse_dataclass(Member, msgpack.unpackb(payload))
         if not 0 <= member.incarnation < 1 << 64 or max(map(len, (member.id, member.metrics, member.run))) > NAME_LETTERS:
@@ -269,30 +271,30 @@ class ControlPlane:
         if member.topic != topic or (member.id in ROLES and member.id != member.role):
             raise ValueError(f"{member.role} {member.id!r} speaks for another")
         if member.client not in self.members:
-            self._make_room(member)
+            self._evict_member(member)
         self.members[member.client] = member
         if self._claim is not None:
-            answer = self._claim.meet(member, live=not retained)
-            self._repeat = self._repeat or answer
+            answer = self._claim.note_member(member, live=not retained)
+            self._republish_presence = self._republish_presence or answer
             if not ours:
-                (self._rubbish.discard if member.alive else self._rubbish.add)(topic)
-        self._repeat = self._repeat or (ours and not member.alive)
+                (self._topics_to_clear.discard if member.alive else self._topics_to_clear.add)(topic)
+        self._republish_presence = self._republish_presence or (ours and not member.alive)
 
-    def _make_room(self, member: Member) -> None:
-        """Forget a member if there is no room for another: of a name with INCARNATIONS its oldest, else who left first.
+    def _evict_member(self, member: Member) -> None:
+        """Make room for another member: remove the oldest of a name with INCARNATIONS, else the first that has left.
 
-        Raises _FullError if nobody has left.
+        Raises _TooManyMembersError if nobody has left.
         """
         of_name = [client for client, one in self.members.items() if (one.role, one.id) == (member.role, member.id)]
         gone = of_name[0] if len(of_name) >= INCARNATIONS else None
         if gone is None and len(self.members) >= self._limits.members:
             gone = next((client for client, one in self.members.items() if not one.alive), None)
             if gone is None:
-                raise _FullError(f"{self._limits.members} members are the most")
+                raise _TooManyMembersError(f"{self._limits.members} members are the most")
         if gone is not None:
             del self.members[gone]
 
-    async def _follow(self, connected: asyncio.Event) -> None:
+    async def _reconnect_forever(self, connected: asyncio.Event) -> None:
         attempt = 0
         while True:
             began = time.monotonic()
@@ -323,7 +325,7 @@ class ControlPlane:
         """
         plane = cls(address, run, member, access, limits)
         connected = asyncio.Event()
-        task = asyncio.create_task(plane._follow(connected), name="control-plane")
+        task = asyncio.create_task(plane._reconnect_forever(connected), name="control-plane")
         block = asyncio.current_task()
         assert block is not None  # noqa: S101 - a coroutine runs in a task
         ready = asyncio.create_task(connected.wait(), name="control-plane-connected")
@@ -335,13 +337,13 @@ class ControlPlane:
             yield plane
         finally:
             broken = task.exception() if task.done() and not task.cancelled() else None
-            await _ended(ready)
-            await _ended(task, 2 * GOODBYE_SECONDS)
+            await _end_task(ready)
+            await _end_task(task, 2 * FAREWELL_SECONDS)
             if broken is not None:  # what nobody foresaw ends the process: deaf to a pause it must not go on
                 raise broken
 
 
-async def _before(first: asyncio.Task[None], second: Coroutine[Any, Any, None]) -> bool:
+async def _ends_before(first: asyncio.Task[None], second: Coroutine[Any, Any, None]) -> bool:
     """Await ``second`` unless ``first`` ends before it; returns whether that was so. Raises what either raises."""
     task = asyncio.create_task(second, name="control-plane-claim")
     try:
@@ -352,11 +354,11 @@ async def _before(first: asyncio.Task[None], second: Coroutine[Any, Any, None]) 
         first.result()
         return True
     finally:
-        await _ended(task)
+        await _end_task(task)
 
 
-async def _ended(task: asyncio.Task[Any], again: float = AGAIN_SECONDS) -> None:
-    """End a task that talks to the broker; tell it ``again``, for Python 3.11's wait_for, under aiomqtt, may lose it."""
+async def _end_task(task: asyncio.Task[Any], again: float = CANCEL_AGAIN_SECONDS) -> None:
+    """Cancel a task that talks to the broker, ``again`` and again: wait_for of Python 3.11 may lose a cancellation."""
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=again)

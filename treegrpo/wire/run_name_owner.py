@@ -59,48 +59,48 @@ class Member:
         return cast("bytes", msgpack.packb(asdict(self)))
 
 
-class Claim:
-    """A learner's claim to its run's name; told what is heard, it says how long to wait and whom to answer."""
+class RunNameClaim:
+    """A learner's claim to its run's name: from the members it is told of follows how long to wait and whom to answer."""
 
     def __init__(self, member: Member, will_seconds: float = WILL_SECONDS) -> None:
         """``will_seconds``: how long to wait for the last will of another run's learner."""
         self.member = member
         """Our presence as it is now."""
-        self.before: str | None = None
+        self.previous_owner: str | None = None
         """The id of the run that owned the name last, as the broker has retained it."""
         self._rivals: dict[str, Member] = {}
         """By topic, the learners that may be there."""
         self._will_seconds = will_seconds
-        self._since = time.monotonic()
+        self._waiting_since = time.monotonic()
         self._refused_by: Member | None = None
 
     @property
-    def owned(self) -> bool:
+    def is_owner(self) -> bool:
         return self.member.owner
 
-    def begin(self) -> None:
-        """Be a candidate: we do not know any more who is there."""
+    def begin_candidacy(self) -> None:
+        """Be a candidate again, after a new connection: no other member is known."""
         self.member = replace(self.member, owner=False)
-        self.before = None
+        self.previous_owner = None
         self._rivals = {}
         self._refused_by = None
 
-    def settle(self) -> None:
-        """Everybody who was there is known: from now on they have time to answer."""
-        self._since = time.monotonic()
+    def start_waiting(self) -> None:
+        """Start the time in which others may answer: all retained presences are known."""
+        self._waiting_since = time.monotonic()
 
     @property
-    def contested(self) -> bool:
+    def has_rivals(self) -> bool:
         """Whether another learner may be there."""
         return bool(self._rivals)
 
-    def meet(self, other: Member, *, live: bool) -> bool:
-        """Note what another member says, ``live`` or retained; returns whether it is to be answered."""
+    def note_member(self, other: Member, *, live: bool) -> bool:
+        """Note a presence of another member, ``live`` or retained; returns whether to publish ours again for it."""
         if other.role != self.member.role or other.topic == self.member.topic:
             return False
         if not other.alive:
             self._rivals.pop(other.topic, None)
-        elif self.owned:
+        elif self.is_owner:
             return not other.owner
         else:
             self._rivals[other.topic] = other
@@ -108,18 +108,18 @@ class Claim:
                 self._refused_by = other
         return False
 
-    def forget(self, topic: str) -> None:
+    def remove_rival(self, topic: str) -> None:
         """The presence at ``topic`` is gone."""
         self._rivals.pop(topic, None)
 
-    def deadline(self) -> float:
+    def wait_until(self) -> float:
         """Until when (time.monotonic) somebody may still refuse us; now at the earliest."""
         if not self._rivals:
-            return self._since
+            return self._waiting_since
         ours = all(rival.run == self.member.run for rival in self._rivals.values())
-        return self._since + (ANSWER_SECONDS if ours else self._will_seconds)
+        return self._waiting_since + (ANSWER_SECONDS if ours else self._will_seconds)
 
-    def check(self, name: str, address: str) -> None:
+    def raise_if_refused(self, name: str, address: str) -> None:
         """Raise RunError if an owner has answered."""
         if (owner := self._refused_by) is None:
             return
@@ -129,12 +129,12 @@ class Claim:
             "set run.name to another name, or stop that run."
         )
 
-    def own(self) -> None:
-        """Nobody has refused us: the name is ours until we lose the broker."""
+    def take_ownership(self) -> None:
+        """Become the owner, until the connection to the broker is lost."""
         self.member = replace(self.member, owner=True)
         self._rivals = {}
 
     @property
-    def stale(self) -> bool:
+    def retained_is_stale(self) -> bool:
         """Whether what the broker has retained of state and weights is another run's."""
-        return self.before not in {None, self.member.run}
+        return self.previous_owner not in {None, self.member.run}

@@ -65,7 +65,7 @@ class PublishedVersions:
             await self._serve_files(version, directory)
             self._book.version = version
             self._book.groups.trained(position)
-            await self._control.announce(version)
+            await self._control.announce_version(version)
 
     async def _serve_files(self, version: PolicyVersion, directory: Path) -> None:
         if version == self.newest and self.damaged is None:  # repeated: a version is published once
