@@ -1,0 +1,1 @@
+"""What learner and services share. It imports neither of them, and no torch."""

@@ -1,0 +1,1 @@
+"""The `treegrpo` command. It may import everything, and nothing imports it."""

@@ -1,0 +1,1 @@
+"""The configuration: sections, their sources, and the fingerprint of a run."""

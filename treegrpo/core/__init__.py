@@ -1,0 +1,1 @@
+"""The vocabulary of both sides: step, subtree, tree, lease, budget, question."""

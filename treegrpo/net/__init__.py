@@ -1,0 +1,1 @@
+"""Addresses, the HTTP client, and network limits."""

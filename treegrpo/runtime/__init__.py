@@ -1,0 +1,1 @@
+"""How a process starts, reports why it ends, and looks after its children."""

@@ -1,0 +1,1 @@
+"""TLS credentials, roles, and certificates that are reloaded."""

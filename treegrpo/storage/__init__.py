@@ -1,0 +1,1 @@
+"""Files: model directories, manifests, rows, locks, temporary directories."""

@@ -1,0 +1,1 @@
+"""Messages between processes: codec, MQTT control plane, the trainer's protocol, size limits."""

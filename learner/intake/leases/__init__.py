@@ -1,0 +1,1 @@
+"""The rules of leases, groups, questions, budget and staleness: no clock, no disk, no network."""

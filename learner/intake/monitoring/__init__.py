@@ -1,0 +1,1 @@
+"""Metrics, `progress.jsonl`, and the diagnosis of a run that stalls."""

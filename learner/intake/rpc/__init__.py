@@ -1,0 +1,1 @@
+"""The gRPC server for samplers and the socket for the trainer, with authentication and request limits."""

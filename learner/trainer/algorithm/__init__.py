@@ -1,0 +1,1 @@
+"""Credit assignment, advantages, corrections and losses: formulas without a model, a disk or a network."""

@@ -1,0 +1,1 @@
+"""The ranks of a trainer of several processes, and what launches them."""

@@ -1,0 +1,1 @@
+"""Checks of configuration, model, data and machine before a run starts."""

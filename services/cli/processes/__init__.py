@@ -1,0 +1,1 @@
+"""The processes of a run: started in order, restarted when they die, stopped in reverse."""

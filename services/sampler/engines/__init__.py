@@ -1,0 +1,1 @@
+"""The engine protocol, what engines share, and the engines."""

@@ -1,0 +1,1 @@
+"""Grows the trees of a lease: branches, episodes, budget, retries, availability of engine and tools."""

@@ -1,0 +1,1 @@
+"""The sampler's connection to the learner: subtree stream, outbox, weight updates."""

@@ -1,0 +1,1 @@
+"""Tokenizers, prompts, and control tokens in foreign text."""

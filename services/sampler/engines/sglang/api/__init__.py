@@ -1,0 +1,1 @@
+"""SGLang's own interfaces: command line, process, HTTP requests and responses."""
