@@ -1,0 +1,111 @@
+"""Finds names that break a rule: classes named twice, bare verbs, retired words, long test names, patched constants."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+from tests.structure.source import Checkout, Module
+
+BARE_VERBS = (
+    "accept",
+    "add",
+    "close",
+    "end",
+    "load",
+    "look",
+    "of",
+    "open",
+    "publish",
+    "refuse",
+    "restore",
+    "run",
+    "start",
+    "state",
+    "take",
+    "write",
+)
+"""Verbs that say nothing without an object."""
+CONSTANT = re.compile(r"_?[A-Z][A-Z0-9]*(_[A-Z0-9]+)*")
+
+
+def classes_named_twice(checkout: Checkout) -> dict[str, list[str]]:
+    """Paths by the name of a class that is defined more than once."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for module in checkout.modules:
+        for found in module.classes():
+            places[found.name].append(f"{module.path}:{found.lineno}")
+    return {name: paths for name, paths in sorted(places.items()) if len(paths) > 1}
+
+
+def methods_by_name(checkout: Checkout) -> dict[str, list[str]]:
+    """Classes by the name of a method that they define."""
+    owners: dict[str, list[str]] = defaultdict(list)
+    for module in checkout.modules:
+        for owner in module.classes():
+            for node in owner.body:
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    owners[node.name].append(f"{module.path}:{owner.name}")
+    return owners
+
+
+def definitions(checkout: Checkout) -> Counter[str]:
+    """How often a function or method of a name is defined; names of the language (``__init__``) do not count."""
+    names = (function.name for module in checkout.modules for function in module.functions())
+    return Counter(name for name in names if not name.startswith("__"))
+
+
+def bare_verbs(checkout: Checkout) -> dict[str, list[str]]:
+    """Classes by the bare verb that they define, the commonest first."""
+    owners = methods_by_name(checkout)
+    return {verb: sorted(set(owners[verb])) for verb in sorted(BARE_VERBS, key=lambda verb: -len(owners.get(verb, ())))}
+
+
+def retired_words(modules: Iterable[Module], retired: Mapping[str, str]) -> Iterator[str]:
+    """Where a retired identifier is used, as ``path:line: old is now called new``."""
+    for module in modules:
+        stem = module.path.rpartition("/")[2].removesuffix(".py")
+        if stem in retired:
+            yield f"{module.path}: {stem} is now called {retired[stem]}"
+        for token in tokenize.generate_tokens(io.StringIO(module.text).readline):
+            if token.type == tokenize.NAME and token.string in retired:
+                yield f"{module.path}:{token.start[0]}: {token.string} is now called {retired[token.string]}"
+
+
+def long_test_names(checkout: Checkout, letters: int) -> Iterator[str]:
+    """Tests whose name is longer than ``letters``."""
+    for module in checkout.modules:
+        for function in module.functions():
+            if function.name.startswith("test_") and len(function.name) > letters:
+                yield f"{module.path}:{function.lineno}: {function.name} ({len(function.name)})"
+
+
+def patched_constants(checkout: Checkout) -> Iterator[str]:
+    """Where a constant of another module is replaced, by ``monkeypatch.setattr``, ``patch`` or an assignment."""
+    for module in checkout.modules:
+        for node in ast.walk(module.tree):
+            for name in _replaced(node):
+                if CONSTANT.fullmatch(name.rpartition(".")[2]):
+                    yield f"{module.path}:{node.lineno}: {name}"  # pyright: ignore[reportAttributeAccessIssue]  # it is an expression or a statement
+
+
+def _replaced(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+        for target in node.targets if isinstance(node, ast.Assign) else (node.target,):
+            if isinstance(target, ast.Attribute) and not _is_own(target):
+                yield ast.unparse(target)
+    elif isinstance(node, ast.Call):
+        called = ast.unparse(node.func).rpartition(".")[2]
+        if called in {"setattr", "patch", "object", "delattr"}:
+            for argument in node.args[:3]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    yield argument.value
+                    break
+
+
+def _is_own(target: ast.Attribute) -> bool:
+    return isinstance(target.value, ast.Name) and target.value.id in {"self", "cls"}
