@@ -33,7 +33,8 @@ from rich.table import Table
 from bench.traffic import PLAN, SIZES, VOCABULARY, Script, Slice, over
 from services.cli.processes.readiness import Probe, broker_ready, learner_ready, wait_ready
 from treegrpo.errors import UnavailableError
-from treegrpo.wire.trainer_protocol import Covered, Done, IntakeClient, Publish, Take, Taken, socket_path
+from treegrpo.net.local_socket import socket_path
+from treegrpo.wire.trainer_protocol import Covered, Done, IntakeClient, Publish, Take, Taken
 
 QUESTIONS = 1000
 MAX_LAG = 3

@@ -24,13 +24,14 @@ from learner.trainer.distributed.ranks import Ranks
 from learner.trainer.loop import main
 from treegrpo.config.schema import Config
 from treegrpo.errors import DeadlineError, PartError, TreeGrpoError, UnavailableError
+from treegrpo.net.local_socket import socket_path
 from treegrpo.runtime.entrypoint import FAILED
 from treegrpo.runtime.exit_report import ExitReports, decisive_report
 from treegrpo.runtime.parent_death import parent_bound_command
 from treegrpo.runtime.process_environment import child_environment, python_command
 from treegrpo.runtime.supervisor import Ended, RestartPolicy, Supervisor
 from treegrpo.timing.backoff import Backoff
-from treegrpo.wire.trainer_protocol import IntakeClient, socket_path
+from treegrpo.wire.trainer_protocol import IntakeClient
 
 log = logging.getLogger(__name__)
 READY = Backoff((0.1,), seconds=300.0)

@@ -74,6 +74,7 @@ from treegrpo.config.security import Role
 from treegrpo.errors import RunError
 from treegrpo.net import limits
 from treegrpo.net.address import check_free, check_port
+from treegrpo.net.local_socket import socket_path
 from treegrpo.observability.metrics import IntakeMetrics, serve_metrics
 from treegrpo.runtime.run_directory import check_run_directory, make_run_directory
 from treegrpo.runtime.stop_signals import stop_signals
@@ -83,7 +84,6 @@ from treegrpo.storage.run_files import check_run_files
 from treegrpo.v1 import rollout_pb2_grpc, weights_pb2_grpc
 from treegrpo.wire.control import ControlPlane, Member, RunState
 from treegrpo.wire.size_limits import message_bytes
-from treegrpo.wire.trainer_protocol import socket_path
 
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 20.0

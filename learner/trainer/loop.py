@@ -57,12 +57,12 @@ from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import ContractError, UnavailableError
 from treegrpo.net.address import join_address, split_address
+from treegrpo.net.local_socket import socket_path
 from treegrpo.observability.metrics import TrainerMetrics, serve_metrics
 from treegrpo.runtime.stop_signals import stop_signals
 from treegrpo.security.credentials import Credentials
 from treegrpo.storage.manifest import check_model_files
 from treegrpo.storage.run_files import check_run_files
-from treegrpo.wire.trainer_protocol import socket_path
 
 log = logging.getLogger(__name__)
 WRITES = 3

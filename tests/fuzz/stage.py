@@ -17,7 +17,8 @@ from tests.fuzz.watchdog import SAYS
 from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address
 from treegrpo.config.schema import Config, RetrieverConfig
-from treegrpo.wire.trainer_protocol import Done, Publish, socket_path
+from treegrpo.net.local_socket import socket_path
+from treegrpo.wire.trainer_protocol import Done, Publish
 
 SECONDS = 60.0
 COMPLAINTS = re.compile(r"Traceback|Segmentation|never retrieved|never awaited|Fatal error")

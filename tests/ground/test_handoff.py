@@ -11,6 +11,7 @@ import pytest
 from tests.intake.builders import chain, question
 from treegrpo.core.tree import Group
 from treegrpo.errors import ContractError, UnavailableError
+from treegrpo.net.local_socket import socket_path
 from treegrpo.timing.notifier import Notifier
 from treegrpo.wire.trainer_protocol import (
     Covered,
@@ -28,7 +29,6 @@ from treegrpo.wire.trainer_protocol import (
     encode_message,
     pack_group,
     receive_message,
-    socket_path,
     unpack_group,
 )
 

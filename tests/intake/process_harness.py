@@ -20,10 +20,11 @@ from tests.intake.builders import VERSION, chain, complete
 from tests.ports import free_address
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.core.step import PolicyVersion
+from treegrpo.net.local_socket import socket_path
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 from treegrpo.wire.codec import lease_end_to_pb, subtree_to_pb, version_from_pb
-from treegrpo.wire.trainer_protocol import IntakeClient, socket_path
+from treegrpo.wire.trainer_protocol import IntakeClient
 
 
 def write_questions(path: Path, count: int, split: str) -> Path:

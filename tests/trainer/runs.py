@@ -9,8 +9,8 @@ from learner.trainer.intake_client import Link
 from learner.trainer.loop import Trainer
 from tests.trainer.intake import FakeIntake
 from treegrpo.config.schema import Config
+from treegrpo.net.local_socket import socket_path
 from treegrpo.observability.metrics import TrainerMetrics
-from treegrpo.wire.trainer_protocol import socket_path
 
 
 def intake_for(config: Config, **options: Any) -> FakeIntake:

@@ -24,8 +24,9 @@ from tests.trainer.intake import FakeIntake
 from treegrpo.core.step import ROOT, Leaf, Step, StepStatus, Subtree
 from treegrpo.core.tree import Group, Tree
 from treegrpo.errors import TreeError
+from treegrpo.net.local_socket import socket_path
 from treegrpo.observability.metrics import TrainerMetrics
-from treegrpo.wire.trainer_protocol import Publish, pack_group, socket_path
+from treegrpo.wire.trainer_protocol import Publish, pack_group
 
 PROMPT = np.arange(3, dtype=np.uint32)
 

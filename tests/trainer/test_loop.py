@@ -24,19 +24,9 @@ from tests.trainer.runs import changed, intake_for, train
 from treegrpo.config.schema import Config
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import UnavailableError
+from treegrpo.net.local_socket import socket_path
 from treegrpo.observability.metrics import TrainerMetrics
-from treegrpo.wire.trainer_protocol import (
-    Covered,
-    Evaluate,
-    Evaluation,
-    Message,
-    Publish,
-    Refused,
-    StepReport,
-    Take,
-    Taken,
-    socket_path,
-)
+from treegrpo.wire.trainer_protocol import Covered, Evaluate, Evaluation, Message, Publish, Refused, StepReport, Take, Taken
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,9 @@ from learner.trainer.persistence import checkpoint
 from tests.trainer.builders import CPU, configure, write_tiny
 from tests.trainer.intake import FakeIntake
 from treegrpo.config.schema import Config
+from treegrpo.net.local_socket import socket_path
 from treegrpo.runtime.entrypoint import ERROR_PREFIX, FAILED, TRANSIENT
-from treegrpo.wire.trainer_protocol import Message, StepReport, socket_path
+from treegrpo.wire.trainer_protocol import Message, StepReport
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "-m")
 

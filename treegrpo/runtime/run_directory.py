@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from treegrpo.errors import ConfigError
-from treegrpo.wire.trainer_protocol import MAX_SOCKET_PATH, socket_path
+from treegrpo.net.local_socket import MAX_SOCKET_PATH, socket_path
 
 PRIVATE = 0o700
 """Questions, weights and logs are for their owner alone."""

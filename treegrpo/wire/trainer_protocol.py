@@ -22,13 +22,10 @@ offset in the journal, it is kept by the trainer, in its checkpoint.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import socket
 import struct
-import tempfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgpack
@@ -41,8 +38,6 @@ from treegrpo.storage.parse_dataclass import parse_dataclass
 from treegrpo.v1 import rollout_pb2, tree_pb2
 from treegrpo.wire.codec import question_from_pb, question_to_pb, subtree_from_pb, subtree_to_bytes
 
-MAX_SOCKET_PATH = 100
-"""Bytes a Unix socket's path may have on every platform."""
 MAX_FRAME_BYTES = 1 << 30
 KEEP_VERSIONS = 3
 """Newest policy versions that the trainer keeps on disk and the intake serves."""
@@ -120,14 +115,6 @@ _TYPES: dict[str, type[Message]] = {
 """By what the socket calls them."""
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 Answer = TypeVar("Answer", Taken, Evaluation, Done)
-
-
-def socket_path(run_dir: Path) -> str:
-    """Where the intake of a run listens: in its directory, or in the temporary one where that name would be too long."""
-    path = str(run_dir.absolute() / "intake.sock")
-    if len(path.encode()) <= MAX_SOCKET_PATH:
-        return path
-    return f"{tempfile.gettempdir()}/treegrpo-{hashlib.sha256(path.encode()).hexdigest()[:16]}.sock"
 
 
 def pack_group(group: Group, subtrees: list[Subtree]) -> bytes:
