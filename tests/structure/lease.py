@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -152,7 +152,7 @@ def _run(root: Path, folder: Path) -> list[Path]:
 
 def _arguments(root: Path, folder: Path) -> list[str]:
     """The command line that every service is given: GeoHop, with one group a batch and addresses that are free."""
-    served = ("broker.address", "retriever.listen", "learner.listen", "sampler.metrics")
+    served: Sequence[str] = ("broker.address", "retriever.listen", "learner.listen", "sampler.metrics")
     ports = dict(zip(served, (free_address() for _ in served), strict=True))
     ports["learner.metrics"] = f"127.0.0.1:{free_ports(2)[0]}"  # the trainer's is the one after it
     settings = {**SETTINGS, **ports, "run.dir": folder / "run"}
@@ -161,7 +161,7 @@ def _arguments(root: Path, folder: Path) -> list[str]:
 
 
 @contextmanager
-def _process(root: Path, command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _process(root: Path, command: Sequence[str], log: Path) -> Generator[subprocess.Popen[bytes]]:
     """A process of the checkout for the time of the block."""
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
