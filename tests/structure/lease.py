@@ -152,8 +152,8 @@ def _run(root: Path, folder: Path) -> list[Path]:
 
 def _arguments(root: Path, folder: Path) -> list[str]:
     """The command line that every service is given: GeoHop, with one group a batch and addresses that are free."""
-    served: Sequence[str] = ("broker.address", "retriever.listen", "learner.listen", "sampler.metrics")
-    ports = dict(zip(served, (free_address() for _ in served), strict=True))
+    served = ("broker.address", "retriever.listen", "learner.listen", "sampler.metrics")
+    ports: dict[str, str] = {name: free_address() for name in served}
     ports["learner.metrics"] = f"127.0.0.1:{free_ports(2)[0]}"  # the trainer's is the one after it
     settings = {**SETTINGS, **ports, "run.dir": folder / "run"}
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
