@@ -1,4 +1,4 @@
-"""Every error this project raises on purpose.
+"""Exceptions: every error that this project raises on purpose.
 
     TreeGrpoError
     ├── ConfigError       (ValueError)       a key or value of the configuration
@@ -180,7 +180,7 @@ class EnvironmentFaultError(TreeGrpoError, RuntimeError):
     """An environment raised what it should not, or gave what nobody could train on."""
 
 
-DESCRIBED_LETTERS = 1000
+DESCRIBED_CHARACTERS = 1000
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 
 
@@ -198,10 +198,10 @@ def describe(error: BaseException) -> str:
 
 
 def _shortened(words: str) -> str:
-    """The sentences that fit in `DESCRIBED_LETTERS`, else the words, so that no address or path is cut."""
-    if len(words) <= DESCRIBED_LETTERS:
+    """The sentences that fit in `DESCRIBED_CHARACTERS`, else the words, so that no address or path is cut."""
+    if len(words) <= DESCRIBED_CHARACTERS:
         return words
-    return _fitting(_SENTENCE_END.split(words)) or f"{_fitting(words.split(' ')) or words[:DESCRIBED_LETTERS]} …"
+    return _fitting(_SENTENCE_END.split(words)) or f"{_fitting(words.split(' ')) or words[:DESCRIBED_CHARACTERS]} …"
 
 
 def _fitting(parts: Sequence[str]) -> str:
@@ -209,7 +209,7 @@ def _fitting(parts: Sequence[str]) -> str:
     kept = ""
     for part in parts:
         longer = f"{kept} {part}".lstrip()
-        if len(longer) > DESCRIBED_LETTERS:
+        if len(longer) > DESCRIBED_CHARACTERS:
             break
         kept = longer
     return kept

@@ -23,7 +23,7 @@ from services.environments.retrieval import PROBE_QUERY, Retriever
 from services.environments.rewards import RewardShape, exact_match, f1, format_reward
 from services.environments.truncation import fitting_length
 from treegrpo.core.question import Question
-from treegrpo.net.limits import LOOP_LETTERS, QUERY_LENGTH
+from treegrpo.net.limits import LOOP_CHARACTERS, QUERY_LENGTH
 
 Kind = Literal["search", "answer", "invalid"]
 
@@ -145,7 +145,7 @@ class SearchQA:
             return Outcome(after, HINT, valid=False)
         query = parsed.text[:QUERY_LENGTH]
         documents = await self._retriever.search(query, self._topk)
-        large = sum(map(len, documents)) > LOOP_LETTERS
+        large = sum(map(len, documents)) > LOOP_CHARACTERS
         observation = await asyncio.to_thread(self._observation, documents) if large else self._observation(documents)
         return Outcome(after, observation, (ToolCall("search", query),))
 

@@ -80,7 +80,7 @@ async def serve(config: RetrieverConfig, access: Credentials, ready: Callable[[i
     book = Book(metrics)
     protocol = type("Protocol", (PatientProtocol,), {"refused": staticmethod(book.refused)})
     web = app(index, metrics, access, book)
-    server = _MetricsServer(web, protocol, access.server_context(), lambda: ready(listener.getsockname()[1]))
+    server = _RetrieverServer(web, protocol, access.server_context(), lambda: ready(listener.getsockname()[1]))
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="retriever")
     try:
         await asyncio.shield(serving)
@@ -89,7 +89,7 @@ async def serve(config: RetrieverConfig, access: Credentials, ready: Callable[[i
         await serving
 
 
-class _MetricsServer(uvicorn.Server):
+class _RetrieverServer(uvicorn.Server):
     """Uvicorn that leaves the signals to the process, has little patience with a TLS handshake, and tells when it listens."""
 
     def __init__(

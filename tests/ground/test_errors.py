@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from treegrpo import errors
-from treegrpo.errors import DESCRIBED_LETTERS, RunError, TreeGrpoError, describe
+from treegrpo.errors import DESCRIBED_CHARACTERS, RunError, TreeGrpoError, describe
 
 ROOT = Path(__file__).parents[2]
 OURS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, TreeGrpoError)}
@@ -66,7 +66,7 @@ def test_an_exception_as_it_is_would_be_found(text: str) -> None:
         (asyncio.CancelledError(), "CancelledError"),
         (ConnectionResetError(" \n "), "ConnectionResetError"),
         (OSError(2, "no\nsuch file"), "[Errno 2] no such file"),
-        (RunError("a " * DESCRIBED_LETTERS), ("a " * DESCRIBED_LETTERS).strip()),
+        (RunError("a " * DESCRIBED_CHARACTERS), ("a " * DESCRIBED_CHARACTERS).strip()),
     ],
 )
 def test_an_exception_is_one_line_that_says_something(error: BaseException, text: str) -> None:
@@ -74,11 +74,11 @@ def test_an_exception_is_one_line_that_says_something(error: BaseException, text
 
 
 def test_a_foreign_exception_does_not_say_too_much() -> None:
-    assert len(describe(ValueError("x" * 100_000))) == DESCRIBED_LETTERS + 2
+    assert len(describe(ValueError("x" * 100_000))) == DESCRIBED_CHARACTERS + 2
 
 
 def test_a_long_text_ends_with_a_whole_sentence_or_word_and_no_cut_address() -> None:
-    link = "https://example.org/" + "a" * (DESCRIBED_LETTERS // 3)
+    link = "https://example.org/" + "a" * (DESCRIBED_CHARACTERS // 3)
     assert describe(ValueError(f"The file is torn. See {link} for more. Then {link} and {link}.")) == (
         f"The file is torn. See {link} for more"
     )

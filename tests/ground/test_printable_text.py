@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treegrpo.observability import log_setup
-from treegrpo.observability.log_setup import INDENT, MESSAGE_LETTERS, JsonFormatter, TextFormatter
+from treegrpo.observability.log_setup import INDENT, MESSAGE_CHARACTERS, JsonFormatter, TextFormatter
 from treegrpo.observability.printable_text import UNPRINTABLE, clipped, printable, printable_json
 
 NASTY = "\x1b[31m\x9b\r\n\x07\u202e\u2028\ud800\x7ferror: forged"
@@ -59,8 +59,8 @@ def test_a_record_is_one_line_of_text_and_of_json(text: str) -> None:
 
 def test_a_long_message_is_cut_off() -> None:
     line = TextFormatter().format(record("%s", "x" * 10**6))
-    assert len(line) < MESSAGE_LETTERS + 100
-    assert line.endswith(f"… ({10**6 - MESSAGE_LETTERS} more letters)")
+    assert len(line) < MESSAGE_CHARACTERS + 100
+    assert line.endswith(f"… ({10**6 - MESSAGE_CHARACTERS} more letters)")
     assert clipped("abc", 3) == "abc"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from treegrpo.runtime import process_environment
-from treegrpo.runtime.process_environment import FOREIGN, RANKS, ROOT, child_environment, python_command
+from treegrpo.runtime.process_environment import RANKS, REMOVED_VARIABLES, ROOT, child_environment, python_command
 
 SHADOWS = ("tokenizers.py", "rich.py", "torch.py", "learner.py", "prometheus_client.py", "services/__init__.py")
 SHOW = "import json, os, sys; sys.argv[0] = '-m'; import services; print(json.dumps([sys.path, dict(os.environ)]))"
@@ -43,7 +43,7 @@ def test_a_relative_search_path_is_the_same_for_a_child(tmp_path: Path, monkeypa
 
 
 def test_variables_of_other_programs_are_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [*FOREIGN, *RANKS, "TORCHELASTIC_RUN_ID", "PET_NNODES", "OMPI_COMM_WORLD_RANK", "UVICORN_WORKERS"]
+    names = [*REMOVED_VARIABLES, *RANKS, "TORCHELASTIC_RUN_ID", "PET_NNODES", "OMPI_COMM_WORLD_RANK", "UVICORN_WORKERS"]
     for name in (*names, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "1")
     given = child_environment({"MORE": "2"})

@@ -21,7 +21,7 @@ from learner.intake.wal.framing import Record
 from tests.intake.builders import PLAN, VERSION, VOCABULARY, book, chain, complete, question
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
-from treegrpo.net.limits import MESSAGE_BYTES, SENTENCE_LETTERS
+from treegrpo.net.limits import MESSAGE_BYTES, SENTENCE_CHARACTERS
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.wire.codec import lease_end_to_pb, subtree_from_pb, subtree_to_bytes, subtree_to_pb
 
@@ -143,7 +143,7 @@ async def test_a_lease_beyond_a_record_is_still_the_next_one(tmp_path: Path) -> 
 def test_what_tools_and_errors_say_can_always_be_sent() -> None:
     end = lease_end_to_pb(LeaseEnd("lease", LeaseEndReason.FAILED, error="a\ud800b" + "x" * 9999))
     assert end.error.startswith("a\ufffdb")
-    assert len(end.error) == SENTENCE_LETTERS
+    assert len(end.error) == SENTENCE_CHARACTERS
     made = chain("lease")
     odd = replace(made, steps=tuple(replace(step, tool="\udfff", tool_arguments="\ud83d\ude00") for step in made.steps))
     step = subtree_from_pb(type(subtree_to_pb(odd)).FromString(subtree_to_bytes(odd))).steps[0]

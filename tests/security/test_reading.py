@@ -7,7 +7,7 @@ import pytest
 from learner.intake.rpc.request_limits import MAX_FIELDS, MAX_HELLO_LEASES, read_request
 from tests.intake.builders import chain, complete
 from treegrpo.errors import ContractError
-from treegrpo.net.limits import SENTENCE_LETTERS
+from treegrpo.net.limits import SENTENCE_CHARACTERS
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.wire.codec import lease_end_to_pb, subtree_to_pb
 
@@ -40,7 +40,7 @@ def test_what_no_contract_knows_is_not_kept() -> None:
 def test_what_a_sampler_says_in_its_own_words_is_cut_off() -> None:
     end = lease_end_to_pb(complete("lease"))
     end.error = "x" * 9999
-    assert len(read_request(pb.RolloutRequest(lease_end=end).SerializeToString()).lease_end.error) == SENTENCE_LETTERS
+    assert len(read_request(pb.RolloutRequest(lease_end=end).SerializeToString()).lease_end.error) == SENTENCE_CHARACTERS
 
 
 def test_a_hello_that_names_many_leases_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""What makes a run what it is: written beside it when it begins, compared whenever it goes on.
+"""Run fingerprint: the settings and files that define a run, written when it begins, compared whenever it resumes.
 
 A lease that is out, a group half rolled out and the position in the journal mean something only under the questions, the
 seed, the plan and the batch they were made with; rewards and evaluations compare only under one environment. Everything

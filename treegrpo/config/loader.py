@@ -1,4 +1,4 @@
-"""Reading the configuration: a TOML file, then the environment, then flags; the later wins.
+"""Configuration loader: a TOML file, then the environment, then flags; the later wins.
 
     TREEGRPO_TRAIN__LR=1e-4 treegrpo up geohop.toml --train.steps 200
 

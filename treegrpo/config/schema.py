@@ -1,4 +1,4 @@
-"""The configuration: every key with its type, its bounds, its default and what it means.
+"""Configuration schema: every key with its type, bounds, default and meaning.
 
 `treegrpo.config.loader.load` reads it. A limit that follows from other values is a property, not a key.
 """

@@ -1,4 +1,4 @@
-"""Who is who, and which addresses may be used in the open: the section [security] and the rules that need no file.
+"""Security configuration: the section [security], roles, and which addresses may be used without TLS.
 
 The rule: what only this machine can reach (loopback) may be plain; everything else needs TLS, or the user's word that the
 network is safe. `treegrpo.security.credentials` reads the files; docs/security.md is the whole story.

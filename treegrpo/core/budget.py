@@ -1,4 +1,4 @@
-"""What rollouts cost: metered, never assumed.
+"""Costs and budgets of rollouts: metered, never assumed.
 
 A budget is counted in two currencies: *computed tokens* (prefilled + decoded; tokens served from a prefix cache
 are free) and *tool calls*.

@@ -1,4 +1,4 @@
-"""A lease: the right and the duty to roll out one question."""
+"""Lease: the assignment of one question, with a plan and a budget, to one sampler."""
 
 from __future__ import annotations
 

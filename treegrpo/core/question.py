@@ -1,4 +1,4 @@
-"""A question: what a lease is about."""
+"""Question: the prompt and the accepted answers of one lease."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels: policy version, step, leaf, subtree.
+"""Data classes of rollouts: policy version, step, leaf, subtree.
 
 A step is one turn of an agent: think, act, observe; it becomes a node of a tree (`treegrpo.core.tree`). A *subtree* is the
 steps appended below one existing node by one expansion, down to a leaf.

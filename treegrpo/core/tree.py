@@ -1,4 +1,4 @@
-"""Trees and groups: the steps of one question, put together.
+"""Trees and groups: the steps of one question, assembled.
 
 A *tree* grows from a prompt (its root, node 0). Each further *node* is one agent step (`treegrpo.core.step`). A *group* is
 all trees of one question; its leaves are the episodes that are compared with each other.

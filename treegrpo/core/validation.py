@@ -1,4 +1,4 @@
-"""What makes steps and leaves sound, wherever they come from: lengths, spans, log-probabilities, ids and rewards.
+"""Validation of steps and leaves: lengths, version spans, log-probabilities, token ids and rewards.
 
 Each check raises TreeError with one sentence: where (group or lease, tree, node), the field, the place in it, the value
 and what is right. The arrays of all steps are looked at together; only a refusal looks for the place. How nodes hang

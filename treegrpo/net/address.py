@@ -1,4 +1,4 @@
-"""HOST:PORT, read in one way by who listens there, who connects to it and who checks it; an IPv6 host stands in brackets.
+"""Parses and joins HOST:PORT addresses; an IPv6 host is written in brackets.
 
 host, port = split_address("[::1]:1883", "broker.address")     # "::1", 1883
 join_address(host, port + 1)                                   # "[::1]:1884"

@@ -34,7 +34,7 @@ from treegrpo.errors import ConfigError, ContractError, DeadlineError, Unavailab
 from treegrpo.net.limits import ANSWER_BYTES, JSON_PARTS, LARGE_ANSWERS, LARGE_BYTES, LOOP_BYTES
 
 REDIRECTS = 3
-SAID_LETTERS = 200
+SHOWN_CHARACTERS = 200
 """Of an answer, in a sentence about it."""
 _SLICE = 64 << 10
 _ESCAPED = re.compile(rb"\\.", re.DOTALL)
@@ -67,8 +67,8 @@ class HttpResponse:
     @property
     def summary(self) -> str:
         """The beginning of the body in one line, with its type: for a sentence about an answer that is of no use."""
-        text = " ".join(self.body[: 4 * SAID_LETTERS].decode(errors="replace").split())[:SAID_LETTERS]
-        kind = self.headers.get("content-type", "").partition(";")[0][:SAID_LETTERS]
+        text = " ".join(self.body[: 4 * SHOWN_CHARACTERS].decode(errors="replace").split())[:SHOWN_CHARACTERS]
+        kind = self.headers.get("content-type", "").partition(";")[0][:SHOWN_CHARACTERS]
         return f"{kind or 'no type'}: {text or 'an empty body'}"
 
 

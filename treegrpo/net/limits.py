@@ -1,4 +1,4 @@
-"""How much a peer may send, open and wait: one place, for both ends of every wire.
+"""Limits of what a peer may send, open and wait for, in one place, for both ends of every connection.
 
 What follows from the plan of a run (nodes of a branch, depth, tokens of a prompt) is derived in `treegrpo.wire.size_limits` and
 checked there. These are the numbers that follow from nothing but the memory that a stranger is worth.
@@ -30,7 +30,7 @@ CHUNK_SECONDS = 60.0
 """The longest that one chunk of weights may wait for who asked for it."""
 NAME_BYTES = 64
 """The name of a sampler or of an engine, and the id of a lease."""
-SENTENCE_LETTERS = 2000
+SENTENCE_CHARACTERS = 2000
 """What a sampler says in its own words: why a lease failed, what it waits for. The rest is cut off."""
 CONTROL_BYTES = 64 << 10
 """One MQTT message. The largest of ours has a few hundred bytes."""
@@ -56,7 +56,7 @@ LARGE_BYTES = 1 << 20
 """An HTTP answer or request beyond this is a large one."""
 LARGE_ANSWERS = 2
 """Large answers that one client reads at once, and a server makes at once; others wait."""
-LOOP_LETTERS = 8192
+LOOP_CHARACTERS = 8192
 """Text that a process may format, cut and encode on its event loop; more goes to a thread."""
 LOOP_BYTES = 64 << 10
 """What a process may take apart on its event loop; more goes to a thread."""

@@ -1,9 +1,9 @@
-"""Log lines of every process: as text, or with LOG_FORMAT=json in the environment as one JSON object a line.
+"""Logging setup of every process: lines of text, or with LOG_FORMAT=json in the environment one JSON object a line.
 
     {"time": "2026-05-01T10:00:00.123Z", "level": "INFO", "logger": "learner.intake.service", "message": "…"}
 
 A record is one line; the lines of a traceback are indented, in JSON they are one string, `exception`. Whatever a message
-quotes, nothing in it begins a line or reaches a terminal as a control character, and it is cut off after MESSAGE_LETTERS.
+quotes, nothing in it begins a line or reaches a terminal as a control character, and it is cut off after MESSAGE_CHARACTERS.
 
 The variable is no configuration key, since it has to be known before the configuration is read: what is wrong with that is
 said in the same format.
@@ -22,8 +22,8 @@ from treegrpo.observability.printable_text import clipped, printable, printable_
 from treegrpo.observability.standard_streams import lossy_file
 
 VARIABLE = "LOG_FORMAT"
-MESSAGE_LETTERS = 8192
-TRACEBACK_LETTERS = 32768
+MESSAGE_CHARACTERS = 8192
+TRACEBACK_CHARACTERS = 32768
 INDENT = "    "
 FORMAT = "%(asctime)s %(levelname)s %(name)s: "
 BRIEF = "%(levelname)s "
@@ -59,9 +59,9 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         record.asctime = self.formatTime(record)
         head = printable(self._fmt % record.__dict__ if self._fmt else "")
-        lines = [head + printable(clipped(self._who + record.getMessage(), MESSAGE_LETTERS))]
+        lines = [head + printable(clipped(self._who + record.getMessage(), MESSAGE_CHARACTERS))]
         if record.exc_info:
-            trace = clipped(self.formatException(record.exc_info), TRACEBACK_LETTERS)
+            trace = clipped(self.formatException(record.exc_info), TRACEBACK_CHARACTERS)
             lines += [INDENT + printable(line) for line in trace.split("\n")]
         return "\n".join(lines)
 
@@ -78,10 +78,10 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
-            "message": clipped(self._who + record.getMessage(), MESSAGE_LETTERS),
+            "message": clipped(self._who + record.getMessage(), MESSAGE_CHARACTERS),
         }
         if record.exc_info:
-            row["exception"] = clipped(self.formatException(record.exc_info), TRACEBACK_LETTERS)
+            row["exception"] = clipped(self.formatException(record.exc_info), TRACEBACK_CHARACTERS)
         return printable_json(row)
 
 

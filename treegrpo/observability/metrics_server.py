@@ -1,4 +1,4 @@
-"""Serves /metrics to Prometheus and /health to who starts the process, from a thread of its own: one small answer a connection.
+"""HTTP server for /metrics and /health, in a thread of its own; one response a connection.
 
 A request has REQUEST_SECONDS from the connection to its last byte, TLS included, HEADER_BYTES to say what it wants, and
 shows the token where there is one; /health is for everybody. More than SCRAPERS at once are hung up on.

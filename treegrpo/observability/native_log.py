@@ -1,4 +1,4 @@
-"""What native code writes to standard error (gRPC's own log), turned into log lines that are escaped, cut off and few.
+"""Native log filter: what native code (gRPC) writes to standard error becomes log lines: escaped, truncated, rate-limited.
 
     gRPC ─► descriptor 2 ─► pipe ─► LINES a minute ─► the log
 

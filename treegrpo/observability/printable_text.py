@@ -25,9 +25,9 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda found: SHORT.get(found[0]) or _escape(found[0]), text)
 
 
-def clipped(text: str, letters: int) -> str:
-    """``text``, cut off after ``letters``, and what is missing."""
-    return text if len(text) <= letters else f"{text[:letters]} … ({len(text) - letters} more letters)"
+def clipped(text: str, characters: int) -> str:
+    """``text``, cut off after ``characters``, and what is missing."""
+    return text if len(text) <= characters else f"{text[:characters]} … ({len(text) - characters} more letters)"
 
 
 def printable_json(value: Any) -> str:
@@ -35,6 +35,6 @@ def printable_json(value: Any) -> str:
     return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
-def _escape(letter: str) -> str:
-    number = ord(letter)
+def _escape(character: str) -> str:
+    number = ord(character)
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"

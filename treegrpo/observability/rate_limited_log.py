@@ -1,4 +1,4 @@
-"""Rate-limited logging: a stranger cannot fill the log, whatever he sends and however often.
+"""Rate-limited logging: no peer can fill the log, whatever it sends and however often.
 
 RateLimitedLog           refusals of peers: once for each peer and reason in AGAIN_SECONDS
 rate_limit_library_logs  lines of libraries: once for each line of their code in AGAIN_SECONDS

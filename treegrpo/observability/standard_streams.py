@@ -1,4 +1,4 @@
-"""Standard output and error that cannot end a process: what cannot be written is lost, and that is remembered.
+"""Lossy standard output and error: a write never fails; what cannot be written is dropped, and that is recorded.
 
 A full disk, a reader that has gone (`| head`) or does not read, a terminal that was closed, an encoding without the letter:
 each would raise, or wait, in the middle of whatever prints or logs. `make_streams_lossy` puts streams in their place that do not.

@@ -1,4 +1,4 @@
-"""A program as a child process: on a leash, in a session of its own, with all it says in a log file."""
+"""Child process: dies with its parent, runs in a session of its own, and writes its output to a log file."""
 
 from __future__ import annotations
 

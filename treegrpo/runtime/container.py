@@ -45,12 +45,12 @@ def main(arguments: Sequence[str]) -> int:
     failure_marker().unlink(missing_ok=True)  # a directory for temporary files may outlive the container
     job = list(arguments[:1]) == [JOB]
     program = arguments[job:]
-    told, signals, reports = threading.Event(), list[int](), ExitReports()
+    stopping, signals, reports = threading.Event(), list[int](), ExitReports()
     child = subprocess.Popen(program, env={**os.environ, **reports.environment})  # noqa: S603
 
     def pass_on(number: int, _frame: object) -> None:
         signals.append(number)
-        told.set()
+        stopping.set()
         child.send_signal(number)  # nothing happens once it has ended
 
     for number in stop_signals():
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         with suppress(OSError):  # a disk that is full: then the log alone has it
             failure_marker().write_text(sentence + "\n", encoding="utf-8")
         log.critical("%s ended for good, so this container waits; mend that and start it again: %s", " ".join(program), sentence)
-        told.wait()
+        stopping.wait()
     return code if code >= 0 else SIGNALLED - code
 
 

@@ -1,4 +1,4 @@
-"""The edge of every process: arguments in; one sentence and an exit code out.
+"""Entry point of every service process: reads the configuration, runs the service, prints the error, sets the exit code.
 
 0     the end of its work, or it drained as it was told
 2     an error that stays until somebody does something: configuration, data, model, a taken port, a damaged journal
@@ -56,7 +56,7 @@ def report_error(error: BaseException) -> int:
             write_exit_report(exit_report_for(error))
         raise error
     write_exit_report(exit_report_for(ours))
-    for other in _leaves(error):  # a crash beside it is not lost
+    for other in _leaf_errors(error):  # a crash beside it is not lost
         if not isinstance(other, TreeGrpoError | asyncio.CancelledError):
             log.error("besides, something crashed: %s", other, exc_info=other)
     if log_setup.is_json_format():
@@ -71,23 +71,25 @@ def report_error(error: BaseException) -> int:
 
 def find_own_error(error: BaseException) -> TreeGrpoError | None:
     """The error of ours in ``error``, which a task group may have wrapped: one that stays before one that may pass."""
-    return min((one for one in _leaves(error) if isinstance(one, TreeGrpoError)), key=lambda one: one.is_transient, default=None)
+    return min(
+        (one for one in _leaf_errors(error) if isinstance(one, TreeGrpoError)), key=lambda one: one.is_transient, default=None
+    )
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
+def _leaf_errors(error: BaseException) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
-            yield from _leaves(inner)
+            yield from _leaf_errors(inner)
     else:
         yield error
 
 
 async def _run_until_stopped(service: Coroutine[Any, Any, None]) -> None:
     """Await ``service``; a signal cancels it, which is a normal end. One that is cancelled unasked has crashed."""
-    task, told = asyncio.ensure_future(service), asyncio.Event()
+    task, stopping = asyncio.ensure_future(service), asyncio.Event()
 
     def stop() -> None:
-        told.set()
+        stopping.set()
         task.cancel()
 
     for number in stop_signals():
@@ -95,6 +97,6 @@ async def _run_until_stopped(service: Coroutine[Any, Any, None]) -> None:
     try:
         await task
     except asyncio.CancelledError:
-        if not told.is_set():
+        if not stopping.is_set():
             raise RuntimeError("The service was cancelled, and nobody had told it to stop.") from None
         log.info("told to stop")

@@ -28,7 +28,7 @@ TRANSIENT = 75
 CRASHED = 1
 """What Python ends with after an exception that nobody caught."""
 READ_BYTES = 1 << 20
-SENTENCE_LETTERS = 4096
+SENTENCE_CHARACTERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,10 @@ def exit_code(error: TreeGrpoError) -> int:
 def exit_report_for(error: BaseException) -> ExitReport:
     """The report of a process that ends with ``error``: its sentence, or, of a crash, the last line of the traceback."""
     if isinstance(error, TreeGrpoError):
-        return ExitReport(exit_code(error), str(error)[:SENTENCE_LETTERS], isinstance(error, RankError))
+        return ExitReport(exit_code(error), str(error)[:SENTENCE_CHARACTERS], isinstance(error, RankError))
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return ExitReport(CRASHED, traceback.format_exception_only(error)[-1].strip()[:SENTENCE_LETTERS])
+    return ExitReport(CRASHED, traceback.format_exception_only(error)[-1].strip()[:SENTENCE_CHARACTERS])
 
 
 def decisive_report(reports: Iterable[ExitReport]) -> ExitReport | None:

@@ -1,4 +1,4 @@
-"""Asks processes of this container or machine whether they serve; exit code 0 if all do.
+"""Health check: requests /health of processes of this container or machine; exit code 0 if all serve.
 
     python -m treegrpo.runtime.healthcheck https://localhost:9400/health https://localhost:9401/health
     python -m treegrpo.runtime.healthcheck --alive https://localhost:9402/health

@@ -1,4 +1,4 @@
-"""How much memory this process may use: the machine's, or the control group's where that is less."""
+"""Memory limit of this process: the machine's memory, or the control group's limit where that is less."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Starts a program that dies with its parent: `python leash.py [--group] PARENT_PID PROGRAM [ARGUMENT …]`.
+"""Launches a program that is killed when its parent dies: `python parent_death.py [--group] PARENT_PID PROGRAM [ARGUMENT …]`.
 
 Linux kills the program the moment its parent ends, however it ends, so nothing is left behind even after `kill -9`.
-The wish to be killed survives exec. Elsewhere the program just starts.
+The setting survives exec. Elsewhere the program just starts.
 
 With --group what the program has started in its session dies with it as well, for programs that do not see to that in time:
 
@@ -27,8 +27,8 @@ def die_with_parent() -> None:
 
 def parent_bound_command(command: Sequence[str], *, group: bool = False) -> list[str]:
     """``command`` so that it dies with the process that runs it, and with ``group`` its session with it."""
-    leash = [sys.executable, "-P", "-S", __file__]  # the standard library alone, whatever the program is given
-    return [*leash, *(["--group"] if group else []), str(os.getpid()), *command]
+    launcher = [sys.executable, "-P", "-S", __file__]  # the standard library alone, whatever the program is given
+    return [*launcher, *(["--group"] if group else []), str(os.getpid()), *command]
 
 
 def start_group_killer() -> None:

@@ -1,4 +1,4 @@
-"""What a process takes over from the environment it is started in, and what it hands on to the processes it starts.
+"""Process environment: the variables and import path that a process inherits, and those that it passes to its children.
 
     shell, pod, notebook ─► isolate_process() ─► this process ─► child_environment() ─► child: the same files, none of the rest
 
@@ -30,7 +30,7 @@ RANKS = (
 RANK_PREFIXES = ("TORCHELASTIC_", "PET_", "ACCELERATE_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MPI_LOCAL")
 READ_AT_START = ("PYTHONOPTIMIZE", "PYTHONINSPECT", "PYTHONWARNINGS")
 """What Python has taken in before we are asked: asserts and docstrings that libraries need, warnings that end them."""
-FOREIGN = (
+REMOVED_VARIABLES = (
     *("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"),
     *("MPLBACKEND", "MATPLOTLIBRC", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS", "mqtt_proxy", "MQTT_PROXY"),
     "SSLKEYLOGFILE",  # TLS would end where it cannot be written, and be read by others where it can
@@ -38,7 +38,7 @@ FOREIGN = (
     *READ_AT_START,
 )
 """Settings of libraries that this project sets itself, or that would end it."""
-FOREIGN_PREFIXES = ("UVICORN_",)
+REMOVED_PREFIXES = ("UVICORN_",)
 FIXED = {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
 """The current directory is not searched for modules; files and streams are UTF-8."""
 LOOPBACK = "localhost,127.0.0.1,::1"
@@ -83,7 +83,7 @@ def child_environment(more: Mapping[str, str] | None = None, *, ours: bool = Tru
         more: variables that are set on top.
         ours: it runs our packages; False: another environment's Python, which finds its own.
     """
-    kept = {name: value for name, value in os.environ.items() if not (is_rank_variable(name) or _is_foreign(name))}
+    kept = {name: value for name, value in os.environ.items() if not (is_rank_variable(name) or _is_removed(name))}
     unwanted = {*_unwanted(), str(ROOT)}
     search = [path for entry in kept.pop(SEARCH, "").split(os.pathsep) if (path := os.path.realpath(entry)) not in unwanted]
     if ours and str(ROOT) not in _own_paths():
@@ -113,8 +113,8 @@ def _own_environment() -> dict[str, str]:
     return {**child_environment(), **ranks}
 
 
-def _is_foreign(name: str) -> bool:
-    return name in FOREIGN or name.startswith(FOREIGN_PREFIXES)
+def _is_removed(name: str) -> bool:
+    return name in REMOVED_VARIABLES or name.startswith(REMOVED_PREFIXES)
 
 
 def _own_paths() -> set[str]:

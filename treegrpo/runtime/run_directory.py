@@ -1,4 +1,4 @@
-"""The run's directory: whether it can be made, written, locked and listened in, which leaves nothing there; and made."""
+"""Run directory: checks that it can be created, written, locked and listened in, which leaves nothing there; creates it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The signals that ask a process to end in order."""
+"""Stop signals: those that ask a process to shut down in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process of one role shows to others and asks of them: certificate, password, tokens. Read and checked at the start.
+"""Credentials of a process of one role: certificate, password, tokens. Read and checked at the start.
 
     access = Credentials.from_config(config.security, Role.SAMPLER)
     access.check_listen("sampler.metrics", address)      # refused beyond this machine without TLS
@@ -165,8 +165,8 @@ def bearer_header(token: SecretStr) -> dict[str, str]:
 
 def has_token(header: str, token: SecretStr) -> bool:
     """Whether an Authorization ``header`` shows ``token``, or none is asked for; compared in constant time."""
-    wanted = bearer_header(token)
-    return not wanted or hmac.compare_digest(header.encode(errors="replace"), wanted["Authorization"].encode())
+    expected = bearer_header(token)
+    return not expected or hmac.compare_digest(header.encode(errors="replace"), expected["Authorization"].encode())
 
 
 def _keys(security: SecurityConfig, role: Role) -> CertificateFiles | None:

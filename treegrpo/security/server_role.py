@@ -1,4 +1,4 @@
-"""TLS for clients that ask a server for its role, before they say anything: password, token or question.
+"""TLS client contexts that check the role in the server's certificate, before anything is sent.
 
 A certificate of the run is good for its role alone. The name or address that a client verifies is not enough: all parts of one
 machine have the same. gRPC clients ask for the learner's own host name instead (`treegrpo.config.security.host_of`).

@@ -1,4 +1,4 @@
-"""One holder at a time: whoever comes second is refused."""
+"""File lock: one process holds it at a time, the next one is refused."""
 
 from __future__ import annotations
 

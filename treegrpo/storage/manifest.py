@@ -1,4 +1,4 @@
-"""What a directory's files were when it was written, so that damage is told from everything else that may go wrong.
+"""Manifest: sizes and SHA-256 of a directory's files as they were written, to tell damage from every other error.
 
 Every directory of weights that a run writes has one: a checkpoint, a published policy version, the final model. Loading
 errors would not do. Weights are read without any checksum, so a bit that has turned is not noticed; and an error while a

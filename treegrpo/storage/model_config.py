@@ -1,4 +1,4 @@
-"""A model directory's config.json and generation_config.json, read in one place without the library that runs the model."""
+"""Reads a model directory's config.json and generation_config.json, for every service, without transformers."""
 
 from __future__ import annotations
 

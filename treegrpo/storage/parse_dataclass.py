@@ -1,4 +1,4 @@
-"""A map from another process as one of our dataclasses: every field is there, and of its type."""
+"""Parses a map from another process as a dataclass: every field has to be there, and of its type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, one JSON array, or parquet. Which of them a file is its first bytes say, not its name."""
+"""Reads files of rows: JSON lines, one JSON array, or parquet, told apart by their first bytes."""
 
 from __future__ import annotations
 

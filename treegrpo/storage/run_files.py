@@ -1,4 +1,4 @@
-"""The files of a run's directory, which other programs may touch: what each of them is, and how its JSON is read.
+"""Files of a run's directory, which other programs may change: checks their kinds, and reads their JSON.
 
     run.json progress.jsonl set_aside.jsonl paused   files
     intake.lock up.lock                              files, held by a process

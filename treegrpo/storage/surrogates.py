@@ -1,4 +1,4 @@
-"""Strings that no encoding knows: they hold a surrogate (U+D800 to U+DFFF) without its partner, which JSON can write."""
+"""Lone surrogates (U+D800 to U+DFFF), which JSON can spell and UTF-8 cannot encode: finds and replaces them."""
 
 from __future__ import annotations
 

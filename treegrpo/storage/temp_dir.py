@@ -1,4 +1,4 @@
-"""A directory for what a sampler fetches, gone when it ends; that of one that was killed goes when the next one starts."""
+"""Temporary directories that are locked while in use; those that a killed process has left are removed by the next one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading text files as people have them: UTF-8, with or without a byte order mark."""
+"""Reads text files: UTF-8, with or without a byte order mark; other encodings are named in the error."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A checkpoint's safetensors files: which there are, what their heads say, and whether the numbers in them can be used.
+"""Safetensors files of a model: lists them, reads their headers, checks that their values can be used.
 
-Nothing here needs torch: a head is JSON behind its length, and the tensors' bytes lie behind it.
+Needs no torch: a header is its length and JSON, followed by the tensors' bytes.
 """
 
 from __future__ import annotations

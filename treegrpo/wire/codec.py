@@ -1,4 +1,4 @@
-"""Between the vocabulary and the contract's messages.
+"""Codec: converts the classes of `treegrpo.core` to protobuf messages and back.
 
 Decoding checks what a stranger could get wrong in the bytes and raises ContractError with a sentence; what they mean
 is checked where it is put together (`Tree.add`). Encoding never fails on what tools and errors say: their texts are made fit
@@ -17,7 +17,7 @@ from treegrpo.core.question import Message, Question
 from treegrpo.core.step import Leaf, Logprobs, PolicyVersion, Step, StepStatus, Subtree, TokenIds, VersionSpan
 from treegrpo.core.validation import tree_label
 from treegrpo.errors import ContractError, TreeError
-from treegrpo.net.limits import SENTENCE_LETTERS
+from treegrpo.net.limits import SENTENCE_CHARACTERS
 from treegrpo.storage.surrogates import replace_surrogates
 from treegrpo.v1 import rollout_pb2, tree_pb2
 
@@ -203,7 +203,7 @@ def lease_from_pb(pb: rollout_pb2.Lease) -> Lease:
 
 
 def lease_end_to_pb(end: LeaseEnd) -> rollout_pb2.LeaseEnd:
-    error = replace_surrogates(end.error[:SENTENCE_LETTERS])
+    error = replace_surrogates(end.error[:SENTENCE_CHARACTERS])
     return rollout_pb2.LeaseEnd(
         lease=end.lease, reason=_REASON[end.reason], forgone=end.forgone, unaccounted=cost_to_pb(end.unaccounted), error=error
     )

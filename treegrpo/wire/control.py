@@ -43,10 +43,10 @@ from treegrpo.wire.run_name_owner import KEEPALIVE_SECONDS, WILL_SECONDS, Member
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
-FAREWELL_SECONDS = 1.0
+LEAVE_SECONDS = 1.0
 """To publish that we leave; otherwise the broker publishes our last will."""
 CANCEL_AGAIN_SECONDS = 0.1
-NAME_LETTERS = 256
+NAME_CHARACTERS = 256
 """The longest name, address or topic of a member that is believed, and what the log repeats of a stranger's words."""
 ROLES = {role.value for role in Role}
 """A sampler is not called like one of them."""
@@ -160,8 +160,8 @@ class ControlPlane:
     async def _session(self, connected: asyncio.Event) -> None:
         """One connection: publish our presence, claim the run's name, publish again what we had retained, then listen."""
         presence_topic = f"{self._prefix}/{self._member.topic}"
-        farewell = replace(self._member, alive=False).payload()
-        will = aiomqtt.Will(presence_topic, farewell, qos=1, retain=True)
+        leave_payload = replace(self._member, alive=False).payload()
+        will = aiomqtt.Will(presence_topic, leave_payload, qos=1, retain=True)
         self._retained_known.clear()
         self._unclaimed_messages.clear()
         if self._claim is not None:
@@ -185,7 +185,7 @@ class ControlPlane:
                     self._client, self.lost = None, (self._address, time.monotonic())
                 await _end_task(listening)
                 with contextlib.suppress(aiomqtt.MqttError):  # a clean goodbye; a lost connection sends the will instead
-                    await client.publish(presence_topic, farewell, qos=1, retain=True, timeout=FAREWELL_SECONDS)
+                    await client.publish(presence_topic, leave_payload, qos=1, retain=True, timeout=LEAVE_SECONDS)
 
     async def _listen(self, client: aiomqtt.Client, presence_topic: str) -> None:
         async for message in client.messages:
@@ -243,7 +243,7 @@ class ControlPlane:
                 self._update_member(topic, payload, retained=retained)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             self._refusals.log_refusal(
-                f"{self._prefix}/{topic}"[:NAME_LETTERS], "contract", f"a message: {describe(error)[:NAME_LETTERS]}"
+                f"{self._prefix}/{topic}"[:NAME_CHARACTERS], "contract", f"a message: {describe(error)[:NAME_CHARACTERS]}"
             )
             full = isinstance(error, _TooManyMembersError)  # a good member would publish its presence again at once
             if topic.startswith("members/") and not full and self._claim is not None:
@@ -266,7 +266,7 @@ class ControlPlane:
             self._republish_presence = self._republish_presence or ours
             return
         member = parse_dataclass(Member, msgpack.unpackb(payload))
-        if not 0 <= member.incarnation < 1 << 64 or max(map(len, (member.id, member.metrics, member.run))) > NAME_LETTERS:
+        if not 0 <= member.incarnation < 1 << 64 or max(map(len, (member.id, member.metrics, member.run))) > NAME_CHARACTERS:
             raise ValueError("its incarnation, name, run or address is none")
         if member.topic != topic or (member.id in ROLES and member.id != member.role):
             raise ValueError(f"{member.role} {member.id!r} speaks for another")
@@ -338,7 +338,7 @@ class ControlPlane:
         finally:
             broken = task.exception() if task.done() and not task.cancelled() else None
             await _end_task(ready)
-            await _end_task(task, 2 * FAREWELL_SECONDS)
+            await _end_task(task, 2 * LEAVE_SECONDS)
             if broken is not None:  # what nobody foresaw ends the process: deaf to a pause it must not go on
                 raise broken
 

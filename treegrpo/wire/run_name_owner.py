@@ -1,4 +1,4 @@
-"""Ownership of run.name on a broker: one learner speaks for a name, another run of that name is refused.
+"""Ownership of run.name on a broker: one learner owns a name, another run with the same name is refused.
 
     candidate ─► hears everybody who is there ─► no other learner ─────────────────────► owner
                                               └► another one ─► it answers ────────────► refused

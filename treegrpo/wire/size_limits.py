@@ -1,4 +1,4 @@
-"""How large a subtree may be: what its lease's plan lets episodes be. What it says beside its tokens has limits too.
+"""Size limits of a subtree and a lease end, derived from the plan of the lease.
 
 A subtree is a branch, as our samplers send it, or any tree below one node, which the contract allows: several leaves, and more
 steps than one episode. So depth and tokens are counted along each path from the root, and a subtree has as many leaves and

@@ -1,4 +1,4 @@
-"""What trainer and intake say to each other over the run's local socket.
+"""Trainer protocol: requests and responses between trainer and intake over the run's local socket.
 
     trainer                            intake
     Take(position, count)          ──► waits until that many groups are ready, a few seconds at most

@@ -11,7 +11,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
 
 from treegrpo.errors import ContractError
-from treegrpo.net.limits import NAME_BYTES, SENTENCE_LETTERS
+from treegrpo.net.limits import NAME_BYTES, SENTENCE_CHARACTERS
 from treegrpo.v1 import rollout_pb2 as pb
 
 MAX_FIELDS = 1 << 14
@@ -41,9 +41,9 @@ def read_request(data: bytes) -> pb.RolloutRequest:
             names = [request.subtree.lease]
         case "lease_end":
             names = [request.lease_end.lease]
-            request.lease_end.error = request.lease_end.error[:SENTENCE_LETTERS]
+            request.lease_end.error = request.lease_end.error[:SENTENCE_CHARACTERS]
         case "heartbeat":
-            request.heartbeat.waits_for = request.heartbeat.waits_for[:SENTENCE_LETTERS]
+            request.heartbeat.waits_for = request.heartbeat.waits_for[:SENTENCE_CHARACTERS]
             names = []
         case _:
             names = []

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from treegrpo.core.question import Message
 from treegrpo.core.step import TokenIds
-from treegrpo.net.limits import LOOP_LETTERS
+from treegrpo.net.limits import LOOP_CHARACTERS
 
 
 class Encoder(Protocol):
@@ -21,10 +21,10 @@ class Encoder(Protocol):
 
 async def encode_text(encoder: Encoder, text: str) -> TokenIds:
     """As `Tokenizer.encode`."""
-    return await asyncio.to_thread(encoder.encode, text) if len(text) > LOOP_LETTERS else encoder.encode(text)
+    return await asyncio.to_thread(encoder.encode, text) if len(text) > LOOP_CHARACTERS else encoder.encode(text)
 
 
 async def render_prompt(encoder: Encoder, messages: Sequence[Message]) -> TokenIds:
     """As `Tokenizer.render`."""
-    large = sum(len(message.content) for message in messages) > LOOP_LETTERS
+    large = sum(len(message.content) for message in messages) > LOOP_CHARACTERS
     return await asyncio.to_thread(encoder.render, messages) if large else encoder.render(messages)
