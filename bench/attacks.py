@@ -32,7 +32,7 @@ from bench.crowd import resident
 from bench.http2 import PING, SETTINGS, Connection, frame, grpc_frame
 from bench.ingest import free_address, prepare, process, ready
 from bench.traffic import encoded
-from services.cli.processes.readiness import broker_ready, learner_ready
+from services.cli.processes.readiness import probe_broker, probe_learner
 from treegrpo.errors import UnavailableError
 from treegrpo.net.limits import MESSAGE_BYTES
 from treegrpo.v1 import rollout_pb2 as pb
@@ -206,7 +206,7 @@ async def watch(address: str, pid: int, striking: subprocess.Popen[bytes]) -> tu
     while striking.poll() is None:
         began = time.perf_counter()
         try:
-            await learner_ready(address)
+            await probe_learner(address)
         except UnavailableError:
             failed += 1
         longest = max(longest, time.perf_counter() - began)
@@ -224,9 +224,9 @@ def measure(name: str, seconds: float) -> Harm:
         flags += ["--broker.address", addresses["broker"], "--learner.listen", addresses["intake"]]
         flags += ["--learner.metrics", addresses["metrics"], "--train.steps", "1000000"]
         stack.enter_context(process("services.broker.server", "--broker.address", addresses["broker"], log=folder / "broker.log"))
-        ready("broker", lambda: broker_ready(addresses["broker"]))
+        ready("broker", lambda: probe_broker(addresses["broker"]))
         intake = stack.enter_context(process("learner.intake", *flags, log=folder / "intake.log"))
-        ready("intake", lambda: learner_ready(addresses["intake"]))
+        ready("intake", lambda: probe_learner(addresses["intake"]))
         before = resident(intake.pid)
         with subprocess.Popen(
             [sys.executable, "-m", "bench.attacks", "--strike", name, addresses["intake"], str(seconds)]

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.traffic import PLAN, SIZES, VOCABULARY, Script, Slice, over
-from services.cli.processes.readiness import Probe, broker_ready, learner_ready, wait_ready
+from services.cli.processes.readiness import Probe, probe_broker, probe_learner, wait_until_ready
 from treegrpo.errors import UnavailableError
 from treegrpo.net.local_socket import socket_path
 from treegrpo.wire.trainer_protocol import Covered, Done, IntakeClient, Publish, Take, Taken
@@ -100,7 +100,7 @@ def process(module: str, *arguments: str, log: Path) -> Generator[subprocess.Pop
 
 
 def ready(name: str, probe: Probe) -> None:
-    asyncio.run(wait_ready(name, probe, READY_SECONDS))
+    asyncio.run(wait_until_ready(name, probe, READY_SECONDS))
 
 
 def prepare(folder: Path) -> list[str]:
@@ -170,10 +170,10 @@ def measure(samplers: int, size: str, seconds: float, seed: int) -> Case:
         flags += ["--train.batch", str(batch), "--train.max_lag", str(MAX_LAG)]
         broker = ("services.broker.server", "--broker.address", addresses["broker"])
         stack.enter_context(process(*broker, log=folder / "broker.log"))
-        ready("broker", lambda: broker_ready(addresses["broker"]))
+        ready("broker", lambda: probe_broker(addresses["broker"]))
         intake = stack.enter_context(process("learner.intake", *flags, log=folder / "intake.log"))
         echo = stack.enter_context(process("bench.echo", addresses["echo"], log=folder / "echo.log"))
-        ready("intake", lambda: learner_ready(addresses["intake"]))
+        ready("intake", lambda: probe_learner(addresses["intake"]))
         trainer = Trainer(folder / "run", batch)
         stack.callback(trainer.end)
         trainer.publish(0)

@@ -1,8 +1,8 @@
-"""Gives a container GPUs of its own: ``claim_gpu.py COUNT PROGRAM [ARGUMENT …]`` takes free ones and becomes the program.
+"""Allocates GPUs to a container: ``claim_gpu.py COUNT PROGRAM [ARGUMENT …]`` locks free ones and executes the program.
 
-Docker shows a container all GPUs or the same ones, and knows of no allocation. Here every container sees all, and holds a lock
-on a file of a shared volume for each that it takes; the kernel lets go of the lock when the program and its children have
-ended, however they end. ``--check`` only says whether the machine has a GPU. Exit code 2: there is none; 75: none is free now.
+Docker shows a container all GPUs or a fixed set, and has no allocation. Here every container sees all, and locks a file of a
+shared volume for each that it takes; the kernel releases the lock when the program and its children have ended, however they
+end. ``--check`` only says whether the machine has a GPU. Exit code 2: there is none; 75: none is free now.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from treegrpo.runtime.exit_report import FAILED, TRANSIENT, ExitReport, write_ex
 LOCKS = Path(os.environ.get("GPU_LOCKS", "/gpus"))
 DRIVER = Path(os.environ.get("GPU_DRIVER", "/proc/driver/nvidia/gpus"))
 """The kernel's list, which every container sees."""
-PATIENCE_SECONDS = float(os.environ.get("GPU_PATIENCE", "30"))
-"""A container that is being replaced takes a moment to end."""
+WAIT_SECONDS = float(os.environ.get("GPU_PATIENCE", "30"))
+"""For a free GPU: a container that is being replaced takes a moment to end."""
 NO_GPU = (
     "COMPOSE_PROFILES=gpu needs an NVIDIA GPU with its driver and the NVIDIA container toolkit, and this machine shows "
     "none; set COMPOSE_PROFILES=cpu in .env, or install them and see that `nvidia-smi` works."
 )
 
 
-def gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """The UUIDs of the GPUs that this container sees."""
     if shutil.which("nvidia-smi") is None:
         return []
@@ -38,8 +38,8 @@ def gpus() -> list[str]:
     return listed.stdout.split() if listed.returncode == 0 else []
 
 
-def claim(uuid: str) -> int | None:
-    """A file descriptor that holds ``uuid`` for this process and what it becomes; None if another has it."""
+def lock_gpu(uuid: str) -> int | None:
+    """Lock ``uuid`` for this process and the program it executes: the file descriptor; None if another holds it."""
     held = os.open(LOCKS / f"{uuid}.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,34 +50,34 @@ def claim(uuid: str) -> int | None:
     return held
 
 
-def take(count: int, seen: Sequence[str]) -> list[str]:
-    """``count`` of the ``seen`` GPUs that nobody has, held; fewer if there are no more within PATIENCE_SECONDS."""
+def lock_free_gpus(count: int, seen: Sequence[str]) -> list[str]:
+    """Lock ``count`` of the ``seen`` GPUs; fewer if no more are free within WAIT_SECONDS."""
     mine: list[str] = []
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + WAIT_SECONDS
     while True:
         for uuid in seen:
-            if len(mine) < count and uuid not in mine and claim(uuid) is not None:
+            if len(mine) < count and uuid not in mine and lock_gpu(uuid) is not None:
                 mine.append(uuid)
         if len(mine) == count or time.monotonic() > deadline:
             return mine
         time.sleep(0.2)
 
 
-def check() -> str:
+def check_machine() -> str:
     """The sentence that says that this machine has no GPU; empty if it has."""
     return "" if DRIVER.is_dir() and any(DRIVER.iterdir()) else NO_GPU
 
 
-def become(arguments: Sequence[str]) -> ExitReport:
-    """Become the program. Returns why not."""
+def exec_with_gpus(arguments: Sequence[str]) -> ExitReport:
+    """Execute the program with GPUs of its own. Returns only with an error."""
     count, program = int(arguments[0]), list(arguments[1:])
-    if not (seen := gpus()):
+    if not (seen := visible_gpus()):
         return ExitReport(FAILED, NO_GPU)
-    mine = take(count, seen)
+    mine = lock_free_gpus(count, seen)
     if len(mine) < count:
         return ExitReport(
             TRANSIENT,
-            f"{count} GPUs are wanted and {len(mine)} of {len(seen)} are free, the others are held by other containers; "
+            f"{count} GPUs are asked for and {len(mine)} of {len(seen)} are free, the others are held by other containers; "
             "scale sampler-gpu down, or start it on another machine.",
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
@@ -87,9 +87,9 @@ def become(arguments: Sequence[str]) -> ExitReport:
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     if list(arguments) == ["--check"]:
-        refusal = ExitReport(FAILED, sentence) if (sentence := check()) else None
+        refusal = ExitReport(FAILED, sentence) if (sentence := check_machine()) else None
     else:
-        refusal = become(arguments)
+        refusal = exec_with_gpus(arguments)
     if refusal is None:
         return 0
     print(f"error: {refusal.sentence}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Runs before everything else: certificates, passwords and tokens for each service's own volume; GeoHop where no data is.
+"""Init container: puts certificates, passwords and tokens into each service's volume, and GeoHop into an empty data volume.
 
-    /secrets/authority   what `treegrpo certs` keeps; no service sees it
-    /secrets/ROLE        of it what a service of that role needs, readable for its group alone
+    /secrets/authority   the output of `treegrpo certs`; no service sees it
+    /secrets/ROLE        the files that a service of that role needs, readable for its group only
     /data                configuration, model, questions and corpus
 
 Run again it changes nothing, but for certificates that end within RENEW_DAYS, or that a service under a new name lacks.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from services.certs.issue import certs, write
+from services.certs.issue import make_certificates, write
 from treegrpo.errors import ConfigError, TreeGrpoError
 from treegrpo.observability.log_setup import log_to_stderr
 from treegrpo.runtime.entrypoint import report_error
@@ -30,7 +30,7 @@ SERVICES = ("learner", "mosquitto", "retriever")
 RENEW_DAYS = 60
 GROUP_READABLE = 0o640
 TLS = ("ca.pem", "{role}.pem", "{role}.key")
-SHARES = {
+VOLUME_FILES = {
     "learner": (*TLS, "learner.password", "metrics.token"),
     "sampler": (*TLS, "sampler.password", "metrics.token", "retriever.token"),
     "retriever": (*TLS, "metrics.token", "retriever.token"),
@@ -39,61 +39,62 @@ SHARES = {
     "prometheus": ("ca.pem", "metrics.token"),
     "grafana": ("grafana.password",),
 }
-"""By volume, the files in it."""
+"""The files of each volume."""
 CERTS = "/mosquitto/certs"
 SELF_TEST = (
     f"-h localhost\n-p 8883\n--cafile {CERTS}/ca.pem\n--cert {CERTS}/broker.pem\n--key {CERTS}/broker.key\n"
     "-u sampler\n-P {password}\n"
 )
-"""What the broker's own health check connects with; the name of the least of its users."""
+"""Options of the broker's health check, which connects as the user with the fewest rights."""
 
 
 def main() -> int:
     """Returns the exit code."""
     log_to_stderr()
     try:
-        hand_out(SECRETS / "authority", [*SERVICES, *filter(None, os.environ["CERTIFICATE_NAMES"].split(","))])
-        fill(DATA, Path(os.environ["CONFIG"]))
+        distribute_secrets(SECRETS, [*SERVICES, *filter(None, os.environ["CERTIFICATE_NAMES"].split(","))])
+        fill_data_volume(DATA, Path(os.environ["CONFIG"]))
     except TreeGrpoError as error:
         return report_error(error)
     return 0
 
 
-def hand_out(authority: Path, names: list[str]) -> None:
-    """Make or renew what is missing or ends soon, and give each volume its share. Raises ConfigError."""
-    if not good_for(authority, names):
-        for line in certs(authority, names, [], new_ca=False, drop_old_ca=False):
+def distribute_secrets(secrets: Path, names: list[str], renew_days: int = RENEW_DAYS) -> None:
+    """Make or renew what is missing or expires soon, and copy to each volume what belongs there. Raises ConfigError."""
+    authority = secrets / "authority"
+    if not is_valid_for(authority, names, renew_days):
+        for line in make_certificates(authority, names, []):
             log.info("%s", line)
     if not (password := authority / "grafana.password").exists():
         write(password, os.urandom(16).hex().encode(), secret=True)
-    for role, files in SHARES.items():
+    for role, files in VOLUME_FILES.items():
         for file in (name.format(role=role) for name in files):
-            give(SECRETS / role / file, (authority / file).read_bytes())
+            install_secret(secrets / role / file, (authority / file).read_bytes())
     password = (authority / "sampler.password").read_text(encoding="utf-8").strip()
-    give(SECRETS / "broker" / "mosquitto_pub", SELF_TEST.format(password=password).encode())
+    install_secret(secrets / "broker" / "mosquitto_pub", SELF_TEST.format(password=password).encode())
 
 
-def good_for(authority: Path, names: list[str]) -> bool:
-    """Whether the broker's certificate, as old as all, holds for ``names`` and for RENEW_DAYS."""
+def is_valid_for(authority: Path, names: list[str], days: int) -> bool:
+    """Whether the broker's certificate, as old as all others, is valid for ``names`` and for ``days`` more."""
     if not (path := authority / "broker.pem").exists():
         return False
     certificate = x509.load_pem_x509_certificate(path.read_bytes())
     known = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
-    return set(names) <= set(known) and certificate.not_valid_after_utc > datetime.now(UTC) + timedelta(days=RENEW_DAYS)
+    return set(names) <= set(known) and certificate.not_valid_after_utc > datetime.now(UTC) + timedelta(days=days)
 
 
-def give(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` for its group to read, unless it is there."""
+def install_secret(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, readable for its group, unless it is there."""
     if not path.exists() or path.read_bytes() != data:
         write(path, data, secret=True)
         path.chmod(GROUP_READABLE)
 
 
-def fill(data: Path, config: Path) -> None:
-    """Copy GeoHop to an empty ``data``. Raises ConfigError if ``config`` is not there then."""
+def fill_data_volume(data: Path, config: Path, example: Path = EXAMPLE) -> None:
+    """Copy ``example`` to an empty ``data``. Raises ConfigError if there is no ``config`` then."""
     try:
         if not any(data.iterdir()):
-            shutil.copytree(EXAMPLE, data, dirs_exist_ok=True)
+            shutil.copytree(example, data, dirs_exist_ok=True)
             log.info("GeoHop is in the empty volume /data")
     except OSError as error:
         raise ConfigError(

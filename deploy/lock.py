@@ -1,7 +1,7 @@
-"""Writes what the images install, each package with the hashes of its files: ``python deploy/lock.py``; asks the package index.
+"""Writes the lock files of the images, each package with the hashes of its files: ``python deploy/lock.py``.
 
-    requirements-sampler.lock   what a sampler needs; both images begin with it
-    requirements-learner.lock   the rest too
+    requirements-sampler.lock   the packages of a sampler; both images begin with it
+    requirements-learner.lock   all packages
 
 The versions are those of constraints.txt. torch and what belongs to its build (CUDA's libraries, triton) are left out: which
 build it is says TORCH_INDEX, and an index of builds has other files than the package index. Needs the program uv.
@@ -24,15 +24,15 @@ UV = (
 )
 
 
-def locked(without: tuple[str, ...]) -> str:
+def lock_requirements(without: tuple[str, ...]) -> str:
     """The lock of our dependencies but for those named, with all that they need."""
     listed = [sys.executable, str(DEPLOY / "packages.py"), str(ROOT / "pyproject.toml"), *without]
-    wanted = subprocess.run(listed, capture_output=True, text=True, check=True).stdout  # noqa: S603 - our own words
+    requirements = subprocess.run(listed, capture_output=True, text=True, check=True).stdout  # noqa: S603 - our own words
     command = [*UV, "--constraint", str(ROOT / "constraints.txt")]
-    found = subprocess.run(command, input=wanted, capture_output=True, text=True, check=True).stdout  # noqa: S603 - our own words
+    found = subprocess.run(command, input=requirements, capture_output=True, text=True, check=True).stdout  # noqa: S603 - our own words
     return "".join(block for block in re.findall(r"^\S.*\n(?:[ \t].*\n)*", found, re.MULTILINE) if not OF_A_BUILD.match(block))
 
 
 if __name__ == "__main__":
     for name, without in (("sampler", NOT_ON_SAMPLERS), ("learner", ())):
-        (DEPLOY / f"requirements-{name}.lock").write_text(locked(without), encoding="utf-8")
+        (DEPLOY / f"requirements-{name}.lock").write_text(lock_requirements(without), encoding="utf-8")

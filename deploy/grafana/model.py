@@ -1,4 +1,4 @@
-"""What a dashboard is made of, and its JSON as Grafana reads it.
+"""The model of a dashboard, and its JSON for Grafana.
 
 A query is PromQL with two abbreviations, so that a panel stays one readable line:
 
@@ -33,17 +33,17 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PanelRow:
     title: str
     panels: Sequence[Panel]
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class Dashboard:
     uid: str
     title: str
     about: str
-    rows: Sequence[Row]
+    rows: Sequence[PanelRow]
     by_sampler: bool = False
     """Whether one can choose samplers."""
 
@@ -52,8 +52,8 @@ class Board:
         return [panel for row in self.rows for panel in row.panels]
 
 
-def stat(title: str, unit: str, query: str, about: str) -> Panel:
-    """One number, with its course behind it."""
+def stat_panel(title: str, unit: str, query: str, about: str) -> Panel:
+    """One number, with its history behind it."""
     return Panel(title, unit, {title.lower(): query}, about, kind="stat", width=4)
 
 
@@ -62,7 +62,7 @@ def promql(query: str) -> str:
     return query.replace("{@s", '{run=~"$run", instance=~"$sampler"').replace("{@", '{run=~"$run"')
 
 
-def dashboard(board: Board, others: Sequence[Board]) -> dict[str, Any]:
+def dashboard_json(board: Dashboard, others: Sequence[Dashboard]) -> dict[str, Any]:
     """The dashboard as Grafana's JSON, with links to ``others``."""
     return {
         "uid": f"treegrpo-{board.uid}",
@@ -82,7 +82,7 @@ def dashboard(board: Board, others: Sequence[Board]) -> dict[str, Any]:
     }
 
 
-def _link(board: Board) -> dict[str, Any]:
+def _link(board: Dashboard) -> dict[str, Any]:
     return {
         "title": board.title,
         "tooltip": board.about,
@@ -143,7 +143,7 @@ def _annotation(name: str, colour: str, query: str, title: str, at_value: bool) 
     }
 
 
-def _laid_out(board: Board) -> list[dict[str, Any]]:
+def _laid_out(board: Dashboard) -> list[dict[str, Any]]:
     """Rows one below the other, their panels from left to right."""
     made: list[dict[str, Any]] = []
     y = 0
@@ -160,7 +160,7 @@ def _laid_out(board: Board) -> list[dict[str, Any]]:
     return made
 
 
-def _header(row: Row, number: int, y: int) -> dict[str, Any]:
+def _header(row: PanelRow, number: int, y: int) -> dict[str, Any]:
     return {
         "id": number,
         "type": "row",

@@ -1,4 +1,4 @@
-"""Every query that somebody will make of Prometheus: of the panels, with the variables filled in, and of the alerts."""
+"""All Prometheus queries: of the panels, with the variables filled in, of annotations and of alerts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deploy.grafana.model import ANNOTATIONS, promql
 ALERTS = Path(__file__).parents[1] / "prometheus" / "alerts.yml"
 
 
-def filled(query: str, run: str = ".*", sampler: str = ".*") -> str:
+def fill_variables(query: str, run: str = ".*", sampler: str = ".*") -> str:
     """A panel's query as Grafana sends it."""
     return promql(query).replace("$run", run).replace("$sampler", sampler).replace("$__interval", "30s")
 
@@ -21,7 +21,7 @@ def filled(query: str, run: str = ".*", sampler: str = ".*") -> str:
 def panel_queries() -> dict[str, str]:
     """By board, panel and legend."""
     return {
-        f"{board.title} / {panel.title} / {legend}": filled(query)
+        f"{board.title} / {panel.title} / {legend}": fill_variables(query)
         for board in BOARDS
         for panel in board.panels
         for legend, query in panel.queries.items()
@@ -30,7 +30,7 @@ def panel_queries() -> dict[str, str]:
 
 def annotation_queries() -> dict[str, str]:
     """By name; every board has them all."""
-    return {name: filled(query) for name, _, query, *_ in ANNOTATIONS}
+    return {name: fill_variables(query) for name, _, query, *_ in ANNOTATIONS}
 
 
 def alert_rules() -> dict[str, dict[str, Any]]:

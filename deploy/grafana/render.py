@@ -1,6 +1,6 @@
-"""Draws the panels from a Prometheus, with their own queries: ``python -m deploy.grafana.render URL FOLDER [MINUTES]``.
+"""Plots the panels from a Prometheus server, with their own queries: ``python -m deploy.grafana.render URL FOLDER [MINUTES]``.
 
-For documents, and for a look without Grafana; one PNG a dashboard.
+For documentation, and where there is no Grafana; one PNG a dashboard.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deploy.grafana.__main__ import BOARDS
-from deploy.grafana.model import Board, Panel
-from deploy.grafana.queries import filled
+from deploy.grafana.model import Dashboard, Panel
+from deploy.grafana.queries import fill_variables
 
 POINTS = 120
 COLUMNS = 3
@@ -30,7 +30,7 @@ UNITS = {"percentunit": "%", "s": "s", "bytes": "bytes", "Bps": "bytes/s"}
 Series = list[dict[str, Any]]
 
 
-def ask(url: str, query: str, minutes: float) -> Series:
+def query_range(url: str, query: str, minutes: float) -> Series:
     """The series of a query over the last ``minutes``."""
     now = time.time()
     span = {"query": query, "start": now - 60 * minutes, "end": now, "step": max(1.0, 60 * minutes / POINTS)}
@@ -43,11 +43,11 @@ def legend(template: str, labels: dict[str, str]) -> str:
     return re.sub(r"{{(\w+)}}", lambda name: labels.get(name[1], ""), template).strip()
 
 
-def draw(axes: Axes, panel: Panel, url: str, minutes: float) -> None:
+def plot_panel(axes: Axes, panel: Panel, url: str, minutes: float) -> None:
     """One panel; a number with its course where Grafana has a number."""
     last, began = math.nan, time.time() - 60 * minutes
     for template, query in panel.queries.items():
-        for series in ask(url, filled(query), minutes):
+        for series in query_range(url, fill_variables(query), minutes):
             points = [(float(at), PERCENT.get(panel.unit, 1.0) * float(value)) for at, value in series["values"]]
             name = legend(template, series["metric"]) or "none"
             axes.plot([(at - began) / 60 for at, _ in points], [value for _, value in points], lw=1.2, label=name)
@@ -62,13 +62,13 @@ def draw(axes: Axes, panel: Panel, url: str, minutes: float) -> None:
         axes.legend(fontsize=6, loc="best")
 
 
-def render(board: Board, url: str, folder: Path, minutes: float) -> Path:
+def render_dashboard(board: Dashboard, url: str, folder: Path, minutes: float) -> Path:
     """Draw ``board``; returns the file."""
     rows = math.ceil(len(board.panels) / COLUMNS)
     figure = Figure(figsize=(13, 2.3 * rows), layout="constrained")
     cells: list[Axes] = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for axes, panel in zip(cells, board.panels, strict=False):
-        draw(axes, panel, url, minutes)
+        plot_panel(axes, panel, url, minutes)
     for axes in cells[len(board.panels) :]:
         axes.set_axis_off()
     figure.suptitle(f"{board.title}: {board.about}", fontsize=10)
@@ -82,4 +82,4 @@ if __name__ == "__main__":
     mpl.use("agg")
     address, target = sys.argv[1], Path(sys.argv[2])
     for one in BOARDS:
-        print(render(one, address, target, float(sys.argv[3]) if len(sys.argv) > 3 else 60.0))
+        print(render_dashboard(one, address, target, float(sys.argv[3]) if len(sys.argv) > 3 else 60.0))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from examples.geohop.families import Item, Plan
+from examples.geohop.families import EpisodePlan, Item
 from examples.geohop.make_data import TOPK
 from services.environments.search_qa import SearchQA
 from services.retriever.index import Index
@@ -45,7 +45,7 @@ class Demonstration:
 
 
 class LocalRetriever:
-    """The index as a retriever, without a server between."""
+    """A retriever that searches the index in this process."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -97,15 +97,15 @@ def question(item: Item) -> Question:
     return Question(item.question, "geohop", (Message("user", item.question),), (item.answer,), item.family)
 
 
-def choose_plan(item: Item, rng: random.Random, share: Mapping[str, float]) -> Plan:
+def choose_plan(item: Item, rng: random.Random, share: Mapping[str, float]) -> EpisodePlan:
     """The right plan with the family's share of probability, else one of the tempting ones."""
     if not item.tempting or rng.random() < share[item.family]:
         return item.right
     return rng.choice(item.tempting)
 
 
-async def demonstrate(item: Item, plan: Plan, env: SearchQA, tokenizer: PreTrainedTokenizerFast) -> Demonstration:
-    """Perform ``plan`` in the environment."""
+async def demonstrate(item: Item, plan: EpisodePlan, env: SearchQA, tokenizer: PreTrainedTokenizerFast) -> Demonstration:
+    """Execute ``plan`` in the environment."""
     state = await env.start(question(item))
     ids = prompt_ids(tokenizer, state.question)
     trained = [False] * len(ids)

@@ -20,33 +20,33 @@ MAX_TURN_TOKENS = 32
 _BATCH = 100
 
 
-async def play(
+async def roll_out_episodes(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, env: SearchQA, questions: Sequence[Question], greedy: bool
 ) -> list[Episode]:
     """One finished episode per question, at temperature 1 unless ``greedy``."""
     finished: list[Episode] = []
     for start in range(0, len(questions), _BATCH):
-        finished += await _play_batch(model, tokenizer, env, questions[start : start + _BATCH], greedy)
+        finished += await _roll_out_batch(model, tokenizer, env, questions[start : start + _BATCH], greedy)
     return finished
 
 
-async def _play_batch(
+async def _roll_out_batch(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, env: SearchQA, questions: Sequence[Question], greedy: bool
 ) -> list[Episode]:
     states = [await env.start(question) for question in questions]
     transcripts = [prompt_ids(tokenizer, question) for question in questions]
-    playing = list(range(len(questions)))
+    unfinished = list(range(len(questions)))
     for turn in range(1, MAX_TURNS + 1):
-        actions = _generate(model, tokenizer, [transcripts[place] for place in playing], greedy)
+        actions = _generate(model, tokenizer, [transcripts[place] for place in unfinished], greedy)
         still: list[int] = []
-        for place, action in zip(playing, actions, strict=True):
+        for place, action in zip(unfinished, actions, strict=True):
             outcome = await env.step(states[place], text_of(tokenizer, action), last=turn == MAX_TURNS)
             states[place] = outcome.state
             if outcome.observation is not None:
                 transcripts[place] += action + token_ids(tokenizer, outcome.observation)
                 still.append(place)
-        playing = still
-        if not playing:
+        unfinished = still
+        if not unfinished:
             break
     return states
 

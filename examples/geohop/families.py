@@ -1,4 +1,4 @@
-"""The question families of GeoHop: what is asked, how it is answered, and which shortcuts tempt.
+"""The question families of GeoHop: the questions, the plans that answer them, and the tempting shortcuts.
 
 An item carries its question, the plan that answers it (searches, then an answer) and the tempting plans: they stop early and
 answer with a value that does stand in the documents. The data files hold questions and answers only; the plans make
@@ -22,7 +22,7 @@ _STOP = "that is it"
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class PlannedTurn:
     """One action of a plan: a search, or the answer that ends it."""
 
     think: str
@@ -34,7 +34,7 @@ class Turn:
         return f"<think> {self.think}</think><{self.kind}> {self.text}</{self.kind}>"
 
 
-Plan = tuple[Turn, ...]
+EpisodePlan = tuple[PlannedTurn, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class Item:
     family: str
     question: str
     answer: str
-    right: Plan
-    tempting: tuple[Plan, ...]
+    right: EpisodePlan
+    tempting: tuple[EpisodePlan, ...]
     cities: tuple[str, ...]
     """The cities the question names, or whose facts it asks for: what the split keeps apart."""
 
@@ -56,8 +56,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The part of the world that one split asks about: some of the cities."""
+class QuestionPool:
+    """The cities that one split asks about."""
 
     world: World
     members: frozenset[str]
@@ -65,13 +65,13 @@ class Pool:
 
     @cached_property
     def by_name(self) -> Mapping[str, Country | City]:
-        """Every place of the world whose name is its own."""
+        """The places of the world with a unique name."""
         unique = self.world.unique_names()
         return {place.name: place for place in (*self.world.cities, *self.world.countries) if place.name in unique}
 
     @cached_property
     def cities(self) -> Mapping[str, list[City]]:
-        """By country, the cities of the split whose names are plain and their own; at least two."""
+        """By country, the cities of the split with plain, unique names; at least two."""
         found: dict[str, list[City]] = {}
         for city in self.world.cities:
             own = city.name in self.by_name and city.country in self.by_name
@@ -81,12 +81,12 @@ class Pool:
 
     @cached_property
     def rare_currencies(self) -> frozenset[str]:
-        """Names of currencies that few countries share: an answer nobody can guess."""
+        """Names of currencies of few countries: an answer that cannot be guessed."""
         names = [country.currency for country in self.world.countries]
         return frozenset(name for name in names if names.count(name) <= _RARE)
 
-    def draw(self, rng: random.Random) -> tuple[City, Country]:
-        """A city and its country: every country is equally likely, so that none can be learnt by heart."""
+    def draw_city(self, rng: random.Random) -> tuple[City, Country]:
+        """A city and its country: every country is equally likely, so that none can be memorised."""
         name = rng.choice(list(self.cities))
         return rng.choice(self.cities[name]), self.country(name)
 
@@ -103,34 +103,34 @@ class Pool:
         return place if isinstance(place, City) else None
 
     def neighbour(self, country: Country) -> Country | None:
-        """The largest neighbour of ``country`` if its name is its own."""
+        """The largest neighbour of ``country`` if its name is unique."""
         place = self.by_name.get(country.neighbour or "")
         return place if isinstance(place, Country) else None
 
 
-Family = Callable[[Pool, random.Random], Item | None]
+Family = Callable[[QuestionPool, random.Random], Item | None]
 
 
-def _look_up(think: str, name: str) -> Turn:
-    return Turn(think, "search", name)
+def _look_up(think: str, name: str) -> PlannedTurn:
+    return PlannedTurn(think, "search", name)
 
 
-def _answer(text: str, think: str = _STOP) -> Turn:
-    return Turn(think, "answer", text)
+def _answer(text: str, think: str = _STOP) -> PlannedTurn:
+    return PlannedTurn(think, "answer", text)
 
 
-def country_of_city(pool: Pool, rng: random.Random) -> Item | None:
+def country_of_city(pool: QuestionPool, rng: random.Random) -> Item | None:
     """1 hop."""
-    city, country = pool.draw(rng)
+    city, country = pool.draw_city(rng)
     first = _look_up("the city", city.name)
     right = (first, _answer(country.name))
     tempting = ((first, _answer(city.near)),) if city.near else ()
     return Item("country", f"In which country does {city.name} lie?", country.name, right, tempting, (city.name,))
 
 
-def near_city(pool: Pool, rng: random.Random) -> Item | None:
+def near_city(pool: QuestionPool, rng: random.Random) -> Item | None:
     """1 hop."""
-    city, country = pool.draw(rng)
+    city, country = pool.draw_city(rng)
     near = pool.city(city.near)
     if near is None or near.country != country.name:
         return None
@@ -140,9 +140,9 @@ def near_city(pool: Pool, rng: random.Random) -> Item | None:
     return Item("near", question, near.name, (first, _answer(near.name)), tempting, (city.name,))
 
 
-def near_people(pool: Pool, rng: random.Random) -> Item | None:
+def near_people(pool: QuestionPool, rng: random.Random) -> Item | None:
     """2 hops; tempting: the people of the city itself."""
-    city, _ = pool.draw(rng)
+    city, _ = pool.draw_city(rng)
     near = pool.city(city.near)
     if near is None or near.id not in pool.members or near.thousands == city.thousands:
         return None
@@ -153,9 +153,9 @@ def near_people(pool: Pool, rng: random.Random) -> Item | None:
     return Item("near_people", question, str(near.thousands), right, tempting, (city.name, near.name))
 
 
-def currency(pool: Pool, rng: random.Random) -> Item | None:
+def currency(pool: QuestionPool, rng: random.Random) -> Item | None:
     """2 hops; tempting: the country's name."""
-    city, country = pool.draw(rng)
+    city, country = pool.draw_city(rng)
     if country.currency not in pool.rare_currencies:
         return None
     first = _look_up("the city", city.name)
@@ -164,9 +164,9 @@ def currency(pool: Pool, rng: random.Random) -> Item | None:
     return Item("currency", question, country.currency, right, ((first, _answer(country.name)),), (city.name,))
 
 
-def capital(pool: Pool, rng: random.Random) -> Item | None:
+def capital(pool: QuestionPool, rng: random.Random) -> Item | None:
     """2 hops; tempting: the bigger city that stands in the city's document."""
-    city, country = pool.draw(rng)
+    city, country = pool.draw_city(rng)
     if city.near in (None, country.capital) or city.name == country.capital:
         return None
     first = _look_up("the city", city.name)
@@ -175,9 +175,9 @@ def capital(pool: Pool, rng: random.Random) -> Item | None:
     return Item("capital", question, country.capital, right, ((first, _answer(city.near)),), (city.name,))
 
 
-def capital_people(pool: Pool, rng: random.Random) -> Item | None:
+def capital_people(pool: QuestionPool, rng: random.Random) -> Item | None:
     """3 hops; tempting: the people of the country, or of the city."""
-    city, country = pool.draw(rng)
+    city, country = pool.draw_city(rng)
     main = pool.city(country.capital)
     if main is None or main.country != country.name or main == city or main.thousands == city.thousands:
         return None
@@ -188,9 +188,9 @@ def capital_people(pool: Pool, rng: random.Random) -> Item | None:
     return Item("capital_people", question, str(main.thousands), right, tempting, (city.name,))
 
 
-def neighbour_capital(pool: Pool, rng: random.Random) -> Item | None:
+def neighbour_capital(pool: QuestionPool, rng: random.Random) -> Item | None:
     """3 hops; tempting: the country's own capital, or the neighbour's name."""
-    city, country = pool.draw(rng)
+    city, country = pool.draw_city(rng)
     neighbour = pool.neighbour(country)
     if neighbour is None:
         return None
@@ -201,9 +201,9 @@ def neighbour_capital(pool: Pool, rng: random.Random) -> Item | None:
     return Item("neighbour_capital", question, neighbour.capital, right, tempting, (city.name,))
 
 
-def neighbour_phone(pool: Pool, rng: random.Random) -> Item | None:
+def neighbour_phone(pool: QuestionPool, rng: random.Random) -> Item | None:
     """3 hops; tempting: the country's own phone code."""
-    city, country = pool.draw(rng)
+    city, country = pool.draw_city(rng)
     neighbour = pool.neighbour(country)
     if neighbour is None or neighbour.phone == country.phone:
         return None
@@ -214,10 +214,10 @@ def neighbour_phone(pool: Pool, rng: random.Random) -> Item | None:
     return Item("neighbour_phone", question, neighbour.phone, right, tempting, (city.name,))
 
 
-def same_country(pool: Pool, rng: random.Random) -> Item | None:
+def same_country(pool: QuestionPool, rng: random.Random) -> Item | None:
     """Comparison; tempting: a guess after the first city."""
-    city, country = pool.draw(rng)
-    other = rng.choice(pool.cities[country.name]) if rng.random() < 0.5 else pool.draw(rng)[0]
+    city, country = pool.draw_city(rng)
+    other = rng.choice(pool.cities[country.name]) if rng.random() < 0.5 else pool.draw_city(rng)[0]
     if other == city:
         return None
     answer = "yes" if other.country == city.country else "no"
@@ -228,9 +228,9 @@ def same_country(pool: Pool, rng: random.Random) -> Item | None:
     return Item("same_country", question, answer, right, tempting, (city.name, other.name))
 
 
-def more_people(pool: Pool, rng: random.Random) -> Item | None:
+def more_people(pool: QuestionPool, rng: random.Random) -> Item | None:
     """Comparison; tempting: a guess after the first city."""
-    city, other = pool.draw(rng)[0], pool.draw(rng)[0]
+    city, other = pool.draw_city(rng)[0], pool.draw_city(rng)[0]
     small, large = sorted((city, other), key=lambda place: place.thousands)
     if large.thousands < _CLEAR_RATIO * small.thousands:
         return None

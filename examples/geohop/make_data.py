@@ -1,4 +1,4 @@
-"""Make GeoHop's corpus and question files: ``python -m examples.geohop.make_data``.
+"""Makes GeoHop's corpus and question files: ``python -m examples.geohop.make_data``.
 
 facts ─► corpus (one document per place) ─► pools (cities of a split) ─► items ─► only those the retriever can serve ─► rows
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from examples.geohop.facts import City, Country, World, load_world
-from examples.geohop.families import FAMILIES, Item, Pool
+from examples.geohop.families import FAMILIES, Item, QuestionPool
 from services.retriever.index import Document, Index
 
 Split = Literal["train", "heldout"]
@@ -47,18 +47,18 @@ def _city_text(city: City) -> str:
     return f"{city.name} is a city in {city.country}{near} with {city.thousands} thousand people."
 
 
-def pool(world: World, split: Split) -> Pool:
+def pool(world: World, split: Split) -> QuestionPool:
     """The cities of a split. Held-out are those whose hash falls under `_HELDOUT_SHARE`."""
     heldout = split == "heldout"
-    return Pool(world, frozenset(city.id for city in world.cities if (_hash(city.id) < _HELDOUT_SHARE) is heldout))
+    return QuestionPool(world, frozenset(city.id for city in world.cities if (_hash(city.id) < _HELDOUT_SHARE) is heldout))
 
 
 def _hash(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
 
 
-class Reachable:
-    """Whether the retriever shows every document an item's right plan asks for."""
+class ReachabilityFilter:
+    """Tests whether the retriever finds every document that an item's right plan searches for."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -72,7 +72,7 @@ class Reachable:
         return any(hit.document.contents.startswith(f"{query}\n") for hit in self._index.search(query, TOPK))
 
 
-def items(pool: Pool, reachable: Reachable, count: int, seed: int) -> Iterator[Item]:
+def items(pool: QuestionPool, reachable: ReachabilityFilter, count: int, seed: int) -> Iterator[Item]:
     """``count`` different questions, the families in turn."""
     rng = random.Random(seed)
     asked: set[str] = set()
@@ -94,21 +94,21 @@ def row(item: Item, split: Split, place: int) -> dict[str, Any]:
     }
 
 
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows), encoding="utf-8")
 
 
-def make(folder: Path, world: World, documents: Sequence[Document]) -> None:
+def make_data_files(folder: Path, world: World, documents: Sequence[Document]) -> None:
     """Write the corpus and both question files into ``folder``."""
-    write(folder / "corpus.jsonl", (document.model_dump() for document in documents))
-    reachable = Reachable(Index(documents))
+    write_jsonl(folder / "corpus.jsonl", (document.model_dump() for document in documents))
+    reachable = ReachabilityFilter(Index(documents))
     for split, count in COUNTS.items():
         found = items(pool(world, split), reachable, count, SEED)
-        write(folder / f"{split}.jsonl", (row(item, split, place) for place, item in enumerate(found)))
+        write_jsonl(folder / f"{split}.jsonl", (row(item, split, place) for place, item in enumerate(found)))
 
 
 if __name__ == "__main__":
     facts = load_world()
-    make(DATA, facts, corpus(facts))
+    make_data_files(DATA, facts, corpus(facts))

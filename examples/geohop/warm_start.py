@@ -43,8 +43,8 @@ def small_qwen2(vocabulary: int, end: int, seed: int) -> Qwen2ForCausalLM:
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
-    """One part of the training."""
+class TrainingPhase:
+    """One phase of the supervised training."""
 
     right_share: Mapping[str, float]
     """By family shown, the share of demonstrations that follow the right plan."""
@@ -57,16 +57,16 @@ class Course:
     """Train on all tokens, not only on the policy's own: documents repeat the names they are about."""
 
 
-def train(
-    model: Qwen2ForCausalLM, shown: Sequence[Demonstration], course: Course, seed: int, report: Callable[[str], None]
+def train_supervised(
+    model: Qwen2ForCausalLM, shown: Sequence[Demonstration], phase: TrainingPhase, seed: int, report: Callable[[str], None]
 ) -> None:
-    """Train on ``shown`` as ``course`` says, 32 demonstrations a step."""
-    steps = course.steps
-    optimizers = _optimizers(model, course)
+    """Train on ``shown`` as ``phase`` says, 32 demonstrations a step."""
+    steps = phase.steps
+    optimizers = _optimizers(model, phase)
     schedules = [LambdaLR(optimizer, lambda step: lr_share(step, steps)) for optimizer in optimizers]
     began, losses = time.monotonic(), 0.0
     for step, batch in zip(range(1, steps + 1), _batches(shown, seed), strict=False):
-        loss = _loss(model, batch, course.whole)
+        loss = _loss(model, batch, phase.whole)
         model.zero_grad()
         loss.backward()
         for stepped in (*optimizers, *schedules):
@@ -77,15 +77,15 @@ def train(
             losses = 0.0
 
 
-def _optimizers(model: Qwen2ForCausalLM, course: Course) -> list[Optimizer]:
+def _optimizers(model: Qwen2ForCausalLM, phase: TrainingPhase) -> list[Optimizer]:
     inner = [weights for name, weights in model.named_parameters() if weights.ndim == 2 and "embed" not in name]
-    if not course.muon_lr:
-        return [torch.optim.AdamW(model.parameters(), lr=course.lr, betas=(0.9, 0.98))]
+    if not phase.muon_lr:
+        return [torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.98))]
     chosen = {id(weights) for weights in inner}
     outer = [weights for weights in model.parameters() if id(weights) not in chosen]
     return [
-        torch.optim.Muon(inner, lr=course.muon_lr, weight_decay=0.0, adjust_lr_fn="original"),
-        torch.optim.AdamW(outer, lr=course.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(inner, lr=phase.muon_lr, weight_decay=0.0, adjust_lr_fn="original"),
+        torch.optim.AdamW(outer, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 

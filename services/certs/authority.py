@@ -1,4 +1,4 @@
-"""A private certificate authority: makes itself, and certificates that say their holder's role.
+"""A private certificate authority, and the certificates that it issues for roles.
 
 ECDSA on P-256. A certificate carries the role twice: as URI ``treegrpo://role/ROLE`` (or ``…/ROLE/NAME`` for one sampler
 only), which a server reads, and as host name ``ROLE.treegrpo.internal``, which a client can ask for.
@@ -20,8 +20,8 @@ from treegrpo.config.security import Role, host_of, uri_of
 
 AUTHORITY_DAYS = 3650
 LEAF_DAYS = 365
-SKEW = timedelta(hours=1)
-"""Clocks may be so far behind."""
+CLOCK_SKEW = timedelta(hours=1)
+"""How far a peer's clock may be behind."""
 KEY_USAGES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
     *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
@@ -29,7 +29,7 @@ KEY_USAGES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class CertificateWithKey:
     """A certificate and its private key."""
 
     certificate: x509.Certificate
@@ -45,8 +45,8 @@ class Pair:
         return self.key.private_bytes(encoding, kind, serialization.NoEncryption())
 
     @classmethod
-    def load(cls, certificate: bytes, key: bytes) -> Pair:
-        """Of PEM files; of several certificates the first. Raises ValueError when they are not of ours or not a pair."""
+    def from_pem(cls, certificate: bytes, key: bytes) -> CertificateWithKey:
+        """Read PEM files; of several certificates the first. Raises ValueError unless they are a pair of ours."""
         private = serialization.load_pem_private_key(key, None)
         if not isinstance(private, ec.EllipticCurvePrivateKey):
             raise ValueError("the key is not on an elliptic curve")  # noqa: TRY004 - as the library says of a bad key
@@ -56,49 +56,49 @@ class Pair:
         return made
 
 
-def new_authority(now: datetime | None = None) -> Pair:
-    """A CA that can sign leaves and nothing else, for ten years."""
+def create_authority(now: datetime | None = None) -> CertificateWithKey:
+    """Create a CA that can sign end-entity certificates only, valid for ten years."""
     key = ec.generate_private_key(ec.SECP256R1())
     serial = x509.random_serial_number()
     name = _name(f"treegrpo private CA {serial >> 128:08x}")
     builder = _builder(name, name, key, serial, now or datetime.now(UTC), timedelta(days=AUTHORITY_DAYS))
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
-    return Pair(builder.sign(key, hashes.SHA256()), key)
+    return CertificateWithKey(builder.sign(key, hashes.SHA256()), key)
 
 
-def issue(
-    authority: Pair,
+def issue_certificate(
+    authority: CertificateWithKey,
     role: Role,
     *,
     name: str = "",
     hosts: Sequence[str] = (),
     now: datetime | None = None,
-    life: timedelta = timedelta(days=LEAF_DAYS),
-) -> Pair:
-    """A certificate for ``role``, for one sampler alone if ``name`` is given, to be reached at ``hosts`` (names or IPs)."""
+    lifetime: timedelta = timedelta(days=LEAF_DAYS),
+) -> CertificateWithKey:
+    """Issue a certificate for ``role``, for one sampler alone if ``name`` is given, valid at ``hosts`` (names or IPs)."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _name(f"{role.value} {name}".strip())
     issuer = authority.certificate.subject
-    builder = _builder(subject, issuer, key, x509.random_serial_number(), now or datetime.now(UTC), life)
+    builder = _builder(subject, issuer, key, x509.random_serial_number(), now or datetime.now(UTC), lifetime)
     alternatives = [x509.DNSName(host_of(role)), x509.UniformResourceIdentifier(uri_of(role, name)), *map(_host, hosts)]
-    both = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])  # all serve /metrics
+    both_usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])  # all serve /metrics
     for extension, critical in (
         (x509.BasicConstraints(ca=False, path_length=None), True),
         (_usage("digital_signature"), True),
-        (both, False),
+        (both_usages, False),
         (x509.SubjectAlternativeName(alternatives), False),
         (x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), False),
     ):
         builder = builder.add_extension(extension, critical=critical)
-    return Pair(builder.sign(authority.key, hashes.SHA256()), key)
+    return CertificateWithKey(builder.sign(authority.key, hashes.SHA256()), key)
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, serial: int, now: datetime, life: timedelta
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, serial: int, now: datetime, lifetime: timedelta
 ) -> x509.CertificateBuilder:
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), serial, now - SKEW, now + life)
+    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), serial, now - CLOCK_SKEW, now + lifetime)
     return builder.add_extension(identifier, critical=False)
 
 

@@ -1,4 +1,4 @@
-"""`treegrpo certs DIR`: a private CA, a certificate for each role, passwords and tokens; run again, it renews.
+"""`treegrpo certs DIR`: makes a private CA, a certificate for each role, passwords and tokens; a second call renews them.
 
     DIR/ca.pem ca.key            the authority; ca.pem may hold an old one too, while one is being replaced
     DIR/ROLE.pem ROLE.key        learner, sampler, broker, retriever, operator
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from services.certs.authority import Pair, issue, new_authority
+from services.certs.authority import CertificateWithKey, create_authority, issue_certificate
 from treegrpo.config.security import USERS, Role, host_of
 from treegrpo.errors import ConfigError, describe
 from treegrpo.security.credentials import read_credential_file, read_secret_file
@@ -29,15 +29,17 @@ from treegrpo.storage.atomic import OWNER_ONLY, write_atomically
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 SERVERS = (Role.LEARNER, Role.BROKER, Role.RETRIEVER)
-"""Who is reached at a name or address. Samplers serve /metrics alone: ask for `host_of(Role.SAMPLER)`."""
+"""Roles whose certificates carry host names. Samplers serve /metrics only: clients ask for `host_of(Role.SAMPLER)`."""
 TOKENS = ("metrics.token", "retriever.token")
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 SECRET_BYTES = 32
-ROUNDS = 10_000
-"""Of PBKDF2: the passwords are 256 random bits, so hashing them need not be slow."""
+PBKDF2_ROUNDS = 10_000
+"""The passwords are 256 random bits, so hashing them need not be slow."""
 
 
-def certs(directory: Path, names: Sequence[str], samplers: Sequence[str], *, new_ca: bool, drop_old_ca: bool) -> list[str]:
+def make_certificates(
+    directory: Path, names: Sequence[str], samplers: Sequence[str], *, new_ca: bool = False, drop_old_ca: bool = False
+) -> list[str]:
     """Make or renew everything in ``directory``; returns a line for each thing done.
 
     Args:
@@ -58,11 +60,11 @@ def certs(directory: Path, names: Sequence[str], samplers: Sequence[str], *, new
         return [_add_authority(directory) if new_ca else _drop_authority(directory)]
     authority, said = _authority(directory)
     for role in Role:
-        hosts = _hosts(directory / f"{role.value}.pem", names) if role in SERVERS else []
-        said.append(_leaf(directory, authority, role, role.value, hosts))
+        hosts = _host_names(directory / f"{role.value}.pem", names) if role in SERVERS else []
+        said.append(_issue_role(directory, authority, role, role.value, hosts))
     known = {path.stem.removeprefix("sampler-") for path in directory.glob("sampler-*.pem")}
-    said += [_leaf(directory, authority, Role.SAMPLER, f"sampler-{name}", [], name) for name in sorted({*samplers, *known})]
-    said += [_secret(directory / file) for file in (*(f"{role.value}.password" for role in USERS), *TOKENS)]
+    said += [_issue_role(directory, authority, Role.SAMPLER, f"sampler-{name}", [], name) for name in sorted({*samplers, *known})]
+    said += [_create_secret(directory / file) for file in (*(f"{role.value}.password" for role in USERS), *TOKENS)]
     users = [
         (role.value, read_secret_file(directory / f"{role.value}.password", "a password").decode().strip()) for role in USERS
     ]
@@ -71,28 +73,30 @@ def certs(directory: Path, names: Sequence[str], samplers: Sequence[str], *, new
 
 
 def write(path: Path, data: bytes, *, secret: bool) -> None:
-    """Put ``data`` at ``path`` in one go, so that nobody reads half of it; a ``secret`` for its owner alone."""
+    """Replace ``path`` atomically by ``data``; a ``secret`` is readable for its owner only."""
     write_atomically(path, data, OWNER_ONLY if secret else 0o644)
 
 
-def _authority(directory: Path) -> tuple[Pair, list[str]]:
-    """The authority that signs, made if there is none. Raises ConfigError."""
+def _authority(directory: Path) -> tuple[CertificateWithKey, list[str]]:
+    """The signing authority, created if there is none. Raises ConfigError."""
     certificate, key = directory / "ca.pem", directory / "ca.key"
     if certificate.exists():
         if not key.exists():
-            raise ConfigError(f"{certificate} has no ca.key beside it; bring the key to renew, or name another directory.")
+            raise ConfigError(f"{certificate} has no ca.key beside it; copy the key there to renew, or name another directory.")
         return _load(certificate, key), []
     if taken := [path.name for path in directory.glob("*") if path.suffix in {".pem", ".key"}]:
         raise ConfigError(f"{directory} holds {taken[0]} but no ca.pem; name an empty directory, nothing is written over.")
-    made = new_authority()
+    made = create_authority()
     write(key, made.key_pem, secret=True)
     write(certificate, made.pem, secret=False)
     return made, [f"{certificate}: a new authority, {_until(made.certificate)}; keep {key} apart from the machines of the run"]
 
 
-def _load(certificate: Path, key: Path) -> Pair:
+def _load(certificate: Path, key: Path) -> CertificateWithKey:
     try:
-        return Pair.load(read_credential_file(certificate, "the authority"), read_secret_file(key, "the authority's key"))
+        return CertificateWithKey.from_pem(
+            read_credential_file(certificate, "the authority"), read_secret_file(key, "the authority's key")
+        )
     except ValueError as error:
         raise ConfigError(
             f"{certificate} or {key} is no PEM file of `treegrpo certs` ({describe(error)}); restore it."
@@ -101,11 +105,11 @@ def _load(certificate: Path, key: Path) -> Pair:
 
 def _add_authority(directory: Path) -> str:
     before, _ = _authority(directory)
-    made = new_authority()
+    made = create_authority()
     write(directory / "ca.key", made.key_pem, secret=True)
     write(directory / "ca.pem", made.pem + before.pem, secret=False)
     return (
-        f"{directory / 'ca.pem'}: a new authority beside the old one; bring the file to every machine and restart, "
+        f"{directory / 'ca.pem'}: a new authority beside the old one; copy the file to every machine and restart, "
         f"then run `treegrpo certs {directory}` to sign with the new one"
     )
 
@@ -115,13 +119,17 @@ def _drop_authority(directory: Path) -> str:
     for role in Role:
         path = directory / f"{role.value}.pem"
         if path.exists() and x509.load_pem_x509_certificate(path.read_bytes()).issuer != authority.certificate.subject:
-            raise ConfigError(f"{path} is still of the old authority; run `treegrpo certs {directory}` first and bring it out.")
+            raise ConfigError(
+                f"{path} is still of the old authority; run `treegrpo certs {directory}` first, then copy the file out."
+            )
     write(directory / "ca.pem", authority.pem, secret=False)
-    return f"{directory / 'ca.pem'}: the old authority is gone; bring the file to every machine and restart"
+    return f"{directory / 'ca.pem'}: the old authority is gone; copy the file to every machine and restart"
 
 
-def _leaf(directory: Path, authority: Pair, role: Role, stem: str, hosts: Sequence[str], name: str = "") -> str:
-    path, made = directory / f"{stem}.pem", issue(authority, role, name=name, hosts=hosts)
+def _issue_role(
+    directory: Path, authority: CertificateWithKey, role: Role, stem: str, hosts: Sequence[str], name: str = ""
+) -> str:
+    path, made = directory / f"{stem}.pem", issue_certificate(authority, role, name=name, hosts=hosts)
     renewed = f", renewed (the old one was {_until(x509.load_pem_x509_certificate(path.read_bytes()))})" if path.exists() else ""
     write(directory / f"{stem}.key", made.key_pem, secret=True)
     write(path, made.pem, secret=False)
@@ -129,7 +137,7 @@ def _leaf(directory: Path, authority: Pair, role: Role, stem: str, hosts: Sequen
     return f"{path}: {role.value} {name}".rstrip() + f"{at}, {_until(made.certificate)}{renewed}"
 
 
-def _hosts(path: Path, names: Sequence[str]) -> list[str]:
+def _host_names(path: Path, names: Sequence[str]) -> list[str]:
     """Loopback and ``names``, or what the certificate at ``path`` has besides the role."""
     if not names and path.exists():
         extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
@@ -140,10 +148,10 @@ def _hosts(path: Path, names: Sequence[str]) -> list[str]:
 
 def _until(certificate: x509.Certificate) -> str:
     ends = certificate.not_valid_after_utc
-    return f"valid until {ends:%Y-%m-%d}" + (" and thus no longer" if ends < datetime.now(UTC) else "")
+    return f"valid until {ends:%Y-%m-%d}" + (" and so has expired" if ends < datetime.now(UTC) else "")
 
 
-def _secret(path: Path) -> str:
+def _create_secret(path: Path) -> str:
     if path.exists():
         return f"{path}: kept"
     write(path, f"{secrets.token_hex(SECRET_BYTES)}\n".encode(), secret=True)
@@ -151,7 +159,7 @@ def _secret(path: Path) -> str:
 
 
 def _hashed(password: str) -> str:
-    """As Mosquitto 2 hashes it: PBKDF2 with SHA-512."""
+    """The password hash of Mosquitto 2: PBKDF2 with SHA-512."""
     salt = secrets.token_bytes(12)
-    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, ROUNDS)
-    return f"$7${ROUNDS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
+    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, PBKDF2_ROUNDS)
+    return f"$7${PBKDF2_ROUNDS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"

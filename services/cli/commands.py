@@ -1,4 +1,4 @@
-"""The commands: what each says of itself and what it does."""
+"""The commands of `treegrpo`: help texts and handlers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treegrpo.config.loader import is_secret
 from treegrpo.config.schema import Config
@@ -19,14 +19,17 @@ from treegrpo.observability.printable_text import printable_json
 from treegrpo.runtime.entrypoint import find_own_error
 from treegrpo.runtime.process_environment import child_environment, python_command
 
+if TYPE_CHECKING:
+    from treegrpo.runtime.supervisor import RestartPolicy
+
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """A command line, understood."""
+    """A parsed command line."""
 
     config: Config
     arguments: tuple[str, ...]
-    """``[CONFIG.toml] [--section.key value …]``, as processes are told it."""
+    """``[CONFIG.toml] [--section.key value …]``, as processes get it."""
     words: tuple[str, ...] = ()
     """What a command takes before the configuration: the run state, a directory."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -39,33 +42,37 @@ class Invocation:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    about: str
+    """One command: help texts, arguments, handler."""
+
+    summary: str
     """One line."""
-    text: str
-    """What a newcomer wants to know."""
-    run: Callable[[Invocation], int]
+    description: str
+    """For `--help`."""
+    handler: Callable[[Invocation], int]
     words: tuple[str, ...] = ()
     """Names of the words it takes before the configuration."""
     options: Mapping[str, str] = field(default_factory=dict[str, str])
     """Flags it takes instead of the configuration, with what they mean; those that end in "=" have a value."""
 
 
-def run_up(call: Invocation, *, everything: bool) -> int:
-    """`up` and `learner`."""
-    from services.cli.reports.live_view import Screen
-    from services.cli.reports.run_history import finished, newest_checkpoint
-    from services.cli.reports.summary import command, summary
+def run_up(call: Invocation, *, everything: bool, policy: RestartPolicy | None = None) -> int:
+    """`up` and `learner`; ``policy``: when parts are restarted."""
+    from services.cli.processes.part_supervisor import RESTARTS
+    from services.cli.reports.live_view import LiveView
+    from services.cli.reports.run_history import describe_finished_run, newest_checkpoint
+    from services.cli.reports.summary import command_line, summary_lines
     from services.cli.reports.terminal import Terminal
-    from services.cli.up import Run
+    from services.cli.up import RunController
     from treegrpo.config.fingerprint import check_fingerprint
 
-    screen, run_dir = Screen(Terminal()), call.config.run.dir
-    if sentence := finished(call.config):
+    view, run_dir = LiveView(Terminal()), call.config.run.dir
+    if sentence := describe_finished_run(call.config):
         check_fingerprint(call.config)
-        screen.say(sentence)
+        view.print_line(sentence)
         return 0
     again = ("up" if everything else "learner", *call.arguments)
-    run = Run(call.config, call.arguments, screen, command("state", "running", *call.arguments), everything=everything)
+    resume = command_line("state", "running", *call.arguments)
+    run = RunController(call.config, call.arguments, view, resume, everything=everything, policy=policy or RESTARTS)
     try:
         code = asyncio.run(run())
     except Exception as error:  # a task group may have wrapped it
@@ -74,82 +81,83 @@ def run_up(call: Invocation, *, everything: bool) -> int:
             raise
         go_on = "go on" if ours.is_transient else "when that is mended, go on"
         last = PartError(str(ours), is_transient=ours.is_transient)
-        last.add_note(f"{go_on}: {command(*again)}")
+        last.add_note(f"{go_on}: {command_line(*again)}")
         raise last from error
-    for line in summary(run_dir, call.config.train.steps, call.toml, again):
-        screen.say(line)
+    for line in summary_lines(run_dir, call.config.train.steps, call.toml, again):
+        view.print_line(line)
     return code
 
 
-def become(module: str, call: Invocation) -> int:
-    """Go on as another program; does not return."""
+def exec_module(module: str, call: Invocation) -> int:
+    """Replace this process by a Python module; does not return."""
     sys.stdout.flush()
     os.execve(sys.executable, python_command(module, *call.arguments), child_environment())  # noqa: S606
 
 
 def run_eval(call: Invocation) -> int:
-    """`eval`. Raises RunError: not one question came to an answer."""
-    from services.cli.checks.run_checks import eval_checks, run_checks
-    from services.cli.evaluate import evaluate, failures, report, retriever_for
+    """`eval`. Raises RunError: no question has an answer."""
+    from services.cli.checks.check import run_checks
+    from services.cli.checks.run_checks import eval_checks
+    from services.cli.evaluate import describe_failures, evaluate_model, family_table, running_retriever
     from services.cli.reports.terminal import Terminal
 
     terminal = Terminal()
-    for caution in run_checks(eval_checks(call.config).values()):
-        terminal.say(f"Note: {caution}.")
+    for warning in run_checks(eval_checks(call.config).values()):
+        terminal.print_line(f"Note: {warning}.")
 
-    async def work() -> int:
-        async with retriever_for(call.config, call.arguments, terminal.say):
-            answers = await evaluate(call.config)
-        terminal.show(report(answers))
-        if sentence := failures(answers):
-            terminal.say(sentence)
+    async def evaluate() -> int:
+        async with running_retriever(call.config, call.arguments, terminal.print_line):
+            answers = await evaluate_model(call.config)
+        terminal.print_renderable(family_table(answers))
+        if sentence := describe_failures(answers):
+            terminal.print_line(sentence)
         return 0
 
-    return asyncio.run(work())
+    return asyncio.run(evaluate())
 
 
 def run_doctor(call: Invocation) -> int:
     """`doctor`: exit code 1 when something fails."""
-    from services.cli.doctor import examine, report
+    from services.cli.doctor import diagnose, findings_table
     from services.cli.reports.terminal import Terminal
 
-    findings = asyncio.run(examine(call.config))
-    Terminal().show(report(findings))
+    findings = asyncio.run(diagnose(call.config))
+    Terminal().print_renderable(findings_table(findings))
     return int(any(finding.verdict == "fail" for finding in findings))
 
 
 def run_state(call: Invocation) -> int:
     """`state`."""
     from services.cli.reports.terminal import Terminal
-    from services.cli.state import set_state
+    from services.cli.state import set_run_state
 
-    Terminal().say(asyncio.run(set_state(call.config, call.words[0])))
+    Terminal().print_line(asyncio.run(set_run_state(call.config, call.words[0])))
     return 0
 
 
 def run_plot(call: Invocation) -> int:
     """`plot`."""
-    from services.cli.reports.plot import FILE_NAME, plot
+    from services.cli.reports.plot import FILE_NAME, plot_progress
     from services.cli.reports.progress_reader import read_progress
     from services.cli.reports.terminal import Terminal
 
     run_dir = call.config.run.dir
-    plot(read_progress(run_dir), run_dir / FILE_NAME, str(run_dir))
-    Terminal().say(str(run_dir / FILE_NAME))
+    plot_progress(read_progress(run_dir), run_dir / FILE_NAME, str(run_dir))
+    Terminal().print_line(str(run_dir / FILE_NAME))
     return 0
 
 
 def run_certs(call: Invocation) -> int:
     """`certs`."""
-    from services.certs.issue import certs
+    from services.certs.issue import make_certificates
     from services.cli.reports.terminal import Terminal
 
     names, samplers = (call.options[flag].split(",") if call.options[flag] else [] for flag in ("names", "samplers"))
     directory, terminal = Path(call.words[0]), Terminal()
     new_ca, drop_old_ca = call.options["new_ca"], call.options["drop_old_ca"]
-    for line in certs(directory, names, samplers, new_ca=new_ca, drop_old_ca=drop_old_ca):
-        terminal.say(line)
-    terminal.say(f"use it: --security.dir {directory}, or [security] dir in the configuration file")
+    for line in make_certificates(directory, names, samplers, new_ca=new_ca, drop_old_ca=drop_old_ca):
+        terminal.print_line(line)
+    terminal.print_line(f"use it: --security.dir {directory}, or [security] dir in the configuration file")
     return 0
 
 
@@ -183,29 +191,29 @@ Whatever is not on one machine needs certificates: treegrpo certs --help""",
 It keeps nothing: stop it, kill it, start more at any time.
 
   treegrpo sampler CONFIG.toml --sampler.learner 10.0.0.7:50051 --security.dir certs""",
-        partial(become, "services.sampler"),
+        partial(exec_module, "services.sampler"),
     ),
     "retriever": Command(
         "the search tool: Search-R1's HTTP API over a BM25 index",
         """Indexes retriever.corpus and answers POST /retrieve at retriever.listen.
 
   treegrpo retriever CONFIG.toml --retriever.listen 0.0.0.0:8765 --security.dir certs""",
-        partial(become, "services.retriever"),
+        partial(exec_module, "services.retriever"),
     ),
     "intake": Command(
-        "the learner's face alone: leases, ledger, journal, weights",
+        "the learner's intake alone: leases, ledger, journal, weights",
         "What `treegrpo learner` starts beside the trainer; useful where each process has its own supervisor.",
-        partial(become, "learner.intake"),
+        partial(exec_module, "learner.intake"),
     ),
     "trainer": Command(
-        "the learner's engine alone: groups in, policy versions out",
+        "the learner's trainer alone: groups in, policy versions out",
         "What `treegrpo learner` starts beside the intake, with the same run.dir.",
-        partial(become, "learner.trainer"),
+        partial(exec_module, "learner.trainer"),
     ),
     "broker": Command(
         "the embedded MQTT broker alone",
         "What `treegrpo up` starts when broker.embedded is true. A cluster wants Mosquitto instead.",
-        partial(become, "services.broker.server"),
+        partial(exec_module, "services.broker.server"),
     ),
     "eval": Command(
         "greedy exact match of a model on the held-out questions",
@@ -221,7 +229,7 @@ or starts one for the time.
         run_doctor,
     ),
     "state": Command(
-        "tell a run to be running, paused or draining",
+        "set the run state: running, paused or draining",
         """All parts obey: paused begins nothing new, until you say running; draining ends the run with a checkpoint.
 
   treegrpo state paused CONFIG.toml""",
@@ -254,8 +262,8 @@ the retriever. Run again, it renews the certificates and keeps the rest. See doc
 }
 
 
-def understand(command: Command, arguments: Sequence[str]) -> Invocation:
-    """The words, and the configuration as every process will be told it. Raises ConfigError."""
+def parse_invocation(command: Command, arguments: Sequence[str]) -> Invocation:
+    """Parse the words and the configuration of a command line. Raises ConfigError."""
     from treegrpo.config.loader import config_from_arguments
 
     count = len(command.words)
@@ -263,24 +271,24 @@ def understand(command: Command, arguments: Sequence[str]) -> Invocation:
     if len(words) < count or any(word.startswith("-") for word in words):
         raise ConfigError(f"{next(iter(command.words[len(words) :]), command.words[0])} is missing; see --help.")
     if command.options:
-        return Invocation(Config(), (), tuple(words), own_options(command, rest))
+        return Invocation(Config(), (), tuple(words), parse_own_options(command, rest))
     return Invocation(config_from_arguments(rest), tuple(rest), tuple(words))
 
 
-def option_parser(command: Command, **options: Any) -> argparse.ArgumentParser:
+def own_option_parser(command: Command, **options: Any) -> argparse.ArgumentParser:
     """A parser of a command's own flags; ``options`` are ArgumentParser's."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(formatter_class=formatter, exit_on_error=False, allow_abbrev=False, **options)
-    for flag, about in command.options.items():
+    for flag, text in command.options.items():
         kind: dict[str, Any] = {"default": ""} if flag.endswith("=") else {"action": "store_true"}
-        parser.add_argument(flag.rstrip("="), help=about, **kind)
+        parser.add_argument(flag.rstrip("="), help=text, **kind)
     return parser
 
 
-def own_options(command: Command, arguments: Sequence[str]) -> Mapping[str, Any]:
+def parse_own_options(command: Command, arguments: Sequence[str]) -> Mapping[str, Any]:
     """A command's own flags by name, with _ for -. Raises ConfigError."""
     try:
-        known, unknown = option_parser(command, add_help=False).parse_known_args(arguments)
+        known, unknown = own_option_parser(command, add_help=False).parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(f"The flags cannot be read: {error}; see --help.") from error
     if unknown:
@@ -290,7 +298,7 @@ def own_options(command: Command, arguments: Sequence[str]) -> Mapping[str, Any]
 
 
 def as_toml(config: Config) -> str:
-    """The configuration as a TOML file that says the same, but for the secrets, which stay where they are."""
+    """The configuration as TOML, without secrets."""
     lines: list[str] = []
     for section, keys in config.model_dump(mode="json").items():
         lines += [f"[{section}]", *(_line(section, key, value) for key, value in keys.items()), ""]

@@ -1,4 +1,4 @@
-"""`treegrpo doctor`: is everything there, and if not, what to do."""
+"""`treegrpo doctor`: diagnoses the machine, the files and the peers of a run, with a remedy for each fault."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from services.cli.checks.caution import Caution
-from services.cli.checks.run_checks import Check, up_checks
-from services.cli.processes.readiness import broker_ready, learner_ready, retriever_ready
+from services.cli.checks.check import Check, CheckWarning
+from services.cli.checks.run_checks import up_checks
+from services.cli.processes.readiness import probe_broker, probe_learner, probe_retriever
 from services.cli.reports.terminal import Justify, cell, table
 from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
@@ -29,12 +29,12 @@ PYTHON = (3, 11)
 MEMORY_GIB = 4
 DISK_GIB = 2
 PACKAGES = ("torch", "transformers", "grpcio", "protobuf", "aiomqtt", "amqtt", "bm25s", "pydantic-settings")
-INK = {"ok": "green", "warn": "yellow", "fail": "red"}
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One row: what was looked at, how it is, and what was found or is to be done."""
+    """One row of the report: subject, verdict, and what was found or what to do."""
 
     subject: str
     verdict: str
@@ -42,80 +42,80 @@ class Finding:
     text: str
 
 
-def machine() -> list[Finding]:
+def machine_findings() -> list[Finding]:
     """Python, packages, cores, memory, disk."""
     python = "ok" if sys.version_info >= PYTHON else "fail"
     remedy = "" if python == "ok" else f"; install Python {PYTHON[0]}.{PYTHON[1]} or later"
     return [
         Finding("python", python, platform.python_version() + remedy),
-        *map(_package, PACKAGES),
+        *map(_package_finding, PACKAGES),
         Finding("cores", "ok", str(os.cpu_count())),
-        _at_least("memory", memory_limit(), MEMORY_GIB, "use a machine with more"),
-        _at_least("disk", shutil.disk_usage(Path.cwd()).free, DISK_GIB, "make room for checkpoints and weights"),
+        _size_finding("memory", memory_limit(), MEMORY_GIB, "use a machine with more"),
+        _size_finding("disk", shutil.disk_usage(Path.cwd()).free, DISK_GIB, "make room for checkpoints and weights"),
     ]
 
 
-def files(checks: dict[str, Check]) -> list[Finding]:
-    """The checks `treegrpo up` makes before it starts anything, all of them; the same fault is told once."""
-    found = [_tried(subject, check) for subject, check in checks.items()]
-    said = [finding.text for finding in found]
-    return [finding for place, finding in enumerate(found) if finding.verdict != "fail" or finding.text not in said[:place]]
+def check_findings(checks: dict[str, Check]) -> list[Finding]:
+    """All checks that `treegrpo up` makes before it starts anything; the same fault is reported once."""
+    found = [_check_finding(subject, check) for subject, check in checks.items()]
+    texts = [finding.text for finding in found]
+    return [finding for place, finding in enumerate(found) if finding.verdict != "fail" or finding.text not in texts[:place]]
 
 
-async def peers(config: Config) -> list[Finding]:
-    """Broker, learner and retriever: reachable now? That none runs is only a warning."""
+async def peer_findings(config: Config) -> list[Finding]:
+    """Whether broker, learner and retriever are reachable now. That none runs is only a warning."""
     learner = config.sampler.learner or config.learner.listen
     try:
         access = Credentials.from_config(config.security, Role.OPERATOR)
     except ConfigError as error:  # a finding, not an end
         return [Finding("security", "fail", str(error))]
     return [
-        await _reached("broker", config.broker.address, partial(broker_ready, config.broker.address, access)),
-        await _reached("learner", learner, partial(learner_ready, learner, access)),
-        await _reached("retriever", public_url(config.search_url), partial(retriever_ready, config, access)),
+        await _peer_finding("broker", config.broker.address, partial(probe_broker, config.broker.address, access)),
+        await _peer_finding("learner", learner, partial(probe_learner, learner, access)),
+        await _peer_finding("retriever", public_url(config.search_url), partial(probe_retriever, config, access)),
     ]
 
 
-async def examine(config: Config) -> list[Finding]:
-    """All findings. Ports and run directory that are in use are no fault while a run is up."""
-    reached = await peers(config)
-    found = files(up_checks(config))
+async def diagnose(config: Config) -> list[Finding]:
+    """All findings. Ports and a run directory in use are no fault while a run is up."""
+    reached = await peer_findings(config)
+    found = check_findings(up_checks(config))
     if any(peer.verdict == "ok" for peer in reached):
-        found = [_excused(finding) if finding.subject in ("ports", "run directory") else finding for finding in found]
-    return [*machine(), *found, *reached]
+        found = [_downgraded(finding) if finding.subject in ("ports", "run directory") else finding for finding in found]
+    return [*machine_findings(), *found, *reached]
 
 
-def report(findings: list[Finding]) -> Table:
+def findings_table(findings: list[Finding]) -> Table:
     """The findings as a table."""
     headings: list[tuple[str, Justify]] = [("what", "left"), ("", "left"), ("found, or what to do", "left")]
-    return table(headings, [(found.subject, cell(found.verdict, INK[found.verdict]), found.text) for found in findings])
+    return table(headings, [(found.subject, cell(found.verdict, COLOURS[found.verdict]), found.text) for found in findings])
 
 
-def _excused(finding: Finding) -> Finding:
+def _downgraded(finding: Finding) -> Finding:
     return replace(finding, verdict="warn", text=f"a run is up: {finding.text}") if finding.verdict == "fail" else finding
 
 
-def _package(name: str) -> Finding:
+def _package_finding(name: str) -> Finding:
     try:
         return Finding(name, "ok", metadata.version(name))
     except metadata.PackageNotFoundError:
         return Finding(name, "fail", "is not installed; run `make setup`")
 
 
-def _at_least(subject: str, size: float, gib: int, remedy: str) -> Finding:
+def _size_finding(subject: str, size: float, gib: int, remedy: str) -> Finding:
     have = size / 2**30
     return Finding(subject, "ok", f"{have:.1f} GiB") if have >= gib else Finding(subject, "warn", f"{have:.1f} GiB; {remedy}")
 
 
-def _tried(subject: str, check: Check) -> Finding:
+def _check_finding(subject: str, check: Check) -> Finding:
     try:
         text = check()
     except TreeGrpoError as error:  # a finding, not an end
         return Finding(subject, "fail", str(error))
-    return Finding(subject, "warn" if isinstance(text, Caution) else "ok", text)
+    return Finding(subject, "warn" if isinstance(text, CheckWarning) else "ok", text)
 
 
-async def _reached(subject: str, address: str, probe: Callable[[], Awaitable[None]]) -> Finding:
+async def _peer_finding(subject: str, address: str, probe: Callable[[], Awaitable[None]]) -> Finding:
     try:
         await probe()
     except (UnavailableError, ConfigError) as error:  # a finding, not an end

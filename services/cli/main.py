@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from services.cli.commands import COMMANDS, as_toml, option_parser, understand
+from services.cli.commands import COMMANDS, as_toml, own_option_parser, parse_invocation
 from treegrpo.config.loader import flag_parser
 from treegrpo.errors import ConfigError
 from treegrpo.observability import log_setup
@@ -23,10 +23,10 @@ CONFIGURATION = """configuration: CONFIG.toml, then the environment (TREEGRPO_TR
 later wins. --dry-run prints what comes of it, as TOML, and does nothing else."""
 
 
-def overview() -> str:
+def usage_text() -> str:
     """What `treegrpo --help` prints."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: treegrpo COMMAND [CONFIG.toml] [--section.key value …] [--dry-run]",
@@ -44,34 +44,34 @@ def overview() -> str:
     )
 
 
-def about(name: str) -> str:
+def command_help(name: str) -> str:
     """What `treegrpo COMMAND --help` prints: the command, then every key."""
     command = COMMANDS[name]
     if command.options:
         usage = " ".join([f"treegrpo {name}", *command.words, "[FLAGS]"])
-        return option_parser(command, usage=usage, description=command.text, add_help=False).format_help()
+        return own_option_parser(command, usage=usage, description=command.description, add_help=False).format_help()
     usage = " ".join([f"treegrpo {name}", *command.words, "[CONFIG.toml] [--section.key value …] [--dry-run]"])
-    parser = flag_parser(usage=usage, description=f"{command.text}\n\n{CONFIGURATION}", add_help=False)
+    parser = flag_parser(usage=usage, description=f"{command.description}\n\n{CONFIGURATION}", add_help=False)
     return parser.format_help()
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Do what a command line says; returns the exit code. Raises TreeGrpoError."""
+def run_command(arguments: Sequence[str]) -> int:
+    """Execute a command line; returns the exit code. Raises TreeGrpoError."""
     if not arguments or arguments[0] in HELP:
-        print(overview())
+        print(usage_text())
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{name!r} is no command; the nearest is {near}, and `treegrpo --help` lists all.")
     if any(flag in rest for flag in HELP):
-        print(about(name))
+        print(command_help(name))
         return 0
-    call = understand(COMMANDS[name], [flag for flag in rest if flag != DRY_RUN])
+    call = parse_invocation(COMMANDS[name], [flag for flag in rest if flag != DRY_RUN])
     if DRY_RUN in rest:
         print(as_toml(call.config))
         return 0
-    return COMMANDS[name].run(call)
+    return COMMANDS[name].handler(call)
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     isolate_process()
     log_setup.log_to_stderr(logging.WARNING, form=log_setup.BRIEF)
     try:
-        code = run(sys.argv[1:])
+        code = run_command(sys.argv[1:])
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C before it was done.", file=sys.stderr)
         code = INTERRUPTED

@@ -1,4 +1,4 @@
-"""`treegrpo state running|paused|draining`, and hearing it."""
+"""`treegrpo state running|paused|draining`: publishes the run state; and follows it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from treegrpo.wire.control import RunState, open_client, publish_state
 RETRY_SECONDS = 1.0
 
 
-async def set_state(config: Config, word: str) -> str:
-    """Tell the run; returns a line about it. Raises ConfigError for another word, UnavailableError without a broker."""
+async def set_run_state(config: Config, word: str) -> str:
+    """Publish the run state; returns a line about it. Raises ConfigError: unknown state; UnavailableError: no broker."""
     try:
         state = RunState(word)
     except ValueError as error:
@@ -27,8 +27,8 @@ async def set_state(config: Config, word: str) -> str:
     return f"The run {config.run.name} is told to be {state.value}."
 
 
-async def follow_state(config: Config, access: Credentials, heard: Callable[[RunState], None]) -> None:
-    """Call ``heard`` with the run state, as it is and whenever somebody sets it, for ever. An absent broker is waited for."""
+async def follow_run_state(config: Config, access: Credentials, on_state: Callable[[RunState], None]) -> None:
+    """Call ``on_state`` with the present run state and at every change of it, for ever. Reconnects to the broker."""
     states = {state.value.encode(): state for state in RunState}
     while True:
         try:
@@ -36,6 +36,6 @@ async def follow_state(config: Config, access: Credentials, heard: Callable[[Run
                 await client.subscribe(f"treegrpo/{config.run.name}/state", qos=1)
                 async for message in client.messages:
                     if (state := states.get(bytes(message.payload))) is not None:
-                        heard(state)
+                        on_state(state)
         except aiomqtt.MqttError:  # the broker is started again, by us or by others
             await asyncio.sleep(RETRY_SECONDS)

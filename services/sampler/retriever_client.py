@@ -13,7 +13,7 @@ from treegrpo.security.credentials import Credentials, bearer_header
 def check_topk(config: Config) -> str:
     """One query gets as many documents as the configuration asks for. Raises ConfigError.
 
-    A retriever of others may give more: `retriever_ready` asks it.
+    A retriever of others may give more: `probe_retriever` asks it.
     """
     topk = config.environment.topk
     if topk > TOPK and not config.retriever.url:

@@ -1,4 +1,4 @@
-"""``python -m tests.chaos [--seed N] [--faults N] …``: disturb a run in every way, and audit what it has written down.
+"""``python -m tests.chaos [--seed N] [--faults N] …``: inject faults into a run, and audit what it has recorded.
 
 Ends with code 1 if anything was lost, counted twice or out of balance, if something hung, or if memory or reward went
 out of bounds. The last line is JSON.
@@ -17,15 +17,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.chaos.driver import Driver, Outcome
+from tests.chaos.chaos_run import ChaosRun
+from tests.chaos.driver import FaultDriver, FaultOutcome
 from tests.chaos.faults import schedule
-from tests.chaos.keeper import Keeper
-from tests.chaos.report import Verdict
-from tests.chaos.stage import Stage
+from tests.chaos.part_restarter import PartRestarter
+from tests.chaos.report import ChaosReport
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Disturb a run in every way, then audit it.")
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Inject faults into a run, then audit it.")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule and of the run")
     parser.add_argument("--faults", type=int, default=60)
     parser.add_argument("--samplers", type=int, default=3)
@@ -36,40 +36,42 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def chaos(options: argparse.Namespace, run_dir: Path) -> Verdict:
+async def run_chaos(options: argparse.Namespace, run_dir: Path) -> ChaosReport:
     """One run."""
     names = [f"sampler-{number}" for number in range(options.samplers)]
-    stage = Stage(run_dir, options.seed, names, steps=100_000, batch=options.batch, questions=options.questions)
+    run = ChaosRun(run_dir, options.seed, names, steps=100_000, batch=options.batch, questions=options.questions)
     async with AsyncExitStack() as stack:
-        for proxy in stage.proxies.values():
+        for proxy in run.proxies.values():
             await stack.enter_async_context(proxy.serving())
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        keeper = await stack.enter_async_context(Keeper(stage, tasks))
-        driver = Driver(stage, keeper)
-        watching = tasks.create_task(driver.watch(), name="watch")
-        await driver.start()
+        restarter = await stack.enter_async_context(PartRestarter(run, tasks))
+        driver = FaultDriver(run, restarter)
+        watching = tasks.create_task(driver.watch_memory(), name="watch")
+        await driver.start_parts()
         hung: list[str] = []
-        for number, fault in enumerate(schedule(options.seed, options.faults, names, list(stage.proxies)), 1):
-            outcome = await driver.do(fault)
-            say(f"{number}/{options.faults} {summary(outcome)}")
+        for number, fault in enumerate(schedule(options.seed, options.faults, names, list(run.proxies)), 1):
+            outcome = await driver.inject_fault(fault)
+            print_line(f"{number}/{options.faults} {outcome_line(outcome)}")
             if outcome.recovery is None:
                 hung.append(f"after fault {number} the run did not go on: {outcome.said}")
                 break
         else:
-            hung += await driver.drain()
-            hung += await driver.complete(max(options.steps, driver.audit(ended=False).step + 2))
+            hung += await driver.drain_run()
+            hung += await driver.train_to_end(max(options.steps, driver.audit(ended=False).step + 2))
         watching.cancel()
         found = driver.audit(ended=not hung)
-        return Verdict(options.seed, driver.outcomes, found, keeper.restarts, hung, keeper.grown(), keeper.growth)
+        return ChaosReport(
+            options.seed, driver.outcomes, found, restarter.restarts, hung, restarter.memory_leaks(), restarter.growth
+        )
 
 
-def summary(outcome: Outcome) -> str:
+def outcome_line(outcome: FaultOutcome) -> str:
     found = "; ".join(outcome.findings)
     how = "not recovered" if outcome.recovery is None else f"recovered after {outcome.recovery:.1f} s"
     return f"{outcome.fault.what}: {outcome.fault.whom}, {how}{found and ', audit: '}{found}"
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -77,13 +79,13 @@ def main() -> int:
     options = arguments()
     logging.basicConfig(level=logging.ERROR)
     run_dir: Path = options.dir or Path(tempfile.mkdtemp(prefix="treegrpo-chaos-"))
-    verdict = asyncio.run(chaos(options, run_dir))
-    if verdict.good and not options.dir:
+    report = asyncio.run(run_chaos(options, run_dir))
+    if report.passed and not options.dir:
         shutil.rmtree(run_dir)
     else:
-        say(f"The run is kept in {run_dir}.")
-    verdict.show(Console(stderr=True, width=None if sys.stderr.isatty() else 120))
-    return 0 if verdict.good else 1
+        print_line(f"The run is kept in {run_dir}.")
+    report.print_report(Console(stderr=True, width=None if sys.stderr.isatty() else 120))
+    return 0 if report.passed else 1
 
 
 if __name__ == "__main__":

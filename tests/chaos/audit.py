@@ -1,4 +1,4 @@
-"""The audit: is every leased group trained exactly once or accounted for, and do the books balance? From data alone.
+"""Audits the records of a run: every leased group is trained exactly once or accounted for, and the ledger balances.
 
 journal ──► Books: every draw, its subtrees, its position      progress.jsonl ──► chain: the steps that count
             └────────────────────┬──────────────────────────────────────┘
@@ -11,8 +11,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.chaos.books import Books, Totals
-from tests.chaos.history import Archive, Row, rows, trained_position
+from tests.chaos.ledger_replay import LedgerReplay, SpentTotals
+from tests.chaos.run_records import JournalArchive, Row, read_rows, trained_position
 from treegrpo.core.budget import Budget
 
 KINDS = ("train", "eval")
@@ -20,7 +20,7 @@ CURRENCIES = ("tokens", "tool_calls")
 
 
 @dataclass(slots=True)
-class Audit:
+class RunAudit:
     """What was found; the lists say each thing in words."""
 
     lost: list[str] = field(default_factory=list[str])
@@ -48,24 +48,24 @@ class Audit:
         return not (self.lost or self.duplicated or self.unbalanced)
 
 
-def audit(run_dir: Path, archive: Archive, *, ended: bool) -> Audit:
+def audit_run(run_dir: Path, archive: JournalArchive, *, ended: bool) -> RunAudit:
     """Audit a run that goes on, or one that has ``ended`` after its last step: then nothing may still be on its way."""
-    lines = rows(run_dir / "progress.jsonl")  # before the journal: what a line speaks of is in the journal by now
+    lines = read_rows(run_dir / "progress.jsonl")  # before the journal: what a line speaks of is in the journal by now
     position = trained_position(run_dir / "checkpoints")
-    books = Books.of(archive.events())
-    found = Audit(chain=chain(lines), evals=[line for line in lines if line["kind"] == "eval"])
-    found.duplicated += books.twice
-    found.hostile_leases = books.hostile
+    ledger = LedgerReplay.replay(archive.events())
+    found = RunAudit(chain=chain(lines), evals=[line for line in lines if line["kind"] == "eval"])
+    found.duplicated += ledger.twice
+    found.hostile_leases = ledger.hostile
     for line in lines:
         found.unbalanced += imbalances(line)
-    found.unbalanced += unknown_totals(lines, books.history)
-    check_chain(found, books)
-    if position > len(books.line):
-        found.lost.append(f"a checkpoint stands at position {position}, and the journal gave out {len(books.line)}")
-    found.trained = min(position, len(books.line))
+    found.unbalanced += unknown_totals(lines, ledger.history)
+    check_chain(found, ledger)
+    if position > len(ledger.line):
+        found.lost.append(f"a checkpoint stands at position {position}, and the journal gave out {len(ledger.line)}")
+    found.trained = min(position, len(ledger.line))
     if ended:
-        aside = {row["draw"]: row["why"] for row in rows(run_dir / "set_aside.jsonl") if row["draw"] >= 0}
-        account(found, books, aside)
+        aside = {row["draw"]: row["why"] for row in read_rows(run_dir / "set_aside.jsonl") if row["draw"] >= 0}
+        account_for_draws(found, ledger, aside)
     return found
 
 
@@ -79,31 +79,33 @@ def chain(lines: list[Row]) -> list[Row]:
 
 
 def imbalances(line: Row) -> list[str]:
-    """Each kind and currency in which the books of a progress line do not balance."""
+    """Each kind and currency in which the ledger of a progress line does not balance."""
     found: list[str] = []
     for kind in KINDS:
         for currency in CURRENCIES:
             row = line.get("ledger", {}).get(kind, {}).get(currency, {})
             rest = row and row["granted"] - row["spent"] - row["refunded"] - row["forfeited"] - row["outstanding"]
             if rest:
-                found.append(f"{name(line)}: {kind} {currency} are out by {rest}")
+                found.append(f"{describe_line(line)}: {kind} {currency} are out by {rest}")
     return found
 
 
-def unknown_totals(lines: list[Row], history: list[Totals]) -> list[str]:
+def unknown_totals(lines: list[Row], history: list[SpentTotals]) -> list[str]:
     """Progress lines whose spent totals the journal never led to."""
     known = set(history)
     return [
-        f"{name(line)}: the journal never led to its totals" for line in lines if "ledger" in line and spent(line) not in known
+        f"{describe_line(line)}: the journal never led to its totals"
+        for line in lines
+        if "ledger" in line and spent(line) not in known
     ]
 
 
-def spent(line: Row) -> Totals:
+def spent(line: Row) -> SpentTotals:
     train, evaluation = (Budget(*(line["ledger"][kind][currency]["spent"] for currency in CURRENCIES)) for kind in KINDS)
     return train, evaluation
 
 
-def check_chain(found: Audit, books: Books) -> None:
+def check_chain(found: RunAudit, ledger: LedgerReplay) -> None:
     """Each step trained what was at its positions, once, and no position lies between two steps."""
     at, before, seen = 0, 0, Counter[str]()
     for line in found.chain:
@@ -111,45 +113,45 @@ def check_chain(found: Audit, books: Books) -> None:
         missing = line["step"] - before - 1
         found.unreported += missing
         if first < at:
-            found.duplicated.append(f"{name(line)} begins at position {first}, and the one before ended at {at}")
+            found.duplicated.append(f"{describe_line(line)} begins at position {first}, and the one before ended at {at}")
         if first > at and not missing:
-            found.lost.append(f"positions {at} to {first - 1} were never trained: {name(line)} begins at {first}")
-        _compare(found, books, line, first)
+            found.lost.append(f"positions {at} to {first - 1} were never trained: {describe_line(line)} begins at {first}")
+        _compare(found, ledger, line, first)
         seen.update(line["group_ids"])
         at, before = line["position"], line["step"]
     found.duplicated += [f"group {group} was trained {count} times" for group, count in seen.items() if count > 1]
 
 
-def _compare(found: Audit, books: Books, line: Row, first: int) -> None:
+def _compare(found: RunAudit, ledger: LedgerReplay, line: Row, first: int) -> None:
     """What a step says it trained against what the journal has at its positions."""
-    numbers = books.line[first : line["position"]]
+    numbers = ledger.line[first : line["position"]]
     due, got = {f"{number:07d}" for number in numbers}, set(line["group_ids"])
     for group in sorted(got - due):
-        found.duplicated.append(f"{name(line)} trained group {group}, which is not at its positions")
+        found.duplicated.append(f"{describe_line(line)} trained group {group}, which is not at its positions")
     if len(numbers) < line["groups"] or len(due - got) > line["groups_refused"]:
-        found.lost.append(f"{name(line)} did not train {', '.join(sorted(due - got)) or 'what the journal lacks'}")
+        found.lost.append(f"{describe_line(line)} did not train {', '.join(sorted(due - got)) or 'what the journal lacks'}")
     found.accounted["refused by the trainer"] += line["groups_refused"]
-    leaves = sum(sum(books.draws[number].leaves.values()) for number in numbers)
+    leaves = sum(sum(ledger.draws[number].leaves.values()) for number in numbers)
     if not line["groups_refused"] and leaves > line["leaves"]:
-        found.lost.append(f"{name(line)} trained {line['leaves']} leaves of {leaves} that were acknowledged")
+        found.lost.append(f"{describe_line(line)} trained {line['leaves']} leaves of {leaves} that were acknowledged")
 
 
-def account(found: Audit, books: Books, aside: dict[int, str]) -> None:
+def account_for_draws(found: RunAudit, ledger: LedgerReplay, aside: dict[int, str]) -> None:
     """At the end of a run every draw is trained, or there is a word about it. Too old is none while batch and bound stay."""
-    trained = set(books.line[: found.trained])
-    for number, draw in sorted(books.draws.items()):
+    trained = set(ledger.line[: found.trained])
+    for number, draw in sorted(ledger.draws.items()):
         if number in trained:
             continue
-        if number in books.stale:
+        if number in ledger.stale:
             found.lost.append(f"draw {number} was left out as stale, and nobody has lowered the bound")
         elif number in aside:
             found.accounted[aside[number]] += 1
         else:
-            where = "in line" if number in books.line else f"of {len(draw.leases)} leases, {sum(draw.leaves.values())} leaves"
+            where = "in line" if number in ledger.line else f"of {len(draw.leases)} leases, {sum(draw.leaves.values())} leaves"
             found.lost.append(f"draw {number} ({where}) was neither trained nor accounted for")
-    found.lost += [f"lease {lease} is still open" for lease in sorted(books.open)]
+    found.lost += [f"lease {lease} is still open" for lease in sorted(ledger.open_leases)]
 
 
-def name(line: Row) -> str:
+def describe_line(line: Row) -> str:
     """A progress line, for sentences."""
     return f"step {line['step']} ({line['version']})" if line["kind"] == "step" else f"evaluation of {line.get('version', '?')}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
 
-from tests.chaos.proxy import Mode
+from tests.chaos.fault_proxy import LinkFault
 from treegrpo.core.lease import SILENCE_SECONDS
 
 SHORT_SECONDS = (1.0, 6.0)
@@ -34,7 +34,7 @@ ENDS = {
 Turn = TypeVar("Turn")
 
 
-class Kind(Enum):
+class FaultKind(Enum):
     KILL = "kill"
     """SIGKILL."""
     STOP = "stop"
@@ -45,21 +45,25 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    kind: Kind
+    kind: FaultKind
     parts: tuple[str, ...]
     """Who is killed, stopped or cut off."""
     pause: float
     """Seconds to wait before it."""
     seconds: float = 0.0
     """How long it lasts."""
-    mode: Mode = Mode.OPEN
+    mode: LinkFault = LinkFault.OPEN
     links: tuple[tuple[str, str], ...] = ()
     """(client, service) of the connections that fail."""
 
     @property
     def what(self) -> str:
         """For the table."""
-        how = {Kind.KILL: "", Kind.STOP: f" {self.seconds:.0f} s", Kind.CUT_OFF: f" {self.mode.value} {self.seconds:.0f} s"}
+        how = {
+            FaultKind.KILL: "",
+            FaultKind.STOP: f" {self.seconds:.0f} s",
+            FaultKind.CUT_OFF: f" {self.mode.value} {self.seconds:.0f} s",
+        }
         return self.kind.value + how[self.kind]
 
     @property
@@ -72,12 +76,12 @@ class Fault:
 def schedule(seed: int, count: int, samplers: list[str], links: list[tuple[str, str]]) -> list[Fault]:
     """``count`` faults; ``links`` are the connections there are, as (client, service)."""
     chance = random.Random(seed)
-    plans: dict[Kind, Iterator[Fault]] = {
-        Kind.KILL: _kills(chance, samplers),
-        Kind.STOP: _stops(chance, samplers),
-        Kind.CUT_OFF: _cuts(chance, samplers, links),
+    plans: dict[FaultKind, Iterator[Fault]] = {
+        FaultKind.KILL: _kills(chance, samplers),
+        FaultKind.STOP: _stops(chance, samplers),
+        FaultKind.CUT_OFF: _cuts(chance, samplers, links),
     }
-    kinds = [list(Kind)[number % len(Kind)] for number in range(count)]
+    kinds = [list(FaultKind)[number % len(FaultKind)] for number in range(count)]
     chance.shuffle(kinds)
     return [next(plans[kind]) for kind in kinds]
 
@@ -85,26 +89,26 @@ def schedule(seed: int, count: int, samplers: list[str], links: list[tuple[str, 
 def _kills(chance: random.Random, samplers: list[str]) -> Iterator[Fault]:
     parts = _turns(chance, [(role,) for role in ROLES] + [LEARNER])
     while True:
-        yield Fault(Kind.KILL, _named(chance, next(parts), samplers), _pause(chance))
+        yield Fault(FaultKind.KILL, _named(chance, next(parts), samplers), _pause(chance))
 
 
 def _stops(chance: random.Random, samplers: list[str]) -> Iterator[Fault]:
     parts = _turns(chance, [((role,), length) for role in ROLES for length in (SHORT_SECONDS, LONG_SECONDS)])
     while True:
         part, length = next(parts)
-        yield Fault(Kind.STOP, _named(chance, part, samplers), _pause(chance), chance.uniform(*length))
+        yield Fault(FaultKind.STOP, _named(chance, part, samplers), _pause(chance), chance.uniform(*length))
 
 
 def _cuts(chance: random.Random, samplers: list[str], links: list[tuple[str, str]]) -> Iterator[Fault]:
-    modes = [mode for mode in Mode if mode is not Mode.OPEN]
+    modes = [mode for mode in LinkFault if mode is not LinkFault.OPEN]
     turns = _turns(chance, [(role, mode) for role in ENDS for mode in modes])
     while True:
         role, mode = next(turns)
         (part,) = _named(chance, (role,), samplers)
         service = chance.choice(ENDS[role])
         hit = [link for link in links if link[1] == service and part in link]
-        length = chance.choice((SHORT_SECONDS, LONG_SECONDS)) if mode is Mode.DROP else SHORT_SECONDS
-        yield Fault(Kind.CUT_OFF, (part,), _pause(chance), chance.uniform(*length), mode, tuple(hit))
+        length = chance.choice((SHORT_SECONDS, LONG_SECONDS)) if mode is LinkFault.DROP else SHORT_SECONDS
+        yield Fault(FaultKind.CUT_OFF, (part,), _pause(chance), chance.uniform(*length), mode, tuple(hit))
 
 
 def _turns(chance: random.Random, choices: list[Turn]) -> Iterator[Turn]:

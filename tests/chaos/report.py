@@ -1,4 +1,4 @@
-"""What a chaos run says in the end: a table of its faults and what became of them, and one line of JSON."""
+"""The report of a chaos run: a table of its faults and their outcomes, and one line of JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from statistics import mean, variance
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.audit import Audit, Row
-from tests.chaos.driver import Outcome
+from tests.chaos.audit import Row, RunAudit
+from tests.chaos.driver import FaultOutcome
 
 
 @dataclass(frozen=True, slots=True)
-class Direction:
+class RewardTrend:
     """How a value changed over the steps of a run."""
 
     first: float
@@ -28,7 +28,7 @@ class Direction:
     """Of the 95 % interval of the difference (Welch, steps taken as independent)."""
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Direction | None:
+    def of(cls, values: Sequence[float]) -> RewardTrend | None:
         """None if there are too few."""
         if (third := len(values) // 3) < 2:
             return None
@@ -37,70 +37,70 @@ class Direction:
 
 
 @dataclass(slots=True)
-class Verdict:
+class ChaosReport:
     seed: int
-    outcomes: list[Outcome]
-    found: Audit
+    outcomes: list[FaultOutcome]
+    audit: RunAudit
     restarts: Counter[str]
     hung: list[str] = field(default_factory=list[str])
     """What did not recover, or did not end."""
-    grown: list[str] = field(default_factory=list[str])
+    memory_leaks: list[str] = field(default_factory=list[str])
     growth: float = 1.0
 
     @property
-    def good(self) -> bool:
-        return self.found.clean and not (self.hung or self.grown or self.declined)
+    def passed(self) -> bool:
+        return self.audit.clean and not (self.hung or self.memory_leaks or self.reward_declined)
 
     @property
-    def reward(self) -> Direction | None:
-        return Direction.of([line["reward_mean"] for line in self.found.chain])
+    def reward(self) -> RewardTrend | None:
+        return RewardTrend.of([line["reward_mean"] for line in self.audit.chain])
 
     @property
-    def declined(self) -> bool:
+    def reward_declined(self) -> bool:
         """The reward fell by more than chance explains. Whether it rises is for a long run to show."""
         return self.reward is not None and self.reward.last - self.reward.first + self.reward.half_width < 0
 
-    def row(self) -> Row:
+    def summary_row(self) -> Row:
         """The line of JSON."""
-        evals = [line["em"] for line in self.found.evals] or [None]
+        evals = [line["em"] for line in self.audit.evals] or [None]
         recoveries = [outcome.recovery for outcome in self.outcomes if outcome.recovery is not None]
         return {
             "faults": len(self.outcomes),
-            "lost": len(self.found.lost),
-            "duplicated": len(self.found.duplicated),
-            "unbalanced": len(self.found.unbalanced),
+            "lost": len(self.audit.lost),
+            "duplicated": len(self.audit.duplicated),
+            "unbalanced": len(self.audit.unbalanced),
             "hung": len(self.hung),
             "max_recovery_s": round(max(recoveries, default=0.0), 1),
             "seed": self.seed,
-            "steps": len(self.found.chain) + self.found.unreported,
-            "steps_unreported": self.found.unreported,
-            "groups_trained": self.found.trained,
-            "groups_accounted": {why: count for why, count in self.found.accounted.items() if count},
-            "hostile_leases": self.found.hostile_leases,
+            "steps": len(self.audit.chain) + self.audit.unreported,
+            "steps_unreported": self.audit.unreported,
+            "groups_trained": self.audit.trained,
+            "groups_accounted": {why: count for why, count in self.audit.accounted.items() if count},
+            "hostile_leases": self.audit.hostile_leases,
             "restarts": dict(self.restarts),
-            "memory_beyond_bound": len(self.grown),
+            "memory_beyond_bound": len(self.memory_leaks),
             "memory_growth": round(self.growth, 2),
             "reward": {name: round(value, 3) for name, value in asdict(self.reward).items()} if self.reward else None,
             "em_start": evals[0],
             "em_end": evals[-1],
         }
 
-    def show(self, console: Console) -> None:
+    def print_report(self, console: Console) -> None:
         """The table, what was found in words, and the JSON line last."""
-        console.print(table(self.outcomes))
+        console.print(outcome_table(self.outcomes))
         for title, found in (
-            ("lost", self.found.lost),
-            ("duplicated", self.found.duplicated),
-            ("unbalanced", self.found.unbalanced),
+            ("lost", self.audit.lost),
+            ("duplicated", self.audit.duplicated),
+            ("unbalanced", self.audit.unbalanced),
             ("hung", self.hung),
-            ("memory", self.grown),
+            ("memory", self.memory_leaks),
         ):
             for sentence in found:
                 console.print(f"{title}: {sentence}", style="red", markup=False, highlight=False)
-        print(json.dumps(self.row()), flush=True)
+        print(json.dumps(self.summary_row()), flush=True)
 
 
-def table(outcomes: Sequence[Outcome]) -> Table:
+def outcome_table(outcomes: Sequence[FaultOutcome]) -> Table:
     made = Table("#", "fault", "of", "recovered after", "started again", "steps meanwhile", "audit")
     for number, one in enumerate(outcomes, 1):
         made.add_row(

@@ -12,8 +12,8 @@ from learner.intake.leases.lease_table import LeaseBook
 from learner.intake.persistence import lease_events
 from learner.intake.wal.framing import Record, encode_frame, encode_record
 from learner.intake.wal.segments import FORMAT, segment_path
-from tests.chaos.audit import Audit, audit
-from tests.chaos.history import Archive, Row
+from tests.chaos.audit import RunAudit, audit_run
+from tests.chaos.run_records import JournalArchive, Row
 from tests.intake.builders import book, chain, complete, grant
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.v1 import rollout_pb2
@@ -22,7 +22,7 @@ from treegrpo.wire.codec import lease_end_from_pb, subtree_to_bytes
 BATCH = 2
 
 
-class Run:
+class AuditedRun:
     """A run of ``steps`` steps of two groups, made by a real lease book; what it wrote down is there to be spoiled."""
 
     def __init__(self, steps: int = 2) -> None:
@@ -58,7 +58,7 @@ class Run:
         names = {"group_ids": [f"{draw:07d}" for draw in draws], "leaves": 2 * len(draws)}
         self.lines.append({"kind": "step", **row, **names, "ledger": self.book.ledger.summary()})
 
-    def audit(self, folder: Path, *, ended: bool = True) -> Audit:
+    def audit(self, folder: Path, *, ended: bool = True) -> RunAudit:
         journal, checkpoint = folder / "journal", folder / "checkpoints" / "step-000002"
         for made in (journal, checkpoint):
             made.mkdir(parents=True)
@@ -69,44 +69,44 @@ class Run:
         (checkpoint / "progress.json").write_text(json.dumps({"position": self.position}))
         for name, rows in (("progress.jsonl", self.lines), ("set_aside.jsonl", self.aside)):
             (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return audit(folder, Archive(journal, folder / "archive"), ended=ended)
+        return audit_run(folder, JournalArchive(journal, folder / "archive"), ended=ended)
 
 
 def test_a_run_in_order_is_clean(tmp_path: Path) -> None:
-    found = Run().audit(tmp_path)
+    found = AuditedRun().audit(tmp_path)
     assert found.clean
     assert (found.trained, found.accounted.total(), found.unreported, found.step) == (4, 0, 0, 2)
 
 
-def drop_a_group(run: Run) -> None:
+def drop_a_group(run: AuditedRun) -> None:
     run.lines[1]["group_ids"] = run.lines[1]["group_ids"][:1]
 
 
-def drop_leaves(run: Run) -> None:
+def drop_leaves(run: AuditedRun) -> None:
     run.lines[0]["leaves"] -= 1
 
 
-def skip_positions(run: Run) -> None:
+def skip_positions(run: AuditedRun) -> None:
     run.lines[1]["position"] += BATCH
 
 
-def forget_a_draw(run: Run) -> None:
+def forget_a_draw(run: AuditedRun) -> None:
     lease = grant(run.book)
     group = run.book.open[lease]
     run.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
     run.end(LeaseEnd(lease, LeaseEndReason.LOST))
 
 
-def leave_a_lease_open(run: Run) -> None:
+def leave_a_lease_open(run: AuditedRun) -> None:
     group = run.book.open[grant(run.book)]
     run.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
 
 
-def leave_a_group_out_as_too_old(run: Run) -> None:
+def leave_a_group_out_as_too_old(run: AuditedRun) -> None:
     run.journal.append(lease_events.taken([], [run.roll_out()]))
 
 
-def train_beyond_the_journal(run: Run) -> None:
+def train_beyond_the_journal(run: AuditedRun) -> None:
     run.position += 1
 
 
@@ -122,39 +122,39 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("spoil", LOSSES, ids=lambda spoil: spoil.__name__)
-def test_what_is_lost_is_found(tmp_path: Path, spoil: Callable[[Run], None]) -> None:
-    run = Run()
+def test_what_is_lost_is_found(tmp_path: Path, spoil: Callable[[AuditedRun], None]) -> None:
+    run = AuditedRun()
     spoil(run)
     assert run.audit(tmp_path).lost
 
 
-def train_a_group_again(run: Run) -> None:
+def train_a_group_again(run: AuditedRun) -> None:
     run.lines[1]["group_ids"][0] = run.lines[0]["group_ids"][0]
 
 
-def begin_too_early(run: Run) -> None:
+def begin_too_early(run: AuditedRun) -> None:
     run.lines[1]["position"] -= 1
 
 
-def accept_twice(run: Run) -> None:
+def accept_twice(run: AuditedRun) -> None:
     run.journal.insert(2, run.journal[1])
 
 
-def end_twice(run: Run) -> None:
+def end_twice(run: AuditedRun) -> None:
     ends = [event for event in run.journal if event["event"] == "ended"]
     assert lease_end_from_pb(rollout_pb2.LeaseEnd.FromString(ends[0]["end"])).reason is LeaseEndReason.COMPLETE
     run.journal.append(ends[0])
 
 
-def give_twice(run: Run) -> None:
+def give_twice(run: AuditedRun) -> None:
     run.journal.append(next(event for event in run.journal if event["event"] == "taken"))
 
 
 @pytest.mark.parametrize(
     "spoil", [train_a_group_again, begin_too_early, accept_twice, end_twice, give_twice], ids=lambda spoil: spoil.__name__
 )
-def test_what_is_counted_twice_is_found(tmp_path: Path, spoil: Callable[[Run], None]) -> None:
-    run = Run()
+def test_what_is_counted_twice_is_found(tmp_path: Path, spoil: Callable[[AuditedRun], None]) -> None:
+    run = AuditedRun()
     spoil(run)
     assert run.audit(tmp_path).duplicated
 
@@ -162,13 +162,13 @@ def test_what_is_counted_twice_is_found(tmp_path: Path, spoil: Callable[[Run], N
 @pytest.mark.parametrize("account", ["granted", "spent", "refunded", "forfeited", "outstanding"])
 @pytest.mark.parametrize("currency", ["tokens", "tool_calls"])
 def test_a_ledger_that_is_out_by_one_is_found(tmp_path: Path, account: str, currency: str) -> None:
-    run = Run()
+    run = AuditedRun()
     run.lines[1]["ledger"]["train"][currency][account] += 1
     assert run.audit(tmp_path).unbalanced
 
 
 def test_a_ledger_that_balances_but_is_not_the_journals_is_found(tmp_path: Path) -> None:
-    run = Run()
+    run = AuditedRun()
     for account in ("granted", "spent"):
         run.lines[1]["ledger"]["train"]["tokens"][account] += 1
     (found,) = run.audit(tmp_path).unbalanced
@@ -176,7 +176,7 @@ def test_a_ledger_that_balances_but_is_not_the_journals_is_found(tmp_path: Path)
 
 
 def test_a_draw_that_was_set_aside_is_accounted_for(tmp_path: Path) -> None:
-    run = Run()
+    run = AuditedRun()
     forget_a_draw(run)
     run.aside.append({"draw": 4, "why": "lost"})
     found = run.audit(tmp_path)
@@ -185,7 +185,7 @@ def test_a_draw_that_was_set_aside_is_accounted_for(tmp_path: Path) -> None:
 
 
 def test_a_step_whose_record_is_missing_is_no_loss(tmp_path: Path) -> None:
-    run = Run(steps=3)
+    run = AuditedRun(steps=3)
     del run.lines[1]
     found = run.audit(tmp_path)
     assert found.clean
@@ -193,12 +193,12 @@ def test_a_step_whose_record_is_missing_is_no_loss(tmp_path: Path) -> None:
 
 
 def test_a_step_that_a_restart_has_orphaned_does_not_count(tmp_path: Path) -> None:
-    run = Run()
+    run = AuditedRun()
     run.lines.append({**run.lines[1], "version": "1.2"})
     assert run.audit(tmp_path).clean
 
 
 def test_while_a_run_goes_on_groups_may_be_on_their_way(tmp_path: Path) -> None:
-    run = Run()
+    run = AuditedRun()
     leave_a_lease_open(run)
     assert run.audit(tmp_path, ended=False).clean

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.machine import treegrpo
-from tests.cli.workbench import GEOHOP, Workbench, question, write_rows
+from tests.cli.command_harness import treegrpo
+from tests.cli.small_run import GEOHOP, SmallRun, question, write_rows
 
 Changes = Mapping[str, str]
 LIMIT_SECONDS = 15.0
@@ -27,19 +27,19 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
-class Fault:
+class PreparedFault:
     name: str
-    prepare: Callable[[Workbench], Changes]
+    prepare: Callable[[SmallRun], Changes]
     """Puts the fault into the workbench, and returns the flags that go with it."""
     says: str
     """What its sentence has, the remedy included: a regular expression."""
 
 
-def model(change: Callable[[Path], None]) -> Callable[[Workbench], Changes]:
+def model(change: Callable[[Path], None]) -> Callable[[SmallRun], Changes]:
     """A fault of the model directory, a copy of the shipped one."""
 
-    def prepare(bench: Workbench) -> Changes:
-        folder = bench.folder / "model"
+    def prepare(small_run: SmallRun) -> Changes:
+        folder = small_run.folder / "model"
         shutil.copytree(GEOHOP / "model", folder)
         change(folder)
         return {"model.path": str(folder)}
@@ -47,11 +47,11 @@ def model(change: Callable[[Path], None]) -> Callable[[Workbench], Changes]:
     return prepare
 
 
-def text(name: str, content: str) -> Callable[[Workbench], Changes]:
+def text(name: str, content: str) -> Callable[[SmallRun], Changes]:
     return model(lambda folder: void((folder / name).write_text(content, encoding="utf-8")))
 
 
-def config(**values: Any) -> Callable[[Workbench], Changes]:
+def config(**values: Any) -> Callable[[SmallRun], Changes]:
     def change(folder: Path) -> None:
         file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
@@ -59,7 +59,7 @@ def config(**values: Any) -> Callable[[Workbench], Changes]:
     return model(change)
 
 
-def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Workbench], Changes]:
+def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[SmallRun], Changes]:
     def rewrite(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
@@ -68,7 +68,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Work
     return model(rewrite)
 
 
-def flags(**changes: str) -> Callable[[Workbench], Changes]:
+def flags(**changes: str) -> Callable[[SmallRun], Changes]:
     named = {key.replace("__", "."): value for key, value in changes.items()}
     return lambda _bench: named
 
@@ -111,160 +111,173 @@ def larger_tokenizer(folder: Path) -> None:
     file.write_text(json.dumps(found), encoding="utf-8")
 
 
-def template_of_roles(bench: Workbench) -> Changes:
+def template_of_roles(small_run: SmallRun) -> Changes:
     rows = [question(number, "Ghazni", "Laos") for number in range(2)]
     for row in rows:
         row["prompt"].insert(0, {"role": "system", "content": "Search."})
-    write_rows(bench.train, rows)
-    return model(lambda folder: (folder / "chat_template.jinja").unlink())(bench)
+    write_rows(small_run.train, rows)
+    return model(lambda folder: (folder / "chat_template.jinja").unlink())(small_run)
 
 
-def long_prompts(bench: Workbench) -> Changes:
-    write_rows(bench.train, [question(number, "Ghazni " * 100, "Laos") for number in range(2)])
+def long_prompts(small_run: SmallRun) -> Changes:
+    write_rows(small_run.train, [question(number, "Ghazni " * 100, "Laos") for number in range(2)])
     return {"rollout.max_context": "64"}
 
 
-def wordless_corpus(bench: Workbench) -> Changes:
-    write_rows(bench.corpus, [{"id": str(number), "contents": "… ?!\n—"} for number in range(3)])
+def wordless_corpus(small_run: SmallRun) -> Changes:
+    write_rows(small_run.corpus, [{"id": str(number), "contents": "… ?!\n—"} for number in range(3)])
     return {}
 
 
-def empty_corpus_row(bench: Workbench) -> Changes:
-    write_rows(bench.corpus, [{"id": "1", "contents": "A\na"}, {"id": "2", "contents": ""}])
+def empty_corpus_row(small_run: SmallRun) -> Changes:
+    write_rows(small_run.corpus, [{"id": "1", "contents": "A\na"}, {"id": "2", "contents": ""}])
     return {}
 
 
-def same_port(bench: Workbench) -> Changes:
-    return {"retriever.listen": bench.keys["broker.address"].replace("127.0.0.1", "0.0.0.0"), "security.insecure_network": "true"}
+def same_port(small_run: SmallRun) -> Changes:
+    return {
+        "retriever.listen": small_run.keys["broker.address"].replace("127.0.0.1", "0.0.0.0"),
+        "security.insecure_network": "true",
+    }
 
 
-def trainers_port(bench: Workbench) -> Changes:
-    port = int(bench.keys["learner.metrics"].rpartition(":")[2])
+def trainers_port(small_run: SmallRun) -> Changes:
+    port = int(small_run.keys["learner.metrics"].rpartition(":")[2])
     return {"learner.listen": f"127.0.0.1:{port + 1}"}
 
 
-def below_a_file(bench: Workbench) -> Changes:
-    (bench.folder / "file").touch()
-    return {"run.dir": str(bench.folder / "file" / "run")}
+def below_a_file(small_run: SmallRun) -> Changes:
+    (small_run.folder / "file").touch()
+    return {"run.dir": str(small_run.folder / "file" / "run")}
 
 
-def dangling_link(bench: Workbench) -> Changes:
-    (bench.folder / "link").symlink_to("/nonexistent/run")
-    return {"run.dir": str(bench.folder / "link")}
+def dangling_link(small_run: SmallRun) -> Changes:
+    (small_run.folder / "link").symlink_to("/nonexistent/run")
+    return {"run.dir": str(small_run.folder / "link")}
 
 
 RESTORE = "restore it from the model's source"
 PORT = "has port 0, and the other processes would not know which that is; give a number"
 FAULTS = (
-    Fault("tokenizer beyond the embedding", model(larger_tokenizer), r"has the id 1024 .* resize its embeddings"),
-    Fault(
+    PreparedFault("tokenizer beyond the embedding", model(larger_tokenizer), r"has the id 1024 .* resize its embeddings"),
+    PreparedFault(
         "no tokenizer", model(lambda folder: (folder / "tokenizer.json").unlink()), "has no tokenizer .* save it beside the model"
     ),
-    Fault(
+    PreparedFault(
         "template that raises",
         text("chat_template.jinja", "{{ raise_exception('only agents') }}"),
         "only agents.*mend it or the data",
     ),
-    Fault("template that is none", text("chat_template.jinja", "{% for m in %}"), "chat template fails .* mend it or the data"),
-    Fault(
+    PreparedFault(
+        "template that is none", text("chat_template.jinja", "{% for m in %}"), "chat template fails .* mend it or the data"
+    ),
+    PreparedFault(
         "template without the messages",
         text("chat_template.jinja", "<|user|>Hello<|end|>"),
         "renders all .* prompts of data.train that were tried alike, .* mend it",
     ),
-    Fault(
+    PreparedFault(
         "code beside the model",
         config(model_type="other", auto_map={"AutoConfig": "other.Config"}),
         "has model_type 'other'; the embedded engine runs .*; use SGLang",
     ),
-    Fault(
+    PreparedFault(
         "roles without a template",
         template_of_roles,
         "no chat template, and prompts of data.train have several roles.*save chat_temp",
     ),
-    Fault(
+    PreparedFault(
         "prompts beyond the context",
         long_prompts,
         "None of the 2 prompts of data.train .* raise it, or shorten",
     ),
-    Fault("context beyond the positions", flags(rollout__max_context="2048"), "allows 1024 positions .* lower the context"),
-    Fault("missing shard", model(missing_shard), r"model-2\.safetensors, one of 2 .* does not exist; save the model"),
-    Fault("weights cut short", model(cut), r"model\.safetensors cannot be read .* restore it from where it came"),
-    Fault("quantised weights", weights(quantised), r"quantised weights \(.* is I8\).* give the model in bfloat16"),
-    Fault(
+    PreparedFault(
+        "context beyond the positions", flags(rollout__max_context="2048"), "allows 1024 positions .* lower the context"
+    ),
+    PreparedFault("missing shard", model(missing_shard), r"model-2\.safetensors, one of 2 .* does not exist; save the model"),
+    PreparedFault("weights cut short", model(cut), r"model\.safetensors cannot be read .* restore it from where it came"),
+    PreparedFault("quantised weights", weights(quantised), r"quantised weights \(.* is I8\).* give the model in bfloat16"),
+    PreparedFault(
         "quantisation in the config",
         config(quantization_config={"quant_method": "gptq"}),
         r"quantised \(gptq\).* give the model in bf",
     ),
-    Fault("weights that are not finite", weights(not_finite), r"embed_tokens\.weight in .* not finite; restore it"),
-    Fault("tied config, another head", weights(other_head), r"unlike model\.embed_tokens\.weight.* set that to false"),
-    Fault("untied config, no head", config(tie_word_embeddings=False), r"has no lm_head\.weight.* set that to true"),
-    Fault(
+    PreparedFault("weights that are not finite", weights(not_finite), r"embed_tokens\.weight in .* not finite; restore it"),
+    PreparedFault("tied config, another head", weights(other_head), r"unlike model\.embed_tokens\.weight.* set that to false"),
+    PreparedFault("untied config, no head", config(tie_word_embeddings=False), r"has no lm_head\.weight.* set that to true"),
+    PreparedFault(
         "missing tensors",
         weights(lambda t: void(t.pop("model.norm.weight"))),
         "lacks 1 tensors of the model, model.norm.weight first",
     ),
-    Fault("another shape", config(intermediate_size=512), "has shape .*, the model needs .*; publish weights of the same model"),
-    Fault(
+    PreparedFault(
+        "another shape", config(intermediate_size=512), "has shape .*, the model needs .*; publish weights of the same model"
+    ),
+    PreparedFault(
         "empty generation_config.json",
         text("generation_config.json", ""),
         f"generation_config.json is not valid JSON .*{RESTORE}",
     ),
-    Fault(
+    PreparedFault(
         "list as generation_config.json",
         text("generation_config.json", "[1]"),
         f"generation_config.json is not a JSON object; {RESTORE}",
     ),
-    Fault(
+    PreparedFault(
         "eos as a name",
         text("generation_config.json", '{"eos_token_id": "<|end|>"}'),
         "has eos_token_id '<|end|>', .* give their ids",
     ),
-    Fault("config.json of wrong types", config(rms_norm_eps="small"), f"rms_norm_eps.*{RESTORE}"),
-    Fault("config.json with NaN", config(rms_norm_eps=float("nan")), f"NaN is the value of a key.*{RESTORE}"),
-    Fault("config.json that is a list", text("config.json", "[]"), f"config.json is not a JSON object; {RESTORE}"),
-    Fault("sliding window", config(layer_types=["sliding_attention"] * 4), "sliding.* use SGLang for this model"),
-    Fault("corpus without words", wordless_corpus, "has no word in any of its 3 documents; nothing could be found in it"),
-    Fault("empty corpus row", empty_corpus_row, "line 2: contents: .*each row is"),
-    Fault(
+    PreparedFault("config.json of wrong types", config(rms_norm_eps="small"), f"rms_norm_eps.*{RESTORE}"),
+    PreparedFault("config.json with NaN", config(rms_norm_eps=float("nan")), f"NaN is the value of a key.*{RESTORE}"),
+    PreparedFault("config.json that is a list", text("config.json", "[]"), f"config.json is not a JSON object; {RESTORE}"),
+    PreparedFault("sliding window", config(layer_types=["sliding_attention"] * 4), "sliding.* use SGLang for this model"),
+    PreparedFault("corpus without words", wordless_corpus, "has no word in any of its 3 documents; nothing could be found in it"),
+    PreparedFault("empty corpus row", empty_corpus_row, "line 2: contents: .*each row is"),
+    PreparedFault(
         "one leaf a question",
         flags(rollout__trees="1", rollout__expansions="0"),
         "every advantage would be 0; raise rollout.trees",
     ),
-    Fault(
+    PreparedFault(
         "leaves beyond any group",
         flags(rollout__rounds="4000"),
         "make 16002 leaves a question, and 4096 are the most; lower one of them",
     ),
-    Fault(
+    PreparedFault(
         "an address without a port", flags(broker__address="localhost"), "broker.address = 'localhost' is no address; write HOST"
     ),
-    Fault("a URL for an address", flags(broker__address="mqtt://127.0.0.1:1883"), "is no address; write HOST:PORT"),
-    Fault(
+    PreparedFault("a URL for an address", flags(broker__address="mqtt://127.0.0.1:1883"), "is no address; write HOST:PORT"),
+    PreparedFault(
         "max_running beyond memory",
         flags(engine__max_running="1000000"),
         "need .* GiB of memory.* lower engine.max_running to at most",
     ),
-    Fault(
+    PreparedFault(
         "cache beyond memory",
         flags(engine__cache_tokens="1000000000"),
         "need .* GiB of memory.* lower rollout.max_context or engine",
     ),
-    Fault("port 0 of the broker", flags(broker__address="127.0.0.1:0"), f"broker.address = 127.0.0.1:0 {PORT}"),
-    Fault("port 0 of the retriever", flags(retriever__listen="127.0.0.1:0"), f"retriever.listen = 127.0.0.1:0 {PORT}"),
-    Fault("port 0 of the learner", flags(learner__listen="127.0.0.1:0"), f"learner.listen = 127.0.0.1:0 {PORT}"),
-    Fault(
+    PreparedFault("port 0 of the broker", flags(broker__address="127.0.0.1:0"), f"broker.address = 127.0.0.1:0 {PORT}"),
+    PreparedFault("port 0 of the retriever", flags(retriever__listen="127.0.0.1:0"), f"retriever.listen = 127.0.0.1:0 {PORT}"),
+    PreparedFault("port 0 of the learner", flags(learner__listen="127.0.0.1:0"), f"learner.listen = 127.0.0.1:0 {PORT}"),
+    PreparedFault(
         "one port for two", same_port, "broker.address and retriever.listen are .*on the same port; give one of them another port"
     ),
-    Fault("the trainer's metrics port", trainers_port, r"learner\.listen and learner\.metrics .*; give one of them another port"),
-    Fault(
+    PreparedFault(
+        "the trainer's metrics port", trainers_port, r"learner\.listen and learner\.metrics .*; give one of them another port"
+    ),
+    PreparedFault(
         "IPv6 without brackets", flags(learner__listen="::1:50051"), r"is an IPv6 address without brackets; write \[HOST\]:PORT"
     ),
-    Fault("run.dir below a file", below_a_file, "run.dir = .* lies below .*, which is a file; give a directory"),
-    Fault("run.dir a dangling link", dangling_link, "leads to the link .* whose target does not exist; mend it"),
-    Fault(
+    PreparedFault("run.dir below a file", below_a_file, "run.dir = .* lies below .*, which is a file; give a directory"),
+    PreparedFault("run.dir a dangling link", dangling_link, "leads to the link .* whose target does not exist; mend it"),
+    PreparedFault(
         "run.dir that takes no file", flags(run__dir="/proc/run"), "run.dir = /proc/run cannot be written to .*; choose another"
     ),
-    Fault("run.dir with too long a name", flags(run__dir="/tmp/" + "x" * 300), "cannot be made .*; choose another directory"),
+    PreparedFault(
+        "run.dir with too long a name", flags(run__dir="/tmp/" + "x" * 300), "cannot be made .*; choose another directory"
+    ),
 )
 
 
@@ -279,10 +292,10 @@ def main() -> int:
     failed = 0
     for fault in FAULTS:
         with tempfile.TemporaryDirectory() as folder:
-            bench = Workbench(Path(folder))
-            bench.keys.update(fault.prepare(bench))
+            small_run = SmallRun(Path(folder))
+            small_run.keys.update(fault.prepare(small_run))
             began, computed = time.perf_counter(), children_seconds()
-            result = treegrpo("up", *bench.flags())
+            result = treegrpo("up", *small_run.flags())
             seconds, computed = time.perf_counter() - began, children_seconds() - computed
             good = result.code == 2 and re.search(fault.says, result.sentence) and seconds < LIMIT_SECONDS and not result.left
         failed += not good

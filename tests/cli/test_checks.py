@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from learner.trainer.packing.model import load_model
+from services.cli.checks.check import run_checks
 from services.cli.checks.model_checks import check_model, check_tokenizer
 from services.cli.checks.run_checks import (
-    Address,
-    Questions,
+    ListenAddress,
+    QuestionFiles,
     all_addresses,
     check_addresses,
     check_corpus,
@@ -20,11 +21,10 @@ from services.cli.checks.run_checks import (
     check_run_dir,
     check_sampler_metrics,
     learner_addresses,
-    run_checks,
     up_checks,
 )
-from services.cli.doctor import examine, files, machine
-from tests.cli.workbench import GEOHOP, Workbench
+from services.cli.doctor import check_findings, diagnose, machine_findings
+from tests.cli.small_run import GEOHOP, SmallRun
 from tests.control.brokers import embedded
 from treegrpo.config.loader import load_config
 from treegrpo.config.schema import Config, RunConfig
@@ -32,7 +32,7 @@ from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelErro
 
 
 def test_a_complete_run_passes_all_checks(tmp_path: Path) -> None:
-    run_checks(up_checks(load_config(None, Workbench(tmp_path).flags())).values())
+    run_checks(up_checks(load_config(None, SmallRun(tmp_path).flags())).values())
 
 
 @pytest.mark.parametrize(
@@ -83,14 +83,14 @@ def test_a_tokenizer_that_is_missing_or_broken_is_found_before_the_start(tmp_pat
         check_tokenizer(model)
 
 
-def test_a_kind_that_only_sglang_runs_is_refused_only_for_the_embedded_engine(tmp_path: Path) -> None:
+def test_a_model_type_of_sglang_alone_is_refused_for_the_embedded_engine(tmp_path: Path) -> None:
     model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
     assert "(mistral, all values finite)" in check_model(model, "sglang", 256)
     with pytest.raises(ModelError, match="use SGLang for others"):
         check_model(model, "embedded", 256)
-    flags = Workbench(tmp_path).flags(model__path=str(model), engine__kind="sglang")
+    flags = SmallRun(tmp_path).flags(model__path=str(model), engine__kind="sglang")
     assert "(mistral," in up_checks(load_config(None, flags))["model"]()
 
 
@@ -98,7 +98,7 @@ def test_the_doctor_takes_a_kind_with_another_config_for_a_finding(tmp_path: Pat
     model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
-    found = files(up_checks(load_config(None, Workbench(tmp_path).flags(model__path=str(model)))))
+    found = check_findings(up_checks(load_config(None, SmallRun(tmp_path).flags(model__path=str(model)))))
     assert [finding.subject for finding in found if "qwen2_vl" in finding.text and finding.verdict == "fail"] == ["model"]
 
 
@@ -121,7 +121,7 @@ def test_code_beside_a_model_is_not_run_and_nobody_is_asked(tmp_path: Path, monk
 
 def test_files_that_are_not_there_are_named_with_their_key(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train = .*absent\.jsonl does not exist"):
-        Questions(load_config(None, ["--data.train", str(tmp_path / "absent.jsonl")])).found("data.train")
+        QuestionFiles(load_config(None, ["--data.train", str(tmp_path / "absent.jsonl")])).check_file("data.train")
     with pytest.raises(DataError, match=r"retriever\.corpus = .*absent\.jsonl does not exist"):
         check_corpus(tmp_path / "absent.jsonl")
 
@@ -130,7 +130,7 @@ def test_a_busy_port_is_named_with_its_key() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(AddressInUseError, match=rf"learner\.listen = {address} is taken"):
-            check_addresses([Address("learner.listen", address)])
+            check_addresses([ListenAddress("learner.listen", address)])
 
 
 def test_two_parts_at_one_address_are_both_named() -> None:
@@ -167,30 +167,30 @@ def test_an_sglang_that_cannot_be_started_is_found_before_anything_is() -> None:
 def test_where_an_engine_listens_is_an_address_like_the_others() -> None:
     address = "127.0.0.1:40000"
     flags = ("--engine.listen", address, "--broker.address", address)
-    assert Address("engine.listen", address) not in all_addresses(load_config(None, flags))
+    assert ListenAddress("engine.listen", address) not in all_addresses(load_config(None, flags))
     with pytest.raises(AddressInUseError, match=rf"broker\.address and engine\.listen are both {address}"):
         check_addresses(all_addresses(load_config(None, ["--engine.kind", "sglang", *flags])))
 
 
 async def test_the_doctor_takes_the_ports_of_a_run_that_is_up_for_no_fault(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path)
-    config = load_config(None, bench.flags())
+    small_run = SmallRun(tmp_path)
+    config = load_config(None, small_run.flags())
     broker = embedded(config.broker.address)
     await broker.start()
     try:
-        verdicts = {finding.subject: finding.verdict for finding in await examine(config)}
+        verdicts = {finding.subject: finding.verdict for finding in await diagnose(config)}
     finally:
         await broker.stop()
     assert (verdicts["broker"], verdicts["ports"], verdicts["learner"]) == ("ok", "warn", "warn")
 
 
 def test_the_doctor_finds_every_fault_and_the_machine_fit(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path)
-    bench.corpus.write_text("{}\n")
-    bench.train.unlink()
-    verdicts = {finding.subject: finding.verdict for finding in files(up_checks(load_config(None, bench.flags())))}
+    small_run = SmallRun(tmp_path)
+    small_run.corpus.write_text("{}\n")
+    small_run.train.unlink()
+    verdicts = {finding.subject: finding.verdict for finding in check_findings(up_checks(load_config(None, small_run.flags())))}
     assert {subject for subject, verdict in verdicts.items() if verdict == "fail"} == {"corpus", "training questions"}
-    assert all(finding.verdict != "fail" for finding in machine())
+    assert all(finding.verdict != "fail" for finding in machine_findings())
 
 
 def test_a_run_directory_that_cannot_be_made_is_refused() -> None:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from services.cli.evaluate import Answered, failures
+from services.cli.evaluate import EvalAnswer, describe_failures
 from treegrpo.core.question import Question
 from treegrpo.core.step import Leaf
 from treegrpo.errors import RunError
 
 QUESTION = Question("id", "made", (), ("a",))
-ANSWERED, FAILED = Answered(QUESTION, Leaf(0, {"em": 1.0}, {})), Answered(QUESTION, None, "ToolError: HTML instead of JSON")
+ANSWERED, FAILED = EvalAnswer(QUESTION, Leaf(0, {"em": 1.0}, {})), EvalAnswer(QUESTION, None, "ToolError: HTML instead of JSON")
 
 
 def test_questions_without_an_answer_are_said_with_the_last_reason() -> None:
-    assert failures([ANSWERED, ANSWERED]) == ""
+    assert describe_failures([ANSWERED, ANSWERED]) == ""
     sentence = "1 of 2 questions came to no answer, the last so: ToolError: HTML instead of JSON."
-    assert failures([FAILED, ANSWERED]) == sentence
+    assert describe_failures([FAILED, ANSWERED]) == sentence
 
 
 def test_an_evaluation_without_any_answer_is_an_error() -> None:
     with pytest.raises(RunError, match="2 of 2 questions came to no answer, the last so: no error was named"):
-        failures([FAILED, Answered(QUESTION, None)])
+        describe_failures([FAILED, EvalAnswer(QUESTION, None)])

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.checks.run_checks import eval_checks, run_checks, up_checks
-from services.cli.doctor import files
-from services.cli.reports.live_view import Screen
+from services.cli.checks.check import run_checks
+from services.cli.checks.run_checks import eval_checks, up_checks
+from services.cli.doctor import check_findings
+from services.cli.reports.live_view import LiveView
 from services.cli.reports.terminal import Terminal
-from services.cli.up import Run
-from tests.cli.machine import treegrpo
-from tests.cli.prepared_faults import FAULTS, Fault
-from tests.cli.workbench import Workbench
+from services.cli.up import RunController
+from tests.cli.command_harness import treegrpo
+from tests.cli.prepared_faults import FAULTS, PreparedFault
+from tests.cli.small_run import SmallRun
 from treegrpo.config.loader import load_config
 from treegrpo.errors import TreeGrpoError
 from treegrpo.runtime.entrypoint import FAILED, exit_code
@@ -21,27 +22,29 @@ from treegrpo.runtime.entrypoint import FAILED, exit_code
 every_fault = pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
 
 
-def prepared(folder: Path, fault: Fault) -> Workbench:
-    bench = Workbench(folder)
-    bench.keys.update(fault.prepare(bench))
-    return bench
+def prepared(folder: Path, fault: PreparedFault) -> SmallRun:
+    small_run = SmallRun(folder)
+    small_run.keys.update(fault.prepare(small_run))
+    return small_run
 
 
 @every_fault
-def test_the_doctor_finds_it_with_its_remedy(tmp_path: Path, fault: Fault) -> None:
+def test_the_doctor_finds_it_with_its_remedy(tmp_path: Path, fault: PreparedFault) -> None:
     failed = [
-        finding for finding in files(up_checks(load_config(None, prepared(tmp_path, fault).flags()))) if finding.verdict == "fail"
+        finding
+        for finding in check_findings(up_checks(load_config(None, prepared(tmp_path, fault).flags())))
+        if finding.verdict == "fail"
     ]
     assert [finding.text for finding in failed if re.search(fault.says, finding.text)], failed
     assert len({finding.text for finding in failed}) == len(failed)
 
 
 @every_fault
-def test_up_refuses_it_before_anything_is_made(tmp_path: Path, fault: Fault) -> None:
-    bench = prepared(tmp_path, fault)
-    config, before = load_config(None, bench.flags()), sorted(tmp_path.rglob("*"))
+def test_up_refuses_it_before_anything_is_made(tmp_path: Path, fault: PreparedFault) -> None:
+    small_run = prepared(tmp_path, fault)
+    config, before = load_config(None, small_run.flags()), sorted(tmp_path.rglob("*"))
     with pytest.raises(TreeGrpoError, match=fault.says) as refusal:
-        asyncio.run(Run(config, bench.flags(), Screen(Terminal()), "", everything=True).check())
+        asyncio.run(RunController(config, small_run.flags(), LiveView(Terminal()), "", everything=True).check_configuration())
     assert exit_code(refusal.value) == FAILED
     assert "\n" not in str(refusal.value)
     assert sorted(tmp_path.rglob("*")) == before

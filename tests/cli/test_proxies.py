@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import grpc
 import pytest
 
-from services.cli.processes.readiness import retriever_ready
-from services.cli.reports.metrics_client import pages
+from services.cli.processes.readiness import probe_retriever
+from services.cli.reports.metrics_client import open_metrics_client
 from services.environments.retrieval import HttpRetriever
 from tests.security.door import describe, serving
 from treegrpo.config.schema import Config, RetrieverConfig
@@ -60,10 +60,10 @@ def proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_http_goes_directly(address: str) -> None:
-    await retriever_ready(Config(retriever=RetrieverConfig(url=f"http://{address}")))
+    await probe_retriever(Config(retriever=RetrieverConfig(url=f"http://{address}")))
     async with HttpRetriever(f"http://{address}", 5.0) as retriever:
         assert await retriever.search("anything", topk=1) == ["A"]
-    async with pages(OPEN) as read:
+    async with open_metrics_client(OPEN) as read:
         assert await read(address) == {"treegrpo_step": 3.0}
     assert probe_failure(f"http://{address}/health") == ""
 

@@ -16,13 +16,13 @@ from learner.trainer.packing.model import load_model
 from learner.trainer.persistence.policy_versions import export
 from services.broker import server
 from services.cli.checks.run_checks import eval_checks, up_checks
-from services.cli.doctor import files
+from services.cli.doctor import check_findings
 from services.retriever import service as retriever
 from services.sampler.factory import open_engine
 from services.sampler.text.tokenizer import Tokenizer
 from tests.cli.prepared_faults import FAULTS
-from tests.cli.workbench import GEOHOP, Workbench
-from treegrpo.config.loader import load_config
+from tests.cli.small_run import GEOHOP, SmallRun
+from treegrpo.config.loader import load
 from treegrpo.config.schema import Config
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import TreeGrpoError
@@ -56,12 +56,12 @@ async def policy(config: Config) -> None:
 @pytest.mark.parametrize(
     ("service", "name"),
     [
-        (intake.run_intake, "config.json that is a list"),
-        (intake.run_intake, "empty generation_config.json"),
-        (intake.run_intake, "port 0 of the learner"),
-        (intake.run_intake, "run.dir below a file"),
-        (intake.run_intake, "run.dir a dangling link"),
-        (server.serve, "port 0 of the broker"),
+        (intake.run, "config.json that is a list"),
+        (intake.run, "empty generation_config.json"),
+        (intake.run, "port 0 of the learner"),
+        (intake.run, "run.dir below a file"),
+        (intake.run, "run.dir a dangling link"),
+        (server.serve_broker, "port 0 of the broker"),
         (search, "corpus without words"),
         (search, "empty corpus row"),
         (trainer, "one leaf a question"),
@@ -82,21 +82,21 @@ async def policy(config: Config) -> None:
 )
 async def test_it_says_the_same_sentence(tmp_path: Path, service: Callable[[Config], Awaitable[None]], name: str) -> None:
     (fault,) = (fault for fault in FAULTS if fault.name == name)
-    bench = Workbench(tmp_path)
-    bench.keys.update(fault.prepare(bench))
-    config = load_config(None, bench.flags())
+    small_run = SmallRun(tmp_path)
+    small_run.keys.update(fault.prepare(small_run))
+    config = load(None, small_run.flags())
     with pytest.raises(TreeGrpoError) as refusal:
         await service(config)
     assert re.search(fault.says, str(refusal.value))
     assert not refusal.value.is_transient
-    assert str(refusal.value) in {finding.text for finding in files(up_checks(config))} or service is tokenizer
+    assert str(refusal.value) in {finding.text for finding in check_findings(up_checks(config))} or service is tokenizer
 
 
 def test_the_model_that_a_run_leaves_passes_all_checks(tmp_path: Path) -> None:
     final = tmp_path / "checkpoints" / "final"
     final.parent.mkdir()
     export(load_model(GEOHOP / "model", CPU), final, GEOHOP / "model", "bfloat16")
-    config = load_config(None, Workbench(tmp_path).flags(model__path=str(final)))
+    config = load(None, SmallRun(tmp_path).flags(model__path=str(final)))
     for checks in (up_checks(config), eval_checks(config)):
-        found = {finding.subject: finding.verdict for finding in files(checks)}
+        found = {finding.subject: finding.verdict for finding in check_findings(checks)}
         assert {subject for subject, verdict in found.items() if verdict != "ok"} <= {"data", "limits"}

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.reports.plot import plot
-from services.cli.reports.progress_reader import Progress, read_progress
-from services.cli.reports.summary import em_line, program, summary
-from tests.cli.records import eval_row, evaluation, step_row, write
+from services.cli.reports.plot import plot_progress
+from services.cli.reports.progress_reader import RunProgress, read_progress
+from services.cli.reports.summary import command_name, exact_match_summary, summary_lines
+from tests.cli.progress_rows import eval_row, evaluation, step_row, write
 from treegrpo.errors import DataError
 
 TOML = Path("geohop.toml")
@@ -22,37 +22,37 @@ def finished_run(folder: Path) -> Path:
 def test_the_summary_says_before_and_after_and_what_to_do_next(tmp_path: Path) -> None:
     model = finished_run(tmp_path) / "checkpoints" / "final"
     model.mkdir()
-    lines = summary(tmp_path, 2, TOML, ("up", "geohop.toml"))
+    lines = summary_lines(tmp_path, 2, TOML, ("up", "geohop.toml"))
     assert lines[0] == "held-out EM: 31.2 → 63.5"
     assert lines[2:] == [
         f"plot: {tmp_path / 'progress.png'}",
         f"checkpoint: {model} (Hugging Face format)",
-        f"next: {program()} eval geohop.toml --model.path {model}",
+        f"next: {command_name()} eval geohop.toml --model.path {model}",
     ]
 
 
 def test_a_run_that_was_cut_short_says_how_to_go_on(tmp_path: Path) -> None:
-    lines = summary(finished_run(tmp_path), 10, TOML, ("up", "geohop.toml", "--train.steps", "10"))
-    assert lines[-1] == f"go on: {program()} up geohop.toml --train.steps 10"
+    lines = summary_lines(finished_run(tmp_path), 10, TOML, ("up", "geohop.toml", "--train.steps", "10"))
+    assert lines[-1] == f"go on: {command_name()} up geohop.toml --train.steps 10"
 
 
 def test_a_run_without_a_step_says_where_the_logs_are(tmp_path: Path) -> None:
-    assert summary(tmp_path, 2, TOML, ("up",)) == [
+    assert summary_lines(tmp_path, 2, TOML, ("up",)) == [
         f"No step was made; the logs are in {tmp_path / 'logs'}.",
-        f"go on: {program()} up",
+        f"go on: {command_name()} up",
     ]
 
 
 def test_one_evaluation_has_no_arrow() -> None:
-    progress = Progress()
-    assert em_line(progress) == "held-out EM: not evaluated"
-    progress.add(evaluation(0, 0.5))
-    assert em_line(progress) == "held-out EM: 50.0"
+    progress = RunProgress()
+    assert exact_match_summary(progress) == "held-out EM: not evaluated"
+    progress.add_record(evaluation(0, 0.5))
+    assert exact_match_summary(progress) == "held-out EM: 50.0"
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     picture = tmp_path / "progress.png"
-    plot(read_progress(finished_run(tmp_path)), picture, "a run")
+    plot_progress(read_progress(finished_run(tmp_path)), picture, "a run")
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG")
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
@@ -63,10 +63,10 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 def test_the_plot_has_a_gap_where_a_step_measured_nothing(tmp_path: Path) -> None:
     measured = ("reward_mean", "em", "lag_mean", "lag_max", "zero_signal_ratio")
     write(tmp_path, step_row(1), {name: value for name, value in step_row(2).items() if name not in measured}, step_row(3))
-    plot(read_progress(tmp_path), tmp_path / "progress.png", "a run")
+    plot_progress(read_progress(tmp_path), tmp_path / "progress.png", "a run")
     assert (tmp_path / "progress.png").stat().st_size > 10_000
 
 
 def test_there_is_no_plot_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing to plot"):
-        plot(Progress(), tmp_path / "progress.png", "a run")
+        plot_progress(RunProgress(), tmp_path / "progress.png", "a run")

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.doctor import Finding
-from services.cli.doctor import report as findings_table
-from services.cli.evaluate import Answered
-from services.cli.evaluate import report as families_table
-from services.cli.reports.live_view import overview
-from services.cli.reports.plot import plot
-from services.cli.reports.progress_reader import Progress
-from services.cli.reports.summary import summary
+from services.cli.doctor import Finding, findings_table
+from services.cli.evaluate import EvalAnswer, family_table
+from services.cli.reports.live_view import run_panel
+from services.cli.reports.plot import plot_progress
+from services.cli.reports.progress_reader import RunProgress
+from services.cli.reports.summary import summary_lines
 from services.cli.reports.terminal import Terminal
-from tests.cli.records import evaluation, step, step_row, write
+from tests.cli.progress_rows import evaluation, step, step_row, write
 from treegrpo.core.question import Question
 from treegrpo.observability.printable_text import UNPRINTABLE
 from treegrpo.observability.standard_streams import LossyFile
@@ -35,10 +33,10 @@ def terminal() -> tuple[Terminal, io.StringIO]:
 
 def test_foreign_text_is_shown_as_it_is_in_every_table() -> None:
     here, out = terminal()
-    here.say(f"{NASTY}\nerror: forged")
-    here.show(findings_table([Finding("model", "fail", NASTY)]))
-    here.show(families_table([Answered(Question("id", "made", (), ("a",), NASTY), None)]))
-    here.show(overview(Progress(), {}, 3, NASTY, paused=NASTY))
+    here.print_line(f"{NASTY}\nerror: forged")
+    here.print_renderable(findings_table([Finding("model", "fail", NASTY)]))
+    here.print_renderable(family_table([EvalAnswer(Question("id", "made", (), ("a",), NASTY), None)]))
+    here.print_renderable(run_panel(RunProgress(), {}, 3, NASTY, paused=NASTY))
     text = out.getvalue()
     assert text.count(SHOWN) == 5
     assert "error: forged" not in text.splitlines()
@@ -49,7 +47,7 @@ def test_foreign_text_is_shown_as_it_is_in_every_table() -> None:
 def test_a_table_is_readable_whatever_the_shell_takes_for_columns(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     out = io.StringIO()
-    Terminal(out).show(findings_table([Finding("model", "ok", "a directory")]))
+    Terminal(out).print_renderable(findings_table([Finding("model", "ok", "a directory")]))
     assert "a directory" in out.getvalue()
 
 
@@ -57,15 +55,15 @@ def test_a_table_is_readable_whatever_the_shell_takes_for_columns(monkeypatch: p
 def test_a_plot_has_any_title_and_needs_no_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    progress = Progress([step(1), step(2)], [evaluation(0, 0.5)])
-    plot(progress, tmp_path / "progress.png", f"{NASTY} 北京 $a_$b$")
+    progress = RunProgress([step(1), step(2)], [evaluation(0, 0.5)])
+    plot_progress(progress, tmp_path / "progress.png", f"{NASTY} 北京 $a_$b$")
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_ends_well_without_its_plot(tmp_path: Path) -> None:
     write(tmp_path, step_row(1))
     (tmp_path / "progress.png").mkdir()
-    lines = summary(tmp_path, 1, None, ["up"])
+    lines = summary_lines(tmp_path, 1, None, ["up"])
     assert [line for line in lines if line.startswith("no plot: ")] != []
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from services.cli.reports.progress_reader import read_progress
-from services.cli.reports.summary import program
+from services.cli.reports.summary import command_name
 from services.cli.up import DRAIN_SECONDS
-from tests.cli.machine import environment, marked, treegrpo
-from tests.cli.workbench import Workbench
+from tests.cli.command_harness import environment, marked, treegrpo
+from tests.cli.small_run import SmallRun
 from treegrpo.runtime.entrypoint import FAILED, TRANSIENT
 
 SECONDS = 240.0
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(300)
 FOREVER = "100000"
 
 
-class Running:
+class UpProcess:
     """`treegrpo up` as a user sees it: its lines, its signals, its exit code."""
 
     def __init__(self, process: asyncio.subprocess.Process, mark: str) -> None:
@@ -34,7 +34,7 @@ class Running:
         self.lines: list[str] = []
         self._mark = mark
 
-    async def line(self, part: str) -> str:
+    async def wait_for_line(self, part: str) -> str:
         """Read on to the next line with ``part``; fails at the end of the output."""
         assert self.process.stdout is not None
         async with asyncio.timeout(SECONDS):
@@ -44,7 +44,7 @@ class Running:
                     return line
         raise AssertionError(f"{part!r} was never said:\n" + "\n".join(self.lines))
 
-    async def end(self) -> int:
+    async def wait_for_end(self) -> int:
         """Read to the end; returns the exit code. Nothing is left running."""
         assert self.process.stdout is not None
         async with asyncio.timeout(SECONDS):
@@ -69,21 +69,21 @@ class Running:
         return next(pid for pid, words in names.items() if module.encode() in words and not words[3].endswith(b"leash.py"))
 
 
-Up = Callable[..., Awaitable[Running]]
+Up = Callable[..., Awaitable[UpProcess]]
 
 
 @pytest.fixture
 async def up() -> AsyncGenerator[Up]:
-    """Starts `treegrpo up`; what a failing test leaves is killed, and its parts with it."""
-    runs: list[Running] = []
+    """Starts `treegrpo up`; kills what a failing test leaves, and its parts with it."""
+    runs: list[UpProcess] = []
 
-    async def start(*flags: str, program: str = "services.cli.main", variables: Mapping[str, str] | None = None) -> Running:
+    async def start(*flags: str, program: str = "services.cli.main", variables: Mapping[str, str] | None = None) -> UpProcess:
         mark, command = uuid.uuid4().hex, [sys.executable, "-m", program, "up", *flags]
         output, given = asyncio.subprocess.PIPE, {**environment(mark), **(variables or {})}
         process = await asyncio.create_subprocess_exec(
             *command, env=given, stdout=output, stderr=asyncio.subprocess.STDOUT, stdin=asyncio.subprocess.DEVNULL
         )
-        runs.append(Running(process, mark))
+        runs.append(UpProcess(process, mark))
         return runs[-1]
 
     yield start
@@ -94,13 +94,13 @@ async def up() -> AsyncGenerator[Up]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Workbench:
-    return Workbench(tmp_path)
+def small_run(tmp_path: Path) -> SmallRun:
+    return SmallRun(tmp_path)
 
 
-async def told(bench: Workbench, state: str) -> None:
+async def set_state(small_run: SmallRun, state: str) -> None:
     """`treegrpo state`, to its end."""
-    assert (await asyncio.to_thread(treegrpo, "state", state, *bench.flags())).code == 0
+    assert (await asyncio.to_thread(treegrpo, "state", state, *small_run.flags())).code == 0
 
 
 SURROUNDINGS = {
@@ -126,157 +126,155 @@ SURROUNDINGS = {
 async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(tmp_path: Path, up: Up) -> None:
     folder = tmp_path / "lr$a_$b [red] :smile:"
     folder.mkdir()
-    bench = Workbench(folder)
-    run = await up(*bench.flags(sampler__count="2"), variables=SURROUNDINGS)
-    assert await run.end() == 0
-    progress = read_progress(bench.run_dir)
+    small_run = SmallRun(folder)
+    run = await up(*small_run.flags(sampler__count="2"), variables=SURROUNDINGS)
+    assert await run.wait_for_end() == 0
+    progress = read_progress(small_run.run_dir)
     assert [step.step for step in progress.steps] == [1, 2]
     assert [record.step for record in progress.evals] == [0, 2]
-    final = bench.run_dir / "checkpoints" / "final"
+    final = small_run.run_dir / "checkpoints" / "final"
     assert run.lines[-5].startswith("held-out EM: ")
     assert run.lines[-2:] == [
         f"checkpoint: {final} (Hugging Face format)",
-        f"next: {program()} eval --model.path {shlex.quote(str(final))}",
+        f"next: {command_name()} eval --model.path {shlex.quote(str(final))}",
     ]
-    assert (bench.run_dir / "progress.png").is_file()
-    assert {log.stem for log in (bench.run_dir / "logs").iterdir()} == {
+    assert (small_run.run_dir / "progress.png").is_file()
+    assert {log.stem for log in (small_run.run_dir / "logs").iterdir()} == {
         *("broker", "retriever", "intake", "trainer", "sampler-0", "sampler-1")
     }
 
-    again = await asyncio.to_thread(treegrpo, "up", *bench.flags())
+    again = await asyncio.to_thread(treegrpo, "up", *small_run.flags())
     assert (again.code, again.left) == (0, [])
     assert again.out == (
-        f"The run in {bench.run_dir} is finished: step 2 of 2 is done, and its model is in {final}. "
+        f"The run in {small_run.run_dir} is finished: step 2 of 2 is done, and its model is in {final}. "
         "Raise train.steps to go on with it, or choose another run.dir to begin anew.\n"
     )
-    other = await asyncio.to_thread(treegrpo, "up", *bench.flags(train__steps="3", run__seed="8", rollout__trees="3"))
+    other = await asyncio.to_thread(treegrpo, "up", *small_run.flags(train__steps="3", run__seed="8", rollout__trees="3"))
     assert (other.code, other.left) == (2, [])
     assert "run.seed was 0 and is 8, rollout.trees was 2 and is 3. Set it back" in other.sentence
 
 
-async def test_a_second_command_is_refused_a_dead_sampler_replaced_and_the_first_command_goes_on_after_ctrl_c(
-    bench: Workbench, up: Up, tmp_path: Path
+async def test_a_second_command_is_refused_and_the_first_resumes_after_ctrl_c(
+    small_run: SmallRun, up: Up, tmp_path: Path
 ) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER))
-    await run.line("The broker is ready")
+    run = await up(*small_run.flags(train__steps=FOREVER))
+    await run.wait_for_line("The broker is ready")
     (tmp_path / "elsewhere").mkdir()
-    keys = Workbench(tmp_path / "elsewhere").keys
+    keys = SmallRun(tmp_path / "elsewhere").keys
     ports = {key: keys[key] for key in ("broker.address", "retriever.listen", "learner.listen", "learner.metrics")}
-    flags = bench.flags(train__steps=FOREVER, **{key.replace(".", "__"): value for key, value in ports.items()})
+    flags = small_run.flags(train__steps=FOREVER, **{key.replace(".", "__"): value for key, value in ports.items()})
     second = await asyncio.to_thread(treegrpo, "up", *flags)
     assert (second.code, second.left, second.out) == (FAILED, [], "")
-    assert second.sentence.startswith(f"Another `treegrpo up` or `treegrpo learner` works on the run in {bench.run_dir}; ")
+    assert second.sentence.startswith(f"Another `treegrpo up` or `treegrpo learner` works on the run in {small_run.run_dir}; ")
 
-    await run.line("step 1/")
+    await run.wait_for_line("step 1/")
     os.kill(run.pid_of("services.sampler"), signal.SIGKILL)
-    await run.line("starting it again")
-    await run.line("step ")
+    await run.wait_for_line("starting it again")
+    await run.wait_for_line("step ")
     run.process.send_signal(signal.SIGINT)
-    assert await run.end() == 0
-    assert run.lines[-1].startswith(f"go on: {program()} up ")
+    assert await run.wait_for_end() == 0
+    assert run.lines[-1].startswith(f"go on: {command_name()} up ")
 
-    done = read_progress(bench.run_dir).steps[-1].step
-    again = await up(*bench.flags(train__steps=str(done + 1)))
-    assert await again.end() == 0
-    assert again.lines[0].startswith(f"Continuing the run in {bench.run_dir} after step {done} of {done + 1}; each process")
-    progress = read_progress(bench.run_dir)
+    done = read_progress(small_run.run_dir).steps[-1].step
+    again = await up(*small_run.flags(train__steps=str(done + 1)))
+    assert await again.wait_for_end() == 0
+    assert again.lines[0].startswith(f"Continuing the run in {small_run.run_dir} after step {done} of {done + 1}; each process")
+    progress = read_progress(small_run.run_dir)
     assert [step.step for step in progress.steps] == list(range(1, done + 2))
     assert progress.steps[-1].version == f"1.{done + 1}"
 
 
-async def test_a_second_ctrl_c_stops_all_ranks_at_once(bench: Workbench, up: Up) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER, train__processes="2"))
-    await run.line("step 1/")
+async def test_a_second_ctrl_c_stops_all_ranks_at_once(small_run: SmallRun, up: Up) -> None:
+    run = await up(*small_run.flags(train__steps=FOREVER, train__processes="2"))
+    await run.wait_for_line("step 1/")
     run.process.send_signal(signal.SIGINT)
     run.process.send_signal(signal.SIGTERM)
-    assert await run.end() == 130
+    assert await run.wait_for_end() == 130
 
 
-async def test_a_run_comes_to_its_end_whatever_part_of_it_is_killed(bench: Workbench, up: Up) -> None:
+async def test_a_run_comes_to_its_end_whatever_part_of_it_is_killed(small_run: SmallRun, up: Up) -> None:
     parts = {"trainer": "learner.trainer", "intake": "learner.intake", "retriever": "services.retriever"}
-    run = await up(*bench.flags(train__steps="40", train__checkpoint_every="1"))
+    run = await up(*small_run.flags(train__steps="40", train__checkpoint_every="1"))
     for part, module in {**parts, "broker": "services.broker.server"}.items():
-        await run.line("step ")
+        await run.wait_for_line("step ")
         os.kill(run.pid_of(module), signal.SIGKILL)
-        await run.line(f"The {part} was killed by signal 9 (SIGKILL); ")
+        await run.wait_for_line(f"The {part} was killed by signal 9 (SIGKILL); ")
         if part != "trainer":
-            await run.line(f"The {part} is ready again after ")
-    assert await run.end() == 0
-    progress = read_progress(bench.run_dir)
+            await run.wait_for_line(f"The {part} is ready again after ")
+    assert await run.wait_for_end() == 0
+    progress = read_progress(small_run.run_dir)
     assert [step.step for step in progress.steps] == list(range(1, 41))
     assert progress.evals[-1].step == 40
 
 
-async def test_a_rank_that_dies_costs_the_trainer_a_new_start_and_ranks_drain_together(bench: Workbench, up: Up) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER, train__processes="2"))
-    await run.line("step 1/")
+async def test_a_dead_rank_restarts_the_trainer_and_ranks_drain_together(small_run: SmallRun, up: Up) -> None:
+    run = await up(*small_run.flags(train__steps=FOREVER, train__processes="2"))
+    await run.wait_for_line("step 1/")
     os.kill(run.pid_of("learner.trainer", variable="RANK=1"), signal.SIGKILL)
     lost = "Rank 1 of the trainer was killed by signal 9; if nobody sent it, memory ran out."
-    await run.line(f"The trainer ended with code {TRANSIENT}: {lost} (log: ")
-    await run.line("held-out after step 0")
-    await run.line("step 1/")
+    await run.wait_for_line(f"The trainer ended with code {TRANSIENT}: {lost} (log: ")
+    await run.wait_for_line("held-out after step 0")
+    await run.wait_for_line("step 1/")
     run.process.send_signal(signal.SIGINT)
-    assert await run.end() == 0
+    assert await run.wait_for_end() == 0
 
 
-async def test_a_paused_run_that_drains_and_goes_on_is_still_paused_until_somebody_says_running(bench: Workbench, up: Up) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER))
-    await run.line("step 1/")
-    await told(bench, "paused")
-    line = await run.line("The run is paused; go on with: ")
-    assert (
-        line.rstrip()
-        == f"The run is paused; go on with: {shlex.join([program(), 'state', 'running', *bench.flags(train__steps=FOREVER)])}"
-    )
-    await told(bench, "draining")
-    await run.line("Draining: ")
-    assert await run.end() == 0
-    assert run.lines[-1].startswith(f"go on: {program()} up ")
+async def test_a_paused_run_that_drains_is_still_paused_when_it_is_resumed(small_run: SmallRun, up: Up) -> None:
+    run = await up(*small_run.flags(train__steps=FOREVER))
+    await run.wait_for_line("step 1/")
+    await set_state(small_run, "paused")
+    line = await run.wait_for_line("The run is paused; go on with: ")
+    resume = [command_name(), "state", "running", *small_run.flags(train__steps=FOREVER)]
+    assert line.rstrip() == f"The run is paused; go on with: {shlex.join(resume)}"
+    await set_state(small_run, "draining")
+    await run.wait_for_line("Draining: ")
+    assert await run.wait_for_end() == 0
+    assert run.lines[-1].startswith(f"go on: {command_name()} up ")
 
-    done = read_progress(bench.run_dir).steps[-1].step
-    again = await up(*bench.flags(train__steps=str(done + 1)))
-    await again.line("Continuing the run")
-    await again.line("The run is paused; go on with: ")
+    done = read_progress(small_run.run_dir).steps[-1].step
+    again = await up(*small_run.flags(train__steps=str(done + 1)))
+    await again.wait_for_line("Continuing the run")
+    await again.wait_for_line("The run is paused; go on with: ")
     assert not any("step " in line for line in again.lines[1:]), again.lines
-    await told(bench, "running")
-    assert await again.end() == 0
+    await set_state(small_run, "running")
+    assert await again.wait_for_end() == 0
     assert any("no longer paused" in line for line in again.lines)
-    assert read_progress(bench.run_dir).steps[-1].step == done + 1
+    assert read_progress(small_run.run_dir).steps[-1].step == done + 1
 
 
 @pytest.mark.parametrize("module", ["learner.trainer", "learner.intake", "services.broker.server"])
-async def test_ctrl_c_while_a_part_waits_to_be_started_again_ends_the_run_in_order(bench: Workbench, up: Up, module: str) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER), program="tests.cli.programs.patient")
-    await run.line("step 1/")
+async def test_ctrl_c_during_a_restart_delay_ends_the_run_in_order(small_run: SmallRun, up: Up, module: str) -> None:
+    run = await up(*small_run.flags(train__steps=FOREVER), program="tests.cli.programs.slow_restart")
+    await run.wait_for_line("step 1/")
     os.kill(run.pid_of(module), signal.SIGKILL)
-    await run.line("starting it again in 3600 s")
+    await run.wait_for_line("starting it again in 3600 s")
     run.process.send_signal(signal.SIGINT)
-    assert await run.end() == 0
-    assert run.lines[-1].startswith(f"go on: {program()} up ")
+    assert await run.wait_for_end() == 0
+    assert run.lines[-1].startswith(f"go on: {command_name()} up ")
     assert any("about to be started again" in line for line in run.lines) == (module == "learner.trainer")
-    assert any((bench.run_dir / "checkpoints").glob("step-*")) == (module != "learner.trainer")
+    assert any((small_run.run_dir / "checkpoints").glob("step-*")) == (module != "learner.trainer")
 
 
-async def test_an_error_that_stays_ends_the_run_with_its_sentence(bench: Workbench, up: Up) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER, train__checkpoint_every="1"))
-    await run.line("step 2/")  # a checkpoint of the first stands
-    bench.train.write_text("{}\n")
+async def test_an_error_that_stays_ends_the_run_with_its_sentence(small_run: SmallRun, up: Up) -> None:
+    run = await up(*small_run.flags(train__steps=FOREVER, train__checkpoint_every="1"))
+    await run.wait_for_line("step 2/")  # a checkpoint of the first stands
+    small_run.train.write_text("{}\n")
     os.kill(run.pid_of("learner.intake"), signal.SIGKILL)
-    assert await run.end() == FAILED
+    assert await run.wait_for_end() == FAILED
     (error,) = [line for line in run.lines if line.startswith("error: ")]
-    assert error.startswith(f"error: The intake ended with code 2: {bench.train}, row 1: ")
-    assert run.lines[-1].startswith(f"when that is mended, go on: {program()} up ")
+    assert error.startswith(f"error: The intake ended with code 2: {small_run.train}, row 1: ")
+    assert run.lines[-1].startswith(f"when that is mended, go on: {command_name()} up ")
 
 
-async def test_ctrl_c_while_the_trainer_waits_for_its_disk_ends_the_run_soon(bench: Workbench, up: Up) -> None:
-    run = await up(*bench.flags(train__steps=FOREVER, train__checkpoint_every="1"))
-    await run.line("step 2/")
+async def test_ctrl_c_while_the_trainer_waits_for_its_disk_ends_the_run_soon(small_run: SmallRun, up: Up) -> None:
+    run = await up(*small_run.flags(train__steps=FOREVER, train__checkpoint_every="1"))
+    await run.wait_for_line("step 2/")
     resource.prlimit(run.pid_of("learner.trainer"), resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))  # no weights fit
-    await run.line(f"The disk of {bench.run_dir} refuses what the trainer has to write: it waits")
+    await run.wait_for_line(f"The disk of {small_run.run_dir} refuses what the trainer has to write: it waits")
     run.process.send_signal(signal.SIGINT)
     async with asyncio.timeout(DRAIN_SECONDS / 4):
-        assert await run.end() == TRANSIENT
+        assert await run.wait_for_end() == TRANSIENT
     (error,) = [line for line in run.lines if line.startswith("error: ")]
     assert error.startswith(f"error: The trainer ended with code {TRANSIENT}: ")
     assert "make room on its disk" in error
-    assert run.lines[-1].startswith(f"go on: {program()} up ")
+    assert run.lines[-1].startswith(f"go on: {command_name()} up ")

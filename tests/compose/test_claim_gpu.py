@@ -1,4 +1,4 @@
-"""Every container takes GPUs that no other has, and what a dead one had is free again. With an nvidia-smi of our own."""
+"""Containers lock GPUs exclusively, and a dead one releases its own. With a fake nvidia-smi."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOW = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input(
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> dict[str, str]:
+def gpu_machine(tmp_path: Path) -> dict[str, str]:
     """The environment of a machine with two GPUs."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho GPU-a\necho GPU-b\n", encoding="utf-8")
@@ -25,43 +25,45 @@ def machine(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GPU_LOCKS": str(tmp_path / "locks"), "GPU_PATIENCE": "0"}
 
 
-def start(machine: dict[str, str], count: int) -> subprocess.Popen[str]:
+def start(gpu_machine: dict[str, str], count: int) -> subprocess.Popen[str]:
     command = [sys.executable, str(CLAIM), str(count), sys.executable, "-c", SHOW]
-    return subprocess.Popen(command, env=machine, stdin=-1, stdout=-1, stderr=-1, text=True)
+    return subprocess.Popen(command, env=gpu_machine, stdin=-1, stdout=-1, stderr=-1, text=True)
 
 
-def told(container: subprocess.Popen[str]) -> str:
+def first_line(container: subprocess.Popen[str]) -> str:
     assert container.stdout is not None
     return container.stdout.readline().strip()
 
 
-def test_containers_share_the_gpus_and_a_killed_one_leaves_its_own(machine: dict[str, str]) -> None:
-    with start(machine, 1) as first, start(machine, 1) as second:
-        assert {told(first), taken := told(second)} == {"GPU-a", "GPU-b"}
-        with start(machine, 1) as third:
+def test_containers_share_the_gpus_and_a_killed_one_leaves_its_own(gpu_machine: dict[str, str]) -> None:
+    with start(gpu_machine, 1) as first, start(gpu_machine, 1) as second:
+        assert {first_line(first), taken := first_line(second)} == {"GPU-a", "GPU-b"}
+        with start(gpu_machine, 1) as third:
             _, said = third.communicate()
         assert third.returncode == TRANSIENT
-        assert "1 GPUs are wanted and 0 of 2 are free" in said
+        assert "1 GPUs are asked for and 0 of 2 are free" in said
         second.kill()
         second.wait()
-        with start(machine, 1) as fourth:
-            assert told(fourth) == taken
+        with start(gpu_machine, 1) as fourth:
+            assert first_line(fourth) == taken
             fourth.kill()
         first.kill()
 
 
-def test_a_learner_takes_several(machine: dict[str, str]) -> None:
-    with start(machine, 2) as learner:
-        assert told(learner) == "GPU-a,GPU-b"
+def test_a_learner_takes_several(gpu_machine: dict[str, str]) -> None:
+    with start(gpu_machine, 2) as learner:
+        assert first_line(learner) == "GPU-a,GPU-b"
         learner.kill()
 
 
-def test_a_machine_without_a_gpu_is_told_what_to_do(machine: dict[str, str], tmp_path: Path) -> None:
+def test_a_machine_without_a_gpu_is_told_what_to_do(gpu_machine: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n", encoding="utf-8")
-    with start(machine, 1) as container:
+    with start(gpu_machine, 1) as container:
         _, said = container.communicate()
     assert container.returncode == FAILED
     assert "COMPOSE_PROFILES=cpu" in said
     for driver, code in ((tmp_path / "none", FAILED), (tmp_path, 0)):
-        check = subprocess.run([sys.executable, str(CLAIM), "--check"], env={**machine, "GPU_DRIVER": str(driver)}, check=False)
+        check = subprocess.run(
+            [sys.executable, str(CLAIM), "--check"], env={**gpu_machine, "GPU_DRIVER": str(driver)}, check=False
+        )
         assert check.returncode == code

@@ -16,7 +16,7 @@ import pytest
 
 from deploy.grafana.__main__ import BOARDS
 from deploy.grafana.queries import alert_rules, annotation_queries, panel_queries
-from deploy.grafana.render import render
+from deploy.grafana.render import render_dashboard
 from tests.compose.stack import PROJECT, SERVICES, Stack, docker, lines, no_engine, within
 
 if os.environ.get("TEST_COMPOSE") != "1":
@@ -133,7 +133,7 @@ def test_the_broker_takes_commands_of_the_operator(stack: Stack) -> None:
 def test_the_panels_can_be_drawn(stack: Stack, tmp_path: Path) -> None:
     folder = Path(os.environ.get("DASHBOARD_IMAGES", str(tmp_path)))
     for board in BOARDS:
-        assert render(board, stack.prometheus, folder, 5).stat().st_size > 10_000
+        assert render_dashboard(board, stack.prometheus, folder, 5).stat().st_size > 10_000
 
 
 def test_nobody_is_root_and_nothing_can_be_written(stack: Stack) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.cli.processes.readiness import broker_ready, wait_ready
+from services.cli.processes.readiness import probe_broker, wait_until_ready
 from tests.ports import free_address
 
 READY_SECONDS = 30.0
@@ -30,7 +30,7 @@ class Broker:
     async def start(self) -> None:
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(self._command, stdin=quiet, stdout=quiet, stderr=quiet)  # noqa: ASYNC220
-        await wait_ready("broker", lambda: broker_ready(self.address), READY_SECONDS)
+        await wait_until_ready("broker", lambda: probe_broker(self.address), READY_SECONDS)
 
     async def stop(self) -> None:
         """End it at once, like a crash."""

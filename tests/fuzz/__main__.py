@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz.drive import Count
-from tests.fuzz.run import fuzz_pure, fuzz_servers
+from tests.fuzz.case_runner import CaseCounts
+from tests.fuzz.fuzz_runs import fuzz_pure, fuzz_servers
 from treegrpo.net.limits import ANSWER_BYTES
 
 GROWTH_MIB = 32.0
@@ -31,11 +31,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    counts, began = list[Count](), time.monotonic()
+    counts, began = list[CaseCounts](), time.monotonic()
     heads = (("cases", 7), ("seconds", 8), ("slowest s", 9), ("crashes", 7), ("hangs", 6), ("stalls", 6), ("growth MiB", 10))
     print(f"{'target':10} {' '.join(f'{head:>{width}}' for head, width in heads)} {'peak MiB':>8}")
 
-    def say(count: Count) -> None:
+    def print_counts(count: CaseCounts) -> None:
         counts.append(count)
         row = f"{count.name:10} {count.cases:7} {count.seconds:8.1f} {count.slowest:9.3f}"
         print(
@@ -46,8 +46,8 @@ def main() -> int:
             print(crash[-SHOWN:])
 
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        fuzz_servers(options.share, options.seed, Path(folder), say)
-    fuzz_pure(options.share, options.seed, say)
+        fuzz_servers(options.share, options.seed, Path(folder), print_counts)
+    fuzz_pure(options.share, options.seed, print_counts)
     summary = {
         "cases": sum(count.cases for count in counts),
         "crashes": sum(len(count.crashes) for count in counts),

@@ -1,6 +1,6 @@
-"""How a valid message becomes another one: a few changes where its parts are, a few where only bytes are.
+"""Mutates valid messages: a few changes of their parts, a few of their bytes.
 
-A change is a few bytes that hypothesis draws: what, where, and how much of it. So a case that breaks something shrinks to few
+A mutation is a few bytes that hypothesis draws: what, where, and how much of it. So a case that breaks something shrinks to few
 and small changes, and drawing it costs little.
 """
 
@@ -16,13 +16,13 @@ from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import strategies as st
 
 Mutation = tuple[int, int, int]
-"""What, where, how much."""
+"""Operation, position, amount."""
 _CHANGE = struct.Struct("<BHH")
 DRAWN = st.binary(min_size=1, max_size=1 + 5 * _CHANGE.size)
 """Which sample, and up to five changes."""
 
 
-def changes_of(drawn: bytes) -> tuple[int, list[Mutation], list[Mutation]]:
+def parse_mutations(drawn: bytes) -> tuple[int, list[Mutation], list[Mutation]]:
     """Which sample, what to change of its parts, and of its bytes: a quarter of them."""
     every = list(_CHANGE.iter_unpack(drawn[1 : 1 + (len(drawn) - 1) // _CHANGE.size * _CHANGE.size]))
     return drawn[0], [one for one in every if one[0] < 192], [one for one in every if one[0] >= 192]
@@ -229,33 +229,33 @@ def _parts(value: Any) -> Any:
 # ---- strategies
 
 
-def protobufs(samples: Sequence[Any]) -> st.SearchStrategy[bytes]:
+def protobufs(sample_messages: Sequence[Any]) -> st.SearchStrategy[bytes]:
     """Mutations of valid messages."""
-    parsed = [parse(sample.SerializeToString(), sample.DESCRIPTOR) for sample in samples]
+    parsed = [parse(sample.SerializeToString(), sample.DESCRIPTOR) for sample in sample_messages]
 
     def made(drawn: bytes) -> bytes:
-        which, parts, rest = changes_of(drawn)
+        which, parts, rest = parse_mutations(drawn)
         return bytewise(protobuf(parsed[which % len(parsed)], parts), rest)
 
     return DRAWN.map(made)
 
 
-def packed(samples: Sequence[Any], pack: Callable[[Any], bytes] | None = None) -> st.SearchStrategy[bytes]:
+def packed(sample_messages: Sequence[Any], pack: Callable[[Any], bytes] | None = None) -> st.SearchStrategy[bytes]:
     """Mutations of valid data, in msgpack."""
     write = pack or cast("Callable[[Any], bytes]", msgpack.packb)
 
     def made(drawn: bytes) -> bytes:
-        which, parts, rest = changes_of(drawn)
-        return bytewise(write(tree(samples[which % len(samples)], parts)), rest)
+        which, parts, rest = parse_mutations(drawn)
+        return bytewise(write(tree(sample_messages[which % len(sample_messages)], parts)), rest)
 
     return DRAWN.map(made)
 
 
-def raw(samples: Sequence[bytes]) -> st.SearchStrategy[bytes]:
+def raw(sample_messages: Sequence[bytes]) -> st.SearchStrategy[bytes]:
     """Mutations of valid bytes."""
 
     def made(drawn: bytes) -> bytes:
-        which, parts, rest = changes_of(drawn)
-        return bytewise(samples[which % len(samples)], [*parts, *rest])
+        which, parts, rest = parse_mutations(drawn)
+        return bytewise(sample_messages[which % len(sample_messages)], [*parts, *rest])
 
     return DRAWN.map(made)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.drive import Count, feed
+from tests.fuzz.case_runner import CaseCounts, run_cases
+from tests.fuzz.fuzz_runs import fuzz_servers
+from tests.fuzz.loop_watchdog import STALL_SECONDS, LoopWatchdog, watched
 from tests.fuzz.mutations import build, parse
-from tests.fuzz.pure import TARGETS, Target
-from tests.fuzz.run import fuzz_servers
-from tests.fuzz.samples import ASKED, REQUESTS, RESPONSES
-from tests.fuzz.servers import SERVED
-from tests.fuzz.watchdog import STALL_SECONDS, Watchdog, watched
+from tests.fuzz.pure_targets import PURE_TARGETS, PureTarget
+from tests.fuzz.sample_messages import ASKED, REQUESTS, RESPONSES
+from tests.fuzz.server_targets import SERVER_TARGETS
 
 SHARE = 0.01
 
@@ -29,24 +29,24 @@ def _quiet() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_mutated_messages_are_refused_as_they_should_be(target: Target) -> None:
-    count = Count(target.name)
-    feed(count, target.made, target.feed, int(target.cases * SHARE), watch=target.watch)
+@pytest.mark.parametrize("target", PURE_TARGETS, ids=lambda target: target.name)
+def test_mutated_messages_are_refused_as_they_should_be(target: PureTarget) -> None:
+    count = CaseCounts(target.name)
+    run_cases(count, target.made, target.feed, int(target.cases * SHARE), watch=target.watch)
     assert not count.crashes, count.crashes[0]
     assert (count.cases, count.hangs, count.stalls) == (int(target.cases * SHARE), 0, 0)
 
 
 def test_servers_outlive_what_is_sent_to_them(tmp_path: Path) -> None:
     """Real processes: broker, retriever and intake."""
-    counts: list[Count] = []
+    counts: list[CaseCounts] = []
     fuzz_servers(SHARE, 0, tmp_path, counts.append)
     assert not [crash for count in counts for crash in count.crashes]
     assert (len(counts), sum(count.hangs + count.stalls for count in counts)) == (6, 0)
 
 
 def test_the_cases_of_all_targets_are_as_many_as_is_said() -> None:
-    assert sum(target.cases for target in (*TARGETS, *SERVED)) == 100_000
+    assert sum(target.cases for target in (*PURE_TARGETS, *SERVER_TARGETS)) == 100_000
 
 
 def test_a_callback_that_keeps_the_event_loop_is_told_of() -> None:
@@ -70,7 +70,7 @@ def test_a_callback_that_keeps_the_event_loop_is_told_of() -> None:
 
 
 async def test_work_that_holds_up_the_event_loop_is_seen() -> None:
-    dog = Watchdog()
+    dog = LoopWatchdog()
     async with dog.beating():
         began = time.process_time()
         while time.process_time() < began + STALL_SECONDS + 0.05:
@@ -84,8 +84,8 @@ def test_a_crash_is_found_and_shrinks_to_what_matters() -> None:
         if len(data) > 100:
             raise KeyError(len(data))
 
-    count = Count("broken")
-    feed(count, TARGETS[0].made, broken, 100)
+    count = CaseCounts("broken")
+    run_cases(count, PURE_TARGETS[0].made, broken, 100)
     assert len(count.crashes) == 1
     assert "KeyError: " in count.crashes[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from examples.geohop.facts import load_world
-from examples.geohop.make_data import COUNTS, DATA, SEED, TOPK, Reachable, Split, corpus, items, pool, row
+from examples.geohop.make_data import COUNTS, DATA, SEED, TOPK, ReachabilityFilter, Split, corpus, items, pool, row
 from services.retriever.index import Index, load_corpus
 
 CITY = re.compile(r"(?P<name>.+) is a city in (?P<country>.+?)(?: near (?P<near>.+))? with (?P<people>\d+) thousand people\.")
@@ -31,7 +31,7 @@ def rows(split: Split) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-class Reader:
+class FactReader:
     """Looks places up, one search each, and counts them."""
 
     def __init__(self) -> None:
@@ -97,10 +97,10 @@ def asked(one: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_every_answer_is_reachable_in_as_many_searches_as_the_family_has_hops(split: Split) -> None:
+def test_every_answer_takes_as_many_searches_as_its_family_has_hops(split: Split) -> None:
     for one in rows(split):
         family, names = asked(one)
-        reader = Reader()
+        reader = FactReader()
         links = CHAINS[family][1] if family in CHAINS else ()
         answer = reader.follow(names[0], *links) if links else reader.compare(family, *names)
         assert [answer] == one["reward_model"]["ground_truth"]["target"], one
@@ -112,7 +112,7 @@ def test_the_splits_share_no_question_and_no_city() -> None:
     cities: dict[str, set[str]] = {}
     for split in COUNTS:
         questions[split] = {one["prompt"][0]["content"] for one in rows(split)}
-        read = [(family, name, Reader().look_up(name)) for family, names in map(asked, rows(split)) for name in names]
+        read = [(family, name, FactReader().look_up(name)) for family, names in map(asked, rows(split)) for name in names]
         needed = {place["near"] for family, _, place in read if family == "near_people"}
         cities[split] = {name for _, name, _ in read} | needed
     for found in (questions, cities):
@@ -139,7 +139,7 @@ def test_the_script_makes_the_shipped_files_again() -> None:
     world = load_world()
     documents = corpus(world)
     assert documents == shipped_index().documents
-    some = list(items(pool(world, "heldout"), Reachable(shipped_index()), 30, SEED))
+    some = list(items(pool(world, "heldout"), ReachabilityFilter(shipped_index()), 30, SEED))
     assert [row(item, "heldout", place) for place, item in enumerate(some)] == rows("heldout")[:30]
     assert all(item.right[-1].text == item.answer for item in some)
     assert all(len(plan) <= len(item.right) for item in some for plan in item.tempting)

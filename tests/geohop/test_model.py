@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from examples.geohop.demonstrations import demonstrate, environment, prompt_ids, question, text_of, token_id, token_ids
-from examples.geohop.evaluation import play
-from examples.geohop.families import Item, Turn
+from examples.geohop.evaluation import roll_out_episodes
+from examples.geohop.families import Item, PlannedTurn
 from examples.geohop.make_data import DATA
 from examples.geohop.make_model import MODEL
 from examples.geohop.tokenizer import END, TAGS, USER, VOCABULARY, train_tokenizer
@@ -70,7 +70,7 @@ def test_no_id_of_the_tokenizer_is_beyond_the_model() -> None:
     assert len(train_tokenizer([str(turn) for turn in PLAN])) <= VOCABULARY
 
 
-def test_the_sampler_reads_questions_and_observations_as_the_warm_start_did() -> None:
+def test_the_sampler_tokenizes_as_the_warm_start_did() -> None:
     sampler = Tokenizer.open(MODEL)
     for asked in heldout(200):
         assert sampler.render(asked.prompt).tolist() == prompt_ids(tokenizer(), asked)
@@ -111,11 +111,11 @@ def test_a_name_is_the_same_tokens_in_question_search_document_and_answer() -> N
         ids, name = token_ids(tokenizer(), text), token_ids(tokenizer(), " Ghazni")
         return any(ids[start : start + len(name)] == name for start in range(len(ids)))
 
-    search, answer = str(Turn("the city", "search", "Ghazni")), str(Turn("so", "answer", "Ghazni"))
+    search, answer = str(PlannedTurn("the city", "search", "Ghazni")), str(PlannedTurn("so", "answer", "Ghazni"))
     assert all(map(contains, ["Where does Ghazni lie?", search, answer, "Doc 1(Title: Ghazni) Ghazni is a city"]))
 
 
-PLAN = (Turn("the city", "search", "Ghazni"), Turn("that is it", "answer", "Afghanistan"))
+PLAN = (PlannedTurn("the city", "search", "Ghazni"), PlannedTurn("that is it", "answer", "Afghanistan"))
 
 
 async def test_a_demonstration_trains_on_the_policys_own_tokens_alone() -> None:
@@ -131,6 +131,6 @@ async def test_a_demonstration_trains_on_the_policys_own_tokens_alone() -> None:
 def test_the_warm_start_is_small_and_keeps_the_protocol() -> None:
     assert 0.8e6 < model().num_parameters() < 1.2e6
     env = environment(Index(load_corpus(DATA / "corpus.jsonl")), tokenizer())
-    episodes = asyncio.run(play(model(), tokenizer(), env, heldout(10), greedy=True))
+    episodes = asyncio.run(roll_out_episodes(model(), tokenizer(), env, heldout(10), greedy=True))
     assert [episode.actions[0].kind for episode in episodes] == ["search"] * 10
     assert sum(env.score(episode)["format"] == 0.0 for episode in episodes) >= 8

@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.workbench import GEOHOP, Workbench
+from tests.cli.small_run import GEOHOP, SmallRun
 from treegrpo.config.fingerprint import FILE_NAME, KEYS, MODEL, check_fingerprint, record_fingerprint
 from treegrpo.config.loader import load_config
 from treegrpo.config.schema import Config
 from treegrpo.errors import ConfigError, DataError, RunFileError
 
 
-def begun(folder: Path) -> Workbench:
+def begun(folder: Path) -> SmallRun:
     """A run that has begun."""
-    bench = Workbench(folder)
-    bench.run_dir.mkdir()
-    record_fingerprint(told(bench), begun=False)
-    return bench
+    small_run = SmallRun(folder)
+    small_run.run_dir.mkdir()
+    record_fingerprint(told(small_run), begun=False)
+    return small_run
 
 
-def told(bench: Workbench, **changes: str) -> Config:
-    return load_config(None, bench.flags(**changes))
+def told(small_run: SmallRun, **changes: str) -> Config:
+    return load_config(None, small_run.flags(**changes))
 
 
 @pytest.mark.parametrize(
@@ -57,22 +57,22 @@ def test_what_a_run_is_not_made_of_may_change(tmp_path: Path, changes: dict[str,
     ],
 )
 def test_another_run_is_refused_with_the_keys_and_both_values(tmp_path: Path, changes: dict[str, str], sentence: str) -> None:
-    bench = begun(tmp_path)
-    with pytest.raises(ConfigError, match=rf"{bench.run_dir} cannot go on as another: {sentence}\. Set it back .*run\.dir"):
-        check_fingerprint(told(bench, **changes))
+    small_run = begun(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{small_run.run_dir} cannot go on as another: {sentence}\. Set it back .*run\.dir"):
+        check_fingerprint(told(small_run, **changes))
 
 
 def test_of_files_the_content_counts_not_where_they_lie(tmp_path: Path) -> None:
-    bench = begun(tmp_path)
-    moved = shutil.copyfile(bench.train, tmp_path / "moved.jsonl")
+    small_run = begun(tmp_path)
+    moved = shutil.copyfile(small_run.train, tmp_path / "moved.jsonl")
     model = shutil.copytree(GEOHOP / "model", tmp_path / "model")
-    check_fingerprint(told(bench, data__train=str(moved), model__path=str(model)))
-    with pytest.raises(ConfigError, match=rf"data\.train was {bench.train} and is {bench.heldout}\."):
-        check_fingerprint(told(bench, data__train=str(bench.heldout)))
-    with bench.heldout.open("a") as file:
+    check_fingerprint(told(small_run, data__train=str(moved), model__path=str(model)))
+    with pytest.raises(ConfigError, match=rf"data\.train was {small_run.train} and is {small_run.heldout}\."):
+        check_fingerprint(told(small_run, data__train=str(small_run.heldout)))
+    with small_run.heldout.open("a") as file:
         file.write("\n")
-    with pytest.raises(ConfigError, match=rf"data\.heldout = {bench.heldout} has changed since"):
-        check_fingerprint(told(bench))
+    with pytest.raises(ConfigError, match=rf"data\.heldout = {small_run.heldout} has changed since"):
+        check_fingerprint(told(small_run))
 
 
 @pytest.mark.parametrize(
@@ -80,53 +80,53 @@ def test_of_files_the_content_counts_not_where_they_lie(tmp_path: Path) -> None:
     ["chat_template.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"],
 )
 def test_another_template_or_special_token_is_another_model(tmp_path: Path, name: str) -> None:
-    bench, model = begun(tmp_path), shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    small_run, model = begun(tmp_path), shutil.copytree(GEOHOP / "model", tmp_path / "model")
     (model / "README.md").write_text("no part of it")
-    check_fingerprint(told(bench, model__path=str(model)))
+    check_fingerprint(told(small_run, model__path=str(model)))
     with (model / name).open("a") as file:
         file.write(" ")
     with pytest.raises(ConfigError, match=rf"model\.path was .* and is {model}\."):
-        check_fingerprint(told(bench, model__path=str(model)))
+        check_fingerprint(told(small_run, model__path=str(model)))
 
 
 def test_a_run_that_noted_less_of_its_model_goes_on(tmp_path: Path) -> None:
-    bench = begun(tmp_path)
-    noted = json.loads((bench.run_dir / FILE_NAME).read_text())
+    small_run = begun(tmp_path)
+    noted = json.loads((small_run.run_dir / FILE_NAME).read_text())
     del noted[MODEL]["text_sha256"]
-    (bench.run_dir / FILE_NAME).write_text(json.dumps(noted))
-    check_fingerprint(told(bench))
+    (small_run.run_dir / FILE_NAME).write_text(json.dumps(noted))
+    check_fingerprint(told(small_run))
 
 
 def test_one_weight_is_another_model(tmp_path: Path) -> None:
-    bench, model = begun(tmp_path), shutil.copytree(GEOHOP / "model", tmp_path / "model")
+    small_run, model = begun(tmp_path), shutil.copytree(GEOHOP / "model", tmp_path / "model")
     with (model / "model.safetensors").open("r+b") as file:
         file.seek(-2, 2)
         file.write(b"!!")
     with pytest.raises(ConfigError, match=rf"model\.path was {GEOHOP / 'model'} and is {model}"):
-        check_fingerprint(told(bench, model__path=str(model)))
+        check_fingerprint(told(small_run, model__path=str(model)))
 
 
 def test_who_has_not_the_questions_compares_the_rest(tmp_path: Path) -> None:
-    bench = begun(tmp_path)
-    bench.train.unlink()
-    check_fingerprint(told(bench), (*KEYS, MODEL))
+    small_run = begun(tmp_path)
+    small_run.train.unlink()
+    check_fingerprint(told(small_run), (*KEYS, MODEL))
     with pytest.raises(DataError, match=r"data\.train = .* cannot be read"):
-        check_fingerprint(told(bench))
+        check_fingerprint(told(small_run))
 
 
 def test_what_an_earlier_version_began_becomes_what_it_is_told_to_be(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path)
-    bench.run_dir.mkdir()
-    check_fingerprint(told(bench))
-    record_fingerprint(told(bench, run__seed="7"), begun=True)
+    small_run = SmallRun(tmp_path)
+    small_run.run_dir.mkdir()
+    check_fingerprint(told(small_run))
+    record_fingerprint(told(small_run, run__seed="7"), begun=True)
     with pytest.raises(ConfigError, match=r"run\.seed was 7 and is 8"):
-        record_fingerprint(told(bench, run__seed="8"), begun=True)
-    record_fingerprint(told(bench, run__seed="8"), begun=False)
-    check_fingerprint(told(bench, run__seed="8"))
+        record_fingerprint(told(small_run, run__seed="8"), begun=True)
+    record_fingerprint(told(small_run, run__seed="8"), begun=False)
+    check_fingerprint(told(small_run, run__seed="8"))
 
 
 def test_a_damaged_record_is_named_with_the_remedy(tmp_path: Path) -> None:
-    bench = begun(tmp_path)
-    (bench.run_dir / FILE_NAME).write_text("{")
+    small_run = begun(tmp_path)
+    (small_run.run_dir / FILE_NAME).write_text("{")
     with pytest.raises(RunFileError, match=r"run\.json is not what was written there .*; restore it, or"):
-        check_fingerprint(told(bench))
+        check_fingerprint(told(small_run))

@@ -8,8 +8,8 @@ import pytest
 
 from learner.intake.persistence.untrained_run import archive_untrained_run, check_resumable, is_untrained
 from services.cli.checks.run_checks import check_run_dir
-from services.cli.reports.run_history import beginning
-from tests.cli.workbench import Workbench
+from services.cli.reports.run_history import describe_start
+from tests.cli.small_run import SmallRun
 from treegrpo.config.fingerprint import check_fingerprint, record_fingerprint
 from treegrpo.config.loader import load_config
 from treegrpo.config.schema import Config
@@ -23,18 +23,18 @@ LEFT = (
 )
 
 
-def begun(bench: Workbench, *left: str) -> Config:
+def begun(small_run: SmallRun, *left: str) -> Config:
     """A run that has begun and left these files."""
     for name in (*LEFT, *left, "progress.jsonl", "paused"):
-        (path := bench.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (path := small_run.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    config = load_config(None, bench.flags())
+    config = load_config(None, small_run.flags())
     record_fingerprint(config, begun=False)
     return config
 
 
-def other(bench: Workbench) -> Config:
-    return load_config(None, bench.flags(rollout__max_context="512"))
+def other(small_run: SmallRun) -> Config:
+    return load_config(None, small_run.flags(rollout__max_context="512"))
 
 
 def names(folder: Path) -> set[str]:
@@ -42,45 +42,45 @@ def names(folder: Path) -> set[str]:
 
 
 def test_what_an_untrained_run_has_is_set_aside_and_it_becomes_another(tmp_path: Path) -> None:
-    begun(bench := Workbench(tmp_path))
-    assert "rollout.max_context was 256 and is 512" in check_run_dir(other(bench))
-    assert "anew, since nothing was trained yet: rollout.max_context was 256 and is 512" in beginning(other(bench))
+    begun(small_run := SmallRun(tmp_path))
+    assert "rollout.max_context was 256 and is 512" in check_run_dir(other(small_run))
+    assert "anew, since nothing was trained yet: rollout.max_context was 256 and is 512" in describe_start(other(small_run))
     for _ in range(2):  # the second time as after a crash in between
-        assert archive_untrained_run(other(bench))
-    record_fingerprint(other(bench), begun=False)
-    check_fingerprint(other(bench))
-    assert not archive_untrained_run(other(bench))
-    there = {name for name in names(bench.run_dir) if "/untrained/" not in name}
+        assert archive_untrained_run(other(small_run))
+    record_fingerprint(other(small_run), begun=False)
+    check_fingerprint(other(small_run))
+    assert not archive_untrained_run(other(small_run))
+    there = {name for name in names(small_run.run_dir) if "/untrained/" not in name}
     assert there == {"progress.jsonl.untrained", "paused", "run.json", "weights/0.0/config.json"}
 
 
 def test_a_step_that_is_on_record_counts_wherever_its_checkpoint_is(tmp_path: Path) -> None:
     """Its disk may not be there now."""
-    begun(bench := Workbench(tmp_path))
-    (bench.run_dir / "progress.jsonl").write_text('{"kind": "step", "step": 1}\n')
+    begun(small_run := SmallRun(tmp_path))
+    (small_run.run_dir / "progress.jsonl").write_text('{"kind": "step", "step": 1}\n')
     with pytest.raises(ConfigError, match="cannot go on as another"):
-        archive_untrained_run(other(bench))
+        archive_untrained_run(other(small_run))
 
 
 def test_what_cannot_be_set_aside_is_a_sentence(tmp_path: Path) -> None:
-    begun(bench := Workbench(tmp_path))
-    (bench.run_dir / "journal" / "untrained").touch()
+    begun(small_run := SmallRun(tmp_path))
+    (small_run.run_dir / "journal" / "untrained").touch()
     with pytest.raises(RunFileError, match=r"journal/untrained cannot be used \(File exists\); move away what is in the way"):
-        archive_untrained_run(other(bench))
+        archive_untrained_run(other(small_run))
 
 
 def test_the_same_run_goes_on_with_what_it_has(tmp_path: Path) -> None:
-    config = begun(bench := Workbench(tmp_path))
-    before = names(bench.run_dir)
-    assert (archive_untrained_run(config), check_resumable(config), is_untrained(bench.run_dir)) == (False, "", True)
-    assert names(bench.run_dir) == before
+    config = begun(small_run := SmallRun(tmp_path))
+    before = names(small_run.run_dir)
+    assert (archive_untrained_run(config), check_resumable(config), is_untrained(small_run.run_dir)) == (False, "", True)
+    assert names(small_run.run_dir) == before
 
 
 @pytest.mark.parametrize("left", ["checkpoints/step-000002/x", "checkpoints/step-000002.damaged/x", "weights/1.7/x"])
 def test_a_run_that_has_trained_does_not_become_another(tmp_path: Path, left: str) -> None:
-    begun(bench := Workbench(tmp_path), left)
-    before = names(bench.run_dir)
+    begun(small_run := SmallRun(tmp_path), left)
+    before = names(small_run.run_dir)
     for refuses in (archive_untrained_run, check_resumable, check_run_dir):
         with pytest.raises(ConfigError, match=r"cannot go on as another: rollout\.max_context was 256 and is 512\. Set it back"):
-            refuses(other(bench))
-    assert names(bench.run_dir) == before
+            refuses(other(small_run))
+    assert names(small_run.run_dir) == before

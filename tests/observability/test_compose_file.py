@@ -45,7 +45,7 @@ def test_every_service_is_bounded_and_without_rights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LASTING)
-def test_every_service_that_lasts_is_watched_started_again_and_waits_for_what_it_needs(name: str) -> None:
+def test_every_lasting_service_has_health_check_restart_and_dependencies(name: str) -> None:
     service = SERVICES[name]
     assert service["healthcheck"]["test"][0] == "CMD", "there may be no shell"
     assert service["restart"] == ("on-failure" if name.startswith("learner") else "unless-stopped")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.grafana.__main__ import BOARDS, FOLDER, rendered
+from deploy.grafana.__main__ import BOARDS, FOLDER, render_dashboards
 from deploy.grafana.queries import alert_rules, annotation_queries, panel_queries
 from treegrpo.observability.metrics import MISMATCH_LIMIT, IntakeMetrics, RetrieverMetrics, SamplerMetrics, TrainerMetrics
 
@@ -49,7 +49,7 @@ def recorded() -> dict[str, str]:
 
 
 def test_the_dashboards_are_as_their_description_says() -> None:
-    wanted = rendered()
+    wanted = render_dashboards()
     assert {path.name for path in FOLDER.iterdir()} == {path.name for path in wanted}
     stale = [path.name for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
     assert stale == [], "python -m deploy.grafana writes them again"
@@ -81,7 +81,7 @@ def test_every_metric_of_a_rule_is_recorded() -> None:
     assert rules <= asked, "a rule that nobody asks for"
 
 
-def test_every_panel_of_a_board_can_be_told_apart_and_has_a_unit_and_a_description() -> None:
+def test_every_panel_has_a_unique_title_a_unit_and_a_description() -> None:
     for board in BOARDS:
         titles = [panel.title for panel in board.panels]
         assert len(set(titles)) == len(titles), board.title

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.certs.issue import certs
+from services.certs.issue import make_certificates
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl here; Debian's 1.20 is too old")
@@ -22,7 +22,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("deploy")
     for name in ("kubernetes", "mosquitto"):
         shutil.copytree(DEPLOY / name, folder / name, ignore=shutil.ignore_patterns("certs"))
-    certs(folder / "kubernetes" / "certs", ["learner", "mosquitto", "retriever"], [], new_ca=False, drop_old_ca=False)
+    make_certificates(folder / "kubernetes" / "certs", ["learner", "mosquitto", "retriever"], [])
     done = subprocess.run(["kubectl", "kustomize", "kubernetes"], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -19,7 +19,7 @@ from treegrpo.runtime.container import FAILURE_MARKER
 from treegrpo.runtime.exit_report import CRASHED, FAILED, TRANSIENT
 
 ROOT = Path(__file__).parents[2]
-SAY_AND_END = "tests.cli.programs.say_and_end"
+SAY_AND_END = "tests.cli.programs.print_and_exit"
 OURS = ("learner", "learner-gpu", "sampler", "retriever")
 
 
@@ -58,7 +58,7 @@ def test_a_crash_of_the_program_ends_the_container_as_a_shell_would(tmp_path: Pa
 @pytest.mark.parametrize(
     ("report", "sentence"), [(["No such key."], "No such key."), ([], "it gave no reason; see the lines above")]
 )
-def test_what_stays_is_said_last_and_waits_unhealthy_but_alive_until_it_is_stopped(
+def test_a_permanent_error_leaves_the_container_unhealthy_but_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], report: list[str], sentence: str
 ) -> None:
     (tmp_path / FAILURE_MARKER).write_text("of an earlier start")
@@ -72,13 +72,13 @@ def test_what_stays_is_said_last_and_waits_unhealthy_but_alive_until_it_is_stopp
         assert ended(one)[0] == FAILED
 
 
-def test_a_job_leaves_what_stays_to_its_policy_and_is_not_done_when_it_was_told_to_stop(tmp_path: Path) -> None:
+def test_a_job_ends_with_the_code_and_is_not_done_after_sigterm(tmp_path: Path) -> None:
     with container(tmp_path, *ending(FAILED, "No such key."), job=True) as one:
         assert ended(one)[0] == FAILED
     with container(tmp_path, *ending(0), job=True) as one:
         assert ended(one)[0] == 0
     for job, code in ((True, 128 + signal.SIGTERM), (False, 0)):
-        with container(tmp_path, "-m", "tests.cli.programs.wait", job=job) as one:
+        with container(tmp_path, "-m", "tests.cli.programs.wait_for_sigterm", job=job) as one:
             assert one.stdout is not None
             assert one.stdout.readline() == "waiting\n"
             one.terminate()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.audit import Audit
-from tests.resume.house import House, trained
+from tests.chaos.audit import RunAudit
+from tests.resume.run_fixture import RunFixture, trained_groups
 
 STEPS, BATCH = 5, 2
 KEYS = {
@@ -29,14 +29,14 @@ REPRODUCIBLE = {"train.max_lag": "0", "engine.max_running": "1", "engine.cache_t
 SEED = 8
 
 
-def weights(house: House) -> str:
-    return hashlib.sha256((house.run_dir / "checkpoints" / "final" / "model.safetensors").read_bytes()).hexdigest()
+def weights(run: RunFixture) -> str:
+    return hashlib.sha256((run.run_dir / "checkpoints" / "final" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def in_order(found: Audit) -> None:
+def in_order(found: RunAudit) -> None:
     assert (found.lost, found.duplicated, found.unbalanced, found.unreported) == ([], [], [], 0)
     assert [line["step"] for line in found.chain] == [*range(1, STEPS + 1)]
-    assert len(set(trained(found))) == len(trained(found)) == STEPS * BATCH
+    assert len(set(trained_groups(found))) == len(trained_groups(found)) == STEPS * BATCH
 
 
 @pytest.fixture(scope="module")
@@ -44,43 +44,43 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], st
     """Ids of the trained groups and the digest of the final weights of a run under `REPRODUCIBLE` conditions."""
     import asyncio
 
-    async def run() -> tuple[list[str], str]:
-        async with House(tmp_path_factory.mktemp("undisturbed") / "house", 1, {**KEYS, **REPRODUCIBLE}) as house:
-            await house.start()
-            found = await house.complete()
+    async def run_to_end() -> tuple[list[str], str]:
+        async with RunFixture(tmp_path_factory.mktemp("undisturbed") / "run", 1, {**KEYS, **REPRODUCIBLE}) as run:
+            await run.start_parts()
+            found = await run.wait_for_completion()
             in_order(found)
             assert any("applied" in line["outcomes"] for line in found.chain[2:])  # or all weights would be the first ones
-            return trained(found), weights(house)
+            return trained_groups(found), weights(run)
 
-    return asyncio.run(run())
+    return asyncio.run(run_to_end())
 
 
 @pytest.mark.timeout(400)
 async def test_killed_at_any_moment_a_run_trains_the_same_groups_each_once(
     tmp_path: Path, undisturbed: tuple[list[str], str]
 ) -> None:
-    async with House(tmp_path / "house", 2, {**KEYS, "train.checkpoint_every": "2"}) as house:
-        moments = house.moments(random.Random(SEED))
+    async with RunFixture(tmp_path / "run", 2, {**KEYS, "train.checkpoint_every": "2"}) as run:
+        moments = run.moments(random.Random(SEED))
         for _ in range(3):
-            await house.start()
-            await house.until(next(moments))
-            await house.kill()
-        await house.start()
-        found = await house.complete()
+            await run.start_parts()
+            await run.wait_for_moment(next(moments))
+            await run.kill_parts()
+        await run.start_parts()
+        found = await run.wait_for_completion()
     in_order(found)
-    assert set(trained(found)) == set(undisturbed[0])
+    assert set(trained_groups(found)) == set(undisturbed[0])
 
 
 @pytest.mark.timeout(300)
-async def test_killed_after_a_step_and_amid_rollouts_a_run_with_one_sampler_ends_with_the_same_weights_bit_for_bit(
+async def test_a_killed_run_with_one_sampler_ends_with_the_same_weights(
     tmp_path: Path, undisturbed: tuple[list[str], str]
 ) -> None:
-    async with House(tmp_path / "house", 1, {**KEYS, **REPRODUCIBLE}) as house:
-        for moment in (lambda: house.recorded(1), lambda: house.journaled(500)):
-            await house.start()
-            await house.until(moment())
-            await house.kill()
-        await house.start()
-        found = await house.complete()
+    async with RunFixture(tmp_path / "run", 1, {**KEYS, **REPRODUCIBLE}) as run:
+        for moment in (lambda: run.recorded(1), lambda: run.journaled(500)):
+            await run.start_parts()
+            await run.wait_for_moment(moment())
+            await run.kill_parts()
+        await run.start_parts()
+        found = await run.wait_for_completion()
         in_order(found)
-        assert (trained(found), weights(house)) == undisturbed
+        assert (trained_groups(found), weights(run)) == undisturbed

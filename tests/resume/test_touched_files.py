@@ -21,11 +21,11 @@ from learner.intake.rpc.trainer_socket import serve_trainer
 from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
 from learner.trainer.loop import Trainer
-from services.cli.reports.run_alerts import Troubles
-from services.cli.reports.run_history import beginning, finished
-from services.cli.reports.summary import summary
-from services.cli.up import only_here
-from tests.cli.records import eval_row, step_row, write
+from services.cli.reports.run_alerts import RunAlerts
+from services.cli.reports.run_history import describe_finished_run, describe_start
+from services.cli.reports.summary import summary_lines
+from services.cli.up import lock_run_for_command
+from tests.cli.progress_rows import eval_row, step_row, write
 from tests.intake.builders import book
 from tests.intake.crash_harness import CrashableIntake, History, play
 from tests.intake.in_memory_filesystem import InMemoryFileSystem
@@ -128,11 +128,11 @@ def train_on(config: Config) -> None:
 
 def look(config: Config) -> None:
     """What the commands read."""
-    with only_here(config.run.dir):
-        beginning(config)
-        finished(config)
-        summary(config.run.dir, 2, None, ("up",))
-        Troubles(config, OPEN, print).look({})
+    with lock_run_for_command(config.run.dir):
+        describe_start(config)
+        describe_finished_run(config)
+        summary_lines(config.run.dir, 2, None, ("up",))
+        RunAlerts(config, OPEN, print).update_alerts({})
 
 
 PARTS: dict[str, Callable[[Config], object]] = {

@@ -60,7 +60,7 @@ def half_written(config: Config, pattern: str) -> Callable[[FakeIntake], bool]:
     return lambda _intake: any(config.run.dir.glob(pattern))
 
 
-def test_killed_in_the_middle_of_steps_a_trainer_ends_with_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
+def test_a_trainer_killed_within_steps_ends_with_the_same_weights(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model")
     config = configure(tmp_path, checkpoint_every=2, steps=6)
     undisturbed = changed(config, "run", dir=tmp_path / "undisturbed")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from services.certs.issue import certs
+from services.certs.issue import make_certificates
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `treegrpo certs` makes; not to be changed."""
     folder = tmp_path_factory.mktemp("certs")
-    certs(folder, [], ["s7"], new_ca=False, drop_old_ca=False)
+    make_certificates(folder, [], ["s7"])
     return folder

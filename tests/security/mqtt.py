@@ -8,7 +8,8 @@ import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from services.broker.server import PatientBroker, embedded_broker
+from services.broker.limits import DEFAULT_LIMITS, BrokerLimits
+from services.broker.server import LimitedBroker, embedded_broker
 from tests.ports import free_address
 from treegrpo.security.credentials import OPEN, Credentials
 
@@ -112,10 +113,12 @@ async def joined(address: str, hello: bytes, context: ssl.SSLContext | None = No
 
 
 @asynccontextmanager
-async def broker(who: Credentials = OPEN, passwords: dict[str, str] | None = None) -> AsyncGenerator[tuple[str, PatientBroker]]:
+async def broker(
+    who: Credentials = OPEN, passwords: dict[str, str] | None = None, limits: BrokerLimits = DEFAULT_LIMITS
+) -> AsyncGenerator[tuple[str, LimitedBroker]]:
     """The embedded broker in this process, and where."""
     address = free_address()
-    made = embedded_broker(address, who, passwords)
+    made = embedded_broker(address, who, passwords, limits)
     await made.start()
     try:
         yield address, made

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from services.certs.authority import Pair, issue, new_authority
+from services.certs.authority import CertificateWithKey, create_authority, issue_certificate
 from services.certs.issue import write
 from treegrpo.config.security import Role, SecurityConfig
 from treegrpo.security.credentials import CertificateFiles, Credentials
@@ -17,11 +17,11 @@ def access(folder: Path, role: Role) -> Credentials:
     return Credentials.from_config(SecurityConfig(dir=folder), role)
 
 
-def authority(folder: Path) -> Pair:
-    return Pair.load((folder / "ca.pem").read_bytes(), (folder / "ca.key").read_bytes())
+def authority(folder: Path) -> CertificateWithKey:
+    return CertificateWithKey.from_pem((folder / "ca.pem").read_bytes(), (folder / "ca.key").read_bytes())
 
 
-def save(folder: Path, pair: Pair, ca: bytes) -> CertificateFiles:
+def save(folder: Path, pair: CertificateWithKey, ca: bytes) -> CertificateFiles:
     """``pair`` as files of somebody who trusts ``ca``."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = CertificateFiles(folder / "ca.pem", folder / "own.pem", folder / "own.key")
@@ -36,11 +36,13 @@ def impostor(folder: Path, made: Path, who: str, role: Role = Role.SAMPLER) -> C
     ours = authority(made)
     match who:
         case "expired":
-            pair = issue(ours, role, hosts=["127.0.0.1"], now=datetime.now(UTC) - timedelta(days=9), life=timedelta(days=2))
+            pair = issue_certificate(
+                ours, role, hosts=["127.0.0.1"], now=datetime.now(UTC) - timedelta(days=9), lifetime=timedelta(days=2)
+            )
         case "stranger":
-            pair = issue(new_authority(), role, hosts=["127.0.0.1"])
+            pair = issue_certificate(create_authority(), role, hosts=["127.0.0.1"])
         case "named":
-            pair = issue(ours, role, name="s7")
+            pair = issue_certificate(ours, role, name="s7")
         case _:
             raise ValueError(who)
     return replace(access(made, role), keys=save(folder / who, pair, ours.pem))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from services.certs.authority import issue, new_authority
+from services.certs.authority import create_authority, issue_certificate
 from services.cli.commands import as_toml
 from tests.security.people import authority, save
 from treegrpo.config.loader import load_config
@@ -33,13 +33,15 @@ def replaced(folder: Path, path: str, data: bytes) -> None:
 
 
 def expired(folder: Path) -> None:
-    pair = issue(authority(folder), Role.SAMPLER, now=datetime.now(UTC) - timedelta(days=9), life=timedelta(days=2))
+    pair = issue_certificate(
+        authority(folder), Role.SAMPLER, now=datetime.now(UTC) - timedelta(days=9), lifetime=timedelta(days=2)
+    )
     replaced(folder, "sampler.pem", pair.pem)
     replaced(folder, "sampler.key", pair.key_pem)
 
 
 def foreign(folder: Path) -> None:
-    pair = issue(new_authority(), Role.SAMPLER)
+    pair = issue_certificate(create_authority(), Role.SAMPLER)
     replaced(folder, "sampler.pem", pair.pem)
     replaced(folder, "sampler.key", pair.key_pem)
 
@@ -81,7 +83,7 @@ def test_what_is_wrong_with_the_files_is_said_in_a_sentence(folder: Path, fault:
 
 
 def test_certificates_from_elsewhere_are_named_one_by_one(made: Path, tmp_path: Path) -> None:
-    keys = save(tmp_path / "other", issue(authority(made), Role.SAMPLER), (made / "ca.pem").read_bytes())
+    keys = save(tmp_path / "other", issue_certificate(authority(made), Role.SAMPLER), (made / "ca.pem").read_bytes())
     flags = ["--security.ca", str(keys.ca), "--security.certificate", str(keys.certificate), "--security.key", str(keys.key)]
     assert Credentials.from_config(load_config(None, flags).security, Role.SAMPLER).keys == keys
     with pytest.raises(ConfigError, match=r"security\.key .*ca, certificate and key go together; security\.key is missing"):

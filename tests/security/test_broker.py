@@ -24,12 +24,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from pydantic import SecretStr
 
-from services.broker import server as broker_module
 from services.broker.acl import may_publish
-from services.broker.server import embedded_broker
-from services.certs.authority import Pair
-from services.certs.issue import certs
-from services.cli.processes.readiness import broker_ready, wait_ready
+from services.broker.limits import RETAINED_BYTES, BrokerLimits
+from services.broker.server import embedded_broker, read_passwords
+from services.certs.authority import CertificateWithKey
+from services.certs.issue import make_certificates
+from services.cli.processes.readiness import probe_broker, wait_until_ready
 from tests.control.brokers import mosquitto_binary
 from tests.ports import free_address
 from tests.security.people import access, authority, impostor, save
@@ -84,7 +84,7 @@ def address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
         )
-        await wait_ready("broker", lambda: broker_ready(where, access(made, Role.OPERATOR)), SECONDS)
+        await wait_until_ready("broker", lambda: probe_broker(where, access(made, Role.OPERATOR)), SECONDS)
         return started
 
     with asyncio.Runner() as runner:
@@ -110,7 +110,7 @@ async def until(plane: ControlPlane, condition: Callable[[], bool]) -> None:
 async def refused(address: str, who: Credentials) -> str:
     """What somebody is told who is not let in."""
     with pytest.raises(UnavailableError) as error:
-        await broker_ready(address, who)
+        await probe_broker(address, who)
     sentence = str(error.value)
     del error
     gc.collect()  # the MQTT client leaves the socket of a handshake that failed to the collector
@@ -201,7 +201,7 @@ async def test_a_plaintext_client_is_told_to_set_security(address: str, made: Pa
 
 
 async def test_who_trusts_another_authority_does_not_say_its_password(address: str, tmp_path: Path) -> None:
-    certs(tmp_path, [], [], new_ca=False, drop_old_ca=False)
+    make_certificates(tmp_path, [], [])
     assert "not of an authority in our ca.pem" in await refused(address, access(tmp_path, Role.SAMPLER))
 
 
@@ -278,17 +278,16 @@ async def test_the_embedded_broker_wants_a_good_certificate_beside_the_password(
         other = access(made, Role.RETRIEVER) if who == "retriever" else impostor(tmp_path, made, who)
         bad = replace(other, broker_user="sampler", broker_password=SecretStr("word"))
         good = replace(bad, keys=access(made, Role.SAMPLER).keys)
-        await broker_ready(address, good)
+        await probe_broker(address, good)
         assert ("user 'sampler'" if who == "retriever" else "likely because it does not trust") in await refused(address, bad)
     finally:
         await broker.shutdown()
 
 
 @pytest.mark.parametrize("said", [b"", b"\x10\x20\x00\x04MQTT"])
-async def test_who_connects_and_does_not_say_who_it_is_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
-    monkeypatch.setattr(broker_module, "HANDSHAKE_SECONDS", 0.2)
+async def test_who_connects_and_does_not_say_who_it_is_is_hung_up_on(said: bytes) -> None:
     address = free_address()
-    broker = embedded_broker(address)
+    broker = embedded_broker(address, limits=BrokerLimits(handshake_seconds=0.2))
     await broker.start()
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -354,7 +353,7 @@ async def door(who: Credentials) -> AsyncGenerator[tuple[str, bytearray]]:
         yield join_address(*server.sockets[0].getsockname()[:2]), told
 
 
-def _roleless(issuer: Pair) -> Pair:
+def _roleless(issuer: CertificateWithKey) -> CertificateWithKey:
     """A certificate of ours for this machine, made elsewhere, that says no role."""
     key = ec.generate_private_key(ec.SECP256R1())
     now, name = datetime.now(UTC), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "anything")])
@@ -362,12 +361,12 @@ def _roleless(issuer: Pair) -> Pair:
     subject = issuer.certificate.subject
     builder = x509.CertificateBuilder(subject, name, key.public_key(), 7, now - timedelta(hours=1), now + timedelta(days=1))
     made = builder.add_extension(hosts, critical=False)
-    return Pair(made.sign(issuer.key, hashes.SHA256()), key)
+    return CertificateWithKey(made.sign(issuer.key, hashes.SHA256()), key)
 
 
 def test_the_embedded_broker_needs_the_directory_of_the_passwords() -> None:
     with pytest.raises(ConfigError, match=r"takes its users from security\.dir"):
-        broker_module.passwords_in(None)
+        read_passwords(None)
 
 
 async def test_beyond_this_machine_no_broker_is_spoken_to_in_plain_text() -> None:
@@ -409,7 +408,7 @@ async def test_mosquittos_access_list_is_good_for_one_run(made: Path, tmp_path: 
     quiet = asyncio.subprocess.DEVNULL
     process = await asyncio.create_subprocess_exec(binary, "-c", str(shipped(tmp_path, made, where, "ours")), stderr=quiet)
     try:
-        await wait_ready("broker", lambda: broker_ready(where, access(made, Role.OPERATOR)), SECONDS)
+        await wait_until_ready("broker", lambda: probe_broker(where, access(made, Role.OPERATOR)), SECONDS)
         async with ControlPlane.connect(where, "ours", replace(LEARNER, run="r"), access(made, Role.LEARNER)) as plane:
             await publish_state(where, "theirs", RunState.DRAINING, access(made, Role.OPERATOR))
             assert plane.lost is None
@@ -423,6 +422,6 @@ async def test_mosquittos_access_list_is_good_for_one_run(made: Path, tmp_path: 
 def test_mosquittos_rules_name_the_same_users(tmp_path: Path, made: Path) -> None:
     acl = (DEPLOY / "acl").read_text()
     assert re.findall(r"^user (\w+)$", acl, re.MULTILINE) == ["learner", "operator", "sampler"]
-    assert f"message_size_limit {broker_module.RETAINED_BYTES}" in (DEPLOY / "mosquitto.conf").read_text()
+    assert f"message_size_limit {RETAINED_BYTES}" in (DEPLOY / "mosquitto.conf").read_text()
     users = [line.partition(":")[0] for line in (made / "mosquitto.passwd").read_text().splitlines()]
     assert sorted(users) == ["learner", "operator", "sampler"]

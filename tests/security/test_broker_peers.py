@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
 import ssl
 from collections.abc import AsyncGenerator, Callable
@@ -13,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from services.broker import acl, peers
-from services.broker import server as broker_module
-from services.broker.server import PatientBroker
-from services.certs.issue import certs
-from services.cli.processes.readiness import broker_ready
+from services.broker.limits import DEFAULT_LIMITS, BrokerLimits
+from services.broker.server import LimitedBroker
+from services.certs.issue import make_certificates
+from services.cli.processes.readiness import probe_broker
 from tests.security.mqtt import (
     DISCONNECT,
     SECONDS,
@@ -33,7 +31,6 @@ from tests.security.mqtt import (
 )
 from tests.security.people import access, impostor
 from treegrpo.config.security import Role
-from treegrpo.observability.rate_limited_log import RateLimitedLog
 from treegrpo.security.credentials import OPEN, Credentials
 from treegrpo.wire.control import open_client
 
@@ -48,8 +45,8 @@ def tls(who: Credentials) -> ssl.SSLContext:
 
 
 @asynccontextmanager
-async def guarded(made: Path) -> AsyncGenerator[tuple[str, PatientBroker]]:
-    async with broker(access(made, Role.BROKER), WORDS) as there:
+async def guarded(made: Path, limits: BrokerLimits = DEFAULT_LIMITS) -> AsyncGenerator[tuple[str, LimitedBroker]]:
+    async with broker(access(made, Role.BROKER), WORDS, limits) as there:
         yield there
 
 
@@ -112,8 +109,7 @@ async def test_a_connection_that_is_taken_over_ends(made: Path) -> None:
         assert (await again.hear())[0] == SUBACK
 
 
-async def test_a_refusal_is_logged_once(made: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acl, "REFUSALS", RateLimitedLog(logging.getLogger("rules")))
+async def test_a_refusal_is_logged_once(made: Path, caplog: pytest.LogCaptureFixture) -> None:
     sampler = tls(access(made, Role.SAMPLER))
     async with guarded(made) as (address, _), joined(address, connect("s7", "sampler", "s-word"), sampler) as client:
         await client.say(*(publish(f"treegrpo/r/{number}\n", b"x") for number in range(50)), subscribe("treegrpo/#"))
@@ -128,17 +124,15 @@ async def test_a_refusal_is_logged_once(made: Path, caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("said", [b"", b"\x16\x03\x01"])
-async def test_a_tls_handshake_that_is_slow_is_hung_up_on(made: Path, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
-    monkeypatch.setattr(broker_module, "HANDSHAKE_SECONDS", 0.2)
-    async with guarded(made) as (address, _), dial(address) as client:
+async def test_a_tls_handshake_that_is_slow_is_hung_up_on(made: Path, said: bytes) -> None:
+    async with guarded(made, BrokerLimits(handshake_seconds=0.2)) as (address, _), dial(address) as client:
         await client.say(said)
         assert await client.gone()
 
 
 @pytest.mark.parametrize("more", [b"", packet(0x30, b"x" * 99)[:20]])
-async def test_who_misses_its_keep_alive_is_hung_up_on_and_its_will_is_read(monkeypatch: pytest.MonkeyPatch, more: bytes) -> None:
-    monkeypatch.setattr(peers, "GRACE_SECONDS", 0.1)
-    async with broker() as (address, _), joined(address, connect("listener")) as listener:
+async def test_who_misses_its_keep_alive_is_hung_up_on_and_its_will_is_read(more: bytes) -> None:
+    async with broker(limits=BrokerLimits(grace_seconds=0.1)) as (address, _), joined(address, connect("listener")) as listener:
         await listener.say(subscribe("treegrpo/#"))
         await listener.hear()
         async with joined(address, connect("s7", keepalive=1, will=("treegrpo/r/gone", b"s7"))) as silent:
@@ -147,16 +141,19 @@ async def test_who_misses_its_keep_alive_is_hung_up_on_and_its_will_is_read(monk
         assert await listener.hear() == (PUBLISH | 2, text("treegrpo/r/gone") + b"\0\1s7")
 
 
-async def test_no_keep_alive_is_no_way_to_stay_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "KEEPALIVE_SECONDS", 0.2)
-    monkeypatch.setattr(peers, "GRACE_SECONDS", 0.1)
-    async with broker() as (address, _), joined(address, connect("s7", keepalive=0)) as silent:
+async def test_no_keep_alive_is_no_way_to_stay_for_ever() -> None:
+    limits = BrokerLimits(keepalive_seconds=0.2, grace_seconds=0.1)
+    async with broker(limits=limits) as (address, _), joined(address, connect("s7", keepalive=0)) as silent:
         assert await silent.gone()
 
 
-async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "UNWRITTEN_BYTES", 1 << 16)
-    async with broker() as (address, made), joined(address, connect("deaf")) as deaf, joined(address, connect("loud")) as loud:
+async def test_who_does_not_read_is_hung_up_on() -> None:
+    limits = BrokerLimits(unwritten_bytes=1 << 16)
+    async with (
+        broker(limits=limits) as (address, made),
+        joined(address, connect("deaf")) as deaf,
+        joined(address, connect("loud")) as loud,
+    ):
         await deaf.say(subscribe("treegrpo/#", qos=1))
         await deaf.hear()
         for number in range(1, 40):
@@ -174,10 +171,8 @@ async def test_who_does_not_acknowledge_is_hung_up_on() -> None:
         assert await deaf.gone()
 
 
-async def test_who_reads_gets_all_that_is_retained_however_much_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "UNWRITTEN_BYTES", 1 << 14)
-    monkeypatch.setattr(broker_module, "RETAINED_AT_ONCE", 4)
-    async with broker() as (address, _):
+async def test_who_reads_gets_all_that_is_retained_however_much_that_is() -> None:
+    async with broker(limits=BrokerLimits(unwritten_bytes=1 << 14, retained_at_once=4)) as (address, _):
         async with open_client(address, OPEN) as one:
             for number in range(40):
                 await one.publish(f"treegrpo/r/members/{number}", b"x" * 3000, qos=1, retain=True)
@@ -200,9 +195,8 @@ async def test_a_client_that_left_is_not_remembered_whatever_it_asks_for() -> No
         assert not made.subscriptions
 
 
-async def test_topic_filters_are_few_and_those_given_up_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_module, "FILTERS", 3)
-    async with broker() as (address, made), joined(address, connect("s7")) as client:
+async def test_topic_filters_are_few_and_those_given_up_are_forgotten() -> None:
+    async with broker(limits=BrokerLimits(filters=3)) as (address, made), joined(address, connect("s7")) as client:
         await client.say(subscribe("a", "b", "c", "d", "e" * 2000))
         assert await client.hear() == (SUBACK, b"\0\1\0\0\0\x80\x80")
         for name in "abc" * 20:
@@ -212,9 +206,8 @@ async def test_topic_filters_are_few_and_those_given_up_are_forgotten(monkeypatc
         assert len(made.subscriptions) <= 4
 
 
-async def test_what_is_retained_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_module, "RETAINED", 3)
-    async with broker() as (address, made), joined(address, connect("s7")) as client:
+async def test_what_is_retained_is_bounded() -> None:
+    async with broker(limits=BrokerLimits(retained=3)) as (address, made), joined(address, connect("s7")) as client:
         for number in range(9):
             await client.say(publish(f"treegrpo/r/members/{number}", b"x", retain=True))
         await client.say(
@@ -256,9 +249,8 @@ async def test_a_connect_that_is_none_takes_no_place(hello: bytes) -> None:
         await until(lambda: made._servers["default"].conn_count == 0)  # pyright: ignore[reportPrivateUsage]
 
 
-async def test_one_connection_too_many_is_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_module, "PEERS", 1)
-    async with broker() as (address, _), joined(address, connect("s7")), dial(address) as other:
+async def test_one_connection_too_many_is_closed_at_once() -> None:
+    async with broker(limits=BrokerLimits(peers=1)) as (address, _), joined(address, connect("s7")), dial(address) as other:
         assert await other.gone()
 
 
@@ -271,8 +263,8 @@ async def test_a_renewed_certificate_serves_without_a_restart_of_either_side(mad
     passwords = {role: words(Role(role)).broker_password.get_secret_value() for role in ("sampler", "operator")}
     sampler = words(Role.SAMPLER)
     async with broker(words(Role.BROKER), passwords) as (address, _):
-        await broker_ready(address, sampler)
+        await probe_broker(address, sampler)
         for path in [*folder.glob("*.pem"), *folder.glob("*.key")]:
             path.unlink()
-        certs(folder, [], [], new_ca=False, drop_old_ca=False)  # of another authority: the old files could not serve them
-        await broker_ready(address, sampler)
+        make_certificates(folder, [], [])  # of another authority: the old files could not serve them
+        await probe_broker(address, sampler)

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from services.certs.issue import certs
-from tests.cli.machine import treegrpo
+from services.certs.issue import make_certificates
+from tests.cli.command_harness import treegrpo
 from tests.security.people import access
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
 
 
 def make(folder: Path, *names: str, new_ca: bool = False, drop_old_ca: bool = False, samplers: tuple[str, ...] = ()) -> list[str]:
-    return certs(folder, names, samplers, new_ca=new_ca, drop_old_ca=drop_old_ca)
+    return make_certificates(folder, names, samplers, new_ca=new_ca, drop_old_ca=drop_old_ca)
 
 
 def hosts(path: Path) -> list[str]:

@@ -15,11 +15,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from learner.intake.rpc import auth_interceptor
-from learner.intake.rpc.connection_monitor import ConnectionMonitor
-from learner.intake.rpc.server import create_server
-from services.certs.authority import issue
-from services.certs.issue import certs, write
-from services.cli.processes.readiness import learner_ready
+from learner.intake.rpc.server import ConnectionMonitor, create_server
+from services.certs.authority import issue_certificate
+from services.certs.issue import make_certificates, write
+from services.cli.processes.readiness import probe_learner
 from services.sampler.learner_link import channel as channel_module
 from services.sampler.learner_link.channel import connect, open_channel
 from tests.security.door import SECONDS, Door, describe, hello, serving, stream
@@ -44,7 +43,7 @@ async def test_a_sampler_streams_and_fetches_weights(made: Path) -> None:
 async def test_another_role_may_ask_for_health_and_nothing_else(made: Path, role: Role, caplog: pytest.LogCaptureFixture) -> None:
     async with serving(access(made, Role.LEARNER)) as door:
         other = access(made, role)
-        await learner_ready(door.address, other)
+        await probe_learner(door.address, other)
         code, sentence = await stream(door, other, hello())
         assert code is grpc.StatusCode.PERMISSION_DENIED
         assert sentence == f"The role {role.value} may not call /treegrpo.v1.RolloutService/Rollout; that is for sampler."
@@ -56,7 +55,7 @@ async def test_another_role_may_ask_for_health_and_nothing_else(made: Path, role
 
 async def test_a_certificate_without_a_role_may_not_even_ask_for_health(made: Path, tmp_path: Path) -> None:
     ours = authority(made)
-    pair = issue(ours, Role.SAMPLER)
+    pair = issue_certificate(ours, Role.SAMPLER)
     keys = save(tmp_path, pair, ours.pem)
     async with serving(access(made, Role.LEARNER)) as door:
         with pytest.MonkeyPatch.context() as patch:
@@ -153,7 +152,7 @@ async def test_a_sampler_with_tls_is_told_that_the_learner_speaks_plain_text(mad
 
 @pytest.mark.usefixtures("impatient")
 async def test_a_sampler_trusts_no_learner_of_another_authority(made: Path, tmp_path: Path) -> None:
-    certs(tmp_path, [], [], new_ca=False, drop_old_ca=False)
+    make_certificates(tmp_path, [], [])
     async with serving(access(tmp_path, Role.LEARNER)) as door:
         assert "its certificate is not from an authority in our ca.pem" in await no_connection(door, access(made, Role.SAMPLER))
 
@@ -185,7 +184,7 @@ async def test_a_renewed_certificate_serves_without_a_restart(tmp_path: Path, ma
     async with serving(access(folder, Role.LEARNER)) as door:
         assert await describe(door, access(folder, Role.SAMPLER)) is grpc.StatusCode.OK
         shutil.rmtree(folder)
-        certs(folder, [], [], new_ca=False, drop_old_ca=False)  # of another authority: the old files could not serve them
+        make_certificates(folder, [], [])  # of another authority: the old files could not serve them
         assert await describe(door, access(folder, Role.SAMPLER)) is grpc.StatusCode.OK
         write(folder / "learner.pem", b"half a fi", secret=False)
         assert await describe(door, access(folder, Role.SAMPLER)) is grpc.StatusCode.OK
@@ -202,7 +201,7 @@ async def test_a_sampler_shows_a_renewed_certificate_without_a_restart(tmp_path:
         assert await before.read() != grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
         for path in [*folder.glob("*.pem"), *folder.glob("*.key")]:
             path.unlink()
-        certs(folder, [], [], new_ca=False, drop_old_ca=False)
+        make_certificates(folder, [], [])
         after = stub.Rollout()
         await after.write(hello(sampler="s8"))
         assert await after.read() != grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]

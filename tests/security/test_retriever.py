@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from services.certs.issue import certs, write
-from services.cli.processes.readiness import retriever_ready
+from services.certs.issue import make_certificates, write
+from services.cli.processes.readiness import probe_retriever
 from services.environments.retrieval import HttpRetriever
 from services.retriever import http_limits
 from services.retriever import service as service_module
@@ -40,28 +40,28 @@ async def test_the_retriever_answers_samplers_over_tls_that_show_its_token(tmp_p
         async with HttpRetriever(url, SECONDS, verify=sampler.web_context(Role.RETRIEVER)) as search:
             with pytest.raises(ToolError, match=r"status 401.*Show the token"):
                 await search.search("Kabul", topk=1)
-        await retriever_ready(at(url), access(made, Role.OPERATOR))
+        await probe_retriever(at(url), access(made, Role.OPERATOR))
 
 
 async def test_who_does_not_know_the_authority_does_not_talk_to_it(tmp_path: Path, made: Path) -> None:
     async with retriever(tmp_path, access(made, Role.RETRIEVER)) as address:
         with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
-            await retriever_ready(at(f"https://{address}"), OPEN)
+            await probe_retriever(at(f"https://{address}"), OPEN)
         with pytest.raises(UnavailableError, match="No retriever answers"):
-            await retriever_ready(at(f"http://{address}"), OPEN)
+            await probe_retriever(at(f"http://{address}"), OPEN)
 
 
 async def test_a_retriever_of_another_authority_is_not_searched(tmp_path: Path, made: Path) -> None:
     other = impostor(tmp_path, made, "stranger", Role.RETRIEVER)
     async with retriever(tmp_path, other) as address:
         with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
-            await retriever_ready(at(f"https://{address}"), access(made, Role.SAMPLER))
+            await probe_retriever(at(f"https://{address}"), access(made, Role.SAMPLER))
 
 
 async def test_a_learner_is_no_retriever_whatever_address_it_has(tmp_path: Path, made: Path) -> None:
     async with retriever(tmp_path, access(made, Role.LEARNER)) as address:
         with pytest.raises(UnavailableError, match="its certificate has the role learner; a retriever has to show its own"):
-            await retriever_ready(at(f"https://{address}"), access(made, Role.SAMPLER))
+            await probe_retriever(at(f"https://{address}"), access(made, Role.SAMPLER))
 
 
 async def test_health_is_for_everybody_and_metrics_are_not(tmp_path: Path, made: Path) -> None:
@@ -222,7 +222,7 @@ async def test_a_renewed_certificate_serves_without_a_restart(tmp_path: Path, ma
             if renewed:
                 for path in [*folder.glob("*.pem"), *folder.glob("*.key")]:
                     path.unlink()
-                certs(folder, [], [], new_ca=False, drop_old_ca=False)  # of another authority: the old files could not serve
+                make_certificates(folder, [], [])  # of another authority: the old files could not serve
             async with client(access(folder, Role.OPERATOR), token) as web:
                 assert (await web.get(f"https://{address}/health")).status_code == 200
             async with client(access(folder, Role.OPERATOR), token, Role.SAMPLER) as web:

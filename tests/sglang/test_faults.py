@@ -14,7 +14,7 @@ import pytest
 from services.sampler.engines.sglang import SGLangEngine
 from services.sampler.engines.sglang.supervision import Keeper
 from services.sampler.engines.sglang.weight_staging import Staged
-from tests.chaos.proxy import Mode, Proxy
+from tests.chaos.fault_proxy import Mode, Proxy
 from tests.engines.conformance import FIRST, SECOND
 from tests.sglang.asking import check, child, running, sample, until
 from tests.sglang.door import Door

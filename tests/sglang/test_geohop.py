@@ -10,9 +10,9 @@ import pytest
 
 from services.cli.reports.progress_reader import read_progress
 from tests.chaos.audit import audit
-from tests.chaos.history import Archive
+from tests.chaos.run_records import Archive
+from tests.cli.small_run import GEOHOP, SmallRun
 from tests.cli.test_up import Up, up  # noqa: F401  # pyright: ignore[reportUnusedImport]  # up is a fixture
-from tests.cli.workbench import GEOHOP, Workbench
 from tests.sglang.servers import PYTHON
 
 OWN = ("data.train", "data.heldout", "retriever.corpus", "model.path", "rollout.max_turns", "rollout.max_action_tokens")
@@ -25,9 +25,9 @@ async def test_geohop_trains_on_sglang_and_loses_nothing_when_the_server_is_kill
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tests.cli.test_up.SECONDS", 1100.0)
-    bench = Workbench(tmp_path)
+    small_run = SmallRun(tmp_path)
     for key in (*OWN, "rollout.max_context"):
-        del bench.keys[key]
+        del small_run.keys[key]
     changes = {
         "train__steps": "3",
         "train__batch": "4",
@@ -37,8 +37,8 @@ async def test_geohop_trains_on_sglang_and_loses_nothing_when_the_server_is_kill
         "engine__kind": "sglang",
         "engine__python": str(PYTHON),
     }
-    run = await up(str(GEOHOP / "geohop.toml"), *bench.flags(**changes))
-    archive = Archive(bench.run_dir / "journal", tmp_path / "archive")
+    run = await up(str(GEOHOP / "geohop.toml"), *small_run.flags(**changes))
+    archive = Archive(small_run.run_dir / "journal", tmp_path / "archive")
     for step in (1, 2):
         await run.line(f"step {step}/")
         archive.keep()
@@ -46,11 +46,11 @@ async def test_geohop_trains_on_sglang_and_loses_nothing_when_the_server_is_kill
             os.kill(run.pid_of("sglang.launch_server"), signal.SIGKILL)
     assert await run.end() == 0, "\n".join(run.lines)
     archive.keep()
-    progress = read_progress(bench.run_dir)
+    progress = read_progress(small_run.run_dir)
     assert [step.step for step in progress.steps] == [1, 2, 3]
     assert [record.step for record in progress.evals] == [0, 3]
     assert [record.failed for record in progress.evals] == [0, 0]
-    found = audit(bench.run_dir, archive, ended=True)
+    found = audit(small_run.run_dir, archive, ended=True)
     assert found.clean, found
-    assert "it is started again" in (bench.run_dir / "logs" / "sampler-0.log").read_text(encoding="utf-8").lower()
-    assert (bench.run_dir / "logs" / "sampler-0-sglang.log").is_file()
+    assert "it is started again" in (small_run.run_dir / "logs" / "sampler-0.log").read_text(encoding="utf-8").lower()
+    assert (small_run.run_dir / "logs" / "sampler-0-sglang.log").is_file()

@@ -1,6 +1,6 @@
 """Where the rollout budget goes."""
 
-from deploy.grafana.model import Board, Panel, Row, stat
+from deploy.grafana.model import Dashboard, Panel, PanelRow, stat_panel
 
 ACCOUNTS = {
     account: f'sum(treegrpo_budget_{account}{{@, kind="train", currency="CURRENCY"}})'
@@ -19,45 +19,45 @@ def per_useful_leaf(currency: str) -> str:
     return f'sum(treegrpo_budget_spent_total{{@, kind="train", currency="{currency}"}}) / ({leaves} * avg(run:useful_leaves:ratio{{@}}))'
 
 
-BUDGET = Board(
+BUDGET = Dashboard(
     "budget",
     "Rollout budget",
     "What was granted, what became of it, and what trees save against chains.",
     [
-        Row(
+        PanelRow(
             "At a glance",
             [
-                stat(
+                stat_panel(
                     "Tokens granted",
                     "short",
                     'sum(treegrpo_budget_granted_total{@, kind="train", currency="tokens"})',
                     "To training leases.",
                 ),
-                stat(
+                stat_panel(
                     "Tokens spent",
                     "short",
                     'sum(treegrpo_budget_spent_total{@, kind="train", currency="tokens"})',
                     "Computed: prefilled and decoded.",
                 ),
-                stat(
+                stat_panel(
                     "Tool calls spent",
                     "short",
                     'sum(treegrpo_budget_spent_total{@, kind="train", currency="tool_calls"})',
                     "By training leases.",
                 ),
-                stat(
+                stat_panel(
                     "Tokens saved",
                     "percentunit",
                     'avg(treegrpo_rollout_saving_ratio{@, kind="train", currency="tokens"})',
                     "Against chains to the same leaves.",
                 ),
-                stat(
+                stat_panel(
                     "Calls saved",
                     "percentunit",
                     'avg(treegrpo_rollout_saving_ratio{@, kind="train", currency="tool_calls"})',
                     "Against chains to the same leaves.",
                 ),
-                stat(
+                stat_panel(
                     "Imbalance",
                     "short",
                     "max(run_kind_currency:budget_imbalance:abs{@})",
@@ -65,7 +65,7 @@ BUDGET = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "The ledger",
             [
                 Panel(
@@ -79,7 +79,7 @@ BUDGET = Board(
                 Panel("Tool calls", "short", accounts("tool_calls"), "The same of tool calls.", width=12, stacked=True),
             ],
         ),
-        Row(
+        PanelRow(
             "What it buys",
             [
                 Panel(
@@ -124,7 +124,7 @@ BUDGET = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "Where expansions went",
             [
                 Panel(

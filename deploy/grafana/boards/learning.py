@@ -1,13 +1,13 @@
 """What the steps do to the policy."""
 
-from deploy.grafana.model import Board, Panel, Row
+from deploy.grafana.model import Dashboard, Panel, PanelRow
 
-LEARNING = Board(
+LEARNING = Dashboard(
     "learning",
     "Learning",
     "Signal, trust region, divergence and staleness of the optimiser steps.",
     [
-        Row(
+        PanelRow(
             "Signal",
             [
                 Panel(
@@ -30,7 +30,7 @@ LEARNING = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "Policy",
             [
                 Panel("Loss", "none", {"loss": "treegrpo_loss{@}"}, "Of the last step; near 0 by construction."),
@@ -53,7 +53,7 @@ LEARNING = Board(
                 Panel("Learning rate", "sci", {"learning rate": "treegrpo_learning_rate{@}"}, "Of the last step."),
             ],
         ),
-        Row(
+        PanelRow(
             "Divergence and staleness",
             [
                 Panel(

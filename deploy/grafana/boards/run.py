@@ -1,26 +1,28 @@
 """Is the run healthy, at a glance?"""
 
-from deploy.grafana.model import Board, Panel, Row, stat
+from deploy.grafana.model import Dashboard, Panel, PanelRow, stat_panel
 
-RUN = Board(
+RUN = Dashboard(
     "run",
     "Run",
     "Is it healthy at a glance: reward, exact match, budget, saving, throughput, lag, and who waits for whom.",
     [
-        Row(
+        PanelRow(
             "At a glance",
             [
-                stat("Step", "none", "max(treegrpo_step{@})", "Optimiser steps done."),
-                stat("Reward now", "none", 'avg(treegrpo_reward_mean{@, kind="train"})', "Mean reward of the last groups."),
-                stat("Held-out EM", "percentunit", 'avg(treegrpo_exact_match_ratio{@, kind="eval"})', "Of the last evaluation."),
-                stat(
+                stat_panel("Step", "none", "max(treegrpo_step{@})", "Optimiser steps done."),
+                stat_panel("Reward now", "none", 'avg(treegrpo_reward_mean{@, kind="train"})', "Mean reward of the last groups."),
+                stat_panel(
+                    "Held-out EM", "percentunit", 'avg(treegrpo_exact_match_ratio{@, kind="eval"})', "Of the last evaluation."
+                ),
+                stat_panel(
                     "Tokens saved",
                     "percentunit",
                     'avg(treegrpo_rollout_saving_ratio{@, kind="train", currency="tokens"})',
                     "Against independent chains to the same leaves.",
                 ),
-                stat("Samplers", "none", "sum(treegrpo_samplers_connected{@})", "With an open stream to the learner."),
-                stat(
+                stat_panel("Samplers", "none", "sum(treegrpo_samplers_connected{@})", "With an open stream to the learner."),
+                stat_panel(
                     "Alerts",
                     "none",
                     'count(ALERTS{@, alertstate="firing"}) or vector(0)',
@@ -28,7 +30,7 @@ RUN = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "Does it learn?",
             [
                 Panel(
@@ -55,7 +57,7 @@ RUN = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "Does it get on?",
             [
                 Panel(

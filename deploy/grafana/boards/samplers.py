@@ -1,13 +1,13 @@
 """Each replica."""
 
-from deploy.grafana.model import Board, Panel, Row
+from deploy.grafana.model import Dashboard, Panel, PanelRow
 
-SAMPLERS = Board(
+SAMPLERS = Dashboard(
     "samplers",
     "Samplers",
     "Per replica: tokens, generations, cache, weights, errors.",
     [
-        Row(
+        PanelRow(
             "Work",
             [
                 Panel(
@@ -50,7 +50,7 @@ SAMPLERS = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "Cache",
             [
                 Panel(
@@ -75,7 +75,7 @@ SAMPLERS = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "Weights and errors",
             [
                 Panel(
@@ -124,7 +124,7 @@ SAMPLERS = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "SGLang, in its own words",
             [
                 Panel(

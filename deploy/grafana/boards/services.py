@@ -1,13 +1,13 @@
 """What carries the run."""
 
-from deploy.grafana.model import Board, Panel, Row
+from deploy.grafana.model import Dashboard, Panel, PanelRow
 
-SERVICES = Board(
+SERVICES = Dashboard(
     "services",
     "Services",
     "gRPC, journal, weights, control plane, retriever, and whether everybody serves.",
     [
-        Row(
+        PanelRow(
             "Who serves",
             [
                 Panel("Serving", "none", {"{{job}} {{instance}}": "treegrpo_serving{@}"}, "1: /health says so."),
@@ -20,7 +20,7 @@ SERVICES = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "gRPC",
             [
                 Panel(
@@ -77,7 +77,7 @@ SERVICES = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "Disks",
             [
                 Panel("Journal", "bytes", {"size": "treegrpo_journal_bytes{@}"}, "Goes down after checkpoints.", width=6),
@@ -108,7 +108,7 @@ SERVICES = Board(
                 ),
             ],
         ),
-        Row(
+        PanelRow(
             "Retriever",
             [
                 Panel(

@@ -1,4 +1,4 @@
-"""What can be wrong with a model directory and with what is asked of it: found without loading the model."""
+"""Checks of a model directory, and of memory and disk for it, without loading the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learner.trainer.packing.model_support import check_suitable
-from services.cli.checks.caution import Caution
+from services.cli.checks.check import CheckWarning
 from services.sampler.engines.checkpoint import is_tied, library_config
 from services.sampler.engines.embedded.architecture import architecture_of, check_servable, read_config
 from services.sampler.engines.embedded.kv_memory import check_room
@@ -24,15 +24,15 @@ from treegrpo.storage.model_config import check_context, read_model_config
 from treegrpo.storage.weight_files import check_finite, check_head, check_plain_numbers, read_heads
 from treegrpo.wire.trainer_protocol import KEEP_VERSIONS
 
-TRAINED_BYTES = 16
-"""Of a parameter in training: weight, gradient and the optimiser's two averages, in float32."""
+TRAINING_BYTES = 16
+"""Bytes of a parameter in training: weight, gradient and the optimiser's two averages, in float32."""
 WEIGHT_BYTES = 4
-STORED_BYTES = 12
-"""Of a parameter in a checkpoint: weight and the optimiser's two averages."""
+CHECKPOINT_BYTES = 12
+"""Bytes of a parameter in a checkpoint: weight and the optimiser's two averages."""
 
 
 def check_model(path: Path, engine: EngineKind, context: int) -> str:
-    """The model directory is whole, ``engine`` runs it for ``context`` tokens, and it can be trained. Raises ModelError."""
+    """The model directory is complete, ``engine`` serves it for ``context`` tokens, and it can be trained. Raises ModelError."""
     check_model_files(path)
     config = read_model_config(path)
     if not config.kind:
@@ -61,7 +61,7 @@ def check_tokenizer(path: Path) -> str:
     tokenizer.check_fits(config.vocabulary, path)
     template = "a chat template" if tokenizer.has_template else "no chat template: prompts are their plain contents"
     found = f"{len(tokenizer)} ids for {config.vocabulary} embeddings, {template}"
-    return found if tokenizer.has_template else Caution(found)
+    return found if tokenizer.has_template else CheckWarning(found)
 
 
 def check_prompts(model: Path, questions: Sequence[Question], key: str, context: int) -> str:
@@ -72,9 +72,9 @@ def check_prompts(model: Path, questions: Sequence[Question], key: str, context:
         DataError: none of them leaves room.
     """
     tokenizer = Tokenizer.open(model)
-    if not tokenizer.has_template and (told := next((q for q in questions if len({m.role for m in q.prompt}) > 1), None)):
+    if not tokenizer.has_template and (mixed := next((q for q in questions if len({m.role for m in q.prompt}) > 1), None)):
         raise ModelError(
-            f"{model} has no chat template, and prompts of {key} have several roles (question {told.id}), which only a template "
+            f"{model} has no chat template, and prompts of {key} have several roles (question {mixed.id}), which only a template "
             "can tell apart; save chat_template.jinja beside the model, or give each prompt as one message."
         )
     report = render_all(tokenizer, questions, context)
@@ -91,7 +91,7 @@ def check_prompts(model: Path, questions: Sequence[Question], key: str, context:
             f"{min(report.lengths)} tokens, and rollout.max_context = {context}; raise it, or shorten the prompts."
         )
     if lost := (*report.failed, *report.unfit):
-        return Caution(
+        return CheckWarning(
             f"{len(lost)} of {report.count} prompts of {key} cannot be used, and each such question is given up after some "
             f"tries: {lost[0]}"
         )
@@ -99,7 +99,7 @@ def check_prompts(model: Path, questions: Sequence[Question], key: str, context:
 
 
 def check_memory(config: Config, samplers: int, *, trains: bool) -> str:
-    """Weights, keys and values fit in this machine's memory together, where they are computed with on the CPU.
+    """Weights, keys and values fit in this machine's memory together, as far as they are on the CPU.
 
     Args:
         config: resolved.
@@ -107,16 +107,16 @@ def check_memory(config: Config, samplers: int, *, trains: bool) -> str:
         trains: the trainer runs here too.
 
     Raises:
-        ConfigError: they do not. What is counted is less than what is used.
+        ConfigError: they do not. The estimate is a lower bound.
     """
     path, engine, context = config.model.path, config.engine, config.rollout.max_context
-    parameters = parameters_of(path)
+    parameters = count_parameters(path)
     sampler = 0
     if engine.kind == "embedded":
         architecture = architecture_of(read_config(path), path)
         cache = check_room(architecture, engine.max_running, context, engine.cache_tokens)
         sampler = samplers * (cache + WEIGHT_BYTES * parameters)
-    trainer = parameters * (TRAINED_BYTES + (WEIGHT_BYTES if config.train.kl_coef else 0)) if trains and not _has_gpu() else 0
+    trainer = parameters * (TRAINING_BYTES + (WEIGHT_BYTES if config.train.kl_coef else 0)) if trains and not _has_gpu() else 0
     limit, needed = memory_limit(), sampler + trainer
     if needed > limit:
         raise ConfigError(
@@ -129,11 +129,11 @@ def check_memory(config: Config, samplers: int, *, trains: bool) -> str:
 
 
 def check_disk(config: Config) -> str:
-    """There is room for a policy version and a checkpoint, and better for all that are kept. Raises ConfigError."""
-    parameters, run_dir = parameters_of(config.model.path), config.run.dir
+    """The disk has room for a policy version and a checkpoint, and preferably for all that are kept. Raises ConfigError."""
+    parameters, run_dir = count_parameters(config.model.path), config.run.dir
     free = shutil.disk_usage(check_writable(run_dir, "run.dir")).free
     version = parameters * (WEIGHT_BYTES if config.model.dtype == "float32" else WEIGHT_BYTES // 2)
-    checkpoint = parameters * STORED_BYTES
+    checkpoint = parameters * CHECKPOINT_BYTES
     least, most = version + checkpoint, (KEEP_VERSIONS + 2) * version + (config.train.keep_checkpoints + 1) * checkpoint
     if free < least:
         raise ConfigError(
@@ -142,12 +142,12 @@ def check_disk(config: Config) -> str:
         )
     found = f"{free / GIB:.1f} GiB free, up to {most / GIB:.2f} GiB needed for policy versions and checkpoints"
     if free < most and not run_dir.exists():
-        return Caution(f"{found}: make room in {run_dir}, or lower train.keep_checkpoints")
+        return CheckWarning(f"{found}: make room in {run_dir}, or lower train.keep_checkpoints")
     return found
 
 
-def parameters_of(path: Path) -> int:
-    """How many numbers a model's weights are. Raises ModelError."""
+def count_parameters(path: Path) -> int:
+    """The number of parameters of a model. Raises ModelError."""
     try:
         return sum(math.prod(tensor.shape) for tensor in read_heads(path).values())
     except WeightsError as error:

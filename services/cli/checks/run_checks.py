@@ -1,8 +1,8 @@
-"""What can be wrong before anything is started: each check returns what it found, or raises with the remedy."""
+"""Checks of a run before anything is started. Each returns what it found, or raises an error with the remedy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from learner.intake.leases.question_queue import load_questions
 from learner.intake.persistence.untrained_run import check_resumable
 from learner.trainer.algorithm.plan_signal import check_signal
-from services.cli.checks.caution import Caution
+from services.cli.checks.check import Check, CheckWarning
 from services.cli.reports.run_history import steps_done
 from services.sampler.retriever_client import check_topk
 from treegrpo.config.schema import Config
@@ -24,11 +24,8 @@ from treegrpo.runtime.run_directory import check_run_directory, check_writable
 from treegrpo.security.credentials import Credentials
 from treegrpo.storage.run_files import check_run_files
 
-Check = Callable[[], str]
-"""Returns what it found, a `Caution` where that should be said; raises with the remedy."""
 
-
-class Address(NamedTuple):
+class ListenAddress(NamedTuple):
     """An address a process of ours will listen on, and the key that says so."""
 
     key: str
@@ -36,18 +33,18 @@ class Address(NamedTuple):
 
 
 def check_corpus(path: Path) -> str:
-    """Every row of the corpus is good. Raises DataError."""
+    """Every row of the corpus is valid. Raises DataError."""
     from services.retriever.index import load_corpus
 
-    return f"{path} ({len(load_corpus(path))} documents)" if path.is_file() else _no_file(path, "retriever.corpus")
+    return f"{path} ({len(load_corpus(path))} documents)" if path.is_file() else _raise_no_file(path, "retriever.corpus")
 
 
-def _no_file(path: Path, key: str) -> str:
+def _raise_no_file(path: Path, key: str) -> str:
     raise DataError(f"{key} = {path} {'is a directory, not a file' if path.is_dir() else 'does not exist'}; check the path.")
 
 
 def check_run_dir(config: Config) -> str:
-    """The run directory is fresh, or holds the run that is to go on. Raises ConfigError, JournalError and DataError."""
+    """The run directory is new, or holds the run that is to be continued. Raises ConfigError, JournalError and DataError."""
     path = config.run.dir
     check_run_directory(path)
     check_run_files(path)
@@ -58,35 +55,35 @@ def check_run_dir(config: Config) -> str:
     return f"{path} (goes on after step {done})"
 
 
-def learner_addresses(config: Config) -> list[Address]:
+def learner_addresses(config: Config) -> list[ListenAddress]:
     """Where intake and trainer will listen."""
     host, port = split_address(config.learner.metrics, "learner.metrics")
     metrics = {"learner.metrics": port, "learner.metrics (the trainer's, the port after it)": port + 1} if port else {}
     return [
-        Address("learner.listen", config.learner.listen),
-        *(Address(key, join_address(host, number)) for key, number in metrics.items()),
+        ListenAddress("learner.listen", config.learner.listen),
+        *(ListenAddress(key, join_address(host, number)) for key, number in metrics.items()),
     ]
 
 
-def all_addresses(config: Config) -> list[Address]:
+def all_addresses(config: Config) -> list[ListenAddress]:
     """Where the processes of `treegrpo up` will listen."""
     return [
-        *([Address("broker.address", config.broker.address)] if config.broker.embedded else []),
-        *([] if config.retriever.url else [Address("retriever.listen", config.retriever.listen)]),
+        *([ListenAddress("broker.address", config.broker.address)] if config.broker.embedded else []),
+        *([] if config.retriever.url else [ListenAddress("retriever.listen", config.retriever.listen)]),
         *learner_addresses(config),
-        *([Address("engine.listen", config.engine.listen)] if _starts_engine(config) else []),
-        *([] if config.sampler.metrics.endswith(":0") else [Address("sampler.metrics", config.sampler.metrics)]),
+        *([ListenAddress("engine.listen", config.engine.listen)] if _starts_sglang_server(config) else []),
+        *([] if config.sampler.metrics.endswith(":0") else [ListenAddress("sampler.metrics", config.sampler.metrics)]),
     ]
 
 
-def _starts_engine(config: Config) -> bool:
-    """Whether an SGLang server is started, at a port that is known."""
+def _starts_sglang_server(config: Config) -> bool:
+    """Whether an SGLang server is started, on a port known beforehand."""
     engine = config.engine
     return engine.kind == "sglang" and not engine.urls and not engine.listen.endswith(":0")
 
 
-def check_addresses(addresses: list[Address]) -> str:
-    """Each address can be found and listened on, and no two are the same. Raises ConfigError and AddressInUseError."""
+def check_addresses(addresses: list[ListenAddress]) -> str:
+    """Each address resolves and can be bound, and no two are the same. Raises ConfigError and AddressInUseError."""
     for address in addresses:
         check_port(address.value, address.key)
     for one, other in combinations(addresses, 2):
@@ -110,7 +107,7 @@ def check_sampler_metrics(config: Config) -> str:
 
 
 def check_engine(config: Config, samplers: int) -> str:
-    """The engine of each of so many ``samplers`` can be started, or its servers be used. Raises ConfigError."""
+    """The engines of ``samplers`` samplers can be started, or their servers can be used. Raises ConfigError."""
     engine = config.engine
     if engine.kind == "embedded":
         return "embedded"
@@ -139,7 +136,7 @@ def check_engine(config: Config, samplers: int) -> str:
 
 
 def check_security(config: Config) -> str:
-    """Certificates, passwords and tokens can be read, and no address is in the open without them. Raises ConfigError."""
+    """Certificates, passwords and tokens can be read, and no public address is without them. Raises ConfigError."""
     access = Credentials.from_config(config.security, Role.LEARNER)
     access.check_reach("broker.address", config.broker.address)
     access.check_listen("learner.listen", config.learner.listen)
@@ -163,78 +160,78 @@ def check_parts_security(config: Config) -> str:
 
 
 def check_data(train: Sequence[Question], heldout: Sequence[Question], batch: int) -> str:
-    """What is trained on is not what is evaluated on, and a batch is no more than there is."""
+    """Training and held-out questions are disjoint, and a batch is no larger than the training set."""
     known = {question.prompt for question in train}
     if same := sum(question.prompt in known for question in heldout):
-        return Caution(
+        return CheckWarning(
             f"{same} of {len(heldout)} prompts of data.heldout are in data.train too, so the held-out score counts what was "
             "trained on; leave them out of one"
         )
     if batch > len(train):
-        return Caution(
+        return CheckWarning(
             f"train.batch = {batch} is more than the {len(train)} questions of data.train; a batch has some of them twice"
         )
     return f"{len(train)} and {len(heldout)} questions, none in both"
 
 
 def check_limits(config: Config) -> str:
-    """The limits of an episode leave room for each other; and what is set is used."""
+    """The limits of an episode are consistent, and no key is set that has no effect."""
     rollout, environment = config.rollout, config.environment
     for key, value in (
         ("rollout.max_action_tokens", rollout.max_action_tokens),
         ("environment.max_observation_tokens", environment.max_observation_tokens),
     ):
         if value >= rollout.max_context:
-            return Caution(
+            return CheckWarning(
                 f"{key} = {value} is no less than rollout.max_context = {rollout.max_context}: one can fill an episode alone, "
                 "which then ends as truncated; lower the one or raise the other"
             )
     if config.retriever.url and "corpus" in config.retriever.model_fields_set:
-        return Caution(
+        return CheckWarning(
             f"retriever.corpus is not used, since retriever.url names a retriever that runs: {public_url(config.retriever.url)}"
         )
     return f"{rollout.max_context} tokens of an episode, {rollout.max_action_tokens} of a turn"
 
 
 def check_plan(config: Config) -> str:
-    """Groups of this plan can teach something under this estimator. Raises ConfigError."""
+    """Groups of this plan give a learning signal under this estimator. Raises ConfigError."""
     check_signal(config)
     return f"{config.rollout.plan.leaves} leaves a question"
 
 
-class Questions:
-    """The questions of a run, read once however many checks look at them."""
+class QuestionFiles:
+    """The question files of a run, read once for all checks."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._read = cache(self._open)
+        self._load = cache(self._load_file)
 
     def __getitem__(self, key: str) -> Sequence[Question]:
         """Those of ``data.train`` or ``data.heldout``. Raises DataError."""
-        return self._read(key)
+        return self._load(key)
 
-    def found(self, key: str) -> str:
-        """Every row is good. Raises DataError."""
+    def check_file(self, key: str) -> str:
+        """Every row is valid. Raises DataError."""
         return f"{self._path(key)} ({len(self[key])} questions)"
 
-    def prompts(self, key: str) -> str:
+    def check_prompts(self, key: str) -> str:
         """See `check_prompts`."""
         from services.cli.checks.model_checks import check_prompts
 
         config = self._config
         return check_prompts(config.model.path, self[key], key, config.rollout.max_context)
 
-    def data(self) -> str:
+    def check_data(self) -> str:
         """See `check_data`."""
         return check_data(self["data.train"], self["data.heldout"], self._config.train.batch)
 
     def _path(self, key: str) -> Path:
         return self._config.data.train if key == "data.train" else self._config.data.heldout
 
-    def _open(self, key: str) -> Sequence[Question]:
+    def _load_file(self, key: str) -> Sequence[Question]:
         path = self._path(key)
         if not path.is_file():
-            _no_file(path, key)
+            _raise_no_file(path, key)
         return load_questions(path)
 
 
@@ -264,9 +261,9 @@ def _check_disk(config: Config) -> str:
 
 
 def learner_checks(config: Config) -> dict[str, Check]:
-    """What `treegrpo learner` needs, by name."""
-    questions = Questions(config)
-    return {  # in the order of what they cost
+    """The checks of `treegrpo learner`, by name."""
+    questions = QuestionFiles(config)
+    return {  # cheapest first
         "security": partial(check_security, config),
         "ports": partial(check_addresses, learner_addresses(config)),
         "plan": partial(check_plan, config),
@@ -276,19 +273,19 @@ def learner_checks(config: Config) -> dict[str, Check]:
         "tokenizer": partial(_check_tokenizer, config),
         "memory for the run": partial(_check_memory, config, 0, trains=True),
         "disk for the run": partial(_check_disk, config),
-        "training questions": partial(questions.found, "data.train"),
-        "held-out questions": partial(questions.found, "data.heldout"),
-        "data": questions.data,
-        "training prompts": partial(questions.prompts, "data.train"),
-        "held-out prompts": partial(questions.prompts, "data.heldout"),
+        "training questions": partial(questions.check_file, "data.train"),
+        "held-out questions": partial(questions.check_file, "data.heldout"),
+        "data": questions.check_data,
+        "training prompts": partial(questions.check_prompts, "data.train"),
+        "held-out prompts": partial(questions.check_prompts, "data.heldout"),
     }
 
 
 def up_checks(config: Config) -> dict[str, Check]:
-    """What `treegrpo up` needs, by name."""
+    """The checks of `treegrpo up`, by name."""
     corpus: dict[str, Check] = {} if config.retriever.url else {"corpus": partial(check_corpus, config.retriever.corpus)}
     return {
-        "documents of a search": partial(check_topk, config),  # first, for it costs nothing
+        "documents of a search": partial(check_topk, config),  # first: it costs nothing
         **learner_checks(config),
         "ports": partial(check_addresses, all_addresses(config)),
         "memory for the run": partial(_check_memory, config, config.sampler.count, trains=True),
@@ -300,19 +297,14 @@ def up_checks(config: Config) -> dict[str, Check]:
 
 
 def eval_checks(config: Config) -> dict[str, Check]:
-    """What `treegrpo eval` needs, by name."""
-    questions = Questions(config)
+    """The checks of `treegrpo eval`, by name."""
+    questions = QuestionFiles(config)
     return {
         "documents of a search": partial(check_topk, config),
         "model": partial(_check_model, config),
         "tokenizer": partial(_check_tokenizer, config),
         "memory for the run": partial(_check_memory, config, 1, trains=False),
-        "held-out questions": partial(questions.found, "data.heldout"),
-        "held-out prompts": partial(questions.prompts, "data.heldout"),
+        "held-out questions": partial(questions.check_file, "data.heldout"),
+        "held-out prompts": partial(questions.check_prompts, "data.heldout"),
         "engine": partial(check_engine, config, 1),
     }
-
-
-def run_checks(checks: Iterable[Check]) -> list[Caution]:
-    """Run all; the first that fails raises. Returns what should be said even so."""
-    return [found for check in checks if isinstance(found := check(), Caution)]

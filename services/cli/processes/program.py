@@ -1,9 +1,9 @@
-"""One program of a run as a child process: how it is started, and why it ended."""
+"""The process of one part of a run: how it is started, and why it ended."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,26 +12,29 @@ from treegrpo.runtime.child_process import ChildProcess
 from treegrpo.runtime.exit_report import ExitReport, ExitReports, decisive_report
 from treegrpo.runtime.process_environment import child_environment, python_command
 
+PrintLine = Callable[[str], None]
+"""Prints a line for the user."""
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What to run: a name for people and a module for `python -m`."""
+    """A Python module to run with `python -m`, and the name by which users know it."""
 
     name: str
     module: str
     flags: tuple[str, ...] = ()
-    """Flags of this process alone, after those all have."""
+    """Flags of this process only, after those that all processes have."""
 
 
-class Child(ChildProcess):
-    """A part of a run."""
+class PartProcess(ChildProcess):
+    """A child process that runs one part of a run."""
 
     killed_seconds = 10.0
     reports: ExitReports
 
     @classmethod
-    async def start(cls, program: Program, arguments: Sequence[str], logs: Path) -> Self:
-        """Start ``program`` with the arguments all have and its own; output is appended to ``logs``/NAME.log."""
+    async def launch(cls, program: Program, arguments: Sequence[str], logs: Path) -> Self:
+        """Start ``program`` with the common arguments and its own; output is appended to ``logs``/NAME.log."""
         command = python_command(program.module, *arguments, *program.flags)
         reports = ExitReports()
         environment = child_environment({**reports.environment, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
@@ -40,19 +43,19 @@ class Child(ChildProcess):
         return child
 
     @property
-    def report(self) -> ExitReport | None:
-        """Why it ends, in its own words; None while it has said nothing."""
+    def exit_report(self) -> ExitReport | None:
+        """The reason for its end that the process has reported; None if it has reported none."""
         return decisive_report(self.reports.read())
 
-    def obituary(self) -> str:
-        """One sentence: what ended, how, why, where to read more."""
-        code, report = self.code or 0, self.report
+    def describe_exit(self) -> str:
+        """A sentence about its end: exit code or signal, reason, log file."""
+        code, report = self.code or 0, self.exit_report
         how = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code} ({_signal_name(-code)})"
-        why = f": {report.sentence}" if report else f"; {self._last_line()}"
+        why = f": {report.sentence}" if report else f"; {self._log_ending()}"
         return f"The {self.name} {how}{why} (log: {self.log})"
 
-    def _last_line(self) -> str:
-        """What stands in for the reason of a process that had no time to give one."""
+    def _log_ending(self) -> str:
+        """What is said in place of a reason that the process did not report."""
         memory = "if nobody sent it, memory ran out; " if self.code == -signal.SIGKILL else ""
         lines = self.read_last_lines()
         return f"{memory}its log ends with {lines[-1]!r}" if lines else f"{memory}its log is empty"

@@ -1,4 +1,4 @@
-"""Is it there? One probe per kind of service; each returns, or raises UnavailableError."""
+"""Readiness probes, one for each kind of service. A probe returns, or raises UnavailableError."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from treegrpo.security.credentials import OPEN, Credentials
 from treegrpo.wire.control import broker_unavailable_error, open_client
 
 PROBE_SECONDS = 2.0
-PAUSE_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 Probe = Callable[[], Awaitable[None]]
 
 
-async def broker_ready(address: str, access: Credentials = OPEN) -> None:
-    """Something speaks MQTT at ``address`` and lets us in."""
+async def probe_broker(address: str, access: Credentials = OPEN) -> None:
+    """Connect to the MQTT broker at ``address``. Raises UnavailableError."""
     try:
         async with open_client(address, access, timeout=PROBE_SECONDS):
             return
@@ -34,11 +34,11 @@ async def broker_ready(address: str, access: Credentials = OPEN) -> None:
         raise broker_unavailable_error(address, access, error, "start one there.") from error
 
 
-async def retriever_ready(config: Config, access: Credentials = OPEN) -> None:
-    """The retriever answers a query, asked as samplers ask: by the same client, for as many documents, with as much time.
+async def probe_retriever(config: Config, access: Credentials = OPEN) -> None:
+    """Ask the retriever as samplers do: by the same client, for as many documents, with the same timeout.
 
     Raises:
-        UnavailableError: nobody answers.
+        UnavailableError: there is no answer.
         ConfigError: it answers, but not what samplers can use.
     """
     web_address("retriever.url", config.search_url)
@@ -55,8 +55,8 @@ async def retriever_ready(config: Config, access: Credentials = OPEN) -> None:
         ) from error
 
 
-async def learner_ready(address: str, access: Credentials = OPEN) -> None:
-    """The intake at ``address`` serves, says gRPC's health service."""
+async def probe_learner(address: str, access: Credentials = OPEN) -> None:
+    """Ask the gRPC health service of the intake at ``address``. Raises UnavailableError: it does not serve."""
     access.check_reach("learner.listen", reachable_address(address))
     async with open_channel(reachable_address(address), access) as channel:
         try:
@@ -69,8 +69,8 @@ async def learner_ready(address: str, access: Credentials = OPEN) -> None:
         raise UnavailableError(f"The learner at {address} does not serve yet; wait for it or see its log.")
 
 
-async def wait_ready(name: str, probe: Probe, seconds: float) -> None:
-    """Probe until it is there. Raises DeadlineError with the last reason after ``seconds``."""
+async def wait_until_ready(name: str, probe: Probe, seconds: float) -> None:
+    """Probe until it succeeds. Raises DeadlineError with the last reason after ``seconds``."""
     reason = "no answer"
     try:
         async with asyncio.timeout(seconds):
@@ -79,6 +79,6 @@ async def wait_ready(name: str, probe: Probe, seconds: float) -> None:
                     return await probe()
                 except UnavailableError as error:
                     reason = str(error)
-                await asyncio.sleep(PAUSE_SECONDS)
+                await asyncio.sleep(POLL_SECONDS)
     except TimeoutError as error:
         raise DeadlineError(f"The {name} was not ready within {seconds:.0f} s: {reason}") from error

@@ -1,4 +1,4 @@
-"""The run's progress file, progress.jsonl: one record for each step, each evaluation and each long wait, by the intake."""
+"""Reads progress.jsonl, which the intake writes: one record for each step, each evaluation and each long wait."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 FILE_NAME = "progress.jsonl"
 
 
-class Account(BaseModel):
-    """The ledger in one currency: granted = spent + refunded + forfeited + outstanding."""
+class LedgerTotals(BaseModel):
+    """The totals of the ledger in one currency: granted = spent + refunded + forfeited + outstanding."""
 
     granted: int = 0
     spent: int = 0
@@ -28,7 +28,7 @@ class Account(BaseModel):
 
 
 class StepRecord(BaseModel):
-    """One optimiser step, with the books as they stood after it; None is a figure that the step had nothing to make of."""
+    """One optimiser step, and the ledger after it; None where the step has no value."""
 
     time: float
     """Unix seconds."""
@@ -40,7 +40,7 @@ class StepRecord(BaseModel):
     lag_mean: float | None = None
     lag_max: int | None = None
     zero_signal_ratio: float | None = None
-    ledger: dict[str, dict[str, Account]]
+    ledger: dict[str, dict[str, LedgerTotals]]
     """By lease kind, by currency."""
     chain_tokens: int
     """What chains to the same leaves would have needed so far."""
@@ -53,9 +53,9 @@ class StepRecord(BaseModel):
     samplers: int
 
     @property
-    def training(self) -> Account:
+    def training(self) -> LedgerTotals:
         """The tokens of training leases."""
-        return self.ledger.get("train", {}).get("tokens", Account())
+        return self.ledger.get("train", {}).get("tokens", LedgerTotals())
 
 
 class EvalRecord(BaseModel):
@@ -75,7 +75,7 @@ class EvalRecord(BaseModel):
 
 
 class WaitingRecord(BaseModel):
-    """Nothing has moved for a while."""
+    """A long wait: nothing has progressed for a while."""
 
     what: str = Field(alias="for")
     """What is waited for."""
@@ -88,15 +88,15 @@ _KINDS: dict[str, type[Record]] = {"step": StepRecord, "eval": EvalRecord, "wait
 
 
 @dataclass(slots=True)
-class Progress:
-    """The run so far, as it counts: a resumed run goes back to its checkpoint, and so does this."""
+class RunProgress:
+    """The records of a run that count: a run resumed from a checkpoint drops those of later steps."""
 
     steps: list[StepRecord] = field(default_factory=list[StepRecord])
     evals: list[EvalRecord] = field(default_factory=list[EvalRecord])
     waiting: WaitingRecord | None = None
-    """What the run waits for now, if that is worth saying."""
+    """What the run waits for now, if it has waited for long."""
 
-    def add(self, record: Record) -> None:
+    def add_record(self, record: Record) -> None:
         """Append ``record``; what was recorded for its step or a later one was orphaned by a restart."""
         self.waiting = record if isinstance(record, WaitingRecord) else None
         if isinstance(record, StepRecord):
@@ -106,25 +106,25 @@ class Progress:
             self.evals = [*(old for old in self.evals if old.step < record.step), record]
 
 
-class Tail:
-    """Reads what was appended to a progress file since the last look. What is no record is left out; see `complaint`."""
+class ProgressTail:
+    """Reads the records appended to a progress file. Lines that are no records are left out; see `skipped_lines`."""
 
     def __init__(self, path: Path) -> None:
         self._lines = JsonLinesFile(path)
 
-    def new(self) -> list[Record]:
+    def read_new_records(self) -> list[Record]:
         """The new records, none while there is no file; a line still being written waits. Raises RunFileError."""
-        return [record for row in self._lines.read_new_rows() if (record := self._record(row)) is not None]
+        return [record for row in self._lines.read_new_rows() if (record := self._parse_record(row)) is not None]
 
     @property
-    def complaint(self) -> str:
+    def skipped_lines(self) -> str:
         """A sentence about lines that are no records; empty if there is none."""
         return self._lines.skipped_summary
 
-    def _record(self, row: dict[str, Any]) -> Record | None:
+    def _parse_record(self, row: dict[str, Any]) -> Record | None:
         kind = _KINDS.get(str(row.get("kind")))
         if kind is None and isinstance(row.get("kind"), str):
-            return None  # a kind that is for others
+            return None  # a kind for other readers
         try:
             record = (kind or StepRecord).model_validate(row)
             if isinstance(record, EvalRecord):
@@ -135,11 +135,11 @@ class Tail:
         return record
 
 
-def read_progress(run_dir: Path) -> Progress:
+def read_progress(run_dir: Path) -> RunProgress:
     """The progress of the run in ``run_dir``, empty if it has none. Raises RunFileError."""
-    progress, tail = Progress(), Tail(run_dir / FILE_NAME)
-    for record in tail.new():
-        progress.add(record)
-    if tail.complaint:
-        log.warning("%s", tail.complaint)
+    progress, tail = RunProgress(), ProgressTail(run_dir / FILE_NAME)
+    for record in tail.read_new_records():
+        progress.add_record(record)
+    if tail.skipped_lines:
+        log.warning("%s", tail.skipped_lines)
     return progress

@@ -1,7 +1,7 @@
-"""What is wrong in a run and not its end: a line when it begins, and one when it is over.
+"""Alerts about a run that continues: one line when a problem begins, and one when it is over.
 
-On a full disk there is room neither for a line of a log nor for one of the progress file, so the learner says it on its
-/metrics pages. A checkpoint that was found damaged says it by its name.
+A full disk takes neither log lines nor progress records, so the learner reports it on its /metrics pages. A checkpoint that
+was found damaged is recognised by its name.
 """
 
 from __future__ import annotations
@@ -9,54 +9,56 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from services.cli.processes.part_supervisor import Say
-from services.cli.reports.metrics_client import Scrape, pages
+from services.cli.processes.program import PrintLine
+from services.cli.reports.metrics_client import MetricSamples, open_metrics_client
 from treegrpo.config.schema import Config
 from treegrpo.net.address import join_address, split_address
 from treegrpo.observability.metrics import MISMATCH_LIMIT
 from treegrpo.security.credentials import Credentials
 from treegrpo.storage.manifest import DAMAGED
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 JOURNAL_BLOCKED = "treegrpo_journal_blocked"
 JOURNAL_SHORT = "treegrpo_journal_short"
 TRAINER_BLOCKED = "treegrpo_trainer_blocked"
 MISMATCH = "treegrpo_kl_mismatch_lag0"
 
 
-class Troubles:
-    def __init__(self, config: Config, access: Credentials, say: Say) -> None:
-        """What is there already is known, and not said; ``say`` prints a line for the user."""
-        self._run_dir, self._access, self._say = config.run.dir, access, say
+class RunAlerts:
+    """Prints the alerts of one run."""
+
+    def __init__(self, config: Config, access: Credentials, print_line: PrintLine) -> None:
+        """Damaged checkpoints that exist already are not reported; ``print_line`` prints a line for the user."""
+        self._run_dir, self._access, self._print_line = config.run.dir, access, print_line
         host, port = split_address(config.learner.metrics, "learner.metrics")
         self._addresses = (join_address(host, port), join_address(host, port + 1)) if port else ()
-        self._damaged = set(self._set_aside())
-        self._now: set[str] = set()
+        self._reported = set(self._damaged_checkpoints())
+        self._active: set[str] = set()
         self.trainer_blocked = asyncio.Event()
         """Set while the disk refuses what the trainer has to write."""
 
-    async def follow(self) -> None:
-        """Look for ever."""
-        async with pages(self._access) as read:
+    async def follow_metrics(self) -> None:
+        """Poll the metrics pages for ever."""
+        async with open_metrics_client(self._access) as read:
             while True:
-                self.look({name: value for address in self._addresses for name, value in (await read(address)).items()})
-                await asyncio.sleep(LOOK_SECONDS)
+                self.update_alerts({name: value for address in self._addresses for name, value in (await read(address)).items()})
+                await asyncio.sleep(POLL_SECONDS)
 
-    def look(self, scrape: Scrape) -> None:
-        """Say what is new. What ``scrape`` lacks is as it was: its process does not answer now."""
-        for folder in self._set_aside():
-            if folder not in self._damaged:
-                self._damaged.add(folder)
-                self._say(f"A damaged checkpoint is set aside as {folder}; the run goes on from the one before.")
+    def update_alerts(self, samples: MetricSamples) -> None:
+        """Print what is new. An alert whose metric is missing stays as it was: its process does not answer now."""
+        for folder in self._damaged_checkpoints():
+            if folder not in self._reported:
+                self._reported.add(folder)
+                self._print_line(f"A damaged checkpoint is set aside as {folder}; the run goes on from the one before.")
         for name, limit, begins, over in self._sentences():
-            there = scrape[name] > limit if name in scrape else name in self._now
-            if there != (name in self._now):
-                self._say(begins if there else over)
-                (self._now.add if there else self._now.remove)(name)
-        (self.trainer_blocked.set if TRAINER_BLOCKED in self._now else self.trainer_blocked.clear)()
+            active = samples[name] > limit if name in samples else name in self._active
+            if active != (name in self._active):
+                self._print_line(begins if active else over)
+                (self._active.add if active else self._active.remove)(name)
+        (self.trainer_blocked.set if TRAINER_BLOCKED in self._active else self.trainer_blocked.clear)()
 
     def _sentences(self) -> tuple[tuple[str, float, str, str], ...]:
-        """For each metric what it is above in trouble, and what to say at the beginning and at the end."""
+        """For each metric its threshold, and the lines for the beginning and the end of the alert."""
         disk = f"The disk of {self._run_dir}"
         apart = f"Sampler and trainer compute two policies: more than {MISMATCH_LIMIT} nats per token apart at version lag 0"
         return (
@@ -86,5 +88,5 @@ class Troubles:
             ),
         )
 
-    def _set_aside(self) -> list[Path]:
+    def _damaged_checkpoints(self) -> list[Path]:
         return sorted((self._run_dir / "checkpoints").glob(f"*{DAMAGED}"))

@@ -1,4 +1,4 @@
-"""What a run directory holds already: whether there is a run to go on with, how far it came, whether it is finished."""
+"""The state of a run directory before a start: whether it holds a run, its last step, whether it is finished."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def steps_done(run_dir: Path) -> int | None:
-    """The step from which a run goes on, None if there is none. Raises JournalError: its journal cannot be read."""
+    """The step from which a run continues, None if there is no run. Raises JournalError: its journal cannot be read."""
     if steps := checkpoints(run_dir):
         return steps[-1][0]
     return 0 if has_recorded_events(run_dir) else None
@@ -39,8 +39,8 @@ def is_trained(config: Config) -> bool:
     return bool(steps) and steps[-1][0] >= config.train.steps
 
 
-def beginning(config: Config) -> str:
-    """What a start is the start of. Raises JournalError, ConfigError and DataError."""
+def describe_start(config: Config) -> str:
+    """A line about a start: of a new run, or continuing one. Raises JournalError, ConfigError and DataError."""
     done = steps_done(config.run.dir)
     if done is None:
         return f"Starting the run {config.run.name} in {config.run.dir}"
@@ -49,8 +49,8 @@ def beginning(config: Config) -> str:
     return f"Continuing the run in {config.run.dir} after step {done} of {config.train.steps}"
 
 
-def finished(config: Config) -> str:
-    """The sentence for a run that has made its steps and was evaluated since, empty for any other. Raises DataError."""
+def describe_finished_run(config: Config) -> str:
+    """The sentence for a run that is trained and evaluated, empty for any other. Raises DataError."""
     if not is_trained(config):
         return ""
     done, evals = checkpoints(config.run.dir)[-1][0], read_progress(config.run.dir).evals

@@ -1,4 +1,4 @@
-"""What a run says at its end."""
+"""The summary lines at the end of a run."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.cli.reports.live_view import count, percent
-from services.cli.reports.plot import FILE_NAME, plot
-from services.cli.reports.progress_reader import Account, Progress, read_progress
+from services.cli.reports.live_view import percent, short_number
+from services.cli.reports.plot import FILE_NAME, plot_progress
+from services.cli.reports.progress_reader import LedgerTotals, RunProgress, read_progress
 from services.cli.reports.run_history import newest_checkpoint
 from treegrpo.errors import DiskError
 
 
-def em_line(progress: Progress) -> str:
+def exact_match_summary(progress: RunProgress) -> str:
     """Held-out exact match before and after, in percent."""
     ems = [f"{100 * record.em:.1f}" for record in progress.evals]
     return f"held-out EM: {' → '.join([ems[0], ems[-1]] if len(ems) > 1 else ems) or 'not evaluated'}"
 
 
-def budget_summary(progress: Progress) -> str:
-    """What training cost, and what chains to the same leaves would have."""
+def budget_summary(progress: RunProgress) -> str:
+    """The cost of training, against chains to the same leaves."""
     last = progress.steps[-1]
-    calls = last.ledger.get("train", {}).get("tool_calls", Account()).spent
+    calls = last.ledger.get("train", {}).get("tool_calls", LedgerTotals()).spent
     return (
-        f"rollout budget: {count(last.training.spent)} tokens, {percent(last.recomputed)} of them again under new weights, "
-        f"and {count(calls)} tool calls; against chains to the same leaves trees save {percent(last.saving)} of the tokens and "
-        f"{percent(last.saving_tool_calls)} of the calls"
+        f"rollout budget: {short_number(last.training.spent)} tokens, {percent(last.recomputed)} of them again under new "
+        f"weights, and {short_number(calls)} tool calls; against chains to the same leaves trees save {percent(last.saving)} of "
+        f"the tokens and {percent(last.saving_tool_calls)} of the calls"
     )
 
 
-def program() -> str:
-    """What to type for this command here: its name where the shell finds it, else where it lies."""
+def command_name() -> str:
+    """The command as the user can type it here: its name if it is on the PATH, else its path."""
     script = Path(sys.executable).with_name("treegrpo")
     if not script.exists() or shutil.which("treegrpo") is not None:
         return "treegrpo"
@@ -44,12 +44,12 @@ def program() -> str:
         return str(script)
 
 
-def command(*words: str) -> str:
-    """A command line of ours, to be typed here."""
-    return shlex.join([program(), *words])
+def command_line(*words: str) -> str:
+    """A `treegrpo` command line that can be typed here."""
+    return shlex.join([command_name(), *words])
 
 
-def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) -> list[str]:
+def summary_lines(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) -> list[str]:
     """The lines that end a run; draws the plot.
 
     Args:
@@ -63,19 +63,19 @@ def summary(run_dir: Path, steps: int, toml: Path | None, again: Sequence[str]) 
     """
     progress = read_progress(run_dir)
     if not progress.steps:
-        return [f"No step was made; the logs are in {run_dir / 'logs'}.", f"go on: {command(*again)}"]
+        return [f"No step was made; the logs are in {run_dir / 'logs'}.", f"go on: {command_line(*again)}"]
     picture = run_dir / FILE_NAME
     try:
-        plot(progress, picture, str(run_dir))
+        plot_progress(progress, picture, str(run_dir))
         drawn = f"plot: {picture}"
     except DiskError as error:  # the run has ended well without
         drawn = f"no plot: {error}"
-    lines = [em_line(progress), budget_summary(progress), drawn]
+    lines = [exact_match_summary(progress), budget_summary(progress), drawn]
     model = newest_checkpoint(run_dir)
     if model is not None:
         lines.append(f"checkpoint: {model} (Hugging Face format)")
     if progress.steps[-1].step < steps:
-        lines.append(f"go on: {command(*again)}")
+        lines.append(f"go on: {command_line(*again)}")
     elif model is not None:
-        lines.append(f"next: {command('eval', *([str(toml)] if toml else []), '--model.path', str(model))}")
+        lines.append(f"next: {command_line('eval', *([str(toml)] if toml else []), '--model.path', str(model))}")
     return lines

@@ -1,4 +1,4 @@
-"""The one way to the terminal: plain text in, and nothing in it is markup, an emoji's name or a control character.
+"""Output to the terminal as plain text: no markup, no names of emojis, no control characters.
 
 `Terminal` prints; `table`, `panel` and `cell` make what it prints of strings. Nothing else in the command line touches rich's
 Console, Table, Panel or Text, and nothing in `services`, `learner` or `treegrpo` calls `print` but for help texts and files
@@ -23,7 +23,7 @@ Justify = Literal["left", "right"]
 
 
 def cell(text: str, style: str = "") -> Text:
-    """``text`` as it is, in one line; ``style`` is rich's."""
+    """A table cell with ``text`` in one line, taken literally; ``style`` is rich's."""
     return Text(printable(text), style)
 
 
@@ -38,7 +38,7 @@ def table(headings: Sequence[tuple[str, Justify]], rows: Iterable[Sequence[str |
 
 
 def panel(title: str, rows: Iterable[tuple[str, str | Text]]) -> Panel:
-    """Names and what goes with them, in a frame with a title."""
+    """A framed panel with a title and rows of name and value."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column()
@@ -48,27 +48,27 @@ def panel(title: str, rows: Iterable[tuple[str, str | Text]]) -> Panel:
 
 
 class Terminal:
-    """Standard output for people."""
+    """Standard output, for people."""
 
     def __init__(self, file: TextIO | None = None, *, force_terminal: bool | None = None, width: int | None = None) -> None:
-        """``file``: instead of standard output; the rest: instead of what is found out about it."""
+        """``file``: instead of standard output; the others: instead of what is detected."""
         self._console = Console(file=file, force_terminal=force_terminal, width=width, markup=False, highlight=False, emoji=False)
         if self._console.width < NARROW:  # COLUMNS of a shell that does not know
             self._console.width = WIDTH
 
     @property
     def is_terminal(self) -> bool:
-        """Whether somebody looks at it now, and what was printed can be drawn over."""
+        """Whether it is interactive, so that printed lines can be redrawn."""
         return self._console.is_terminal
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print one line."""
         self._console.print(cell(line), soft_wrap=True)
 
-    def show(self, what: Table | Panel) -> None:
+    def print_renderable(self, what: Table | Panel) -> None:
         """Print what `table` or `panel` has made."""
         self._console.print(what)
 
-    def live(self) -> Live:
-        """What is drawn again and again in one place; `say` goes above it."""
+    def live_display(self) -> Live:
+        """A display that is redrawn in place; `print_line` goes above it."""
         return Live(console=self._console, auto_refresh=False)

@@ -4,11 +4,11 @@ import asyncio
 import sys
 from pathlib import Path
 
-from services.cli.processes.program import Child, Program
+from services.cli.processes.program import PartProcess, Program
 
 
 async def main() -> None:
-    child = await Child.start(Program("child", "tests.cli.programs.wait"), [], Path(sys.argv[1]))
+    child = await PartProcess.launch(Program("child", "tests.cli.programs.wait_for_sigterm"), [], Path(sys.argv[1]))
     print(child.pid, flush=True)
     await child.ended
 

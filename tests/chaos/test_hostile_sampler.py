@@ -1,0 +1,36 @@
+"""The intake refuses the messages of the chaos runs' hostile sampler, and serves others meanwhile."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from learner.intake.leases import circuit_breaker
+from tests.chaos.hostile_sampler import NAME, HostileSampler
+from tests.intake.builders import book
+from tests.intake.process_harness import Sampler
+from tests.intake.server_harness import serve_intake
+from treegrpo.core.budget import Budget
+from treegrpo.core.lease import LeaseKind
+
+
+async def test_the_hostile_sampler_is_refused_and_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(circuit_breaker, "MOST_SECONDS", 0.02)
+    made = book(questions=40, batch=8, max_lag=8)
+    async with serve_intake(made, tmp_path) as door, Sampler.join(door.address, name="good") as good:
+        bad = HostileSampler(door.address, random.Random(0), attack_seconds=0.4, pause_seconds=0.001)
+        for attack in bad.attacks:
+            await bad.run_attack(attack)
+        await good.want(2)
+        for _ in range(4):
+            await good.roll_out((await good.hear("lease")).id)
+        for reason in ("failed", "returned"):
+            assert door.sample("leases_ended_total", kind="train", reason=reason)
+        assert all(door.sample("subtrees_refused_total", reason=reason) for reason in ("tree", "lease"))
+        assert door.sample("peers_refused_total", reason="message")
+        assert door.desk.breaker.put_aside(NAME)
+        assert not made.set_aside
+        assert not door.desk.broken.done()
+        assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
