@@ -11,7 +11,7 @@ from services.cli.reports.run_history import describe_finished_run, describe_sta
 from tests.cli.progress_rows import eval_row, step_row, write
 from tests.cli.small_run import SmallRun
 from treegrpo.config.fingerprint import record_fingerprint
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def test_the_newest_checkpoint_stands_in_for_the_final_model(tmp_path: Path) -> 
 
 def test_a_directory_holds_a_run_once_something_is_recorded(tmp_path: Path) -> None:
     small_run = SmallRun(tmp_path)
-    config = load(None, small_run.flags())
+    config = load_config(None, small_run.flags())
     (small_run.run_dir / "logs").mkdir(parents=True)
     assert (steps_done(small_run.run_dir), describe_start(config)) == (None, f"Starting the run test in {small_run.run_dir}")
     (small_run.run_dir / "journal").mkdir()
@@ -48,21 +48,21 @@ def test_a_directory_holds_a_run_once_something_is_recorded(tmp_path: Path) -> N
 
 def test_only_the_run_that_began_there_goes_on_in_a_directory(tmp_path: Path) -> None:
     small_run = SmallRun(tmp_path)
-    other = load(None, small_run.flags(rollout__trees="5"))
+    other = load_config(None, small_run.flags(rollout__trees="5"))
     small_run.run_dir.mkdir()
-    record_fingerprint(load(None, small_run.flags()), begun=False)
+    record_fingerprint(load_config(None, small_run.flags()), begun=False)
     check_run_dir(other)
     checkpoint(small_run.run_dir, "step-000001")
     with pytest.raises(ConfigError, match=r"rollout\.trees was 2 and is 5"):
         check_run_dir(other)
-    assert check_run_dir(load(None, small_run.flags(train__lr="1e-3"))) == f"{small_run.run_dir} (goes on after step 1)"
+    assert check_run_dir(load_config(None, small_run.flags(train__lr="1e-3"))) == f"{small_run.run_dir} (goes on after step 1)"
     with pytest.raises(ConfigError, match="is a file"):
-        check_run_dir(load(None, small_run.flags(run__dir=str(small_run.train))))
+        check_run_dir(load_config(None, small_run.flags(run__dir=str(small_run.train))))
 
 
 def test_a_run_is_finished_when_its_last_step_is_kept_and_evaluated(tmp_path: Path) -> None:
     small_run = SmallRun(tmp_path)
-    config = load(None, small_run.flags())
+    config = load_config(None, small_run.flags())
     checkpoint(small_run.run_dir, "step-000001", "final")
     write(small_run.run_dir, eval_row(0, 0.1), step_row(1), step_row(2))
     assert not describe_finished_run(config)
@@ -71,4 +71,4 @@ def test_a_run_is_finished_when_its_last_step_is_kept_and_evaluated(tmp_path: Pa
     write(small_run.run_dir, eval_row(2, 0.3))
     assert "is finished: step 2 of 2 is done" in describe_finished_run(config)
     assert "Raise train.steps to go on with it, or choose another run.dir" in describe_finished_run(config)
-    assert not describe_finished_run(load(None, small_run.flags(train__steps="3")))
+    assert not describe_finished_run(load_config(None, small_run.flags(train__steps="3")))

@@ -22,7 +22,7 @@ from services.sampler.factory import open_engine
 from services.sampler.text.tokenizer import Tokenizer
 from tests.cli.prepared_faults import FAULTS
 from tests.cli.small_run import GEOHOP, SmallRun
-from treegrpo.config.loader import load
+from treegrpo.config.loader import load_config
 from treegrpo.config.schema import Config
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import TreeGrpoError
@@ -84,7 +84,7 @@ async def test_it_says_the_same_sentence(tmp_path: Path, service: Callable[[Conf
     (fault,) = (fault for fault in FAULTS if fault.name == name)
     small_run = SmallRun(tmp_path)
     small_run.keys.update(fault.prepare(small_run))
-    config = load(None, small_run.flags())
+    config = load_config(None, small_run.flags())
     with pytest.raises(TreeGrpoError) as refusal:
         await service(config)
     assert re.search(fault.says, str(refusal.value))
@@ -96,7 +96,7 @@ def test_the_model_that_a_run_leaves_passes_all_checks(tmp_path: Path) -> None:
     final = tmp_path / "checkpoints" / "final"
     final.parent.mkdir()
     export(load_model(GEOHOP / "model", CPU), final, GEOHOP / "model", "bfloat16")
-    config = load(None, SmallRun(tmp_path).flags(model__path=str(final)))
+    config = load_config(None, SmallRun(tmp_path).flags(model__path=str(final)))
     for checks in (up_checks(config), eval_checks(config)):
         found = {finding.subject: finding.verdict for finding in check_findings(checks)}
         assert {subject for subject, verdict in found.items() if verdict != "ok"} <= {"data", "limits"}

@@ -21,7 +21,7 @@ from treegrpo.security.credentials import Credentials
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 MISMATCH_LIMIT = 0.01
-"""Nats per token of `kl_mismatch_lag0`: above it sampler and trainer compute two policies. bfloat16 stays far below."""
+"""Nats per token of `kl_mismatch_lag0`: above it sampler and trainer compute different policies. bfloat16 stays far below."""
 
 
 class _Metrics:
@@ -30,15 +30,15 @@ class _Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.refresh: Callable[[], None] = lambda: None
-        """Called before each scrape, in its thread: brings up to date what is not counted as it happens."""
+        """Called before each scrape, in its thread: updates metrics that are not counted as they happen."""
         self.registry.register(_RefreshOnScrape(self))
         self.serving = self._gauge("serving", "1 while the process does its work, as /health says")
-        self._gauge("start_time_seconds", "Unix time at which the process began").set_to_current_time()
-        self.scrapes_refused = self._counter("scrapes_refused", "Requests for /metrics refused, by what is wrong", "reason")
+        self._gauge("start_time_seconds", "Unix time at which the process started").set_to_current_time()
+        self.scrapes_refused = self._counter("scrapes_refused", "Requests for /metrics refused, by reason", "reason")
 
     @property
     def is_serving(self) -> bool:
-        """What `serving` says, without asking for all the rest."""
+        """The value of `serving`, without collecting all other metrics."""
         return next(sample.value for family in self.serving.collect() for sample in family.samples) == 1
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -52,7 +52,7 @@ class _Metrics:
 
 
 class _RefreshOnScrape(Collector):
-    """The first of the registry to be asked at a scrape; it has nothing to say itself."""
+    """The first collector of the registry: calls `refresh` at each scrape, and has no metrics itself."""
 
     def __init__(self, metrics: _Metrics) -> None:
         self._metrics = metrics
@@ -63,7 +63,7 @@ class _RefreshOnScrape(Collector):
 
 
 class RelayedMetrics(Collector):
-    """Passes on what others say to Prometheus, with who said it in the label ``server``."""
+    """Relays the metrics of other servers to Prometheus, with the label ``server``."""
 
     def __init__(self) -> None:
         self.families: Mapping[str, Sequence[Metric]] = {}
@@ -88,53 +88,59 @@ class IntakeMetrics(_Metrics):
         why = ("kind", "reason")
         self.granted = self._counter("budget_granted", "Rollout budget granted to leases", *account)
         self.spent = self._counter("budget_spent", "Rollout budget spent by accepted work", *account)
-        self.refunded = self._counter("budget_refunded", "Rollout budget that ended leases gave back", *account)
-        self.forfeited = self._counter("budget_forfeited", "Rollout budget of lost leases, spent nobody knows how", *account)
+        self.refunded = self._counter("budget_refunded", "Rollout budget that ended leases returned unspent", *account)
+        self.forfeited = self._counter("budget_forfeited", "Rollout budget of lost leases whose spending is unknown", *account)
         self.outstanding = self._gauge("budget_outstanding", "Rollout budget of open leases not yet spent", *account)
         self.tokens = self._counter("rollout_tokens", "Tokens of accepted steps: prefilled, cached or decoded", "kind", "how")
         self.prefix = self._counter(
-            "rollout_prefix_tokens", "Tokens a turn begins from, by depth: cached or prefilled", "depth", "how"
+            "rollout_prefix_tokens", "Tokens of the prefixes of turns, by depth: cached or prefilled", "depth", "how"
         )
         self.unique = self._counter("rollout_unique_tokens", "Tokens of closed groups, each shared prefix counted once", "kind")
-        self.chain = self._counter("rollout_chain_equivalent", "What chains to the same leaves would have cost", *account)
+        self.chain = self._counter("rollout_chain_equivalent", "Cost of separate chains to the same leaves", *account)
         self.saving = self._gauge("rollout_saving_ratio", "1 - needed by trees / needed by chains to the same leaves", *account)
-        self.recomputed = self._gauge("rollout_recomputed_ratio", "Share of the spent tokens computed before", "kind")
+        self.recomputed = self._gauge(
+            "rollout_recomputed_ratio", "Share of the spent tokens that had been computed before", "kind"
+        )
         self.leaves = self._counter("rollout_leaves", "Leaves accepted", "kind")
-        self.failed_steps = self._counter("rollout_failed_steps", "Steps left out after an error", "status")
-        self.forgone = self._counter("rollout_forgone_expansions", "Planned expansions that closed groups lack", "kind")
-        self.dropped = self._counter("rollout_leaves_dropped", "Leaves that came too late for their group", "reason")
-        self.ended = self._counter("leases_ended", "Leases that ended, by why", "kind", "reason")
+        self.failed_steps = self._counter("rollout_failed_steps", "Steps dropped after an error", "status")
+        self.forgone = self._counter("rollout_forgone_expansions", "Planned expansions missing in closed groups", "kind")
+        self.dropped = self._counter(
+            "rollout_leaves_dropped", "Leaves dropped because they arrived after their group was closed", "reason"
+        )
+        self.ended = self._counter("leases_ended", "Leases ended, by reason", "kind", "reason")
         for kind in LeaseKind:
             for reason in LeaseEndReason:  # from 0, since a rate does not see what a series begins with
                 self.ended.labels(kind.value, reason.value)
         self.groups = self._counter(
-            "groups_closed", "Groups closed, by why: overdue if early, at the staleness bound, else as their lease ended", *why
+            "groups_closed", "Groups closed, by reason: overdue at the staleness bound, else the end of their lease", *why
         )
         self.set_aside = self._counter(
-            "groups_set_aside", "Groups given up after several tries, or too old to be trained, by why", *why
+            "groups_set_aside", "Groups given up after several attempts, or too stale to be trained, by reason", *why
         )
         self.zero_signal = self._counter("groups_zero_signal", "Training groups whose leaves all have the same reward")
-        self.leases = self._gauge("leases_outstanding", "Leases out", "kind")
-        self.lease_limit = self._gauge("leases_limit", "Training leases the staleness bound allows now")
-        self.ready = self._gauge("groups_ready", "Closed groups that are ready or in training")
+        self.leases = self._gauge("leases_outstanding", "Open leases", "kind")
+        self.lease_limit = self._gauge("leases_limit", "Training leases that the staleness bound allows now")
+        self.ready = self._gauge("groups_ready", "Closed groups that are ready for training or in training")
         self.samplers = self._gauge("samplers_connected", "Samplers with an open stream")
-        self.put_aside = self._gauge("samplers_put_aside", "Of those, the ones whose last leases all came to nothing")
-        self.stalled = self._gauge(
-            "stalled_seconds", "Seconds since something last went on, by what is waited for", "waiting_for"
+        self.put_aside = self._gauge(
+            "samplers_put_aside", "Connected samplers that get no leases because their last leases all failed"
         )
+        self.stalled = self._gauge("stalled_seconds", "Seconds without progress, by what is waited for", "waiting_for")
         self.subtree_seconds = self._histogram("subtree_seconds", "Seconds from lease to accepted subtree")
         self.reward = self._gauge("reward_mean", "Mean reward of the leaves of the last groups", "kind")
         self.em = self._gauge("exact_match_ratio", "Share of leaves with an exact match in the last groups", "kind")
-        self.duplicates = self._counter("subtrees_duplicate", "Subtrees that arrived again and were not counted again")
-        self.refused = self._counter("subtrees_refused", "Subtrees refused: lease, or what of them is wrong", "reason")
-        self.peers_refused = self._counter("peers_refused", "Calls and streams refused, by what is wrong with the peer", "reason")
-        self.handshakes = self._counter("tls_handshakes", "TLS handshakes begun")
-        self.connections = self._counter("tls_connections", "Connections on which a call came; handshakes that fail lead to none")
+        self.duplicates = self._counter("subtrees_duplicate", "Duplicate subtrees, which are not counted again")
+        self.refused = self._counter("subtrees_refused", "Subtrees refused, by reason", "reason")
+        self.peers_refused = self._counter("peers_refused", "Calls and streams refused, by reason", "reason")
+        self.handshakes = self._counter("tls_handshakes", "TLS handshakes started")
+        self.connections = self._counter("tls_connections", "TLS connections with at least one call; failed handshakes have none")
         self.weight_bytes = self._counter("weights_served_bytes", "Bytes of weight files sent to samplers")
-        self.journal_blocked = self._gauge("journal_blocked", "1 while the disk refuses the journal: no acks, no leases")
-        self.journal_short = self._gauge("journal_short", "1 while the disk has no room to spare for the journal: no leases")
+        self.journal_blocked = self._gauge(
+            "journal_blocked", "1 while the disk refuses the journal: no acknowledgements, no leases"
+        )
+        self.journal_short = self._gauge("journal_short", "1 while free disk space for the journal is low: no leases")
         self.journal_bytes = self._gauge("journal_bytes", "Bytes of the journal's segments")
-        self.journal_free = self._gauge("journal_free_bytes", "Bytes that are free on the journal's disk")
+        self.journal_free = self._gauge("journal_free_bytes", "Free bytes on the journal's disk")
 
 
 class TrainerMetrics(_Metrics):
@@ -148,30 +154,32 @@ class TrainerMetrics(_Metrics):
         self.unwritten = self._counter(
             "trainer_writes_failed", "Attempts to write weights, a checkpoint or final that the disk refused", "what", "error"
         )
-        self.blocked = self._gauge("trainer_blocked", "1 while the disk refuses what the trainer has to write before it goes on")
-        self.trained_tokens = self._counter("trained_tokens", "Tokens forwarded and backwarded in training")
+        self.blocked = self._gauge("trainer_blocked", "1 while the trainer waits because the disk refuses a write")
+        self.trained_tokens = self._counter("trained_tokens", "Tokens of forward and backward passes in training")
         self.token_ratio = self._gauge("trained_token_ratio", "Tokens of the last step's paths over its trained tokens")
         self.reward = self._gauge("train_reward_mean", "Mean reward of the leaves of the last step")
         self.reward_std = self._gauge("train_reward_std", "Standard deviation of the reward of the last step's leaves")
         self.loss = self._gauge("loss", "Loss of the last step")
         self.kl = self._gauge("kl_reference", "K3 estimate of KL(policy ‖ reference), nats per token")
         self.mismatch = self._gauge("kl_mismatch", "K3 estimate of KL(sampler ‖ trainer), nats per token")
-        self.mismatch_lag0 = self._gauge("kl_mismatch_lag0", "The same over the tokens that the trained version itself sampled")
+        self.mismatch_lag0 = self._gauge(
+            "kl_mismatch_lag0", "kl_mismatch over the tokens that the trained version itself sampled"
+        )
         self.log_ratio = self._gauge("log_ratio_max", "Largest |log π_trainer − log π_sampler| of a token of the last step")
         self.effective = self._gauge(
-            "effective_sample_ratio", "Effective share of the sampled tokens, by where inter and intra advantage point", "sign"
+            "effective_sample_ratio", "Effective share of the sampled tokens, by signs of inter- and intra-tree advantage", "sign"
         )
         self.entropy = self._gauge("entropy", "Mean entropy of the policy at the trained action tokens, nats")
-        self.clip = self._gauge("clip_ratio", "Share of the loss's terms that the trust region holds: low, high or dual", "side")
-        self.corrected = self._gauge("corrected_ratio", "Share of the loss's terms that the correction capped or masked", "how")
+        self.clip = self._gauge("clip_ratio", "Share of the loss terms clipped by the trust region: low, high or dual", "side")
+        self.corrected = self._gauge("corrected_ratio", "Share of the loss terms that the correction capped or masked", "how")
         self.grad_norm = self._gauge("gradient_norm", "Norm of the gradient before clipping")
         self.lr = self._gauge("learning_rate", "Learning rate of the last step")
         self.lag_mean = self._gauge("version_lag_mean", "Mean age of the trained tokens, in versions")
         self.lag_max = self._gauge("version_lag_max", "Age of the oldest trained token, in versions")
-        self.lag_bound = self._gauge("version_lag_bound", "Age that no trained token exceeds: train.max_lag, in versions")
+        self.lag_bound = self._gauge("version_lag_bound", "Upper bound of the age of trained tokens: train.max_lag, in versions")
         self.mixed = self._gauge("mixed_version_siblings_ratio", "Share of sibling sets sampled from different versions")
-        self.refused = self._counter("groups_refused", "Groups left out of training because a check refused them")
-        self.zero_signal = self._gauge("zero_signal_groups_ratio", "Share of the step's groups without signal")
+        self.refused = self._counter("groups_refused", "Groups not trained because validation refused them")
+        self.zero_signal = self._gauge("zero_signal_groups_ratio", "Share of the step's groups without a learning signal")
 
 
 class SamplerMetrics(_Metrics):
@@ -181,10 +189,10 @@ class SamplerMetrics(_Metrics):
         self.registry.register(self.servers)
         self.tokens = self._counter("engine_tokens", "Tokens of the engine by how: prefilled, cached, decoded", "how")
         self.running = self._gauge("engine_running", "Generations running")
-        self.queued = self._gauge("engine_queued", "Generations waiting for a place")
-        self.limit = self._gauge("engine_limit", "Generations that may run at once now; with SGLang it follows its memory")
-        self.stalled_for_weights = self._counter("weights_stall_seconds", "Seconds SGLang servers paused for new weights")
-        self.restarts = self._counter("engine_restarts", "Times a server of the engine was started again")
+        self.queued = self._gauge("engine_queued", "Generations queued")
+        self.limit = self._gauge("engine_limit", "Limit of concurrent generations now; with SGLang it follows its memory")
+        self.stalled_for_weights = self._counter("weights_stall_seconds", "Seconds that SGLang servers paused for new weights")
+        self.restarts = self._counter("engine_restarts", "Restarts of a server of the engine")
         self.cache_used = self._gauge("engine_cache_used_tokens", "Tokens held by the prefix cache; with SGLang by generations")
         self.cache_size = self._gauge("engine_cache_size_tokens", "Tokens the prefix cache can hold")
         self.cache_evicted = self._counter("engine_cache_evicted_tokens", "Tokens evicted from the prefix cache")
@@ -196,12 +204,12 @@ class SamplerMetrics(_Metrics):
         )
         self.fetched_bytes = self._counter("weights_fetched_bytes", "Bytes of weight files fetched")
         self.waiting = self._counter("sampler_waiting_seconds", "Seconds without any lease")
-        self.leases = self._gauge("sampler_leases", "Leases being worked on")
-        self.unacked = self._gauge("sampler_unacked_subtrees", "Subtrees sent and not yet acked")
-        self.away = self._counter("sampler_away_seconds", "Seconds that a tool or the engine was away and waited for", "part")
-        self.stalled = self._gauge("sampler_stalled_seconds", "Seconds that nothing goes on for want of something", "part")
+        self.leases = self._gauge("sampler_leases", "Leases in progress")
+        self.unacked = self._gauge("sampler_unacked_subtrees", "Subtrees sent and not yet acknowledged")
+        self.away = self._counter("sampler_away_seconds", "Seconds of waiting for an unavailable tool or engine", "part")
+        self.stalled = self._gauge("sampler_stalled_seconds", "Seconds without progress, by the part that is missing", "part")
         self.errors = self._counter("sampler_errors", "Errors by type; each was retried, reported or ended a lease", "type")
-        self.reconnects = self._counter("sampler_reconnects", "Times the stream to the learner was opened again")
+        self.reconnects = self._counter("sampler_reconnects", "Reconnections of the stream to the learner")
         self.turn = self._histogram("turn_seconds", "Seconds of one agent turn by part", "part")
 
 
@@ -209,7 +217,7 @@ class RetrieverMetrics(_Metrics):
     def __init__(self) -> None:
         super().__init__()
         self.queries = self._counter("retriever_queries", "Queries answered")
-        self.refused = self._counter("retriever_refused", "Requests and connections refused, by what is wrong", "reason")
+        self.refused = self._counter("retriever_refused", "Requests and connections refused, by reason", "reason")
         self.seconds = self._histogram("retriever_seconds", "Seconds to answer a request")
         self.documents = self._gauge("retriever_documents", "Documents in the index")
 
