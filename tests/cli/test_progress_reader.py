@@ -67,7 +67,7 @@ def test_a_line_without_an_end_is_not_kept_in_memory(tmp_path: Path) -> None:
 
 
 def test_a_line_that_grows_while_it_is_read_is_read_whole_the_next_time(tmp_path: Path) -> None:
-    class Growing:
+    class GrowingFile:
         """A file of which half a line is there at first."""
 
         def __init__(self) -> None:
@@ -77,7 +77,7 @@ def test_a_line_that_grows_while_it_is_read_is_read_whole_the_next_time(tmp_path
             return self.pieces.pop(0)
 
     lines = JsonLinesFile(tmp_path / "progress.jsonl")
-    assert (lines._whole_line(Growing()), lines.complete_bytes) == (b"", 0)  # pyright: ignore[reportPrivateUsage]
+    assert (lines._whole_line(GrowingFile()), lines.complete_bytes) == (b"", 0)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_progress_file_that_is_a_directory_is_named(tmp_path: Path) -> None:
