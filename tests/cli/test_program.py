@@ -89,5 +89,5 @@ async def test_a_process_whose_log_cannot_be_written_runs_without(tmp_path: Path
     (tmp_path / "service.log").mkdir()
     child = await PartProcess.launch(ending("a line", 3, "ValueError: 3"), [], tmp_path)
     assert await child.ended == 3
-    assert child.said() == []
+    assert child.read_last_lines() == []
     assert "ended with code 3: ValueError: 3" in child.describe_exit()

@@ -56,11 +56,11 @@ async def policy(config: Config) -> None:
 @pytest.mark.parametrize(
     ("service", "name"),
     [
-        (intake.run, "config.json that is a list"),
-        (intake.run, "empty generation_config.json"),
-        (intake.run, "port 0 of the learner"),
-        (intake.run, "run.dir below a file"),
-        (intake.run, "run.dir a dangling link"),
+        (intake.run_intake, "config.json that is a list"),
+        (intake.run_intake, "empty generation_config.json"),
+        (intake.run_intake, "port 0 of the learner"),
+        (intake.run_intake, "run.dir below a file"),
+        (intake.run_intake, "run.dir a dangling link"),
         (server.serve_broker, "port 0 of the broker"),
         (search, "corpus without words"),
         (search, "empty corpus row"),

@@ -70,14 +70,14 @@ async def test_a_run_with_everything_on_trains_to_its_end_and_tells_no_secret(sm
     make_certificates(folder, [], [])
     who, flags = access(folder, Role.OPERATOR), small_run.flags(security__dir=str(folder), train__steps="4")
     run = await up(*flags)
-    await run.line("step 1/")
+    await run.wait_for_line("step 1/")
     told = [*(await pages(small_run, who)), await retained(small_run, who), command_lines(run)]
     assert "treegrpo_tls_handshakes_total" in told[2]
     assert "learner.intake" in told[-1]
     for command in (["doctor"], ["state", "running"]):
         done = await asyncio.to_thread(treegrpo, *command, *flags)
         told += [done.out, done.error]
-    assert await run.end() == 0
+    assert await run.wait_for_end() == 0
     assert [step.step for step in read_progress(small_run.run_dir).steps] == list(range(1, 5))
 
     told += [*run.lines, treegrpo("up", *flags, "--dry-run").out]

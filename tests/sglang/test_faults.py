@@ -14,7 +14,7 @@ import pytest
 from services.sampler.engines.sglang import SGLangEngine
 from services.sampler.engines.sglang.supervision import Keeper
 from services.sampler.engines.sglang.weight_staging import Staged
-from tests.chaos.fault_proxy import Mode, Proxy
+from tests.chaos.fault_proxy import FaultProxy, LinkFault
 from tests.engines.conformance import FIRST, SECOND
 from tests.sglang.asking import check, child, running, sample, until
 from tests.sglang.door import Door
@@ -101,9 +101,9 @@ async def test_connections_that_are_refused_for_twenty_seconds_are_sat_out(pool:
 
 
 async def test_slow_cut_and_garbled_answers_are_asked_for_again(pool: Pool, endless: tuple[Path, Path]) -> None:
-    proxy, seeds = Proxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(8)
+    proxy, seeds = FaultProxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(8)
     async with proxy.serving(), Door(proxy.address).serving() as door, remote(endless[0], f"http://{door.address}") as engine:
-        for fault in (Mode.DELAY, Mode.CUT, Mode.RESET):
+        for fault in (LinkFault.DELAY, LinkFault.CUT, LinkFault.RESET):
             asking = asyncio.create_task(sample(engine, seeds, 200))
             await running(engine, asking)
             await proxy.fail(fault, 1.0)
@@ -120,9 +120,9 @@ async def test_a_request_that_is_not_answered_in_time_is_made_again(
     pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.sampler.engines.sglang.api.http_client.GENERATE_SECONDS", 5.0)
-    proxy, seeds = Proxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(4)
+    proxy, seeds = FaultProxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(4)
     async with proxy.serving(), remote(endless[0], f"http://{proxy.address}") as engine, asyncio.TaskGroup() as tasks:
-        tasks.create_task(proxy.fail(Mode.DROP, 7.0))
+        tasks.create_task(proxy.fail(LinkFault.DROP, 7.0))
         check(await sample(engine, seeds, 20), seeds, 20, *endless)
         assert engine.counters.errors["DeadlineError"] > 0
 

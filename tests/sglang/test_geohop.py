@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from services.cli.reports.progress_reader import read_progress
-from tests.chaos.audit import audit
-from tests.chaos.run_records import Archive
+from tests.chaos.audit import audit_run
+from tests.chaos.run_records import JournalArchive
 from tests.cli.small_run import GEOHOP, SmallRun
 from tests.cli.test_up import Up, up  # noqa: F401  # pyright: ignore[reportUnusedImport]  # up is a fixture
 from tests.sglang.servers import PYTHON
@@ -38,19 +38,19 @@ async def test_geohop_trains_on_sglang_and_loses_nothing_when_the_server_is_kill
         "engine__python": str(PYTHON),
     }
     run = await up(str(GEOHOP / "geohop.toml"), *small_run.flags(**changes))
-    archive = Archive(small_run.run_dir / "journal", tmp_path / "archive")
+    archive = JournalArchive(small_run.run_dir / "journal", tmp_path / "archive")
     for step in (1, 2):
-        await run.line(f"step {step}/")
-        archive.keep()
+        await run.wait_for_line(f"step {step}/")
+        archive.link_new_segments()
         if step == 1:
             os.kill(run.pid_of("sglang.launch_server"), signal.SIGKILL)
-    assert await run.end() == 0, "\n".join(run.lines)
-    archive.keep()
+    assert await run.wait_for_end() == 0, "\n".join(run.lines)
+    archive.link_new_segments()
     progress = read_progress(small_run.run_dir)
     assert [step.step for step in progress.steps] == [1, 2, 3]
     assert [record.step for record in progress.evals] == [0, 3]
     assert [record.failed for record in progress.evals] == [0, 0]
-    found = audit(small_run.run_dir, archive, ended=True)
+    found = audit_run(small_run.run_dir, archive, ended=True)
     assert found.clean, found
     assert "it is started again" in (small_run.run_dir / "logs" / "sampler-0.log").read_text(encoding="utf-8").lower()
     assert (small_run.run_dir / "logs" / "sampler-0-sglang.log").is_file()

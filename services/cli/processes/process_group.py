@@ -159,7 +159,7 @@ class ProcessGroup:
         self._print_line(f"{error}.")
         self._sampler_failures.append(error)
         if all(one.done() for one in samplers) and not self.draining.is_set():
-            self._failed.set_exception(min(self._sampler_failures, key=lambda one: getattr(one, "passes", False)))
+            self._failed.set_exception(min(self._sampler_failures, key=lambda one: getattr(one, "is_transient", False)))
 
     async def _stop_part(self, part: str) -> None:
         if (process := self._supervisors[part].process) is not None:
