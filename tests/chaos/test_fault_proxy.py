@@ -65,18 +65,18 @@ async def wire() -> AsyncGenerator[ProxiedPair]:
                 await writer.wait_closed()
 
 
-async def is_transient(source: Ends, target: Ends, data: bytes = b"something") -> None:
+async def passes(source: Ends, target: Ends, data: bytes = b"something") -> None:
     source[1].write(data)
     assert await asyncio.wait_for(target[0].readexactly(len(data)), SECONDS) == data
 
 
 async def test_bytes_and_ends_pass_in_both_directions(wire: ProxiedPair) -> None:
     client, server = await wire.connect()
-    await is_transient(client, server)
-    await is_transient(server, client)
+    await passes(client, server)
+    await passes(server, client)
     client[1].write_eof()
     assert await asyncio.wait_for(server[0].read(), SECONDS) == b""
-    await is_transient(server, client)
+    await passes(server, client)
     server[1].close()
     assert await asyncio.wait_for(client[0].read(), SECONDS) == b""
 
@@ -91,7 +91,7 @@ async def test_what_is_dropped_arrives_when_it_is_over(wire: ProxiedPair) -> Non
         assert not done
         assert wire.accepted.empty()
     assert await asyncio.wait_for(reading, SECONDS) == b"late"
-    await is_transient(late, await wire.server())
+    await passes(late, await wire.server())
 
 
 async def test_a_halved_connection_stays_halved(wire: ProxiedPair) -> None:
@@ -121,7 +121,7 @@ async def test_a_reset_reaches_both_ends_and_who_comes_meanwhile(wire: ProxiedPa
         for end in (client, server, *await wire.connect()):
             with pytest.raises(ConnectionResetError):
                 await asyncio.wait_for(end[0].read(), SECONDS)
-    await is_transient(*await wire.connect())
+    await passes(*await wire.connect())
 
 
 async def test_a_target_that_is_not_there_ends_the_connection() -> None:

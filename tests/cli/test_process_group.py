@@ -213,13 +213,13 @@ async def test_an_error_that_stays_is_heard_whether_the_run_drains_or_not(tmp_pa
 
 
 async def test_what_a_part_says_only_when_it_is_stopped_is_the_reason_too(tmp_path: Path) -> None:
-    is_transient, stays = PartError("No intake answers.", is_transient=True), PartError("No such key.")
+    transient, permanent = PartError("No intake answers.", is_transient=True), PartError("No such key.")
     async with process_group(tmp_path, []) as group:
         await group.start_part(failing("intake", "The run leads nowhere."))
         await started(tmp_path, "intake")
         await group.start_part(ending("trainer", "done", 0, done=True))
         await asyncio.wait_for(group.wait_for_part("trainer"), SECONDS)
-        assert (group.permanent_failure(), group.root_cause(is_transient)) == (None, is_transient)
+        assert (group.permanent_failure(), group.root_cause(transient)) == (None, transient)
     assert "The intake ended with code 2: The run leads nowhere." in str(group.permanent_failure())
-    assert str(group.root_cause(is_transient)) == str(group.permanent_failure())
-    assert group.root_cause(stays) is stays
+    assert str(group.root_cause(transient)) == str(group.permanent_failure())
+    assert group.root_cause(permanent) is permanent

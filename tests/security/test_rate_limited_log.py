@@ -65,7 +65,7 @@ def test_a_line_of_a_library_is_logged_once_an_hour(handler: logging.Handler) ->
     (quiet,) = handler.filters
     assert isinstance(quiet, logging.Filter)
 
-    def is_transient(name: str, line: int) -> logging.LogRecord | None:
+    def passes(name: str, line: int) -> logging.LogRecord | None:
         record = logging.LogRecord(name, logging.WARNING, "file.py", line, "about %s", ("x",), None)
         return record if quiet.filter(record) else None
 
