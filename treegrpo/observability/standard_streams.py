@@ -25,7 +25,6 @@ class LossyFile(io.RawIOBase):
         super().__init__()
         self._blocked_seconds = blocked_seconds
         self.number = number
-        self._blocked_seconds = blocked_seconds
         self.lost: OSError | None = None
         """Why the first bytes that are missing could not be written."""
         self._stuck = False
