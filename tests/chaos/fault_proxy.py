@@ -1,4 +1,4 @@
-"""A TCP proxy between two parts that does to their connections what networks do.
+"""A TCP proxy between two parts that injects network faults into their connections.
 
     client ──► proxy ──► target        every byte passes, until `fail` is called
 

@@ -1,4 +1,4 @@
-"""What is done to a run, and when: a seeded schedule of faults over all its parts.
+"""A seeded schedule of faults over all parts of a run: kills, stops, and cut connections.
 
 Each third of the faults is of one kind. Within a kind the parts take turns in a seeded order, so that a long schedule
 meets all of them several times and a short one most of them once.

@@ -1,4 +1,4 @@
-"""What tests of the command need of the machine: run it, and see what it leaves behind."""
+"""Runs the `treegrpo` command, and finds the processes that it leaves behind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CommandResult:
         return line.removeprefix("error: ")
 
 
-def marked(mark: str) -> list[int]:
+def marked_processes(mark: str) -> list[int]:
     """The running processes that inherited ``mark``."""
     found: list[int] = []
     for entry in Path("/proc").iterdir():
@@ -41,7 +41,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def environment(mark: str) -> dict[str, str]:
+def marked_environment(mark: str) -> dict[str, str]:
     return {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
 
 
@@ -50,6 +50,12 @@ def treegrpo(*arguments: str) -> CommandResult:
     mark = uuid.uuid4().hex
     command = [sys.executable, "-m", "services.cli.main", *arguments]
     done = subprocess.run(
-        command, env=environment(mark), capture_output=True, text=True, timeout=SECONDS, check=False, stdin=subprocess.DEVNULL
+        command,
+        env=marked_environment(mark),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
-    return CommandResult(done.returncode, done.stdout, done.stderr, marked(mark))
+    return CommandResult(done.returncode, done.stdout, done.stderr, marked_processes(mark))

@@ -1,4 +1,4 @@
-"""Faults that are certain before a run begins; `python -m tests.cli.prepared_faults` tries `treegrpo up` on each."""
+"""Configuration and data faults that `treegrpo up` must find before a run; `python -m tests.cli.prepared_faults` tries each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress records as the intake writes them."""
+"""Builders of progress records, as the intake writes them."""
 
 from __future__ import annotations
 

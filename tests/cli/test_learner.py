@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command_harness import environment, marked
+from tests.cli.command_harness import marked_environment, marked_processes
 from tests.cli.small_run import SmallRun
 from tests.control.brokers import embedded
 from treegrpo.config.loader import load_config
@@ -45,13 +45,13 @@ class LearnerProcess:
 
     def intake_pid(self) -> int:
         """The process id of its one intake."""
-        (found,) = [pid for pid in marked(self._mark) if b"learner.intake" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        (found,) = [pid for pid in marked_processes(self._mark) if b"learner.intake" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return found
 
 
 async def start(flags: Sequence[str], mark: str) -> asyncio.subprocess.Process:
     command = (sys.executable, "-m", "learner", *flags)
-    return await asyncio.create_subprocess_exec(*command, env=environment(mark), stderr=asyncio.subprocess.PIPE)
+    return await asyncio.create_subprocess_exec(*command, env=marked_environment(mark), stderr=asyncio.subprocess.PIPE)
 
 
 @asynccontextmanager
@@ -66,7 +66,7 @@ async def learner(flags: Sequence[str]) -> AsyncGenerator[LearnerProcess]:
     finally:
         await broker.stop()
     assert not any("error: " in line or "Traceback" in line for line in one.lines), "".join(one.lines)
-    assert marked(mark) == []
+    assert marked_processes(mark) == []
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -89,7 +89,7 @@ async def test_an_intake_that_cannot_start_is_said_and_ends_all(tmp_path: Path) 
     assert str(small_run.train) in errors[0]
     assert errors[1] == errors[0].replace("error: ", "error: The intake ended with code 2: ")
     assert process.returncode == 2
-    assert marked(mark) == []
+    assert marked_processes(mark) == []
 
 
 async def test_an_intake_that_is_killed_is_started_again_and_the_trainer_goes_on(tmp_path: Path) -> None:

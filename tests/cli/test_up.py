@@ -17,7 +17,7 @@ import pytest
 from services.cli.reports.progress_reader import read_progress
 from services.cli.reports.summary import command_name
 from services.cli.up import DRAIN_SECONDS
-from tests.cli.command_harness import environment, marked, treegrpo
+from tests.cli.command_harness import marked_environment, marked_processes, treegrpo
 from tests.cli.small_run import SmallRun
 from treegrpo.runtime.entrypoint import FAILED, TRANSIENT
 
@@ -50,14 +50,14 @@ class UpProcess:
         async with asyncio.timeout(SECONDS):
             self.lines += (await self.process.stdout.read()).decode().splitlines()
             code = await self.process.wait()
-        assert marked(self._mark) == []
+        assert marked_processes(self._mark) == []
         assert not any("Traceback" in line for line in self.lines), "\n".join(self.lines)
         return code
 
     @property
     def pids(self) -> list[int]:
         """All its processes."""
-        return marked(self._mark)
+        return marked_processes(self._mark)
 
     def pid_of(self, module: str, variable: str = "") -> int:
         """A running process of ``module``, with ``variable`` in its environment."""
@@ -79,7 +79,7 @@ async def up() -> AsyncGenerator[Up]:
 
     async def start(*flags: str, program: str = "services.cli.main", variables: Mapping[str, str] | None = None) -> UpProcess:
         mark, command = uuid.uuid4().hex, [sys.executable, "-m", program, "up", *flags]
-        output, given = asyncio.subprocess.PIPE, {**environment(mark), **(variables or {})}
+        output, given = asyncio.subprocess.PIPE, {**marked_environment(mark), **(variables or {})}
         process = await asyncio.create_subprocess_exec(
             *command, env=given, stdout=output, stderr=asyncio.subprocess.STDOUT, stdin=asyncio.subprocess.DEVNULL
         )

@@ -1,4 +1,4 @@
-"""docker-compose.yml on a real engine: a project of its own, started, asked and taken down again."""
+"""Runs docker-compose.yml on a Docker engine as a project of its own: start, query, stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Valid messages of every kind, which the mutations start from."""
+"""Valid messages of every kind, from which mutations start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small run with each part a process of its own, all of which can be killed at a chosen moment and started again."""
+"""A small run with each part in a process of its own, which can be killed at a chosen moment and started again."""
 
 from __future__ import annotations
 

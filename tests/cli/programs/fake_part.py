@@ -1,4 +1,4 @@
-"""A part of a run in small: ends when it is told to by SIGTERM or hears that the run drains; SIGUSR1 is its fault.
+"""A fake part of a run: ends on SIGTERM or when the run drains; SIGUSR1 triggers its fault.
 
 --broker ADDRESS where the run state is; --follow yes: obeys it; --code N --report SENTENCE: how it ends;
 --fault says: at its fault sets the run state to draining and ends; late: sets it, and ends when it is told to; else: ends.

@@ -1,4 +1,4 @@
-"""Ends with a code after a line in its log, and after a report if it has one.
+"""Prints a log line and exits with a code, after an exit report if there is one: --say LINE --code N [--report SENTENCE]."""
 
 --say LINE --code N [--report SENTENCE] [--linger yes]: with the last it waits for a signal that kills it.
 """

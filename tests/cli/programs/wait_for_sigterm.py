@@ -1,4 +1,4 @@
-"""Waits until it is told to end, a service that does nothing; then ends with [--report SENTENCE --code N]."""
+"""A service that does nothing until SIGTERM, then exits: [--report SENTENCE --code N]."""
 
 import signal
 import sys
