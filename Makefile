@@ -1,8 +1,11 @@
 # make demo    set up, then train on GeoHop and print held-out exact match before and after; CONTINUE=yes goes on with the last one
 # make demo ENGINE=sglang  the same, sampled with SGLang
-# make test    set up, then run all tests
+# make test    set up, then run all tests, as many at once as there are cores; ARGS="tests/cli -k name" for some, JOBS=0 one by one
+# make check   the quick half before a commit: lint, and the tests that start no process and open no connection
+# make coverage  all tests again, and how much of the product they run through (statements and branches)
 # make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
 # make lint    style, types, import contracts, contract and stubs
+# make format  put the code into the style that lint asks for
 # make bench   the benchmarks: rollout, training on trees
 # make sglang-cpu   SGLang in an environment of its own, .venv-sglang, for a machine without a GPU (2 GB)
 # make test-sglang  set it up, then run the tests on real SGLang servers, of both versions (minutes)
@@ -16,7 +19,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compose lint lock image-digests protos bench chaos fuzz sglang-cpu test-sglang
+.PHONY: help setup demo test check pure coverage test-compose lint style types format lock image-digests protos bench chaos fuzz sglang-cpu test-sglang
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -24,6 +27,9 @@ READY := .venv/.ready
 RUN_DIR ?= runs/demo
 ARGS ?=
 CONTINUE ?=
+JOBS ?= auto
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := --numprocesses $(JOBS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 ENGINE ?= embedded
 SGLANG := .venv-sglang
 SGLANG_READY := $(SGLANG)/.ready
@@ -52,18 +58,40 @@ demo: $(READY) $(if $(filter sglang,$(ENGINE)),$(SGLANG_READY))
 	@$(BIN)/treegrpo up examples/geohop/geohop.toml --run.dir "$(RUN_DIR)" --engine.kind "$(ENGINE)" $(ARGS)
 
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PYTEST) $(PARALLEL) $(ARGS)
+
+# Types take as long as the rest: side by side.
+check: $(READY)
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target types pure
+
+pure: $(READY)
+	@$(MAKE) --no-print-directory style
+	@OMP_NUM_THREADS=1 $(PYTEST) -m pure $(ARGS)
+
+coverage: $(READY)
+	@$(BIN)/python -m coverage erase
+	@OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest $(PARALLEL) --timeout 300 $(ARGS)
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
 
 test-compose: $(READY)
 	@TEST_COMPOSE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compose -x -rs $(ARGS)
 
-lint: $(READY)
+lint: style types
+	$(PYTEST) tests/contract
+
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint protos
-	$(BIN)/python -m pytest tests/contract
+
+types: $(READY)
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
 
 bench: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.rollout

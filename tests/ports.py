@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 from contextlib import ExitStack
 
 PORTS = range(20000, 32000)
 """Below those that systems give to outgoing connections: a part that starts again finds its port free."""
-_chance = random.Random()
+
+
+def share_of(ports: range, worker: str, workers: int) -> range:
+    """The ports of one pytest-xdist worker, "gw0" to "gwN": no two workers ask for the same ones."""
+    size = len(ports) // workers
+    first = int(worker.removeprefix("gw")) * size
+    return ports[first : first + size]
+
+
+_own = share_of(PORTS, os.environ.get("PYTEST_XDIST_WORKER", "gw0"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+_random = random.Random()
 _given = set[int]()
 
 
 def free_ports(count: int) -> list[int]:
     """Neighbouring ports that nobody listens on; never the same to two who ask."""
     while True:
-        first = _chance.choice(PORTS)
+        first = _random.choice(_own[: len(_own) - count + 1])
         ports = range(first, first + count)
         if not _given.isdisjoint(ports):
             continue
