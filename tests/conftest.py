@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     What takes longest must not begin last. The tests of a file share its fixtures: brokers, models, ranks.
     """
     for item in items:
-        if item.get_closest_marker("whole_run") is None:
+        if item.get_closest_marker("whole_run") is None and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     items.sort(key=lambda item: item.get_closest_marker("whole_run") is None)
 

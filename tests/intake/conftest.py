@@ -1,4 +1,4 @@
-"""A broker for each test file, and a run directory for each test."""
+"""A broker for all tests of this folder, and a run directory for each test."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def broker() -> Generator[Broker]:
+    """A running broker; tests share it, so each has a run name of its own."""
     made = embedded(free_address())
     asyncio.run(made.start())
     yield made

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +23,7 @@ from treegrpo.config.schema import Config
 from treegrpo.core.tree import Group
 from treegrpo.errors import ModelError, RankError, RunFileError
 
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    with Pair() as both:
-        yield both
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 class Trained(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,14 +20,9 @@ from tests.trainer.pair import WORLD, Pair
 from treegrpo.config.schema import Config
 from treegrpo.errors import DiskError
 
+pytestmark = pytest.mark.xdist_group("ranks")
 MIDDLE = 120_000
 """Bytes: the weights fit, a rank's moments do not."""
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    with Pair() as two:
-        yield two
 
 
 def attempt(ranks: Ranks, config: Config, policy: tuple[PreTrainedModel, Optimizer], *, full: bool) -> str:
