@@ -19,7 +19,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check pure coverage test-compose lint style types format lock image-digests protos bench chaos fuzz sglang-cpu test-sglang
+.PHONY: help setup demo test check pure contracts coverage test-compose lint style types format lock image-digests protos bench chaos fuzz sglang-cpu test-sglang
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -60,13 +60,14 @@ demo: $(READY) $(if $(filter sglang,$(ENGINE)),$(SGLANG_READY))
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(PYTEST) $(PARALLEL) $(ARGS)
 
-# Types take as long as the rest: side by side.
 check: $(READY)
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target types pure
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target types style contracts pure
 
 pure: $(READY)
-	@$(MAKE) --no-print-directory style
-	@OMP_NUM_THREADS=1 $(PYTEST) -m pure $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m pure $(ARGS)
+
+contracts: $(READY)
+	$(PYTEST) tests/contract
 
 coverage: $(READY)
 	@$(BIN)/python -m coverage erase
@@ -75,10 +76,9 @@ coverage: $(READY)
 	@$(BIN)/python -m coverage report
 
 test-compose: $(READY)
-	@TEST_COMPOSE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compose -x -rs $(ARGS)
+	@TEST_COMPOSE=1 OMP_NUM_THREADS=1 $(PYTEST) tests/compose -x -rs $(ARGS)
 
-lint: style types
-	$(PYTEST) tests/contract
+lint: style types contracts
 
 style: $(READY)
 	$(BIN)/ruff check .
@@ -121,8 +121,8 @@ $(SGLANG_NEXT_READY): $(SGLANG_READY) deploy/sglang/requirements-0.5.23.txt
 	@touch $@
 
 test-sglang: $(READY) $(SGLANG_READY) $(SGLANG_NEXT_READY)
-	@SGLANG_PYTHON=$(SGLANG)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sglang --timeout 600 $(ARGS)
-	@SGLANG_PYTHON=$(SGLANG_NEXT)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	@SGLANG_PYTHON=$(SGLANG)/bin/python OMP_NUM_THREADS=1 $(PYTEST) tests/sglang --timeout 600 $(ARGS)
+	@SGLANG_PYTHON=$(SGLANG_NEXT)/bin/python OMP_NUM_THREADS=1 $(PYTEST) \
 		tests/sglang/test_conformance.py tests/sglang/test_commands.py tests/sglang/test_bad_input.py --timeout 600
 
 fuzz: $(READY)

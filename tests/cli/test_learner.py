@@ -18,6 +18,7 @@ from tests.cli.small_run import SmallRun
 from tests.control.brokers import embedded
 from treegrpo.config.loader import load_config
 
+pytestmark = pytest.mark.whole_run
 SECONDS = 100.0
 
 

@@ -22,7 +22,7 @@ from tests.cli.small_run import SmallRun
 from treegrpo.runtime.entrypoint import FAILED, TRANSIENT
 
 SECONDS = 240.0
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.whole_run]
 FOREVER = "100000"
 
 

@@ -15,6 +15,7 @@ import pytest
 from tests.chaos.audit import RunAudit
 from tests.resume.run_fixture import RunFixture, trained_groups
 
+pytestmark = [pytest.mark.whole_run, pytest.mark.xdist_group("resume")]  # both tests need the run that nobody disturbs
 STEPS, BATCH = 5, 2
 KEYS = {
     "train.steps": str(STEPS),

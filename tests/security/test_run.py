@@ -64,6 +64,7 @@ async def retained(small_run: SmallRun, who: Credentials) -> str:
     return str(heard)
 
 
+@pytest.mark.whole_run
 async def test_a_run_with_everything_on_trains_to_its_end_and_tells_no_secret(small_run: SmallRun, up: Up) -> None:
     """Every file it wrote, every argument of its processes, every page and message of it, and what our commands say of it."""
     folder = small_run.folder / "certs"
