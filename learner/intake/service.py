@@ -45,9 +45,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from learner.intake.coordinator import run_state
 from learner.intake.coordinator.coordinator import Desk
 from learner.intake.coordinator.published_versions import PublishedVersions
+from learner.intake.coordinator.run_state import persist_pause_forever, restore_run_state
 from learner.intake.coordinator.stall_watchdog import StallWatchdog, current_run_status
 from learner.intake.coordinator.trainer_api import TrainerApi
 from learner.intake.leases.lease_table import LeaseBook
@@ -142,25 +142,25 @@ async def _recover_and_serve(config: Config, access: Credentials) -> None:
     serve_metrics(metrics, config.learner.metrics, "learner.metrics", access)
     member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics, run=run_id)
     with Journal.open_journal(disk, folder, recovered.end) as journal:
-        compaction = JournalCompactor(disk, folder, journal, snapshots, lambda: StateCapture(book, reporter))
+        compactor = JournalCompactor(disk, folder, journal, snapshots, lambda: StateCapture(book, reporter))
         reporter.export_journal(journal)
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
-            await run_state.begin(control, run_dir)
+            await restore_run_state(control, run_dir)
             plan = config.rollout.plan
             desk = Desk(book, journal, control, reporter, run=config.run.name, plan=plan, heldout=len(heldout))
             versions = PublishedVersions(book, control)
-            trainer = TrainerApi(desk, versions, heldout, on_checkpoint=compaction.ask)
+            trainer = TrainerApi(desk, versions, heldout, on_checkpoint=compactor.request_snapshot)
             directory = DirectoryMonitor(disk, journal, snapshots, run_dir)
             watchdog = StallWatchdog(desk.pace, lambda: current_run_status(desk, trainer, journal), reporter)
             async with asyncio.TaskGroup() as tasks:
                 background = [
                     tasks.create_task(journal.commit_forever(), name="journal"),
                     tasks.create_task(desk.follow(), name="control"),
-                    tasks.create_task(run_state.remember(control, run_dir), name="pause"),
+                    tasks.create_task(persist_pause_forever(control, run_dir), name="pause"),
                     tasks.create_task(DiskReserve(disk, journal).maintain_forever(), name="reserve"),
-                    tasks.create_task(compaction.run_forever(), name="compaction"),
+                    tasks.create_task(compactor.compact_forever(), name="compaction"),
                     tasks.create_task(watchdog.watch_forever(), name="watchdog"),
-                    tasks.create_task(_fail_if_removed(desk, directory, compaction), name="directory"),
+                    tasks.create_task(_fail_if_removed(desk, directory, compactor), name="directory"),
                 ]
                 await _serve(config, desk, trainer, versions, control, metrics, access)
                 _cancel(reversed(background))
@@ -171,10 +171,10 @@ def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
         task.cancel()
 
 
-async def _fail_if_removed(desk: Desk, directory: DirectoryMonitor, compaction: JournalCompactor) -> None:
+async def _fail_if_removed(desk: Desk, directory: DirectoryMonitor, compactor: JournalCompactor) -> None:
     """End the run when its directory is gone."""
     try:
-        await directory.run_forever(snapshot=compaction.ask)
+        await directory.monitor_forever(compactor.request_snapshot)
     except RunError as error:
         if not desk.broken.done():
             desk.broken.set_exception(error)

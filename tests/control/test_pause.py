@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.coordinator.run_state import MARK, begin, remember
+from learner.intake.coordinator.run_state import PAUSED_FILE, persist_pause_forever, restore_run_state
 from services.sampler import service
 from tests.control.brokers import Broker
 from treegrpo.wire.control import ControlPlane, Member, RunState, publish_state
@@ -32,9 +32,9 @@ async def test_a_run_that_goes_on_is_paused_if_the_operator_said_so_last(
     if retained is not None:
         await publish_state(broker.address, run, retained)
     if noted:
-        (tmp_path / MARK).touch()
+        (tmp_path / PAUSED_FILE).touch()
     async with ControlPlane.connect(broker.address, run, LEARNER) as control:
-        await begin(control, tmp_path)
+        await restore_run_state(control, tmp_path)
         async with ControlPlane.connect(broker.address, run, Member("late", "sampler", 1)) as late:
             await late.wait_retained_state()
             assert late.announced_state is then
@@ -42,13 +42,13 @@ async def test_a_run_that_goes_on_is_paused_if_the_operator_said_so_last(
 
 async def test_a_pause_is_noted_until_somebody_says_running(broker: Broker, run: str, tmp_path: Path) -> None:
     async with ControlPlane.connect(broker.address, run, LEARNER) as control, asyncio.timeout(30):
-        noting = asyncio.create_task(remember(control, tmp_path))
+        noting = asyncio.create_task(persist_pause_forever(control, tmp_path))
         for state, noted in (("paused", True), ("draining", True), ("running", False)):
             await publish_state(broker.address, run, RunState(state))
             while control.announced_state is not RunState(state):
                 await control.wait_change()
             await asyncio.sleep(0)  # whoever waits for the same change has had its turn
-            assert (tmp_path / MARK).exists() == noted
+            assert (tmp_path / PAUSED_FILE).exists() == noted
         noting.cancel()
         await asyncio.gather(noting, return_exceptions=True)
 

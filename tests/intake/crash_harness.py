@@ -105,7 +105,7 @@ class CrashableIntake:
     def compact(self) -> None:
         state, cut = StateCapture(self.book, self.reporter), self.journal.start_segment()
         self.commit()
-        self.compaction.compact(cut.result(), state)
+        self.compaction.compact_journal(cut.result(), state)
 
     # ---- what happens
 

@@ -68,7 +68,7 @@ async def test_a_report_that_fails_does_not_part_the_journal_from_the_book(
 
 
 def described(made: LeaseBook, reporter: RunRecorder) -> list[Record]:
-    return list(StateCapture(made, reporter).records())
+    return list(StateCapture(made, reporter).iter_records())
 
 
 def with_questions(sources: list[str]) -> LeaseBook:

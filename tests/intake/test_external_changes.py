@@ -129,11 +129,11 @@ def watched(run_dir: Path) -> Any:
 async def test_a_segment_that_was_removed_is_replaced_by_a_snapshot(tmp_path: Path) -> None:
     asked: list[int] = []
     with watched(tmp_path / "run") as watch:
-        watch.look(lambda: asked.append(1))
+        watch.check_directories(lambda: asked.append(1))
         assert asked == []
         (tmp_path / "run" / "journal" / "00000001.log").unlink()
         for _ in range(2):
-            watch.look(lambda: asked.append(1))
+            watch.check_directories(lambda: asked.append(1))
     assert asked == [1]
 
 
@@ -143,4 +143,4 @@ async def test_a_directory_that_is_gone_ends_the_run_with_a_sentence(tmp_path: P
         (tmp_path / gone).rename(tmp_path / "elsewhere")
         (tmp_path / gone).mkdir()
         with pytest.raises(RunError, match=f"The directory {tmp_path / gone} was removed or replaced while the run went on"):
-            watch.look(lambda: None)
+            watch.check_directories(lambda: None)

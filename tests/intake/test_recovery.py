@@ -49,7 +49,7 @@ async def test_the_script_covers_what_it_is_meant_to() -> None:
     last = CrashableIntake(disk, history)
     assert len(history.checkpoints) >= 4
     assert last.recovered.end.number > 5
-    assert len(last.snapshots.numbers()) == 2, "two generations"
+    assert len(last.snapshots.snapshot_numbers()) == 2, "two generations"
     assert history.line[0][0] not in str(last.book.groups.kept()), "something was forgotten"
     assert last.book.answers.leaves
 

@@ -54,7 +54,7 @@ async def test_a_snapshot_is_worth_the_events_before_it(at: int) -> None:
     after, before = (recovered(disk) for disk in (with_, without))
     assert described(after.book) == described(before.book) == described(plain.book)
     assert samples(after.reporter) == samples(before.reporter)
-    assert (after.snapshots.numbers() != [], before.snapshots.numbers()) == (True, [])
+    assert (after.snapshots.snapshot_numbers() != [], before.snapshots.snapshot_numbers()) == (True, [])
 
 
 def recovered(disk: InMemoryFileSystem) -> CrashableIntake:
@@ -77,7 +77,7 @@ async def test_a_damaged_newest_snapshot_is_set_aside_and_the_one_before_leads_t
     share: float, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk, history = await played([*SHORT, ("grant",), *GROUP, ("compact",), ("grant",), ("commit",)])
-    newest, older = SnapshotStore(disk, SNAPSHOTS).numbers()
+    newest, older = SnapshotStore(disk, SNAPSHOTS).snapshot_numbers()
     data = disk.files[state_file(newest)].data
     place = int(len(data) * share)
     if harm == "flip":
@@ -87,14 +87,14 @@ async def test_a_damaged_newest_snapshot_is_set_aside_and_the_one_before_leads_t
     machine = CrashableIntake(disk, history)
     assert described(machine.book) == history.states[-1]
     assert "It is set aside as /run/snapshots/00000003.damaged" in caplog.text
-    assert machine.snapshots.numbers() == [older]
+    assert machine.snapshots.snapshot_numbers() == [older]
     machine.compact()
-    assert machine.snapshots.numbers()[1] == older, "a damaged one is no generation"
+    assert machine.snapshots.snapshot_numbers()[1] == older, "a damaged one is no generation"
 
 
 async def test_without_a_whole_snapshot_and_the_segments_before_it_there_is_no_recovery() -> None:
     disk, history = await played([*SHORT, ("compact",), ("compact",)])
-    for number in SnapshotStore(disk, SNAPSHOTS).numbers():
+    for number in SnapshotStore(disk, SNAPSHOTS).snapshot_numbers():
         disk.files[state_file(number)].data[50] ^= 1
     with pytest.raises(JournalError, match=r"00000001\.log is missing; restore it"):
         CrashableIntake(disk, history)
@@ -122,7 +122,7 @@ async def test_a_disk_without_room_for_a_snapshot_costs_nothing_but_the_snapshot
     machine.commit()
     disk.full = {call: 1}
     with pytest.raises(OSError, match="No space"):
-        machine.compaction.compact(number.result(), state)
+        machine.compaction.compact_journal(number.result(), state)
     play(CrashableIntake(disk, history), [("grant",), *GROUP, ("compact",), ("grant",), ("commit",)])
     machine = CrashableIntake(disk, history)
     assert described(machine.book) == history.states[-1]
@@ -133,11 +133,11 @@ async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
     disk, history = await played()
     machine = CrashableIntake(disk, history)
     state = StateCapture(machine.book, machine.reporter)
-    assert state.bytes > 0
-    disk.size -= disk.free_bytes(SNAPSHOTS) - state.bytes + 1
+    assert state.size_bytes > 0
+    disk.size -= disk.free_bytes(SNAPSHOTS) - state.size_bytes + 1
     calls = len(disk.log)
     with pytest.raises(OSError, match="No space"):
-        machine.compaction.compact(3, state)
+        machine.compaction.compact_journal(3, state)
     assert len(disk.log) == calls, "nothing was written, and nothing dropped"
     disk.size += 1 << 20
     play(machine, [("compact",)])
@@ -156,16 +156,16 @@ async def test_snapshots_are_taken_when_asked_for_and_what_comes_meanwhile_is_be
 
         snapshots = SnapshotStore(disk, SNAPSHOTS)
         compaction = JournalCompactor(disk, JOURNAL, journal, snapshots, capture)
-        tasks = [asyncio.create_task(work) for work in (journal.commit_forever(), compaction.run_forever())]
+        tasks = [asyncio.create_task(work) for work in (journal.commit_forever(), compaction.compact_forever())]
         async with asyncio.timeout(10):
-            while len(snapshots.numbers()) < 2:
-                compaction.ask()
+            while len(snapshots.snapshot_numbers()) < 2:
+                compaction.request_snapshot()
                 waiting = [journal.append_record({"n": appended + n}) for n in range(3)]
                 appended += 3
                 await asyncio.gather(*waiting)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    for number in snapshots.numbers():
-        before = next(snapshots.read(number))["book"]["set_aside"]["appended"]
+    for number in snapshots.snapshot_numbers():
+        before = next(snapshots.read_snapshot(number))["book"]["set_aside"]["appended"]
         assert [record["n"] for record in SegmentReader(disk, JOURNAL, number)] == list(range(before, appended))

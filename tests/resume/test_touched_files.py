@@ -95,7 +95,7 @@ async def start_intake(config: Config) -> None:
             journal.append_record({"event": "closed", "draw": 0})
             journal.commit_next()
         reporter.record_step({"step": 3, "version": "0.3", "position": 6}, known)
-        snapshots.prune()
+        snapshots.prune_generations()
         async with serve_trainer(cast("Any", None), str(run_dir / "intake.sock")):
             pass
 

@@ -1,6 +1,6 @@
-"""A pause is the operator's word: only another word of theirs ends it.
+"""The run state across restarts: a pause ends only when an operator resumes the run.
 
-It outlives the intake, which says "draining" when it is told to stop, and a broker that forgets what it had retained.
+A pause outlives the intake, which sets "draining" when it is stopped, and a broker that loses its retained messages.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from treegrpo.errors import describe
 from treegrpo.wire.control import ControlPlane, RunState
 
 log = logging.getLogger(__name__)
-MARK = "paused"
+PAUSED_FILE = "paused"
 """A file of this name in the run's directory."""
 
 
-async def begin(control: ControlPlane, run_dir: Path) -> None:
-    """Set the run state of a run that begins or goes on; a drain is over with the process that drained."""
+async def restore_run_state(control: ControlPlane, run_dir: Path) -> None:
+    """Set the run state at the start of the intake: paused if it was; a drain ends with the process that drained."""
     await control.wait_retained_state()
     state = control.announced_state
-    paused = state is RunState.PAUSED or (state is not RunState.RUNNING and (run_dir / MARK).exists())
+    paused = state is RunState.PAUSED or (state is not RunState.RUNNING and (run_dir / PAUSED_FILE).exists())
     await control.set_state(RunState.PAUSED if paused else RunState.RUNNING)
 
 
-async def remember(control: ControlPlane, run_dir: Path) -> None:
-    """Note pauses and their ends, for ever."""
+async def persist_pause_forever(control: ControlPlane, run_dir: Path) -> None:
+    """Record each pause and its end in the run's directory."""
     while True:
         try:
             match control.announced_state:
                 case RunState.PAUSED:
-                    (run_dir / MARK).touch()
+                    (run_dir / PAUSED_FILE).touch()
                 case RunState.RUNNING:
-                    (run_dir / MARK).unlink(missing_ok=True)
-                case _:  # not heard yet, or the end of a process
+                    (run_dir / PAUSED_FILE).unlink(missing_ok=True)
+                case _:  # not known yet, or the end of a process
                     pass
-        except OSError as error:  # a full disk ends nobody
-            log.warning("the pause of the run could not be noted (%s)", describe(error))
+        except OSError as error:  # a full disk does not end the run
+            log.warning("the pause of the run could not be recorded (%s)", describe(error))
         await control.wait_change()

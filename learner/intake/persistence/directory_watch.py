@@ -1,4 +1,4 @@
-"""Notices that another program has removed what a running intake has written: its directory, its journal, a segment.
+"""Monitors the run's directory for files that another program removes: the directory, the journal's folder, a segment.
 
 the run's directory or the journal's folder is gone   ─► the run ends: what is written from then on is in no file
 a segment that a restart would need is gone           ─► a snapshot of the state in memory takes its place
@@ -18,7 +18,7 @@ from learner.intake.wal.segments import segment_numbers, segment_path
 from treegrpo.errors import JournalError, RunError
 
 log = logging.getLogger(__name__)
-LOOK_SECONDS = 2.0
+CHECK_SECONDS = 2.0
 
 
 class DirectoryMonitor:
@@ -27,34 +27,34 @@ class DirectoryMonitor:
         self._journal = journal
         self._snapshots = snapshots
         self._folders = {folder: _inode(folder) for folder in (run_dir, journal.folder)}
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
 
-    async def run_forever(self, snapshot: Callable[[], None]) -> None:
-        """Look now and then; ``snapshot`` asks for one. Raises RunError: what the run writes is in no file any more."""
+    async def monitor_forever(self, request_snapshot: Callable[[], None]) -> None:
+        """Check every few seconds. Raises RunError: what the run writes is in no file any more."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            self.look(snapshot)
+            await asyncio.sleep(CHECK_SECONDS)
+            self.check_directories(request_snapshot)
 
-    def look(self, snapshot: Callable[[], None]) -> None:
-        """Look once, as `run_forever`."""
+    def check_directories(self, request_snapshot: Callable[[], None]) -> None:
+        """Check once, as `monitor_forever`."""
         for folder, inode in self._folders.items():
-            if _is_another(folder, inode):
+            if _is_replaced(folder, inode):
                 raise RunError(
                     f"The directory {folder} was removed or replaced while the run went on, and with it what was written there; "
                     "restore it from a copy, or begin a new run.dir."
                 )
-        if gone := self._missing() - self._told:
-            self._told |= gone
+        if gone := self._missing_segments() - self._reported:
+            self._reported |= gone
             log.error(
-                "the journal's segment %s was removed by another program; a snapshot of the run takes its place",
+                "the journal's segment %s was removed by another program; a snapshot of the run replaces it",
                 segment_path(self._journal.folder, min(gone)),
             )
-            snapshot()
+            request_snapshot()
 
-    def _missing(self) -> set[int]:
+    def _missing_segments(self) -> set[int]:
         """The segments that a restart would read and that are not there."""
         try:
-            first = next(iter(self._snapshots.numbers()), 1)
+            first = next(iter(self._snapshots.snapshot_numbers()), 1)
             return set(range(first, self._journal.segment_number + 1)) - set(segment_numbers(self._disk, self._journal.folder))
         except (OSError, JournalError):  # a disk that fails for now: the journal says so
             return set()
@@ -65,8 +65,8 @@ def _inode(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _is_another(path: Path, inode: tuple[int, int]) -> bool:
-    """Whether what is at ``path`` now is not what was there."""
+def _is_replaced(path: Path, inode: tuple[int, int]) -> bool:
+    """Whether ``path`` is another directory than before, or gone."""
     try:
         return _inode(path) != inode
     except (FileNotFoundError, NotADirectoryError):

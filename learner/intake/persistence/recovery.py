@@ -1,4 +1,4 @@
-"""From what is on the disk to where the intake was: the newest whole snapshot, then every event since.
+"""Recovers the state of the intake after a restart: the newest whole snapshot, then every event since.
 
     before a crash                                  after it
     trainer  checkpoint renamed ─► Covered(p)       starts at p, or, if that checkpoint is damaged, at the one before
@@ -33,16 +33,16 @@ JOURNAL, SNAPSHOTS = "journal", "snapshots"
 @dataclass(frozen=True, slots=True)
 class RecoveryResult:
     end: JournalEnd
-    """Where the journal goes on."""
+    """Where the journal continues."""
     fresh: bool
     """There was nothing to recover."""
 
 
 def recover(disk: FileSystem, journal: Path, snapshots: SnapshotStore, book: LeaseBook, reporter: RunRecorder) -> RecoveryResult:
-    """Bring a new book and reporter to where they were. Raises JournalError: what is left does not make a whole."""
-    number = _newest(snapshots)
+    """Restore a new lease table and recorder. Raises JournalError: the files are incomplete or contradict each other."""
+    number = _newest_whole(snapshots)
     if number:
-        restore(book, reporter, snapshots.read(number))
+        restore(book, reporter, snapshots.read_snapshot(number))
     segments = SegmentReader(disk, journal, first=number or 1)
     events = 0
     try:
@@ -59,18 +59,18 @@ def recover(disk: FileSystem, journal: Path, snapshots: SnapshotStore, book: Lea
 def has_recorded_events(run_dir: Path) -> bool:
     """Whether anything was recorded in a run's directory. Raises JournalError: it cannot be read."""
     disk = LocalFileSystem()
-    if SnapshotStore(disk, run_dir / SNAPSHOTS).numbers():
+    if SnapshotStore(disk, run_dir / SNAPSHOTS).snapshot_numbers():
         return True
     return next(iter(SegmentReader(disk, run_dir / JOURNAL)), None) is not None
 
 
-def _newest(snapshots: SnapshotStore) -> int:
-    """The newest whole snapshot, 0 for none; damaged ones are set aside."""
-    for number in snapshots.numbers():
+def _newest_whole(snapshots: SnapshotStore) -> int:
+    """The number of the newest whole snapshot, 0 for none; damaged ones are renamed."""
+    for number in snapshots.snapshot_numbers():
         try:
-            snapshots.check(number)
+            snapshots.verify_snapshot(number)
         except JournalError as damaged:
-            aside = snapshots.set_aside(number)
+            aside = snapshots.quarantine_snapshot(number)
             log.error("%s It is set aside as %s; the one before is read.", damaged, aside)  # noqa: TRY400 - one sentence is enough
         else:
             return number

@@ -1,4 +1,4 @@
-"""One intake for a run: whoever comes second is refused before it reads or writes anything of it."""
+"""The run lock: a second intake for the same run is refused before it reads or writes anything of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshots: what the intake knows, so that the journal before it need not be kept.
+"""Snapshots of the intake's state, so that the journal before them need not be kept.
 
     snapshots/00000007/state    everything that happened before segment 7 of the journal; frames of
 
@@ -38,7 +38,7 @@ Row = tuple[Lease, Record, tuple[bytes, ...]]
 
 
 class StateCapture:
-    """The state of a moment. Taken at once; made into records, which takes long, by whoever writes them."""
+    """The state at one moment. Captured at once; encoding it, which takes long, is done by `iter_records` in another thread."""
 
     def __init__(self, book: LeaseBook, reporter: RunRecorder) -> None:
         self._head = {"event": "book", "format": FORMAT, "book": book.state(), "report": reporter.snapshot_counters()}
@@ -46,11 +46,11 @@ class StateCapture:
         self._groups = [_row(group, place) for place, groups in places for group in groups]
 
     @property
-    def bytes(self) -> int:
-        """What it takes on the disk, but for what is small."""
+    def size_bytes(self) -> int:
+        """The size on the disk, without the small records."""
         return sum(len(subtree) for _, _, subtrees in self._groups for subtree in subtrees)
 
-    def records(self) -> Iterator[Record]:
+    def iter_records(self) -> Iterator[Record]:
         count = 1
         yield self._head
         for lease, row, subtrees in self._groups:
@@ -90,7 +90,7 @@ class SnapshotStore:
         self._disk = disk
         self._folder = folder
 
-    def numbers(self) -> list[int]:
+    def snapshot_numbers(self) -> list[int]:
         """The segments that a snapshot stands before, newest first. Raises JournalError: the folder cannot be read."""
         try:
             names = self._disk.list_names(self._folder)
@@ -100,24 +100,24 @@ class SnapshotStore:
             ) from error
         return [int(name) for name in reversed(names) if _WHOLE.fullmatch(name)]
 
-    def path(self, number: int) -> Path:
+    def snapshot_path(self, number: int) -> Path:
         return self._folder / f"{number:08d}"
 
-    def write(self, number: int, records: Iterator[Record]) -> None:
+    def write_snapshot(self, number: int, records: Iterator[Record]) -> None:
         """Write the snapshot before segment ``number``. Raises OSError, and then there is none."""
-        partial, whole = self._folder / f".{number:08d}", self.path(number)
+        partial, whole = self._folder / f".{number:08d}", self.snapshot_path(number)
         self._disk.make_directory(partial)
         try:
-            self._fill(partial / STATE, records)
+            self._write_records(partial / STATE, records)
             self._disk.sync_directory(partial)
             self._disk.rename_path(partial, whole)
         except OSError:
-            with contextlib.suppress(OSError):  # gives back the room now, or `prune` does it later
+            with contextlib.suppress(OSError):  # gives back the room now, or `prune_generations` does it later
                 self._remove(partial.name)
             raise
         self._disk.sync_directory(self._folder)
 
-    def _fill(self, path: Path, records: Iterator[Record]) -> None:
+    def _write_records(self, path: Path, records: Iterator[Record]) -> None:
         file = self._disk.create_file(path)
         try:
             for batch in split_into_frames(encode_record(record) for record in records):
@@ -126,9 +126,9 @@ class SnapshotStore:
         finally:
             file.close_file()
 
-    def read(self, number: int) -> Iterator[Record]:
+    def read_snapshot(self, number: int) -> Iterator[Record]:
         """The records of a snapshot, one frame in memory at a time. Raises JournalError if it is not whole."""
-        path = self.path(number) / STATE
+        path = self.snapshot_path(number) / STATE
         try:
             with self._disk.open_file(path) as file:
                 count = 0
@@ -142,37 +142,37 @@ class SnapshotStore:
             raise JournalError(f"The snapshot {path} is damaged or cannot be read ({describe(error)}).") from error
         raise JournalError(f"The snapshot {path} ends too soon.")
 
-    def check(self, number: int) -> None:
-        """Read a snapshot through. Raises JournalError if it is not whole."""
-        for _ in self.read(number):
+    def verify_snapshot(self, number: int) -> None:
+        """Read a whole snapshot. Raises JournalError if it is damaged."""
+        for _ in self.read_snapshot(number):
             pass
 
-    def set_aside(self, number: int) -> Path:
-        """Give a damaged snapshot a name under which it counts no more."""
-        aside = self.path(number).with_suffix(".damaged")
-        self._disk.rename_path(self.path(number), aside)
+    def quarantine_snapshot(self, number: int) -> Path:
+        """Rename a damaged snapshot, so that it is not read again."""
+        aside = self.snapshot_path(number).with_suffix(".damaged")
+        self._disk.rename_path(self.snapshot_path(number), aside)
         self._disk.sync_directory(self._folder)
         return aside
 
-    def prune(self) -> int:
-        """Remove what a crash left half written and all but the newest generations; the first segment that is still needed."""
-        kept = self.numbers()[:GENERATIONS]
+    def prune_generations(self) -> int:
+        """Delete partial snapshots and all but the newest generations; the number of the first segment that is still needed."""
+        kept = self.snapshot_numbers()[:GENERATIONS]
         for name in self._disk.list_names(self._folder):
             if _PARTIAL.fullmatch(name) or (_WHOLE.fullmatch(name) and int(name) not in kept):
                 self._remove(name)
         return kept[-1] if len(kept) == GENERATIONS else 1
 
     def _remove(self, name: str) -> None:
-        """Unnamed before it is emptied: a snapshot is there completely or not at all."""
+        """Rename a snapshot before its files are deleted: it is there completely or not at all."""
         gone = self._folder / f".{name.removeprefix('.')}"
         if gone.name != name:
             self._disk.rename_path(self._folder / name, gone)
             self._disk.sync_directory(self._folder)
-        self._empty(gone)
+        self._delete_tree(gone)
 
-    def _empty(self, path: Path) -> None:
-        """Remove a snapshot, with whatever somebody has put into it."""
+    def _delete_tree(self, path: Path) -> None:
+        """Delete a snapshot, with any files that another program has put into it."""
         with contextlib.suppress(NotADirectoryError):
             for name in self._disk.list_names(path):
-                self._empty(path / name)
+                self._delete_tree(path / name)
         self._disk.remove_path(path)

@@ -1,8 +1,8 @@
-"""A run that has trained nothing yet may still become another: it begins anew, and what it has leased is set aside.
+"""Archives a run that has trained nothing yet, so that it may begin again under another configuration.
 
-Leases that are out, answers and positions mean something only under what the run was when it began
-(`treegrpo/config/fingerprint.py`). As long as no step was made nothing else hangs on them. They are moved into `untrained` of
-their folder, which may be a disk of its own, and replace what an earlier beginning has left there.
+Open leases, answers and positions are valid only for the configuration that the run began with
+(`treegrpo/config/fingerprint.py`). Until the first step nothing else depends on them. They are moved into `untrained` in
+their own folder, which may be on another disk, and replace what an earlier archive has left there.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from treegrpo.storage.atomic import sync_path
 from treegrpo.storage.run_files import JsonLinesFile, unusable_file_error
 
 log = logging.getLogger(__name__)
-ASIDE = "untrained"
+ARCHIVE = "untrained"
 PROGRESS = "progress.jsonl"
 FILES = (PROGRESS, "set_aside.jsonl")
 FOLDERS = ("checkpoints", JOURNAL, SNAPSHOTS)
-"""In the order in which they are emptied: a start after a crash in between finds the journal with the snapshots, or neither."""
+"""In this order: a start after a crash in between finds the journal with the snapshots, or neither."""
 STEP = re.compile(r"(?:step-|\d+\.)(\d+)\b")
 """In the name of a checkpoint, damaged or not, and of a policy version."""
 
@@ -37,7 +37,9 @@ def is_untrained(run_dir: Path) -> bool:
 
 
 def check_resumable(config: Config) -> str:
-    """That the run in ``run.dir`` can go on as what it is told to be; empty, or what changes since nothing was trained.
+    """Check that the run in ``run.dir`` may continue with this configuration.
+
+    Returns the fields that differ from before if nothing was trained yet, in words; else an empty string.
 
     Raises ConfigError and DataError as `check_fingerprint`.
     """
@@ -48,37 +50,37 @@ def check_resumable(config: Config) -> str:
 
 
 def archive_untrained_run(config: Config) -> bool:
-    """Set aside what a run has that was begun as another and has trained nothing; whether there was such a one.
+    """Archive an untrained run if its configuration has changed; whether it has.
 
     Raises:
-        ConfigError, DataError: as `check_fingerprint`: it is another, and has trained.
-        RunFileError: something cannot be set aside.
+        ConfigError, DataError: as `check_fingerprint`: it has changed, and the run has trained.
+        RunFileError: a file cannot be moved.
     """
     if not (changed := check_resumable(config)):
         return False
     try:
-        _set_aside(config.run.dir)
+        _archive_files(config.run.dir)
     except OSError as error:
         raise unusable_file_error(Path(error.filename or config.run.dir), error) from error
-    log.warning("nothing was trained yet, so the run begins anew as what it is told to be now: %s", changed)
+    log.warning("nothing was trained yet, so the run begins again with the new configuration: %s", changed)
     return True
 
 
-def _set_aside(run_dir: Path) -> None:
+def _archive_files(run_dir: Path) -> None:
     for name in FOLDERS:
         if (folder := run_dir / name).is_dir():
-            _empty(folder)
+            _archive_folder(folder)
     for name in FILES:
         if (path := run_dir / name).exists():
-            path.replace(run_dir / f"{name}.{ASIDE}")
+            path.replace(run_dir / f"{name}.{ARCHIVE}")
 
 
-def _empty(folder: Path) -> None:
-    """Move what is in ``folder`` into `ASIDE` within, durably."""
-    aside = folder / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
+def _archive_folder(folder: Path) -> None:
+    """Move the contents of ``folder`` into its subfolder `ARCHIVE`, durably."""
+    archive = folder / ARCHIVE
+    shutil.rmtree(archive, ignore_errors=True)
     entries = list(folder.iterdir())
-    aside.mkdir()
+    archive.mkdir()
     for entry in entries:
-        entry.rename(aside / entry.name)
+        entry.rename(archive / entry.name)
     sync_path(folder)
