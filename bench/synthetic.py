@@ -13,7 +13,7 @@ import numpy as np
 from services.environments.base import Environment, Forking, Outcome, ToolCall
 from services.sampler.engines.base import Completion, Engine, Finish, Sampling
 from services.sampler.expansion.expander import Expander
-from services.sampler.expansion.lease_control import Gate
+from services.sampler.expansion.lease_control import LeaseControl
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import Lease, LeaseEndReason, LeaseKind, Plan
@@ -150,7 +150,7 @@ async def grow(model: Path, engine: Engine, shape: tuple[int, int, int]) -> Grow
         question = Question(f"bench/all/{number}", "bench", prompt, ("none",))
         group = Group(question.id, question)
         lease = Lease(question.id, LeaseKind.TRAIN, question, plan, plan.grant, number, PolicyVersion())
-        end = await expander.grow(lease, lambda subtree: (group.add(subtree), None)[1], Gate())
+        end = await expander.expand_lease(lease, lambda subtree: (group.add(subtree), None)[1], LeaseControl())
         assert end.reason is LeaseEndReason.COMPLETE, end
         return group
 

@@ -19,7 +19,7 @@ from services.cli.processes.process_group import ProcessGroup
 from services.cli.processes.program import PrintLine, Program
 from services.cli.processes.readiness import probe_retriever
 from services.cli.reports.terminal import Justify, cell, table
-from services.sampler.expansion.expander import Expander, Gate
+from services.sampler.expansion.expander import Expander, LeaseControl
 from services.sampler.factory import open_engine, open_environment
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.config.schema import Config
@@ -80,7 +80,7 @@ async def _answer(config: Config, expander: Expander, question: Question, slots:
     lease = Lease(question.id, LeaseKind.EVAL, question, plan, plan.grant, config.run.seed, PolicyVersion())
     subtrees: list[Subtree] = []
     async with slots:
-        end = await expander.grow(lease, subtrees.append, Gate())
+        end = await expander.expand_lease(lease, subtrees.append, LeaseControl())
     if end.reason is LeaseEndReason.RETURNED:  # not the model's fault: a score without this question would be another one
         raise UnavailableError(f"The evaluation is not complete: {end.error}")
     leaves = [leaf for subtree in subtrees for leaf in subtree.leaves]

@@ -1,11 +1,11 @@
-"""What an environment is: it turns an agent's action into an observation, and a finished episode into rewards.
+"""The environment interface: turns an agent's action into an observation, and a finished episode into rewards.
 
 Write your own by copying `search_qa.py`. An environment knows nothing of trees, leases or engines; a branch of a
-tree reaches it as a state to continue from. How one state serves several branches is the environment's to say:
+tree reaches it as a state to continue from. The environment declares how one state serves several branches:
 
 - ``stateless``: states are immutable values, so a branch simply continues from the value (search QA).
 - ``fork``: `Environment.fork` copies a live state (a process snapshot, a database transaction).
-- ``replay``: the branch starts afresh and the actions of its path are performed again (a web session).
+- ``replay``: the branch starts a new episode and the actions of its path are performed again (a web session).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ State = TypeVar("State")
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One use of a tool, as it is recorded on the step."""
+    """One call of a tool, as recorded on the step."""
 
     name: str
     arguments: str
@@ -30,7 +30,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[State]):
-    """What one action led to."""
+    """The result of one action."""
 
     state: State
     observation: str | None
@@ -39,11 +39,11 @@ class Outcome(Generic[State]):
     All of it is plain text to the policy; control strings of the environment's own are written as `Markup`."""
     tool_calls: tuple[ToolCall, ...] = ()
     valid: bool = True
-    """False when the action broke the protocol and the policy was told how to act."""
+    """False when the action violated the protocol; the observation then tells the policy how to act."""
 
 
 class Environment(Protocol[State]):
-    """A task for agents. All methods may be called concurrently for different states."""
+    """A task for agents. All methods may be called concurrently, for different states."""
 
     forking: Forking
     stop: tuple[str, ...]
@@ -57,26 +57,26 @@ class Environment(Protocol[State]):
         """Perform ``action``. With ``last`` no tool may be used and the outcome must be a leaf.
 
         Raises:
-            ToolError: a tool failed; the step is tried again, then left out.
-            ToolAwayError: a tool is not there; the step waits until `probe` says that it is back, and is tried again.
+            ToolError: a tool failed; the step is retried, then its branch fails.
+            ToolAwayError: a tool is unavailable; the step is retried once `probe` succeeds.
         """
         ...
 
     async def probe(self) -> None:
-        """Ask the tools something harmless. Raises ToolAwayError if one is not there."""
+        """Check that the tools answer, by a harmless call. Raises ToolAwayError if one does not."""
         ...
 
     async def fork(self, state: State) -> State:
-        """An independent copy of ``state`` (called only where ``forking`` is ``"fork"``)."""
+        """Copy ``state`` (called only where ``forking`` is ``"fork"``)."""
         ...
 
     def score(self, state: State) -> Mapping[str, float]:
-        """Named reward components of a finished episode; the reward is their sum.
+        """Compute the reward components of a finished episode, by name; the reward is their sum.
 
         Components that only report (``em``, ``f1`` beside the one trained on) go under `metrics`.
         """
         ...
 
     def metrics(self, state: State) -> Mapping[str, float]:
-        """Figures to report about a finished episode that are not part of the reward (``em``, ``invalid_actions``)."""
+        """Compute metrics of a finished episode that are not part of the reward (``em``, ``invalid_actions``)."""
         ...

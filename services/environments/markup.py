@@ -1,4 +1,4 @@
-"""Text that an environment wrote itself around text that is not its own."""
+"""Strings that separate an environment's own markup from foreign text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Self
 class Markup(str):
     """A string whose control strings are control tokens in what the environment wrote itself, ``before`` and ``after``.
 
-    A tokenizer reads every other string as plain text: ``<|im_end|>`` in a document is nine letters to the policy. Whatever is
-    cut out of markup or added to it is an ordinary string again, hence plain text.
+    A tokenizer reads every other string as plain text: ``<|im_end|>`` in a document is nine characters to the policy. A slice
+    of markup, or markup with something added, is an ordinary string again, hence plain text.
 
     Example:
         >>> Markup("<information>", "a document", "</information>")
@@ -27,5 +27,5 @@ class Markup(str):
         return text
 
     def __getnewargs__(self) -> tuple[str, str, str]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What a copy is made of."""
+        """Arguments of a copy."""
         return self.before, self.foreign, self.after

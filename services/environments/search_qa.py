@@ -34,13 +34,13 @@ HINT = Markup(
 _OPENING = re.compile(r"<(search|answer)>")
 _TAG = re.compile(r"</?(?:think|search|answer|information)>")
 _END = re.compile(r"\s*(?:(?:<\|[^<>|]+\|>|</s>)\s*)?")
-LETTERS_A_TOKEN = 128
-"""No token of the usual vocabularies stands for more."""
+MAX_TOKEN_CHARS = 128
+"""No token of the usual vocabularies stands for more characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One turn of the policy, as the environment understood it."""
+    """One turn of the policy, parsed."""
 
     kind: Kind
     text: str
@@ -51,7 +51,7 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """The state of search QA: what was asked and what the policy did about it."""
+    """The state of search QA: the question and the policy's actions."""
 
     question: Question
     actions: tuple[Action, ...] = ()
@@ -64,10 +64,10 @@ class Episode:
 
 
 def parse_action(text: str) -> Action:
-    """Understand one turn: its first complete search or answer. Linear in ``text``, whatever a policy writes.
+    """Parse one turn: its first complete search or answer. Takes linear time in ``text``.
 
-    Well-formed is a turn that has the four tags of a think and of one action, in this order, and nothing but white space
-    outside, where one trailing end-of-turn token is tolerated. Inside any text may stand that is no tag of the protocol.
+    A turn is well-formed if it has the four tags of a think and of one action, in this order, and nothing but white space
+    outside, where one trailing end-of-turn token is tolerated. Inside, any text is allowed that is no tag of the protocol.
 
     Example:
         >>> parse_action("<think>3 < 4, so first the city</think><search> Ghazni </search>")
@@ -91,7 +91,7 @@ def _is_well_formed(text: str, kind: Kind) -> bool:
 
 
 class SearchQA:
-    """The environment: search with a retriever, finish with an answer."""
+    """The search QA environment: the policy searches with a retriever, and finishes with an answer."""
 
     forking: Forking = "stateless"
     stop: tuple[str, ...] = ("</search>", "</answer>")
@@ -110,7 +110,7 @@ class SearchQA:
         """Set up the task; nothing is opened.
 
         Args:
-            retriever: the search tool; whoever made it closes it.
+            retriever: the search tool; the caller closes it.
             topk: documents per search.
             max_observation_tokens: limit of one observation; longer documents are cut, the tags never.
             count_tokens: length of a text in the policy's tokens.
@@ -131,7 +131,7 @@ class SearchQA:
         return Episode(question)
 
     async def fork(self, state: Episode) -> Episode:
-        """A value is its own copy."""
+        """Return ``state``, which is immutable."""
         return state
 
     async def step(self, state: Episode, action: str, *, last: bool) -> Outcome[Episode]:
@@ -159,34 +159,33 @@ class SearchQA:
         The format is broken by a turn that is not well-formed and by an end without an answer.
         """
         answered = state.answer is not None
-        kept = answered and all(action.well_formed for action in state.actions)
-        judged = self._judge(state)[self._reward]
-        format_ = format_reward(
-            self._reward_shape, judged, answered=answered, kept=kept, reward=self._reward, penalty=self._format_penalty
-        )
-        return {self._reward: judged, "format": format_}
+        well_formed = answered and all(action.well_formed for action in state.actions)
+        score = self._score_answer(state)[self._reward]
+        shape, penalty = self._reward_shape, self._format_penalty
+        format_ = format_reward(shape, score, answered=answered, well_formed=well_formed, reward=self._reward, penalty=penalty)
+        return {self._reward: score, "format": format_}
 
     def metrics(self, state: Episode) -> Mapping[str, float]:
         """``em``, ``f1``, and the counts ``invalid_actions`` and ``searches``; see `Environment.metrics`."""
         kinds = [action.kind for action in state.actions]
         performed = kinds[:-1]  # whatever ended the episode used no tool
         counts = {"invalid_actions": kinds.count("invalid"), "searches": performed.count("search")}
-        return {**self._judge(state), **{name: float(count) for name, count in counts.items()}}
+        return {**self._score_answer(state), **{name: float(count) for name, count in counts.items()}}
 
-    def _judge(self, state: Episode) -> dict[str, float]:
+    def _score_answer(self, state: Episode) -> dict[str, float]:
         if state.answer is None:
             return {"em": 0.0, "f1": 0.0}
         targets = state.question.targets
         return {"em": exact_match(state.answer, targets), "f1": f1(state.answer, targets)}
 
     def _observation(self, documents: list[str]) -> Markup:
-        """The documents as the policy reads them; what is beyond the limit is cut off, the tags never."""
-        lines, room = list[str](), LETTERS_A_TOKEN * self._max_observation_tokens
+        """Format documents for the policy; text beyond the limit is cut off, the tags never."""
+        lines, remaining = list[str](), MAX_TOKEN_CHARS * self._max_observation_tokens
         for rank, contents in enumerate(documents, start=1):
-            if room <= 0:
+            if remaining <= 0:
                 break
-            lines.append(_document_line(rank, contents[:room]))
-            room -= len(lines[-1])
+            lines.append(_document_line(rank, contents[:remaining]))
+            remaining -= len(lines[-1])
         body = "".join(lines)
         kept = fitting_length(body, self._max_observation_tokens, lambda text: self._count_tokens(_information(text)))
         return _information(body[:kept])

@@ -1,9 +1,10 @@
-"""How long and how much the retriever listens to one client: uvicorn has no limit for slow heads, large bodies, deaf readers."""
+"""Time and size limits of the retriever's HTTP connections, which uvicorn lacks: slow heads, large bodies, slow readers."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import h11
@@ -11,129 +12,162 @@ import uvicorn
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from treegrpo.net.limits import ANSWER_SECONDS, HEADER_BYTES, LOOP_BYTES, PEERS, REQUEST_BYTES, REQUEST_SECONDS
+from treegrpo.net.limits import ANSWER_BYTES, ANSWER_SECONDS, HEADER_BYTES, LOOP_BYTES, PEERS, REQUEST_BYTES, REQUEST_SECONDS
 
-Refused = Callable[[str, str, str], None]
-"""Told a client's address, a reason of few, and a sentence."""
+SEARCHES = 2
+LARGE_REQUESTS = 8
+MAX_WAITING = 1024
+RefusalCallback = Callable[[str, str, str], None]
+"""Called with a client's address, a reason out of few, and a sentence."""
+
+MAX_PIECES = 4096
+"""Chunks of a body, or packets of one that has no chunks: each is handled by itself on the event loop."""
 
 
-PIECES = 4096
-"""Chunks of a body, or packets of one that has no chunks: each is handled by itself, on the event loop."""
+@dataclass(frozen=True, slots=True)
+class RetrieverLimits:
+    """What one client, and all of them together, may demand of the retriever."""
+
+    request_seconds: float = REQUEST_SECONDS
+    """From the first byte of a request to its last, and without reading anything of the response."""
+    search_seconds: float = ANSWER_SECONDS
+    """The longest the search for one request may take."""
+    response_seconds: float = ANSWER_SECONDS + REQUEST_SECONDS
+    """From the last byte of a request until the client has read its response."""
+    response_bytes: int = ANSWER_BYTES
+    """The body of a response."""
+    connections: int = PEERS
+    """Open at once."""
+    searches: int = SEARCHES
+    """Queries that are searched at once: more threads would only wait for each other."""
+    waiting: int = MAX_WAITING
+    """Requests that wait for a search; more are rejected."""
+    large_requests: int = LARGE_REQUESTS
+    """Requests at once with a body or a response beyond LOOP_BYTES."""
 
 
-class _Connection(h11.Connection):
-    """h11's, which takes a body of chunks of a byte for a request that is wrong."""
+class _PieceLimitedConnection(h11.Connection):
+    """An h11 connection that rejects a body of too many pieces, such as chunks of one byte."""
 
     _pieces = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
         event = super().next_event()
         self._pieces = self._pieces + 1 if isinstance(event, h11.Data) else 0 if isinstance(event, h11.Request) else self._pieces
-        if self._pieces > PIECES:
+        if self._pieces > MAX_PIECES:
             raise h11.RemoteProtocolError("the body comes in too many pieces")
         return event
 
 
-class PatientProtocol(H11Protocol):
-    """Hangs up on a request that is not complete after REQUEST_SECONDS, from the connection or its first byte on, on who reads
-    nothing of an answer for as long or takes ANSWER_SECONDS more for all of it, and on one connection too many.
+class LimitedHttpProtocol(H11Protocol):
+    """Closes connections that exceed a limit.
+
+    - A request is incomplete `RetrieverLimits.request_seconds` after the connection, or after its first byte.
+    - The client reads nothing of a response for as long, or has not read all of it after ``response_seconds``.
+    - More than ``connections`` connections are open.
+
+    The server sets ``refused`` and ``limits`` on a subclass.
     """
 
-    refused: Refused
-    _patience: asyncio.TimerHandle | None = None
-    _reading: asyncio.TimerHandle | None = None
-    _answering: asyncio.TimerHandle | None = None
+    refused: RefusalCallback
+    limits: RetrieverLimits
+    _request_timer: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
+    _response_timer: asyncio.TimerHandle | None = None
     _unread = 0
 
     def __init__(self, config: uvicorn.Config, *more: Any) -> None:
         super().__init__(config, *more)
-        self.conn = _Connection(h11.SERVER, HEADER_BYTES)
+        self.conn = _PieceLimitedConnection(h11.SERVER, HEADER_BYTES)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > PEERS:
-            self._give_up("peers", "one connection too many")
+        if len(self.connections) > self.limits.connections:
+            self._abort("peers", "too many connections")
         else:
-            self._wait()
+            self._start_request_timer()
 
     def data_received(self, data: bytes) -> None:
-        self._wait()
+        self._start_request_timer()
         super().data_received(data)
         if self.conn.their_state not in {h11.IDLE, h11.SEND_BODY}:
-            self._stop()
-            self._expect()
+            self._cancel_request_timer()
+            self._start_response_timer()
 
     def send_400_response(self, msg: str) -> None:
-        self.refused(self._who, "http", msg)
+        self.refused(self._client_address, "http", msg)
         super().send_400_response(msg)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._expect_no_more()
+        self._cancel_response_timer()
         if self.conn.trailing_data[0] and self.conn.their_state is h11.IDLE:  # a part of the next request is here already
-            self._wait()
+            self._start_request_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
         self._unread = self.transport.get_write_buffer_size()
-        self._reading = self.loop.call_later(REQUEST_SECONDS, self._look)
+        self._read_timer = self.loop.call_later(self.limits.request_seconds, self._check_reading)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._reading is not None:
-            self._reading.cancel()
+        if self._read_timer is not None:
+            self._read_timer.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop()
-        self._expect_no_more()
-        if self._reading is not None:
-            self._reading.cancel()
+        self._cancel_request_timer()
+        self._cancel_response_timer()
+        if self._read_timer is not None:
+            self._read_timer.cancel()
         super().connection_lost(exc)
 
     @property
-    def _who(self) -> str:
-        return self.client[0] if self.client else "nobody"
+    def _client_address(self) -> str:
+        return self.client[0] if self.client else "unknown"
 
-    def _wait(self) -> None:
-        if self._patience is None:
-            self._patience = self.loop.call_later(REQUEST_SECONDS, self._give_up, "slow", "half a request and no more")
+    def _start_request_timer(self) -> None:
+        if self._request_timer is None:
+            self._request_timer = self.loop.call_later(
+                self.limits.request_seconds, self._abort, "slow", "the request is incomplete"
+            )
 
-    def _stop(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+    def _cancel_request_timer(self) -> None:
+        if self._request_timer is not None:
+            self._request_timer.cancel()
+            self._request_timer = None
 
-    def _expect(self) -> None:
-        """The application has its own limit for the search; this is for who takes too long to read what it found."""
-        if self._answering is None:
-            seconds = ANSWER_SECONDS + REQUEST_SECONDS
-            self._answering = self.loop.call_later(seconds, self._give_up, "slow", "it takes too long to read its answer")
+    def _start_response_timer(self) -> None:
+        """Limit the time until the client has read the response; the application limits the search itself."""
+        if self._response_timer is None:
+            seconds = self.limits.response_seconds
+            sentence = "the client takes too long to read the response"
+            self._response_timer = self.loop.call_later(seconds, self._abort, "slow", sentence)
 
-    def _expect_no_more(self) -> None:
-        if self._answering is not None:
-            self._answering.cancel()
-            self._answering = None
+    def _cancel_response_timer(self) -> None:
+        if self._response_timer is not None:
+            self._response_timer.cancel()
+            self._response_timer = None
 
-    def _look(self) -> None:
-        """Whether anything was read since it was looked at last."""
+    def _check_reading(self) -> None:
+        """Abort unless the client has read something since the last check."""
         if (unread := self.transport.get_write_buffer_size()) >= self._unread:
-            self._give_up("slow", "it does not read its answer")
+            self._abort("slow", "the client does not read the response")
         else:
             self._unread = unread
-            self._reading = self.loop.call_later(REQUEST_SECONDS, self._look)
+            self._read_timer = self.loop.call_later(self.limits.request_seconds, self._check_reading)
 
-    def _give_up(self, reason: str, sentence: str) -> None:
-        self._patience = None
-        self.refused(self._who, reason, sentence)
+    def _abort(self, reason: str, sentence: str) -> None:
+        self._request_timer = None
+        self.refused(self._client_address, reason, sentence)
         self.transport.abort()
 
 
-class TooLargeError(Exception):
+class BodyTooLargeError(Exception):
     """A body of more than REQUEST_BYTES."""
 
 
-async def body_of(request: Request, large: Callable[[], Awaitable[None]]) -> bytes:
-    """The body of ``request``; ``large`` is awaited before more than LOOP_BYTES of it are kept.
+async def read_body(request: Request, before_large: Callable[[], Awaitable[None]]) -> bytes:
+    """Read the body of ``request``; ``before_large`` is awaited before more than LOOP_BYTES of it are kept.
 
     Raises:
         TooLargeError: before it has been read to the end.
@@ -142,7 +176,7 @@ async def body_of(request: Request, large: Callable[[], Awaitable[None]]) -> byt
     async for part in request.stream():
         body += part
         if len(body) > REQUEST_BYTES:
-            raise TooLargeError
+            raise BodyTooLargeError
         if len(body) > LOOP_BYTES:
-            await large()
+            await before_large()
     return bytes(body)

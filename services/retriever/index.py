@@ -1,4 +1,4 @@
-"""A corpus and its BM25 index: pure, in memory, without a server."""
+"""Reads a corpus and searches it with BM25, in memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from treegrpo.storage.surrogates import replace_surrogates
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
 QUERY_WORDS = 256
-"""Terms of one query: dense retrievers cut theirs at as many tokens."""
+"""Terms of one query that count: dense retrievers truncate queries at as many tokens."""
 _WORD = re.compile(r"\w+")
 IDS = ("id", "_id", "docid")
 CONTENTS = ("contents", "text", "content")
 COLUMNS = (*IDS, *CONTENTS, "title")
-"""As Search-R1, BEIR and others call them."""
+"""The columns of a corpus, as Search-R1, BEIR and others name them."""
 
 
 class Document(BaseModel):
@@ -57,13 +57,13 @@ def load_corpus(path: Path) -> list[Document]:
     documents = [_document(row, f"{path}, line {number}", number) for number, row in read_rows(path, COLUMNS)]
     if not documents:
         raise DataError(f"the corpus {path} has no documents; give one JSON object per line with id and contents")
-    if not any(words(document.contents) for document in documents):
-        raise DataError(f"the corpus {path} has no word in any of its {len(documents)} documents; nothing could be found in it")
+    if not any(split_terms(document.contents) for document in documents):
+        raise DataError(f"the corpus {path} has no word in any of its {len(documents)} documents; no query could match")
     return documents
 
 
 def _document(row: Any, where: str, number: int) -> Document:
-    fields = _known(cast("dict[str, Any]", row), number) if isinstance(row, dict) else row
+    fields = _document_fields(cast("dict[str, Any]", row), number) if isinstance(row, dict) else row
     try:
         return Document.model_validate(fields)
     except ValidationError as error:
@@ -74,46 +74,46 @@ def _document(row: Any, where: str, number: int) -> Document:
         ) from error
 
 
-def _known(row: dict[str, Any], number: int) -> dict[str, Any]:
-    """``id`` and ``contents`` of a row, whatever they are called in it; null and NaN are as if they were not there."""
+def _document_fields(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """``id`` and ``contents`` of a row, under any of their names; null and NaN count as missing."""
     given = {name: value for name, value in row.items() if not (value is None or _is_nan(value))}
-    identity = next((given[name] for name in IDS if name in given), number)
+    document_id = next((given[name] for name in IDS if name in given), number)
     contents = next((given[name] for name in CONTENTS if name in given), None)
     title = given.get("title")
     if "contents" not in given and isinstance(contents, str) and isinstance(title, str | int | float):
         contents = f"{title}\n{contents}"
     if isinstance(contents, str):
         contents = replace_surrogates(contents)
-    return {"id": identity, **({} if contents is None else {"contents": contents})}
+    return {"id": document_id, **({} if contents is None else {"contents": contents})}
 
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def words(text: str) -> list[str]:
-    """The terms of a text: lower case, without accents, split at everything that is no letter or digit.
+def split_terms(text: str) -> list[str]:
+    """Split a text into terms: lower case, without accents, at everything that is no letter or digit.
 
     Example:
-        >>> words("São Tomé-Nord")
+        >>> split_terms("São Tomé-Nord")
         ['sao', 'tome', 'nord']
     """
-    return _WORD.findall(text.casefold().translate(_PLAIN))
+    return _WORD.findall(text.casefold().translate(_ACCENT_FREE))
 
 
-class _Plain(dict[int, str]):
-    """Letter → its decomposition without accents, letter by letter.
+class _AccentFreeTable(dict[int, str]):
+    """Maps a character to its decomposition without accents, for `str.translate`.
 
-    Decomposing a whole text would also sort the accents of each letter, in quadratic time, for nothing.
+    Decomposing a whole text would also sort the accents of each letter, needlessly and in quadratic time.
     """
 
-    def __missing__(self, letter: int) -> str:
-        decomposed = unicodedata.normalize("NFKD", chr(letter))
-        plain = self[letter] = "".join(part for part in decomposed if not unicodedata.combining(part))
+    def __missing__(self, codepoint: int) -> str:
+        decomposed = unicodedata.normalize("NFKD", chr(codepoint))
+        plain = self[codepoint] = "".join(part for part in decomposed if not unicodedata.combining(part))
         return plain
 
 
-_PLAIN = _Plain()
+_ACCENT_FREE = _AccentFreeTable()
 
 
 class Index:
@@ -126,24 +126,24 @@ class Index:
     def __init__(self, documents: Sequence[Document]) -> None:
         self.documents = documents
         self._scorer = bm25s.BM25()
-        self._scorer.index([words(document.contents) for document in documents], show_progress=False)
+        self._scorer.index([split_terms(document.contents) for document in documents], show_progress=False)
 
     def search(self, query: str, topk: int) -> list[Hit]:
         """The documents that share a term with ``query``, best first, at most ``topk``; equal scores in corpus order.
 
         The first QUERY_WORDS terms that the corpus knows count.
         """
-        known = list(islice((word for word in words(query) if word in self._scorer.vocab_dict), QUERY_WORDS))
+        known = list(islice((word for word in split_terms(query) if word in self._scorer.vocab_dict), QUERY_WORDS))
         if not known or topk < 1:
             return []
         score_D = self._scorer.get_scores(known)  # D = documents of the corpus
-        return [Hit(self.documents[place], float(score_D[place])) for place in _best(score_D, topk)]
+        return [Hit(self.documents[row], float(score_D[row])) for row in _best(score_D, topk)]
 
 
 def _best(score_D: np.ndarray, topk: int) -> list[int]:
-    """Places of at most ``topk`` positive scores, best first, ties by place.
+    """Row numbers of at most ``topk`` positive scores, best first, ties by row.
 
-    Most documents score 0: leaving them out first is what makes a search cost microseconds.
+    Most documents score 0: excluding them first makes a search take microseconds.
     """
     found = np.flatnonzero(score_D > 0)
     if len(found) > topk:

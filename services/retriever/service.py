@@ -1,4 +1,4 @@
-"""The retriever as a service: Search-R1's HTTP API over an `Index`.
+"""The retriever service: Search-R1's HTTP API over an `Index`.
 
 POST /retrieve  {"queries": [str], "topk": int, "return_scores": bool}; the last two may be null or left out
                 → {"result": [[{"document": {"id", "contents"}, "score"}]]}, bare documents without return_scores
@@ -22,12 +22,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from services.retriever.http_limits import PatientProtocol
+from services.retriever.http_limits import LimitedHttpProtocol, RetrieverLimits
 from services.retriever.index import Index, load_corpus
-from services.retriever.search_endpoint import Book, Retrieve
+from services.retriever.search_endpoint import RefusalRecorder, RetrieveEndpoint
 from treegrpo.config.schema import RetrieverConfig
 from treegrpo.net.address import address_family, check_free, split_address
-from treegrpo.net.limits import HEADER_BYTES, PEERS, REQUEST_SECONDS
+from treegrpo.net.limits import HEADER_BYTES, PEERS
 from treegrpo.observability.metrics import RetrieverMetrics
 from treegrpo.observability.rate_limited_log import rate_limit_library_logs
 from treegrpo.security.credentials import Credentials, has_token
@@ -35,12 +35,18 @@ from treegrpo.security.credentials import Credentials, has_token
 log = logging.getLogger(__name__)
 _BACKLOG = 1024
 _IDLE_SECONDS = 30
-"""Longer than clients keep an idle connection (httpx: 5): one that closes as the next query comes would fail it."""
+"""Longer than clients keep an idle connection (httpx: 5): closing one as the next query arrives would fail that query."""
 _GRACE_SECONDS = 2
 
 
-def app(index: Index, metrics: RetrieverMetrics, access: Credentials, book: Book) -> Starlette:
-    """The web application; starts nothing. /health is for everybody, the rest for who shows its token."""
+def create_app(
+    index: Index,
+    metrics: RetrieverMetrics,
+    access: Credentials,
+    refusals: RefusalRecorder,
+    limits: RetrieverLimits | None = None,
+) -> Starlette:
+    """Create the web application. /health needs no token, each other route its own."""
     metrics.documents.set(len(index.documents))
     metrics.serving.set(1)
 
@@ -50,26 +56,33 @@ def app(index: Index, metrics: RetrieverMetrics, access: Credentials, book: Book
     async def scrape(request: Request) -> Response:
         if not has_token(request.headers.get("authorization", ""), access.metrics_token):
             sentence = "Show the token: Authorization: Bearer TOKEN, of security.metrics_token."
-            return book.answer(request, 401, "token", sentence)
+            return refusals.refusal_response(request, 401, "token", sentence)
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    retrieve = Retrieve(index, metrics, access, book)
+    retrieve = RetrieveEndpoint(index, metrics, access, refusals, limits)
     return Starlette(routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health), Route("/metrics", scrape)])
 
 
-async def serve(config: RetrieverConfig, access: Credentials, ready: Callable[[int], None] = lambda _: None) -> None:
-    """Load the corpus, listen, and answer until cancelled.
+async def serve_retriever(
+    config: RetrieverConfig,
+    access: Credentials,
+    ready: Callable[[int], None] = lambda _: None,
+    limits: RetrieverLimits | None = None,
+) -> None:
+    """Load the corpus, listen, and answer queries until cancelled.
 
     Args:
         config: the corpus and the address; port 0 takes a free one.
         access: certificate and tokens.
         ready: called once with the port when queries are answered.
+        limits: of requests and connections; None: the defaults.
 
     Raises:
-        ConfigError: others could reach it in plain text.
+        ConfigError: other machines could reach it in plain text.
         DataError: the corpus cannot be used.
-        AddressInUseError: somebody else listens there.
+        AddressInUseError: another process listens there.
     """
+    limits = limits or RetrieverLimits()
     access.check_metrics("retriever.listen", config.listen)
     host, port = split_address(config.listen, "retriever.listen")
     check_free(config.listen, "retriever.listen")
@@ -77,9 +90,9 @@ async def serve(config: RetrieverConfig, access: Credentials, ready: Callable[[i
     listener = socket.create_server((host, port), family=address_family(host), backlog=_BACKLOG)
     rate_limit_library_logs("uvicorn", "asyncio")
     metrics = RetrieverMetrics()
-    book = Book(metrics)
-    protocol = type("Protocol", (PatientProtocol,), {"refused": staticmethod(book.refused)})
-    web = app(index, metrics, access, book)
+    refusals = RefusalRecorder(metrics)
+    protocol = type("Protocol", (LimitedHttpProtocol,), {"refused": staticmethod(refusals.record_refusal), "limits": limits})
+    web = create_app(index, metrics, access, refusals, limits)
     server = _RetrieverServer(web, protocol, access.server_context(), lambda: ready(listener.getsockname()[1]))
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="retriever")
     try:
@@ -90,12 +103,12 @@ async def serve(config: RetrieverConfig, access: Credentials, ready: Callable[[i
 
 
 class _RetrieverServer(uvicorn.Server):
-    """Uvicorn that leaves the signals to the process, has little patience with a TLS handshake, and tells when it listens."""
+    """A uvicorn server that leaves signals to the process, limits the TLS handshake, and tells when it listens."""
 
     def __init__(
         self,
         application: Starlette,
-        protocol: type[PatientProtocol],
+        protocol: type[LimitedHttpProtocol],
         context: ssl.SSLContext | None,
         ready: Callable[[], None],
     ) -> None:
@@ -122,17 +135,17 @@ class _RetrieverServer(uvicorn.Server):
         return nullcontext()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's for one socket; its own waits a minute for a handshake."""
+        """As uvicorn's for one socket, with a limit for the TLS handshake: uvicorn's waits a minute."""
         assert sockets is not None  # noqa: S101 - `serve` gives one
-        patience = REQUEST_SECONDS if self._context is not None else None
+        handshake_seconds = self._protocol.limits.request_seconds if self._context is not None else None
         self.servers = [
             await asyncio.get_running_loop().create_server(
                 lambda: self._protocol(self.config, self.server_state, {}),
                 sock=sockets[0],
                 backlog=_BACKLOG,
                 ssl=self._context,
-                ssl_handshake_timeout=patience,
-                ssl_shutdown_timeout=patience,
+                ssl_handshake_timeout=handshake_seconds,
+                ssl_shutdown_timeout=handshake_seconds,
             )
         ]
         self.started = True

@@ -1,4 +1,4 @@
-"""Engine and environment as the configuration asks for them."""
+"""Opens the engine and the environment that the configuration names."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from treegrpo.net.address import check_free, split_address
 from treegrpo.observability.metrics import SamplerMetrics
 from treegrpo.security.credentials import Credentials
 
-OBSERVE_SECONDS = 1.0
+EXPORT_SECONDS = 1.0
+"""Between two exports of the engine's counters."""
 
 
 async def open_engine(config: Config, path: Path, version: PolicyVersion, name: str, access: Credentials) -> OpenEngine:
-    """The engine, serving ``version`` from the model directory ``path``. Close it after use.
+    """Open the engine, serving ``version`` from the model directory ``path``. Close it after use.
 
-    What is sampled without a seed of its own differs between engines of different ``name``, in the same run.
+    Samples without a seed of their own differ between engines of different ``name`` in the same run.
 
     Raises:
         ModelError: the model cannot be served.
@@ -51,7 +52,7 @@ async def open_engine(config: Config, path: Path, version: PolicyVersion, name: 
 
 
 def weights_dir(config: Config) -> Path | None:
-    """Where policy versions are fetched to: where SGLang reads them, so that no copy is needed; None: anywhere."""
+    """The directory that policy versions are downloaded to: where SGLang reads them, so that no copy is needed; None: any."""
     return config.engine.weights_dir if config.engine.kind == "sglang" and config.engine.weights_dir.is_dir() else None
 
 
@@ -72,7 +73,7 @@ async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, a
 
 @asynccontextmanager
 async def open_environment(config: Config, tokenizer: Tokenizer, access: Credentials) -> AsyncGenerator[SearchQA]:
-    """The environment, with a client of the retriever it searches with."""
+    """Open the environment, with a client of the retriever that it searches with."""
     environment = config.environment
     async with open_retriever(config, access) as retriever:
         yield SearchQA(
@@ -86,8 +87,8 @@ async def open_environment(config: Config, tokenizer: Tokenizer, access: Credent
         )
 
 
-async def observe(engine: OpenEngine, metrics: SamplerMetrics) -> None:
-    """Show the engine's counters in ``metrics``, for ever."""
+async def export_engine_metrics(engine: OpenEngine, metrics: SamplerMetrics) -> None:
+    """Copy the engine's counters to ``metrics`` periodically, until cancelled."""
     seen = Counters()
     while True:
         now = engine.counters
@@ -103,4 +104,4 @@ async def observe(engine: OpenEngine, metrics: SamplerMetrics) -> None:
         for error, count in now.errors.items():
             metrics.errors.labels(error).inc(count - seen.errors.get(error, 0))
         seen = now
-        await asyncio.sleep(OBSERVE_SECONDS)
+        await asyncio.sleep(EXPORT_SECONDS)

@@ -1,4 +1,4 @@
-"""The client of the retriever as the configuration asks for it: one for probes and for use."""
+"""Opens the client of the retriever that the configuration names, for checks and for use."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from treegrpo.security.credentials import Credentials, bearer_header
 
 
 def check_topk(config: Config) -> str:
-    """One query gets as many documents as the configuration asks for. Raises ConfigError.
+    """Check that our retriever returns environment.topk documents for one query. Raises ConfigError.
 
-    A retriever of others may give more: `probe_retriever` asks it.
+    A retriever of somebody else may return more: `probe_retriever` asks it.
     """
     topk = config.environment.topk
     if topk > TOPK and not config.retriever.url:
         raise ConfigError(
-            f"environment.topk = {topk} is more than the {TOPK} documents that `treegrpo retriever` gives for one query; lower "
-            "it, or set retriever.url to a server that gives more."
+            f"environment.topk = {topk} is more than the {TOPK} documents that `treegrpo retriever` returns for one query; "
+            "lower it, or set retriever.url to a server that returns more."
         )
     return f"{topk} documents for a query"
 
 
 def open_retriever(config: Config, access: Credentials) -> HttpRetriever:
-    """The client of the retriever that the run searches with; close it after use.
+    """Open the client of the run's retriever; close it after use.
 
     Raises:
-        ConfigError: others could read what is asked, or our own retriever gives no such number of documents.
+        ConfigError: others could read the queries, or our own retriever returns no such number of documents.
     """
     check_topk(config)
     access.check_url("retriever.url", config.search_url)

@@ -1,7 +1,7 @@
-"""A sampler replica from start to goodbye. It keeps nothing that matters if it dies.
+"""The sampler service: one replica, from start to shutdown. It keeps no state that matters if it dies.
 
 Start:  /metrics → broker → a run that does not drain → learner → first policy version → engine → environment → rollout stream
-Stop:   a stop signal, run state "draining" or the learner's word → running branches end → every subtree is acked →
+Stop:   a stop signal, run state "draining" or the learner's Drain → running branches end → every subtree is acked →
         the stream closes → environment → engine → weights → learner → broker
 """
 
@@ -13,15 +13,17 @@ import os
 import secrets
 import socket
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 from services.sampler.engines.base import Engine
 from services.sampler.expansion.expander import Expander
-from services.sampler.expansion.stall_monitor import Want, Watch
-from services.sampler.factory import observe, open_engine, open_environment, weights_dir
-from services.sampler.learner_link.channel import connect
-from services.sampler.learner_link.rollout_client import LearnerClient
-from services.sampler.learner_link.weight_sync import Follower, WeightStore, first_version
-from services.sampler.lease_worker import Identity, LeaseHolder
+from services.sampler.expansion.stall_monitor import STALL_SECONDS, StallMonitor, WaitReason
+from services.sampler.factory import export_engine_metrics, open_engine, open_environment, weights_dir
+from services.sampler.learner_link.channel import connect_learner
+from services.sampler.learner_link.rollout_client import RolloutClient
+from services.sampler.learner_link.weight_store import WeightStore
+from services.sampler.learner_link.weight_sync import WeightSync, fetch_first_version
+from services.sampler.lease_worker import LeaseWorker, SamplerIdentity
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
@@ -35,13 +37,24 @@ from treegrpo.wire.control import ControlPlane, Member, RunState
 
 log = logging.getLogger(__name__)
 DRAIN_SECONDS = 20.0
-"""The longest goodbye; the intake waits as long for the leases that are out."""
-FINISH_SECONDS = DRAIN_SECONDS / 2
-"""Of it, what branches that run get to come to their end. The rest is for the learner to take in what is done."""
-TICK_SECONDS = 1.0
+"""The longest a drain takes; the intake waits as long for the leases that are out."""
 
 
-async def run(config: Config) -> None:
+@dataclass(frozen=True, slots=True)
+class SamplerTimings:
+    """Time limits and periods of the sampler, in seconds."""
+
+    drain: float = DRAIN_SECONDS
+    """The longest a drain takes."""
+    finish_branches: float = DRAIN_SECONDS / 2
+    """Of it, the time for running branches to finish. The rest is for the learner to acknowledge what is done."""
+    health_check: float = 1.0
+    """Between two checks of the engine's health."""
+    stall: float = STALL_SECONDS
+    """Without progress, before the sampler counts as stalled."""
+
+
+async def run_sampler(config: Config) -> None:
     """Serve until told to drain; returns when all work is delivered.
 
     Raises:
@@ -65,45 +78,46 @@ async def run(config: Config) -> None:
     member = Member(name, "sampler", incarnation, metrics=metrics_address)
     async with AsyncExitStack() as stack:
         control = await stack.enter_async_context(ControlPlane.connect(config.broker.address, config.run.name, member, access))
-        await _not_draining(control)
-        channel = await connect(address, access)
+        await wait_while_draining(control)
+        channel = await connect_learner(address, access)
         stack.push_async_callback(channel.close)
         store = WeightStore(channel, stack.enter_context(locked_temp_dir(weights_dir(config))), metrics)
-        version, path = await first_version(store)
+        version, path = await fetch_first_version(store)
         engine = await stack.enter_async_context(await open_engine(config, path, version, name, access))
         tokenizer = await asyncio.to_thread(Tokenizer.open, path)
         environment = await stack.enter_async_context(open_environment(config, tokenizer, access))
         expander = Expander(engine, environment, tokenizer, retries=config.sampler.retries, metrics=metrics)
-        identity = Identity(name, incarnation, config.engine.kind, config.engine.max_running)
+        identity = SamplerIdentity(name, incarnation, config.engine.kind, config.engine.max_running)
         log.info("sampler %s serves version %s to the learner at %s", name, version, address)
-        client = LearnerClient(channel, address, metrics)
+        client = RolloutClient(channel, address, metrics)
         async with asyncio.TaskGroup() as tasks:
-            gauges = tasks.create_task(observe(engine, metrics), name="engine-gauges")
-            await Sampler(identity, engine, expander, store, client, control, metrics).run()
+            gauges = tasks.create_task(export_engine_metrics(engine, metrics), name="engine-metrics")
+            await Sampler(identity, engine, expander, store, client, control, metrics).serve_until_drained()
             gauges.cancel()
 
 
-async def _not_draining(control: ControlPlane) -> None:
-    """Return when the run goes on: what starts samplers again after a drain needs no other way to tell when."""
+async def wait_while_draining(control: ControlPlane) -> None:
+    """Return when the run does not drain: whoever starts samplers again after a drain need not know when it is over."""
     await control.wait_retained_state()
     if control.state is RunState.DRAINING:
-        log.info("the run drains; waiting until it goes on")
+        log.info("the run drains; waiting until it is resumed")
     while control.state is RunState.DRAINING:
         await control.wait_change()
 
 
 class Sampler:
-    """The parts at work together."""
+    """Runs the parts of a sampler together: stream, leases, weights, run state and health checks."""
 
     def __init__(
         self,
-        identity: Identity,
+        identity: SamplerIdentity,
         engine: Engine,
         expander: Expander,
         store: WeightStore,
-        client: LearnerClient,
+        client: RolloutClient,
         control: ControlPlane,
         metrics: SamplerMetrics,
+        timings: SamplerTimings | None = None,
     ) -> None:
         self._identity = identity
         self._engine = engine
@@ -111,85 +125,92 @@ class Sampler:
         self._client = client
         self._control = control
         self._metrics = metrics
-        self._follower = Follower(store, engine, metrics)
-        self._watch = Watch(self._wants, lambda: expander.clock.progress, metrics)
+        self._timings = timings or SamplerTimings()
+        self._weight_sync = WeightSync(store, engine, metrics)
+        self._stall_monitor = StallMonitor(
+            self._wait_reasons, lambda: expander.call_timer.last_progress, metrics, self._timings.stall
+        )
 
-    def _wants(self) -> list[Want | None]:
+    def _wait_reasons(self) -> list[WaitReason | None]:
         """What each part waits for; what holds up others comes first."""
-        parts = (*self._expander.outages, self._client, self._follower)
+        parts = (*self._expander.availability_monitors, self._client, self._weight_sync)
         lost = self._control.lost
-        broker = None if lost is None else Want("broker", f"the MQTT broker at {lost[0]}", lost[1])
-        return [*(part.want for part in parts), self._expander.clock.running, broker]
+        broker = None if lost is None else WaitReason("broker", f"the MQTT broker at {lost[0]}", lost[1])
+        return [*(part.wait_reason for part in parts), self._expander.call_timer.longest_call, broker]
 
-    async def run(self) -> None:
-        """Work until told to drain, then say goodbye.
+    async def serve_until_drained(self) -> None:
+        """Work until told to drain, then drain.
 
         Raises:
-            DeadlineError: the goodbye took too long.
+            DeadlineError: draining took too long.
             EngineError: the engine died.
             ContractError: the learner refuses this sampler.
         """
         async with asyncio.TaskGroup() as tasks:
-            holder = LeaseHolder(
+            worker = LeaseWorker(
                 self._identity,
                 self._engine,
                 self._expander,
-                self._follower,
+                self._weight_sync,
                 self._client,
-                self._watch,
+                self._stall_monitor,
                 self._metrics,
                 tasks,
             )
             for number in stop_signals():
-                asyncio.get_running_loop().add_signal_handler(number, holder.drain)
-            streaming = tasks.create_task(self._client.run(holder), name="learner-stream")
+                asyncio.get_running_loop().add_signal_handler(number, worker.drain)
+            streaming = tasks.create_task(self._client.run_stream(worker), name="learner-stream")
             helpers = [
-                tasks.create_task(self._follower.run(), name="weights"),
-                tasks.create_task(self._obey(holder), name="control"),
-                tasks.create_task(self._tick(holder), name="tick"),
-                *(tasks.create_task(outage.watch(), name="outage") for outage in self._expander.outages),
+                tasks.create_task(self._weight_sync.follow_versions(), name="weights"),
+                tasks.create_task(self._follow_control(worker), name="control"),
+                tasks.create_task(self._check_health(worker), name="health"),
+                *(tasks.create_task(monitor.run_probes(), name="probes") for monitor in self._expander.availability_monitors),
             ]
-            await holder.draining.wait()
-            await self._goodbye(holder, streaming)
+            await worker.draining.wait()
+            await self._finish_drain(worker, streaming)
             for helper in helpers:
                 helper.cancel()
 
-    async def _obey(self, holder: LeaseHolder) -> None:
+    async def _follow_control(self, worker: LeaseWorker) -> None:
         """Follow the run state and the announced version."""
         while True:
-            self._follower.hear(self._control.version)
+            self._weight_sync.announce_version(self._control.version)
             match self._control.state:
                 case RunState.RUNNING:
-                    holder.resume()
+                    worker.resume()
                 case RunState.PAUSED:
-                    holder.pause()
+                    worker.pause()
                 case RunState.DRAINING:
-                    holder.drain()
+                    worker.drain()
             await self._control.wait_change()
 
-    async def _tick(self, holder: LeaseHolder) -> None:
-        """Count idle seconds; a dead engine ends the process, and its leases go to another. Raises EngineError."""
-        _, engine_outage = self._expander.outages
+    async def _check_health(self, worker: LeaseWorker) -> None:
+        """Check the engine, stalls and idle seconds periodically.
+
+        Raises:
+            EngineError: the engine is dead; the process ends, and its leases go to another sampler.
+        """
+        _, engine_monitor = self._expander.availability_monitors
         while True:
-            holder.count_waiting()
-            self._watch.look()
+            worker.count_idle_seconds()
+            self._stall_monitor.report_stall()
             try:
                 await self._engine.health()
             except EngineAwayError as error:
-                engine_outage.suspect(error)
-            await asyncio.sleep(TICK_SECONDS)
+                engine_monitor.report_failure(error)
+            await asyncio.sleep(self._timings.health_check)
 
-    async def _goodbye(self, holder: LeaseHolder, streaming: asyncio.Task[None]) -> None:
-        log.info("draining: running branches are finished")
+    async def _finish_drain(self, worker: LeaseWorker, streaming: asyncio.Task[None]) -> None:
+        log.info("draining: waiting for running branches to finish")
         try:
-            async with asyncio.timeout(DRAIN_SECONDS):
-                await holder.drained(FINISH_SECONDS)
-                await self._client.delivered()
-                self._client.close()
+            async with asyncio.timeout(self._timings.drain):
+                await worker.wait_drained(self._timings.finish_branches)
+                await self._client.wait_delivered()
+                self._client.close_stream()
                 await streaming
         except TimeoutError as error:
             raise DeadlineError(
-                f"Draining took more than {DRAIN_SECONDS:.0f} s; the learner gives what is unfinished to another sampler "
+                f"Draining took more than {self._timings.drain:.0f} s; the learner gives what is unfinished to another sampler "
                 f"({self._client.unacked} subtrees were not acked)."
             ) from error
         log.info("drained: all work is delivered")

@@ -166,10 +166,10 @@ FAULTS = (
     PreparedFault(
         "template that raises",
         text("chat_template.jinja", "{{ raise_exception('only agents') }}"),
-        "only agents.*mend it or the data",
+        "only agents.*fix it or the data",
     ),
     PreparedFault(
-        "template that is none", text("chat_template.jinja", "{% for m in %}"), "chat template fails .* mend it or the data"
+        "template that is none", text("chat_template.jinja", "{% for m in %}"), "chat template fails .* fix it or the data"
     ),
     PreparedFault(
         "template without the messages",

@@ -42,7 +42,7 @@ async def tokenizer(config: Config) -> None:
 
 
 async def search(config: Config) -> None:
-    await retriever.serve(config.retriever, OPEN)
+    await retriever.serve_retriever(config.retriever, OPEN)
 
 
 async def trainer(config: Config) -> None:

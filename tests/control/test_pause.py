@@ -59,10 +59,10 @@ async def test_a_sampler_that_is_started_while_the_run_drains_waits_until_it_goe
     caplog.set_level("INFO", logger=service.__name__)
     await publish_state(broker.address, run, RunState.DRAINING)
     async with ControlPlane.connect(broker.address, run, Member("late", "sampler", 1)) as late, asyncio.timeout(30):
-        starting = asyncio.create_task(service._not_draining(late))  # pyright: ignore[reportPrivateUsage]
+        starting = asyncio.create_task(service.wait_while_draining(late))
         await late.wait_retained_state()
         await asyncio.sleep(0)  # whoever waits for the same has had its turn
-        assert "waiting until it goes on" in caplog.text
+        assert "waiting until it is resumed" in caplog.text
         assert not starting.done()
         await publish_state(broker.address, run, RunState.RUNNING)
         await starting

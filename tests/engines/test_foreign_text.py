@@ -132,7 +132,7 @@ def test_a_template_that_cuts_a_control_string_is_refused() -> None:
 
 def test_a_template_that_fails_is_a_sentence_with_the_roles() -> None:
     tokenizer = with_template("byte-level", "{{ raise_exception('Roles must alternate') }}")
-    with pytest.raises(ModelError, match=r"roles user, user \(Roles must alternate\); mend it or the data"):
+    with pytest.raises(ModelError, match=r"roles user, user \(Roles must alternate\); fix it or the data"):
         tokenizer.render([Message("user", "a"), Message("user", "b")])
 
 

@@ -145,7 +145,7 @@ async def test_a_connection_that_breaks_is_a_server_that_is_away(raw: bytes) -> 
     assert "does not answer" in str(error)
 
 
-async def test_a_server_that_never_answers_runs_into_the_deadline_which_may_be_the_querys_fault() -> None:
+async def test_a_server_that_never_answers_may_have_a_query_at_fault() -> None:
     def dripping(_: bytes) -> AsyncGenerator[bytes]:
         return endless(b"HTTP/1.1 200 OK\r\n\r\n", b" ", 0.01)
 

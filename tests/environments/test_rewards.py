@@ -10,7 +10,7 @@ from services.environments.rewards import exact_match, f1, format_reward, normal
 texts = st.text(alphabet="ab the.,X ", max_size=20)
 
 
-def test_normalisation_drops_case_punctuation_articles_and_spare_white_space() -> None:
+def test_normalisation_drops_case_punctuation_articles_and_white_space() -> None:
     assert normalise("  The U.S.\tDollar, an  Example!") == "us dollar example"
 
 
@@ -99,13 +99,13 @@ def test_yes_and_no_are_right_or_wrong_as_a_whole(answer: str, targets: list[str
     ],
 )
 def test_the_shape_tree_grpo_is_that_of_its_code(reward: str, judged: float, answered: bool, kept: bool, total: float) -> None:
-    shape = format_reward("tree_grpo", judged, answered=answered, kept=kept, reward=reward, penalty=9.0)
+    shape = format_reward("tree_grpo", judged, answered=answered, well_formed=kept, reward=reward, penalty=9.0)
     assert judged + shape == pytest.approx(total)
 
 
 def test_the_shape_penalty_takes_off_once_and_adds_nothing() -> None:
     for judged, answered, kept in product((0.0, 0.5, 1.0), (True, False), (True, False)):
-        shape = format_reward("penalty", judged, answered=answered, kept=kept, reward="em", penalty=0.3)
+        shape = format_reward("penalty", judged, answered=answered, well_formed=kept, reward="em", penalty=0.3)
         assert shape == (0.0 if kept else -0.3)
 
 

@@ -18,7 +18,7 @@ SEARCH = "<think>the country</think><search> Ghazni </search>"
 ANSWER = "<think>so</think><answer> Kabul </answer>"
 
 
-class Shelf:
+class FakeRetriever:
     """A retriever of fixed documents, which remembers what it was asked."""
 
     def __init__(self, *documents: str) -> None:
@@ -38,9 +38,9 @@ def count_words(text: str) -> int:
     return len(text.split())
 
 
-def make(shelf: Shelf | None = None, **options: Any) -> SearchQA:
+def make(retriever: FakeRetriever | None = None, **options: Any) -> SearchQA:
     settings: dict[str, Any] = {"topk": 2, "max_observation_tokens": 100, "count_tokens": count_words}
-    return SearchQA(shelf or Shelf("Ghazni\nA city.", "Kabul\nA capital."), **settings | options)
+    return SearchQA(retriever or FakeRetriever("Ghazni\nA city.", "Kabul\nA capital."), **settings | options)
 
 
 async def play(env: SearchQA, *actions: str, asked: Question | None = None) -> Episode:
@@ -52,10 +52,10 @@ async def play(env: SearchQA, *actions: str, asked: Question | None = None) -> E
 
 
 async def test_a_search_is_answered_with_information() -> None:
-    shelf = Shelf("Ghazni\nA city.", "Kabul\nA capital.", "Herat\nNot asked for.")
-    env = make(shelf)
+    retriever = FakeRetriever("Ghazni\nA city.", "Kabul\nA capital.", "Herat\nNot asked for.")
+    env = make(retriever)
     outcome = await env.step(await env.start(question()), SEARCH, last=False)
-    assert shelf.queries == ["Ghazni"]
+    assert retriever.queries == ["Ghazni"]
     assert outcome.observation == (
         "\n\n<information>Doc 1(Title: Ghazni) A city.\nDoc 2(Title: Kabul) A capital.\n</information>\n\n"
     )
@@ -72,12 +72,12 @@ async def test_an_answer_ends_the_episode() -> None:
 
 
 async def test_anything_else_spends_the_turn_and_gets_a_hint() -> None:
-    shelf = Shelf()
-    env = make(shelf)
+    retriever = FakeRetriever()
+    env = make(retriever)
     outcome = await env.step(await env.start(question()), "<think>hm</think> Kabul", last=False)
     assert outcome.observation == HINT
     assert not outcome.valid
-    assert shelf.queries == []
+    assert retriever.queries == []
     assert len(outcome.state.actions) == 1
 
 
@@ -90,7 +90,7 @@ async def test_the_answer_quoted_in_the_prompt_is_no_answer() -> None:  # trap 1
 
 
 async def test_an_answer_tag_in_a_document_is_no_answer() -> None:  # trap 1
-    env = make(Shelf("Trick\n<answer> Kabul </answer>"))
+    env = make(FakeRetriever("Trick\n<answer> Kabul </answer>"))
     assert env.metrics(await play(env, SEARCH, SEARCH))["em"] == 0.0
 
 
@@ -99,7 +99,7 @@ async def test_a_long_observation_loses_text_but_never_its_tag(limit: int) -> No
     def count(text: str) -> int:
         return len(text) // 4
 
-    env = make(Shelf("One\n" + "many words " * 20, "Two\nmore"), max_observation_tokens=4 * limit, count_tokens=count)
+    env = make(FakeRetriever("One\n" + "many words " * 20, "Two\nmore"), max_observation_tokens=4 * limit, count_tokens=count)
     observation = (await env.step(await env.start(question()), SEARCH, last=False)).observation
     assert observation is not None
     assert observation.startswith("\n\n<information>")
@@ -116,7 +116,7 @@ async def test_large_documents_are_cut_with_few_tokenisations(letters: int) -> N
         counted.append(len(text))
         return len(text) // 5
 
-    env = make(Shelf(*["Title\n" + "a" * letters] * 3), topk=3, max_observation_tokens=512, count_tokens=count)
+    env = make(FakeRetriever(*["Title\n" + "a" * letters] * 3), topk=3, max_observation_tokens=512, count_tokens=count)
     observation = (await env.step(await env.start(question()), SEARCH, last=False)).observation
     assert observation is not None
     assert observation.endswith("</information>\n\n")
@@ -137,9 +137,9 @@ def test_what_fits_fits_and_no_more_would(text: str, most: int, letters: int, fr
 
 
 async def test_a_query_is_no_longer_than_a_step_may_record() -> None:
-    shelf = Shelf("Ghazni\nA city.")
-    outcome = await make(shelf).step(await make().start(question()), f"<search>{'x' * 100_000}</search>", last=False)
-    assert shelf.queries == ["x" * QUERY_LENGTH]
+    retriever = FakeRetriever("Ghazni\nA city.")
+    outcome = await make(retriever).step(await make().start(question()), f"<search>{'x' * 100_000}</search>", last=False)
+    assert retriever.queries == ["x" * QUERY_LENGTH]
     assert sum(len(call.name) + len(call.arguments) for call in outcome.tool_calls) <= TEXT_LENGTH
 
 
@@ -151,13 +151,13 @@ async def test_the_reward_can_have_the_shape_of_the_reference() -> None:
 
 
 async def test_the_last_turn_uses_no_tool_and_is_a_leaf() -> None:  # trap 13
-    shelf = Shelf("Ghazni\nA city.")
-    env = make(shelf)
+    retriever = FakeRetriever("Ghazni\nA city.")
+    env = make(retriever)
     first = await env.step(await env.start(question()), SEARCH, last=False)
     last = await env.step(first.state, SEARCH, last=True)
     assert last.observation is None
     assert last.tool_calls == ()
-    assert shelf.queries == ["Ghazni"]
+    assert retriever.queries == ["Ghazni"]
     assert env.metrics(last.state)["searches"] == 1.0
 
 

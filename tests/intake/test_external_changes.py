@@ -20,7 +20,7 @@ from learner.intake.rpc.weights_servicer import WeightsServicer
 from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
 from learner.intake.wal.segments import JournalEnd
-from services.sampler.learner_link.weight_sync import WeightStore
+from services.sampler.learner_link.weight_store import WeightStore
 from tests.intake.server_harness import no_versions
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError, RunError, UnavailableError
@@ -71,24 +71,24 @@ async def test_weights_damaged_after_they_were_published_are_not_served(tmp_path
         file.unlink()
         if damage != "missing":
             file.write_bytes(data[:-1] + b"v" if damage == "turned" else data[:-1])
-        described = await store.describe()
+        described = await store.describe_newest()
         assert [one.name for one in described.files] == ["config.json", "model.safetensors"]
         with pytest.raises(UnavailableError, match=r"DATA_LOSS: Version 1\.4 is damaged; a whole one will be published"):
-            await store.fetch(described)
+            await store.fetch_version(described)
         assert (told, versions.damaged) == (["damaged"], VERSION)
         with pytest.raises(ContractError, match=r"Version 1\.4 cannot be served: .*model\.safetensors .*; write it again"):
             await versions.publish_version(VERSION, folder, 0)
         await versions.publish_version(VERSION, written(folder), 0)
         assert versions.damaged is None
-        assert (await store.fetch(await store.describe()) / "model.safetensors").read_bytes() == data
+        assert (await store.fetch_version(await store.describe_newest()) / "model.safetensors").read_bytes() == data
 
 
 async def test_a_file_of_the_samplers_own_that_was_damaged_is_fetched_again(tmp_path: Path) -> None:
     async with served(written(tmp_path / "1.4")) as (versions, store):
-        kept = await store.fetch(await store.describe())
+        kept = await store.fetch_version(await store.describe_newest())
         (kept / "model.safetensors").write_bytes(b"v" * 3_000_000)
         await versions.publish_version(PolicyVersion(1, 5), written(tmp_path / "1.5"), 0)
-        fetched = await store.fetch(await store.describe())
+        fetched = await store.fetch_version(await store.describe_newest())
         assert (fetched / "model.safetensors").read_bytes() == b"w" * 3_000_000
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.retriever.index import Document, Index, load_corpus, words
+from services.retriever.index import Document, Index, load_corpus, split_terms
 from treegrpo.errors import DataError
 
 
@@ -23,19 +23,19 @@ def corpus(tmp_path: Path, text: str) -> Path:
 
 
 def test_the_document_about_the_query_comes_first() -> None:
-    shelf = index("Kabul\nKabul is large.", "Ghazni\nGhazni is near Kabul.", "Herat\nHerat is old.")
-    assert found(shelf, "kabul?", 3) == ["0", "1"]
+    towns = index("Kabul\nKabul is large.", "Ghazni\nGhazni is near Kabul.", "Herat\nHerat is old.")
+    assert found(towns, "kabul?", 3) == ["0", "1"]
 
 
 def test_accents_and_case_do_not_matter() -> None:
-    assert words("São TOMÉ") == ["sao", "tome"]
+    assert split_terms("São TOMÉ") == ["sao", "tome"]
     assert found(index("Asunción\nA city.", "Lima\nA city."), "ASUNCION", 1) == ["0"]
 
 
 def test_nothing_is_found_for_unknown_words_or_none() -> None:
-    shelf = index("Kabul\nA city.", "Herat\nA city.")
-    assert shelf.search("Paris", 2) == []
-    assert shelf.search(" ?! ", 2) == []
+    towns = index("Kabul\nA city.", "Herat\nA city.")
+    assert towns.search("Paris", 2) == []
+    assert towns.search(" ?! ", 2) == []
 
 
 def test_equal_scores_keep_the_order_of_the_corpus() -> None:
@@ -44,12 +44,12 @@ def test_equal_scores_keep_the_order_of_the_corpus() -> None:
 
 @given(st.lists(st.text("abc ", min_size=1, max_size=12), min_size=1, max_size=12), st.text("abc ", max_size=5))
 def test_a_smaller_topk_is_a_prefix_of_a_larger(contents: list[str], query: str) -> None:
-    shelf = index("a", *contents)
-    everything = shelf.search(query, len(contents) + 1)
+    towns = index("a", *contents)
+    everything = towns.search(query, len(contents) + 1)
     scores = [hit.score for hit in everything]
     assert scores == sorted(scores, reverse=True)
     for topk in range(1, len(contents) + 1):
-        assert shelf.search(query, topk) == everything[:topk]
+        assert towns.search(query, topk) == everything[:topk]
 
 
 def test_a_corpus_is_read_with_its_ids_as_text(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from services.environments.retrieval import HttpRetriever
-from services.retriever.service import serve
+from services.retriever.service import serve_retriever
 from treegrpo.config.schema import RetrieverConfig
 from treegrpo.errors import AddressInUseError, DataError, ToolError
 from treegrpo.security.credentials import OPEN
@@ -29,7 +29,7 @@ def config(tmp_path: Path, port: int = 0) -> RetrieverConfig:
 async def running(settings: RetrieverConfig) -> AsyncGenerator[str]:
     """The service in this loop, over real HTTP; yields its address."""
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    service = asyncio.create_task(serve(settings, OPEN, port.set_result))
+    service = asyncio.create_task(serve_retriever(settings, OPEN, port.set_result))
     await asyncio.wait([port, service], return_when=asyncio.FIRST_COMPLETED, timeout=20)
     try:
         yield f"http://127.0.0.1:{port.result()}"
@@ -107,14 +107,14 @@ async def test_a_busy_port_is_named(tmp_path: Path) -> None:
     async with running(config(tmp_path)) as address:
         port = int(address.rpartition(":")[2])
         with pytest.raises(AddressInUseError, match=rf"retriever\.listen = 127\.0\.0\.1:{port}"):
-            await serve(config(tmp_path, port), OPEN)
+            await serve_retriever(config(tmp_path, port), OPEN)
 
 
 async def test_a_broken_corpus_is_refused_before_anything_starts(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.corpus.write_text('{"id": "1"}\n')
     with pytest.raises(DataError, match=r"corpus\.jsonl, line 1"):
-        await serve(settings, OPEN, lambda _: pytest.fail("it listens"))
+        await serve_retriever(settings, OPEN, lambda _: pytest.fail("it listens"))
 
 
 def test_it_imports_nothing_heavy() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.environments.base import Forking
-from services.sampler.expansion.expander import Expander, Gate, draw
+from services.sampler.expansion.expander import Expander, LeaseControl, draw_nodes
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, deep, lease, plan, turns
 from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.core.step import ROOT, StepStatus, Subtree
@@ -29,7 +29,7 @@ async def grown(
 ) -> tuple[list[Subtree], LeaseEnd, FakeEngine]:
     engine, subtrees = FakeEngine(script), list[Subtree]()
     expander = Expander(engine, environment or FakeEnvironment(), FakeText(), retries=0)
-    end = await expander.grow(given_lease, emit or subtrees.append, Gate())
+    end = await expander.expand_lease(given_lease, emit or subtrees.append, LeaseControl())
     return subtrees, end, engine
 
 
@@ -75,7 +75,7 @@ async def test_nodes_are_drawn_from_the_root_and_the_inner_nodes_only() -> None:
 
 def test_draws_are_uniform() -> None:
     nodes = [0, 1, 2, 6]
-    counts = Counter(node for seed in range(500) for node in draw(nodes, 8, (seed, 0, 0)))
+    counts = Counter(node for seed in range(500) for node in draw_nodes(nodes, 8, (seed, 0, 0)))
     expected = 500 * 8 / len(nodes)
     chi_squared = sum((counts[node] - expected) ** 2 / expected for node in nodes)
     assert chi_squared < 16.3  # three degrees of freedom, p = 0.001
@@ -85,10 +85,10 @@ def test_draws_are_uniform() -> None:
 @settings(max_examples=25)
 def test_draws_follow_from_seed_tree_and_round(seed: int, tree: int, number: int) -> None:
     nodes = list(range(50))
-    same = draw(nodes, 30, (seed, tree, number))
-    assert same == draw(nodes, 30, (seed, tree, number))
-    assert same != draw(nodes, 30, (seed, tree, number + 1))
-    assert same != draw(nodes, 30, (seed, tree + 1, number))
+    same = draw_nodes(nodes, 30, (seed, tree, number))
+    assert same == draw_nodes(nodes, 30, (seed, tree, number))
+    assert same != draw_nodes(nodes, 30, (seed, tree, number + 1))
+    assert same != draw_nodes(nodes, 30, (seed, tree + 1, number))
     assert len(set(same)) < len(same)  # with replacement
 
 

@@ -1,4 +1,4 @@
-"""What the learner may not have yet."""
+"""Unacknowledged messages: order, capacity, and size."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ def subtree(index: int, name: str) -> Subtree:
 def test_an_ack_confirms_the_lease_ends_that_were_sent_before_it() -> None:
     outbox = Outbox()
     outbox.put_subtree(subtree(0, "a"))
-    outbox.put_end(LeaseEnd("a", LeaseEndReason.COMPLETE))
+    outbox.put_lease_end(LeaseEnd("a", LeaseEndReason.COMPLETE))
     outbox.put_subtree(subtree(0, "b"))
-    outbox.put_end(LeaseEnd("b", LeaseEndReason.COMPLETE))
-    outbox.acked("b", 0, 0)
+    outbox.put_lease_end(LeaseEnd("b", LeaseEndReason.COMPLETE))
+    outbox.remove_acked("b", 0, 0)
     assert outbox.leases == {"a", "b"}
     assert [request.WhichOneof("kind") for request in outbox] == ["subtree", "lease_end"]
-    outbox.acked("b", 0, 0)
-    outbox.acked("a", 0, 0)
+    outbox.remove_acked("b", 0, 0)
+    outbox.remove_acked("a", 0, 0)
     assert [request.lease_end.lease for request in outbox] == ["b"]
-    outbox.void("b")
+    outbox.remove_lease_end("b")
     assert outbox.subtrees == outbox.bytes == len(outbox.leases) == 0
 
 
 def test_it_is_full_at_what_the_leases_that_are_wanted_can_bring() -> None:
     outbox = Outbox()
-    outbox.bound(2, plan(1, 0, 0))
+    outbox.set_capacity(2, plan(1, 0, 0))
     for name in ("a", "b"):
         assert not outbox.full
         outbox.put_subtree(subtree(0, name))
     assert outbox.full
-    outbox.acked("a", 0, 0)
-    outbox.acked("a", 0, 0)
+    outbox.remove_acked("a", 0, 0)
+    outbox.remove_acked("a", 0, 0)
     assert not outbox.full
 
 
 def test_it_is_full_at_their_bytes_too_but_one_subtree_finds_room() -> None:
     outbox = Outbox()
-    outbox.bound(2, plan(1, 0, 0, max_context=2))
+    outbox.set_capacity(2, plan(1, 0, 0, max_context=2))
     assert not outbox.full
     outbox.put_subtree(subtree(0, "a"))
     assert outbox.bytes > 2 * 2 * 16 - 32
@@ -54,9 +54,9 @@ def test_it_is_full_at_their_bytes_too_but_one_subtree_finds_room() -> None:
     assert outbox.full
 
 
-def test_a_message_that_the_learner_would_not_take_goes_without_what_its_tools_were_asked() -> None:
+def test_a_message_that_is_too_large_goes_without_its_tool_arguments() -> None:
     outbox, asked = Outbox(), plan(1, 0, 0)
-    outbox.bound(2, asked)
+    outbox.set_capacity(2, asked)
     one = np.ones(1, np.uint32)
     steps = tuple(
         Step(node, node - 1, one, np.ones(1, np.float32), one, tool="t", tool_arguments="河" * 60_000) for node in range(1, 9)

@@ -19,8 +19,7 @@ from learner.intake.rpc.server import ConnectionMonitor, create_server
 from services.certs.authority import issue_certificate
 from services.certs.issue import make_certificates, write
 from services.cli.processes.readiness import probe_learner
-from services.sampler.learner_link import channel as channel_module
-from services.sampler.learner_link.channel import connect, open_channel
+from services.sampler.learner_link.channel import connect_learner, open_channel
 from tests.security.door import SECONDS, Door, describe, hello, serving, stream
 from tests.security.people import access, authority, impostor, save
 from treegrpo.config.security import Role
@@ -36,7 +35,7 @@ async def test_a_sampler_streams_and_fetches_weights(made: Path) -> None:
         sampler = access(made, Role.SAMPLER)
         assert await stream(door, sampler, hello()) == (grpc.StatusCode.OK, "")
         assert await describe(door, sampler) is grpc.StatusCode.OK
-        await (await connect(door.address, sampler)).close()
+        await (await connect_learner(door.address, sampler)).close()
 
 
 @pytest.mark.parametrize("role", [role for role in Role if role is not Role.SAMPLER])
@@ -127,44 +126,34 @@ async def test_there_is_no_call_that_publishes_weights(made: Path) -> None:
 # ---- why it does not work
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_module, "CONNECT_SECONDS", 0.3)
-
-
 async def no_connection(door: Door, who: Credentials) -> str:
     with pytest.raises(UnavailableError) as error:
-        await connect(door.address, who)
+        await connect_learner(door.address, who, 0.3)
     return str(error.value)
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_plaintext_sampler_is_told_that_the_learner_speaks_tls(made: Path) -> None:
     async with serving(access(made, Role.LEARNER)) as door:
         assert "likely because it speaks TLS and we plain text: set security.dir" in await no_connection(door, OPEN)
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_sampler_with_tls_is_told_that_the_learner_speaks_plain_text(made: Path) -> None:
     async with serving(OPEN) as door:
         assert "it speaks plain text and we TLS" in await no_connection(door, access(made, Role.SAMPLER))
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_sampler_trusts_no_learner_of_another_authority(made: Path, tmp_path: Path) -> None:
     make_certificates(tmp_path, [], [])
     async with serving(access(tmp_path, Role.LEARNER)) as door:
         assert "its certificate is not from an authority in our ca.pem" in await no_connection(door, access(made, Role.SAMPLER))
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_sampler_trusts_nobody_but_a_learner(made: Path) -> None:
     stolen = CertificateFiles(made / "ca.pem", made / "broker.pem", made / "broker.key")
     async with serving(Credentials(Role.LEARNER, stolen)) as door:
         assert "its certificate is not a learner's" in await no_connection(door, access(made, Role.SAMPLER))
 
 
-@pytest.mark.usefixtures("impatient")
 async def test_a_sampler_that_is_not_trusted_is_told_so(made: Path, tmp_path: Path) -> None:
     async with serving(access(made, Role.LEARNER)) as door:
         sentence = await no_connection(door, impostor(tmp_path, made, "stranger"))
@@ -176,7 +165,7 @@ async def test_beyond_this_machine_nothing_begins_without_certificates() -> None
     with pytest.raises(ConfigError, match=r"learner\.listen = 0\.0\.0\.0:0 .*in plain text"):
         create_server("0.0.0.0:0", OPEN, ConnectionMonitor(IntakeMetrics()), MESSAGE_BYTES)
     with pytest.raises(ConfigError, match=r"sampler\.learner = 10\.0\.0\.7:1 is on another machine"):
-        await connect("10.0.0.7:1", OPEN)
+        await connect_learner("10.0.0.7:1", OPEN)
 
 
 async def test_a_renewed_certificate_serves_without_a_restart(tmp_path: Path, made: Path) -> None:
@@ -194,7 +183,7 @@ async def test_a_sampler_shows_a_renewed_certificate_without_a_restart(tmp_path:
     """The learner trusts another authority from now on; what began before goes on, what begins is let in."""
     folder = shutil.copytree(made, tmp_path / "certs")
     async with serving(access(folder, Role.LEARNER)) as door:
-        channel = await connect(door.address, access(folder, Role.SAMPLER))
+        channel = await connect_learner(door.address, access(folder, Role.SAMPLER))
         stub = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel))
         before = stub.Rollout()
         await before.write(hello())

@@ -14,9 +14,8 @@ import pytest
 from services.certs.issue import make_certificates, write
 from services.cli.processes.readiness import probe_retriever
 from services.environments.retrieval import HttpRetriever
-from services.retriever import http_limits
-from services.retriever import service as service_module
-from services.retriever.service import serve
+from services.retriever.http_limits import MAX_PIECES, RetrieverLimits
+from services.retriever.service import serve_retriever
 from tests.security.people import access, impostor
 from tests.security.web import SECONDS, client, metrics, retriever, said_to
 from treegrpo.config.schema import Config, RetrieverConfig
@@ -84,7 +83,7 @@ async def test_a_large_body_is_refused_with_a_sentence_and_counted(tmp_path: Pat
 async def test_a_body_in_very_many_pieces_is_refused(tmp_path: Path) -> None:
     head = b"POST /retrieve HTTP/1.1\r\nHost: retriever\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
     async with retriever(tmp_path, OPEN) as address, client(OPEN) as web:
-        assert (await said_to(address, head + b"1\r\n \r\n" * (http_limits.PIECES + 1))).startswith(b"HTTP/1.1 400 ")
+        assert (await said_to(address, head + b"1\r\n \r\n" * (MAX_PIECES + 1))).startswith(b"HTTP/1.1 400 ")
         assert 'retriever_refused_total{reason="http"} 1.0' in (await web.get(f"http://{address}/metrics")).text
         body = b"".join(b"1\r\n" + bytes([byte]) + b"\r\n" for byte in b'{"queries": ["Kabul"]}')
         assert b"Kabul is large." in await said_to(address, head + body + b"0\r\n\r\n")
@@ -105,15 +104,13 @@ async def test_a_long_head_is_refused(tmp_path: Path) -> None:
         b"POST /retrieve HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{",
     ],
 )
-async def test_a_slow_request_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
-    monkeypatch.setattr(http_limits, "REQUEST_SECONDS", 0.2)
-    async with retriever(tmp_path, OPEN) as address:
+async def test_a_slow_request_is_hung_up_on(tmp_path: Path, said: bytes) -> None:
+    async with retriever(tmp_path, OPEN, limits=RetrieverLimits(request_seconds=0.2)) as address:
         assert b"200" not in await said_to(address, said)
 
 
-async def test_a_trickle_is_no_way_to_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_limits, "REQUEST_SECONDS", 0.3)
-    async with retriever(tmp_path, OPEN) as address:
+async def test_a_trickle_is_no_way_to_stay(tmp_path: Path) -> None:
+    async with retriever(tmp_path, OPEN, limits=RetrieverLimits(request_seconds=0.3)) as address:
         host, _, port = address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         async with asyncio.timeout(SECONDS):
@@ -126,30 +123,27 @@ async def test_a_trickle_is_no_way_to_stay(tmp_path: Path, monkeypatch: pytest.M
         writer.close()
 
 
-async def test_a_second_request_on_a_connection_has_its_own_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_limits, "REQUEST_SECONDS", 0.2)
+async def test_a_second_request_on_a_connection_has_its_own_time(tmp_path: Path) -> None:
     request = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
-    async with retriever(tmp_path, OPEN) as address:
+    async with retriever(tmp_path, OPEN, limits=RetrieverLimits(request_seconds=0.2)) as address:
         answer = await said_to(address, request + request + b"GET /hea")
         assert answer.count(b"HTTP/1.1 200") == 2
 
 
-async def test_a_slow_handshake_with_the_retriever_is_hung_up_on(
-    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service_module, "REQUEST_SECONDS", 0.2)
-    async with retriever(tmp_path, access(made, Role.RETRIEVER)) as address:
+async def test_a_slow_handshake_with_the_retriever_is_hung_up_on(tmp_path: Path, made: Path) -> None:
+    async with retriever(tmp_path, access(made, Role.RETRIEVER), limits=RetrieverLimits(request_seconds=0.2)) as address:
         assert await said_to(address, b"\x16\x03\x01") == b""
 
 
-@pytest.mark.parametrize("seconds", [(0.3, 60.0), (10.0, -9.7)], ids=["reads nothing", "takes too long"])
-async def test_who_does_not_read_a_large_answer_is_hung_up_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float]
-) -> None:
-    monkeypatch.setattr(http_limits, "REQUEST_SECONDS", seconds[0])
-    monkeypatch.setattr(http_limits, "ANSWER_SECONDS", seconds[1])
+@pytest.mark.parametrize("seconds", [(0.3, 60.0), (10.0, 0.3)], ids=["reads nothing", "takes too long"])
+async def test_who_does_not_read_a_large_answer_is_hung_up_on(tmp_path: Path, seconds: tuple[float, float]) -> None:
     body = json.dumps({"queries": ["kabul"] * 1024, "topk": 100}).encode()
-    async with retriever(tmp_path, OPEN, contents="Kabul\n" + "large " * 4000) as address:
+    async with retriever(
+        tmp_path,
+        OPEN,
+        limits=RetrieverLimits(request_seconds=seconds[0], search_seconds=seconds[1]),
+        contents="Kabul\n" + "large " * 4000,
+    ) as address:
         host, _, port = address.rpartition(":")
         with socket.create_connection((host, int(port))) as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -161,9 +155,8 @@ async def test_who_does_not_read_a_large_answer_is_hung_up_on(
                     pass
 
 
-async def test_one_connection_too_many_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_limits, "PEERS", 1)
-    async with retriever(tmp_path, OPEN) as address:
+async def test_one_connection_too_many_is_hung_up_on(tmp_path: Path) -> None:
+    async with retriever(tmp_path, OPEN, limits=RetrieverLimits(connections=1)) as address:
         host, _, port = address.rpartition(":")
         _, waiting = await asyncio.open_connection(host, int(port))
         waiting.write(b"GET /hea")
@@ -234,4 +227,4 @@ async def test_a_renewed_certificate_serves_without_a_restart(tmp_path: Path, ma
 
 async def test_beyond_this_machine_the_retriever_wants_tls_and_a_token(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"retriever\.listen = 0\.0\.0\.0:0 .*in plain text"):
-        await serve(RetrieverConfig(corpus=tmp_path / "none", listen="0.0.0.0:0"), OPEN)
+        await serve_retriever(RetrieverConfig(corpus=tmp_path / "none", listen="0.0.0.0:0"), OPEN)

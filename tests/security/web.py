@@ -11,7 +11,8 @@ from pathlib import Path
 
 import httpx
 
-from services.retriever.service import serve
+from services.retriever.http_limits import RetrieverLimits
+from services.retriever.service import serve_retriever
 from treegrpo.config.schema import RetrieverConfig
 from treegrpo.config.security import Role
 from treegrpo.observability import metrics as served
@@ -23,12 +24,18 @@ SECONDS = 10.0
 
 
 @asynccontextmanager
-async def retriever(tmp_path: Path, who: Credentials, contents: str = "Kabul\nKabul is large.") -> AsyncGenerator[str]:
+async def retriever(
+    tmp_path: Path,
+    who: Credentials,
+    contents: str = "Kabul\nKabul is large.",
+    limits: RetrieverLimits | None = None,
+) -> AsyncGenerator[str]:
     """The service; yields HOST:PORT."""
     path = tmp_path / "corpus.jsonl"
     path.write_text(json.dumps({"id": "0", "contents": contents}) + "\n")
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    service = asyncio.create_task(serve(RetrieverConfig(corpus=path, listen="127.0.0.1:0"), who, port.set_result))
+    config = RetrieverConfig(corpus=path, listen="127.0.0.1:0")
+    service = asyncio.create_task(serve_retriever(config, who, port.set_result, limits))
     await asyncio.wait([port, service], return_when=asyncio.FIRST_COMPLETED, timeout=SECONDS)
     try:
         yield f"127.0.0.1:{port.result()}"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from services.sampler.engines.base import Completion, Sampling
 from services.sampler.engines.sglang import Place, SGLangEngine, open_child
-from services.sampler.expansion.availability import Outage
-from services.sampler.expansion.lease_control import Gate
-from services.sampler.expansion.retries import Retries
+from services.sampler.expansion.availability import AvailabilityMonitor, CallTimings
+from services.sampler.expansion.lease_control import LeaseControl
+from services.sampler.expansion.retries import CallRetrier
 from tests.engines import builders
 from tests.engines.conformance import FIRST, SECOND, check_spans
 from tests.sglang.servers import PYTHON, demands
@@ -29,12 +29,15 @@ async def child(path: Path, log: Path, *flags: str) -> AsyncGenerator[SGLangEngi
 
 
 async def sample(engine: SGLangEngine, seeds: range, tokens: int) -> list[Completion]:
-    """Ask as the sampler does: what is away is waited for."""
+    """Sample as the sampler does: retry, and wait for an engine that is unavailable."""
     metrics = SamplerMetrics()
-    outage, retries = Outage(engine.health, metrics), Retries(2, metrics)
+    timings = CallTimings(wait_limit=240.0)  # two slow cores take longer than a GPU machine to start a server
+    availability, retrier = AvailabilityMonitor(engine.health, metrics, timings), CallRetrier(2, metrics, timings)
 
     async def one(seed: int) -> Completion:
-        return await retries.run(lambda: engine.generate(builders.prompt(seed, 20), Sampling(tokens)), outage, Gate())
+        return await retrier.call_with_retries(
+            lambda: engine.generate(builders.prompt(seed, 20), Sampling(tokens)), availability, LeaseControl()
+        )
 
     return await asyncio.gather(*(one(seed) for seed in seeds))
 

@@ -31,9 +31,6 @@ def keeper(engine: SGLangEngine) -> Keeper:
 async def test_a_child_that_is_killed_is_started_again_with_the_version_it_served(
     endless: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "services.sampler.expansion.availability.PATIENCE_SECONDS", 240.0
-    )  # two slow cores take longer than a GPU machine
     log, seeds = tmp_path / "server.log", range(6)
     async with child(endless[0], log) as engine:
         await engine.load(SECOND, endless[1])
@@ -65,11 +62,8 @@ async def test_a_child_that_is_killed_is_started_again_with_the_version_it_serve
         os.killpg(before, 0)
 
 
-async def test_a_server_that_others_run_is_used_again_when_it_is_back(
-    pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_server_that_others_run_is_used_again_when_it_is_back(pool: Pool, endless: tuple[Path, Path]) -> None:
     """Connections are refused for as long as a start takes, about twenty seconds; it comes back with other weights."""
-    monkeypatch.setattr("services.sampler.expansion.availability.PATIENCE_SECONDS", 240.0)
     path = pool.model("qwen2")
     first = await asyncio.to_thread(pool.start, path)
     seeds = range(8)

@@ -12,7 +12,7 @@ from services.cli.checks.check import CheckWarning
 from services.sampler.engines.checkpoint import is_tied, library_config
 from services.sampler.engines.embedded.architecture import architecture_of, check_servable, read_config
 from services.sampler.engines.embedded.kv_memory import check_room
-from services.sampler.text.prompts import render_all
+from services.sampler.text.prompts import render_prompts
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.config.schema import Config, EngineKind
 from treegrpo.core.question import Question
@@ -77,10 +77,10 @@ def check_prompts(model: Path, questions: Sequence[Question], key: str, context:
             f"{model} has no chat template, and prompts of {key} have several roles (question {mixed.id}), which only a template "
             "can tell apart; save chat_template.jinja beside the model, or give each prompt as one message."
         )
-    report = render_all(tokenizer, questions, context)
+    report = render_prompts(tokenizer, questions, context)
     if not report.lengths:
         raise ModelError(f"{model}: {report.failed[0]} So with all {report.count} prompts of {key} that were tried.")
-    if report.alike:
+    if report.all_identical:
         raise ModelError(
             f"{model}: the chat template renders all {report.count} prompts of {key} that were tried alike, so no question is in "
             "its prompt; mend it."

@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.environments.retrieval import PROBE_QUERY
-from services.sampler.learner_link.channel import because, open_channel
+from services.sampler.learner_link.channel import explain_failure, open_channel
 from services.sampler.retriever_client import open_retriever
 from treegrpo.config.schema import Config
 from treegrpo.config.security import web_address
@@ -63,7 +63,7 @@ async def probe_learner(address: str, access: Credentials = OPEN) -> None:
             check = health_pb2_grpc.HealthStub(channel).Check  # pyright: ignore[reportAttributeAccessIssue] - untyped stub
             reply = await check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
         except grpc.aio.AioRpcError as error:
-            why = because(error.details() or "", access)
+            why = explain_failure(error.details() or "", access)
             raise UnavailableError(f"No learner answers at {address}{why}; start one with `treegrpo learner`.") from error
     if reply.status != health_pb2.HealthCheckResponse.SERVING:
         raise UnavailableError(f"The learner at {address} does not serve yet; wait for it or see its log.")

@@ -1,151 +1,165 @@
-"""Tools and engines that are away: everybody waits together for one probe, and goes on as if nothing had happened.
+"""Availability of the engine and of the environment's tools: one shared probe decides when failed calls are made again.
 
     call ─► AwayError ─► suspected ─► probe ─► it answers: the call itself may be at fault
                                         │
-                                        └─► it does not: away ─► probe, probe, … ─► it answers: the call is made again
-                                                                    └─► PATIENCE_SECONDS, or the word to stop: left out
+                                        └─► no answer: unavailable ─► probe, probe, … ─► it answers: the call is repeated
+                                                          └─► wait limit, or the lease is stopped: the branch is returned
 
-An outage costs neither tries nor budget, and no question is blamed for it: what is left out is for another lease.
+An outage costs neither retries nor budget, and does not count against a question: the branch goes back to the learner,
+which leases it again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from services.sampler.expansion.lease_control import Gate
-from services.sampler.expansion.stall_monitor import Want
+from services.sampler.expansion.lease_control import LeaseControl
+from services.sampler.expansion.stall_monitor import WaitReason
 from treegrpo.errors import AwayError, DeadlineError, describe
 from treegrpo.observability.metrics import SamplerMetrics
+from treegrpo.timing.backoff import Backoff, RetrySchedule
 from treegrpo.timing.notifier import Notifier
 
 log = logging.getLogger(__name__)
-PATIENCE_SECONDS = 60.0
-"""The longest a branch waits. Leases end then, so that a sampler whose tools are there can go on with them: a service
-restarts within this time, and what it costs is the episodes that wait."""
-PROBE_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""Before the next probe, at most."""
-ANSWER_SECONDS = 60.0
-"""The longest a probe may take, whatever its own time-outs."""
+PROBE_BACKOFF = Backoff((0.1, 0.2, 0.5, 1.0, 2.0, 5.0), jitter=0.5)
+RETRY_BACKOFF = Backoff.exponential(0.1, 5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class CallTimings:
+    """How long calls of engine and environment may take, and how they are retried; in seconds."""
+
+    wait_limit: float = 60.0
+    """The longest a branch waits for something unavailable. Leases end then, so that a sampler whose tools are available
+    can continue with them: a service restarts within this time, and only the waiting episodes are lost."""
+    probe_backoff: Backoff = PROBE_BACKOFF
+    """Between probes; the jitter keeps many samplers from probing at the same moment."""
+    probe_timeout: float = 60.0
+    """The longest a probe may take, whatever its own time-outs."""
+    retry_backoff: Backoff = RETRY_BACKOFF
+    """Between attempts of a call that failed."""
+    attempt_timeout: float = 600.0
+    """The longest one attempt of an engine or environment call may take, whatever its own time-outs."""
 
 
 @dataclass(slots=True, eq=False)
-class Spell:
-    """One time that a part is away, or is suspected to be."""
+class Outage:
+    """One period in which a part is unavailable, or is suspected to be."""
 
     error: AwayError
+    probes: RetrySchedule
     since: float = field(default_factory=time.monotonic)
-    metered: float = field(default_factory=time.monotonic)
-    """Up to when its seconds are counted."""
+    metered_until: float = field(default_factory=time.monotonic)
+    """Up to when its seconds are counted in the metric."""
     confirmed: bool = False
     """A probe failed as well."""
-    probes: int = 0
-    due: float = 0.0
+    next_probe: float = 0.0
     """time.monotonic of the next probe."""
 
 
-class Outage:
-    """Whether one part, the engine or the environment's tools, is away. Shared by all branches of a sampler."""
+class AvailabilityMonitor:
+    """Tells whether one part, the engine or the environment's tools, is available. Shared by all branches of a sampler."""
 
-    def __init__(self, probe: Callable[[], Awaitable[None]], metrics: SamplerMetrics) -> None:
-        """``probe`` raises AwayError while the part is away."""
+    def __init__(self, probe: Callable[[], Awaitable[None]], metrics: SamplerMetrics, timings: CallTimings | None = None) -> None:
+        """``probe`` raises AwayError while the part is unavailable."""
         self._probe = probe
         self._metrics = metrics
+        self._timings = timings or CallTimings()
         self._probing = asyncio.Lock()
-        self._suspected = Notifier()
-        self._spell: Spell | None = None
+        self._outage_began = Notifier()
+        self._outage: Outage | None = None
         self.on_change: Callable[[], None] = lambda: None
-        """Called when `away` changes."""
+        """Called when `unavailable` changes."""
 
     @property
-    def away(self) -> bool:
-        """Whether nothing that needs it should be begun."""
-        return self._spell is not None and self._spell.confirmed
+    def unavailable(self) -> bool:
+        """Whether a probe failed, so that nothing that needs the part should be started."""
+        return self._outage is not None and self._outage.confirmed
 
     @property
-    def given_up(self) -> bool:
-        """Whether it is away for so long that nobody waits any more."""
-        return self._spell is not None and self.away and time.monotonic() > self._spell.since + PATIENCE_SECONDS
+    def wait_limit_passed(self) -> bool:
+        """Whether the part has been unavailable for longer than any branch waits."""
+        return self._outage is not None and self.unavailable and time.monotonic() > self._outage.since + self._timings.wait_limit
 
     @property
-    def want(self) -> Want | None:
-        """What is waited for, while it is away or has not yet answered the first probe."""
-        if self._spell is None:
+    def wait_reason(self) -> WaitReason | None:
+        """What callers wait for during an outage, suspected or confirmed."""
+        if self._outage is None:
             return None
-        error = self._spell.error
-        return Want(error.part, f"{error.what}, which {error.reason}", self._spell.since)
+        error = self._outage.error
+        return WaitReason(error.part, f"{error.what}, which {error.reason}", self._outage.since)
 
-    def suspect(self, error: AwayError) -> Spell:
-        """Note that it did not answer."""
-        if self._spell is None:
-            self._spell = Spell(error)
-            self._suspected.notify()
-        return self._spell
+    def report_failure(self, error: AwayError) -> Outage:
+        """Record that the part did not answer a call; begins an outage unless there is one."""
+        if self._outage is None:
+            self._outage = Outage(error, self._timings.probe_backoff.schedule())
+            self._outage_began.notify()
+        return self._outage
 
-    async def sit_out(self, error: AwayError, gate: Gate, pause: float, since: float) -> bool:
-        """Wait for ``pause`` seconds, and until it answers; whether it was away, so that the call is not to blame.
+    async def wait_out_outage(self, error: AwayError, control: LeaseControl, pause: float, since: float) -> bool:
+        """Wait ``pause`` seconds, then until the part is available; returns whether the outage explains the failed call.
 
         Raises:
-            DeadlineError: it was away for too long, now or in all ``since`` (time.monotonic), or the lease has to end.
+            DeadlineError: the outage, or all outages ``since`` (time.monotonic), took longer than the wait limit, or the
+                lease was stopped.
         """
-        spell = self.suspect(error)
-        until = min(since, spell.since) + PATIENCE_SECONDS
+        outage = self.report_failure(error)
+        until = min(since, outage.since) + self._timings.wait_limit
         try:
-            async with gate.waiting(max(0.0, until - time.monotonic())):
+            async with control.wait_scope(max(0.0, until - time.monotonic())):
                 await asyncio.sleep(pause)
-                await self.over()
+                await self.wait_available()
         except TimeoutError:
-            seconds = time.monotonic() - min(since, spell.since)
-            raise DeadlineError(f"{spell.error}; it was waited for {seconds:.0f} s long.") from error
-        return spell.confirmed or error.certain
+            seconds = time.monotonic() - min(since, outage.since)
+            raise DeadlineError(f"{outage.error}; waited {seconds:.0f} s for it.") from error
+        return outage.confirmed or error.certain
 
-    async def over(self) -> None:
-        """Return when it answers. Whoever comes first probes for all; if that one leaves, another goes on."""
+    async def wait_available(self) -> None:
+        """Return when the part is available. The first caller probes for all; when it is cancelled, another takes over."""
         async with self._probing:
-            while (spell := self._spell) is not None:
-                await asyncio.sleep(max(0.0, spell.due - time.monotonic()))
-                await self._ask(spell)
+            while (outage := self._outage) is not None:
+                await asyncio.sleep(max(0.0, outage.next_probe - time.monotonic()))
+                await self._probe_once(outage)
 
-    async def watch(self) -> None:
-        """Probe whenever it is suspected to be away, for ever, so that it is noticed when it is back and nobody waits."""
+    async def run_probes(self) -> None:
+        """Probe during every outage until cancelled, so that its end is noticed even when no branch waits."""
         while True:
-            if self._spell is None:
-                await self._suspected.wait()
-            await self.over()
+            if self._outage is None:
+                await self._outage_began.wait()
+            await self.wait_available()
 
-    async def _ask(self, spell: Spell) -> None:
+    async def _probe_once(self, outage: Outage) -> None:
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(self._timings.probe_timeout):
                 await self._probe()
         except (AwayError, TimeoutError) as error:
-            self._silent(spell, error)
-        except Exception as error:  # noqa: BLE001  # it answers, if in its own way: who needs it will see
-            log.info("%s answers a probe with %s: %s", spell.error.what, type(error).__name__, describe(error))
-            self._back(spell)
+            self._record_failed_probe(outage, error)
+        except Exception as error:  # noqa: BLE001  # it answers, if with an error: callers will see for themselves
+            log.info("%s answered a probe with %s: %s", outage.error.what, type(error).__name__, describe(error))
+            self._end_outage(outage)
         else:
-            self._back(spell)
+            self._end_outage(outage)
         finally:
             now = time.monotonic()
-            self._metrics.away.labels(spell.error.part).inc(now - spell.metered)
-            spell.metered = now
+            self._metrics.away.labels(outage.error.part).inc(now - outage.metered_until)
+            outage.metered_until = now
 
-    def _silent(self, spell: Spell, error: AwayError | TimeoutError) -> None:
-        most = PROBE_SECONDS[min(spell.probes, len(PROBE_SECONDS) - 1)]
-        spell.due = time.monotonic() + most * random.uniform(0.5, 1.0)  # many samplers do not ask at the same moment
-        spell.probes += 1
+    def _record_failed_probe(self, outage: Outage, error: AwayError | TimeoutError) -> None:
+        delay = outage.probes.next_delay() or 0.0  # its policy has no limit, so there is always one
+        outage.next_probe = time.monotonic() + delay
         if isinstance(error, AwayError):
-            spell.error = error
-        if not spell.confirmed:
-            spell.confirmed = True
-            log.warning("%s; what needs it waits, and no more leases are asked for", spell.error)
+            outage.error = error
+        if not outage.confirmed:
+            outage.confirmed = True
+            log.warning("%s; branches that need it wait, and the sampler requests no more leases", outage.error)
             self.on_change()
 
-    def _back(self, spell: Spell) -> None:
-        self._spell = None
-        if spell.confirmed:
-            log.info("%s answers again, after %.1f s", spell.error.what, time.monotonic() - spell.since)
+    def _end_outage(self, outage: Outage) -> None:
+        self._outage = None
+        if outage.confirmed:
+            log.info("%s is available again after %.1f s", outage.error.what, time.monotonic() - outage.since)
             self.on_change()

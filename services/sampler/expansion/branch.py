@@ -1,4 +1,4 @@
-"""A branch: an expansion to be played, and one of its turns."""
+"""A branch, which is one expansion of a tree, and one of its turns."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.sampler.expansion.lease_budget import Bill
-from services.sampler.expansion.lease_control import Gate
-from services.sampler.expansion.state_cache import States
+from services.sampler.expansion.lease_budget import BranchCostMeter
+from services.sampler.expansion.lease_control import LeaseControl
+from services.sampler.expansion.state_cache import StateCache
 from treegrpo.core.lease import Lease, Plan
 from treegrpo.core.step import TokenIds
 from treegrpo.core.tree import Tree
 
 
 def first_node(index: int, plan: Plan) -> int:
-    """The node ids of an expansion follow from its index alone: it has at most max_turns + 1 steps."""
+    """The first node id of expansion ``index``: ids follow from the index alone, since it has at most max_turns + 1 steps."""
     return 1 + index * (plan.max_turns + 1)
 
 
 def action_seed(lease_seed: int, tree: int, node: int) -> int:
-    """It follows from question and place in the tree, whoever samples it and when."""
+    """The sampling seed of an action: a function of lease seed and place in the tree, whoever samples it and when."""
     return zlib.crc32(f"{lease_seed}/{tree}/{node}".encode())
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """An expansion to be played: node ``parent`` of a tree, continued to the end of the episode."""
+    """An expansion to be run: node ``parent`` of a tree, continued to the end of the episode."""
 
     lease: Lease
     tree_index: int
@@ -35,9 +35,9 @@ class Branch:
     parent: int
     tree: Tree
     """The tree as it is now; its prompt and the path to ``parent`` are the prefix."""
-    states: States
-    bill: Bill
-    gate: Gate
+    states: StateCache
+    meter: BranchCostMeter
+    control: LeaseControl
 
     @property
     def prefix(self) -> TokenIds:
@@ -49,7 +49,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A turn about to be played."""
+    """A turn about to be run."""
 
     branch: Branch
     node: int
@@ -62,5 +62,5 @@ class Turn:
 
     @property
     def seed(self) -> int:
-        """Of its action."""
+        """The seed of its action."""
         return action_seed(self.branch.lease.seed, self.branch.tree_index, self.node)

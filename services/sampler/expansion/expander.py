@@ -1,4 +1,4 @@
-"""How a group grows: M trees, each on its own, by L rounds of N expansions.
+"""Expands a lease into a group: M trees, each on its own, by L rounds of N expansions.
 
     lease ─► M × ( chain ─► round 1: N branches ─► … ─► round L ) ─► lease end
                      └──────────── every finished branch ───────────► subtree
@@ -6,7 +6,7 @@
 In a round the nodes to continue are drawn uniformly, with replacement, from {root} ∪ non-leaf nodes of the tree (Tree
 Search for LLM Agent Reinforcement Learning, arXiv 2509.21240). A tree never waits for another tree; its next round
 begins when its own branches are done. A lease may bring what another sampler has made of the same group: the trees
-begin with that, and what is missing is made just as the other would have drawn it.
+begin with that, and what is missing is drawn just as the other sampler would have drawn it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 
 from services.environments.base import Environment
 from services.sampler.engines.base import Engine
-from services.sampler.expansion.availability import Outage
+from services.sampler.expansion.availability import AvailabilityMonitor, CallTimings
 from services.sampler.expansion.branch import Branch, first_node
-from services.sampler.expansion.call_timer import Clock
-from services.sampler.expansion.episode_runner import Player, Text
-from services.sampler.expansion.lease_budget import Allowance
-from services.sampler.expansion.lease_control import Gate
-from services.sampler.expansion.state_cache import States
-from services.sampler.text.encoding import render_prompt
+from services.sampler.expansion.call_timer import CallTimer
+from services.sampler.expansion.episode_runner import EpisodeRunner
+from services.sampler.expansion.lease_budget import TreeBudget
+from services.sampler.expansion.lease_control import LeaseControl
+from services.sampler.expansion.state_cache import StateCache
+from services.sampler.text.encoding import TextCodec, render_prompt
 from services.sampler.text.prompts import check_prompt
 from treegrpo.core.budget import Budget, Cost
 from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
@@ -37,14 +37,14 @@ from treegrpo.core.tree import Tree
 from treegrpo.errors import DeadlineError
 from treegrpo.observability.metrics import SamplerMetrics
 
-__all__ = ["Emit", "Expander", "Gate", "draw"]
+__all__ = ["Emit", "Expander", "LeaseControl", "draw_nodes"]
 
 log = logging.getLogger(__name__)
 Emit = Callable[[Subtree], Awaitable[None] | None]
 
 
-def draw(nodes: Sequence[int], count: int, seed: tuple[int, int, int]) -> list[int]:
-    """``count`` of ``nodes``, uniformly, with replacement.
+def draw_nodes(nodes: Sequence[int], count: int, seed: tuple[int, int, int]) -> list[int]:
+    """Draw ``count`` of ``nodes``, uniformly, with replacement.
 
     ``seed`` is (lease seed, tree, round): the same tree gets the same draws.
     """
@@ -52,20 +52,21 @@ def draw(nodes: Sequence[int], count: int, seed: tuple[int, int, int]) -> list[i
 
 
 class Expander:
-    """Turns leases into trees. Safe to use for many leases at once.
+    """Expands leases into trees. Safe to use for many leases at once.
 
     Example:
-        end = await Expander(engine, environment, tokenizer, retries=2).grow(lease, subtrees.append, Gate())
+        end = await Expander(engine, environment, tokenizer, retries=2).expand_lease(lease, subtrees.append, LeaseControl())
     """
 
     def __init__(
         self,
         engine: Engine,
         environment: Environment[Any],
-        tokenizer: Text,
+        tokenizer: TextCodec,
         *,
         retries: int,
         metrics: SamplerMetrics | None = None,
+        timings: CallTimings | None = None,
     ) -> None:
         """Join an engine and an environment.
 
@@ -73,142 +74,149 @@ class Expander:
             engine: samples the actions.
             environment: answers them and scores episodes.
             tokenizer: the engine's, for prompts and observations.
-            retries: times an engine or tool call is tried again before its branch is left out.
-            metrics: where tokens, errors and seconds are counted; None counts for nobody.
+            retries: times an engine or tool call is tried again before its branch fails.
+            metrics: where tokens, errors and seconds are counted; None: metrics that nothing exports.
+            timings: limits and delays of engine and tool calls; None: the defaults.
         """
         self._metrics = metrics or SamplerMetrics()
         self._text = tokenizer
         self._environment = environment
-        self._player = Player(engine, environment, tokenizer, retries, self._metrics)
+        self._episodes = EpisodeRunner(engine, environment, tokenizer, retries, self._metrics, timings or CallTimings())
 
     @property
-    def clock(self) -> Clock:
-        """How turns go."""
-        return self._player.clock
+    def call_timer(self) -> CallTimer:
+        """Which calls are in flight, and the last progress."""
+        return self._episodes.call_timer
 
     @property
-    def outages(self) -> tuple[Outage, Outage]:
+    def availability_monitors(self) -> tuple[AvailabilityMonitor, AvailabilityMonitor]:
         """Of the environment's tools and of the engine."""
-        return self._player.outages
+        return self._episodes.tools, self._episodes.engine
 
-    async def grow(self, lease: Lease, emit: Emit, gate: Gate) -> LeaseEnd:
-        """Grow the trees of ``lease`` and hand each finished subtree to ``emit`` at once.
+    async def expand_lease(self, lease: Lease, emit: Emit, control: LeaseControl) -> LeaseEnd:
+        """Expand the trees of ``lease`` and pass each finished subtree to ``emit`` at once.
 
-        Never raises but for cancellation: whatever went wrong ends the lease as FAILED, with its text and with what
-        its unfinished branches cost. What was left out because the engine or a tool is away, or at the gate's cut, is for
-        another lease: this one ends as RETURNED.
+        Never raises but for cancellation: any error ends the lease as FAILED, with its text and with what its unfinished
+        branches cost. Branches that were left out because the engine or a tool was unavailable, or because ``control``
+        cancelled them, can run under another lease: this one ends as RETURNED.
         """
-        growth = _Growth(lease, self._text, emit, gate, self._player, self._environment, self._metrics)
+        run = LeaseRun(lease, self._text, emit, control, self._episodes, self._environment, self._metrics)
         try:
-            async with gate.working():
-                await growth.run()
+            async with control.work_scope():
+                await run.expand_trees()
         except TimeoutError:
-            return growth.end(LeaseEndReason.RETURNED, "what still ran when its sampler had to end was left out")
+            return run.lease_end(LeaseEndReason.RETURNED, "the sampler had to stop, and left out the branches that still ran")
         except Exception as error:  # the edge of a lease: one that fails must not take the others along
-            cause = _first(error)
+            cause = _first_cause(error)
             self._metrics.errors.labels(type(cause).__name__).inc()
             log.exception("lease %s failed", lease.id, exc_info=cause)
-            return growth.end(LeaseEndReason.FAILED, f"{type(cause).__name__}: {cause}")
-        if growth.leaves == 0 and growth.reason is LeaseEndReason.COMPLETE:
-            return growth.end(LeaseEndReason.FAILED, f"no branch came to the end of its episode; the last one: {growth.error}")
-        return growth.end(growth.reason, growth.error if growth.reason is LeaseEndReason.RETURNED else "")
+            return run.lease_end(LeaseEndReason.FAILED, f"{type(cause).__name__}: {cause}")
+        if run.leaves == 0 and run.reason is LeaseEndReason.COMPLETE:
+            return run.lease_end(LeaseEndReason.FAILED, f"no branch finished its episode; the last error: {run.error}")
+        return run.lease_end(run.reason, run.error if run.reason is LeaseEndReason.RETURNED else "")
 
 
-class _Growth:
-    """One lease being worked on."""
+class LeaseRun:
+    """One lease being expanded."""
 
     def __init__(
         self,
         lease: Lease,
-        text: Text,
+        text: TextCodec,
         emit: Emit,
-        gate: Gate,
-        player: Player,
+        control: LeaseControl,
+        episodes: EpisodeRunner,
         environment: Environment[Any],
         metrics: SamplerMetrics,
     ) -> None:
         self._lease = lease
         self._text = text
         self._emit = emit
-        self._gate = gate
-        self._player = player
+        self._control = control
+        self._episodes = episodes
         self._environment = environment
         self._metrics = metrics
-        self._allowances = Allowance.per_tree(lease)
-        """Of each tree."""
-        self._begun = 0
+        self._tree_budgets = TreeBudget.for_lease(lease)
+        self._started = 0
         """Expansions started, chains not counted."""
         self.leaves = sum(len(subtree.leaves) for subtree in lease.accepted)
         self.reason = LeaseEndReason.COMPLETE
         self.error = ""
-        """Why the last branch that failed did, or was given back."""
+        """Why the last branch that failed, or was returned, did so."""
 
-    async def run(self) -> None:
+    async def expand_trees(self) -> None:
+        """Expand all trees at once, each to its last round."""
         plan, question = self._lease.plan, self._lease.question
-        prompt, room = await render_prompt(self._text, question.prompt), self._player.context(plan)
-        check_prompt(question, prompt, room)
-        if self._gate.stopped:
+        prompt, limit = await render_prompt(self._text, question.prompt), self._episodes.context_limit(plan)
+        check_prompt(question, prompt, limit)
+        if self._control.stopped:
             self.reason = LeaseEndReason.STOPPED
             return
-        if missing := self._player.missing:
-            self.reason, self.error = LeaseEndReason.RETURNED, f"{missing}; nothing was begun"
+        if unavailable := self._episodes.unavailable_reason:
+            self.reason, self.error = LeaseEndReason.RETURNED, f"{unavailable}; no branch was started"
             return
         async with asyncio.TaskGroup() as trees:
             for tree in range(plan.trees):
-                trees.create_task(self._tree(tree, prompt), name=f"tree {self._lease.id}/{tree}")
+                trees.create_task(self._expand_tree(tree, prompt), name=f"tree {self._lease.id}/{tree}")
 
-    def end(self, reason: LeaseEndReason, error: str = "") -> LeaseEnd:
+    def lease_end(self, reason: LeaseEndReason, error: str = "") -> LeaseEnd:
+        """The message that ends the lease, with what was not made and what never reached the learner."""
         plan = self._lease.plan
-        forgone = plan.leaves - plan.trees - self._begun - sum(subtree.index > 0 for subtree in self._lease.accepted)
-        return LeaseEnd(self._lease.id, reason, forgone, Cost.total([tree.unaccounted for tree in self._allowances]), error)
+        forgone = plan.leaves - plan.trees - self._started - sum(subtree.index > 0 for subtree in self._lease.accepted)
+        unaccounted = Cost.total([budget.unaccounted for budget in self._tree_budgets])
+        return LeaseEnd(self._lease.id, reason, forgone, unaccounted, error)
 
-    async def _tree(self, index: int, prompt: TokenIds) -> None:
+    async def _expand_tree(self, index: int, prompt: TokenIds) -> None:
         plan = self._lease.plan
-        tree, states = Tree(prompt=prompt), States(self._environment, self._lease.question)
+        tree, states = Tree(prompt=prompt), StateCache(self._environment, self._lease.question)
         for subtree in self._lease.accepted:
             if subtree.tree == index:
                 tree.add(subtree)
         if 0 not in tree.indices:
-            await self._play(self._branch(index, tree, states, 0, ROOT))
+            await self._run_branch(self._branch(index, tree, states, 0, ROOT))
         for number in range(plan.rounds):
             first = 1 + number * plan.expansions
             if tree.indices.issuperset(range(first, first + plan.expansions)):
                 continue
-            await self._gate.open()
+            await self._control.wait_until_running()
             # The nodes of the rounds before, whatever of this round and later ones another sampler has made.
             nodes = [node for node in tree.expandable() if node < first_node(first, plan)]
             async with asyncio.TaskGroup() as branches:
-                for n, parent in enumerate(draw(nodes, plan.expansions, (self._lease.seed, index, number)), first):
+                for n, parent in enumerate(draw_nodes(nodes, plan.expansions, (self._lease.seed, index, number)), first):
+                    if n in tree.indices:
+                        continue
                     branch = self._branch(index, tree, states, n, parent)
-                    if n not in tree.indices and self._may_begin(branch, step := self._player.next_step(branch)):
-                        branches.create_task(self._expand(branch, step), name=f"branch {self._lease.id}/{index}/{n}")
+                    step = self._episodes.first_step_limit(branch)
+                    if self._may_start(branch, step):
+                        branches.create_task(self._run_expansion(branch, step), name=f"branch {self._lease.id}/{index}/{n}")
 
-    def _branch(self, tree_index: int, tree: Tree, states: States, index: int, parent: int) -> Branch:
-        return Branch(self._lease, tree_index, index, parent, tree, states, self._allowances[tree_index].bill(), self._gate)
+    def _branch(self, tree_index: int, tree: Tree, states: StateCache, index: int, parent: int) -> Branch:
+        meter = self._tree_budgets[tree_index].start_meter()
+        return Branch(self._lease, tree_index, index, parent, tree, states, meter, self._control)
 
-    def _may_begin(self, branch: Branch, step: Budget) -> bool:
+    def _may_start(self, branch: Branch, step: Budget) -> bool:
         if self.reason is LeaseEndReason.RETURNED:
             return False
-        if self._gate.stopped:
+        if self._control.stopped:
             self.reason = LeaseEndReason.STOPPED
-        elif not self._allowances[branch.tree_index].claim(step):
+        elif not self._tree_budgets[branch.tree_index].reserve_step(step):
             self.reason = LeaseEndReason.BUDGET
         else:
-            self._begun += 1
+            self._started += 1
             return True
         return False
 
-    async def _expand(self, branch: Branch, step: Budget) -> None:
+    async def _run_expansion(self, branch: Branch, step: Budget) -> None:
         try:
-            await self._play(branch)
+            await self._run_branch(branch)
         finally:
-            self._allowances[branch.tree_index].release(step)
+            self._tree_budgets[branch.tree_index].release_step(step)
 
-    async def _play(self, branch: Branch) -> None:
+    async def _run_branch(self, branch: Branch) -> None:
         try:
-            subtree, error = await self._player.play(branch)
-        except DeadlineError as late:
-            self._give_back(branch, late)
+            subtree, error = await self._episodes.run_episode(branch)
+        except DeadlineError as deadline:
+            self._return_branch(branch, deadline)
             return
         self.error = error or self.error
         branch.tree.add(subtree)
@@ -216,16 +224,16 @@ class _Growth:
         emitted = self._emit(subtree)
         if inspect.isawaitable(emitted):
             await emitted
-        branch.bill.settled = True  # one that is cut off while it waits here never reaches the learner
+        branch.meter.delivered = True  # one that is cancelled while it waits here never reaches the learner
 
-    def _give_back(self, branch: Branch, late: DeadlineError) -> None:
-        """Leave a branch out as if it had never been begun, but for what it cost."""
-        self._metrics.errors.labels(type(late).__name__).inc()
-        self._begun -= branch.index > 0
-        self.reason, self.error = LeaseEndReason.RETURNED, str(late)
+    def _return_branch(self, branch: Branch, error: DeadlineError) -> None:
+        """Leave a branch out as if it had never been started, but for what it cost."""
+        self._metrics.errors.labels(type(error).__name__).inc()
+        self._started -= branch.index > 0
+        self.reason, self.error = LeaseEndReason.RETURNED, str(error)
 
 
-def _first(error: Exception) -> Exception:
+def _first_cause(error: Exception) -> Exception:
     """The first error inside nested groups."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]

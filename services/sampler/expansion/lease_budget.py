@@ -1,4 +1,4 @@
-"""What the trees of a lease may spend, have spent, and have already told the learner."""
+"""Cost accounting of a lease: what its trees may spend, what they have spent, and what the learner has been told."""
 
 from __future__ import annotations
 
@@ -10,82 +10,82 @@ from treegrpo.core.lease import Lease
 from treegrpo.errors import AwayError, ToolError
 
 
-class Allowance:
-    """One tree's part of a lease's grant against what its branches cost.
+class TreeBudget:
+    """One tree's part of a lease's grant, less what its branches cost.
 
-    Every running expansion claims one more step, so that branches that start together do not count on the same rest.
-    A branch that has begun is finished: the grant bounds what is started.
+    Every running expansion reserves its first step, so that branches that start together do not count on the same
+    remainder. A branch that has started is finished: the grant bounds what is started.
     """
 
     @classmethod
-    def per_tree(cls, lease: Lease) -> list[Allowance]:
-        """The allowance of each tree: an equal part of what the group may cost, less what its accepted subtrees have cost.
-
-        What one tree has left is not for the others: which branches are made must not depend on which tree was quicker, nor on
-        how many leases the group took.
+    def for_lease(cls, lease: Lease) -> list[TreeBudget]:
+        """One budget for each tree. All trees get the same part of what the group may cost, and no tree uses another's
+        remainder: which branches are made must not depend on which tree was quicker, nor on how many leases they took.
         """
-        trees = ([subtree.cost for subtree in lease.accepted if subtree.tree == tree] for tree in range(lease.plan.trees))
-        costs = [Budget.for_cost(Cost.total(accepted)) for accepted in trees]
+        costs = [
+            Budget.for_cost(Cost.total([s.cost for s in lease.accepted if s.tree == tree])) for tree in range(lease.plan.trees)
+        ]
         part = sum(costs, lease.grant) // lease.plan.trees
         return [cls(part - cost) for cost in costs]
 
     def __init__(self, grant: Budget) -> None:
         self._grant = grant
-        self._claimed = Budget()
-        self._bills: list[Bill] = []
+        self._reserved = Budget()
+        self._meters: list[BranchCostMeter] = []
         self.spent = Cost()
 
-    def claim(self, step: Budget) -> bool:
+    def reserve_step(self, step: Budget) -> bool:
         """Set ``step`` aside for a new expansion; False if the grant does not cover it."""
-        rest = self._grant - Budget.for_cost(self.spent) - self._claimed - step
-        if rest.tokens < 0 or rest.tool_calls < 0:
+        remainder = self._grant - Budget.for_cost(self.spent) - self._reserved - step
+        if remainder.tokens < 0 or remainder.tool_calls < 0:
             return False
-        self._claimed += step
+        self._reserved += step
         return True
 
-    def release(self, step: Budget) -> None:
-        """Give back what a finished expansion had claimed."""
-        self._claimed -= step
+    def release_step(self, step: Budget) -> None:
+        """Release what a finished expansion had reserved."""
+        self._reserved -= step
 
-    def bill(self) -> Bill:
-        """A new branch's account."""
-        self._bills.append(Bill(self))
-        return self._bills[-1]
+    def start_meter(self) -> BranchCostMeter:
+        """The cost meter of a new branch."""
+        self._meters.append(BranchCostMeter(self))
+        return self._meters[-1]
 
     @property
     def unaccounted(self) -> Cost:
-        """Spent by branches whose steps never reached the learner."""
-        return sum((bill.total for bill in self._bills if not bill.settled), Cost())
+        """The cost of branches whose steps never reached the learner."""
+        return sum((meter.total for meter in self._meters if not meter.delivered), Cost())
 
 
-class Bill:
-    """What one branch costs, step by step, as it arises."""
+class BranchCostMeter:
+    """Adds up what one branch costs, step by step."""
 
-    def __init__(self, allowance: Allowance) -> None:
-        self._allowance = allowance
+    def __init__(self, budget: TreeBudget) -> None:
+        self._budget = budget
         self._step = Cost()
         self.total = Cost()
-        self.settled = False
+        self.delivered = False
         """True once the branch's subtree carries these costs to the learner."""
 
     def charge(self, cost: Cost) -> None:
+        """Add ``cost`` to the current step."""
         self._step += cost
         self.total += cost
-        self._allowance.spent += cost
+        self._budget.spent += cost
 
-    def close_step(self) -> Cost:
-        """What was charged since the last call: the cost of the step that ends here."""
+    def take_step_cost(self) -> Cost:
+        """End the current step: what was charged since the last call."""
         cost, self._step = self._step, Cost()
         return cost
 
 
 @contextlib.contextmanager
-def charged(bill: Bill, call: Cost) -> Generator[None]:
-    """Charge a tool call that failed: it was made, whatever became of it, unless the tool was not there."""
+def charge_failed_call(meter: BranchCostMeter, call: Cost) -> Generator[None]:
+    """Charge ``call`` when the block raises ToolError: the call was made, unless the tool was unavailable (AwayError)."""
     try:
         yield
     except AwayError:
         raise
     except ToolError:
-        bill.charge(call)
+        meter.charge(call)
         raise

@@ -1,4 +1,4 @@
-"""Trying again: what failed, a few times; what met something that is away, when that is back."""
+"""Retries of engine and environment calls: failures a few times, unavailability once the part is available again."""
 
 from __future__ import annotations
 
@@ -9,64 +9,62 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from services.sampler.expansion.availability import Outage
-from services.sampler.expansion.lease_control import Gate
+from services.sampler.expansion.availability import AvailabilityMonitor, CallTimings
+from services.sampler.expansion.lease_control import LeaseControl
 from treegrpo.errors import AwayError, EngineError, ToolError
 from treegrpo.observability.metrics import SamplerMetrics
 
 log = logging.getLogger(__name__)
-FIRST_WAIT_SECONDS = 0.1
-"""Before the first retry; doubles with each."""
-LONGEST_WAIT_SECONDS = 5.0
-ATTEMPT_SECONDS = 600.0
-"""The longest one attempt of an engine or an environment may take, whatever its own time-outs."""
 Result = TypeVar("Result")
 
 
-class Retries:
-    def __init__(self, times: int, metrics: SamplerMetrics) -> None:
-        """``times``: after the first attempt."""
-        self._times = times
-        self._metrics = metrics
+class CallRetrier:
+    """Retries calls with exponential back-off."""
 
-    async def run(self, attempt: Callable[[], Awaitable[Result]], outage: Outage, gate: Gate) -> Result:
+    def __init__(self, retries: int, metrics: SamplerMetrics, timings: CallTimings | None = None) -> None:
+        """``retries``: after the first attempt."""
+        self._max_retries = retries
+        self._metrics = metrics
+        self._timings = timings or CallTimings()
+
+    async def call_with_retries(
+        self, attempt: Callable[[], Awaitable[Result]], availability: AvailabilityMonitor, control: LeaseControl
+    ) -> Result:
         """The result of the first attempt that succeeds.
 
         Raises:
-            DeadlineError: what it needs was away for too long, or the lease came to its end meanwhile.
+            DeadlineError: the part was unavailable for longer than the wait limit, or the lease was stopped meanwhile.
             EngineError, ToolError: the last attempt's.
         """
-        failed = met = 0
-        since = 0.0
+        failures = outages = 0
+        first_outage = 0.0
         while True:
             try:
                 return await attempt()
             except (EngineError, ToolError) as error:
                 self._metrics.errors.labels(type(error).__name__).inc()
                 if isinstance(error, AwayError):
-                    since = since or time.monotonic()
-                    met += 1
-                    if await outage.sit_out(error, gate, _pause(met) * random.uniform(0.5, 1.0), since):
+                    first_outage = first_outage or time.monotonic()
+                    pause = self._timings.retry_backoff.delay(outages) * random.uniform(0.5, 1.0)
+                    outages += 1
+                    if await availability.wait_out_outage(error, control, pause, first_outage):
                         continue
-                failed += 1
-                if failed > self._times:
-                    log.warning("a branch is left out after %d attempts: %s", failed, error)
+                pause = self._timings.retry_backoff.delay(failures)
+                failures += 1
+                if failures > self._max_retries:
+                    log.warning("a branch failed after %d attempts: %s", failures, error)
                     raise
-                log.warning("trying again in %.1f s: %s", _pause(failed), error)
-                await asyncio.sleep(_pause(failed))
+                log.warning("retrying in %.1f s: %s", pause, error)
+                await asyncio.sleep(pause)
 
-
-async def within(work: Awaitable[Result], error: type[EngineError | ToolError], who: str) -> Result:
-    """Wait ATTEMPT_SECONDS for ``work`` at most. Raises ``error`` afterwards."""
-    scope = asyncio.timeout(ATTEMPT_SECONDS)
-    try:
-        async with scope:
-            return await work
-    except TimeoutError as late:
-        if not scope.expired():  # the work's own
-            raise
-        raise error(f"{who} did not answer within {ATTEMPT_SECONDS:.0f} s; see its log.") from late
-
-
-def _pause(number: int) -> float:
-    return min(FIRST_WAIT_SECONDS * 2 ** (number - 1), LONGEST_WAIT_SECONDS)
+    async def with_timeout(self, work: Awaitable[Result], error: type[EngineError | ToolError], who: str) -> Result:
+        """Await ``work`` for one attempt's time at most. Raises ``error`` afterwards."""
+        seconds = self._timings.attempt_timeout
+        scope = asyncio.timeout(seconds)
+        try:
+            async with scope:
+                return await work
+        except TimeoutError as timeout:
+            if not scope.expired():  # the work's own
+                raise
+            raise error(f"{who} did not answer within {seconds:.0f} s; see its log.") from timeout

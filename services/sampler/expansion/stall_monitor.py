@@ -1,7 +1,7 @@
-"""The watchdog: when nothing goes on here, what for want of.
+"""Stall detection: names what a sampler waits for when it makes no progress.
 
-Each part that waits for something says so when it is asked; nobody reports. The learner hears it with the heartbeats,
-the log has a line whenever it changes, and a gauge has the seconds.
+Each part tells what it waits for when it is asked. The reason goes to the learner with the heartbeats, to the log
+whenever it changes, and to a gauge.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from treegrpo.core.lease import HEARTBEAT_SECONDS
 from treegrpo.observability.metrics import SamplerMetrics
 
 log = logging.getLogger(__name__)
-QUIET_SECONDS = HEARTBEAT_SECONDS
-"""Without progress for so long, it is worth while to say what is waited for."""
+STALL_SECONDS = HEARTBEAT_SECONDS
+"""Seconds without progress after which a sampler counts as stalled."""
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
+class WaitReason:
     """Something that is waited for."""
 
     part: str
@@ -31,41 +31,47 @@ class Want:
     """time.monotonic."""
 
 
-class Watch:
-    """Asks the parts what they wait for."""
+class StallMonitor:
+    """Asks the parts what they wait for, and reports the first reason that holds up the sampler."""
 
     def __init__(
-        self, wants: Callable[[], Sequence[Want | None]], progress: Callable[[], float], metrics: SamplerMetrics
+        self,
+        wait_reasons: Callable[[], Sequence[WaitReason | None]],
+        last_progress: Callable[[], float],
+        metrics: SamplerMetrics,
+        stall_seconds: float = STALL_SECONDS,
     ) -> None:
-        """Set up the watch.
+        """Set up the monitor.
 
         Args:
-            wants: what each part waits for now; what holds up the others comes first.
-            progress: time.monotonic when something last went on.
+            wait_reasons: what each part waits for now; what holds up the others comes first.
+            last_progress: time.monotonic of the last progress.
             metrics: where the gauge is.
+            stall_seconds: without progress, before a reason counts.
         """
-        self._wants = wants
-        self._progress = progress
+        self._wait_reasons = wait_reasons
+        self._last_progress = last_progress
         self._metrics = metrics
-        self._said = ""
+        self._stall_seconds = stall_seconds
+        self._logged_part = ""
 
-    def now(self) -> Want | None:
-        """What nothing goes on without; None while something does."""
-        now, progress = time.monotonic(), self._progress()
-        for want in self._wants():
-            if want is not None and now - max(want.since, progress) >= QUIET_SECONDS:
-                return want
+    def current_stall(self) -> WaitReason | None:
+        """What the sampler is stalled on; None while it makes progress."""
+        now, progress = time.monotonic(), self._last_progress()
+        for reason in self._wait_reasons():
+            if reason is not None and now - max(reason.since, progress) >= self._stall_seconds:
+                return reason
         return None
 
-    def look(self) -> None:
-        """Show in log and metrics what is waited for now."""
-        want = self.now()
+    def report_stall(self) -> None:
+        """Bring the gauge up to now, and log when a stall begins, changes or ends."""
+        reason = self.current_stall()
         self._metrics.stalled.clear()
-        if want is not None:
-            self._metrics.stalled.labels(want.part).set(time.monotonic() - want.since)
-        part = "" if want is None else want.part
-        if want is not None and part != self._said:
-            log.warning("nothing goes on here: waiting for %s, for %.0f s", want.what, time.monotonic() - want.since)
-        elif want is None and self._said:
-            log.info("work goes on")
-        self._said = part
+        if reason is not None:
+            self._metrics.stalled.labels(reason.part).set(time.monotonic() - reason.since)
+        part = "" if reason is None else reason.part
+        if reason is not None and part != self._logged_part:
+            log.warning("stalled: waiting for %s, for %.0f s", reason.what, time.monotonic() - reason.since)
+        elif reason is None and self._logged_part:
+            log.info("no longer stalled")
+        self._logged_part = part

@@ -1,4 +1,4 @@
-"""The sampler's connection to the learner: TLS with its own certificate, and a sentence when it does not come about."""
+"""Opens the gRPC channel to the learner: mutual TLS with certificate reload, and a reason when connecting fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from treegrpo.security.tls_reload import CertificateReload
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
-PROBE_SECONDS = 2.0
+HEALTH_SECONDS = 2.0
+"""The longest a learner that is not ready may take to say why."""
 OPTIONS = (
     ("grpc.compression_enabled_algorithms_bitset", limits.PLAIN),
     ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
@@ -35,13 +36,13 @@ REASONS = {
     "Hostname Verification": "its certificate is not a learner's",
     "WRONG_VERSION_NUMBER": "it speaks plain text and we TLS: give it [security] too",
 }
-"""What gRPC says, and what it means."""
+"""Messages of gRPC, and what they mean."""
 CLOSED = ("Socket closed", "Connection reset", "recvmsg", "Broken pipe")
-"""What gRPC says when the learner hangs up on us in the handshake, without a reason."""
+"""Messages of gRPC when the learner closes the connection in the handshake, without a reason."""
 
 
 def open_channel(address: str, access: Credentials) -> grpc.aio.Channel:
-    """A channel to the learner, which need not be there yet. The learner is known by its role, wherever it runs."""
+    """Open a channel to the learner, which need not run yet. Its certificate is checked for its role, wherever it runs."""
     if access.keys is None:
         return grpc.aio.insecure_channel(address, options=OPTIONS)
     pem = access.keys.pem
@@ -50,10 +51,11 @@ def open_channel(address: str, access: Credentials) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(address, credentials, options=(*OPTIONS, name))
 
 
-class RenewingChannel:
-    """A channel whose calls come with the certificate as it is on disk when they begin. As much of one as stubs need.
+class ReloadingChannel:
+    """A channel that reloads the client certificate: each call uses the files as they are on disk. Has the methods stubs use.
 
-    gRPC keeps what a channel was opened with, so renewed files mean another channel. What began on the one before ends on it.
+    gRPC keeps the credentials that a channel was opened with, so renewed files open another channel. Calls that began on the
+    one before end on it.
     """
 
     def __init__(self, address: str, access: Credentials, keys: CertificateFiles) -> None:
@@ -72,10 +74,10 @@ class RenewingChannel:
         return partial(self._call, "stream_stream", path, options)
 
     def _call(self, kind: str, path: str, options: dict[str, Any], *request: object, **more: Any) -> Any:
-        return getattr(self._newest(), kind)(path, **options)(*request, **more)
+        return getattr(self._newest_channel(), kind)(path, **options)(*request, **more)
 
     async def channel_ready(self) -> None:
-        await self._newest().channel_ready()
+        await self._newest_channel().channel_ready()
 
     async def close(self) -> None:
         for channel in self._channels:
@@ -85,51 +87,51 @@ class RenewingChannel:
         self._channels.append(open_channel(self._address, self._access))
         return self._channels[-1]
 
-    def _newest(self) -> Any:
+    def _newest_channel(self) -> Any:
         self._reload.reload_if_changed()
         return self._reload.newest
 
 
-async def connect(address: str, access: Credentials) -> grpc.aio.Channel:
-    """A channel to a learner that answers, which takes renewed certificates into use by itself.
+async def connect_learner(address: str, access: Credentials, seconds: float = CONNECT_SECONDS) -> grpc.aio.Channel:
+    """Connect to the learner; the channel reloads renewed certificates by itself.
 
     Raises:
         ConfigError: ``address`` is on another machine, and there is no TLS.
-        UnavailableError: nobody answers within CONNECT_SECONDS, or we and the learner do not trust each other.
+        UnavailableError: nothing answers within ``seconds``, or one side does not trust the other.
     """
     access.check_reach("sampler.learner", address)
     if access.keys is None:
         channel = open_channel(address, access)
     else:
-        channel = cast("grpc.aio.Channel", RenewingChannel(address, access, access.keys))
+        channel = cast("grpc.aio.Channel", ReloadingChannel(address, access, access.keys))
     try:
-        async with asyncio.timeout(CONNECT_SECONDS):
+        async with asyncio.timeout(seconds):
             await channel.channel_ready()
     except TimeoutError as error:
-        why = because(await _said(channel), access)
+        why = explain_failure(await _failure_details(channel), access)
         await channel.close()
         raise UnavailableError(
-            f"No learner answers at {address} (sampler.learner or learner.listen) within {CONNECT_SECONDS:.0f} s{why}; "
+            f"No learner answers at {address} (sampler.learner or learner.listen) within {seconds:.0f} s{why}; "
             "start one with `treegrpo learner`, or set sampler.learner to where it runs."
         ) from error
     return channel
 
 
-def because(said: str, access: Credentials) -> str:
-    """The likely reason behind what gRPC says of a connection that failed, with a colon before; empty if nothing is likely."""
-    if reason := next((reason for mark, reason in REASONS.items() if mark in said), ""):
+def explain_failure(details: str, access: Credentials) -> str:
+    """The likely reason for a failed connection, from the details of gRPC's error, after a colon; empty if none is known."""
+    if reason := next((reason for mark, reason in REASONS.items() if mark in details), ""):
         return f": {reason}"
-    if not any(mark in said for mark in CLOSED):
+    if not any(mark in details for mark in CLOSED):
         return ""
     if access.keys is None:
-        return ": it hangs up on us, likely because it speaks TLS and we plain text: set security.dir"
-    return f": it hangs up on us, likely because it does not trust {access.keys.certificate}; its log says why"
+        return ": it closes the connection, likely because it speaks TLS and we plain text: set security.dir"
+    return f": it closes the connection, likely because it does not trust {access.keys.certificate}; its log says why"
 
 
-async def _said(channel: grpc.aio.Channel) -> str:
-    """What gRPC has to say about a channel that is not ready."""
+async def _failure_details(channel: grpc.aio.Channel) -> str:
+    """The details of gRPC's error about a channel that is not ready."""
     try:
-        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)  # pyright: ignore[reportAttributeAccessIssue] - untyped stub
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_SECONDS)  # pyright: ignore[reportAttributeAccessIssue] - untyped stub
     except grpc.aio.AioRpcError as error:
         return error.details() or ""
     return ""

@@ -1,4 +1,4 @@
-"""What the learner may not have yet."""
+"""Outgoing messages that the learner has not acknowledged yet."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from treegrpo.wire.codec import lease_end_to_pb, subtree_to_pb
 from treegrpo.wire.size_limits import message_bytes
 
 TOKEN_BYTES = 16
-"""Of a token on the wire, id and log-probability, with its share of what else a step says."""
+"""Of a token on the wire: id and log-probability, with its share of the step's other fields."""
 
 
 class Outbox:
     """Subtrees and lease ends in the order they were made, kept until the learner is known to have them.
 
     A subtree leaves with its ack. A lease end has none: it leaves with the ack of anything sent after it, since the
-    learner takes a stream's messages in order. Keeping one too long is harmless, an end that comes again is ignored.
+    learner takes a stream's messages in order. Keeping one too long is harmless, a lease end that comes again is ignored.
 
     It is full at as many subtrees as the leases that this sampler wants to hold can have, or at the bytes of these.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[str, int, int] | str, RolloutRequest] = {}
-        self._most = self._most_bytes = 0
+        self._unacked: dict[tuple[str, int, int] | str, RolloutRequest] = {}
+        self._max_subtrees = self._max_bytes = 0
         self._message_bytes = MESSAGE_BYTES
         self.subtrees = 0
         """Subtrees not yet acked."""
@@ -34,27 +34,27 @@ class Outbox:
         """Their size."""
 
     def __iter__(self) -> Iterator[RolloutRequest]:
-        return iter(list(self._waiting.values()))
+        return iter(list(self._unacked.values()))
 
-    def bound(self, leases: int, plan: Plan) -> None:
+    def set_capacity(self, leases: int, plan: Plan) -> None:
         """Be full when so many leases of a plan could fill it."""
-        self._most = leases * plan.leaves
-        self._most_bytes = leases * plan.grant.tokens * TOKEN_BYTES
+        self._max_subtrees = leases * plan.leaves
+        self._max_bytes = leases * plan.grant.tokens * TOKEN_BYTES
         self._message_bytes = message_bytes(plan)
 
     @property
     def full(self) -> bool:
         """Whether nothing more should be put in. A single subtree always finds room."""
-        return self.subtrees > 0 and (self.subtrees >= self._most or self.bytes >= self._most_bytes)
+        return self.subtrees > 0 and (self.subtrees >= self._max_subtrees or self.bytes >= self._max_bytes)
 
     @property
     def leases(self) -> set[str]:
-        """Leases of which something waits."""
-        return {key if isinstance(key, str) else key[0] for key in self._waiting}
+        """Leases with an unacked message."""
+        return {key if isinstance(key, str) else key[0] for key in self._unacked}
 
     def put_subtree(self, subtree: Subtree) -> RolloutRequest:
-        """Put it in; without what its tools were asked if the learner would refuse the message, again and again."""
-        request = self._waiting[subtree.key] = RolloutRequest(subtree=subtree_to_pb(subtree))
+        """Add a subtree; without its tool arguments if the learner would refuse the message as too large."""
+        request = self._unacked[subtree.key] = RolloutRequest(subtree=subtree_to_pb(subtree))
         if request.ByteSize() > self._message_bytes:
             for step in request.subtree.steps:
                 step.tool_arguments = ""
@@ -62,22 +62,23 @@ class Outbox:
         self.bytes += request.ByteSize()
         return request
 
-    def put_end(self, end: LeaseEnd) -> RolloutRequest:
-        request = self._waiting[end.lease] = RolloutRequest(lease_end=lease_end_to_pb(end))
+    def put_lease_end(self, end: LeaseEnd) -> RolloutRequest:
+        """Add a lease end."""
+        request = self._unacked[end.lease] = RolloutRequest(lease_end=lease_end_to_pb(end))
         return request
 
-    def acked(self, lease: str, tree: int, index: int) -> None:
-        """The learner has this subtree, and the lease ends that were sent before it. A second ack changes nothing."""
+    def remove_acked(self, lease: str, tree: int, index: int) -> None:
+        """Remove an acked subtree, and the lease ends that were sent before it. A second ack changes nothing."""
         key = (lease, tree, index)
-        if key not in self._waiting:
+        if key not in self._unacked:
             return
-        order = list(self._waiting)
+        order = list(self._unacked)
         for earlier in order[: order.index(key)]:
             if isinstance(earlier, str):
-                del self._waiting[earlier]
+                del self._unacked[earlier]
         self.subtrees -= 1
-        self.bytes -= self._waiting.pop(key).ByteSize()
+        self.bytes -= self._unacked.pop(key).ByteSize()
 
-    def void(self, lease: str) -> None:
-        """The lease is no longer ours: it has no end to tell. Its subtrees may still be of use; their acks say so."""
-        self._waiting.pop(lease, None)
+    def remove_lease_end(self, lease: str) -> None:
+        """Remove the end of a void lease: it is no longer ours to end. Its subtrees may still be of use, and stay."""
+        self._unacked.pop(lease, None)

@@ -1,4 +1,4 @@
-"""Control tokens: encoding in which only chosen parts of a text can write them.
+"""Encodes text such that only chosen parts of it can produce control tokens.
 
 A tokenizer's added tokens (``<|im_end|>``, ``[INST]``, ``<tool_call>``) are matched in any text, whoever wrote it. Here each
 control string has a secret name, new in every process, and the library matches that name instead:
@@ -31,7 +31,7 @@ _LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 """ASCII alone: the length stays."""
 
 
-def is_control(token: AddedToken, template: str) -> bool:
+def is_control_token(token: AddedToken, template: str) -> bool:
     """Whether an added token is more than a word of the vocabulary: special, markup, or written by the chat ``template``.
 
     A special token of one letter is one too: in foreign text that letter is unknown, for the model has no other id for it.
@@ -46,41 +46,43 @@ def is_control(token: AddedToken, template: str) -> bool:
 
 
 class ControlTokens:
-    """Encodes text in which control strings are tokens where it is asked for, and plain text elsewhere."""
+    """Encodes text in pieces: control strings are tokens in those that allow it, and plain text in the others."""
 
     def __init__(self, backend: Backend, template: str = "") -> None:
         """``template``: the source of the chat template."""
         nonce = secrets.token_hex(16)
-        added = [token for token in backend.get_added_tokens_decoder().values() if is_control(token, template)]
+        added = [token for token in backend.get_added_tokens_decoder().values() if is_control_token(token, template)]
         self._names = {token.content: f"ctl{nonce}{place:06d}x" for place, token in enumerate(added)}
         self._backend = _renamed(backend, self._names)
-        self._ids = _ids_as_before(backend, self._backend, self._names)
+        self._ids = _id_table(backend, self._backend, self._names)
         self._exact = _finder(added)
         self._lowered = [token.content.translate(_LOWER) for token in added]
         self._fold = _finder([AddedToken(text, normalized=False) for text in self._lowered])
-        self._heads = {text[:end] for text in self._lowered for end in range(1, len(text))}
-        self._tails = {text[start:] for text in self._lowered for start in range(1, len(text))}
+        self._prefixes = {text[:end] for text in self._lowered for end in range(1, len(text))}
+        self._suffixes = {text[start:] for text in self._lowered for start in range(1, len(text))}
         self._longest = max(map(len, self._lowered), default=0)
 
     def encode(self, pieces: Iterable[tuple[str, bool]]) -> TokenIds:
         """The ids of the joined pieces; in each that is ``True``, control strings are control tokens."""
-        text = "".join(self._live(replace_surrogates(text)) if live else replace_surrogates(text) for text, live in pieces)
+        text = "".join(
+            self._with_names(replace_surrogates(text)) if control else replace_surrogates(text) for text, control in pieces
+        )
         ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, np.uint32)
         return ids if self._ids is None else self._ids[ids]
 
     def find(self, text: str) -> list[tuple[int, int]]:
-        """Where control strings are, in upper or lower case: a template may change it."""
+        """Start and end of each control string, whatever its case: a template may change it."""
         return _found(self._fold, text.translate(_LOWER))
 
-    def may_grow(self, text: str) -> bool:
+    def may_extend(self, text: str) -> bool:
         """Whether something before or after ``text`` could make a control string of an end of it, or of all of it."""
         lowered = text.translate(_LOWER)
         lengths = range(1, min(self._longest, len(text) + 1))
-        return any(lowered[:length] in self._tails or lowered[-length:] in self._heads for length in lengths) or (
+        return any(lowered[:length] in self._suffixes or lowered[-length:] in self._prefixes for length in lengths) or (
             0 < len(text) < self._longest and any(lowered in whole for whole in self._lowered)
         )
 
-    def _live(self, text: str) -> str:
+    def _with_names(self, text: str) -> str:
         """``text`` with the secret name of each control string in its place."""
         parts, done = list[str](), 0
         for start, end in _found(self._exact, text):
@@ -125,7 +127,7 @@ def _renamed(backend: Backend, names: dict[str, str]) -> Backend:
         ) from error
 
 
-def _ids_as_before(old: Backend, new: Backend, names: dict[str, str]) -> TokenIds | None:
+def _id_table(old: Backend, new: Backend, names: dict[str, str]) -> TokenIds | None:
     """The old tokenizer's id for each of the new one's; None if they are the same."""
     before, after = old.get_vocab(with_added_tokens=True), new.get_vocab(with_added_tokens=True)
     texts = {name: text for text, name in names.items()}

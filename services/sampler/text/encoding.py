@@ -1,4 +1,4 @@
-"""Text into ids without holding up the event loop: what is long is encoded in a thread."""
+"""Encodes text into ids without blocking the event loop: long text is encoded in a thread."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ class Encoder(Protocol):
     def encode(self, text: str) -> TokenIds: ...
 
     def render(self, messages: Sequence[Message]) -> TokenIds: ...
+
+
+class TextCodec(Encoder, Protocol):
+    """The part of a tokenizer that episodes need."""
+
+    def decode(self, ids: Sequence[int] | TokenIds) -> str: ...
 
 
 async def encode_text(encoder: Encoder, text: str) -> TokenIds:

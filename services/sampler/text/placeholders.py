@@ -1,7 +1,6 @@
-"""Placeholders for the control strings of messages while a chat template is rendered, so that each part's author is known.
+"""Replaces control strings of messages by placeholders while a chat template is rendered, so that its own stay apart.
 
-A placeholder is a number that nobody can guess. Ordinary text stays where it is, so that a template may strip, change or look
-at it:
+A placeholder is an unguessable number. Ordinary text stays where it is, so that a template may strip, change or test it:
 
     messages   What does <|end|> mean?
     rendered   <|user|>What does 5914…8203000000 mean?<|end|>
@@ -19,24 +18,24 @@ from treegrpo.errors import ModelError
 
 _WIDTH = 7
 """Digits of a placeholder's number within a prompt: a question has fewer letters."""
-_OTHER = str.maketrans("0123456789", "5678901234")
+_OTHER_DIGITS = str.maketrans("0123456789", "5678901234")
 
 Pieces = list[tuple[str, bool]]
 """Texts, each with whether its control strings are tokens."""
 
 
-def rendered_pieces(contents: Sequence[str], control: ControlTokens, render: Callable[[list[str]], str]) -> Pieces:
-    """What ``render`` makes of ``contents``, in pieces: the template's own, and the control strings of the contents.
+def render_pieces(contents: Sequence[str], control: ControlTokens, render: Callable[[list[str]], str]) -> Pieces:
+    """Render ``contents`` in pieces: the template's own text, and the control strings of the contents.
 
     Raises:
         ModelError: the template cut a placeholder, which shows where two renderings with other digits differ.
     """
-    key = _key(contents)
+    key = _unused_digits(contents)
     placeholders = Placeholders(control, key)
-    pieces = placeholders.pieces(render([placeholders.replaced(content) for content in contents]))
+    pieces = placeholders.pieces(render([placeholders.with_placeholders(content) for content in contents]))
     if placeholders.texts:
-        others = Placeholders(control, key.translate(_OTHER))
-        if others.pieces(render([others.replaced(content) for content in contents])) != pieces:
+        others = Placeholders(control, key.translate(_OTHER_DIGITS))
+        if others.pieces(render([others.with_placeholders(content) for content in contents])) != pieces:
             raise ModelError("The chat template cuts a message in the middle of a control string; leave such rows out.")
     return pieces
 
@@ -50,23 +49,23 @@ class Placeholders:
         self.texts: list[str] = []
         """What each stands for, by its number."""
 
-    def replaced(self, content: str) -> str:
+    def with_placeholders(self, content: str) -> str:
         """``content`` with a placeholder for each of its control strings."""
         parts, done = list[str](), 0
         for start, end in self._control.find(content):
             parts += [content[done:start], self._placeholder(content[start:end])]
             done = end
-        return self._guarded("".join([*parts, content[done:]]))
+        return self._guard_ends("".join([*parts, content[done:]]))
 
     def pieces(self, rendered: str) -> Pieces:
         """The rendered text, with what the placeholders stand for in their places again."""
         parts = re.split(f"{self._key}([0-9]{{{_WIDTH}}})", rendered)
-        return [(self.texts[int(part)], False) if place % 2 else (part, True) for place, part in enumerate(parts)]
+        return [(self.texts[int(part)], False) if position % 2 else (part, True) for position, part in enumerate(parts)]
 
-    def _guarded(self, content: str) -> str:
-        """``content``, with empty placeholders at ends that the template's text could make a control string of."""
+    def _guard_ends(self, content: str) -> str:
+        """``content``, with empty placeholders at ends that the template's text could extend to a control string."""
         core = content.strip()
-        if not self._control.may_grow(core):
+        if not self._control.may_extend(core):
             return content
         start = content.index(core)
         return content[:start] + self._placeholder("") + core + self._placeholder("") + content[start + len(core) :]
@@ -76,9 +75,9 @@ class Placeholders:
         return f"{self._key}{len(self.texts) - 1:0{_WIDTH}}"
 
 
-def _key(contents: Sequence[str]) -> str:
-    """Digits that no content has, nor their others: no usual filter of a template changes them."""
+def _unused_digits(contents: Sequence[str]) -> str:
+    """Digits that no content has, nor their translation: no usual filter of a template changes them."""
     while True:
         key = str(secrets.randbelow(9 * 10**39) + 10**39)
-        if not any(digits in content for content in contents for digits in (key, key.translate(_OTHER))):
+        if not any(digits in content for content in contents for digits in (key, key.translate(_OTHER_DIGITS))):
             return key

@@ -1,4 +1,4 @@
-"""Whether prompts can be rendered and leave room for an answer: of one question when it is played, of a file before."""
+"""Checks that prompts can be rendered and fit the context: of one question when it is leased, of a data file beforehand."""
 
 from __future__ import annotations
 
@@ -11,66 +11,70 @@ from treegrpo.core.question import Question
 from treegrpo.core.step import TokenIds
 from treegrpo.errors import DataError, ModelError
 
-HOPELESS = 20
-"""Questions that fail one after the other, and none that does not: then the others are not tried, for each takes its time."""
-SAMPLE = 4000
+MAX_LEADING_FAILURES = 20
+"""After this many failures and no success the remaining questions are skipped, since each takes its time."""
+MAX_QUESTIONS = 4000
 """Questions of a larger file that are rendered: the longest, one with each sequence of roles, and some of all the rest."""
 
 
-def check_prompt(question: Question, prompt: TokenIds, room: int) -> None:
-    """Raise DataError if ``prompt`` is empty, or leaves no room in a context of ``room`` tokens."""
-    if not 0 < len(prompt) < room:
+def check_prompt(question: Question, prompt: TokenIds, context: int) -> None:
+    """Raise DataError if ``prompt`` is empty, or leaves no room for an answer in a context of ``context`` tokens."""
+    if not 0 < len(prompt) < context:
         raise DataError(
-            f"The prompt of question {question.id} has {len(prompt)} tokens, which leaves no room in a context of {room}; "
+            f"The prompt of question {question.id} has {len(prompt)} tokens, which leaves no room in a context of {context}; "
             "raise rollout.max_context or leave the question out."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class PromptReport:
-    """What came of rendering questions."""
+    """The result of rendering the questions of a file."""
 
     lengths: tuple[int, ...]
     """In tokens, of those that could be rendered."""
     unfit: tuple[str, ...]
-    """Why each of those that leave no room, or nothing, does not fit."""
+    """The error of each that is empty or leaves no room in the context."""
     failed: tuple[str, ...]
-    """Why each of the others could not be rendered."""
-    alike: bool
-    """Different questions became one prompt."""
+    """The error of each that could not be rendered."""
+    all_identical: bool
+    """Different questions became the same prompt."""
 
     @property
     def count(self) -> int:
         return len(self.lengths) + len(self.failed)
 
 
-def render_all(tokenizer: Tokenizer, questions: Sequence[Question], room: int) -> PromptReport:
-    """Render ``questions``, a choice of them where there are many, as they will be for episodes of ``room`` tokens."""
+def render_prompts(tokenizer: Tokenizer, questions: Sequence[Question], context: int) -> PromptReport:
+    """Render ``questions``, a sample where there are many, as for episodes of ``context`` tokens."""
     lengths: list[int] = []
     unfit: list[str] = []
     failed: list[str] = []
     rendered: dict[tuple[str, ...], bytes] = {}
-    for question in _chosen(questions):
-        if len(failed) == HOPELESS and not lengths:
+    for question in _sample(questions):
+        if len(failed) == MAX_LEADING_FAILURES and not lengths:
             break
         try:
             prompt = tokenizer.render(question.prompt)
-        except ModelError as error:  # the template's word about this question, for the report
+        except ModelError as error:  # the template fails on this question: for the report
             failed.append(str(error))
             continue
         lengths.append(len(prompt))
         rendered[tuple(message.content.strip() for message in question.prompt)] = hashlib.sha256(prompt.tobytes()).digest()
         try:
-            check_prompt(question, prompt, room)
+            check_prompt(question, prompt, context)
         except DataError as error:  # for the report
             unfit.append(str(error))
-    alike = len(rendered) > 1 and len(set(rendered.values())) == 1
-    return PromptReport(tuple(lengths), tuple(unfit), tuple(failed), alike)
+    all_identical = len(rendered) > 1 and len(set(rendered.values())) == 1
+    return PromptReport(tuple(lengths), tuple(unfit), tuple(failed), all_identical)
 
 
-def _chosen(questions: Sequence[Question]) -> Sequence[Question]:
-    if len(questions) <= SAMPLE:
+def _sample(questions: Sequence[Question]) -> Sequence[Question]:
+    if len(questions) <= MAX_QUESTIONS:
         return questions
     by_size = sorted(questions, key=lambda question: sum(len(message.content) for message in question.prompt))
     roles = {tuple(message.role for message in question.prompt): question for question in questions}
-    return [*by_size[-SAMPLE // 2 :], *by_size[:: 2 * len(by_size) // SAMPLE + 1], *list(roles.values())[:SAMPLE]]
+    return [
+        *by_size[-MAX_QUESTIONS // 2 :],
+        *by_size[:: 2 * len(by_size) // MAX_QUESTIONS + 1],
+        *list(roles.values())[:MAX_QUESTIONS],
+    ]

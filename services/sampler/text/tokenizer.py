@@ -1,4 +1,4 @@
-"""Text and token ids. Only environments and prompts need text; what the policy produced stays ids.
+"""Converts between text and token ids. Only environments and prompts need text; what the policy produced stays ids.
 
 `Tokenizer.encode` and `Tokenizer.render` are the one way from text to ids. Contents are data: a control string in a
 question, a document or a tool's answer is encoded as plain text. Control tokens come from the chat template, and from what an
@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from services.environments.markup import Markup
 from services.sampler.text.control_tokens import ControlTokens
-from services.sampler.text.placeholders import rendered_pieces
+from services.sampler.text.placeholders import render_pieces
 from treegrpo.core.question import Message
 from treegrpo.core.step import TokenIds
 from treegrpo.errors import ModelError, describe
@@ -25,11 +25,11 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer with the few calls this project makes."""
+    """A Hugging Face tokenizer, reduced to the calls that this project makes."""
 
     def __init__(self, tokenizer: Any, eos: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._template: str | None = _source(tokenizer.chat_template)
+        self._template: str | None = _template_source(tokenizer.chat_template)
         self._control = ControlTokens(tokenizer.backend_tokenizer, self._template or "")
         self.eos = eos
         """Ids that end a sequence: the tokenizer's own and those of config.json and generation_config.json."""
@@ -77,18 +77,18 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> TokenIds:
-        """The ids of ``text``, read as plain text but for what `Markup` marks; no special token is added."""
+        """Encode ``text``, as plain text except for what `Markup` marks; adds no special token."""
         if isinstance(text, Markup):
             return self._control.encode([(text.before, True), (text.foreign, False), (text.after, True)])
         return self._control.encode([(text, False)])
 
     def decode(self, ids: Sequence[int] | TokenIds) -> str:
-        """The text of ``ids``, special tokens included, nothing tidied up."""
+        """Decode ``ids``, special tokens included, without cleaning up spaces."""
         plain = [int(token) for token in ids]
         return self._tokenizer.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def render(self, messages: Sequence[Message]) -> TokenIds:
-        """Prompt ids: the chat template up to where the policy goes on, or the plain contents if there is no template.
+        """Render a prompt: the chat template up to the generation prompt, or the plain contents if there is no template.
 
         The template's control strings are control tokens, those of the messages plain text.
 
@@ -99,19 +99,19 @@ class Tokenizer:
             return self.encode("\n".join(message.content for message in messages))
         contents = [replace_surrogates(message.content) for message in messages]
         roles = [message.role for message in messages]
-        return self._control.encode(rendered_pieces(contents, self._control, lambda texts: self._rendered(roles, texts)))
+        return self._control.encode(render_pieces(contents, self._control, lambda texts: self._apply_template(roles, texts)))
 
-    def _rendered(self, roles: Sequence[str], contents: Sequence[str]) -> str:
+    def _apply_template(self, roles: Sequence[str], contents: Sequence[str]) -> str:
         chat = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
             return self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template can raise any type
             raise ModelError(
-                f"The chat template fails on messages of the roles {', '.join(roles)} ({describe(error)}); mend it or the data."
+                f"The chat template fails on messages of the roles {', '.join(roles)} ({describe(error)}); fix it or the data."
             ) from error
 
 
-def _source(template: Any) -> str | None:
+def _template_source(template: Any) -> str | None:
     """The text of a chat template, or of several by name."""
     if not template:
         return None

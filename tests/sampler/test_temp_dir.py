@@ -45,7 +45,7 @@ def test_the_directory_is_gone_afterwards() -> None:
     assert not path.exists()
 
 
-def test_what_a_killed_sampler_leaves_is_removed_and_what_another_uses_is_not(tmp_path: Path) -> None:
+def test_a_killed_samplers_directory_is_removed_a_running_ones_is_not(tmp_path: Path) -> None:
     with sampler(tmp_path) as (_, living):
         with sampler(tmp_path) as (process, dead):
             process.kill()

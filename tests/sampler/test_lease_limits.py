@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from services.sampler.expansion.expander import Expander, Gate
+from services.sampler.expansion.expander import Expander, LeaseControl
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, deep, lease, plan, turns
 from treegrpo.core.budget import Budget, Cost
 from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
@@ -16,10 +16,10 @@ from treegrpo.core.step import Subtree
 CHAIN = plan(1, 0, 0)
 
 
-async def grown(given: Lease, engine: FakeEngine, gate: Gate | None = None) -> tuple[list[Subtree], LeaseEnd]:
+async def grown(given: Lease, engine: FakeEngine, control: LeaseControl | None = None) -> tuple[list[Subtree], LeaseEnd]:
     subtrees: list[Subtree] = []
     expander = Expander(engine, FakeEnvironment(), FakeText(), retries=0)
-    return subtrees, await expander.grow(given, subtrees.append, gate or Gate())
+    return subtrees, await expander.expand_lease(given, subtrees.append, control or LeaseControl())
 
 
 async def test_expansions_stop_when_the_grant_would_not_cover_another_step() -> None:
@@ -44,7 +44,7 @@ async def test_tool_calls_are_a_budget_too() -> None:
     assert end.reason is LeaseEndReason.BUDGET
 
 
-async def test_which_branches_a_grant_covers_does_not_depend_on_which_tree_is_quicker() -> None:
+async def test_which_branches_a_grant_covers_does_not_depend_on_timing() -> None:
     """Turns are answered in the order in which they come, and in another: nothing else may tell the two apart."""
 
     async def made(late: int) -> list[tuple[int, int]]:
@@ -65,7 +65,7 @@ async def test_which_branches_a_grant_covers_does_not_depend_on_which_tree_is_qu
     assert await made(late=0) == await made(late=1)
 
 
-async def test_whoever_goes_on_with_a_group_may_begin_what_the_first_would_have_begun() -> None:
+async def test_a_continued_group_has_the_branches_of_an_uninterrupted_one() -> None:
     whole = lease(plan(2, 4, 1), grant=Budget(150, 100))
     subtrees, end = await grown(whole, FakeEngine(deep(1)))
     assert end.reason is LeaseEndReason.BUDGET
@@ -79,22 +79,22 @@ async def test_whoever_goes_on_with_a_group_may_begin_what_the_first_would_have_
 
 
 async def test_stop_expanding_finishes_what_runs_and_begins_nothing() -> None:
-    gate, one = Gate(), lease(plan(2, 3, 2))
+    control, one = LeaseControl(), lease(plan(2, 3, 2))
 
     def script(prefix: str) -> str:
         if turns(prefix) == 1:
-            gate.stop()
+            control.stop_expanding()
         return deep(2)(prefix)  # type: ignore[return-value]
 
-    subtrees, end = await grown(one, FakeEngine(script), gate=gate)
+    subtrees, end = await grown(one, FakeEngine(script), control=control)
     assert [(s.tree, s.index, len(s.leaves)) for s in subtrees] == [(0, 0, 1), (1, 0, 1)]
     assert (end.reason, end.forgone) == (LeaseEndReason.STOPPED, 12)
 
 
 async def test_a_lease_that_is_stopped_before_it_began_does_nothing() -> None:
-    gate = Gate()
-    gate.stop()
-    subtrees, end = await grown(lease(plan(2, 1, 2)), FakeEngine(deep(1)), gate=gate)
+    control = LeaseControl()
+    control.stop_expanding()
+    subtrees, end = await grown(lease(plan(2, 1, 2)), FakeEngine(deep(1)), control=control)
     assert not subtrees
     assert (end.reason, end.forgone) == (LeaseEndReason.STOPPED, 4)
 
@@ -110,7 +110,7 @@ async def test_a_paused_run_begins_no_turn_until_it_runs_again() -> None:
         return deep(3)(prefix)  # type: ignore[return-value]
 
     engine = FakeEngine(script)
-    growing = asyncio.create_task(grown(lease(CHAIN), engine, gate=Gate(running)))
+    growing = asyncio.create_task(grown(lease(CHAIN), engine, control=LeaseControl(running)))
     await paused.wait()
     for _ in range(20):
         await asyncio.sleep(0)

@@ -83,7 +83,7 @@ async def ended(process: asyncio.subprocess.Process) -> str:
     return said.decode()
 
 
-async def test_questions_become_trees_under_the_newest_weights_until_the_run_drains(intake: IntakeProcess) -> None:
+async def test_questions_become_trees_under_the_newest_weights_until_a_drain(intake: IntakeProcess) -> None:
     metrics = free_address()
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(intake.serving(*ROLLOUT))

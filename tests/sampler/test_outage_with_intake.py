@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from services.sampler.expansion import availability
+from services.sampler.expansion.availability import CallTimings
 from services.sampler.expansion.expander import Expander
-from services.sampler.learner_link.channel import connect
-from services.sampler.learner_link.rollout_client import LearnerClient
-from services.sampler.learner_link.weight_sync import WeightStore
-from services.sampler.lease_worker import Identity
+from services.sampler.learner_link.channel import connect_learner
+from services.sampler.learner_link.rollout_client import RolloutClient
+from services.sampler.learner_link.weight_store import WeightStore
+from services.sampler.lease_worker import SamplerIdentity
 from services.sampler.service import Sampler
 from tests.control.brokers import embedded
 from tests.engines.builders import save_model
@@ -24,9 +24,11 @@ from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, deep
 from treegrpo.errors import ToolAwayError
 from treegrpo.observability.metrics import SamplerMetrics
 from treegrpo.security.credentials import OPEN
+from treegrpo.timing.backoff import Backoff
 from treegrpo.wire.control import ControlPlane, Member
 from treegrpo.wire.trainer_protocol import Done, Publish, Take, Taken, unpack_group
 
+IMPATIENT = CallTimings(wait_limit=0.01, probe_backoff=Backoff((0.005,), jitter=0.5))
 ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", "--rollout.max_turns", "2")
 
 
@@ -45,11 +47,11 @@ async def sampler(intake: IntakeProcess, environment: FakeEnvironment, root: Pat
     metrics, engine = SamplerMetrics(), FakeEngine(deep(1))
     member = Member("s1", "sampler", 1)
     async with ControlPlane.connect(intake.broker, intake.name, member) as control:
-        channel = await connect(intake.listen, OPEN)
-        expander = Expander(engine, environment, FakeText(), retries=0, metrics=metrics)
-        store, client = WeightStore(channel, root, metrics), LearnerClient(channel, intake.listen, metrics)
-        whole = Sampler(Identity("s1", 1, "fake", 16), engine, expander, store, client, control, metrics)
-        running = asyncio.create_task(whole.run())
+        channel = await connect_learner(intake.listen, OPEN)
+        expander = Expander(engine, environment, FakeText(), retries=0, metrics=metrics, timings=IMPATIENT)
+        store, client = WeightStore(channel, root, metrics), RolloutClient(channel, intake.listen, metrics)
+        parts = Sampler(SamplerIdentity("s1", 1, "fake", 16), engine, expander, store, client, control, metrics)
+        running = asyncio.create_task(parts.serve_until_drained())
         try:
             yield
         finally:
@@ -65,12 +67,8 @@ async def counted(intake: IntakeProcess, name: str, least: int) -> dict[str, flo
     return samples
 
 
-async def test_no_question_is_blamed_for_an_outage_however_long(
-    intake: IntakeProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_question_is_blamed_for_an_outage_however_long(intake: IntakeProcess, tmp_path: Path) -> None:
     """It lasts for more leases in a row than the intake would bear without a leaf, if they had failed."""
-    monkeypatch.setattr(availability, "PATIENCE_SECONDS", 0.01)
-    monkeypatch.setattr(availability, "PROBE_SECONDS", (0.005,))
     environment = FakeEnvironment()
     environment.away = ToolAwayError("tool", "nowhere", "does not answer", certain=True)
     probes = iter(range(1_000_000))

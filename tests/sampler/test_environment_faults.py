@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.environments.base import Outcome
-from services.sampler.expansion.expander import Expander, Gate
+from services.sampler.expansion.expander import Expander, LeaseControl
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Session, deep, lease, plan
 from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.core.step import StepStatus, Subtree
@@ -18,7 +18,7 @@ from treegrpo.observability.metrics import SamplerMetrics
 CHAIN = plan(1, 0, 0)
 
 
-class Scored(FakeEnvironment):
+class ScoringEnvironment(FakeEnvironment):
     """Scores with ``score``, which is called with the number of the episode."""
 
     def __init__(self, score: Callable[[int], Any]) -> None:
@@ -36,7 +36,7 @@ async def grown(
 ) -> tuple[list[Subtree], LeaseEnd]:
     subtrees: list[Subtree] = []
     expander = Expander(FakeEngine(deep(tools)), environment, FakeText(), retries=2, metrics=metrics)
-    return subtrees, await expander.grow(given, subtrees.append, Gate())
+    return subtrees, await expander.expand_lease(given, subtrees.append, LeaseControl())
 
 
 def errors(metrics: SamplerMetrics, kind: str) -> float | None:
@@ -45,7 +45,7 @@ def errors(metrics: SamplerMetrics, kind: str) -> float | None:
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf, None, "much"])
 async def test_a_reward_that_is_no_number_leaves_out_its_branch_alone(reward: Any) -> None:
-    environment = Scored(lambda episode: {"right": reward if episode == 2 else 1.0})
+    environment = ScoringEnvironment(lambda episode: {"right": reward if episode == 2 else 1.0})
     one = lease(plan(2, 1, 2))
     subtrees, end = await grown(one, environment)
     assert end == LeaseEnd(one.id, LeaseEndReason.COMPLETE)
@@ -56,7 +56,7 @@ async def test_a_reward_that_is_no_number_leaves_out_its_branch_alone(reward: An
 
 
 async def test_rewards_whose_sum_is_not_finite_are_no_reward() -> None:
-    (chain,), end = await grown(lease(CHAIN), Scored(lambda _: {"a": 1e308, "b": 1e308}))
+    (chain,), end = await grown(lease(CHAIN), ScoringEnvironment(lambda _: {"a": 1e308, "b": 1e308}))
     assert not chain.leaves
     assert "finite" in end.error
 

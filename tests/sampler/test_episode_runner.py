@@ -10,28 +10,28 @@ import pytest
 
 from services.environments.base import Forking
 from services.sampler.engines.base import Completion, Sampling
-from services.sampler.expansion import retries as trying
-from services.sampler.expansion.expander import Expander, Gate
+from services.sampler.expansion.expander import Expander, LeaseControl
+from tests.sampler.expansion_harness import FAST
 from tests.sampler.fakes import EOS, MERGED, FakeEngine, FakeEnvironment, FakeText, Session, deep, lease, plan, turns
 from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.core.step import ROOT, PolicyVersion, StepStatus, Subtree, TokenIds, VersionSpan
 from treegrpo.errors import EngineError
 from treegrpo.observability.metrics import SamplerMetrics
+from treegrpo.wire.size_limits import TEXT_LENGTH
 
 CHAIN = plan(1, 0, 0)
 
 
-@pytest.fixture(autouse=True)
-def _retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    monkeypatch.setattr(trying, "FIRST_WAIT_SECONDS", 0.0)
-
-
 async def grown(
-    given: Lease, engine: FakeEngine, environment: FakeEnvironment | None = None, gate: Gate | None = None, retries: int = 2
+    given: Lease,
+    engine: FakeEngine,
+    environment: FakeEnvironment | None = None,
+    control: LeaseControl | None = None,
+    retries: int = 2,
 ) -> tuple[list[Subtree], LeaseEnd]:
     subtrees: list[Subtree] = []
-    expander = Expander(engine, environment or FakeEnvironment(), FakeText(), retries=retries)
-    return subtrees, await expander.grow(given, subtrees.append, gate or Gate())
+    expander = Expander(engine, environment or FakeEnvironment(), FakeText(), retries=retries, timings=FAST)
+    return subtrees, await expander.expand_lease(given, subtrees.append, control or LeaseControl())
 
 
 async def test_a_prefix_is_the_prompt_and_the_ids_exactly_as_sampled() -> None:
@@ -81,10 +81,11 @@ async def test_after_max_turns_one_more_turn_follows_without_tools() -> None:
     assert (leaf.node, leaf.metrics["last"], leaf.rewards["right"]) == (chain.steps[-1].node, 1.0, 0.0)
 
 
-async def test_a_tool_call_is_noted_no_longer_than_the_learner_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sampler.expansion.episode_runner.TEXT_LENGTH", 6)
-    (chain,), _ = await grown(lease(CHAIN), FakeEngine(lambda _prefix: "words!"))
-    assert chain.steps[0].tool + chain.steps[0].tool_arguments == "lookwo"
+async def test_a_tool_call_is_noted_no_longer_than_the_learner_takes() -> None:
+    action, room = "x" * TEXT_LENGTH + "s!", 9 * TEXT_LENGTH
+    large = lease(plan(1, 0, 0, max_turns=1, max_action_tokens=2 * TEXT_LENGTH, max_context=room))
+    (chain,), _ = await grown(large, FakeEngine(lambda _prefix: action, room))
+    assert chain.steps[0].tool + chain.steps[0].tool_arguments == "look" + action[: TEXT_LENGTH - 4]
 
 
 async def test_a_branch_counts_the_turns_of_its_path() -> None:
@@ -153,8 +154,8 @@ async def test_an_engine_that_stays_broken_leaves_the_branch_without_a_reward() 
         return "s!"
 
     subtrees: list[Subtree] = []
-    expander = Expander(FakeEngine(script), FakeEnvironment(), FakeText(), retries=2, metrics=metrics)
-    end = await expander.grow(lease(CHAIN), subtrees.append, Gate())
+    expander = Expander(FakeEngine(script), FakeEnvironment(), FakeText(), retries=2, metrics=metrics, timings=FAST)
+    end = await expander.expand_lease(lease(CHAIN), subtrees.append, LeaseControl())
     (chain,) = subtrees
     assert [step.status for step in chain.steps] == [StepStatus.OK, StepStatus.ENGINE_ERROR]
     assert chain.steps[1].action.size == chain.steps[1].logprobs.size == 0
@@ -163,7 +164,7 @@ async def test_an_engine_that_stays_broken_leaves_the_branch_without_a_reward() 
     assert metrics.registry.get_sample_value("treegrpo_sampler_errors_total", {"type": "EngineError"}) == 3
 
 
-class Spoiled(FakeEngine):
+class InvalidLogprobEngine(FakeEngine):
     """Its first ``times`` answers have log-probabilities that no policy gives."""
 
     def __init__(self, times: int, value: float) -> None:
@@ -178,13 +179,13 @@ class Spoiled(FakeEngine):
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, 0.31])
-async def test_logprobs_that_nobody_could_train_on_are_an_engine_error_and_cost_what_they_cost(value: float) -> None:
-    (whole,), _ = await grown(lease(CHAIN), Spoiled(0, value))
-    (chain,), end = await grown(lease(CHAIN), Spoiled(1, value))
+async def test_invalid_logprobs_are_an_engine_error_and_are_paid_for(value: float) -> None:
+    (whole,), _ = await grown(lease(CHAIN), InvalidLogprobEngine(0, value))
+    (chain,), end = await grown(lease(CHAIN), InvalidLogprobEngine(1, value))
     assert end.reason is LeaseEndReason.COMPLETE
     assert np.isfinite(chain.steps[0].logprobs).all()
     assert chain.cost.decoded == 2 * whole.cost.decoded
-    (chain,), end = await grown(lease(CHAIN), Spoiled(3, value))
+    (chain,), end = await grown(lease(CHAIN), InvalidLogprobEngine(3, value))
     assert chain.steps[0].status is StepStatus.ENGINE_ERROR
     assert chain.cost.decoded == 3 * whole.cost.decoded
 

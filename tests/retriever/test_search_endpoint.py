@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 
-from services.retriever import search_endpoint as module
-from services.retriever.index import QUERY_WORDS, Document, Hit, Index, words
-from services.retriever.search_endpoint import Book
-from services.retriever.service import app
+from services.retriever.http_limits import RetrieverLimits
+from services.retriever.index import QUERY_WORDS, Document, Hit, Index, split_terms
+from services.retriever.search_endpoint import RefusalRecorder, send_response
+from services.retriever.service import create_app
 from treegrpo.net.limits import LOOP_BYTES, TOPK
 from treegrpo.observability.metrics import RetrieverMetrics
 from treegrpo.security.credentials import OPEN
@@ -26,7 +26,7 @@ from treegrpo.security.credentials import OPEN
 DOCUMENTS = [Document(id=str(number), contents=f"Town {number}\nA town by the river.") for number in range(5)]
 
 
-class Slow(Index):
+class BlockingIndex(Index):
     """An index whose searches wait until they are let go."""
 
     def __init__(self) -> None:
@@ -45,14 +45,14 @@ class Slow(Index):
         return super().search(query, topk)
 
 
-def serving(index: Index) -> Starlette:
+def serving(index: Index, limits: RetrieverLimits | None = None) -> Starlette:
     metrics = RetrieverMetrics()
-    return app(index, metrics, OPEN, Book(metrics))
+    return create_app(index, metrics, OPEN, RefusalRecorder(metrics), limits)
 
 
 @asynccontextmanager
-async def client(index: Index) -> AsyncGenerator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(serving(index))
+async def client(index: Index, limits: RetrieverLimits | None = None) -> AsyncGenerator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(serving(index, limits))
     async with httpx.AsyncClient(transport=transport, base_url="http://here") as made:
         yield made
 
@@ -78,7 +78,7 @@ async def test_more_documents_than_there_are_is_all_of_them() -> None:
 
 
 async def test_searches_leave_the_event_loop_to_others() -> None:
-    index = Slow()
+    index = BlockingIndex()
     async with client(index) as web:
         searching = asyncio.create_task(retrieve(web, ["town"]))
         await asyncio.to_thread(index.begun.wait, 20)
@@ -87,10 +87,9 @@ async def test_searches_leave_the_event_loop_to_others() -> None:
         assert (await searching).status_code == 200
 
 
-async def test_requests_take_turns_query_by_query(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SEARCHES", 1)
-    index = Slow()
-    async with client(index) as web:
+async def test_requests_take_turns_query_by_query() -> None:
+    index = BlockingIndex()
+    async with client(index, RetrieverLimits(searches=1)) as web:
         many = asyncio.create_task(retrieve(web, [f"many {number}" for number in range(9)]))
         await asyncio.to_thread(index.begun.wait, 20)
         one = asyncio.create_task(retrieve(web, ["one"]))
@@ -101,10 +100,9 @@ async def test_requests_take_turns_query_by_query(monkeypatch: pytest.MonkeyPatc
     assert index.asked.index("one") < 9
 
 
-async def test_more_requests_than_may_wait_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WAITING", 1)
-    index = Slow()
-    async with client(index) as web:
+async def test_more_requests_than_may_wait_are_sent_away() -> None:
+    index = BlockingIndex()
+    async with client(index, RetrieverLimits(waiting=1)) as web:
         first = asyncio.create_task(retrieve(web, ["town"]))
         await asyncio.to_thread(index.begun.wait, 20)
         second = await retrieve(web, ["town"])
@@ -114,27 +112,24 @@ async def test_more_requests_than_may_wait_are_sent_away(monkeypatch: pytest.Mon
         assert 'refused_total{reason="busy"} 1.0' in (await web.get("/metrics")).text
 
 
-async def test_a_search_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.05)
-    index = Slow()
-    async with client(index) as web:
+async def test_a_search_that_takes_too_long_is_given_up() -> None:
+    index = BlockingIndex()
+    async with client(index, RetrieverLimits(search_seconds=0.05)) as web:
         answer = await retrieve(web, ["town"])
         index.free.set()
         assert (answer.status_code, "takes longer than" in answer.json()["error"]) == (503, True)
 
 
-async def test_an_answer_is_no_larger_than_a_client_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_BYTES", 1000)
-    async with client(Index(DOCUMENTS)) as web:
+async def test_an_answer_is_no_larger_than_a_client_takes() -> None:
+    async with client(Index(DOCUMENTS), RetrieverLimits(response_bytes=1000)) as web:
         answer = await retrieve(web, ["town"] * 20)
         assert (answer.status_code, "more than 1000 bytes" in answer.json()["error"]) == (413, True)
         assert (await retrieve(web, ["town"])).status_code == 200
 
 
-async def test_large_requests_wait_for_a_place_and_small_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LARGE_REQUESTS", 1)
-    index, large = Slow(), ["town " + "x" * 60_000] * (1 + LOOP_BYTES // 60_000)
-    async with client(index) as web:
+async def test_large_requests_wait_for_a_slot_and_small_ones_do_not() -> None:
+    index, large = BlockingIndex(), ["town " + "x" * 60_000] * (1 + LOOP_BYTES // 60_000)
+    async with client(index, RetrieverLimits(large_requests=1)) as web:
         first = asyncio.create_task(retrieve(web, large))
         await asyncio.to_thread(index.begun.wait, 20)
         second = asyncio.create_task(retrieve(web, ["second", *large]))
@@ -160,7 +155,7 @@ async def test_large_requests_wait_for_a_place_and_small_ones_do_not(monkeypatch
 )
 def test_a_query_is_taken_apart_in_linear_time(text: str) -> None:
     began = time.process_time()
-    words(text)
+    split_terms(text)
     assert time.process_time() - began < 1.5
 
 
@@ -168,7 +163,7 @@ def test_a_query_is_taken_apart_in_linear_time(text: str) -> None:
 def test_letter_by_letter_gives_the_terms_of_the_whole_text(text: str) -> None:
     plain = unicodedata.normalize("NFKD", text.casefold())
     whole = "".join(letter if not unicodedata.combining(letter) else "" for letter in plain)
-    assert words(text) == re.findall(r"\w+", whole)
+    assert split_terms(text) == re.findall(r"\w+", whole)
 
 
 def test_the_first_terms_of_a_long_query_count() -> None:
@@ -184,6 +179,6 @@ async def test_an_answer_is_sent_in_slices() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await module.send_answer([b"x" * 200_000, b"y"], send)
+    await send_response([b"x" * 200_000, b"y"], send)
     assert [len(message["body"]) for message in sent[1:]] == [65536, 65536, 65536, 200_001 - 3 * 65536, 0]
     assert dict(sent[0]["headers"])[b"content-length"] == b"200001"

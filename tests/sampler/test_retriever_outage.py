@@ -11,20 +11,13 @@ import pytest
 
 from services.environments.retrieval import HttpRetriever
 from services.environments.search_qa import SearchQA
-from services.sampler.expansion import availability, retries
+from tests.sampler.expansion_harness import ExpansionHarness
 from tests.sampler.fakes import FakeEngine, lease, plan
-from tests.sampler.growing import Growing
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.core.step import StepStatus
 
 
-@pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    monkeypatch.setattr(availability, "PROBE_SECONDS", (0.001,))
-    monkeypatch.setattr(retries, "FIRST_WAIT_SECONDS", 0.0)
-
-
-class Server:
+class RetrievalServer:
     """A retrieval server on one port that comes and goes, and answers with what ``status`` says of a query."""
 
     def __init__(self) -> None:
@@ -52,7 +45,7 @@ class Server:
 
 
 @asynccontextmanager
-async def searching(server: Server) -> AsyncGenerator[Growing]:
+async def searching(server: RetrievalServer) -> AsyncGenerator[ExpansionHarness]:
     """A policy that searches once and then answers, with a real client of ``server``."""
     if not server.port:
         async with server.up():
@@ -63,51 +56,51 @@ async def searching(server: Server) -> AsyncGenerator[Growing]:
 
     async with HttpRetriever(f"http://127.0.0.1:{server.port}", 5.0) as retriever:
         environment = SearchQA(retriever, topk=1, max_observation_tokens=99, count_tokens=len)
-        yield Growing(FakeEngine(script), environment)
+        yield ExpansionHarness(FakeEngine(script), environment)
 
 
 SEARCHES = lease(plan(2, 1, 3, max_action_tokens=60, max_context=900))
 
 
-async def test_a_retriever_that_comes_back_is_waited_for_as_if_nothing_had_happened() -> None:
-    server = Server()
+async def test_a_retriever_that_comes_back_is_waited_for_at_no_cost() -> None:
+    server = RetrievalServer()
     async with server.up(), searching(server) as undisturbed:
-        assert (await undisturbed.grow(SEARCHES)).reason is LeaseEndReason.COMPLETE
+        assert (await undisturbed.expand(SEARCHES)).reason is LeaseEndReason.COMPLETE
     server.queries.clear()
-    async with searching(server) as growing:
-        end = asyncio.create_task(growing.grow(SEARCHES))
-        await growing.until_away()
-        want = growing.tools.want
-        assert want is not None
+    async with searching(server) as harness:
+        end = asyncio.create_task(harness.expand(SEARCHES))
+        await harness.until_changed()
+        wait_reason = harness.tools.wait_reason
+        assert wait_reason is not None
         assert (
             f"the retriever at http://127.0.0.1:{server.port}/retrieve, which does not answer (All connection attempts failed)"
-            in want.what
+            in wait_reason.what
         )
         async with server.up():
             assert await end == LeaseEnd(SEARCHES.id, LeaseEndReason.COMPLETE)
-    assert growing.failed == []
-    assert sum(s.cost.tool_calls for s in growing.subtrees) == sum(s.cost.tool_calls for s in undisturbed.subtrees)
-    assert sum(s.cost.tokens for s in growing.subtrees) == sum(s.cost.tokens for s in undisturbed.subtrees)
-    waited = growing.metrics.registry.get_sample_value("treegrpo_sampler_away_seconds_total", {"part": "retriever"})
+    assert harness.failed == []
+    assert sum(s.cost.tool_calls for s in harness.subtrees) == sum(s.cost.tool_calls for s in undisturbed.subtrees)
+    assert sum(s.cost.tokens for s in harness.subtrees) == sum(s.cost.tokens for s in undisturbed.subtrees)
+    waited = harness.metrics.registry.get_sample_value("treegrpo_sampler_away_seconds_total", {"part": "retriever"})
     assert waited
     assert waited > 0
-    assert growing.errors("ToolAwayError")
-    assert growing.tools.want is None
+    assert harness.errors("ToolAwayError")
+    assert harness.tools.wait_reason is None
 
 
-async def test_a_retriever_that_says_not_now_is_waited_for_though_it_answers_probes() -> None:
-    server = Server()
+async def test_a_busy_retriever_is_waited_for_though_it_answers_probes() -> None:
+    server = RetrievalServer()
     refusals = iter([429, 503, 429])
     server.status = lambda query: 200 if query == "anything" else next(refusals, 200)
-    async with server.up(), searching(server) as growing:
-        assert (await growing.grow(SEARCHES)).reason is LeaseEndReason.COMPLETE
-    assert growing.failed == []
-    assert growing.errors("ToolAwayError") == 3
+    async with server.up(), searching(server) as harness:
+        assert (await harness.expand(SEARCHES)).reason is LeaseEndReason.COMPLETE
+    assert harness.failed == []
+    assert harness.errors("ToolAwayError") == 3
 
 
 @pytest.mark.parametrize("status", [400, 500])
 async def test_a_query_that_no_retriever_answers_is_its_branchs_own_fault(status: int) -> None:
-    server = Server()
+    server = RetrievalServer()
     first: list[str] = []
 
     def answer(query: str) -> int:
@@ -117,6 +110,6 @@ async def test_a_query_that_no_retriever_answers_is_its_branchs_own_fault(status
         return 200
 
     server.status = answer
-    async with server.up(), searching(server) as growing:
-        assert (await growing.grow(SEARCHES)).reason is LeaseEndReason.COMPLETE
-    assert growing.failed == [StepStatus.TOOL_ERROR]
+    async with server.up(), searching(server) as harness:
+        assert (await harness.expand(SEARCHES)).reason is LeaseEndReason.COMPLETE
+    assert harness.failed == [StepStatus.TOOL_ERROR]
