@@ -138,12 +138,8 @@ async def test_a_slow_handshake_with_the_retriever_is_hung_up_on(tmp_path: Path,
 @pytest.mark.parametrize("seconds", [(0.3, 60.0), (10.0, 0.3)], ids=["reads nothing", "takes too long"])
 async def test_who_does_not_read_a_large_answer_is_hung_up_on(tmp_path: Path, seconds: tuple[float, float]) -> None:
     body = json.dumps({"queries": ["kabul"] * 1024, "topk": 100}).encode()
-    async with retriever(
-        tmp_path,
-        OPEN,
-        limits=RetrieverLimits(request_seconds=seconds[0], search_seconds=seconds[1]),
-        contents="Kabul\n" + "large " * 4000,
-    ) as address:
+    limits = RetrieverLimits(request_seconds=seconds[0], response_seconds=seconds[1])
+    async with retriever(tmp_path, OPEN, "Kabul\n" + "large " * 4000, limits) as address:
         host, _, port = address.rpartition(":")
         with socket.create_connection((host, int(port))) as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
