@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -17,7 +16,6 @@ from treegrpo.net import limits
 from treegrpo.security.credentials import CertificateFiles, Credentials
 from treegrpo.security.tls_reload import CertificateReload
 
-log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 HEALTH_SECONDS = 2.0
 """The longest a learner that is not ready may take to say why."""
