@@ -46,7 +46,7 @@ def fill(disk: InMemoryFileSystem) -> None:
     disk.size -= disk.free_bytes(FOLDER)
 
 
-async def test_on_a_full_disk_what_is_under_way_comes_in_and_ready_groups_get_their_positions() -> None:
+async def test_a_full_disk_still_takes_open_leases_and_positions() -> None:
     disk, made = InMemoryFileSystem(), book(batch=2, max_lag=3)
     async with at_work(disk) as journal:
         clerk = Clerk(made, journal, RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2))
@@ -76,7 +76,7 @@ async def test_on_a_full_disk_what_is_under_way_comes_in_and_ready_groups_get_th
                 await asyncio.sleep(0.001)
 
 
-async def test_when_the_reserve_is_used_up_too_the_disk_refuses_and_loses_nothing() -> None:
+async def test_a_disk_without_its_reserve_refuses_and_loses_nothing() -> None:
     disk = InMemoryFileSystem()
     async with at_work(disk) as journal:
         await journal.append_record({"n": 0})

@@ -61,7 +61,7 @@ async def served(folder: Path) -> AsyncGenerator[tuple[PublishedVersions, Weight
 
 
 @pytest.mark.parametrize("damage", ["turned", "torn", "missing"])
-async def test_weights_damaged_after_they_were_published_are_not_served(tmp_path: Path, damage: str) -> None:
+async def test_weights_damaged_after_publishing_are_not_served(tmp_path: Path, damage: str) -> None:
     """The sampler gets an error, the trainer is asked for the version again, and what it writes then is served."""
     folder, told = written(tmp_path / "1.4"), list[str]()
     async with served(folder) as (versions, store):
@@ -83,7 +83,7 @@ async def test_weights_damaged_after_they_were_published_are_not_served(tmp_path
         assert (await store.fetch_version(await store.describe_newest()) / "model.safetensors").read_bytes() == data
 
 
-async def test_a_file_of_the_samplers_own_that_was_damaged_is_fetched_again(tmp_path: Path) -> None:
+async def test_a_damaged_file_in_the_samplers_store_is_fetched_again(tmp_path: Path) -> None:
     async with served(written(tmp_path / "1.4")) as (versions, store):
         kept = await store.fetch_version(await store.describe_newest())
         (kept / "model.safetensors").write_bytes(b"v" * 3_000_000)
@@ -99,7 +99,7 @@ def connected(path: Path) -> IntakeClient:
             return IntakeClient(str(path))
 
 
-async def test_a_socket_that_was_removed_is_there_again(tmp_path: Path) -> None:
+async def test_a_removed_socket_is_bound_again(tmp_path: Path) -> None:
     path = tmp_path / "intake.sock"
     async with serve_trainer(cast("Any", None), str(path), rebind_check_seconds=0.01), asyncio.timeout(20):
         path.unlink()
@@ -107,7 +107,7 @@ async def test_a_socket_that_was_removed_is_there_again(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-async def test_what_took_the_place_of_the_socket_is_left_alone(tmp_path: Path) -> None:
+async def test_a_directory_in_place_of_the_socket_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "intake.sock"
     async with serve_trainer(cast("Any", None), str(path)):
         path.unlink()
@@ -126,7 +126,7 @@ def watched(run_dir: Path) -> Any:
         yield DirectoryMonitor(disk, journal, SnapshotStore(disk, run_dir / "snapshots"), run_dir)
 
 
-async def test_a_segment_that_was_removed_is_replaced_by_a_snapshot(tmp_path: Path) -> None:
+async def test_a_removed_segment_is_replaced_by_a_snapshot(tmp_path: Path) -> None:
     asked: list[int] = []
     with watched(tmp_path / "run") as watch:
         watch.check_directories(lambda: asked.append(1))
@@ -138,7 +138,7 @@ async def test_a_segment_that_was_removed_is_replaced_by_a_snapshot(tmp_path: Pa
 
 
 @pytest.mark.parametrize("gone", ["run", "run/journal"])
-async def test_a_directory_that_is_gone_ends_the_run_with_a_sentence(tmp_path: Path, gone: str) -> None:
+async def test_a_removed_directory_ends_the_run(tmp_path: Path, gone: str) -> None:
     with watched(tmp_path / "run") as watch:
         (tmp_path / gone).rename(tmp_path / "elsewhere")
         (tmp_path / gone).mkdir()

@@ -25,7 +25,7 @@ async def first_answer(address: str) -> int:
         return (await stub(channel).Check(request, wait_for_ready=True, timeout=30)).status
 
 
-async def test_it_serves_when_it_has_recovered_and_no_more_once_it_drains(intake: IntakeProcess) -> None:
+async def test_health_is_serving_after_recovery_until_the_drain(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await publish(intake, peers.trainer, 0, 0)
         await peers.sampler.want(3)

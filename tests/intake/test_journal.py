@@ -52,7 +52,7 @@ def read(disk: FileSystem, folder: Path = FOLDER, first: int = 1) -> list[Any]:
     return [record.get("n") for record in SegmentReader(disk, folder, first)]
 
 
-async def test_what_was_acknowledged_is_read_back_in_order(tmp_path: Path) -> None:
+async def test_acknowledged_records_are_read_back_in_order(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "journal"
     await write(LocalFileSystem(), {"n": 1}, {"n": 2}, folder=folder)
     await write(LocalFileSystem(), {"n": 3}, folder=folder)
@@ -61,7 +61,7 @@ async def test_what_was_acknowledged_is_read_back_in_order(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("lost", range(1, 45))
-async def test_a_torn_tail_is_left_out_with_a_word_and_the_rest_kept(lost: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_torn_tail_is_cut_off_with_a_warning(lost: int, caplog: pytest.LogCaptureFixture) -> None:
     disk = InMemoryFileSystem()
     torn = {"n": 2, "text": "x" * 40}
     await write(disk, {"n": 1}, torn)
@@ -74,7 +74,7 @@ async def test_a_torn_tail_is_left_out_with_a_word_and_the_rest_kept(lost: int, 
     assert "not acknowledged yet, or the disk has damaged one that was" in caplog.text  # nobody can tell which
 
 
-async def test_zeros_where_a_commit_was_to_be_are_a_torn_tail() -> None:
+async def test_zeros_at_the_end_are_a_torn_tail() -> None:
     disk = InMemoryFileSystem()
     await write(disk, {"n": 1})
     disk.files[segment_path(FOLDER, 1)].data += bytes(5000)
@@ -91,7 +91,7 @@ async def test_damage_before_a_later_commit_is_no_torn_tail(place: int) -> None:
 
 
 @pytest.mark.parametrize("lost", [1, len(encode_frame([encode_record({"n": 2})])), 30])
-async def test_an_earlier_segment_that_lacks_its_end_is_damaged(lost: int) -> None:
+async def test_an_earlier_segment_without_its_end_is_damaged(lost: int) -> None:
     disk = InMemoryFileSystem()
     await write(disk, {"n": 1}, {"n": 2})
     await write(disk, {"n": 3})
@@ -123,7 +123,7 @@ def test_a_journal_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Pa
         read(LocalFileSystem(), tmp_path)
 
 
-async def test_a_cut_begins_a_segment_and_says_its_number_when_what_came_before_is_durable() -> None:
+async def test_start_segment_returns_its_number_once_all_before_is_durable() -> None:
     disk = InMemoryFileSystem()
     async with at_work(disk) as journal:
         before = journal.append_record({"n": 1})
@@ -136,7 +136,7 @@ async def test_a_cut_begins_a_segment_and_says_its_number_when_what_came_before_
 
 @pytest.mark.parametrize("call", ["write", "create"])
 @pytest.mark.parametrize("partial", [0.0, 0.5, 1.0])
-async def test_a_full_disk_blocks_until_it_has_room_and_nothing_is_lost(
+async def test_a_full_disk_blocks_the_journal_and_loses_nothing(
     call: str, partial: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk = InMemoryFileSystem()
@@ -187,7 +187,7 @@ async def test_after_a_failed_fsync_the_batch_goes_to_a_new_segment(call: str) -
     assert read(disk.after_crash()) == [1, 2, 3], "a second fsync of the same file would have kept nothing"
 
 
-async def test_who_feeds_the_journal_waits_while_too_much_is_unwritten() -> None:
+async def test_senders_wait_while_too_much_is_unwritten() -> None:
     disk = InMemoryFileSystem()
     disk.full = {"create": 1_000_000}
     async with at_work(disk) as journal:
@@ -208,13 +208,13 @@ async def test_who_feeds_the_journal_waits_while_too_much_is_unwritten() -> None
         assert journal.backlog_bytes == 0
 
 
-async def test_a_record_too_large_to_be_read_again_is_not_taken() -> None:
+async def test_a_record_beyond_the_limit_is_refused() -> None:
     async with at_work(InMemoryFileSystem()) as journal:
         with pytest.raises(ValueError, match="larger than the limit"):
             journal.append_record({"data": bytes(MAX_RECORD_BYTES)})
 
 
-async def test_what_is_in_line_at_the_end_is_written() -> None:
+async def test_pending_records_are_written_at_the_end() -> None:
     disk = InMemoryFileSystem()
     with Journal.open_journal(disk, FOLDER, JournalEnd()) as journal:
         for n in range(3):
@@ -222,7 +222,7 @@ async def test_what_is_in_line_at_the_end_is_written() -> None:
     assert read(disk) == [0, 1, 2]
 
 
-async def test_a_disk_that_is_full_at_the_end_is_no_error_but_said(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_disk_that_is_full_at_the_end_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     disk = InMemoryFileSystem()
     disk.full = {"write": 1}
     with Journal.open_journal(disk, FOLDER, JournalEnd()) as journal:
@@ -230,7 +230,7 @@ async def test_a_disk_that_is_full_at_the_end_is_no_error_but_said(caplog: pytes
     assert "1 events are not in the journal" in caplog.text
 
 
-async def test_a_commit_under_way_at_the_end_is_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cancelled_commit_is_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     syncing, go_on = threading.Event(), threading.Event()
     sync = os.fsync
 
@@ -282,7 +282,7 @@ async def three_lives(disk: InMemoryFileSystem, acked: list[int]) -> None:
 
 
 @pytest.mark.parametrize("partial", [0.0, 0.3, 0.9, 1.0])
-async def test_killed_at_any_call_what_was_acked_is_there_and_what_is_there_was_written(partial: float) -> None:
+async def test_a_crash_at_any_call_keeps_acknowledged_records_and_no_others(partial: float) -> None:
     whole, everything = InMemoryFileSystem(), list[int]()
     await three_lives(whole, everything)
     calls = len(whole.log)

@@ -15,7 +15,7 @@ def versions(path: Path) -> list[str]:
     return [json.loads(line)["version"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_record_is_written_once_however_often_it_is_said_and_whoever_asks(tmp_path: Path) -> None:
+def test_a_repeated_progress_record_is_written_once(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     first = ProgressLog(path)
     for row in (step(1), step(1), step(2)):
@@ -27,7 +27,7 @@ def test_a_record_is_written_once_however_often_it_is_said_and_whoever_asks(tmp_
     assert versions(path) == ["0.1", "0.2", "1.2", "1.3", "1.3"]
 
 
-def test_a_line_that_a_crash_has_torn_is_cut_off_and_written_when_it_is_said_again(tmp_path: Path) -> None:
+def test_a_torn_progress_line_is_cut_off_and_written_again(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     for row in (step(1), step(2)):
         ProgressLog(path).append_row(row)
@@ -39,7 +39,7 @@ def test_a_line_that_a_crash_has_torn_is_cut_off_and_written_when_it_is_said_aga
     assert versions(path) == ["0.1", "0.2"]
 
 
-def test_what_may_happen_twice_is_written_twice(tmp_path: Path) -> None:
+def test_a_record_of_a_repeating_kind_is_written_each_time(tmp_path: Path) -> None:
     file = ProgressLog(tmp_path / "progress.jsonl")
     for _ in range(2):
         file.append_row({"kind": "waiting", "for": "a sampler", "version": ""})

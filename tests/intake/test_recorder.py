@@ -16,7 +16,7 @@ def reporter(tmp_path: Path) -> RunRecorder:
     return RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=4)
 
 
-def test_a_group_whose_leaves_all_earn_the_same_is_counted_as_without_signal(tmp_path: Path) -> None:
+def test_a_group_with_equal_rewards_counts_as_zero_signal(tmp_path: Path) -> None:
     made, told = book(), reporter(tmp_path)
     for rewards in ((1.0, 1.0), (0.0, 0.0), (1.0, 0.0)):
         lease = grant(made)
@@ -43,7 +43,7 @@ def test_a_lost_lease_is_counted_and_its_group_when_it_is_closed(tmp_path: Path)
     assert sample("treegrpo_rollout_forgone_expansions_total", {"kind": "train"}) == PLAN.leaves - PLAN.trees
 
 
-def test_what_a_turn_begins_from_is_counted_by_its_depth(tmp_path: Path) -> None:
+def test_prefix_tokens_are_counted_by_depth(tmp_path: Path) -> None:
     made, told = book(), reporter(tmp_path)
     lease = grant(made)
     subtree = chain(lease)
@@ -56,7 +56,7 @@ def test_what_a_turn_begins_from_is_counted_by_its_depth(tmp_path: Path) -> None
             assert sample("treegrpo_rollout_prefix_tokens_total", labels) == getattr(turn.cost, how)
 
 
-def test_what_turns_far_from_the_root_begin_from_is_counted_together(tmp_path: Path) -> None:
+def test_deep_turns_share_one_depth_label(tmp_path: Path) -> None:
     made, told = book(), reporter(tmp_path)
     group = made.open[grant(made)]
     subtree = replace(chain(group.lease.id), steps=tuple(step(n, n - 1) for n in range(1, MAX_DEPTH_LABEL + 3)), leaves=())
@@ -71,12 +71,12 @@ def test_what_turns_far_from_the_root_begin_from_is_counted_together(tmp_path: P
         assert counted == [each] * (MAX_DEPTH_LABEL - 1) + [3 * each, None]
 
 
-def test_a_lease_that_is_lost_is_seen_in_a_rate_although_it_is_the_first(tmp_path: Path) -> None:
+def test_the_first_lost_lease_shows_in_a_rate(tmp_path: Path) -> None:
     sample = reporter(tmp_path).metrics.registry.get_sample_value
     assert sample("treegrpo_leases_ended_total", {"kind": "train", "reason": "lost"}) == 0
 
 
-def test_a_progress_line_has_the_books_beside_it(tmp_path: Path) -> None:
+def test_a_progress_line_has_the_ledger_totals(tmp_path: Path) -> None:
     made, told = book(), reporter(tmp_path)
     lease = grant(made)
     made.accept(chain(lease))
@@ -89,7 +89,7 @@ def test_a_progress_line_has_the_books_beside_it(tmp_path: Path) -> None:
     assert line["recomputed"] == 1 - 18 / 28
 
 
-def test_progress_lines_that_the_disk_does_not_take_wait_for_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_lines_on_a_full_disk_are_buffered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made, told = book(), reporter(tmp_path)
     (tmp_path / "progress.jsonl").mkdir()
     told.record_step({"step": 1}, made)

@@ -42,7 +42,7 @@ THIRD: list[Any] = [("fall_back",), ("grant",), *GROUP, ("train",), *GROUP, ("tr
 LIVES = (FIRST, SECOND, THIRD)
 
 
-async def test_the_script_covers_what_it_is_meant_to() -> None:
+async def test_the_script_covers_every_case() -> None:
     disk, history = InMemoryFileSystem(), History()
     for script in LIVES:
         play(CrashableIntake(disk, history), script)
@@ -54,7 +54,7 @@ async def test_the_script_covers_what_it_is_meant_to() -> None:
     assert last.book.answers.leaves
 
 
-async def test_killed_at_any_call_of_the_file_layer() -> None:
+async def test_a_crash_at_any_file_system_call_is_recovered_from() -> None:
     disk, history, crashes = InMemoryFileSystem(), History(), 0
     for script in LIVES:
         whole, after = disk.after_crash(), history.copy()
@@ -101,7 +101,7 @@ HAPPENS = st.one_of(
     st.sampled_from(["lost", "kept", "some"]),
     st.booleans(),
 )
-async def test_whatever_happens_and_whenever_it_stops(
+async def test_recovery_after_random_events_and_a_crash(
     scripts: list[list[Any]], crash: int, kept: float, names: str, zeros: bool
 ) -> None:
     disk, history = InMemoryFileSystem(), History()

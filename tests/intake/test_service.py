@@ -68,7 +68,7 @@ async def test_a_question_goes_out_as_a_lease_and_comes_back_as_a_group(intake: 
         assert samples["treegrpo_leases_outstanding/train"] == 2
 
 
-async def test_work_sent_again_is_acked_again_and_counted_once(intake: IntakeProcess) -> None:
+async def test_a_subtree_sent_again_is_acked_and_counted_once(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         sampler, trainer = peers.sampler, peers.trainer
         await publish(intake, trainer, 0, 0)
@@ -119,7 +119,7 @@ async def test_a_killed_intake_resumes_with_every_acked_group(intake: IntakeProc
         assert samples["treegrpo_budget_granted_total/tokens/train"] == became + outstanding
 
 
-async def test_a_sampler_that_starts_again_takes_over_what_its_dead_self_held(intake: IntakeProcess) -> None:
+async def test_a_restarted_sampler_gets_the_questions_it_held_before(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await publish(intake, peers.trainer, 0, 0)
         await peers.sampler.want(4)
@@ -130,7 +130,7 @@ async def test_a_sampler_that_starts_again_takes_over_what_its_dead_self_held(in
         assert (await intake.samples())["treegrpo_leases_ended_total/train/lost"] == 4
 
 
-async def test_a_stop_that_went_to_a_broken_stream_is_said_again(intake: IntakeProcess) -> None:
+async def test_a_stop_sent_to_a_broken_stream_is_sent_again(intake: IntakeProcess) -> None:
     async with intake.serving(), intake.trainer() as trainer:
         async with Sampler.join(intake.listen) as sampler:
             await publish(intake, trainer, 0, 0)
@@ -147,7 +147,7 @@ async def test_a_stop_that_went_to_a_broken_stream_is_said_again(intake: IntakeP
             assert (await sampler.hear("stop_expanding")).lease == slow.id
 
 
-async def test_a_run_that_leads_nowhere_is_given_up_with_a_sentence(intake: IntakeProcess) -> None:
+async def test_a_run_without_progress_ends_with_an_error(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await publish(intake, peers.trainer, 0, 0)
         await peers.sampler.want(1)
@@ -183,7 +183,7 @@ async def there(path: Path) -> None:
     await until(lambda: asyncio.to_thread(path.exists))
 
 
-async def test_what_two_checkpoints_cover_is_forgotten_in_memory_and_on_the_disk(intake: IntakeProcess) -> None:
+async def test_groups_covered_by_two_checkpoints_are_deleted(intake: IntakeProcess) -> None:
     journal, snapshots = intake.run_dir / "journal", intake.run_dir / "snapshots"
     async with intake.with_peers("--train.max_lag", "5") as peers:
         await publish(intake, peers.trainer, 0, 0)
@@ -208,7 +208,7 @@ async def test_what_two_checkpoints_cover_is_forgotten_in_memory_and_on_the_disk
         assert samples["treegrpo_groups_closed_total/train/complete"] == 6, "counters go on where they were"
 
 
-async def test_a_disk_that_is_full_holds_everybody_up_and_ends_nobody(intake: IntakeProcess) -> None:
+async def test_a_full_disk_blocks_every_peer_and_ends_none(intake: IntakeProcess) -> None:
     async with intake.with_peers("--train.max_lag", "5") as peers:
         sampler, trainer, pid = peers.sampler, peers.trainer, peers.process.pid
         await publish(intake, trainer, 0, 0)
@@ -356,7 +356,7 @@ async def test_a_stream_that_does_not_begin_with_hello_is_refused(intake: Intake
 
 
 @pytest.mark.parametrize("case", ["another run", "busy port", "no broker"])
-async def test_what_cannot_work_is_refused_in_one_sentence(intake: IntakeProcess, case: str) -> None:
+async def test_unusable_settings_are_refused_in_one_sentence(intake: IntakeProcess, case: str) -> None:
     more: list[str] = []
     if case == "another run":
         more = ["--run.seed", "5"]
@@ -380,7 +380,7 @@ async def test_what_cannot_work_is_refused_in_one_sentence(intake: IntakeProcess
     assert "Traceback" not in stderr.decode()
 
 
-async def test_a_run_that_has_trained_nothing_becomes_another_and_its_leases_are_void(intake: IntakeProcess) -> None:
+async def test_an_untrained_run_may_change_and_its_leases_are_void(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await publish(intake, peers.trainer, 0, 0)
         await peers.sampler.want(1)

@@ -44,7 +44,7 @@ async def played(script: Sequence[Any] = SHORT) -> tuple[InMemoryFileSystem, His
 
 
 @pytest.mark.parametrize("at", range(0, len(FIRST), 3))
-async def test_a_snapshot_is_worth_the_events_before_it(at: int) -> None:
+async def test_a_snapshot_equals_the_events_before_it(at: int) -> None:
     """With and without snapshots, a restart leads to the same book and the same metrics."""
     with_, without = InMemoryFileSystem(), InMemoryFileSystem()
     play(CrashableIntake(with_, History()), [*SCRIPT[:at], ("compact",), *SCRIPT[at:], ("commit",)])
@@ -73,7 +73,7 @@ def state_file(number: int) -> Path:
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 0.999])
 @pytest.mark.parametrize("harm", ["flip", "cut"])
-async def test_a_damaged_newest_snapshot_is_set_aside_and_the_one_before_leads_to_the_same(
+async def test_a_damaged_newest_snapshot_falls_back_to_the_one_before(
     share: float, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk, history = await played([*SHORT, ("grant",), *GROUP, ("compact",), ("grant",), ("commit",)])
@@ -92,7 +92,7 @@ async def test_a_damaged_newest_snapshot_is_set_aside_and_the_one_before_leads_t
     assert machine.snapshots.snapshot_numbers()[1] == older, "a damaged one is no generation"
 
 
-async def test_without_a_whole_snapshot_and_the_segments_before_it_there_is_no_recovery() -> None:
+async def test_recovery_needs_a_whole_snapshot_or_all_segments() -> None:
     disk, history = await played([*SHORT, ("compact",), ("compact",)])
     for number in SnapshotStore(disk, SNAPSHOTS).snapshot_numbers():
         disk.files[state_file(number)].data[50] ^= 1
@@ -100,13 +100,13 @@ async def test_without_a_whole_snapshot_and_the_segments_before_it_there_is_no_r
         CrashableIntake(disk, history)
 
 
-async def test_the_first_snapshot_keeps_the_whole_journal_as_the_generation_before() -> None:
+async def test_the_first_snapshot_keeps_the_whole_journal() -> None:
     disk, history = await played()
     disk.files[state_file(2)].data[50] ^= 1
     assert described(CrashableIntake(disk, history).book) == history.states[-1]
 
 
-async def test_a_snapshot_of_a_later_version_is_refused_in_one_sentence() -> None:
+async def test_a_snapshot_of_a_later_format_is_refused() -> None:
     disk, history = await played()
     records = [{"event": "book", "format": 2}, {"event": "whole", "records": 1}]
     disk.files[state_file(2)].data[:] = encode_frame([encode_record(record) for record in records])
@@ -115,7 +115,7 @@ async def test_a_snapshot_of_a_later_version_is_refused_in_one_sentence() -> Non
 
 
 @pytest.mark.parametrize("call", ["create", "write", "sync", "rename", "remove", "make_folder", "sync_folder"])
-async def test_a_disk_without_room_for_a_snapshot_costs_nothing_but_the_snapshot(call: str) -> None:
+async def test_a_full_disk_costs_the_snapshot_and_nothing_else(call: str) -> None:
     disk, history = await played()
     machine = CrashableIntake(disk, history)
     state, number = StateCapture(machine.book, machine.reporter), machine.journal.start_segment()
@@ -144,7 +144,7 @@ async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
     assert described(CrashableIntake(disk, history).book) == history.states[-1]
 
 
-async def test_snapshots_are_taken_when_asked_for_and_what_comes_meanwhile_is_behind_them() -> None:
+async def test_records_during_a_snapshot_are_in_the_segments_after_it() -> None:
     disk = InMemoryFileSystem()
     disk.make_directory(JOURNAL)
     made, told, appended = book(), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2), 0

@@ -104,8 +104,8 @@ SEEN: dict[str, tuple[RunStatus, StalledPart, str]] = {
 
 @pytest.mark.parametrize("name", SEEN)
 def test_the_deepest_cause_is_named(name: str) -> None:
-    scene, part, sentence = SEEN[name]
-    found = diagnose_stall(scene)
+    status, part, sentence = SEEN[name]
+    found = diagnose_stall(status)
     assert (found.part, found.sentence) == (part, sentence)
 
 
@@ -119,7 +119,7 @@ def test_a_cause_is_the_same_however_long_it_takes() -> None:
     assert first != diagnose_stall(RunStatus(trainer=WAITS, samplers=[SamplerStatus("s2", lease_seconds=90.0)], open_leases=1))
 
 
-def test_what_is_usual_for_a_run_is_no_reason_for_words() -> None:
+def test_a_pause_that_is_usual_for_the_run_is_no_stall() -> None:
     clock = ManualClock(1000.0)
     pace = ProgressClock(clock.monotonic)
     assert pace.stall_seconds == QUIET_SECONDS
@@ -132,12 +132,12 @@ def test_what_is_usual_for_a_run_is_no_reason_for_words() -> None:
     assert pace.stall_seconds == 450.0, "an outage does not make the next one usual"
 
 
-def test_it_speaks_when_the_cause_changes_and_then_less_and_less_often(tmp_path: Path) -> None:
+def test_a_stall_is_logged_when_its_cause_changes_then_ever_less_often(tmp_path: Path) -> None:
     clock = ManualClock(1000.0)
     pace = ProgressClock(clock.monotonic)
-    scene = RunStatus(trainer=WAITS)
+    status = RunStatus(trainer=WAITS)
     reporter = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
-    dog = StallWatchdog(pace, lambda: scene, reporter)
+    dog = StallWatchdog(pace, lambda: status, reporter)
 
     def said() -> list[tuple[str, int]]:
         path = tmp_path / "progress.jsonl"
@@ -151,7 +151,7 @@ def test_it_speaks_when_the_cause_changes_and_then_less_and_less_often(tmp_path:
     for seconds in range(0, 605, 5):
         clock.now = begin + seconds
         if seconds == 500:
-            scene = RunStatus(trainer=WAITS, samplers=[BUSY], open_leases=1)
+            status = RunStatus(trainer=WAITS, samplers=[BUSY], open_leases=1)
         dog.check_stall()
     assert [seconds for _, seconds in said()] == [60, 120, 240, 480, 500]
     assert said()[0][0].startswith("a sampler")
@@ -162,7 +162,7 @@ def test_it_speaks_when_the_cause_changes_and_then_less_and_less_often(tmp_path:
     assert (stalled(StalledPart.LEASES), len(said())) == (0.0, 5)
 
 
-async def test_what_a_sampler_waits_for_is_known_to_the_learner(tmp_path: Path) -> None:
+async def test_the_diagnosis_names_what_a_sampler_waits_for(tmp_path: Path) -> None:
     async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
         with door.trainer.track_connection(), door.trainer.track_request():
             await sampler.want(1)
@@ -170,8 +170,8 @@ async def test_what_a_sampler_waits_for_is_known_to_the_learner(tmp_path: Path) 
             beat = pb.Heartbeat(waits_for="the retriever,\nwhich is away", waited_seconds=7.0)
             await sampler.say(heartbeat=beat)
             await door.until(lambda: bool(door.desk.open_sessions["s1"].waiting_for))
-            scene = current_run_status(door.desk, door.trainer, door.journal)
-            assert diagnose_stall(scene).sentence == "the retriever, which is away: so say s1, for 7 s"
+            status = current_run_status(door.desk, door.trainer, door.journal)
+            assert diagnose_stall(status).sentence == "the retriever, which is away: so say s1, for 7 s"
             await sampler.say(heartbeat=pb.Heartbeat())
             await door.until(lambda: not door.desk.open_sessions["s1"].waiting_for)
             assert diagnose_stall(current_run_status(door.desk, door.trainer, door.journal)).part is StalledPart.LEASES

@@ -41,7 +41,7 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_an_untrained_run_has_is_set_aside_and_it_becomes_another(tmp_path: Path) -> None:
+def test_an_untrained_run_is_archived_when_its_config_changes(tmp_path: Path) -> None:
     begun(small_run := SmallRun(tmp_path))
     assert "rollout.max_context was 256 and is 512" in check_run_dir(other(small_run))
     assert "anew, since nothing was trained yet: rollout.max_context was 256 and is 512" in describe_start(other(small_run))
@@ -54,7 +54,7 @@ def test_what_an_untrained_run_has_is_set_aside_and_it_becomes_another(tmp_path:
     assert there == {"progress.jsonl.untrained", "paused", "run.json", "weights/0.0/config.json"}
 
 
-def test_a_step_that_is_on_record_counts_wherever_its_checkpoint_is(tmp_path: Path) -> None:
+def test_a_recorded_step_counts_without_its_checkpoint(tmp_path: Path) -> None:
     """Its disk may not be there now."""
     begun(small_run := SmallRun(tmp_path))
     (small_run.run_dir / "progress.jsonl").write_text('{"kind": "step", "step": 1}\n')
@@ -62,14 +62,14 @@ def test_a_step_that_is_on_record_counts_wherever_its_checkpoint_is(tmp_path: Pa
         archive_untrained_run(other(small_run))
 
 
-def test_what_cannot_be_set_aside_is_a_sentence(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_archived_is_named(tmp_path: Path) -> None:
     begun(small_run := SmallRun(tmp_path))
     (small_run.run_dir / "journal" / "untrained").touch()
     with pytest.raises(RunFileError, match=r"journal/untrained cannot be used \(File exists\); move away what is in the way"):
         archive_untrained_run(other(small_run))
 
 
-def test_the_same_run_goes_on_with_what_it_has(tmp_path: Path) -> None:
+def test_an_unchanged_run_keeps_its_files(tmp_path: Path) -> None:
     config = begun(small_run := SmallRun(tmp_path))
     before = names(small_run.run_dir)
     assert (archive_untrained_run(config), check_resumable(config), is_untrained(small_run.run_dir)) == (False, "", True)
@@ -77,7 +77,7 @@ def test_the_same_run_goes_on_with_what_it_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", ["checkpoints/step-000002/x", "checkpoints/step-000002.damaged/x", "weights/1.7/x"])
-def test_a_run_that_has_trained_does_not_become_another(tmp_path: Path, left: str) -> None:
+def test_a_trained_run_may_not_change(tmp_path: Path, left: str) -> None:
     begun(small_run := SmallRun(tmp_path), left)
     before = names(small_run.run_dir)
     for refuses in (archive_untrained_run, check_resumable, check_run_dir):
