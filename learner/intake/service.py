@@ -45,13 +45,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.coordinator import Coordinator
 from learner.intake.coordinator.published_versions import PublishedVersions
 from learner.intake.coordinator.run_state import persist_pause_forever, restore_run_state
 from learner.intake.coordinator.stall_watchdog import StallWatchdog, current_run_status
 from learner.intake.coordinator.trainer_api import TrainerApi
-from learner.intake.leases.lease_table import LeaseBook
-from learner.intake.leases.question_queue import QuestionQueue, load_questions
+from learner.intake.leases.lease_table import LeaseTable
+from learner.intake.leases.question_file import load_questions
+from learner.intake.leases.question_queue import QuestionQueue
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.compaction import JournalCompactor
 from learner.intake.persistence.directory_watch import DirectoryMonitor
@@ -114,10 +115,10 @@ async def run_intake(config: Config) -> None:
         await _recover_and_serve(config, access)
 
 
-def _new_lease_table(config: Config) -> LeaseBook:
+def _new_lease_table(config: Config) -> LeaseTable:
     """The lease table of a run that has not begun. Raises DataError and ModelError."""
     train = config.train
-    return LeaseBook(
+    return LeaseTable(
         QuestionQueue(load_questions(config.data.train), config.run.seed),
         config.rollout.plan,
         seed=config.run.seed,
@@ -147,22 +148,24 @@ async def _recover_and_serve(config: Config, access: Credentials) -> None:
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
             await restore_run_state(control, run_dir)
             plan = config.rollout.plan
-            desk = Desk(book, journal, control, reporter, run=config.run.name, plan=plan, heldout=len(heldout))
+            coordinator = Coordinator(book, journal, control, reporter, run=config.run.name, plan=plan, heldout=len(heldout))
             versions = PublishedVersions(book, control)
-            trainer = TrainerApi(desk, versions, heldout, on_checkpoint=compactor.request_snapshot)
+            trainer = TrainerApi(coordinator, versions, heldout, on_checkpoint=compactor.request_snapshot)
             directory = DirectoryMonitor(disk, journal, snapshots, run_dir)
-            watchdog = StallWatchdog(desk.pace, lambda: current_run_status(desk, trainer, journal), reporter)
+            watchdog = StallWatchdog(
+                coordinator.leases.progress_clock, lambda: current_run_status(coordinator, trainer, journal), reporter
+            )
             async with asyncio.TaskGroup() as tasks:
                 background = [
                     tasks.create_task(journal.commit_forever(), name="journal"),
-                    tasks.create_task(desk.follow(), name="control"),
+                    tasks.create_task(coordinator.coordinate_forever(), name="control"),
                     tasks.create_task(persist_pause_forever(control, run_dir), name="pause"),
                     tasks.create_task(DiskReserve(disk, journal).maintain_forever(), name="reserve"),
                     tasks.create_task(compactor.compact_forever(), name="compaction"),
                     tasks.create_task(watchdog.watch_forever(), name="watchdog"),
-                    tasks.create_task(_fail_if_removed(desk, directory, compactor), name="directory"),
+                    tasks.create_task(_fail_if_removed(coordinator, directory, compactor), name="directory"),
                 ]
-                await _serve(config, desk, trainer, versions, control, metrics, access)
+                await _serve(config, coordinator, trainer, versions, control, metrics, access)
                 _cancel(reversed(background))
 
 
@@ -171,18 +174,18 @@ def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
         task.cancel()
 
 
-async def _fail_if_removed(desk: Desk, directory: DirectoryMonitor, compactor: JournalCompactor) -> None:
+async def _fail_if_removed(coordinator: Coordinator, directory: DirectoryMonitor, compactor: JournalCompactor) -> None:
     """End the run when its directory is gone."""
     try:
         await directory.monitor_forever(compactor.request_snapshot)
     except RunError as error:
-        if not desk.broken.done():
-            desk.broken.set_exception(error)
+        if not coordinator.failure.done():
+            coordinator.failure.set_exception(error)
 
 
 async def _serve(
     config: Config,
-    desk: Desk,
+    coordinator: Coordinator,
     trainer: TrainerApi,
     versions: PublishedVersions,
     control: ControlPlane,
@@ -191,7 +194,7 @@ async def _serve(
 ) -> None:
     """Serve the trainer and the samplers until a signal or a failed run, then drain and stop. Raises RunError."""
     health = HealthServicer()
-    server = _create_server(config, desk, versions, metrics, access, health)
+    server = _create_server(config, coordinator, versions, metrics, access, health)
     stop_requested = asyncio.Event()
     for number in stop_signals():
         asyncio.get_running_loop().add_signal_handler(number, stop_requested.set)
@@ -201,20 +204,20 @@ async def _serve(
         metrics.serving.set(1)
         log.info("the intake serves samplers at %s", config.learner.listen)
         stopping = asyncio.create_task(stop_requested.wait(), name="stop-signal")
-        await asyncio.wait({stopping, desk.broken}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stopping, coordinator.failure}, return_when=asyncio.FIRST_COMPLETED)
         metrics.serving.set(0)
         await health.enter_graceful_shutdown()
         await control.set_state(RunState.DRAINING)
-        await desk.drained(0.0 if desk.broken.done() else DRAIN_SECONDS)
+        await coordinator.drain_leases(0.0 if coordinator.failure.done() else DRAIN_SECONDS)
         await server.stop(grace=1.0)
         stopping.cancel()
-        if desk.broken.done():
-            desk.broken.result()
+        if coordinator.failure.done():
+            coordinator.failure.result()
 
 
 def _create_server(
     config: Config,
-    desk: Desk,
+    coordinator: Coordinator,
     versions: PublishedVersions,
     metrics: IntakeMetrics,
     access: Credentials,
@@ -225,7 +228,7 @@ def _create_server(
     max_bytes = message_bytes(config.rollout.plan)
     admission = StreamAdmission(monitor, limits.samplers(max_bytes))
     server = create_server(config.learner.listen, access, monitor, max_bytes)
-    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(desk, admission, monitor), server)
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(coordinator, admission, monitor), server)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, metrics), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     return server

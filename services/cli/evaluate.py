@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from learner.intake.leases.question_queue import load_questions
+from learner.intake.leases.question_file import load_questions
 from services.cli.checks.run_checks import ListenAddress, check_addresses, check_corpus
 from services.cli.processes.part_supervisor import SupervisedPart
 from services.cli.processes.process_group import ProcessGroup

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.persistence import lease_events
 from learner.intake.wal.framing import Record, encode_frame, encode_record
 from learner.intake.wal.segments import FORMAT, segment_path
 from tests.chaos.audit import RunAudit, audit_run
 from tests.chaos.run_records import JournalArchive, Row
-from tests.intake.builders import book, chain, complete, grant
+from tests.intake.builders import accept, chain, complete, grant, make_table
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.v1 import rollout_pb2
 from treegrpo.wire.codec import lease_end_from_pb, subtree_to_bytes
@@ -23,40 +23,40 @@ BATCH = 2
 
 
 class AuditedRun:
-    """A run of ``steps`` steps of two groups, made by a real lease book; what it wrote down is there to be spoiled."""
+    """A run of ``steps`` steps of two groups, made by a real lease table; what it wrote down is there to be spoiled."""
 
     def __init__(self, steps: int = 2) -> None:
-        self.book: LeaseBook = book(batch=BATCH, total=steps * BATCH + 1)  # and room for another lease
+        self.table: LeaseTable = make_table(batch=BATCH, total=steps * BATCH + 1)  # and room for another lease
         self.journal: list[Record] = []
         self.lines: list[Row] = []
         self.aside: list[Row] = []
         self.position = 0
         for step in range(1, steps + 1):
             draws = [self.roll_out() for _ in range(BATCH)]
-            self.book.taken(draws, [])
+            self.table.assign_positions(draws, [])
             self.journal.append(lease_events.taken(draws, []))
             self.train(step, draws)
 
     def roll_out(self) -> int:
-        lease = grant(self.book)
-        group = self.book.open[lease]
+        lease = grant(self.table)
+        group = self.table.open_leases[lease]
         self.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
         for tree in range(2):
-            self.book.accept(chain(lease, tree))
+            accept(self.table, chain(lease, tree))
             self.journal.append(lease_events.accepted(subtree_to_bytes(chain(lease, tree))))
         self.end(complete(lease))
         return group.draw
 
     def end(self, end: LeaseEnd) -> None:
-        self.book.ended(end)
+        self.table.end_lease(end)
         self.journal.append(lease_events.ended(end))
 
     def train(self, step: int, draws: list[int]) -> None:
         self.position += len(draws)
-        self.book.groups.trained(self.position)
+        self.table.train_queue.mark_trained(self.position)
         row = {"step": step, "version": f"0.{step}", "position": self.position, "groups": len(draws), "groups_refused": 0}
         names = {"group_ids": [f"{draw:07d}" for draw in draws], "leaves": 2 * len(draws)}
-        self.lines.append({"kind": "step", **row, **names, "ledger": self.book.ledger.summary()})
+        self.lines.append({"kind": "step", **row, **names, "ledger": self.table.ledger.summary()})
 
     def audit(self, folder: Path, *, ended: bool = True) -> RunAudit:
         journal, checkpoint = folder / "journal", folder / "checkpoints" / "step-000002"
@@ -91,14 +91,14 @@ def skip_positions(run: AuditedRun) -> None:
 
 
 def forget_a_draw(run: AuditedRun) -> None:
-    lease = grant(run.book)
-    group = run.book.open[lease]
+    lease = grant(run.table)
+    group = run.table.open_leases[lease]
     run.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
     run.end(LeaseEnd(lease, LeaseEndReason.LOST))
 
 
 def leave_a_lease_open(run: AuditedRun) -> None:
-    group = run.book.open[grant(run.book)]
+    group = run.table.open_leases[grant(run.table)]
     run.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.leases import circuit_breaker
+from learner.intake.leases.circuit_breaker import BreakerLimits
 from tests.chaos.hostile_sampler import NAME, HostileSampler
-from tests.intake.builders import book
+from tests.intake.builders import make_table
 from tests.intake.process_harness import Sampler
 from tests.intake.server_harness import serve_intake
 from treegrpo.core.budget import Budget
@@ -17,9 +17,9 @@ from treegrpo.core.lease import LeaseKind
 
 
 async def test_the_hostile_sampler_is_refused_and_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(circuit_breaker, "MOST_SECONDS", 0.02)
-    made = book(questions=40, batch=8, max_lag=8)
-    async with serve_intake(made, tmp_path) as door, Sampler.join(door.address, name="good") as good:
+    limits = BreakerLimits(max_seconds=0.02)
+    table = make_table(questions=40, batch=8, max_lag=8)
+    async with serve_intake(table, tmp_path, breaker_limits=limits) as door, Sampler.join(door.address, name="good") as good:
         bad = HostileSampler(door.address, random.Random(0), attack_seconds=0.4, pause_seconds=0.001)
         for attack in bad.attacks:
             await bad.run_attack(attack)
@@ -30,7 +30,7 @@ async def test_the_hostile_sampler_is_refused_and_others_go_on(tmp_path: Path, m
             assert door.sample("leases_ended_total", kind="train", reason=reason)
         assert all(door.sample("subtrees_refused_total", reason=reason) for reason in ("tree", "lease"))
         assert door.sample("peers_refused_total", reason="message")
-        assert door.desk.breaker.put_aside(NAME)
-        assert not made.set_aside
-        assert not door.desk.broken.done()
-        assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
+        assert door.coordinator.breaker.is_put_aside(NAME)
+        assert not table.set_aside_counts
+        assert not door.coordinator.failure.done()
+        assert table.ledger.imbalance(LeaseKind.TRAIN) == Budget()

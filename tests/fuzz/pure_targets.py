@@ -17,7 +17,7 @@ from learner.intake.rpc.request_limits import read_request
 from learner.intake.wal.framing import BrokenFrameError, has_later_commit, read_frame
 from tests.fuzz import retriever_answers, sample_messages, text_targets
 from tests.fuzz.mutations import packed, protobufs, raw
-from tests.intake.builders import PLAN, book, grant
+from tests.intake.builders import PLAN, accept, grant, make_table
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import LeaseKind
 from treegrpo.errors import ContractError
@@ -44,19 +44,19 @@ class PureTarget:
 
 def request(data: bytes) -> None:
     """A sampler's message, into a book as far as it gets: what is accepted can be written down and read again."""
-    made = book()
-    group = made.open[grant(made)]
+    table = make_table()
+    group = table.open_leases[grant(table)]
     with suppress(ContractError):
         read = read_request(data)
-        if read.HasField("subtree") and made.accept(subtree_from_pb(read.subtree, "g")):
+        if read.HasField("subtree") and accept(table, subtree_from_pb(read.subtree, "g")):
             assert unpack_group(pack_group(group.group, group.subtrees)).cost == group.group.cost
         if read.HasField("lease_end"):
             end = lease_end_from_pb(read.lease_end)
             check_end(end, PLAN)
-            if end.lease in made.open and end.reason.from_sampler:
-                made.ended(group.settle(end))
-    assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
-    msgpack.packb(made.state())
+            if end.lease in table.open_leases and end.reason.from_sampler:
+                table.end_lease(group.with_rejected_cost(end))
+    assert table.ledger.imbalance(LeaseKind.TRAIN) == Budget()
+    msgpack.packb(table.snapshot_table())
 
 
 def response(data: bytes) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from examples.geohop.make_model import MODEL
-from learner.intake.leases.question_queue import load_questions
+from learner.intake.leases.question_file import load_questions
 from services.environments.search_qa import Action, Episode, SearchQA, parse_action
 from services.retriever.index import load_corpus
 from services.sampler.text.encoding import encode_text, render_prompt

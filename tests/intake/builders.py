@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.coordinator.journaled_leases import JournaledLeases
+from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.leases.question_queue import QuestionQueue
-from learner.intake.leases.rollout_group import OpenGroup
+from learner.intake.leases.rollout_group import RolloutGroup
+from learner.intake.leases.staleness import FINISHING_SECONDS, StalenessBound
+from learner.intake.leases.subtree_validation import lease_not_open
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.core.question import Message, Question
@@ -62,7 +65,7 @@ def chain(
     return Subtree(lease, tree, index, parent, (step(first, parent, version=version), last), leaves, prompt)
 
 
-def kept(group: OpenGroup) -> list[Subtree]:
+def kept(group: RolloutGroup) -> list[Subtree]:
     """The subtrees of a group, also of one that has a position."""
     return [subtree_from_pb(tree_pb2.Subtree.FromString(encoded)) for encoded in group.encoded]
 
@@ -71,8 +74,8 @@ def complete(lease: str) -> LeaseEnd:
     return LeaseEnd(lease, LeaseEndReason.COMPLETE)
 
 
-def book(*, questions: int = 10, batch: int = 2, max_lag: int = 1, total: int = 100) -> LeaseBook:
-    made = LeaseBook(
+def make_table(*, questions: int = 10, batch: int = 2, max_lag: int = 1, total: int = 100, **more: int) -> LeaseTable:
+    table = LeaseTable(
         QuestionQueue([question(i) for i in range(questions)], seed=0),
         PLAN,
         seed=0,
@@ -81,14 +84,31 @@ def book(*, questions: int = 10, batch: int = 2, max_lag: int = 1, total: int = 
         total=total,
         vocabulary=VOCABULARY,
         mark="t",
+        **more,
     )
-    made.version = VERSION
-    return made
+    table.version = VERSION
+    return table
 
 
-def grant(made: LeaseBook, holder: str = "s1/1") -> str:
+def accept(table: LeaseTable, subtree: Subtree) -> bool:
+    """Look the group of a subtree up, and add it, as the coordinator does."""
+    group = table.find_group(subtree.lease)
+    if group is None:
+        raise lease_not_open(subtree.lease)
+    return table.accept_subtree(group, subtree)
+
+
+def bound(
+    table: LeaseTable, leases: JournaledLeases | None = None, finishing_seconds: float = FINISHING_SECONDS
+) -> StalenessBound:
+    """The staleness bound of a table, whose samplers do not hear of it."""
+    close_group = leases.close_group if leases else table.close_group
+    return StalenessBound(table, close_group, lambda _: None, finishing_seconds=finishing_seconds)
+
+
+def grant(table: LeaseTable, holder: str = "s1/1") -> str:
     """Grant the next lease and return its id."""
-    work = made.next_lease()
+    work = table.next_lease()
     assert work is not None
-    made.granted(*work, holder, now=0.0)
+    table.grant_lease(*work, holder, now=0.0)
     return work[0].id

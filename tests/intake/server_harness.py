@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.coordinator import Coordinator
 from learner.intake.coordinator.published_versions import PublishedVersions
 from learner.intake.coordinator.timings import LONG_POLL_SECONDS, CoordinatorTimings
 from learner.intake.coordinator.trainer_api import TrainerApi
-from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.circuit_breaker import BreakerLimits
+from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.recovery import recover
 from learner.intake.persistence.snapshot import SnapshotStore
@@ -24,7 +25,7 @@ from learner.intake.rpc.stream_admission import StreamAdmission
 from learner.intake.rpc.weights_servicer import WeightsServicer
 from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
-from tests.intake.builders import PLAN, VERSION, book, question
+from tests.intake.builders import PLAN, VERSION, make_table, question
 from tests.ports import free_address
 from treegrpo.config.schema import SecurityConfig
 from treegrpo.config.security import Role
@@ -45,7 +46,7 @@ def offline_control() -> ControlPlane:
 
 def no_versions() -> PublishedVersions:
     """A store of versions before the first is published."""
-    return PublishedVersions(book(), offline_control())
+    return PublishedVersions(make_table(), offline_control())
 
 
 def short_timings(silence: float = 0.4, *, long_poll_seconds: float = LONG_POLL_SECONDS) -> CoordinatorTimings:
@@ -60,7 +61,7 @@ def short_timings(silence: float = 0.4, *, long_poll_seconds: float = LONG_POLL_
 
 @dataclass
 class IntakeFixture:
-    desk: Desk
+    coordinator: Coordinator
     trainer: TrainerApi
     journal: Journal
     control: ControlPlane
@@ -73,9 +74,9 @@ class IntakeFixture:
 
     def publish(self, step: int, position: int) -> None:
         """The trainer has made a version of the groups before ``position``."""
-        self.desk.book.version = PolicyVersion(1, step)
-        self.desk.book.groups.trained(position)
-        self.desk.grant()
+        self.coordinator.lease_table.version = PolicyVersion(1, step)
+        self.coordinator.lease_table.train_queue.mark_trained(position)
+        self.coordinator.dispatcher.wake_dispatcher()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for what nobody announces; the test's time limit ends it."""
@@ -85,7 +86,11 @@ class IntakeFixture:
 
 @contextlib.asynccontextmanager
 async def serve_intake(
-    table: LeaseBook, folder: Path, timings: CoordinatorTimings | None = None, call_limits: CallLimits | None = None
+    table: LeaseTable,
+    folder: Path,
+    timings: CoordinatorTimings | None = None,
+    call_limits: CallLimits | None = None,
+    breaker_limits: BreakerLimits | None = None,
 ) -> AsyncGenerator[IntakeFixture]:
     """Serve ``table`` after what the journal in ``folder`` has, at policy step 0."""
     metrics, disk = IntakeMetrics(), LocalFileSystem()
@@ -95,18 +100,20 @@ async def serve_intake(
     table.version = VERSION
     with Journal.open_journal(disk, folder / "journal", recovered.end) as journal:
         timings, versions = timings or CoordinatorTimings(), PublishedVersions(table, control)
-        desk = Desk(table, journal, control, reporter, run="test", plan=PLAN, heldout=1, timings=timings)
-        trainer = TrainerApi(desk, versions, [question(90)], lambda: None, long_poll_seconds=timings.long_poll_seconds)
+        coordinator = Coordinator(
+            table, journal, control, reporter, run="test", plan=PLAN, heldout=1, timings=timings, breaker_limits=breaker_limits
+        )
+        trainer = TrainerApi(coordinator, versions, [question(90)], lambda: None, long_poll_seconds=timings.long_poll_seconds)
         monitor, address = ConnectionMonitor(metrics), free_address()
         server = create_server(address, OPEN, monitor, MESSAGE_BYTES, call_limits=call_limits)
-        rollout = RolloutServicer(desk, StreamAdmission(monitor, limits.samplers(MESSAGE_BYTES)), monitor)
+        rollout = RolloutServicer(coordinator, StreamAdmission(monitor, limits.samplers(MESSAGE_BYTES)), monitor)
         rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, server)
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, metrics), server)
         await server.start()
         async with asyncio.TaskGroup() as tasks:
-            working = [tasks.create_task(journal.commit_forever()), tasks.create_task(desk.follow())]
+            working = [tasks.create_task(journal.commit_forever()), tasks.create_task(coordinator.coordinate_forever())]
             try:
-                yield IntakeFixture(desk, trainer, journal, control, metrics, versions, address)
+                yield IntakeFixture(coordinator, trainer, journal, control, metrics, versions, address)
             finally:
                 await server.stop(grace=None)
                 for task in working:

@@ -8,22 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from learner.intake.leases import circuit_breaker
 from learner.intake.leases.circuit_breaker import (
-    ABSENT_SECONDS,
     FAILURES,
-    FIRST_SECONDS,
-    MOST_SECONDS,
     OPENINGS,
-    REPEATS,
-    Attempts,
+    BreakerLimits,
+    LeaseOutcome,
     NoProgressBreaker,
-    Verdict,
+    QuestionAttempts,
 )
-from learner.intake.leases.rollout_group import TRIES, OpenGroup
+from learner.intake.leases.rollout_group import MAX_ATTEMPTS, RolloutGroup
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence import lease_events
-from tests.intake.builders import book, chain, grant
+from tests.intake.builders import accept, chain, grant, make_table
 from tests.intake.process_harness import Sampler
 from tests.intake.server_harness import serve_intake
 from treegrpo.core.budget import Cost
@@ -32,8 +28,11 @@ from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.wire.codec import lease_end_to_pb
 
+LIMITS = BreakerLimits()
+LONG_OPEN = BreakerLimits(first_seconds=1000.0)
 
-class Clock:
+
+class ManualClock:
     def __init__(self) -> None:
         self.now = 100.0
 
@@ -41,12 +40,12 @@ class Clock:
         return self.now
 
 
-def fail(breaker: NoProgressBreaker, name: str, leases: int = FAILURES, verdict: Verdict = Verdict.FAILED) -> float:
+def fail(breaker: NoProgressBreaker, name: str, leases: int = FAILURES, outcome: LeaseOutcome = LeaseOutcome.FAILED) -> float:
     """So many leases in a row; for how long the sampler is then put aside."""
-    return max(breaker.judge(name, verdict, f"{name} is broken") for _ in range(leases))
+    return max(breaker.record_outcome(name, outcome, f"{name} is broken") for _ in range(leases))
 
 
-def fail_for_good(breaker: NoProgressBreaker, clock: Clock, name: str) -> None:
+def fail_for_good(breaker: NoProgressBreaker, clock: ManualClock, name: str) -> None:
     for _ in range(OPENINGS):
         clock.now += fail(breaker, name)
 
@@ -55,200 +54,200 @@ def fail_for_good(breaker: NoProgressBreaker, clock: Clock, name: str) -> None:
 
 
 def test_a_sampler_that_only_fails_is_put_aside_for_longer_each_time() -> None:
-    clock, asked = Clock(), list[float]()
-    breaker = NoProgressBreaker(clock)
-    breaker.came("s1")
+    clock, asked = ManualClock(), list[float]()
+    breaker = NoProgressBreaker(clock=clock)
+    breaker.sampler_joined("s1")
     assert fail(breaker, "s1", FAILURES - 1) == 0.0
-    assert breaker.quota("s1") is None
+    assert breaker.lease_quota("s1") is None
     for _ in range(8):
         seconds = fail(breaker, "s1")
         asked.append(seconds)
-        assert (breaker.quota("s1"), breaker.aside()) == (0, 1)
+        assert (breaker.lease_quota("s1"), breaker.count_put_aside()) == (0, 1)
         clock.now += seconds
-        assert breaker.quota("s1") == FAILURES, "a trial"
-    assert asked == [FIRST_SECONDS, 2.0, 4.0, 8.0, 16.0, MOST_SECONDS, MOST_SECONDS, MOST_SECONDS]
+        assert breaker.lease_quota("s1") == FAILURES, "a trial"
+    assert asked == [LIMITS.first_seconds, 2.0, 4.0, 8.0, 16.0, LIMITS.max_seconds, LIMITS.max_seconds, LIMITS.max_seconds]
 
 
 def test_one_leaf_takes_it_back() -> None:
-    breaker = NoProgressBreaker(Clock())
-    breaker.came("s1")
+    breaker = NoProgressBreaker(clock=ManualClock())
+    breaker.sampler_joined("s1")
     fail(breaker, "s1")
-    breaker.judge("s1", Verdict.PROGRESS)
-    assert (breaker.quota("s1"), breaker.aside(), breaker.said("s1")) == (None, 0, "")
+    breaker.record_outcome("s1", LeaseOutcome.PROGRESS)
+    assert (breaker.lease_quota("s1"), breaker.count_put_aside(), breaker.quote_last_error("s1")) == (None, 0, "")
     assert fail(breaker, "s1", FAILURES - 1) == 0.0
 
 
 def test_what_ends_while_it_is_put_aside_does_not_keep_it_there_longer() -> None:
-    clock = Clock()
-    breaker = NoProgressBreaker(clock)
-    breaker.came("s1")
-    assert fail(breaker, "s1", 10 * FAILURES) == FIRST_SECONDS
-    clock.now += FIRST_SECONDS
-    assert breaker.quota("s1") == FAILURES
+    clock = ManualClock()
+    breaker = NoProgressBreaker(clock=clock)
+    breaker.sampler_joined("s1")
+    assert fail(breaker, "s1", 10 * FAILURES) == LIMITS.first_seconds
+    clock.now += LIMITS.first_seconds
+    assert breaker.lease_quota("s1") == FAILURES
 
 
 def test_a_sampler_that_comes_again_is_still_put_aside() -> None:
-    breaker = NoProgressBreaker(Clock())
-    breaker.came("s1")
+    breaker = NoProgressBreaker(clock=ManualClock())
+    breaker.sampler_joined("s1")
     fail(breaker, "s1")
-    breaker.left("s1")
-    assert breaker.aside() == 0
-    breaker.came("s1")
-    assert (breaker.quota("s1"), breaker.aside()) == (0, 1)
+    breaker.sampler_left("s1")
+    assert breaker.count_put_aside() == 0
+    breaker.sampler_joined("s1")
+    assert (breaker.lease_quota("s1"), breaker.count_put_aside()) == (0, 1)
 
 
-@pytest.mark.parametrize("verdict", [Verdict.IDLE, Verdict.FAILED])
-def test_leases_that_come_back_with_nothing_put_it_aside_too(verdict: Verdict) -> None:
-    breaker = NoProgressBreaker(Clock())
-    assert fail(breaker, "s1", verdict=verdict) == FIRST_SECONDS
-    assert fail(breaker, "s2", 10 * FAILURES, Verdict.NEUTRAL) == 0.0
+@pytest.mark.parametrize("outcome", [LeaseOutcome.IDLE, LeaseOutcome.FAILED])
+def test_leases_that_come_back_with_nothing_put_it_aside_too(outcome: LeaseOutcome) -> None:
+    breaker = NoProgressBreaker(clock=ManualClock())
+    assert fail(breaker, "s1", outcome=outcome) == LIMITS.first_seconds
+    assert fail(breaker, "s2", 10 * FAILURES, LeaseOutcome.NEUTRAL) == 0.0
 
 
 # ---- what a lease came to
 
 
-def ended(reason: LeaseEndReason, *, leaf: bool = False, cost: Cost | None = None) -> tuple[OpenGroup, LeaseEnd]:
-    made = book()
-    lease = grant(made)
+def ended(reason: LeaseEndReason, *, leaf: bool = False, cost: Cost | None = None) -> tuple[RolloutGroup, LeaseEnd]:
+    table = make_table()
+    lease = grant(table)
     if leaf:
-        made.accept(chain(lease))
-    return made.open[lease], LeaseEnd(lease, reason, unaccounted=cost or Cost())
+        accept(table, chain(lease))
+    return table.open_leases[lease], LeaseEnd(lease, reason, unaccounted=cost or Cost())
 
 
 @pytest.mark.parametrize(
-    ("reason", "cost", "verdict"),
+    ("reason", "cost", "outcome"),
     [
-        (LeaseEndReason.FAILED, Cost(), Verdict.FAILED),
-        (LeaseEndReason.COMPLETE, Cost(prefilled=1), Verdict.FAILED),
-        (LeaseEndReason.COMPLETE, Cost(), Verdict.IDLE),
-        (LeaseEndReason.BUDGET, Cost(), Verdict.IDLE),
-        (LeaseEndReason.RETURNED, Cost(prefilled=1), Verdict.IDLE),
-        (LeaseEndReason.LOST, Cost(), Verdict.IDLE),
-        (LeaseEndReason.INTERRUPTED, Cost(), Verdict.NEUTRAL),
+        (LeaseEndReason.FAILED, Cost(), LeaseOutcome.FAILED),
+        (LeaseEndReason.COMPLETE, Cost(prefilled=1), LeaseOutcome.FAILED),
+        (LeaseEndReason.COMPLETE, Cost(), LeaseOutcome.IDLE),
+        (LeaseEndReason.BUDGET, Cost(), LeaseOutcome.IDLE),
+        (LeaseEndReason.RETURNED, Cost(prefilled=1), LeaseOutcome.IDLE),
+        (LeaseEndReason.LOST, Cost(), LeaseOutcome.IDLE),
+        (LeaseEndReason.INTERRUPTED, Cost(), LeaseOutcome.NEUTRAL),
     ],
 )
-def test_what_a_lease_came_to(reason: LeaseEndReason, cost: Cost, verdict: Verdict) -> None:
-    assert Verdict.of(*ended(reason, cost=cost)) is verdict
-    assert Verdict.of(*ended(reason, leaf=True, cost=cost)) is Verdict.PROGRESS
+def test_what_a_lease_came_to(reason: LeaseEndReason, cost: Cost, outcome: LeaseOutcome) -> None:
+    assert LeaseOutcome.classify(*ended(reason, cost=cost)) is outcome
+    assert LeaseOutcome.classify(*ended(reason, leaf=True, cost=cost)) is LeaseOutcome.PROGRESS
 
 
 def test_a_lease_that_was_told_to_stop_is_nobodys_fault() -> None:
     group, end = ended(LeaseEndReason.STOPPED)
-    group.told_at = 1.0
-    assert Verdict.of(group, end) is Verdict.NEUTRAL
+    group.stop_requested_at = 1.0
+    assert LeaseOutcome.classify(group, end) is LeaseOutcome.NEUTRAL
 
 
-@pytest.mark.parametrize(("reason", "verdict"), [("logprobs", Verdict.FAILED), ("age", Verdict.NEUTRAL)])
-def test_a_lease_of_which_all_was_refused_failed_unless_it_came_too_late(reason: str, verdict: Verdict) -> None:
+@pytest.mark.parametrize(("reason", "outcome"), [("logprobs", LeaseOutcome.FAILED), ("age", LeaseOutcome.NEUTRAL)])
+def test_a_lease_of_which_all_was_refused_failed_unless_it_came_too_late(reason: str, outcome: LeaseOutcome) -> None:
     group, end = ended(LeaseEndReason.STOPPED)
-    group.refuse((0, 0), Cost(), reason, "why")
-    group.told_at = 1.0  # as whoever refuses a subtree tells its sampler
-    assert Verdict.of(group, group.settle(end)) is verdict
+    group.reject_subtree((0, 0), Cost(), reason, "why")
+    group.stop_requested_at = 1.0  # as whoever refuses a subtree tells its sampler
+    assert LeaseOutcome.classify(group, group.with_rejected_cost(end)) is outcome
 
 
 def test_leaves_of_an_earlier_lease_are_no_progress_of_this_one() -> None:
-    made = book()
-    first = grant(made, "good/1")
-    made.accept(chain(first))
-    made.ended(LeaseEnd(first, LeaseEndReason.LOST))
-    second = grant(made, "bad/1")
-    assert made.open[second].has_leaves
-    assert Verdict.of(made.open[second], LeaseEnd(second, LeaseEndReason.RETURNED)) is Verdict.IDLE
+    table = make_table()
+    first = grant(table, "good/1")
+    accept(table, chain(first))
+    table.end_lease(LeaseEnd(first, LeaseEndReason.LOST))
+    second = grant(table, "bad/1")
+    assert table.open_leases[second].has_leaves
+    assert LeaseOutcome.classify(table.open_leases[second], LeaseEnd(second, LeaseEndReason.RETURNED)) is LeaseOutcome.IDLE
 
 
 # ---- giving up the run
 
 
 def test_a_run_with_one_sampler_is_given_up_after_leases_and_time() -> None:
-    clock = Clock()
-    breaker = NoProgressBreaker(clock)
-    clock.now = began = 100.0 + ABSENT_SECONDS
-    breaker.came("s1")
+    clock = ManualClock()
+    breaker = NoProgressBreaker(clock=clock)
+    clock.now = began = 100.0 + LIMITS.absent_seconds
+    breaker.sampler_joined("s1")
     for _ in range(OPENINGS - 1):
         seconds = fail(breaker, "s1")
-        assert breaker.hopeless(trained=False) is None
+        assert breaker.reason_to_give_up(trained=False) is None
         clock.now += seconds
     fail(breaker, "s1")
-    assert clock.now - began == FIRST_SECONDS * (2 ** (OPENINGS - 1) - 1)
-    assert str(breaker.hopeless(trained=False)).startswith(
+    assert clock.now - began == LIMITS.first_seconds * (2 ** (OPENINGS - 1) - 1)
+    assert str(breaker.reason_to_give_up(trained=False)).startswith(
         f"The last {FAILURES * OPENINGS} leases, of sampler s1, led to no finished episode; sampler s1 says: “s1 is broken”. "
     )
-    assert "rollout.max_context" in str(breaker.hopeless(trained=False))
-    assert "rollout.max_context" not in str(breaker.hopeless(trained=True)), "it must stay as it was"
+    assert "rollout.max_context" in str(breaker.reason_to_give_up(trained=False))
+    assert "rollout.max_context" not in str(breaker.reason_to_give_up(trained=True)), "it must stay as it was"
 
 
 def test_the_first_sampler_of_several_ends_nothing_before_the_others_come() -> None:
-    clock = Clock()
-    breaker = NoProgressBreaker(clock)
-    breaker.came("bad")
+    clock = ManualClock()
+    breaker = NoProgressBreaker(clock=clock)
+    breaker.sampler_joined("bad")
     fail_for_good(breaker, clock, "bad")
-    assert breaker.hopeless(trained=False) is None
-    clock.now = 100.0 + ABSENT_SECONDS
-    assert breaker.hopeless(trained=False) is not None
+    assert breaker.reason_to_give_up(trained=False) is None
+    clock.now = 100.0 + LIMITS.absent_seconds
+    assert breaker.reason_to_give_up(trained=False) is not None
 
 
 def test_a_burst_of_failures_ends_nothing() -> None:
-    breaker = NoProgressBreaker(Clock())
-    breaker.came("s1")
+    breaker = NoProgressBreaker(clock=ManualClock())
+    breaker.sampler_joined("s1")
     fail(breaker, "s1", 1000)
-    assert breaker.hopeless(trained=False) is None
+    assert breaker.reason_to_give_up(trained=False) is None
 
 
 def test_a_run_goes_on_while_one_sampler_does_not_fail() -> None:
-    clock = Clock()
-    breaker = NoProgressBreaker(clock)
+    clock = ManualClock()
+    breaker = NoProgressBreaker(clock=clock)
     for name in ("bad", "good"):
-        breaker.came(name)
+        breaker.sampler_joined(name)
     fail_for_good(breaker, clock, "bad")
-    assert breaker.hopeless(trained=False) is None
-    breaker.left("good")
-    assert breaker.hopeless(trained=False) is None, "it may come back"
-    clock.now += ABSENT_SECONDS
-    assert "of sampler bad, led to" in str(breaker.hopeless(trained=False))
+    assert breaker.reason_to_give_up(trained=False) is None
+    breaker.sampler_left("good")
+    assert breaker.reason_to_give_up(trained=False) is None, "it may come back"
+    clock.now += LIMITS.absent_seconds
+    assert "of sampler bad, led to" in str(breaker.reason_to_give_up(trained=False))
 
 
 def test_samplers_that_lack_a_tool_end_nothing() -> None:
-    clock = Clock()
-    breaker = NoProgressBreaker(clock)
-    breaker.came("s1")
+    clock = ManualClock()
+    breaker = NoProgressBreaker(clock=clock)
+    breaker.sampler_joined("s1")
     for _ in range(10):
-        clock.now += fail(breaker, "s1", verdict=Verdict.IDLE)
-    assert breaker.hopeless(trained=False) is None
+        clock.now += fail(breaker, "s1", outcome=LeaseOutcome.IDLE)
+    assert breaker.reason_to_give_up(trained=False) is None
 
 
 def test_what_samplers_say_is_theirs_and_short() -> None:
-    clock = Clock()
-    breaker = NoProgressBreaker(clock)
+    clock = ManualClock()
+    breaker = NoProgressBreaker(clock=clock)
     for number in range(5):
-        breaker.came(f"s{number}")
+        breaker.sampler_joined(f"s{number}")
         fail_for_good(breaker, clock, f"s{number}")
-        breaker.judge(f"s{number}", Verdict.FAILED, "error: the run is over\n\x1b[31m " + "x" * 5000)
-    said = str(breaker.hopeless(trained=False))
+        breaker.record_outcome(f"s{number}", LeaseOutcome.FAILED, "error: the run is over\n\x1b[31m " + "x" * 5000)
+    said = str(breaker.reason_to_give_up(trained=False))
     assert "samplers s0, s1, s2 and 2 more, led to" in said
     assert "sampler s0 says: “error: the run is over" in said
     assert "\n" not in said
     assert len(said) < 1500
 
 
-def test_a_sampler_has_left_when_its_stream_closed_not_when_its_leases_are_lost() -> None:
-    clock = Clock()
-    breaker = NoProgressBreaker(clock)
-    breaker.came("good")
-    breaker.left("good")
-    clock.now += ABSENT_SECONDS
-    breaker.came("bad")
+def test_a_sampler_has_left_when_its_stream_closed() -> None:
+    clock = ManualClock()
+    breaker = NoProgressBreaker(clock=clock)
+    breaker.sampler_joined("good")
+    breaker.sampler_left("good")
+    clock.now += LIMITS.absent_seconds
+    breaker.sampler_joined("bad")
     fail_for_good(breaker, clock, "bad")
-    breaker.left("good")
-    assert "of sampler bad, led to" in str(breaker.hopeless(trained=False))
+    breaker.sampler_left("good")
+    assert "of sampler bad, led to" in str(breaker.reason_to_give_up(trained=False))
 
 
 def test_samplers_that_were_never_put_aside_are_forgotten() -> None:
-    clock = Clock()
-    breaker = NoProgressBreaker(clock)
+    clock = ManualClock()
+    breaker = NoProgressBreaker(clock=clock)
     for number in range(100):
-        breaker.came(f"s{number}")
-        breaker.left(f"s{number}")
-        clock.now += ABSENT_SECONDS
+        breaker.sampler_joined(f"s{number}")
+        breaker.sampler_left(f"s{number}")
+        clock.now += LIMITS.absent_seconds
     assert len(breaker._circuits) <= 2  # pyright: ignore[reportPrivateUsage]
 
 
@@ -256,60 +255,57 @@ def test_samplers_that_were_never_put_aside_are_forgotten() -> None:
 
 
 def test_one_sampler_alone_does_not_set_a_question_aside() -> None:
-    made = book(questions=1)
-    breaker = NoProgressBreaker(Clock())
-    attempts, here = Attempts(breaker), {"bad", "good"}
+    table = make_table(questions=1)
+    breaker = NoProgressBreaker(clock=ManualClock())
+    attempts, here = QuestionAttempts(breaker), {"bad", "good"}
     for lease in range(10):
-        group = made.open[grant(made, "bad/1")]
+        group = table.open_leases[grant(table, "bad/1")]
         end = LeaseEnd(group.lease.id, LeaseEndReason.FAILED)
-        excused = attempts.excused(group, "bad", here)
+        excused = attempts.is_excused(group, "bad", here)
         assert excused is (lease > 0)
-        assert made.ended(end, excused=excused).tries == 1
-    group = made.open[grant(made, "good/1")]
-    assert not attempts.excused(group, "good", here)
-    assert not attempts.excused(group, "bad", here), "all have tried"
+        assert table.end_lease(end, excused=excused).attempts == 1
+    group = table.open_leases[grant(table, "good/1")]
+    assert not attempts.is_excused(group, "good", here)
+    assert not attempts.is_excused(group, "bad", here), "all have tried"
 
 
 def test_a_question_that_nobody_can_answer_is_set_aside() -> None:
     """One sampler or three of them: after as many tries."""
     for here in ({"a"}, {"a", "b"}, {"a", "b", "c"}):
-        attempts = Attempts(NoProgressBreaker(Clock()))
-        made, leases = book(questions=1), 0
-        while not made.set_aside:
+        attempts = QuestionAttempts(NoProgressBreaker(clock=ManualClock()))
+        table, leases = make_table(questions=1), 0
+        while not table.set_aside_counts:
             name = sorted(here)[leases % len(here)]
-            group = made.open[grant(made, f"{name}/1")]
+            group = table.open_leases[grant(table, f"{name}/1")]
             leases += 1
-            made.ended(LeaseEnd(group.lease.id, LeaseEndReason.FAILED), excused=attempts.excused(group, name, here))
-        assert leases == (TRIES + REPEATS if len(here) == 1 else TRIES)
-    assert TRIES + REPEATS < FAILURES, "a lone sampler whose first question is a bad one is not put aside for it"
+            table.end_lease(LeaseEnd(group.lease.id, LeaseEndReason.FAILED), excused=attempts.is_excused(group, name, here))
+        assert leases == (MAX_ATTEMPTS + LIMITS.lone_repeats if len(here) == 1 else MAX_ATTEMPTS)
+    assert MAX_ATTEMPTS + LIMITS.lone_repeats < FAILURES, "a lone sampler with a bad first question is not put aside"
 
 
-def test_a_sampler_that_is_put_aside_blames_nothing() -> None:
-    breaker = NoProgressBreaker(Clock())
+def test_failures_of_a_sampler_put_aside_do_not_count_against_a_question() -> None:
+    breaker = NoProgressBreaker(clock=ManualClock())
     fail(breaker, "bad")
-    made = book()
-    group = made.open[grant(made, "bad/1")]
-    assert Attempts(breaker).excused(group, "bad", {"bad", "good"})
-    assert Attempts(breaker).excused(group, "bad", {"bad"}), "another may come"
+    table = make_table()
+    group = table.open_leases[grant(table, "bad/1")]
+    assert QuestionAttempts(breaker).is_excused(group, "bad", {"bad", "good"})
+    assert QuestionAttempts(breaker).is_excused(group, "bad", {"bad"}), "another may come"
 
 
 # ---- over gRPC
 
 
-async def test_one_bad_sampler_costs_itself_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_bad_sampler_costs_itself_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It fails as fast as it can, under two incarnations; the other trains on, and no question is set aside."""
-    monkeypatch.setattr(circuit_breaker, "FIRST_SECONDS", 1000.0)
     caplog.set_level(logging.WARNING)
-    made = book(questions=40, batch=8, max_lag=8)
-    async with serve_intake(made, tmp_path) as door, Sampler.join(door.address, name="good") as good:
+    table = make_table(questions=40, batch=8, max_lag=8)
+    async with serve_intake(table, tmp_path, breaker_limits=LONG_OPEN) as door, Sampler.join(door.address, name="good") as good:
         failed = 0
         for incarnation in (1, 2):
             async with Sampler.join(door.address, name="bad", incarnation=incarnation) as bad:
                 await bad.hear("welcome")
                 await bad.want(4)
-                while not door.desk.breaker.put_aside("bad"):
+                while not door.coordinator.breaker.is_put_aside("bad"):
                     await bad.fail((await bad.hear("lease")).id, "Learner, stop!\nerror: now")
                     failed += 1
                     await door.until(lambda seen=failed: door.sample("leases_ended_total", kind="train", reason="failed") >= seen)
@@ -318,39 +314,38 @@ async def test_one_bad_sampler_costs_itself_alone(
         await good.want(2)
         for _ in range(6):
             await good.roll_out((await good.hear("lease")).id)
-        assert not door.desk.broken.done()
-        assert not made.set_aside
+        assert not door.coordinator.failure.done()
+        assert not table.set_aside_counts
     said = [record.getMessage() for record in caplog.records if "put aside" in record.getMessage()]
     assert said == [
         "sampler bad is put aside for 30 s, its last leases came to nothing; sampler bad says: “Learner, stop! error: now”"
     ]
 
 
-async def test_leases_that_are_only_returned_are_not_granted_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(circuit_breaker, "FIRST_SECONDS", 1000.0)
-    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as idler:
+async def test_leases_that_are_only_returned_are_not_granted_without_end(tmp_path: Path) -> None:
+    async with serve_intake(make_table(), tmp_path, breaker_limits=LONG_OPEN) as door, Sampler.join(door.address) as idler:
         await idler.want(1)
         for _ in range(FAILURES):
             lease = (await idler.hear("lease")).id
             await idler.say(lease_end=returned(lease))
-        await door.until(lambda: door.desk.breaker.put_aside("s1"))
+        await door.until(lambda: door.coordinator.breaker.is_put_aside("s1"))
         assert door.sample("samplers_put_aside") == 1
-        await door.until(lambda: not door.desk.book.open)
+        await door.until(lambda: not door.coordinator.lease_table.open_leases)
         async with Sampler.join(door.address, name="s2") as other:
             await other.want(1)
             await other.roll_out((await other.hear("lease")).id)
 
 
 async def test_who_wants_very_many_leaves_others_their_share(tmp_path: Path) -> None:
-    made = book(batch=4, max_lag=1)
-    async with serve_intake(made, tmp_path) as door, Sampler.join(door.address, name="greedy") as greedy:
-        made.version, version = None, made.version
+    table = make_table(batch=4, max_lag=1)
+    async with serve_intake(table, tmp_path) as door, Sampler.join(door.address, name="greedy") as greedy:
+        table.version, version = None, table.version
         await greedy.want(1000)
         async with Sampler.join(door.address, name="modest") as modest:
             await modest.want(4)
-            await door.until(lambda: sum(peer.demand for peer in door.desk.open_sessions.values()) == 1004)
-            made.version = version
-            door.desk.grant()
+            await door.until(lambda: sum(peer.demand for peer in door.coordinator.open_sessions.values()) == 1004)
+            table.version = version
+            door.coordinator.dispatcher.wake_dispatcher()
             for sampler in (greedy, modest):
                 for _ in range(4):
                     await asyncio.wait_for(sampler.hear("lease"), 10)
@@ -362,16 +357,16 @@ def returned(lease: str) -> pb.LeaseEnd:
 
 def test_a_lease_that_was_excused_is_so_after_a_restart(tmp_path: Path) -> None:
     """The journal says so: who was there is not known any more."""
-    made, again = book(questions=1), book(questions=1)
-    work = made.next_lease()
+    table, again = make_table(questions=1), make_table(questions=1)
+    work = table.next_lease()
     assert work is not None
-    group = made.granted(*work, "s1/1", 0.0)
+    group = table.grant_lease(*work, "s1/1", 0.0)
     records = [lease_events.granted(*work, group.holder)]
     end = LeaseEnd(group.lease.id, LeaseEndReason.FAILED)
-    made.ended(end, excused=True)
+    table.end_lease(end, excused=True)
     records.append(lease_events.ended(end, excused=True))
     reporter = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
     for record in records:
         lease_events.replay(again, reporter, record)
-    assert again.state() == made.state()
-    assert not again.open
+    assert again.snapshot_table() == table.snapshot_table()
+    assert not again.open_leases

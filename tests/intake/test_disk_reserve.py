@@ -7,14 +7,14 @@ import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from learner.intake.coordinator.batcher import Batches
-from learner.intake.coordinator.journaled_leases import Clerk
+from learner.intake.coordinator.batcher import Batcher
+from learner.intake.coordinator.journaled_leases import JournaledLeases
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.wal.disk_reserve import NAME, RESERVE_BYTES, DiskReserve
 from learner.intake.wal.filesystem import LocalFileSystem
 from learner.intake.wal.journal import Journal
 from learner.intake.wal.segments import JournalEnd
-from tests.intake.builders import book, chain, complete
+from tests.intake.builders import bound, chain, complete, make_table
 from tests.intake.in_memory_filesystem import InMemoryFileSystem
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.timing.backoff import Backoff
@@ -47,26 +47,26 @@ def fill(disk: InMemoryFileSystem) -> None:
 
 
 async def test_a_full_disk_still_takes_open_leases_and_positions() -> None:
-    disk, made = InMemoryFileSystem(), book(batch=2, max_lag=3)
+    disk, table = InMemoryFileSystem(), make_table(batch=2, max_lag=3)
     async with at_work(disk) as journal:
-        clerk = Clerk(made, journal, RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2))
-        batches = Batches(made, clerk, lambda _: None)
-        while (work := made.next_lease()) is not None:
-            clerk.grant(*work, "s/1")
-        leases = list(made.open)[:6]
-        for lease in leases[:4]:
-            clerk.accept(subtree_to_pb(chain(lease)))
-            clerk.end(complete(lease))
+        leases = JournaledLeases(table, journal, RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2))
+        batcher = Batcher(table, leases, bound(table, leases))
+        while (work := table.next_lease()) is not None:
+            leases.grant_lease(*work, "s/1")
+        groups = list(table.open_leases.values())[:6]
+        for group in groups[:4]:
+            leases.record_subtree(group, subtree_to_pb(chain(group.lease.id)))
+            leases.end_lease(complete(group.lease.id))
         await journal.durable_so_far()
         await until(disk, kept=True)
         assert journal.low_space_since is None
         fill(disk)
         for position in (0, 2):
-            assert len(batches.batch(position, 2)) == 2
+            assert len(batcher.take_batch(position, 2)) == 2
             async with asyncio.timeout(5):
-                await clerk.given
+                await leases.positions_durable
         assert (journal.blocked, journal.low_space_since is None) == (False, False)
-        late = [clerk.accept(subtree_to_pb(chain(lease))) for lease in leases[4:]]
+        late = [leases.record_subtree(group, subtree_to_pb(chain(group.lease.id))) for group in groups[4:]]
         async with asyncio.timeout(5):
             await asyncio.gather(*late)
         disk.size += 3 * RESERVE_BYTES

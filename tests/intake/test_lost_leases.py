@@ -13,8 +13,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from learner.intake.leases import circuit_breaker
-from tests.intake.builders import PLAN, book, complete
+from learner.intake.leases.circuit_breaker import BreakerLimits
+from tests.intake.builders import PLAN, complete, make_table
 from tests.intake.process_harness import Sampler
 from tests.intake.server_harness import IntakeFixture, serve_intake, short_timings
 from treegrpo.core.budget import Budget
@@ -34,12 +34,12 @@ async def beat(sampler: Sampler) -> None:
 
 
 def balanced(door: IntakeFixture) -> bool:
-    return all(door.desk.book.ledger.imbalance(kind) == Budget() for kind in LeaseKind)
+    return all(door.coordinator.lease_table.ledger.imbalance(kind) == Budget() for kind in LeaseKind)
 
 
 async def test_a_sampler_that_hangs_loses_its_lease_to_another_who_goes_on(tmp_path: Path) -> None:
     """Its connection stays open all the while, and it comes back."""
-    async with serving(book(total=1), tmp_path) as door, Sampler.join(door.address, name="hangs") as hung:
+    async with serving(make_table(total=1), tmp_path) as door, Sampler.join(door.address, name="hangs") as hung:
         await hung.want(1)
         lost = await hung.hear("lease")
         await hung.send_chain(lost.id)
@@ -61,9 +61,9 @@ async def test_a_sampler_that_hangs_loses_its_lease_to_another_who_goes_on(tmp_p
             await other.send_chain(again.id, tree=1)
             await other.hear("ack")
             await other.say(lease_end=lease_end_to_pb(complete(again.id)))
-            await door.until(lambda: door.desk.book.groups.closed == 1)
+            await door.until(lambda: door.coordinator.lease_table.train_queue.closed_count == 1)
             beating.cancel()
-        (group,) = door.desk.book.groups.ready
+        (group,) = door.coordinator.lease_table.train_queue.ready_groups
         assert [(s.lease, s.tree) for s in group.subtrees] == [(lost.id, 0), (again.id, 1)]
         assert door.sample("budget_spent_total", kind="train", currency="tokens") == 2 * 28
         assert door.sample("leases_ended_total", kind="train", reason="lost") == 1
@@ -72,13 +72,13 @@ async def test_a_sampler_that_hangs_loses_its_lease_to_another_who_goes_on(tmp_p
 
 
 async def test_what_a_late_sampler_has_is_taken_while_nobody_else_goes_on(tmp_path: Path) -> None:
-    async with serving(book(), tmp_path) as door:
+    async with serving(make_table(), tmp_path) as door:
         async with Sampler.join(door.address) as first:
             await first.want(1)
             lost = await first.hear("lease")
             await first.send_chain(lost.id)
             await first.hear("ack")
-        await door.until(lambda: lost.id not in door.desk.book.open)
+        await door.until(lambda: lost.id not in door.coordinator.lease_table.open_leases)
         async with Sampler.join(door.address, leases=(lost.id,)) as back:
             assert list((await back.hear("welcome")).void_leases) == [lost.id]
             for _ in range(2):
@@ -91,19 +91,19 @@ async def test_what_a_late_sampler_has_is_taken_while_nobody_else_goes_on(tmp_pa
 
 
 async def test_a_sampler_that_was_cut_off_keeps_its_lease_if_it_is_back_in_time(tmp_path: Path) -> None:
-    async with serving(book(), tmp_path) as door:
+    async with serving(make_table(), tmp_path) as door:
         async with Sampler.join(door.address) as cut_off:
             await cut_off.want(1)
             lease = await cut_off.hear("lease")
         async with Sampler.join(door.address, leases=(lease.id,)) as back:
             assert not (await back.hear("welcome")).void_leases
             await back.roll_out(lease.id)
-            await door.until(lambda: door.desk.book.groups.closed == 1)
+            await door.until(lambda: door.coordinator.lease_table.train_queue.closed_count == 1)
 
 
 async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(tmp_path: Path) -> None:
     timings = replace(short_timings(silence=20.0), will_grace_seconds=0.2)
-    async with serve_intake(book(), tmp_path, timings) as door, AsyncExitStack() as stack:
+    async with serve_intake(make_table(), tmp_path, timings) as door, AsyncExitStack() as stack:
         talks, hushed = [await stack.enter_async_context(Sampler.join(door.address, name=name)) for name in ("talks", "hushed")]
         beating = asyncio.create_task(beat(talks))
         for sampler in (talks, hushed):
@@ -111,18 +111,18 @@ async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(tmp_p
             await sampler.hear("lease")
         await door.until(lambda: _silence(door, "hushed") > 0.2)
         door.control.members = {name: Member(name, "sampler", 1, alive=False) for name in ("talks", "hushed")}
-        door.desk.sessions.apply_last_wills(door.control.members.values())
-        assert list(door.desk.open_sessions) == ["talks"]
-        assert [group.holder for group in door.desk.book.open.values()] == [f"talks/{1:016x}"]
+        door.coordinator.sessions.apply_last_wills(door.control.members.values())
+        assert list(door.coordinator.open_sessions) == ["talks"]
+        assert [group.holder for group in door.coordinator.lease_table.open_leases.values()] == [f"talks/{1:016x}"]
         beating.cancel()
 
 
 def _silence(door: IntakeFixture, name: str) -> float:
-    return time.monotonic() - door.desk.open_sessions[name].last_heard
+    return time.monotonic() - door.coordinator.open_sessions[name].last_heard
 
 
 async def test_while_the_intake_stands_still_nobody_is_silent(tmp_path: Path) -> None:
-    async with serving(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serving(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         lease = await sampler.hear("lease")
         _stand_still(1.0)
@@ -130,7 +130,7 @@ async def test_while_the_intake_stands_still_nobody_is_silent(tmp_path: Path) ->
             await asyncio.sleep(0)
         beating = asyncio.create_task(beat(sampler))
         await sampler.roll_out(lease.id)
-        await door.until(lambda: door.desk.book.groups.closed == 1)
+        await door.until(lambda: door.coordinator.lease_table.train_queue.closed_count == 1)
         assert door.sample("leases_ended_total", kind="train", reason="lost") == 0
         beating.cancel()
 
@@ -141,7 +141,7 @@ def _stand_still(seconds: float) -> None:
 
 
 async def test_a_sampler_that_drains_gives_its_group_to_another(tmp_path: Path) -> None:
-    async with serving(book(), tmp_path) as door, Sampler.join(door.address) as drains:
+    async with serving(make_table(), tmp_path) as door, Sampler.join(door.address) as drains:
         await drains.want(1)
         lease = await drains.hear("lease")
         await drains.send_chain(lease.id)
@@ -156,9 +156,9 @@ async def test_a_sampler_that_drains_gives_its_group_to_another(tmp_path: Path) 
         assert door.sample("budget_forfeited_total", kind="train", currency="tokens") == 0
 
 
-async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(circuit_breaker, "REPEATS", -1)  # no other sampler is waited for
-    async with serving(book(total=1), tmp_path) as door, Sampler.join(door.address) as sampler:
+async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path) -> None:
+    limits = BreakerLimits(lone_repeats=-1)  # no other sampler is waited for
+    async with serving(make_table(total=1), tmp_path, breaker_limits=limits) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         asked: list[str] = []
         for _ in range(3):
@@ -169,7 +169,7 @@ async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path, monke
         lease = await sampler.hear("lease")
         assert lease.question.id != asked[0], "the run needs another one in its place"
         await sampler.roll_out(lease.id)
-        await door.until(lambda: door.desk.book.groups.closed == 1)
+        await door.until(lambda: door.coordinator.lease_table.train_queue.closed_count == 1)
         assert door.sample("groups_set_aside_total", kind="train", reason="failed") == 1
         (row,) = [json.loads(line) for line in (tmp_path / "set_aside.jsonl").read_text(encoding="utf-8").splitlines()]
         assert row | {"lease": "", "time": 0.0} == {
@@ -179,19 +179,19 @@ async def test_a_poisoned_question_is_set_aside_and_listed(tmp_path: Path, monke
         assert balanced(door)
 
 
-async def test_after_a_restart_a_sampler_that_does_not_come_back_has_lost_its_lease_without_blame(tmp_path: Path) -> None:
-    async with serving(book(), tmp_path) as door, Sampler.join(door.address, name="gone") as gone:
+async def test_a_sampler_that_is_gone_after_a_restart_costs_no_attempt(tmp_path: Path) -> None:
+    async with serving(make_table(), tmp_path) as door, Sampler.join(door.address, name="gone") as gone:
         await gone.want(1)
         lease = await gone.hear("lease")
         await gone.send_chain(lease.id)
         await gone.hear("ack")
-    async with serving(book(), tmp_path) as door, Sampler.join(door.address, name="other") as other:
+    async with serving(make_table(), tmp_path) as door, Sampler.join(door.address, name="other") as other:
         beating = asyncio.create_task(beat(other))
-        await door.until(lambda: lease.id not in door.desk.book.open)
+        await door.until(lambda: lease.id not in door.coordinator.lease_table.open_leases)
         await other.want(1)
         again = await other.hear("lease")
         assert [s.lease for s in again.accepted] == [lease.id]
-        assert door.desk.book.open[again.id].tries == 0
+        assert door.coordinator.lease_table.open_leases[again.id].attempts == 0
         assert door.sample("leases_ended_total", kind="train", reason="interrupted") == 1
         assert balanced(door)
         beating.cancel()
@@ -200,7 +200,7 @@ async def test_after_a_restart_a_sampler_that_does_not_come_back_has_lost_its_le
 async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(tmp_path: Path) -> None:
     """It is told to stop, trains on what it has when it does not answer, and its cost is known in the end all the same."""
     timings = short_timings(long_poll_seconds=2.0)
-    async with serve_intake(book(batch=1, max_lag=1), tmp_path, timings) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(batch=1, max_lag=1), tmp_path, timings) as door, Sampler.join(door.address) as sampler:
         beating = asyncio.create_task(beat(sampler))
         await sampler.want(9)
         slow, fast = [await sampler.hear("lease") for _ in range(2)]
@@ -214,7 +214,7 @@ async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(tmp_p
         await sampler.roll_out(third.id)
         assert (await sampler.hear("stop_expanding")).lease == slow.id
         assert len((await door.trainer.handle_take(1, 1)).groups) == 1
-        assert [group.draw for group in door.desk.book.groups.take(0, 9)] == [1, 0]
+        assert [group.draw for group in door.coordinator.lease_table.train_queue.groups_from(0, 9)] == [1, 0]
         assert door.sample("groups_closed_total", kind="train", reason="overdue") == 1
         assert door.sample("rollout_forgone_expansions_total", kind="train") == 3 * (PLAN.leaves - PLAN.trees)
         await sampler.send_chain(slow.id, tree=1)
@@ -222,7 +222,7 @@ async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(tmp_p
         assert door.sample("rollout_leaves_dropped_total", reason="overdue") == 1
         end = replace(complete(slow.id), reason=LeaseEndReason.STOPPED)
         await sampler.say(lease_end=lease_end_to_pb(end))
-        await door.until(lambda: slow.id not in door.desk.book.open)
+        await door.until(lambda: slow.id not in door.coordinator.lease_table.open_leases)
         assert door.sample("budget_spent_total", kind="train", currency="tokens") == 4 * 28, "what came too late was computed"
         assert balanced(door)
         beating.cancel()
@@ -230,8 +230,8 @@ async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(tmp_p
 
 async def test_a_trainer_that_is_slow_makes_nobody_grow(tmp_path: Path) -> None:
     """Eight samplers that want 20 leases each, a trainer that takes nothing: what is on its way stays within the bound."""
-    made = book(questions=50, batch=3, max_lag=1, total=300)
-    async with serving(made, tmp_path) as door, AsyncExitStack() as stack:
+    table = make_table(questions=50, batch=3, max_lag=1, total=300)
+    async with serving(table, tmp_path) as door, AsyncExitStack() as stack:
         samplers = [await stack.enter_async_context(Sampler.join(door.address, name=f"s{n}")) for n in range(8)]
         most = 0
 
@@ -240,14 +240,14 @@ async def test_a_trainer_that_is_slow_makes_nobody_grow(tmp_path: Path) -> None:
             await sampler.want(20)
             while True:
                 lease = await sampler.hear("lease")
-                most = max(most, made.out(LeaseKind.TRAIN) + made.groups.waiting)
+                most = max(most, table.count_active_leases(LeaseKind.TRAIN) + table.train_queue.untrained_count)
                 await sampler.roll_out(lease.id)
 
         working = [asyncio.create_task(task(sampler)) for sampler in samplers for task in (beat, work)]
         for step in range(3):
-            await door.until(lambda: len(made.groups.ready) == made.most)
-            assert (most, made.out(LeaseKind.TRAIN), made.next_lease()) == (6, 0, None)
-            assert all(peer.outbox.qsize() == 0 for peer in door.desk.open_sessions.values())
+            await door.until(lambda: len(table.train_queue.ready_groups) == table.max_groups_in_flight)
+            assert (most, table.count_active_leases(LeaseKind.TRAIN), table.next_lease()) == (6, 0, None)
+            assert all(peer.outbox.qsize() == 0 for peer in door.coordinator.open_sessions.values())
             assert len((await door.trainer.handle_take(3 * step, 3)).groups) == 3
             door.publish(step + 1, 3 * step + 3)
         for task in working:
@@ -255,9 +255,9 @@ async def test_a_trainer_that_is_slow_makes_nobody_grow(tmp_path: Path) -> None:
 
 
 async def test_a_sampler_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
-    async with serving(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serving(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.hear("welcome")
-        peer = door.desk.open_sessions["s1"]
+        peer = door.coordinator.open_sessions["s1"]
         for number in range(peer.max_queued):
             peer.outbox.put_nowait(pb.RolloutResponse(ack=pb.Ack(lease="a", tree=0, index=number)))
         peer.send_response(pb.RolloutResponse(drain=pb.Drain()))

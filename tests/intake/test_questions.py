@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from learner.intake.leases.question_queue import QuestionQueue, load_questions
+from learner.intake.leases.question_file import load_questions
+from learner.intake.leases.question_queue import QuestionQueue
 from tests.intake.builders import question
 from treegrpo.core.question import Message
 from treegrpo.errors import DataError
@@ -233,7 +234,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
 
 def draw(queue: QuestionQueue) -> int:
     taken = queue.next_draw
-    queue.take(taken)
+    queue.mark_drawn(taken)
     return taken
 
 
@@ -249,8 +250,8 @@ def test_a_draw_names_the_same_question_after_a_restart() -> None:
     before, after = QuestionQueue(made, seed=1), QuestionQueue(made, seed=1)
     draws = [draw(before) for _ in range(10)]
     for made_before in draws[:8]:
-        after.take(made_before)
-    after.put_back(3)
+        after.mark_drawn(made_before)
+    after.requeue_draw(3)
     assert draw(after) == 3
     assert [draw(after), draw(after)] == draws[8:10]
     assert [after[d] for d in draws] == [before[d] for d in draws]

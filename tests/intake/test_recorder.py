@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from learner.intake.monitoring.recorder import MAX_DEPTH_LABEL, RunRecorder
-from tests.intake.builders import PLAN, book, chain, complete, grant, step
+from tests.intake.builders import PLAN, accept, chain, complete, grant, make_table, step
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.observability.metrics import IntakeMetrics
 
@@ -17,38 +17,38 @@ def reporter(tmp_path: Path) -> RunRecorder:
 
 
 def test_a_group_with_equal_rewards_counts_as_zero_signal(tmp_path: Path) -> None:
-    made, told = book(), reporter(tmp_path)
+    table, told = make_table(), reporter(tmp_path)
     for rewards in ((1.0, 1.0), (0.0, 0.0), (1.0, 0.0)):
-        lease = grant(made)
+        lease = grant(table)
         for tree, reward in enumerate(rewards):
-            made.accept(chain(lease, tree=tree, reward=reward))
-        told.record_lease_end(made.ended(complete(lease)), complete(lease))
+            accept(table, chain(lease, tree=tree, reward=reward))
+        told.record_lease_end(table.end_lease(complete(lease)), complete(lease))
     assert told.metrics.registry.get_sample_value("treegrpo_groups_zero_signal_total") == 2
 
 
 def test_a_lost_lease_is_counted_and_its_group_when_it_is_closed(tmp_path: Path) -> None:
-    made, told = book(), reporter(tmp_path)
-    lease = grant(made)
-    made.accept(chain(lease))
+    table, told = make_table(), reporter(tmp_path)
+    lease = grant(table)
+    accept(table, chain(lease))
     lost = LeaseEnd(lease, LeaseEndReason.LOST)
-    told.record_lease_end(made.ended(lost), lost)
+    told.record_lease_end(table.end_lease(lost), lost)
     sample = told.metrics.registry.get_sample_value
     assert sample("treegrpo_leases_ended_total", {"kind": "train", "reason": "lost"}) == 1
     assert sample("treegrpo_groups_closed_total", {"kind": "train", "reason": "lost"}) is None
     assert sample("treegrpo_rollout_unique_tokens_total", {"kind": "train"}) is None
-    end = complete(grant(made))
-    told.record_lease_end(made.ended(end), end)
+    end = complete(grant(table))
+    told.record_lease_end(table.end_lease(end), end)
     assert sample("treegrpo_groups_closed_total", {"kind": "train", "reason": "complete"}) == 1
     assert sample("treegrpo_rollout_unique_tokens_total", {"kind": "train"}) == 18
     assert sample("treegrpo_rollout_forgone_expansions_total", {"kind": "train"}) == PLAN.leaves - PLAN.trees
 
 
 def test_prefix_tokens_are_counted_by_depth(tmp_path: Path) -> None:
-    made, told = book(), reporter(tmp_path)
-    lease = grant(made)
+    table, told = make_table(), reporter(tmp_path)
+    lease = grant(table)
     subtree = chain(lease)
-    made.accept(subtree)
-    told.record_subtree(made.open[lease], subtree)
+    accept(table, subtree)
+    told.record_subtree(table.open_leases[lease], subtree)
     sample = told.metrics.registry.get_sample_value
     for depth, turn in enumerate(subtree.steps, 1):
         for how in ("cached", "prefilled"):
@@ -57,8 +57,8 @@ def test_prefix_tokens_are_counted_by_depth(tmp_path: Path) -> None:
 
 
 def test_deep_turns_share_one_depth_label(tmp_path: Path) -> None:
-    made, told = book(), reporter(tmp_path)
-    group = made.open[grant(made)]
+    table, told = make_table(), reporter(tmp_path)
+    group = table.open_leases[grant(table)]
     subtree = replace(chain(group.lease.id), steps=tuple(step(n, n - 1) for n in range(1, MAX_DEPTH_LABEL + 3)), leaves=())
     group.group.add(subtree)
     told.record_subtree(group, subtree)
@@ -77,11 +77,11 @@ def test_the_first_lost_lease_shows_in_a_rate(tmp_path: Path) -> None:
 
 
 def test_a_progress_line_has_the_ledger_totals(tmp_path: Path) -> None:
-    made, told = book(), reporter(tmp_path)
-    lease = grant(made)
-    made.accept(chain(lease))
-    told.record_lease_end(made.ended(complete(lease)), complete(lease))
-    told.record_step({"step": 1}, made)
+    table, told = make_table(), reporter(tmp_path)
+    lease = grant(table)
+    accept(table, chain(lease))
+    told.record_lease_end(table.end_lease(complete(lease)), complete(lease))
+    told.record_step({"step": 1}, table)
     line = json.loads((tmp_path / "progress.jsonl").read_text(encoding="utf-8"))
     tokens = line["ledger"]["train"]["tokens"]
     assert tokens["granted"] == tokens["spent"] + tokens["refunded"] + tokens["forfeited"] + tokens["outstanding"]
@@ -90,11 +90,11 @@ def test_a_progress_line_has_the_ledger_totals(tmp_path: Path) -> None:
 
 
 def test_progress_lines_on_a_full_disk_are_buffered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made, told = book(), reporter(tmp_path)
+    table, told = make_table(), reporter(tmp_path)
     (tmp_path / "progress.jsonl").mkdir()
-    told.record_step({"step": 1}, made)
+    told.record_step({"step": 1}, table)
     assert "takes no line" in caplog.text
     (tmp_path / "progress.jsonl").rmdir()
-    told.record_step({"step": 2}, made)
+    told.record_step({"step": 2}, table)
     lines = (tmp_path / "progress.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]

@@ -50,8 +50,8 @@ async def test_the_script_covers_every_case() -> None:
     assert len(history.checkpoints) >= 4
     assert last.recovered.end.number > 5
     assert len(last.snapshots.snapshot_numbers()) == 2, "two generations"
-    assert history.line[0][0] not in str(last.book.groups.kept()), "something was forgotten"
-    assert last.book.answers.leaves
+    assert history.line[0][0] not in str(last.table.train_queue.kept_groups()), "something was forgotten"
+    assert last.table.evaluation_answers.leaves
 
 
 async def test_a_crash_at_any_file_system_call_is_recovered_from() -> None:

@@ -11,7 +11,7 @@ import pytest
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.lease_events import replay
 from tests.ground.unsound import EVERY
-from tests.intake.builders import PLAN, book, chain, complete, grant
+from tests.intake.builders import PLAN, accept, chain, complete, grant, make_table
 from tests.intake.process_harness import IntakeProcess, Sampler
 from tests.intake.server_harness import serve_intake
 from tests.intake.test_service import publish
@@ -28,84 +28,86 @@ from treegrpo.wire.trainer_protocol import Take, Taken, unpack_group
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_book_refuses_it_and_changes_nothing(name: str) -> None:
-    made, broken = book(), EVERY[name]
-    lease = grant(made)
-    made.accept(chain(lease))
-    spent = made.ledger.accounts[LeaseKind.TRAIN].spent
+    table, broken = make_table(), EVERY[name]
+    lease = grant(table)
+    accept(table, chain(lease))
+    spent = table.ledger.accounts[LeaseKind.TRAIN].spent
     with pytest.raises(TreeError) as refusal:
-        made.accept(broken.of(lease))
+        accept(table, broken.of(lease))
     assert str(refusal.value).startswith(f"Group 0000000, tree {broken.says}")
     assert refusal.value.field == broken.field
-    assert made.ledger.accounts[LeaseKind.TRAIN].spent == spent
-    assert made.accept(chain(lease, index=1, parent=1))
+    assert table.ledger.accounts[LeaseKind.TRAIN].spent == spent
+    assert accept(table, chain(lease, index=1, parent=1))
 
 
 def test_a_tree_that_is_not_in_the_plan_is_refused() -> None:
-    made = book()
+    table = make_table()
     with pytest.raises(TreeError, match=r"^Group 0000000: tree 2 is not one of its plan's 2") as refusal:
-        made.accept(chain(grant(made), tree=PLAN.trees))
+        accept(table, chain(grant(table), tree=PLAN.trees))
     assert refusal.value.field == "tree"
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_journal_that_has_it_keeps_every_position(name: str, tmp_path: Path) -> None:
     """A version before this one may have accepted it: what came later must not move up, or a trainer would skip a group."""
-    first, records = book(), list[dict[str, object]]()
+    first, records = make_table(), list[dict[str, object]]()
     for subtrees in ([EVERY[name].of], [chain]):
         work = first.next_lease()
         assert work is not None
         lease, draw = work
-        first.granted(lease, draw, "s1", 0.0)
+        first.grant_lease(lease, draw, "s1", 0.0)
         records.append({"event": "granted", "lease": lease_to_pb(lease).SerializeToString(), "draw": draw, "holder": ""})
         for subtree in (chain(lease.id), *(make(lease.id) for make in subtrees)):
             records.append({"event": "accepted", "subtree": subtree_to_pb(subtree).SerializeToString()})
         records.append({"event": "ended", "end": lease_end_to_pb(complete(lease.id)).SerializeToString()})
-    again = book()
+    again = make_table()
     reporter = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
     for record in [*records, {"event": "taken", "draws": [0, 1], "stale": []}]:
         replay(again, reporter, record)
-    assert [group.group.id for group in again.groups.take(0, 2)] == ["0000000", "0000001"]
-    assert [len(group.encoded) for group in again.groups.take(0, 2)] == [2, 1]
+    assert [group.group.id for group in again.train_queue.groups_from(0, 2)] == ["0000000", "0000001"]
+    assert [len(group.encoded) for group in again.train_queue.groups_from(0, 2)] == [2, 1]
     assert again.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
 def test_what_a_refused_subtree_cost_is_settled_with_its_lease() -> None:
-    made = book()
-    lease = grant(made)
-    made.accept(chain(lease))
-    group = made.open[lease]
-    assert group.refuse((0, 1), chain(lease).cost, "logprobs", "wrong")
-    assert not group.refuse((0, 1), chain(lease).cost, "logprobs", "wrong again"), "it is counted once, however often it is sent"
-    end = group.settle(complete(lease))
+    table = make_table()
+    lease = grant(table)
+    accept(table, chain(lease))
+    group = table.open_leases[lease]
+    assert group.reject_subtree((0, 1), chain(lease).cost, "logprobs", "wrong")
+    assert not group.reject_subtree((0, 1), chain(lease).cost, "logprobs", "wrong again"), (
+        "it is counted once, however often it is sent"
+    )
+    end = group.with_rejected_cost(complete(lease))
     assert (end.reason, end.error) == (complete(lease).reason, "")
-    made.ended(end)
-    assert made.ledger.accounts[LeaseKind.TRAIN].spent == Budget(tokens=2 * 28, tool_calls=2 * 2)
-    assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
+    table.end_lease(end)
+    assert table.ledger.accounts[LeaseKind.TRAIN].spent == Budget(tokens=2 * 28, tool_calls=2 * 2)
+    assert table.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
 def test_a_lease_of_which_everything_is_refused_has_failed_and_says_why() -> None:
     """The reason is what a run that leads nowhere is given up with."""
-    made = book()
-    group = made.open[grant(made)]
+    table = make_table()
+    group = table.open_leases[grant(table)]
     for tree in range(2):
-        group.refuse((tree, 0), chain("a").cost, "logprobs", f"Group 0000000, tree {tree}: wrong.")
-    end = group.settle(complete(group.lease.id))
+        group.reject_subtree((tree, 0), chain("a").cost, "logprobs", f"Group 0000000, tree {tree}: wrong.")
+    end = group.with_rejected_cost(complete(group.lease.id))
     assert (end.reason, end.unaccounted.tokens) == (LeaseEndReason.FAILED, 2 * 28)
     assert end.error == "2 subtrees refused, the last so: Group 0000000, tree 1: wrong."
 
 
 def test_a_trainer_that_goes_back_is_no_fault_of_the_questions_under_way() -> None:
     """What its samplers then make is older than their leases allow; the groups begin again, and no try is counted."""
-    made = book()
-    made.version = PolicyVersion(1, 30)
-    group = made.open[grant(made)]
-    made.version = PolicyVersion(2, 20)
+    table = make_table()
+    table.version = PolicyVersion(1, 30)
+    group = table.open_leases[grant(table)]
+    table.version = PolicyVersion(2, 20)
     for tree in range(2):
-        group.refuse((tree, 0), chain("a").cost, "age", "too old")
-    end = group.settle(complete(group.lease.id))
+        group.reject_subtree((tree, 0), chain("a").cost, "age", "too old")
+    end = group.with_rejected_cost(complete(group.lease.id))
     assert end.reason is LeaseEndReason.RETURNED
-    assert (made.ended(end).tries, end.unaccounted.tokens) == (0, 2 * 28)
-    assert made.ledger.imbalance(LeaseKind.TRAIN) == Budget()
+    assert (table.end_lease(end).attempts, end.unaccounted.tokens) == (0, 2 * 28)
+    assert table.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
 async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(intake: IntakeProcess) -> None:
@@ -137,16 +139,16 @@ async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(intak
 
 
 async def test_what_a_refused_subtree_cost_outlives_a_restart(tmp_path: Path) -> None:
-    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         lease = await sampler.hear("lease")
         await sampler.say(subtree=subtree_to_pb(EVERY["positive logprob"].of(lease.id)))
         assert (await sampler.hear("ack")).refusal
-    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address, leases=(lease.id,)) as sampler:
+    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address, leases=(lease.id,)) as sampler:
         await sampler.say(lease_end=lease_end_to_pb(complete(lease.id)))
-        await door.until(lambda: lease.id not in door.desk.book.open)
+        await door.until(lambda: lease.id not in door.coordinator.lease_table.open_leases)
         assert door.sample("budget_spent_total", kind="train", currency="tokens") == 28
-        assert door.desk.book.ledger.imbalance(LeaseKind.TRAIN) == Budget()
+        assert door.coordinator.lease_table.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
 async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(intake: IntakeProcess) -> None:

@@ -14,7 +14,7 @@ from learner.intake.persistence.snapshot import STATE, SnapshotStore, StateCaptu
 from learner.intake.wal.framing import encode_frame, encode_record
 from learner.intake.wal.journal import Journal
 from learner.intake.wal.segments import SegmentReader
-from tests.intake.builders import book
+from tests.intake.builders import make_table
 from tests.intake.crash_harness import JOURNAL, SNAPSHOTS, CrashableIntake, History, described, play
 from tests.intake.in_memory_filesystem import InMemoryFileSystem
 from tests.intake.test_recovery import FIRST, GROUP, SECOND, THIRD
@@ -52,7 +52,7 @@ async def test_a_snapshot_equals_the_events_before_it(at: int) -> None:
     plain.compact = plain.commit
     play(plain, [*SCRIPT, ("commit",)])
     after, before = (recovered(disk) for disk in (with_, without))
-    assert described(after.book) == described(before.book) == described(plain.book)
+    assert described(after.table) == described(before.table) == described(plain.table)
     assert samples(after.reporter) == samples(before.reporter)
     assert (after.snapshots.snapshot_numbers() != [], before.snapshots.snapshot_numbers()) == (True, [])
 
@@ -60,10 +60,10 @@ async def test_a_snapshot_equals_the_events_before_it(at: int) -> None:
 def recovered(disk: InMemoryFileSystem) -> CrashableIntake:
     """The next start, which does not know what happened."""
     machine = CrashableIntake.__new__(CrashableIntake)
-    machine.book, machine.reporter = book(batch=2, questions=6), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2)
+    machine.table, machine.reporter = make_table(batch=2, questions=6), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2)
     machine.snapshots = SnapshotStore(disk, SNAPSHOTS)
-    recover(disk, JOURNAL, machine.snapshots, machine.book, machine.reporter)
-    machine.reporter.export_lease_table(machine.book)
+    recover(disk, JOURNAL, machine.snapshots, machine.table, machine.reporter)
+    machine.reporter.export_lease_table(machine.table)
     return machine
 
 
@@ -85,7 +85,7 @@ async def test_a_damaged_newest_snapshot_falls_back_to_the_one_before(
     else:
         del data[place:]
     machine = CrashableIntake(disk, history)
-    assert described(machine.book) == history.states[-1]
+    assert described(machine.table) == history.states[-1]
     assert "It is set aside as /run/snapshots/00000003.damaged" in caplog.text
     assert machine.snapshots.snapshot_numbers() == [older]
     machine.compact()
@@ -103,7 +103,7 @@ async def test_recovery_needs_a_whole_snapshot_or_all_segments() -> None:
 async def test_the_first_snapshot_keeps_the_whole_journal() -> None:
     disk, history = await played()
     disk.files[state_file(2)].data[50] ^= 1
-    assert described(CrashableIntake(disk, history).book) == history.states[-1]
+    assert described(CrashableIntake(disk, history).table) == history.states[-1]
 
 
 async def test_a_snapshot_of_a_later_format_is_refused() -> None:
@@ -118,21 +118,21 @@ async def test_a_snapshot_of_a_later_format_is_refused() -> None:
 async def test_a_full_disk_costs_the_snapshot_and_nothing_else(call: str) -> None:
     disk, history = await played()
     machine = CrashableIntake(disk, history)
-    state, number = StateCapture(machine.book, machine.reporter), machine.journal.start_segment()
+    state, number = StateCapture(machine.table, machine.reporter), machine.journal.start_segment()
     machine.commit()
     disk.full = {call: 1}
     with pytest.raises(OSError, match="No space"):
         machine.compaction.compact_journal(number.result(), state)
     play(CrashableIntake(disk, history), [("grant",), *GROUP, ("compact",), ("grant",), ("commit",)])
     machine = CrashableIntake(disk, history)
-    assert described(machine.book) == history.states[-1]
+    assert described(machine.table) == history.states[-1]
     assert not [name for name in disk.list_names(SNAPSHOTS) if name.startswith(".")], "what was half written is gone"
 
 
 async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
     disk, history = await played()
     machine = CrashableIntake(disk, history)
-    state = StateCapture(machine.book, machine.reporter)
+    state = StateCapture(machine.table, machine.reporter)
     assert state.size_bytes > 0
     disk.size -= disk.free_bytes(SNAPSHOTS) - state.size_bytes + 1
     calls = len(disk.log)
@@ -141,18 +141,18 @@ async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
     assert len(disk.log) == calls, "nothing was written, and nothing dropped"
     disk.size += 1 << 20
     play(machine, [("compact",)])
-    assert described(CrashableIntake(disk, history).book) == history.states[-1]
+    assert described(CrashableIntake(disk, history).table) == history.states[-1]
 
 
 async def test_records_during_a_snapshot_are_in_the_segments_after_it() -> None:
     disk = InMemoryFileSystem()
     disk.make_directory(JOURNAL)
-    made, told, appended = book(), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2), 0
+    table, told, appended = make_table(), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2), 0
     with Journal.open_journal(disk, JOURNAL, SegmentReader(disk, JOURNAL).end) as journal:
 
         def capture() -> StateCapture:
-            made.set_aside["appended"] = appended
-            return StateCapture(made, told)
+            table.set_aside_counts["appended"] = appended
+            return StateCapture(table, told)
 
         snapshots = SnapshotStore(disk, SNAPSHOTS)
         compaction = JournalCompactor(disk, JOURNAL, journal, snapshots, capture)

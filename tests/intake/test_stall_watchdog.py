@@ -12,7 +12,7 @@ from learner.intake.coordinator.stall_watchdog import StallWatchdog, current_run
 from learner.intake.monitoring.progress_clock import QUIET_SECONDS, ProgressClock
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.monitoring.stall_diagnosis import RunStatus, SamplerStatus, StalledPart, TrainerStatus, diagnose_stall
-from tests.intake.builders import book
+from tests.intake.builders import make_table
 from tests.intake.process_harness import Sampler
 from tests.intake.server_harness import serve_intake
 from tests.manual_clock import ManualClock
@@ -163,19 +163,19 @@ def test_a_stall_is_logged_when_its_cause_changes_then_ever_less_often(tmp_path:
 
 
 async def test_the_diagnosis_names_what_a_sampler_waits_for(tmp_path: Path) -> None:
-    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
         with door.trainer.track_connection(), door.trainer.track_request():
             await sampler.want(1)
             lease = await sampler.hear("lease")
             beat = pb.Heartbeat(waits_for="the retriever,\nwhich is away", waited_seconds=7.0)
             await sampler.say(heartbeat=beat)
-            await door.until(lambda: bool(door.desk.open_sessions["s1"].waiting_for))
-            status = current_run_status(door.desk, door.trainer, door.journal)
+            await door.until(lambda: bool(door.coordinator.open_sessions["s1"].waiting_for))
+            status = current_run_status(door.coordinator, door.trainer, door.journal)
             assert diagnose_stall(status).sentence == "the retriever, which is away: so say s1, for 7 s"
             await sampler.say(heartbeat=pb.Heartbeat())
-            await door.until(lambda: not door.desk.open_sessions["s1"].waiting_for)
-            assert diagnose_stall(current_run_status(door.desk, door.trainer, door.journal)).part is StalledPart.LEASES
-            before = door.desk.pace.last_progress
+            await door.until(lambda: not door.coordinator.open_sessions["s1"].waiting_for)
+            assert diagnose_stall(current_run_status(door.coordinator, door.trainer, door.journal)).part is StalledPart.LEASES
+            before = door.coordinator.leases.progress_clock.last_progress
             await sampler.send_chain(lease.id)
             await sampler.hear("ack")
-            assert door.desk.pace.last_progress > before
+            assert door.coordinator.leases.progress_clock.last_progress > before

@@ -26,7 +26,7 @@ from services.cli.reports.run_history import describe_finished_run, describe_sta
 from services.cli.reports.summary import summary_lines
 from services.cli.up import lock_run_for_command
 from tests.cli.progress_rows import eval_row, step_row, write
-from tests.intake.builders import book
+from tests.intake.builders import make_table
 from tests.intake.crash_harness import CrashableIntake, History, play
 from tests.intake.in_memory_filesystem import InMemoryFileSystem
 from tests.intake.process_harness import write_questions
@@ -89,7 +89,7 @@ async def start_intake(config: Config) -> None:
         reporter = RunRecorder(metrics, run_dir / "progress.jsonl", window=2)
         record_fingerprint(config, begun=has_recorded_events(run_dir))
         snapshots = SnapshotStore(disk, run_dir / "snapshots")
-        recovered = recover(disk, run_dir / "journal", snapshots, known := book(batch=2, questions=6), reporter)
+        recovered = recover(disk, run_dir / "journal", snapshots, known := make_table(batch=2, questions=6), reporter)
         with Journal.open_journal(disk, run_dir / "journal", recovered.end) as journal:
             reporter.export_journal(journal)
             journal.append_record({"event": "closed", "draw": 0})

@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.coordinator import Coordinator
 from learner.intake.coordinator.sampler_sessions import SamplerSession
 from learner.intake.rpc.auth_interceptor import CallLimits
 from learner.intake.rpc.connection_monitor import ConnectionMonitor
@@ -35,18 +35,18 @@ HELLO = pb.Hello(sampler="s7", incarnation=1, engine="fake")
 
 @dataclass
 class Reception:
-    """Takes samplers in and says welcome: the desk's part in this."""
+    """Takes samplers in and says welcome: the coordinator's part in this."""
 
     open_sessions: dict[str, SamplerSession] = field(default_factory=dict[str, SamplerSession])
-    behind: bool = False
+    is_behind: bool = False
 
-    def join(self, hello: pb.Hello) -> SamplerSession:
+    def join_sampler(self, hello: pb.Hello) -> SamplerSession:
         peer = SamplerSession(hello.sampler, hello.incarnation, hello.engine, hello.capacity, max_queued=16)
         self.open_sessions[hello.sampler] = peer
         peer.send_response(pb.RolloutResponse(welcome=pb.Welcome(run="test")))
         return peer
 
-    def leave(self, peer: SamplerSession) -> None:
+    def leave_sampler(self, peer: SamplerSession) -> None:
         self.open_sessions.pop(peer.id, None)
 
 
@@ -82,7 +82,7 @@ async def serving(
     monitor = ConnectionMonitor(metrics)
     server = create_server(address, learner, monitor, message_bytes, call_limits=call_limits, options=options)
     admission = StreamAdmission(monitor, max_samplers)
-    rollout = RolloutServicer(cast("Desk", reception), admission, monitor, handshake_seconds)
+    rollout = RolloutServicer(cast("Coordinator", reception), admission, monitor, handshake_seconds)
     rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, server)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(no_versions(), metrics), server)
     healthy = HealthServicer()

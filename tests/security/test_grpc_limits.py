@@ -49,7 +49,7 @@ async def test_a_stream_that_begins_otherwise_is_refused_and_counted(first: pb.R
 
 async def test_one_sampler_too_many_is_refused_and_counted() -> None:
     async with serving(OPEN, max_samplers=1) as door:
-        door.reception.join(pb.Hello(sampler="first"))
+        door.reception.join_sampler(pb.Hello(sampler="first"))
         code, sentence = await stream(door, OPEN, hello())
         assert (code, door.refused("peers")) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)
         assert sentence == "1 samplers are connected, the most one learner takes; stop some."

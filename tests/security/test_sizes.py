@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner.intake.leases.question_queue import load_questions
+from learner.intake.leases.question_file import load_questions
 from learner.intake.rpc.request_limits import MAX_FIELDS
-from tests.intake.builders import PLAN, book, chain, grant, step
+from tests.intake.builders import PLAN, accept, chain, grant, make_table, step
 from tests.intake.process_harness import Sampler
 from tests.intake.server_harness import serve_intake
 from treegrpo.core.budget import Cost
@@ -64,22 +64,22 @@ LARGE: dict[str, tuple[Callable[[str], Subtree], str, str]] = {
 @pytest.mark.parametrize("name", LARGE)
 def test_what_is_larger_than_its_plan_is_refused_and_changes_nothing(name: str) -> None:
     make, field, says = LARGE[name]
-    made = book()
-    lease = grant(made)
+    table = make_table()
+    lease = grant(table)
     with pytest.raises(TreeError) as refusal:
-        made.accept(make(lease))
+        accept(table, make(lease))
     assert (refusal.value.field, says in str(refusal.value)) == (field, True), str(refusal.value)
-    assert made.accept(chain(lease))
+    assert accept(table, chain(lease))
 
 
 def test_depth_is_counted_from_the_root() -> None:
-    made = book()
-    lease = grant(made)
-    assert made.accept(chain(lease))
+    table = make_table()
+    lease = grant(table)
+    assert accept(table, chain(lease))
     three = (step(11, 1), step(12, 11), step(13, 12))
-    assert made.accept(Subtree(lease, 0, 1, 1, three, (Leaf(13, {"em": 1.0}),)))
+    assert accept(table, Subtree(lease, 0, 1, 1, three, (Leaf(13, {"em": 1.0}),)))
     with pytest.raises(TreeError, match="subtree 2 ends 5 steps below the root"):
-        made.accept(Subtree(lease, 0, 2, 12, (step(21, 12), step(22, 21)), (Leaf(22, {"em": 1.0}),)))
+        accept(table, Subtree(lease, 0, 2, 12, (step(21, 12), step(22, 21)), (Leaf(22, {"em": 1.0}),)))
 
 
 def fork(lease: str, leaves: int, deep: int = 1, parent: int = 0) -> Subtree:
@@ -95,28 +95,28 @@ def fork(lease: str, leaves: int, deep: int = 1, parent: int = 0) -> Subtree:
 
 def test_a_subtree_may_have_several_leaves_and_more_steps_than_an_episode() -> None:
     """The contract says so; what bounds it is each of its paths."""
-    made = book()
-    made.accept(fork(grant(made), leaves=4, deep=PLAN.max_turns))
+    table = make_table()
+    accept(table, fork(grant(table), leaves=4, deep=PLAN.max_turns))
     with pytest.raises(TreeError, match=f"ends {PLAN.max_turns + 2} steps below the root"):
-        made.accept(fork(grant(made), leaves=2, deep=PLAN.max_turns + 1))
+        accept(table, fork(grant(table), leaves=2, deep=PLAN.max_turns + 1))
 
 
 def test_a_subtree_has_no_more_leaves_than_a_group_of_its_plan() -> None:
-    made = book()
-    lease = grant(made)
+    table = make_table()
+    lease = grant(table)
     with pytest.raises(TreeError, match=f"more leaves or steps than all {PLAN.leaves} episodes"):
-        made.accept(fork(lease, leaves=PLAN.leaves + 1))
-    assert made.accept(fork(lease, leaves=PLAN.leaves))
+        accept(table, fork(lease, leaves=PLAN.leaves + 1))
+    assert accept(table, fork(lease, leaves=PLAN.leaves))
 
 
 def test_tokens_are_counted_from_the_prompt_on() -> None:
     """Many branches below each other are no way to a long path."""
-    made = book()
-    lease = grant(made)
+    table = make_table()
+    lease = grant(table)
     long = replace(step(1, 0), observation=np.zeros(PLAN.max_context - 30, np.uint32))
-    assert made.accept(replace(chain(lease), steps=(long, step(2, 1)), leaves=(Leaf(2, {"em": 1.0}),)))
+    assert accept(table, replace(chain(lease), steps=(long, step(2, 1)), leaves=(Leaf(2, {"em": 1.0}),)))
     with pytest.raises(TreeError, match=r"subtree 1 has a path of 1\d\d tokens, and its plan's episodes have 128 at most"):
-        made.accept(replace(chain(lease, index=1, parent=1), steps=(step(11, 1, actions=16, observations=10), step(12, 11))))
+        accept(table, replace(chain(lease, index=1, parent=1), steps=(step(11, 1, actions=16, observations=10), step(12, 11))))
 
 
 def test_a_question_that_is_too_long_is_refused_with_its_row(tmp_path: Path) -> None:
@@ -131,18 +131,18 @@ def test_a_question_that_is_too_long_is_refused_with_its_row(tmp_path: Path) -> 
 
 async def test_a_subtree_of_very_many_steps_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     """Thousands of steps of a few bytes held the event loop for a third of a second, each time."""
-    async with serve_intake(book(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
         await sampler.want(1)
         lease = (await sampler.hear("lease")).id
         sent = subtree_to_pb(chain(lease))
         for number in range(MAX_FIELDS // 4):
             sent.steps.add(node=number + 100, status=tree_pb2.STEP_STATUS_OK)
-        for made in (lease, "train-9999999"):
-            sent.lease = made
+        for table in (lease, "train-9999999"):
+            sent.lease = table
             began = time.process_time()
             await sampler.say(subtree=sent)
             refusal = (await sampler.hear("ack")).refusal
             assert "more leaves or steps than all" in refusal or "is not open" in refusal
             assert time.process_time() - began < 0.25
         assert door.sample("subtrees_refused_total", reason="steps") == 1
-        assert len(door.desk.book.open[lease].refused) == 1
+        assert len(door.coordinator.lease_table.open_leases[lease].rejected) == 1

@@ -1,13 +1,14 @@
-"""The desk: where samplers, trainer and control plane meet the lease book. One asyncio loop, hence no locks.
+"""The coordinator: connects samplers, trainer and control plane with the lease table. One asyncio loop, hence no locks.
 
-    sampler ──Hello, Demand, Subtree, LeaseEnd──► desk ──Lease, Ack, StopExpanding, Drain──► sampler
-    trainer ──Take, Publish, Covered, Evaluate──► desk ──groups, evaluation──► trainer
-    control ──running | paused | draining───────► desk
-                                                   │ every change
-                                                   ▼
-                                                 clerk ──► book, journal, reports
+    sampler ──Hello, Demand, Subtree, LeaseEnd──► coordinator ──Lease, Ack, StopExpanding, Drain──► sampler
+    trainer ──Take, Publish, Covered, Evaluate──►     │       ──groups, evaluation──► trainer
+    control ──running | paused | draining───────►     │
+                                                      ▼ every change
+                                             journaled leases ──► lease table, journal, recorder
+                                                      ▲
+                    lease dispatcher, a task ── grants, asks overdue groups to stop
 
-The book changes at once, the journal follows, and an ack leaves only when the journal is durable.
+The table changes at once, the journal follows, and an ack leaves only when the journal is durable.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import logging
 import time
 from dataclasses import replace
 
-from learner.intake.coordinator.batcher import Batches
-from learner.intake.coordinator.journaled_leases import Clerk
-from learner.intake.coordinator.lease_dispatcher import Granting
+from learner.intake.coordinator.batcher import Batcher
+from learner.intake.coordinator.journaled_leases import JournaledLeases
+from learner.intake.coordinator.lease_dispatcher import LeaseDispatcher
 from learner.intake.coordinator.sampler_sessions import SamplerSession, SamplerSessions, sampler_of
 from learner.intake.coordinator.timings import CoordinatorTimings
-from learner.intake.leases.circuit_breaker import ABSENT_SECONDS, Attempts, NoProgressBreaker, Verdict
-from learner.intake.leases.lease_table import LeaseBook
-from learner.intake.leases.rollout_group import Fate, OpenGroup
-from learner.intake.leases.subtree_validation import check_holder, cost_of, reason_of
-from learner.intake.monitoring.progress_clock import ProgressClock
+from learner.intake.leases.circuit_breaker import BreakerLimits, LeaseOutcome, NoProgressBreaker, QuestionAttempts
+from learner.intake.leases.lease_table import LeaseTable
+from learner.intake.leases.rollout_group import RolloutGroup
+from learner.intake.leases.staleness import StalenessBound
+from learner.intake.leases.subtree_validation import check_lease_holder, claimed_cost, rejection_reason
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.wal.journal import BACKLOG_BYTES, Journal
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason, Plan
@@ -42,222 +43,230 @@ from treegrpo.wire.size_limits import check_end
 log = logging.getLogger(__name__)
 
 
-class Desk:
+class Coordinator:
     def __init__(
         self,
-        book: LeaseBook,
+        table: LeaseTable,
         journal: Journal,
         control: ControlPlane,
-        reporter: RunRecorder,
+        recorder: RunRecorder,
         *,
         run: str,
         plan: Plan,
         heldout: int,
         timings: CoordinatorTimings | None = None,
+        breaker_limits: BreakerLimits | None = None,
     ) -> None:
         """``heldout``: how many questions an evaluation has."""
-        self.book = book
+        self.lease_table = table
         timings = timings or CoordinatorTimings()
-        self.sessions = SamplerSessions(set(book.open.holders), self.lose, timings)
+        self.sessions = SamplerSessions(set(table.open_leases.holders), self.lose_holder, timings)
         self._journal = journal
         self.control = control
-        self.reporter = reporter
+        self.recorder = recorder
         self._run = run
         self._plan = plan
         self._heldout = heldout
-        self.clerk = Clerk(book, journal, reporter)
-        self.batches = Batches(book, self.clerk, self._stop, timings.finishing_seconds)
+        self.leases = JournaledLeases(table, journal, recorder)
+        self.staleness = StalenessBound(
+            table, self.leases.close_group, self._request_stop, finishing_seconds=timings.finishing_seconds
+        )
+        self.batcher = Batcher(table, self.leases, self.staleness)
         self.changed = Notifier()
-        self._refusals = RateLimitedLog(log)
-        self.breaker = NoProgressBreaker()
-        self._attempts = Attempts(self.breaker)
-        self.began = self.state_since = time.monotonic()
-        """When this intake began, and when it heard of the run's present state."""
-        self._granting = Granting(book, self.clerk, self.open_sessions, self.breaker.quota)
-        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Fails with RunError when rolling out on would lead nowhere."""
-        asyncio.get_running_loop().call_later(ABSENT_SECONDS, self._look_for_hope)
-        journal.on_availability_change = self.grant
-        reporter.export_lease_table(book)
+        """Tells of lease ends and of the control plane."""
+        self._rejections = RateLimitedLog(log)
+        self.breaker = NoProgressBreaker(breaker_limits)
+        self._attempts = QuestionAttempts(self.breaker)
+        self.started_at = self.state_since = time.monotonic()
+        """When this intake started, and when it heard of the run's present state."""
+        self.dispatcher = LeaseDispatcher(
+            *(table, self.leases, self.staleness, self.open_sessions),
+            quota=self.breaker.lease_quota,
+            may_grant=self._may_grant,
+        )
+        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Fails with RunError when further rollouts would be in vain."""
+        asyncio.get_running_loop().call_later(self.breaker.limits.absent_seconds, self._give_up_if_hopeless)
+        journal.on_availability_change = self.dispatcher.wake_dispatcher
+        recorder.export_lease_table(table)
 
     # ---- samplers
-
-    @property
-    def pace(self) -> ProgressClock:
-        """When something last went on."""
-        return self.clerk.pace
 
     @property
     def open_sessions(self) -> dict[str, SamplerSession]:
         """The samplers that have a stream, by name."""
         return self.sessions.open_sessions
 
-    def join(self, hello: pb.Hello) -> SamplerSession:
+    def join_sampler(self, hello: pb.Hello) -> SamplerSession:
         """A stream opened. Older incarnations of the same sampler have lost their leases."""
-        peer = SamplerSession(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._room)
-        self.sessions.open_session(peer)
-        self.breaker.came(peer.id)
-        held = {group.lease.id for group in self.book.open.of(peer.holder)}
-        version = self.book.version
-        void = [lease for lease in hello.leases if lease not in held]
-        welcome = pb.Welcome(run=self._run, void_leases=void, plan=plan_to_pb(self._plan))
-        if version is not None:
-            welcome.version.CopyFrom(version_to_pb(version))
-        peer.send_response(pb.RolloutResponse(welcome=welcome))  # before anything else: what follows may tell it to stop
-        for group in self.book.open.of(peer.holder):
-            if group.told_at is not None:  # it may have been said to a stream that was breaking
-                self._stop(group)
+        session = SamplerSession(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._max_queued)
+        self.sessions.open_session(session)
+        self.breaker.sampler_joined(session.id)
+        held = self.lease_table.open_leases.held_by(session.holder)
+        ids = {group.lease.id for group in held}
+        self._send_welcome(session, [lease for lease in hello.leases if lease not in ids])  # before it is asked to stop
+        for group in held:
+            if group.stop_requested_at is not None:  # it may have been asked on a stream that was breaking
+                self._request_stop(group)
         if self.control.state is RunState.DRAINING:
-            peer.send_response(pb.RolloutResponse(drain=pb.Drain()))
-        for holder in set(self.book.open.holders) - {peer.holder}:
-            if sampler_of(holder) == peer.id:
-                self.lose(holder)
-        for lease in held - set(hello.leases):  # granted while the stream broke: the sampler never saw it
-            self._end(LeaseEnd(lease, LeaseEndReason.RETURNED), Verdict.NEUTRAL)
-        log.info("sampler %s joined (%s, %d at once)", peer.id, peer.engine, peer.capacity)
-        self.reporter.record_samplers(len(self.open_sessions), self.breaker.aside())
-        return peer
+            session.send_response(pb.RolloutResponse(drain=pb.Drain()))
+        for holder in set(self.lease_table.open_leases.holders) - {session.holder}:
+            if sampler_of(holder) == session.id:
+                self.lose_holder(holder)
+        for lease in ids - set(hello.leases):  # granted while the stream broke: the sampler never saw it
+            self._end_lease(LeaseEnd(lease, LeaseEndReason.RETURNED), LeaseOutcome.NEUTRAL)
+        log.info("sampler %s joined (%s, %d at once)", session.id, session.engine, session.capacity)
+        self._record_samplers()
+        return session
+
+    def _send_welcome(self, session: SamplerSession, void_leases: list[str]) -> None:
+        welcome = pb.Welcome(run=self._run, void_leases=void_leases, plan=plan_to_pb(self._plan))
+        if self.lease_table.version is not None:
+            welcome.version.CopyFrom(version_to_pb(self.lease_table.version))
+        session.send_response(pb.RolloutResponse(welcome=welcome))
 
     @property
-    def _room(self) -> int:
-        """Messages for one sampler: of every lease there may be itself, an ack of each subtree and the word to stop."""
-        return (self.book.most + self._heldout) * (self._plan.leaves + 2) + 16
+    def _max_queued(self) -> int:
+        """Messages for one sampler: each lease there may be, an ack of each of its subtrees and the request to stop."""
+        return (self.lease_table.max_groups_in_flight + self._heldout) * (self._plan.leaves + 2) + 16
 
-    def leave(self, peer: SamplerSession) -> None:
-        """Its stream closed: its leases wait for it until it was silent for too long."""
-        if self.sessions.close_session(peer):
-            log.info("sampler %s left", peer.id)
-            self.breaker.left(peer.id)
-            self.reporter.record_samplers(len(self.open_sessions), self.breaker.aside())
+    def leave_sampler(self, session: SamplerSession) -> None:
+        """A stream closed: its sampler keeps its leases until it was silent for too long."""
+        if self.sessions.close_session(session):
+            log.info("sampler %s left", session.id)
+            self.breaker.sampler_left(session.id)
+            self._record_samplers()
 
-    def lose(self, holder: str) -> None:
-        """A sampler is gone for good: others go on with its groups."""
+    def lose_holder(self, holder: str) -> None:
+        """A sampler is gone: its leases are lost, and others continue its groups."""
         reason = self.sessions.expire_holder(holder)
         if (name := sampler_of(holder)) not in self.open_sessions:
-            self.breaker.left(name)
-        self.reporter.record_samplers(len(self.open_sessions), self.breaker.aside())
-        for group in self.book.open.of(holder):
+            self.breaker.sampler_left(name)
+        self._record_samplers()
+        for group in self.lease_table.open_leases.held_by(holder):
             log.warning("lease %s of sampler %s is lost, with %d subtrees", group.lease.id, holder, len(group.subtrees))
-            self._end(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
-        self.grant()
+            self._end_lease(LeaseEnd(group.lease.id, reason, error=f"sampler {holder} is gone"))
 
-    def demand(self, peer: SamplerSession, leases: int) -> None:
-        peer.demand = leases
-        self._granting.look_at(peer.id)
-        self.grant()
+    def _record_samplers(self) -> None:
+        self.recorder.record_samplers(len(self.open_sessions), self.breaker.count_put_aside())
 
-    def accept(self, peer: SamplerSession, sent: tree_pb2.Subtree) -> None:
-        """Take a subtree in. Acked when it is durable, also that it is refused: it is not sent again."""
-        ack = pb.Ack(lease=sent.lease, tree=sent.tree, index=sent.index)
-        try:
-            check_holder(self.book.find(sent.lease), sent.lease, peer.holder)
-            kept = self.clerk.accept(sent)
-        except ContractError as error:
-            ack.refusal = str(error)
-            kept = self._refuse(peer, sent, error)
-        response = pb.RolloutResponse(ack=ack)
-        kept.add_done_callback(lambda future: None if future.exception() else peer.send_response(response))
-
-    def _refuse(self, peer: SamplerSession, sent: tree_pb2.Subtree, error: ContractError) -> asyncio.Future[int]:
-        """Count it, once. Its lease goes no further, since what could follow hangs below it, and trains on what it has.
-
-        Done when that is durable.
-        """
-        group, leaves = self.book.open.get(sent.lease), len(sent.leaves)
-        reason = reason_of(group, peer.holder, error)
-        self._refusals.log_refusal(peer.id, reason, f"a subtree: {error}")
-        if group is None or reason == "holder":
-            self.reporter.record_rejection(reason, leaves)
-            return self._journal.durable_so_far()
-        cost = cost_of(sent, group.lease.plan)
-        kept = self.clerk.refuse(sent.lease, (sent.tree, sent.index), cost, reason, str(error))
-        if kept is not None:
-            self.reporter.record_rejection(reason, leaves)
-            group.told_at = group.told_at or time.monotonic()
-            self._stop(group)
-        return kept or self._journal.durable_so_far()
+    def set_demand(self, session: SamplerSession, leases: int) -> None:
+        """A sampler asks to hold so many leases at once."""
+        session.demand = leases
+        self.dispatcher.wake_dispatcher(session.id)
 
     @property
-    def behind(self) -> bool:
+    def is_behind(self) -> bool:
         """Whether so much waits for the disk that samplers have to wait too."""
         return self._journal.backlog_bytes > BACKLOG_BYTES
 
-    async def caught_up(self) -> None:
+    async def wait_for_journal(self) -> None:
         """Return when the disk is no longer behind."""
         await self._journal.wait_for_capacity()
 
-    def end(self, peer: SamplerSession, end: LeaseEnd) -> None:
-        """A lease ends. What its sampler stopped by itself another goes on with. Raises ContractError: nothing costs so much."""
-        group = self.book.open.get(end.lease)
-        if group is None or not end.reason.from_sampler or group.holder != peer.holder:
-            self._refusals.log_refusal(peer.id, "end", f"the end of lease {end.lease!r}, which is not open, or not its own")
+    # ---- subtrees
+
+    def accept_subtree(self, session: SamplerSession, sent: tree_pb2.Subtree) -> None:
+        """Accept or reject a subtree. Either is acked when it is durable: it is not sent again."""
+        ack = pb.Ack(lease=sent.lease, tree=sent.tree, index=sent.index)
+        group = self.lease_table.find_group(sent.lease)
+        try:
+            durable = self.leases.record_subtree(check_lease_holder(group, sent.lease, session.holder), sent)
+        except ContractError as error:
+            ack.refusal = str(error)
+            durable = self._reject_subtree(session, group, sent, error)
+        response = pb.RolloutResponse(ack=ack)
+        durable.add_done_callback(lambda future: None if future.exception() else session.send_response(response))
+
+    def _reject_subtree(
+        self, session: SamplerSession, group: RolloutGroup | None, sent: tree_pb2.Subtree, error: ContractError
+    ) -> asyncio.Future[int]:
+        """Count a rejected subtree, once, and stop its lease, whose group trains on what it has: what follows hangs below it.
+
+        Done when that is durable.
+        """
+        group, leaves = group if group is not None and group.has_open_lease else None, len(sent.leaves)
+        reason = rejection_reason(group, session.holder, error)
+        self._rejections.log_refusal(session.id, reason, f"a subtree: {error}")
+        if group is None or reason == "holder":
+            self.recorder.record_rejection(reason, leaves)
+            return self._journal.durable_so_far()
+        cost = claimed_cost(sent, group.lease.plan)
+        durable = self.leases.reject_subtree(group, (sent.tree, sent.index), cost, reason, str(error))
+        if durable is not None:
+            self.recorder.record_rejection(reason, leaves)
+            group.stop_requested_at = group.stop_requested_at or time.monotonic()
+            self._request_stop(group)
+        return durable or self._journal.durable_so_far()
+
+    def _request_stop(self, group: RolloutGroup) -> None:
+        """Ask the sampler of a group, if it is connected, to expand it no further."""
+        session = self.open_sessions.get(sampler_of(group.holder))
+        if session is not None and session.holder == group.holder:
+            session.send_response(pb.RolloutResponse(stop_expanding=pb.StopExpanding(lease=group.lease.id)))
+
+    # ---- lease ends
+
+    def end_lease(self, session: SamplerSession, end: LeaseEnd) -> None:
+        """A sampler ends its lease. Another continues what it stopped by itself. Raises ContractError: the cost is impossible."""
+        group = self.lease_table.open_leases.get(end.lease)
+        if group is None or not end.reason.from_sampler or group.holder != session.holder:
+            self._rejections.log_refusal(session.id, "end", f"the end of lease {end.lease!r}, which is not open, or not its own")
             return
         check_end(end, group.lease.plan)
-        end = group.settle(end)
-        if end.reason is LeaseEndReason.STOPPED and group.told_at is None and self.control.state is not RunState.DRAINING:
+        end = group.with_rejected_cost(end)
+        unasked = group.stop_requested_at is None and self.control.state is not RunState.DRAINING
+        if end.reason is LeaseEndReason.STOPPED and unasked:
             end = replace(end, reason=LeaseEndReason.RETURNED)
-        if end.error and not self.breaker.put_aside(peer.id):  # what it says then is in the line that puts it aside
-            log.warning("lease %s ends as %s on sampler %s: %s", end.lease, end.reason.value, peer.id, end.error)
-        self._end(end)
-        self.grant()
+        if end.error and not self.breaker.is_put_aside(session.id):  # else the line that puts it aside quotes the error
+            log.warning("lease %s ends as %s on sampler %s: %s", end.lease, end.reason.value, session.id, end.error)
+        self._end_lease(end)
 
-    def _end(self, end: LeaseEnd, verdict: Verdict | None = None) -> None:
-        group = self.book.open[end.lease]
+    def _end_lease(self, end: LeaseEnd, outcome: LeaseOutcome | None = None) -> None:
+        group = self.lease_table.open_group(end.lease)
         name = sampler_of(group.holder)
-        verdict = verdict or Verdict.of(group, end)
-        excused = self.book.at_fault(group, end) and self._attempts.excused(group, name, self.open_sessions)
-        group = self.clerk.end(end, excused=excused)
-        if group.fate in (Fate.CLOSED, Fate.ASIDE):
-            self._attempts.forget(group)
-        self._judge(name, verdict, end.error)
-        self._granting.look_at(name)
-        self.batches.press()
+        outcome = outcome or LeaseOutcome.classify(group, end)
+        excused = group.is_at_fault(end) and self._attempts.is_excused(group, name, self.open_sessions)
+        group = self.leases.end_lease(end, excused=excused)
+        if group.is_done:
+            self._attempts.forget_question(group)
+        self._update_breaker(name, outcome, end.error)
+        self.dispatcher.wake_dispatcher(name)
         self.changed.notify()
 
-    def _judge(self, name: str, verdict: Verdict, error: str) -> None:
+    def _update_breaker(self, name: str, outcome: LeaseOutcome, error: str) -> None:
         """Put a sampler aside that only fails, and give up a run in which all do."""
-        before = self.breaker.put_aside(name)
-        if seconds := self.breaker.judge(name, verdict, error):
-            words = self.breaker.said(name) or "it says nothing of why"
+        before = self.breaker.is_put_aside(name)
+        if seconds := self.breaker.record_outcome(name, outcome, error):
+            words = self.breaker.quote_last_error(name) or "it names no error"
             log.warning("sampler %s is put aside for %.0f s, its last leases came to nothing; %s", name, seconds, words)
-            asyncio.get_running_loop().call_later(seconds, self._try_again, name)
-        if self.breaker.put_aside(name) is not before:
-            self.reporter.record_samplers(len(self.open_sessions), self.breaker.aside())
-        if verdict is Verdict.FAILED:
-            self._look_for_hope()
+            asyncio.get_running_loop().call_later(seconds, self.dispatcher.wake_dispatcher, name)
+        if self.breaker.is_put_aside(name) is not before:
+            self._record_samplers()
+        if outcome is LeaseOutcome.FAILED:
+            self._give_up_if_hopeless()
 
-    def _look_for_hope(self) -> None:
-        """Give up the run if nothing comes of it; see `NoProgressBreaker.hopeless`."""
-        trained = self.book.version is not None and self.book.version.step > 0
-        if not self.broken.done() and (hopeless := self.breaker.hopeless(trained=trained)) is not None:
-            self.broken.set_exception(hopeless)
+    def _give_up_if_hopeless(self) -> None:
+        """End a run without progress; see `NoProgressBreaker.reason_to_give_up`."""
+        trained = self.lease_table.version is not None and self.lease_table.version.step > 0
+        if not self.failure.done() and (error := self.breaker.reason_to_give_up(trained=trained)) is not None:
+            self.failure.set_exception(error)
 
-    def _try_again(self, name: str) -> None:
-        self._granting.look_at(name)
-        self.grant()
+    # ---- tasks
 
-    def _stop(self, group: OpenGroup) -> None:
-        for peer in self.open_sessions.values():
-            if peer.holder == group.holder:
-                peer.send_response(pb.RolloutResponse(stop_expanding=pb.StopExpanding(lease=group.lease.id)))
-
-    def grant(self) -> None:
-        """Grant what there is to grant, unless the run or the disk stands still."""
+    def _may_grant(self) -> bool:
+        """Whether neither the run nor the disk stands still."""
         journal = self._journal
-        if self.control.state is not RunState.RUNNING or journal.blocked or journal.low_space_since is not None:
-            return
-        self.batches.press()
-        self._granting.grant()
+        return self.control.state is RunState.RUNNING and not journal.blocked and journal.low_space_since is None
 
-    # ---- control plane
-
-    async def follow(self) -> None:
-        """Obey the run state, and notice samplers that are gone or silent."""
+    async def coordinate_forever(self) -> None:
+        """Grant leases, follow the run state, and notice samplers that are gone or silent."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._obey(), name="run-state")
+            tasks.create_task(self.dispatcher.dispatch_forever(), name="dispatch")
+            tasks.create_task(self._follow_control_plane(), name="run-state")
             tasks.create_task(self.sessions.expire_silent_forever(), name="silence")
 
-    async def _obey(self) -> None:
+    async def _follow_control_plane(self) -> None:
         before = self.control.state
         while True:
             await self.control.wait_change()
@@ -266,17 +275,17 @@ class Desk:
                 self.state_since = time.monotonic()
                 log.info("the run is %s", state.value)
                 if state is RunState.DRAINING:
-                    for peer in self.open_sessions.values():
-                        peer.send_response(pb.RolloutResponse(drain=pb.Drain()))
+                    for session in self.open_sessions.values():
+                        session.send_response(pb.RolloutResponse(drain=pb.Drain()))
                 before = state
             self.sessions.apply_last_wills(self.control.members.values())
-            self.grant()
+            self.dispatcher.wake_dispatcher()
             self.changed.notify()
 
-    async def drained(self, seconds: float) -> None:
-        """Wait until no lease is out; those that remain after ``seconds`` are for another time."""
+    async def drain_leases(self, seconds: float) -> None:
+        """Wait until no lease is open; those that remain after ``seconds`` are interrupted, to be granted another time."""
         deadline = time.monotonic() + seconds
-        while self.book.open and await self.changed.wait(deadline):
+        while self.lease_table.open_leases and await self.changed.wait(deadline):
             pass
-        for lease in list(self.book.open):
-            self._end(LeaseEnd(lease, LeaseEndReason.INTERRUPTED))
+        for lease in list(self.lease_table.open_leases):
+            self._end_lease(LeaseEnd(lease, LeaseEndReason.INTERRUPTED))

@@ -1,58 +1,91 @@
-"""Who gets the next lease: of the samplers that want more than they hold the one that holds fewest.
+"""The lease dispatcher: one task that grants leases, each to the sampler that wants more than it holds and holds fewest.
 
-So one that wants very many leaves the others as many as it gets itself.
+    demand, lease end, new version, evaluation, run state, disk ─► wake ─► asks overdue groups to stop ─► grants leases
+
+A sampler that wants very many leaves the others as many as it gets itself.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heapreplace
 
-from learner.intake.coordinator.journaled_leases import Clerk
+from learner.intake.coordinator.journaled_leases import JournaledLeases
 from learner.intake.coordinator.sampler_sessions import SamplerSession
-from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.lease_table import LeaseTable
+from learner.intake.leases.staleness import StalenessBound
 from treegrpo.v1 import rollout_pb2 as pb
 
 
-class Granting:
+class LeaseDispatcher:
     def __init__(
-        self, book: LeaseBook, clerk: Clerk, peers: Mapping[str, SamplerSession], quota: Callable[[str], int | None]
+        self,
+        table: LeaseTable,
+        leases: JournaledLeases,
+        staleness: StalenessBound,
+        sessions: Mapping[str, SamplerSession],
+        *,
+        quota: Callable[[str], int | None],
+        may_grant: Callable[[], bool],
     ) -> None:
-        """``peers``: the samplers that have a stream, by name; ``quota``: leases that one may hold, None if it says itself."""
-        self._book = book
-        self._clerk = clerk
-        self._peers = peers
+        """Dispatch leases of ``table``.
+
+        Args:
+            table: says which lease is next.
+            leases: grants it.
+            staleness: asked to stop groups before anything is granted.
+            sessions: the samplers that have a stream, by name.
+            quota: leases that a sampler may hold, None if it says itself.
+            may_grant: whether leases may be granted now.
+        """
+        self._table = table
+        self._leases = leases
+        self._staleness = staleness
+        self._sessions = sessions
         self._quota = quota
-        self._hungry: set[str] = set()
-        """Those that may want more; with a thousand samplers nobody asks all of them at every end of a lease."""
+        self._may_grant = may_grant
+        self._wake = asyncio.Event()
+        self._candidates: set[str] = set()
+        """Samplers that may want more; with a thousand of them not all are asked at every end of a lease."""
 
-    def look_at(self, name: str) -> None:
-        """A sampler may want more than before: it said so, or a lease of its ended."""
-        self._hungry.add(name)
+    def wake_dispatcher(self, sampler: str | None = None) -> None:
+        """Dispatch soon: something has changed, or ``sampler`` may want more than before."""
+        if sampler is not None:
+            self._candidates.add(sampler)
+        self._wake.set()
 
-    def grant(self) -> None:
-        """Grant while there are both work within the bound and samplers that want it."""
-        if not self._book.has_work:
+    async def dispatch_forever(self) -> None:
+        """Dispatch whenever the task is woken."""
+        while True:
+            self._wake.clear()
+            self._staleness.request_stops()
+            self.dispatch_leases()
+            await self._wake.wait()
+
+    def dispatch_leases(self) -> None:
+        """Grant leases, if that is allowed, while there are both work within the bound and samplers that want it."""
+        if not self._may_grant() or not self._table.has_grantable_work:
             return
-        line = [(self._held(name), name, lacks) for name in self._hungry if (lacks := self._lacks(name)) > 0]
+        line = [(self._count_held(name), name, free) for name in self._candidates if (free := self._count_free(name)) > 0]
         heapify(line)
-        self._hungry = {name for _, name, _ in line}
-        while line and (work := self._book.next_lease()) is not None:
-            held, name, lacks = line[0]
-            peer = self._peers[name]
-            peer.send_response(pb.RolloutResponse(lease=self._clerk.grant(*work, peer.holder)))
-            if lacks > 1:
-                heapreplace(line, (held + 1, name, lacks - 1))
+        self._candidates = {name for _, name, _ in line}
+        while line and (work := self._table.next_lease()) is not None:
+            held, name, free = line[0]
+            session = self._sessions[name]
+            session.send_response(pb.RolloutResponse(lease=self._leases.grant_lease(*work, session.holder)))
+            if free > 1:
+                heapreplace(line, (held + 1, name, free - 1))
             else:
                 heappop(line)
-                self._hungry.discard(name)
+                self._candidates.discard(name)
 
-    def _lacks(self, name: str) -> int:
+    def _count_free(self, name: str) -> int:
         """Leases that a sampler wants and does not hold."""
-        peer, quota = self._peers.get(name), self._quota(name)
-        if peer is None:
+        session, quota = self._sessions.get(name), self._quota(name)
+        if session is None:
             return 0
-        return (peer.demand if quota is None else min(quota, peer.demand)) - self._held(name)
+        return (session.demand if quota is None else min(quota, session.demand)) - self._count_held(name)
 
-    def _held(self, name: str) -> int:
-        return self._book.open.held(self._peers[name].holder) if name in self._peers else 0
+    def _count_held(self, name: str) -> int:
+        return self._table.open_leases.count_held_by(self._sessions[name].holder) if name in self._sessions else 0

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.lease_table import LeaseTable
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError, RunFileError, describe
 from treegrpo.storage import manifest
@@ -34,8 +34,8 @@ class PublishedVersion:
 
 
 class PublishedVersions:
-    def __init__(self, book: LeaseBook, control: ControlPlane) -> None:
-        self._book = book
+    def __init__(self, table: LeaseTable, control: ControlPlane) -> None:
+        self._table = table
         self._control = control
         self._versions: dict[PolicyVersion, PublishedVersion] = {}
         self._damaged: PolicyVersion | None = None
@@ -63,8 +63,8 @@ class PublishedVersions:
         """
         async with self._publishing:  # a request that is repeated while the files are read waits for the first
             await self._serve_files(version, directory)
-            self._book.version = version
-            self._book.groups.trained(position)
+            self._table.version = version
+            self._table.train_queue.mark_trained(position)
             await self._control.announce_version(version)
 
     async def _serve_files(self, version: PolicyVersion, directory: Path) -> None:

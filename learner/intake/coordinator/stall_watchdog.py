@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.coordinator import Coordinator
 from learner.intake.coordinator.sampler_sessions import SamplerSession
 from learner.intake.coordinator.trainer_api import TrainerApi
 from learner.intake.monitoring.progress_clock import ProgressClock
@@ -25,29 +25,29 @@ MAX_REPEAT_SECONDS = 3600.0
 """From one line to the next with the same cause."""
 
 
-def current_run_status(desk: Desk, trainer: TrainerApi, journal: Journal) -> RunStatus:
+def current_run_status(coordinator: Coordinator, trainer: TrainerApi, journal: Journal) -> RunStatus:
     """The state of the run now."""
-    now, book, sessions = time.monotonic(), desk.book, desk.sessions
+    now, table, sessions = time.monotonic(), coordinator.lease_table, coordinator.sessions
     return RunStatus(
-        state=desk.control.state,
-        state_seconds=now - desk.state_since,
+        state=coordinator.control.state,
+        state_seconds=now - coordinator.state_since,
         blocked_seconds=None if journal.blocked_since is None else now - journal.blocked_since,
         low_space_seconds=None if journal.low_space_since is None else now - journal.low_space_since,
         journal_folder=str(journal.folder),
         trainer=trainer.status,
-        samplers=[_sampler_status(desk, session, now) for session in sessions.open_sessions.values()],
+        samplers=[_sampler_status(coordinator, session, now) for session in sessions.open_sessions.values()],
         no_sampler_seconds=now - sessions.empty_since,
         last_seen=tuple(sessions.last_seen),
-        open_leases=len(book.open),
-        can_grant=book.has_work,
-        ready_groups=book.groups.ready_count,
-        batch=book.batch,
+        open_leases=len(table.open_leases),
+        can_grant=table.has_grantable_work,
+        ready_groups=table.train_queue.ready_count,
+        batch=table.batch,
     )
 
 
-def _sampler_status(desk: Desk, session: SamplerSession, now: float) -> SamplerStatus:
-    groups = desk.book.open.of(session.holder)
-    granted = [desk.began if group.granted_at is None else group.granted_at for group in groups]
+def _sampler_status(coordinator: Coordinator, session: SamplerSession, now: float) -> SamplerStatus:
+    groups = coordinator.lease_table.open_leases.held_by(session.holder)
+    granted = [coordinator.started_at if group.granted_at is None else group.granted_at for group in groups]
     lease_seconds = now - min(granted) if granted else None
     silent_seconds = max(0.0, now - session.last_heard)
     return SamplerStatus(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from learner.intake.leases.staleness import FINISHING_SECONDS
 from treegrpo.core.lease import HEARTBEAT_SECONDS, SILENCE_SECONDS
 
 WILL_GRACE_SECONDS = 2 * HEARTBEAT_SECONDS
-FINISHING_SECONDS = SILENCE_SECONDS
 LONG_POLL_SECONDS = 5.0
 SILENCE_CHECK_SECONDS = 1.0
 

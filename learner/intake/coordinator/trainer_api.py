@@ -12,10 +12,10 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
-from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.coordinator import Coordinator
 from learner.intake.coordinator.published_versions import PublishedVersions
 from learner.intake.coordinator.timings import LONG_POLL_SECONDS
-from learner.intake.leases.evaluation import Round
+from learner.intake.leases.evaluation import EvaluationRound
 from learner.intake.monitoring.stall_diagnosis import TrainerStatus
 from learner.intake.wal.journal import wait_until_durable
 from treegrpo.core.question import Question
@@ -29,24 +29,25 @@ log = logging.getLogger(__name__)
 class TrainerApi:
     def __init__(
         self,
-        desk: Desk,
+        coordinator: Coordinator,
         versions: PublishedVersions,
         heldout: list[Question],
         on_checkpoint: Callable[[], None],
         long_poll_seconds: float = LONG_POLL_SECONDS,
     ) -> None:
         """``on_checkpoint`` is called when the trainer has a new checkpoint: the journal may get shorter."""
-        self._desk = desk
-        self._book, self._batches, self._clerk = desk.book, desk.batches, desk.clerk
-        self._control, self._reporter, self._clock = desk.control, desk.reporter, desk.pace
+        self._coordinator = coordinator
+        self._table, self._batcher, self._leases = coordinator.lease_table, coordinator.batcher, coordinator.leases
+        self._staleness = coordinator.staleness
+        self._control, self._reporter, self._clock = coordinator.control, coordinator.recorder, coordinator.leases.progress_clock
         self._versions = versions
         self._heldout = heldout
         self._on_checkpoint = on_checkpoint
         self._long_poll_seconds = long_poll_seconds
-        self._evaluation: Round | None = None
+        self._evaluation: EvaluationRound | None = None
         self._reported_damage: PolicyVersion | None = None
         """The version of which the trainer knows that it is damaged."""
-        versions.on_damaged = desk.changed.notify
+        versions.on_damaged = coordinator.changed.notify
         self._connections = 0
         self._requests = 0
         self._has_connected = False
@@ -57,26 +58,26 @@ class TrainerApi:
         deadline = time.monotonic() + self._long_poll_seconds
         while True:
             state = self._control.state
-            groups = self._batches.batch(position, count) if state is RunState.RUNNING else []
+            groups = self._batcher.take_batch(position, count) if state is RunState.RUNNING else []
             if groups or self._has_news or time.monotonic() > deadline:
-                self._desk.grant()
-                if groups and not await wait_until_durable(self._clerk.given, deadline):
+                self._coordinator.dispatcher.wake_dispatcher()
+                if groups and not await wait_until_durable(self._leases.positions_durable, deadline):
                     groups = []  # a full disk; the trainer asks again
                 if groups:
                     self._clock.record_progress()
                 return Taken([pack_encoded_group(g.group, g.encoded) for g in groups], state.value, self._report_damage())
-            await self._desk.changed.wait(min(deadline, self._batches.patience))
+            await self._coordinator.changed.wait(min(deadline, self._staleness.next_deadline))
 
     async def handle_publish(self, version: PolicyVersion, path: Path, position: int) -> None:
         """A version is written to ``path``; the groups before ``position`` made it. Raises ContractError."""
         await self._versions.publish_version(version, path, position)
         self._reported_damage = None
         self._clock.record_progress()
-        self._desk.grant()
+        self._coordinator.dispatcher.wake_dispatcher()
 
     def handle_covered(self, position: int) -> None:
         """A checkpoint covers the groups before ``position``."""
-        self._book.groups.covered(position)
+        self._table.train_queue.mark_covered(position)
         self._on_checkpoint()
 
     async def handle_evaluate(self, version: PolicyVersion) -> Evaluation:
@@ -85,25 +86,25 @@ class TrainerApi:
         if evaluation is None or evaluation.version != version:
             evaluation = self._begin_evaluation(version)
         deadline = time.monotonic() + self._long_poll_seconds
-        while not (evaluation.done or self._has_news):
-            if not await self._desk.changed.wait(deadline):
+        while not (evaluation.is_done or self._has_news):
+            if not await self._coordinator.changed.wait(deadline):
                 break
-        if evaluation.done:
-            self._reporter.record_evaluation(evaluation, self._book)
+        if evaluation.is_done:
+            self._reporter.record_evaluation(evaluation, self._table)
         return replace(evaluation.result(), state=self._control.state.value, damaged=self._report_damage())
 
-    def _begin_evaluation(self, version: PolicyVersion) -> Round:
-        evaluation = self._evaluation = Round(version, self._heldout, self._book.answers)
-        missing = evaluation.missing
+    def _begin_evaluation(self, version: PolicyVersion) -> EvaluationRound:
+        evaluation = self._evaluation = EvaluationRound(version, self._heldout, self._table.evaluation_answers)
+        missing = evaluation.missing_questions
         if 0 < len(missing) < len(self._heldout):
             log.info("the evaluation of %s goes on; %d questions of %d are left", version, len(missing), len(self._heldout))
-        self._book.evaluate(version, missing)
-        self._desk.grant()
+        self._table.queue_evaluation(version, missing)
+        self._coordinator.dispatcher.wake_dispatcher()
         return evaluation
 
     def handle_step_report(self, values: dict[str, object]) -> None:
         """A line for the run's progress file."""
-        self._reporter.record_step(values, self._book)
+        self._reporter.record_step(values, self._table)
 
     @property
     def _has_news(self) -> bool:
@@ -142,6 +143,6 @@ class TrainerApi:
     @property
     def status(self) -> TrainerStatus:
         """The trainer as it is now."""
-        step = self._book.version.step if self._book.version else 0
+        step = self._table.version.step if self._table.version else 0
         seconds = time.monotonic() - self._state_since
         return TrainerStatus(self._has_connected, self._connections > 0, self._requests > 0, seconds, step)

@@ -1,4 +1,4 @@
-"""The rollout budget's books: granted = spent + refunded + forfeited + outstanding, in tokens and in tool calls.
+"""The ledger of the rollout budget: granted = spent + refunded + forfeited + outstanding, in tokens and in tool calls.
 
 Pure. `granted`, `spent`, `refunded` and `forfeited` only grow; `outstanding` is kept lease by lease, on its own, so
 that the equation is a check and not a definition.
@@ -28,12 +28,12 @@ class Ledger:
         self.accounts = {kind: Account() for kind in LeaseKind}
         self._open: dict[str, tuple[LeaseKind, Budget]] = {}
 
-    def grant(self, lease: str, kind: LeaseKind, budget: Budget) -> None:
-        """Open a lease with an allowance."""
+    def record_grant(self, lease: str, kind: LeaseKind, budget: Budget) -> None:
+        """Open the account of a lease with its budget."""
         self._open[lease] = (kind, budget)
         self.accounts[kind].granted += budget
 
-    def spend(self, lease: str, budget: Budget) -> None:
+    def record_spend(self, lease: str, budget: Budget) -> None:
         """Charge an open lease. What goes beyond its grant (KV recomputed after a weight swap) is granted on top."""
         kind, left = self._open[lease]
         account = self.accounts[kind]
@@ -44,21 +44,21 @@ class Ledger:
             left += extra
         self._open[lease] = (kind, left - budget)
 
-    def late(self, kind: LeaseKind, budget: Budget) -> None:
-        """Charge work of a lost lease that is of use after all.
+    def record_late_spend(self, kind: LeaseKind, budget: Budget) -> None:
+        """Charge a subtree of a lost lease that is accepted after all.
 
         It was forfeited with its lease; totals never shrink, so it is granted and spent on top.
         """
         self.accounts[kind].granted += budget
         self.accounts[kind].spent += budget
 
-    def refund(self, lease: str) -> None:
-        """Close a lease that ended: what is left comes back."""
+    def refund_lease(self, lease: str) -> None:
+        """Close the account of a lease that ended: what is left is refunded."""
         kind, left = self._open.pop(lease)
         self.accounts[kind].refunded += left
 
-    def forfeit(self, lease: str) -> None:
-        """Close a lease that was lost: what is left was spent nobody knows how."""
+    def forfeit_lease(self, lease: str) -> None:
+        """Close the account of a lost lease: nobody knows how what is left was spent."""
         kind, left = self._open.pop(lease)
         self.accounts[kind].forfeited += left
 
@@ -81,14 +81,14 @@ class Ledger:
             rows[kind.value] = {c: {name: getattr(budget, c) for name, budget in parts.items()} for c in currencies}
         return rows
 
-    def state(self) -> dict[str, Any]:
-        """Plain data to be restored from."""
+    def snapshot_accounts(self) -> dict[str, Any]:
+        """Plain data for `restore_accounts`."""
         return {
             "accounts": {kind.value: astuple(account) for kind, account in self.accounts.items()},
             "open": {lease: (kind.value, astuple(left)) for lease, (kind, left) in self._open.items()},
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Become what `state` was taken of."""
-        self.accounts = {kind: Account(*(Budget(*budget) for budget in state["accounts"][kind.value])) for kind in LeaseKind}
-        self._open = {lease: (LeaseKind(kind), Budget(*left)) for lease, (kind, left) in state["open"].items()}
+    def restore_accounts(self, row: dict[str, Any]) -> None:
+        """Restore what `snapshot_accounts` gave."""
+        self.accounts = {kind: Account(*(Budget(*budget) for budget in row["accounts"][kind.value])) for kind in LeaseKind}
+        self._open = {lease: (LeaseKind(kind), Budget(*left)) for lease, (kind, left) in row["open"].items()}

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from learner.intake.leases.rollout_group import OpenGroup
+from learner.intake.leases.rollout_group import RolloutGroup
 from treegrpo.core.question import Question
 from treegrpo.core.step import Leaf, PolicyVersion
 from treegrpo.wire.trainer_protocol import Evaluation
 
 
-class Answers:
-    """How the evaluation leases of the newest evaluated version ended. Part of the lease book, so a restart keeps them."""
+class EvaluationAnswers:
+    """How the evaluation leases of the newest evaluated version ended. Part of the lease table, so a restart keeps them."""
 
     def __init__(self) -> None:
         self.version: PolicyVersion | None = None
         self.leaves: dict[str, Leaf | None] = {}
         """By question id; None where the episode failed."""
 
-    def add(self, group: OpenGroup) -> None:
+    def record_answer(self, group: RolloutGroup) -> None:
         """Count a closed evaluation group; one of an older version is late and counts no more."""
         version = group.lease.min_version
         if self.version is None or version > self.version:
@@ -27,22 +27,24 @@ class Answers:
         if version == self.version:
             self.leaves[group.lease.question.id] = next((leaf for _, leaf in group.group.leaves()), None)
 
-    def state(self) -> dict[str, Any]:
-        """Plain data to be restored from."""
+    def snapshot_answers(self) -> dict[str, Any]:
+        """Plain data for `restore_answers`."""
         leaves = {question: asdict(leaf) if leaf else None for question, leaf in self.leaves.items()}
         return {"version": str(self.version) if self.version else None, "leaves": leaves}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Become what `state` was taken of."""
-        self.version = PolicyVersion.parse(state["version"]) if state["version"] else None
-        self.leaves = {question: Leaf(**leaf) if leaf else None for question, leaf in state["leaves"].items()}
+    def restore_answers(self, row: dict[str, Any]) -> None:
+        """Restore what `snapshot_answers` gave."""
+        self.version = PolicyVersion.parse(row["version"]) if row["version"] else None
+        self.leaves = {question: Leaf(**leaf) if leaf else None for question, leaf in row["leaves"].items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class EvaluationRound:
+    """One evaluation of a version, and what is missing of it."""
+
     version: PolicyVersion
     questions: list[Question]
-    answers: Answers = field(default_factory=Answers)
+    answers: EvaluationAnswers = field(default_factory=EvaluationAnswers)
 
     @property
     def _leaves(self) -> dict[str, Leaf | None]:
@@ -52,14 +54,14 @@ class Round:
         return {q.id: self.answers.leaves[q.id] for q in self.questions if q.id in self.answers.leaves}
 
     @property
-    def missing(self) -> list[Question]:
+    def missing_questions(self) -> list[Question]:
         """Questions without an outcome."""
         known = self._leaves
         return [question for question in self.questions if question.id not in known]
 
     @property
-    def done(self) -> bool:
-        return not self.missing
+    def is_done(self) -> bool:
+        return not self.missing_questions
 
     def result(self) -> Evaluation:
         """Means over the episodes that did not fail; the failed ones are counted apart."""

@@ -1,23 +1,20 @@
-"""Groups: open while their lease runs, then ready, then in line for the trainer. Pure.
+"""Rollout groups: the state of one question from its first lease to the trainer. Pure.
 
-    open ─► ready ─► in line at a position ─► trained ─► covered by two checkpoints: forgotten
-     ▲ ▼
-    waiting for another lease, with the subtrees it has
+    LEASED ─────► READY ─────► IN_TRAINING at a position ─► covered by two checkpoints: forgotten
+     ▲  │
+     │  ├───────► AWAITING_LEASE: has leaves; is leased again with the subtrees it has ─► LEASED or READY
+     │  ├───────► REQUEUED: has none; its question is drawn again, by a new group
+     └──┴───────► SET_ASIDE: given up
 
-Which ready groups get the next *positions* is decided when the trainer asks (`staleness.py`), and kept: a trainer that
-starts again gets the same groups at the same positions. A group is kept until two checkpoints cover it, for a trainer
-that has to start from the checkpoint before its newest.
+A group that closes at the staleness bound while its lease is out leaves a group without subtrees behind in the open leases,
+which is SETTLING until the end of that lease says what it cost.
 """
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
 from enum import Enum
-from itertools import islice
 from typing import Any
 
 from treegrpo.core.budget import Cost
@@ -28,121 +25,167 @@ from treegrpo.errors import ContractError, TreeError
 from treegrpo.net.limits import MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
-
-
-TRIES = 3
+MAX_ATTEMPTS = 3
 """Leases of one draw that may be lost or fail: one may meet a bad machine, a second bad luck; then it is the question."""
-
-
-MOVABLE_TOKENS = MESSAGE_BYTES // 32
+MAX_RELEASABLE_TOKENS = MESSAGE_BYTES // 32
 """Of a group that is leased again: with 8 bytes and more a token it has to fit into one message."""
 
 
-class Fate(Enum):
-    """What has become of a group."""
+class GroupState(Enum):
+    """Where a group is between its lease and the trainer; `LEGAL_MOVES` has the transitions."""
 
-    OPEN = "open"
-    WAITING = "waiting"
-    """It will be leased again, with what it has or from the beginning."""
-    CLOSED = "closed"
-    """It is ready for the trainer, or for the evaluation it belongs to."""
-    ASIDE = "aside"
-    """Nothing came of it, and it is not tried again."""
+    LEASED = "leased"
+    """A lease is open and takes subtrees."""
+    AWAITING_LEASE = "awaiting a lease"
+    """It has leaves and will be leased again with the subtrees it has."""
+    REQUEUED = "requeued"
+    """It has no leaf and is dropped; its question will be leased again from the beginning."""
+    READY = "ready"
+    """Closed: ready for the trainer, or for the evaluation it belongs to."""
+    IN_TRAINING = "in training"
+    """It has a position in the trainer's order."""
+    SET_ASIDE = "set aside"
+    """Given up: it is neither trained nor leased again."""
+    SETTLING = "settling"
+    """What is left of a lease whose group was closed before: its cost is counted, its subtrees are rejected."""
+    SETTLED = "settled"
+    """The same after the end of that lease."""
+
+
+LEGAL_MOVES: dict[GroupState, frozenset[GroupState]] = {
+    GroupState.LEASED: frozenset(
+        (GroupState.AWAITING_LEASE, GroupState.REQUEUED, GroupState.READY, GroupState.SET_ASIDE),
+    ),
+    GroupState.AWAITING_LEASE: frozenset((GroupState.LEASED, GroupState.READY)),
+    GroupState.READY: frozenset((GroupState.IN_TRAINING, GroupState.SET_ASIDE)),
+    GroupState.SETTLING: frozenset((GroupState.SETTLED,)),
+    GroupState.REQUEUED: frozenset(),
+    GroupState.IN_TRAINING: frozenset(),
+    GroupState.SET_ASIDE: frozenset(),
+    GroupState.SETTLED: frozenset(),
+}
 
 
 @dataclass(slots=True, eq=False)
-class OpenGroup:
-    """A question being rolled out under a lease, or what a lease has left of it."""
+class RolloutGroup:
+    """The subtrees of one question, under its newest lease."""
 
     lease: Lease
-    """The last one."""
+    """The newest one."""
     draw: int
     """The number of its draw in the question queue; −1 for evaluation."""
     holder: str
-    """The sampler, with its incarnation."""
+    """The sampler of the newest lease, with its incarnation."""
     granted_at: float | None
     """time.monotonic of the grant; None when it is read from the journal."""
-    tries: int = 0
+    attempts: int = 0
     """Leases that came to nothing through a fault of their sampler or of the question."""
-    blamed: bool = False
-    """Whether the last lease is one of them."""
-    age: int = -1
+    min_policy_step: int = -1
     """The oldest policy step that any of its tokens may be from; by default that of its lease."""
-    closed: bool = False
-    """Its group was closed before its lease ended: what still comes is accounted for, but no longer wanted."""
+    state: GroupState = GroupState.LEASED
     group: Group = field(init=False)
     subtrees: list[Subtree] = field(default_factory=list[Subtree])
     """In the order they were accepted; empty once the group has a position."""
     encoded: list[bytes] = field(default_factory=list[bytes])
     """Their messages, which the journal, the snapshots and the trainer get."""
-    told_at: float | None = None
-    """time.monotonic of the word to stop expanding."""
+    stop_requested_at: float | None = None
+    """time.monotonic of the request to stop expanding."""
     inherited: int = 0
     """How many of the subtrees earlier leases have brought."""
-    refused: dict[tuple[int, int], Cost] = field(default_factory=dict[tuple[int, int], Cost])
+    rejected: dict[tuple[int, int], Cost] = field(default_factory=dict[tuple[int, int], Cost])
     """By (tree, index): what subtrees cost that are no part of the group."""
-    refusal: str = ""
+    last_rejection: str = ""
     """Why the last of them is none."""
-    reasons: set[str] = field(default_factory=set[str])
+    rejection_reasons: set[str] = field(default_factory=set[str])
     """Why all of them are none, in a word each."""
-    fate: Fate = Fate.OPEN
 
     def __post_init__(self) -> None:
         self.group = Group(f"{self.draw:07d}" if self.draw >= 0 else self.lease.id, self.lease.question)
-        self.age = self.lease.min_version.step if self.age < 0 else self.age
+        self.min_policy_step = self.lease.min_version.step if self.min_policy_step < 0 else self.min_policy_step
 
-    @classmethod
-    def of(cls, lease: Lease, state: dict[str, Any]) -> OpenGroup:
-        """The group that `state` was taken of, without its subtrees."""
-        group = cls(lease, state["draw"], state["holder"], None, state["tries"], age=state["age"], closed=state["closed"])
-        group.refused = {(tree, index): Cost(*cost) for tree, index, *cost in state["refused"]}
-        group.refusal, group.reasons = state["refusal"], set(state["reasons"])
-        return group
+    # ---- state
 
-    def state(self) -> dict[str, Any]:
-        """Plain data to be restored from, beside lease and subtrees."""
-        refused = [[*key, *astuple(cost)] for key, cost in self.refused.items()]
-        more = {"refused": refused, "refusal": self.refusal, "reasons": sorted(self.reasons)}
-        return {"draw": self.draw, "holder": self.holder, "tries": self.tries, "age": self.age, "closed": self.closed, **more}
+    def move_to(self, state: GroupState) -> None:
+        """Change the state. Raises ContractError: `LEGAL_MOVES` has no such transition."""
+        if state not in LEGAL_MOVES[self.state]:
+            raise ContractError(f"Group {self.group.id} is {self.state.value}; it cannot become {state.value}.")
+        self.state = state
 
-    def add(self, subtree: Subtree, encoded: bytes) -> bool:
-        """Accept a subtree; False if it was there already. Raises ContractError."""
+    def lease_again(self, lease: Lease, holder: str, now: float | None) -> None:
+        """Continue under another lease. Raises ContractError: it does not await one."""
+        self.move_to(GroupState.LEASED)
+        self.lease, self.holder, self.granted_at = lease, holder, now
+        self.min_policy_step = min(self.min_policy_step, lease.min_version.step)
+        self.inherited = len(self.subtrees)
+        self.stop_requested_at = None
+        self.rejected, self.last_rejection, self.rejection_reasons = {}, "", set()
+
+    def split_off_lease(self) -> RolloutGroup:
+        """What stays in the open leases when this group closes before its lease ends: the lease, to be settled."""
+        rest = RolloutGroup(self.lease, self.draw, self.holder, self.granted_at, state=GroupState.SETTLING)
+        rest.stop_requested_at, rest.rejected = self.stop_requested_at, self.rejected
+        return rest
+
+    @property
+    def has_open_lease(self) -> bool:
+        """Whether its newest lease has not ended."""
+        return self.state in (GroupState.LEASED, GroupState.SETTLING)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its question will not be leased again for it."""
+        return self.state not in (GroupState.LEASED, GroupState.AWAITING_LEASE, GroupState.REQUEUED)
+
+    @property
+    def used_all_attempts(self) -> bool:
+        """Whether so many leases came to nothing that it is not leased again."""
+        return self.attempts >= MAX_ATTEMPTS
+
+    @property
+    def was_given_up(self) -> bool:
+        """Whether it was leased often enough, or closed too late."""
+        return self.state is GroupState.SET_ASIDE or (self.state is GroupState.READY and self.used_all_attempts)
+
+    # ---- subtrees
+
+    def add_subtree(self, subtree: Subtree, encoded: bytes) -> bool:
+        """Add a subtree and its message; False if it was there already. Raises TreeError."""
         fresh = self.group.add(subtree)
         if fresh:
             self.subtrees.append(subtree)
             self.encoded.append(encoded)
         return fresh
 
-    def restore(self, subtree: Subtree, encoded: bytes) -> bool:
+    def restore_subtree(self, subtree: Subtree, encoded: bytes) -> bool:
         """Add what was accepted before a restart; False if it was there already.
 
-        One that is refused by now stays in what the trainer gets: every group keeps its position, and the trainer, which
+        One that is rejected by now stays in what the trainer gets: every group keeps its position, and the trainer, which
         examines all of them, leaves that one out.
         """
         try:
-            return self.add(subtree, encoded)
+            return self.add_subtree(subtree, encoded)
         except TreeError as error:
-            log.warning("the journal has what would be refused today: %s", error)
+            log.warning("the journal has a subtree that would be rejected today: %s", error)
         self.subtrees.append(subtree)
         self.encoded.append(encoded)
         return True
 
-    def rest(self) -> None:
-        """Keep only what the trainer gets: nobody looks into the trees any more."""
-        self.group.trees.clear()
-        self.subtrees.clear()
-
-    def refuse(self, key: tuple[int, int], cost: Cost, reason: str, why: str) -> bool:
+    def reject_subtree(self, key: tuple[int, int], cost: Cost, reason: str, why: str) -> bool:
         """Leave a subtree out for ``reason``, a word, and ``why``, a sentence.
 
-        False if it was refused before, or more were than its plan has.
+        False if it was rejected before, or more were than its plan has.
         """
-        fresh = key not in self.refused
-        if fresh and len(self.refused) >= self.lease.plan.leaves:
+        fresh = key not in self.rejected
+        if fresh and len(self.rejected) >= self.lease.plan.leaves:
             return False
-        self.refused[key], self.refusal = cost, why
-        self.reasons.add(reason)
+        self.rejected[key], self.last_rejection = cost, why
+        self.rejection_reasons.add(reason)
         return fresh
+
+    def drop_trees(self) -> None:
+        """Keep only the messages that the trainer gets: nobody reads the trees any more."""
+        self.group.trees.clear()
+        self.subtrees.clear()
 
     @property
     def has_leaves(self) -> bool:
@@ -150,8 +193,8 @@ class OpenGroup:
         return any(subtree.leaves for subtree in self.subtrees)
 
     @property
-    def progressed(self) -> bool:
-        """Whether its last lease has brought any."""
+    def has_new_leaves(self) -> bool:
+        """Whether its newest lease has brought any."""
         return any(subtree.leaves for subtree in self.subtrees[self.inherited :])
 
     @property
@@ -160,144 +203,57 @@ class OpenGroup:
         return self.lease.plan.leaves - len({(subtree.tree, subtree.index) for subtree in self.subtrees})
 
     @property
-    def can_move(self) -> bool:
-        """Whether another sampler can go on with it: something is missing, and what is there fits into a lease."""
-        tokens = sum(len(subtree.prompt) + sum(step.length for step in subtree.steps) for subtree in self.subtrees)
-        return self.missing > 0 and tokens <= MOVABLE_TOKENS
-
-    @property
     def forgone(self) -> int:
         """Expansions that the plan asks for and nobody has sent."""
         plan = self.lease.plan
         return plan.leaves - plan.trees - sum(subtree.index > 0 for subtree in self.subtrees)
 
-    @property
-    def given_up(self) -> bool:
-        """It was tried often enough, or too late."""
-        return self.fate is Fate.ASIDE or (self.fate is Fate.CLOSED and self.tries >= TRIES)
+    def can_be_leased_again(self, max_tokens: int = MAX_RELEASABLE_TOKENS) -> bool:
+        """Whether another sampler can continue it: something is missing, and its ``max_tokens`` fit into a lease."""
+        tokens = sum(len(subtree.prompt) + sum(step.length for step in subtree.steps) for subtree in self.subtrees)
+        return self.missing > 0 and tokens <= max_tokens
 
-    def settle(self, end: LeaseEnd) -> LeaseEnd:
-        """``end`` with what refused subtrees cost; a lease of which nothing else came has failed.
+    # ---- the end of its lease
 
-        One that is refused for its age alone has not: the trainer went back to a checkpoint, and its samplers with it.
+    def is_at_fault(self, end: LeaseEnd) -> bool:
+        """Whether a lease counts against its question: it was lost or failed, or was worked on and led to no leaf."""
+        if end.reason in (LeaseEndReason.LOST, LeaseEndReason.FAILED):
+            return True
+        worked_on = bool(self.subtrees) or end.unaccounted != Cost()
+        return not end.reason.unfinished and worked_on and not self.has_leaves
+
+    def with_rejected_cost(self, end: LeaseEnd) -> LeaseEnd:
+        """``end`` with what rejected subtrees cost; a lease of which nothing else came has failed.
+
+        One whose subtrees are rejected for their age alone has not: the trainer went back to a checkpoint, and its samplers
+        with it.
         """
-        end = replace(end, unaccounted=sum(self.refused.values(), end.unaccounted))
-        if not self.refused or self.has_leaves or self.closed:
+        end = replace(end, unaccounted=sum(self.rejected.values(), end.unaccounted))
+        if not self.rejected or self.has_leaves or self.state is GroupState.SETTLING:
             return end
-        reason = LeaseEndReason.RETURNED if self.reasons == {"age"} else LeaseEndReason.FAILED
-        return replace(end, reason=reason, error=f"{len(self.refused)} subtrees refused, the last so: {self.refusal}")
+        reason = LeaseEndReason.RETURNED if self.rejection_reasons == {"age"} else LeaseEndReason.FAILED
+        return replace(end, reason=reason, error=f"{len(self.rejected)} subtrees refused, the last so: {self.last_rejection}")
 
+    # ---- snapshots
 
-class GroupQueue:
-    """Closed training groups, from the trainer's last checkpoint but one on."""
+    def snapshot_group(self) -> dict[str, Any]:
+        """Plain data for `from_snapshot`, beside lease and subtrees."""
+        return {
+            "draw": self.draw,
+            "holder": self.holder,
+            "tries": self.attempts,
+            "age": self.min_policy_step,
+            "closed": self.state is GroupState.SETTLING,
+            "refused": [[*key, *astuple(cost)] for key, cost in self.rejected.items()],
+            "refusal": self.last_rejection,
+            "reasons": sorted(self.rejection_reasons),
+        }
 
-    def __init__(self) -> None:
-        self._line: deque[OpenGroup] = deque()
-        """Those with a position, from `_kept` on."""
-        self._ready: dict[int, OpenGroup] = {}
-        """Those without, by draw."""
-        self._ages: list[tuple[int, int]] = []
-        """Their ages and draws, ascending."""
-        self._kept = 0
-        self._covered = 0
-        self._trained = 0
-
-    @property
-    def line_end(self) -> int:
-        """The next position to be given."""
-        return self._kept + len(self._line)
-
-    @property
-    def closed(self) -> int:
-        """Training groups closed since the run began."""
-        return self.line_end + len(self._ready)
-
-    @property
-    def waiting(self) -> int:
-        """Groups that are ready or in training."""
-        return self.closed - self._trained
-
-    @property
-    def in_training(self) -> int:
-        """Groups that have a position and are not trained yet."""
-        return self.line_end - self._trained
-
-    @property
-    def ready(self) -> list[OpenGroup]:
-        """Those without a position, oldest policy first."""
-        return [self._ready[draw] for _, draw in self._ages]
-
-    @property
-    def ready_count(self) -> int:
-        """How many those are."""
-        return len(self._ready)
-
-    def close(self, group: OpenGroup) -> None:
-        self._ready[group.draw] = group
-        insort(self._ages, (group.age, group.draw))
-
-    def line_up(self, draws: Sequence[int]) -> None:
-        """Give the next positions to these ready groups. Raises ContractError at one that is not ready."""
-        for draw in draws:
-            group = self.leave_out(draw)
-            group.rest()
-            self._line.append(group)
-
-    def leave_out(self, draw: int) -> OpenGroup:
-        """Take a ready group away. Raises ContractError if it is not ready."""
-        if draw not in self._ready:
-            raise ContractError(f"Group {draw:07d} is not ready; it cannot be given to the trainer.")
-        group = self._ready.pop(draw)
-        del self._ages[bisect_left(self._ages, (group.age, draw))]
+    @classmethod
+    def from_snapshot(cls, lease: Lease, row: dict[str, Any], state: GroupState) -> RolloutGroup:
+        """The group of `snapshot_group`, without its subtrees."""
+        state = GroupState.SETTLING if row["closed"] else state
+        group = cls(lease, row["draw"], row["holder"], None, row["tries"], row["age"], state)
+        group.rejected = {(tree, index): Cost(*cost) for tree, index, *cost in row["refused"]}
+        group.last_rejection, group.rejection_reasons = row["refusal"], set(row["reasons"])
         return group
-
-    def take(self, position: int, count: int) -> list[OpenGroup]:
-        """The groups at ``position`` and after it, up to ``count`` of them; fewer until more are given a position.
-
-        Raises:
-            ContractError: they were forgotten, because two checkpoints said they would not be asked for again; or the
-                trainer is ahead of the journal, a part of which must be missing.
-        """
-        if position < self._kept:
-            raise ContractError(
-                f"Position {position} is gone: a checkpoint covers everything before {self._kept}. Resume from that."
-            )
-        if position > self.line_end:
-            raise ContractError(
-                f"The trainer is at position {position}, but the journal ends at {self.line_end}: its newest part is missing. "
-                "Restore it, or begin a new run from the last checkpoint (model.path)."
-            )
-        self._trained = position
-        first = position - self._kept
-        return list(islice(self._line, first, first + count))
-
-    def trained(self, position: int) -> None:
-        """A step has trained everything before ``position``; a trainer that crashes may still ask for it again."""
-        self._trained = position
-
-    def covered(self, position: int) -> None:
-        """A checkpoint covers everything before ``position``: what the one before it covered is forgotten.
-
-        A trainer that went back says a smaller position than before, and needs everything from there on.
-        """
-        while self._kept < self._covered < position and self._line:
-            self._line.popleft()
-            self._kept += 1
-        self._covered = position
-
-    def kept(self) -> list[OpenGroup]:
-        """The closed groups that may be asked for: those with a position in its order, then those that are ready."""
-        return [*self._line, *self._ready.values()]
-
-    def state(self) -> dict[str, Any]:
-        """Plain data to be restored from, together with `kept`."""
-        return {"kept": self._kept, "covered": self._covered, "in_line": len(self._line)}
-
-    def restore(self, state: dict[str, Any], groups: list[OpenGroup]) -> None:
-        """Become what `state` and `kept` were taken of. What is in training the trainer says when it is back."""
-        self._kept, self._covered = state["kept"], state["covered"]
-        self._line = deque(groups[: state["in_line"]])
-        for group in self._line:
-            group.rest()
-        for group in groups[state["in_line"] :]:
-            self.close(group)

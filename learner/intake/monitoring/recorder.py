@@ -14,10 +14,10 @@ from typing import Any
 
 from prometheus_client import Counter
 
-from learner.intake.leases.evaluation import Round
-from learner.intake.leases.lease_table import LeaseBook
-from learner.intake.leases.rollout_group import Fate, OpenGroup
-from learner.intake.leases.subtree_validation import TOO_LATE
+from learner.intake.leases.evaluation import EvaluationRound
+from learner.intake.leases.lease_table import LeaseTable
+from learner.intake.leases.rollout_group import GroupState, RolloutGroup
+from learner.intake.leases.subtree_validation import TOO_LATE_REASONS
 from learner.intake.monitoring.progress_log import ProgressLog
 from learner.intake.wal.journal import Journal
 from learner.intake.wal.segments import SUFFIX
@@ -65,7 +65,7 @@ class RunRecorder:
         self._counted: dict[tuple[LeaseKind, str, str], int] = {}
         self._labelled: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
 
-    def export_lease_table(self, book: LeaseBook) -> None:
+    def export_lease_table(self, book: LeaseTable) -> None:
         """Bring the metrics of ledger and leases up to date at each scrape."""
         self.metrics.refresh = lambda: self._refresh(book)
 
@@ -92,13 +92,13 @@ class RunRecorder:
     def record_rejection(self, reason: str, leaves: int) -> None:
         """A subtree was rejected. ``reason``: "lease" or "overdue" if it came too late, else the field that is wrong."""
         self.metrics.refused.labels(reason).inc()
-        if reason in TOO_LATE:
+        if reason in TOO_LATE_REASONS:
             self.metrics.dropped.labels(reason).inc(leaves)
 
     def record_duplicate(self) -> None:
         self.metrics.duplicates.inc()
 
-    def record_subtree(self, group: OpenGroup, subtree: Subtree) -> None:
+    def record_subtree(self, group: RolloutGroup, subtree: Subtree) -> None:
         """A subtree was accepted."""
         kind, cost = group.lease.kind.value, subtree.cost
         for how, tokens in (("prefilled", cost.prefilled), ("cached", cost.cached), ("decoded", cost.decoded)):
@@ -111,7 +111,7 @@ class RunRecorder:
             if step.status.failed:
                 self.metrics.failed_steps.labels(step.status.value).inc()
 
-    def _record_prefixes(self, group: OpenGroup, subtree: Subtree) -> None:
+    def _record_prefixes(self, group: RolloutGroup, subtree: Subtree) -> None:
         """Count the prefix tokens of turns by depth; summed first, since a counter costs more than an addition."""
         by_depth: dict[int, tuple[int, int]] = {}
         for step, depth in zip(subtree.steps, group.group.depths(subtree), strict=True):
@@ -122,21 +122,21 @@ class RunRecorder:
             self._labels(self.metrics.prefix, str(at), "cached").inc(cached)
             self._labels(self.metrics.prefix, str(at), "prefilled").inc(prefilled)
 
-    def record_lease_end(self, group: OpenGroup, end: LeaseEnd) -> None:
+    def record_lease_end(self, group: RolloutGroup, end: LeaseEnd) -> None:
         """A lease ended; the yield of its group is counted when the group is closed."""
         kind = group.lease.kind
         self._labels(self.metrics.ended, kind.value, end.reason.value).inc()
         self._spent[kind] += Budget.for_cost(end.unaccounted)
-        if not group.closed:
+        if group.state is not GroupState.SETTLED:
             self.record_group_close(group, end.reason.value, end.error)
 
-    def record_group_close(self, group: OpenGroup, why: str, error: str = "") -> None:
+    def record_group_close(self, group: RolloutGroup, why: str, error: str = "") -> None:
         """Count the yield of a group, if it is closed; list it if it is set aside. ``why``: the metric's label."""
         kind = group.lease.kind
-        if group.given_up:
+        if group.was_given_up:
             self.metrics.set_aside.labels(kind.value, why).inc()
             self._list_set_aside(group, why, error or SET_ASIDE_REASONS.get(why, why))
-        if group.fate is not Fate.CLOSED:
+        if group.state is not GroupState.READY:
             return
         self._labels(self.metrics.groups, kind.value, why).inc()
         self._labels(self.metrics.forgone, kind.value).inc(group.forgone)
@@ -164,21 +164,21 @@ class RunRecorder:
         for gauge, place in ((self.metrics.reward, 0), (self.metrics.em, 1)):
             gauge.labels(kind.value).set(sum(row[place] for row in recent) / len(recent))
 
-    def _list_set_aside(self, group: OpenGroup, why: str, error: str) -> None:
+    def _list_set_aside(self, group: RolloutGroup, why: str, error: str) -> None:
         """List a group in progress.jsonl and set_aside.jsonl for the operator; once, however often its events are replayed."""
         row = {
             "kind": "set_aside",
             "lease": group.lease.id,
             "draw": group.draw,
             "question": group.lease.question.id,
-            "tries": group.tries,
+            "tries": group.attempts,
             "leaves": sum(len(subtree.leaves) for subtree in group.subtrees),
             "why": why,
             "error": error,
         }
         self._progress.append_row(row)
         if self._set_aside_log.append_row(row):
-            log.warning("question %s is set aside after %d tries, the last %s: %s", row["question"], group.tries, why, error)
+            log.warning("question %s is set aside after %d tries, the last %s: %s", row["question"], group.attempts, why, error)
 
     def saving_ratio(self, kind: LeaseKind, currency: str) -> float:
         """1 - needed / what chains to the same leaves would have needed, over the closed groups; see docs/adr/0002."""
@@ -193,7 +193,7 @@ class RunRecorder:
         spent = self._spent[kind].tokens
         return max(0.0, 1.0 - self._needed[kind].tokens / spent) if spent else 0.0
 
-    def _refresh(self, book: LeaseBook) -> None:
+    def _refresh(self, book: LeaseTable) -> None:
         """Set the metrics that no event updates. Runs in the thread of the scrape."""
         for kind, accounts in book.ledger.summary().items():
             for currency, row in accounts.items():
@@ -203,17 +203,17 @@ class RunRecorder:
                     getattr(self.metrics, name).labels(kind, currency).inc(total - self._counted.get(place, 0))
                     self._counted[place] = total
         for kind in LeaseKind:
-            self.metrics.leases.labels(kind.value).set(book.out(kind))
+            self.metrics.leases.labels(kind.value).set(book.count_active_leases(kind))
             if self._recent_means[kind]:
                 self._refresh_means(kind)
-        self.metrics.lease_limit.set(book.limit)
-        self.metrics.ready.set(book.groups.waiting)
+        self.metrics.lease_limit.set(book.lease_limit)
+        self.metrics.ready.set(book.train_queue.untrained_count)
 
-    def record_step(self, values: Mapping[str, object], book: LeaseBook) -> None:
+    def record_step(self, values: Mapping[str, object], book: LeaseTable) -> None:
         """Write a step's progress line, with the ledger's totals; nothing if the file has it already."""
         self._progress.append_row({"kind": "step", **values, **self._ledger_totals(book)})
 
-    def record_evaluation(self, done: Round, book: LeaseBook) -> None:
+    def record_evaluation(self, done: EvaluationRound, book: LeaseTable) -> None:
         """Write the progress line of a finished evaluation; nothing if the file has it already."""
         result = done.result()
         row = {"version": str(done.version), "questions": result.questions, "em": result.em, "reward": result.reward}
@@ -223,7 +223,7 @@ class RunRecorder:
         """Write a progress line about a run without progress; the next line of another kind ends the stall."""
         self._progress.append_row({"kind": "waiting", "for": cause, "seconds": round(seconds)})
 
-    def _ledger_totals(self, book: LeaseBook) -> dict[str, object]:
+    def _ledger_totals(self, book: LeaseTable) -> dict[str, object]:
         return {
             "ledger": book.ledger.summary(),
             "chain_tokens": self._chain[LeaseKind.TRAIN].tokens,

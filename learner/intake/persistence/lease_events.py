@@ -1,4 +1,4 @@
-"""The events of the lease book as records of the journal, and back.
+"""The events of the lease table as records of the journal, and back.
 
 {"event": "granted", "lease": bytes, "draw": 12, "holder": "s1/00ff…"}
 {"event": "accepted", "subtree": bytes}
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, replace
 
-from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.wal.framing import Record
 from treegrpo.core.budget import Cost
@@ -54,23 +54,24 @@ def taken(draws: Sequence[int], stale: Sequence[int]) -> Record:
     return {"event": "taken", "draws": list(draws), "stale": list(stale)}
 
 
-def replay(book: LeaseBook, reporter: RunRecorder, event: Record) -> None:
-    """Put an event of the journal through the book. Raises ContractError if it contradicts what came before."""
+def replay(table: LeaseTable, reporter: RunRecorder, event: Record) -> None:
+    """Put an event of the journal through the table. Raises ContractError if it contradicts what came before."""
     match event["event"]:
         case "granted":
-            book.replay_grant(lease_from_pb(rollout_pb2.Lease.FromString(event["lease"])), event["draw"], event["holder"])
+            lease = lease_from_pb(rollout_pb2.Lease.FromString(event["lease"]))
+            table.grant_lease(lease, event["draw"], event["holder"], now=None)
         case "accepted":
             subtree = subtree_from_pb(tree_pb2.Subtree.FromString(event["subtree"]))
-            if (group := book.replay_accepted(subtree, event["subtree"])) is not None:
+            if (group := table.replay_subtree(subtree, event["subtree"])) is not None:
                 reporter.record_subtree(group, subtree)
         case "refused":
             key = (event["tree"], event["index"])
-            book.refuse(event["lease"], key, Cost(*event["cost"]), event["reason"], event["why"])
+            table.open_group(event["lease"]).reject_subtree(key, Cost(*event["cost"]), event["reason"], event["why"])
         case "closed":
-            reporter.record_group_close(book.close(event["draw"]), "overdue")
+            reporter.record_group_close(table.close_group(event["draw"]), "overdue")
         case "taken":
-            for group in book.taken(event["draws"], event["stale"]):
+            for group in table.assign_positions(event["draws"], event["stale"]):
                 reporter.record_group_close(group, "stale")
         case _:
             end = lease_end_from_pb(rollout_pb2.LeaseEnd.FromString(event["end"]))
-            reporter.record_lease_end(book.ended(end, excused=event.get("excused", False)), end)
+            reporter.record_lease_end(table.end_lease(end, excused=event.get("excused", False)), end)

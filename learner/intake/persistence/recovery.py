@@ -17,7 +17,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.intake.leases.lease_table import LeaseBook
+from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.lease_events import replay
 from learner.intake.persistence.snapshot import SnapshotStore, restore
@@ -38,7 +38,7 @@ class RecoveryResult:
     """There was nothing to recover."""
 
 
-def recover(disk: FileSystem, journal: Path, snapshots: SnapshotStore, book: LeaseBook, reporter: RunRecorder) -> RecoveryResult:
+def recover(disk: FileSystem, journal: Path, snapshots: SnapshotStore, book: LeaseTable, reporter: RunRecorder) -> RecoveryResult:
     """Restore a new lease table and recorder. Raises JournalError: the files are incomplete or contradict each other."""
     number = _newest_whole(snapshots)
     if number:

@@ -18,8 +18,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from learner.intake.leases.lease_table import LeaseBook
-from learner.intake.leases.rollout_group import OpenGroup
+from learner.intake.leases.lease_table import LeaseTable
+from learner.intake.leases.rollout_group import GroupState, RolloutGroup
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.wal.filesystem import FileSystem
 from learner.intake.wal.framing import BrokenFrameError, Record, encode_frame, encode_record, read_frame, split_into_frames
@@ -33,16 +33,19 @@ GENERATIONS = 2
 STATE = "state"
 _WHOLE, _PARTIAL = re.compile(r"[0-9]{8,}"), re.compile(r"\.[0-9]{8,}")
 """Names of ours; another program's, like .DS_Store, are left alone."""
-PLACES = ("kept", "unfinished", "open")
+PLACES = {"kept": GroupState.READY, "unfinished": GroupState.AWAITING_LEASE, "open": GroupState.LEASED}
+"""The state of the groups in each place; a kept group gets its position when all are there."""
 Row = tuple[Lease, Record, tuple[bytes, ...]]
 
 
 class StateCapture:
     """The state at one moment. Captured at once; encoding it, which takes long, is done by `iter_records` in another thread."""
 
-    def __init__(self, book: LeaseBook, reporter: RunRecorder) -> None:
-        self._head = {"event": "book", "format": FORMAT, "book": book.state(), "report": reporter.snapshot_counters()}
-        places = zip(PLACES, (book.groups.kept(), book.unfinished.values(), book.open.values()), strict=True)
+    def __init__(self, table: LeaseTable, reporter: RunRecorder) -> None:
+        self._head = {"event": "book", "format": FORMAT, "book": table.snapshot_table(), "report": reporter.snapshot_counters()}
+        places = zip(
+            PLACES, (table.train_queue.kept_groups(), table.unfinished_groups.values(), table.open_leases.values()), strict=True
+        )
         self._groups = [_row(group, place) for place, groups in places for group in groups]
 
     @property
@@ -61,27 +64,28 @@ class StateCapture:
         yield {"event": "whole", "records": count}
 
 
-def _row(group: OpenGroup, place: str) -> Row:
-    return group.lease, {"event": "group", "place": place, **group.state()}, tuple(group.encoded)
+def _row(group: RolloutGroup, place: str) -> Row:
+    return group.lease, {"event": "group", "place": place, **group.snapshot_group()}, tuple(group.encoded)
 
 
-def restore(book: LeaseBook, reporter: RunRecorder, records: Iterator[Record]) -> None:
-    """Bring a new book and reporter to where those of a `StateCapture` were. Raises JournalError: it is of another format."""
+def restore(table: LeaseTable, reporter: RunRecorder, records: Iterator[Record]) -> None:
+    """Bring a new table and reporter to where those of a `StateCapture` were. Raises JournalError: it is of another format."""
     head = next(records)
     if head["format"] != FORMAT:
         raise JournalError(
             f"The newest snapshot is of format {head['format']}, and this version of treegrpo reads {FORMAT}; continue the "
             "run with the version that wrote it."
         )
-    groups: dict[str, list[OpenGroup]] = {place: [] for place in PLACES}
-    group: OpenGroup | None = None
+    groups: dict[str, list[RolloutGroup]] = {place: [] for place in PLACES}
+    group: RolloutGroup | None = None
     for record in records:
         if record["event"] == "group":
-            group = OpenGroup.of(lease_from_pb(rollout_pb2.Lease.FromString(record["lease"])), record)
-            groups[record["place"]].append(group)
+            lease, place = lease_from_pb(rollout_pb2.Lease.FromString(record["lease"])), record["place"]
+            group = RolloutGroup.from_snapshot(lease, record, PLACES[place])
+            groups[place].append(group)
         elif group is not None:
-            group.restore(subtree_from_pb(tree_pb2.Subtree.FromString(record["subtree"])), record["subtree"])
-    book.restore(head["book"], open_=groups["open"], unfinished=groups["unfinished"], kept=groups["kept"])
+            group.restore_subtree(subtree_from_pb(tree_pb2.Subtree.FromString(record["subtree"])), record["subtree"])
+    table.restore_table(head["book"], leased=groups["open"], unfinished=groups["unfinished"], kept=groups["kept"])
     reporter.restore_counters(head["report"])
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import grpc
 
-from learner.intake.coordinator.coordinator import Desk
+from learner.intake.coordinator.coordinator import Coordinator
 from learner.intake.coordinator.sampler_sessions import SamplerSession
 from learner.intake.rpc.connection_monitor import ConnectionMonitor
 from learner.intake.rpc.stream_admission import StreamAdmission
@@ -30,7 +30,7 @@ Context = grpc.aio.ServicerContext[pb.RolloutRequest, pb.RolloutResponse]
 class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     def __init__(
         self,
-        coordinator: Desk,
+        coordinator: Coordinator,
         admission: StreamAdmission,
         monitor: ConnectionMonitor,
         handshake_seconds: float = HANDSHAKE_SECONDS,
@@ -48,7 +48,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         except ContractError as error:
             await self._monitor.abort_call(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
         hello = await self._admission.admit_stream(first, context, len(self._coordinator.open_sessions))
-        session = self._coordinator.join(hello)
+        session = self._coordinator.join_sampler(hello)
         writer = asyncio.create_task(self._write_outbox(session, context), name=f"to-{session.id}")
         refusal: ContractError | None = None
         try:
@@ -59,7 +59,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             refusal = error
         finally:
             session.close_outbox()
-            self._coordinator.leave(session)
+            self._coordinator.leave_sampler(session)
             await asyncio.wait({writer}, timeout=FLUSH_SECONDS)
             writer.cancel()
         if refusal is not None:
@@ -84,9 +84,9 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             async with asyncio.timeout(0.0 if session.disconnect_reason else None) as session.stream:
                 while (request := await context.read()) != EOF:
                     self._handle_request(session, request)
-                    if self._coordinator.behind:  # the next message stays in the stream: the delay is not the sampler's
+                    if self._coordinator.is_behind:  # the next message stays in the stream: the delay is not the sampler's
                         session.last_heard = math.inf
-                        await self._coordinator.caught_up()
+                        await self._coordinator.wait_for_journal()
                     session.last_heard = time.monotonic()
         finally:
             session.stream = None  # it may be disconnected while its last message is written
@@ -102,11 +102,11 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     def _handle_request(self, session: SamplerSession, request: pb.RolloutRequest) -> None:
         match request.WhichOneof("kind"):
             case "demand":
-                self._coordinator.demand(session, request.demand.leases)
+                self._coordinator.set_demand(session, request.demand.leases)
             case "subtree":
-                self._coordinator.accept(session, request.subtree)
+                self._coordinator.accept_subtree(session, request.subtree)
             case "lease_end":
-                self._coordinator.end(session, lease_end_from_pb(request.lease_end))
+                self._coordinator.end_lease(session, lease_end_from_pb(request.lease_end))
             case "heartbeat":
                 beat = request.heartbeat
                 session.waiting_for, session.waited_seconds = " ".join(beat.waits_for.split()), beat.waited_seconds

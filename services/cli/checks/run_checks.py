@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from learner.intake.leases.question_queue import load_questions
+from learner.intake.leases.question_file import load_questions
 from learner.intake.persistence.untrained_run import check_resumable
 from learner.trainer.algorithm.plan_signal import check_signal
 from services.cli.checks.check import Check, CheckWarning
