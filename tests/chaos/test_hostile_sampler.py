@@ -19,18 +19,18 @@ from treegrpo.core.lease import LeaseKind
 async def test_the_hostile_sampler_is_refused_and_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = BreakerLimits(max_seconds=0.02)
     table = make_table(questions=40, batch=8, max_lag=8)
-    async with serve_intake(table, tmp_path, breaker_limits=limits) as door, Sampler.join(door.address, name="good") as good:
-        bad = HostileSampler(door.address, random.Random(0), attack_seconds=0.4, pause_seconds=0.001)
+    async with serve_intake(table, tmp_path, breaker_limits=limits) as intake, Sampler.join(intake.address, name="good") as good:
+        bad = HostileSampler(intake.address, random.Random(0), attack_seconds=0.4, pause_seconds=0.001)
         for attack in bad.attacks:
             await bad.run_attack(attack)
         await good.want(2)
         for _ in range(4):
             await good.roll_out((await good.hear("lease")).id)
         for reason in ("failed", "returned"):
-            assert door.sample("leases_ended_total", kind="train", reason=reason)
-        assert all(door.sample("subtrees_refused_total", reason=reason) for reason in ("tree", "lease"))
-        assert door.sample("peers_refused_total", reason="message")
-        assert door.coordinator.breaker.is_put_aside(NAME)
+            assert intake.sample("leases_ended_total", kind="train", reason=reason)
+        assert all(intake.sample("subtrees_refused_total", reason=reason) for reason in ("tree", "lease"))
+        assert intake.sample("peers_refused_total", reason="message")
+        assert intake.coordinator.breaker.is_put_aside(NAME)
         assert not table.set_aside_counts
-        assert not door.coordinator.failure.done()
+        assert not intake.coordinator.failure.done()
         assert table.ledger.imbalance(LeaseKind.TRAIN) == Budget()

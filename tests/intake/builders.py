@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import msgpack
 import numpy as np
 
 from learner.intake.coordinator.journaled_leases import JournaledLeases
@@ -10,6 +13,7 @@ from learner.intake.leases.question_queue import QuestionQueue
 from learner.intake.leases.rollout_group import RolloutGroup
 from learner.intake.leases.staleness import FINISHING_SECONDS, StalenessBound
 from learner.intake.leases.subtree_validation import lease_not_open
+from learner.intake.wal.framing import Record
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason, Plan
 from treegrpo.core.question import Message, Question
@@ -63,6 +67,23 @@ def chain(
     leaves = () if fails else (Leaf(second, {"em": reward}, {"em": reward}),)
     prompt = np.arange(7, dtype=np.uint32) if index == 0 else np.zeros(0, np.uint32)
     return Subtree(lease, tree, index, parent, (step(first, parent, version=version), last), leaves, prompt)
+
+
+class MemoryEventLog:
+    """A journal that is a list; nothing in it ever becomes durable."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def append_record(self, record: bytes) -> asyncio.Future[int]:
+        self.records.append(msgpack.unpackb(record))
+        return self.durable_so_far()
+
+    def durable_so_far(self) -> asyncio.Future[int]:
+        return asyncio.Future(loop=_LOOP)
+
+
+_LOOP = asyncio.new_event_loop()
 
 
 def kept(group: RolloutGroup) -> list[Subtree]:

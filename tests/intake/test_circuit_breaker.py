@@ -22,6 +22,7 @@ from learner.intake.persistence import lease_events
 from tests.intake.builders import accept, chain, grant, make_table
 from tests.intake.process_harness import Sampler
 from tests.intake.server_harness import serve_intake
+from tests.manual_clock import ManualClock
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.observability.metrics import IntakeMetrics
@@ -32,12 +33,8 @@ LIMITS = BreakerLimits()
 LONG_OPEN = BreakerLimits(first_seconds=1000.0)
 
 
-class ManualClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+def manual_clock() -> ManualClock:
+    return ManualClock(100.0)
 
 
 def fail(breaker: NoProgressBreaker, name: str, leases: int = FAILURES, outcome: LeaseOutcome = LeaseOutcome.FAILED) -> float:
@@ -54,8 +51,8 @@ def fail_for_good(breaker: NoProgressBreaker, clock: ManualClock, name: str) -> 
 
 
 def test_a_sampler_that_only_fails_is_put_aside_for_longer_each_time() -> None:
-    clock, asked = ManualClock(), list[float]()
-    breaker = NoProgressBreaker(clock=clock)
+    clock, asked = manual_clock(), list[float]()
+    breaker = NoProgressBreaker(clock=clock.monotonic)
     breaker.sampler_joined("s1")
     assert fail(breaker, "s1", FAILURES - 1) == 0.0
     assert breaker.lease_quota("s1") is None
@@ -69,7 +66,7 @@ def test_a_sampler_that_only_fails_is_put_aside_for_longer_each_time() -> None:
 
 
 def test_one_leaf_takes_it_back() -> None:
-    breaker = NoProgressBreaker(clock=ManualClock())
+    breaker = NoProgressBreaker(clock=manual_clock().monotonic)
     breaker.sampler_joined("s1")
     fail(breaker, "s1")
     breaker.record_outcome("s1", LeaseOutcome.PROGRESS)
@@ -78,8 +75,8 @@ def test_one_leaf_takes_it_back() -> None:
 
 
 def test_what_ends_while_it_is_put_aside_does_not_keep_it_there_longer() -> None:
-    clock = ManualClock()
-    breaker = NoProgressBreaker(clock=clock)
+    clock = manual_clock()
+    breaker = NoProgressBreaker(clock=clock.monotonic)
     breaker.sampler_joined("s1")
     assert fail(breaker, "s1", 10 * FAILURES) == LIMITS.first_seconds
     clock.now += LIMITS.first_seconds
@@ -87,7 +84,7 @@ def test_what_ends_while_it_is_put_aside_does_not_keep_it_there_longer() -> None
 
 
 def test_a_sampler_that_comes_again_is_still_put_aside() -> None:
-    breaker = NoProgressBreaker(clock=ManualClock())
+    breaker = NoProgressBreaker(clock=manual_clock().monotonic)
     breaker.sampler_joined("s1")
     fail(breaker, "s1")
     breaker.sampler_left("s1")
@@ -98,7 +95,7 @@ def test_a_sampler_that_comes_again_is_still_put_aside() -> None:
 
 @pytest.mark.parametrize("outcome", [LeaseOutcome.IDLE, LeaseOutcome.FAILED])
 def test_leases_that_come_back_with_nothing_put_it_aside_too(outcome: LeaseOutcome) -> None:
-    breaker = NoProgressBreaker(clock=ManualClock())
+    breaker = NoProgressBreaker(clock=manual_clock().monotonic)
     assert fail(breaker, "s1", outcome=outcome) == LIMITS.first_seconds
     assert fail(breaker, "s2", 10 * FAILURES, LeaseOutcome.NEUTRAL) == 0.0
 
@@ -159,8 +156,8 @@ def test_leaves_of_an_earlier_lease_are_no_progress_of_this_one() -> None:
 
 
 def test_a_run_with_one_sampler_is_given_up_after_leases_and_time() -> None:
-    clock = ManualClock()
-    breaker = NoProgressBreaker(clock=clock)
+    clock = manual_clock()
+    breaker = NoProgressBreaker(clock=clock.monotonic)
     clock.now = began = 100.0 + LIMITS.absent_seconds
     breaker.sampler_joined("s1")
     for _ in range(OPENINGS - 1):
@@ -177,8 +174,8 @@ def test_a_run_with_one_sampler_is_given_up_after_leases_and_time() -> None:
 
 
 def test_the_first_sampler_of_several_ends_nothing_before_the_others_come() -> None:
-    clock = ManualClock()
-    breaker = NoProgressBreaker(clock=clock)
+    clock = manual_clock()
+    breaker = NoProgressBreaker(clock=clock.monotonic)
     breaker.sampler_joined("bad")
     fail_for_good(breaker, clock, "bad")
     assert breaker.reason_to_give_up(trained=False) is None
@@ -187,15 +184,15 @@ def test_the_first_sampler_of_several_ends_nothing_before_the_others_come() -> N
 
 
 def test_a_burst_of_failures_ends_nothing() -> None:
-    breaker = NoProgressBreaker(clock=ManualClock())
+    breaker = NoProgressBreaker(clock=manual_clock().monotonic)
     breaker.sampler_joined("s1")
     fail(breaker, "s1", 1000)
     assert breaker.reason_to_give_up(trained=False) is None
 
 
 def test_a_run_goes_on_while_one_sampler_does_not_fail() -> None:
-    clock = ManualClock()
-    breaker = NoProgressBreaker(clock=clock)
+    clock = manual_clock()
+    breaker = NoProgressBreaker(clock=clock.monotonic)
     for name in ("bad", "good"):
         breaker.sampler_joined(name)
     fail_for_good(breaker, clock, "bad")
@@ -207,8 +204,8 @@ def test_a_run_goes_on_while_one_sampler_does_not_fail() -> None:
 
 
 def test_samplers_that_lack_a_tool_end_nothing() -> None:
-    clock = ManualClock()
-    breaker = NoProgressBreaker(clock=clock)
+    clock = manual_clock()
+    breaker = NoProgressBreaker(clock=clock.monotonic)
     breaker.sampler_joined("s1")
     for _ in range(10):
         clock.now += fail(breaker, "s1", outcome=LeaseOutcome.IDLE)
@@ -216,8 +213,8 @@ def test_samplers_that_lack_a_tool_end_nothing() -> None:
 
 
 def test_what_samplers_say_is_theirs_and_short() -> None:
-    clock = ManualClock()
-    breaker = NoProgressBreaker(clock=clock)
+    clock = manual_clock()
+    breaker = NoProgressBreaker(clock=clock.monotonic)
     for number in range(5):
         breaker.sampler_joined(f"s{number}")
         fail_for_good(breaker, clock, f"s{number}")
@@ -230,8 +227,8 @@ def test_what_samplers_say_is_theirs_and_short() -> None:
 
 
 def test_a_sampler_has_left_when_its_stream_closed() -> None:
-    clock = ManualClock()
-    breaker = NoProgressBreaker(clock=clock)
+    clock = manual_clock()
+    breaker = NoProgressBreaker(clock=clock.monotonic)
     breaker.sampler_joined("good")
     breaker.sampler_left("good")
     clock.now += LIMITS.absent_seconds
@@ -242,8 +239,8 @@ def test_a_sampler_has_left_when_its_stream_closed() -> None:
 
 
 def test_samplers_that_were_never_put_aside_are_forgotten() -> None:
-    clock = ManualClock()
-    breaker = NoProgressBreaker(clock=clock)
+    clock = manual_clock()
+    breaker = NoProgressBreaker(clock=clock.monotonic)
     for number in range(100):
         breaker.sampler_joined(f"s{number}")
         breaker.sampler_left(f"s{number}")
@@ -256,7 +253,7 @@ def test_samplers_that_were_never_put_aside_are_forgotten() -> None:
 
 def test_one_sampler_alone_does_not_set_a_question_aside() -> None:
     table = make_table(questions=1)
-    breaker = NoProgressBreaker(clock=ManualClock())
+    breaker = NoProgressBreaker(clock=manual_clock().monotonic)
     attempts, here = QuestionAttempts(breaker), {"bad", "good"}
     for lease in range(10):
         group = table.open_leases[grant(table, "bad/1")]
@@ -272,7 +269,7 @@ def test_one_sampler_alone_does_not_set_a_question_aside() -> None:
 def test_a_question_that_nobody_can_answer_is_set_aside() -> None:
     """One sampler or three of them: after as many tries."""
     for here in ({"a"}, {"a", "b"}, {"a", "b", "c"}):
-        attempts = QuestionAttempts(NoProgressBreaker(clock=ManualClock()))
+        attempts = QuestionAttempts(NoProgressBreaker(clock=manual_clock().monotonic))
         table, leases = make_table(questions=1), 0
         while not table.set_aside_counts:
             name = sorted(here)[leases % len(here)]
@@ -284,7 +281,7 @@ def test_a_question_that_nobody_can_answer_is_set_aside() -> None:
 
 
 def test_failures_of_a_sampler_put_aside_do_not_count_against_a_question() -> None:
-    breaker = NoProgressBreaker(clock=ManualClock())
+    breaker = NoProgressBreaker(clock=manual_clock().monotonic)
     fail(breaker, "bad")
     table = make_table()
     group = table.open_leases[grant(table, "bad/1")]
@@ -299,22 +296,27 @@ async def test_one_bad_sampler_costs_itself_alone(tmp_path: Path, caplog: pytest
     """It fails as fast as it can, under two incarnations; the other trains on, and no question is set aside."""
     caplog.set_level(logging.WARNING)
     table = make_table(questions=40, batch=8, max_lag=8)
-    async with serve_intake(table, tmp_path, breaker_limits=LONG_OPEN) as door, Sampler.join(door.address, name="good") as good:
+    async with (
+        serve_intake(table, tmp_path, breaker_limits=LONG_OPEN) as intake,
+        Sampler.join(intake.address, name="good") as good,
+    ):
         failed = 0
         for incarnation in (1, 2):
-            async with Sampler.join(door.address, name="bad", incarnation=incarnation) as bad:
+            async with Sampler.join(intake.address, name="bad", incarnation=incarnation) as bad:
                 await bad.hear("welcome")
                 await bad.want(4)
-                while not door.coordinator.breaker.is_put_aside("bad"):
+                while not intake.coordinator.breaker.is_put_aside("bad"):
                     await bad.fail((await bad.hear("lease")).id, "Learner, stop!\nerror: now")
                     failed += 1
-                    await door.until(lambda seen=failed: door.sample("leases_ended_total", kind="train", reason="failed") >= seen)
+                    await intake.until(
+                        lambda seen=failed: intake.sample("leases_ended_total", kind="train", reason="failed") >= seen
+                    )
         assert failed == FAILURES
-        await door.until(lambda: door.sample("samplers_put_aside") == 0)  # it has left
+        await intake.until(lambda: intake.sample("samplers_put_aside") == 0)  # it has left
         await good.want(2)
         for _ in range(6):
             await good.roll_out((await good.hear("lease")).id)
-        assert not door.coordinator.failure.done()
+        assert not intake.coordinator.failure.done()
         assert not table.set_aside_counts
     said = [record.getMessage() for record in caplog.records if "put aside" in record.getMessage()]
     assert said == [
@@ -323,29 +325,29 @@ async def test_one_bad_sampler_costs_itself_alone(tmp_path: Path, caplog: pytest
 
 
 async def test_leases_that_are_only_returned_are_not_granted_without_end(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path, breaker_limits=LONG_OPEN) as door, Sampler.join(door.address) as idler:
+    async with serve_intake(make_table(), tmp_path, breaker_limits=LONG_OPEN) as intake, Sampler.join(intake.address) as idler:
         await idler.want(1)
         for _ in range(FAILURES):
             lease = (await idler.hear("lease")).id
             await idler.say(lease_end=returned(lease))
-        await door.until(lambda: door.coordinator.breaker.is_put_aside("s1"))
-        assert door.sample("samplers_put_aside") == 1
-        await door.until(lambda: not door.coordinator.lease_table.open_leases)
-        async with Sampler.join(door.address, name="s2") as other:
+        await intake.until(lambda: intake.coordinator.breaker.is_put_aside("s1"))
+        assert intake.sample("samplers_put_aside") == 1
+        await intake.until(lambda: not intake.coordinator.lease_table.open_leases)
+        async with Sampler.join(intake.address, name="s2") as other:
             await other.want(1)
             await other.roll_out((await other.hear("lease")).id)
 
 
 async def test_who_wants_very_many_leaves_others_their_share(tmp_path: Path) -> None:
     table = make_table(batch=4, max_lag=1)
-    async with serve_intake(table, tmp_path) as door, Sampler.join(door.address, name="greedy") as greedy:
+    async with serve_intake(table, tmp_path) as intake, Sampler.join(intake.address, name="greedy") as greedy:
         table.version, version = None, table.version
         await greedy.want(1000)
-        async with Sampler.join(door.address, name="modest") as modest:
+        async with Sampler.join(intake.address, name="modest") as modest:
             await modest.want(4)
-            await door.until(lambda: sum(peer.demand for peer in door.coordinator.open_sessions.values()) == 1004)
+            await intake.until(lambda: sum(peer.demand for peer in intake.coordinator.open_sessions.values()) == 1004)
             table.version = version
-            door.coordinator.dispatcher.wake_dispatcher()
+            intake.coordinator.dispatcher.wake_dispatcher()
             for sampler in (greedy, modest):
                 for _ in range(4):
                     await asyncio.wait_for(sampler.hear("lease"), 10)

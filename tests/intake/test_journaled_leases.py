@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +18,7 @@ from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence import lease_events
 from learner.intake.persistence.snapshot import StateCapture
 from learner.intake.wal.framing import Record
-from tests.intake.builders import PLAN, VERSION, VOCABULARY, chain, complete, make_table, question
+from tests.intake.builders import PLAN, VERSION, VOCABULARY, MemoryEventLog, chain, complete, make_table, question
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.net.limits import MESSAGE_BYTES, SENTENCE_CHARACTERS
@@ -27,25 +26,11 @@ from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.wire.codec import lease_end_to_pb, subtree_from_pb, subtree_to_bytes, subtree_to_pb
 
 
-class ListLog:
-    """A journal that is a list."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def append_record(self, record: bytes) -> asyncio.Future[int]:
-        self.records.append(msgpack.unpackb(record))
-        return self.durable_so_far()
-
-    def durable_so_far(self) -> asyncio.Future[int]:
-        return asyncio.get_running_loop().create_future()
-
-
 @pytest.mark.parametrize("failing", ["record_subtree", "record_lease_end"])
 async def test_a_recorder_that_fails_does_not_part_journal_and_table(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table, lines, reporter = make_table(), ListLog(), RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=2)
+    table, lines, reporter = make_table(), MemoryEventLog(), RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=2)
     leases = JournaledLeases(table, lines, reporter)
     work = table.next_lease()
     assert work is not None
@@ -111,7 +96,7 @@ def test_what_cannot_be_written_down_changes_nothing(
     sources: list[str], script: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("leases")
-    table, again, lines = with_questions(sources), with_questions(sources), ListLog()
+    table, again, lines = with_questions(sources), with_questions(sources), MemoryEventLog()
 
     async def run() -> None:
         reporter = RunRecorder(IntakeMetrics(), folder / "progress.jsonl", window=2)
@@ -131,7 +116,7 @@ def test_what_cannot_be_written_down_changes_nothing(
 
 
 async def test_a_lease_too_large_for_a_record_is_still_the_next_one(tmp_path: Path) -> None:
-    table, lines = with_questions(["x" * (MESSAGE_BYTES + (2 << 20)), "small"]), ListLog()
+    table, lines = with_questions(["x" * (MESSAGE_BYTES + (2 << 20)), "small"]), MemoryEventLog()
     leases = JournaledLeases(table, lines, RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=2))
     large = next(work for _ in range(2) if (work := table.next_lease()) is not None)
     if large[0].question.source == "small":

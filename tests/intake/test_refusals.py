@@ -139,16 +139,16 @@ async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(intak
 
 
 async def test_what_a_refused_subtree_cost_outlives_a_restart(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
         await sampler.want(1)
         lease = await sampler.hear("lease")
         await sampler.say(subtree=subtree_to_pb(EVERY["positive logprob"].of(lease.id)))
         assert (await sampler.hear("ack")).refusal
-    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address, leases=(lease.id,)) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address, leases=(lease.id,)) as sampler:
         await sampler.say(lease_end=lease_end_to_pb(complete(lease.id)))
-        await door.until(lambda: lease.id not in door.coordinator.lease_table.open_leases)
-        assert door.sample("budget_spent_total", kind="train", currency="tokens") == 28
-        assert door.coordinator.lease_table.ledger.imbalance(LeaseKind.TRAIN) == Budget()
+        await intake.until(lambda: lease.id not in intake.coordinator.lease_table.open_leases)
+        assert intake.sample("budget_spent_total", kind="train", currency="tokens") == 28
+        assert intake.coordinator.lease_table.ledger.imbalance(LeaseKind.TRAIN) == Budget()
 
 
 async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(intake: IntakeProcess) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +18,7 @@ from learner.intake.leases.rollout_group import GroupState, RolloutGroup
 from learner.intake.leases.staleness import FINISHING_SECONDS, count_groups_to_close
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.lease_events import replay
-from tests.intake.builders import PLAN, bound, chain, complete, kept, make_table
+from tests.intake.builders import PLAN, MemoryEventLog, bound, chain, complete, kept, make_table
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason, LeaseKind
 from treegrpo.core.step import PolicyVersion
@@ -32,23 +30,6 @@ SLOTS = [(tree, index) for index in range(PLAN.branches) for tree in range(PLAN.
 FAULTS = [LeaseEndReason.LOST, LeaseEndReason.FAILED, LeaseEndReason.RETURNED, LeaseEndReason.INTERRUPTED]
 
 
-class MemoryLog:
-    """A journal in memory, durable at once."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def append_record(self, record: bytes) -> asyncio.Future[int]:
-        self.records.append(msgpack.unpackb(record))
-        return self.durable_so_far()
-
-    def durable_so_far(self) -> asyncio.Future[int]:
-        return asyncio.Future(loop=_LOOP)
-
-
-_LOOP = asyncio.new_event_loop()
-
-
 @dataclass
 class TrainedRun:
     """A lease table at work, with a trainer that may go back and samplers that may do anything."""
@@ -58,7 +39,7 @@ class TrainedRun:
     max_lag: int
     total: int
     finishing_seconds: float = FINISHING_SECONDS
-    lines: MemoryLog = field(default_factory=MemoryLog)
+    lines: MemoryEventLog = field(default_factory=MemoryEventLog)
     position: int = 0
     lineage: int = 1
     trained: dict[int, list[int]] = field(default_factory=dict[int, list[int]])

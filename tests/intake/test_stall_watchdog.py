@@ -163,19 +163,21 @@ def test_a_stall_is_logged_when_its_cause_changes_then_ever_less_often(tmp_path:
 
 
 async def test_the_diagnosis_names_what_a_sampler_waits_for(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
-        with door.trainer.track_connection(), door.trainer.track_request():
+    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
+        with intake.trainer.track_connection(), intake.trainer.track_request():
             await sampler.want(1)
             lease = await sampler.hear("lease")
             beat = pb.Heartbeat(waits_for="the retriever,\nwhich is away", waited_seconds=7.0)
             await sampler.say(heartbeat=beat)
-            await door.until(lambda: bool(door.coordinator.open_sessions["s1"].waiting_for))
-            status = current_run_status(door.coordinator, door.trainer, door.journal)
+            await intake.until(lambda: bool(intake.coordinator.open_sessions["s1"].waiting_for))
+            status = current_run_status(intake.coordinator, intake.trainer, intake.journal)
             assert diagnose_stall(status).sentence == "the retriever, which is away: so say s1, for 7 s"
             await sampler.say(heartbeat=pb.Heartbeat())
-            await door.until(lambda: not door.coordinator.open_sessions["s1"].waiting_for)
-            assert diagnose_stall(current_run_status(door.coordinator, door.trainer, door.journal)).part is StalledPart.LEASES
-            before = door.coordinator.leases.progress_clock.last_progress
+            await intake.until(lambda: not intake.coordinator.open_sessions["s1"].waiting_for)
+            assert (
+                diagnose_stall(current_run_status(intake.coordinator, intake.trainer, intake.journal)).part is StalledPart.LEASES
+            )
+            before = intake.coordinator.leases.progress_clock.last_progress
             await sampler.send_chain(lease.id)
             await sampler.hear("ack")
-            assert door.coordinator.leases.progress_clock.last_progress > before
+            assert intake.coordinator.leases.progress_clock.last_progress > before
