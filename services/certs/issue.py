@@ -51,25 +51,27 @@ def make_certificates(
         drop_old_ca: only forget the old one.
 
     Raises:
-        ConfigError: ``directory`` holds something that is not ours to write over.
+        ConfigError: ``directory`` holds other files, which are not overwritten.
     """
     if wrong := [name for name in (*names, *samplers) if not NAME.fullmatch(name)]:
         raise ConfigError(f"{wrong[0]!r} is no name; write letters, digits and .-_: with commas between names.")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     if new_ca or drop_old_ca:
         return [_add_authority(directory) if new_ca else _drop_authority(directory)]
-    authority, said = _authority(directory)
+    authority, lines = _authority(directory)
     for role in Role:
         hosts = _host_names(directory / f"{role.value}.pem", names) if role in SERVERS else []
-        said.append(_issue_role(directory, authority, role, role.value, hosts))
+        lines.append(_issue_role(directory, authority, role, role.value, hosts))
     known = {path.stem.removeprefix("sampler-") for path in directory.glob("sampler-*.pem")}
-    said += [_issue_role(directory, authority, Role.SAMPLER, f"sampler-{name}", [], name) for name in sorted({*samplers, *known})]
-    said += [_create_secret(directory / file) for file in (*(f"{role.value}.password" for role in USERS), *TOKENS)]
+    lines += [
+        _issue_role(directory, authority, Role.SAMPLER, f"sampler-{name}", [], name) for name in sorted({*samplers, *known})
+    ]
+    lines += [_create_secret(directory / file) for file in (*(f"{role.value}.password" for role in USERS), *TOKENS)]
     users = [
         (role.value, read_secret_file(directory / f"{role.value}.password", "a password").decode().strip()) for role in USERS
     ]
     write(directory / "mosquitto.passwd", "".join(f"{user}:{_hashed(word)}\n" for user, word in users).encode(), secret=True)
-    return [*said, f"{directory / 'mosquitto.passwd'}: the passwords, for Mosquitto"]
+    return [*lines, f"{directory / 'mosquitto.passwd'}: the passwords, for Mosquitto"]
 
 
 def write(path: Path, data: bytes, *, secret: bool) -> None:

@@ -30,7 +30,7 @@ class Invocation:
     config: Config
     arguments: tuple[str, ...]
     """``[CONFIG.toml] [--section.key value …]``, as processes get it."""
-    words: tuple[str, ...] = ()
+    positionals: tuple[str, ...] = ()
     """What a command takes before the configuration: the run state, a directory."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What a command takes instead of the configuration."""
@@ -49,8 +49,8 @@ class Command:
     description: str
     """For `--help`."""
     handler: Callable[[Invocation], int]
-    words: tuple[str, ...] = ()
-    """Names of the words it takes before the configuration."""
+    positionals: tuple[str, ...] = ()
+    """Names of its positional arguments before the configuration."""
     options: Mapping[str, str] = field(default_factory=dict[str, str])
     """Flags it takes instead of the configuration, with what they mean; those that end in "=" have a value."""
 
@@ -131,7 +131,7 @@ def run_state(call: Invocation) -> int:
     from services.cli.reports.terminal import Terminal
     from services.cli.state import set_run_state
 
-    Terminal().print_line(asyncio.run(set_run_state(call.config, call.words[0])))
+    Terminal().print_line(asyncio.run(set_run_state(call.config, call.positionals[0])))
     return 0
 
 
@@ -153,7 +153,7 @@ def run_certs(call: Invocation) -> int:
     from services.cli.reports.terminal import Terminal
 
     names, samplers = (call.options[flag].split(",") if call.options[flag] else [] for flag in ("names", "samplers"))
-    directory, terminal = Path(call.words[0]), Terminal()
+    directory, terminal = Path(call.positionals[0]), Terminal()
     new_ca, drop_old_ca = call.options["new_ca"], call.options["drop_old_ca"]
     for line in make_certificates(directory, names, samplers, new_ca=new_ca, drop_old_ca=drop_old_ca):
         terminal.print_line(line)
@@ -168,7 +168,7 @@ COMMANDS = {
 and ends with the held-out exact match before and after, a plot and a checkpoint in Hugging Face format.
 
 Each process writes RUN_DIR/logs/NAME.log. Ctrl-C drains: the trainer writes a checkpoint. Ctrl-C again stops at once.
-A part that dies is started again, unless it said what only you can mend. The same command goes on with a run that was
+A part that dies is restarted, unless it reports an error that only you can fix. The same command goes on with a run that was
 stopped in any way; another run.dir begins a new one.
 
   treegrpo up examples/geohop/geohop.toml
@@ -188,7 +188,7 @@ Whatever is not on one machine needs certificates: treegrpo certs --help""",
     "sampler": Command(
         "one sampler: leases in, subtrees out; any number of them",
         """Joins the learner at sampler.learner, fetches the newest weights, and rolls out questions until the run drains.
-It keeps nothing: stop it, kill it, start more at any time.
+It stores nothing: stop it, kill it, start more at any time.
 
   treegrpo sampler CONFIG.toml --sampler.learner 10.0.0.7:50051 --security.dir certs""",
         partial(exec_module, "services.sampler"),
@@ -234,7 +234,7 @@ or starts one for the time.
 
   treegrpo state paused CONFIG.toml""",
         run_state,
-        words=("running|paused|draining",),
+        positionals=("running|paused|draining",),
     ),
     "certs": Command(
         "certificates, passwords and tokens: TLS for everything",
@@ -244,7 +244,7 @@ the retriever. Run again, it renews the certificates and keeps the rest. See doc
   treegrpo certs certs --names learner.example.org,10.0.0.7
   treegrpo up examples/geohop/geohop.toml --security.dir certs""",
         run_certs,
-        words=("DIR",),
+        positionals=("DIR",),
         options={
             "--names=": "host names and addresses, with commas, of the machines of learner, broker and retriever",
             "--samplers=": "names, with commas, of samplers that get a certificate good for them alone",
@@ -263,16 +263,18 @@ the retriever. Run again, it renews the certificates and keeps the rest. See doc
 
 
 def parse_invocation(command: Command, arguments: Sequence[str]) -> Invocation:
-    """Parse the words and the configuration of a command line. Raises ConfigError."""
+    """Parse the positional arguments and the configuration of a command line. Raises ConfigError."""
     from treegrpo.config.loader import config_from_arguments
 
-    count = len(command.words)
-    words, rest = arguments[:count], arguments[count:]
-    if len(words) < count or any(word.startswith("-") for word in words):
-        raise ConfigError(f"{next(iter(command.words[len(words) :]), command.words[0])} is missing; see --help.")
+    count = len(command.positionals)
+    positionals, rest = arguments[:count], arguments[count:]
+    if len(positionals) < count or any(word.startswith("-") for word in positionals):
+        raise ConfigError(
+            f"{next(iter(command.positionals[len(positionals) :]), command.positionals[0])} is missing; see --help."
+        )
     if command.options:
-        return Invocation(Config(), (), tuple(words), parse_own_options(command, rest))
-    return Invocation(config_from_arguments(rest), tuple(rest), tuple(words))
+        return Invocation(Config(), (), tuple(positionals), parse_own_options(command, rest))
+    return Invocation(config_from_arguments(rest), tuple(rest), tuple(positionals))
 
 
 def own_option_parser(command: Command, **options: Any) -> argparse.ArgumentParser:

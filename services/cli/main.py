@@ -48,9 +48,9 @@ def command_help(name: str) -> str:
     """What `treegrpo COMMAND --help` prints: the command, then every key."""
     command = COMMANDS[name]
     if command.options:
-        usage = " ".join([f"treegrpo {name}", *command.words, "[FLAGS]"])
+        usage = " ".join([f"treegrpo {name}", *command.positionals, "[FLAGS]"])
         return own_option_parser(command, usage=usage, description=command.description, add_help=False).format_help()
-    usage = " ".join([f"treegrpo {name}", *command.words, "[CONFIG.toml] [--section.key value …] [--dry-run]"])
+    usage = " ".join([f"treegrpo {name}", *command.positionals, "[CONFIG.toml] [--section.key value …] [--dry-run]"])
     parser = flag_parser(usage=usage, description=f"{command.description}\n\n{CONFIGURATION}", add_help=False)
     return parser.format_help()
 

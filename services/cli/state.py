@@ -24,7 +24,7 @@ async def set_run_state(config: Config, word: str) -> str:
         raise ConfigError(f"{word!r} is no run state; write running, paused or draining.") from error
     access = Credentials.from_config(config.security, Role.OPERATOR)
     await publish_state(config.broker.address, config.run.name, state, access)
-    return f"The run {config.run.name} is told to be {state.value}."
+    return f"The run {config.run.name} is set to {state.value}."
 
 
 async def follow_run_state(config: Config, access: Credentials, on_state: Callable[[RunState], None]) -> None:

@@ -22,7 +22,7 @@ def per_useful_leaf(currency: str) -> str:
 BUDGET = Dashboard(
     "budget",
     "Rollout budget",
-    "What was granted, what became of it, and what trees save against chains.",
+    "Budget granted, its use, and what trees save against chains.",
     [
         PanelRow(
             "At a glance",
@@ -72,7 +72,7 @@ BUDGET = Dashboard(
                     "Tokens",
                     "short",
                     accounts("tokens"),
-                    "What became of the tokens granted to training leases.",
+                    "Use of the tokens granted to training leases.",
                     width=12,
                     stacked=True,
                 ),
@@ -106,7 +106,7 @@ BUDGET = Dashboard(
                         "needed": 'sum(rate(treegrpo_rollout_chain_equivalent_total{@, kind="train", currency="tokens"}[5m])) * (1 - avg(treegrpo_rollout_saving_ratio{@, kind="train", currency="tokens"}))',
                         "chain equivalent": 'sum(rate(treegrpo_rollout_chain_equivalent_total{@, kind="train", currency="tokens"}[5m]))',
                     },
-                    "Tokens per second: what was computed, what of it had to be, and what chains to the same leaves would have needed.",
+                    "Tokens per second: computed, needed by trees, and needed by chains to the same leaves.",
                 ),
                 Panel(
                     "Prefix hits by depth",
@@ -114,7 +114,7 @@ BUDGET = Dashboard(
                     {
                         "depth {{depth}}": 'sum by (depth) (rate(treegrpo_rollout_prefix_tokens_total{@, how="cached"}[5m])) / sum by (depth) (rate(treegrpo_rollout_prefix_tokens_total{@}[5m]))'
                     },
-                    "Share of a turn's prefix that the cache had; depth is steps from the root.",
+                    "Share of a turn's prefix found in the cache; depth is steps from the root.",
                 ),
                 Panel(
                     "Computed again",
@@ -134,13 +134,13 @@ BUDGET = Dashboard(
                         "{{kind}} leaves/s": "sum by (kind) (rate(treegrpo_rollout_leaves_total{@}[5m]))",
                         "planned and not made/s": 'sum(rate(treegrpo_rollout_forgone_expansions_total{@, kind="train"}[5m])) or vector(0)',
                     },
-                    "What came in, and what closed groups lack of their plan.",
+                    "Leaves accepted, and planned expansions missing in closed groups.",
                 ),
                 Panel(
                     "Groups closed",
                     "short",
                     {"{{reason}}": 'sum by (reason) (rate(treegrpo_groups_closed_total{@, kind="train"}[5m]))'},
-                    "Per second, by why: overdue if early, at the staleness bound.",
+                    "Per second, by reason; overdue: closed early, at the staleness bound.",
                 ),
                 Panel(
                     "Lost on the way",

@@ -26,7 +26,7 @@ LEARNING = Dashboard(
                     "Effective sample by advantage",
                     "percentunit",
                     {"inter_intra {{sign}}": "treegrpo_effective_sample_ratio{@}"},
-                    "Effective share of the tokens, by where inter-tree and intra-tree advantage point; all is of all tokens.",
+                    "Effective share of the tokens, by the signs of inter-tree and intra-tree advantage; all is of all tokens.",
                 ),
             ],
         ),
@@ -42,7 +42,7 @@ LEARNING = Dashboard(
                     "Trust region",
                     "percentunit",
                     {"{{side}}": "treegrpo_clip_ratio{@}"},
-                    "Share of the loss's terms that it holds.",
+                    "Share of the loss terms that it clips.",
                 ),
                 Panel(
                     "Correction",
@@ -64,7 +64,7 @@ LEARNING = Dashboard(
                         "sampler to trainer": "treegrpo_kl_mismatch{@}",
                         "the same at lag 0": "treegrpo_kl_mismatch_lag0{@}",
                     },
-                    "Nats per token. Sampler to trainer: lag and rounding; above 0.02 look into it, at lag 0 above 0.01.",
+                    "Nats per token. Sampler to trainer: lag and rounding; investigate above 0.02, at lag 0 above 0.01.",
                 ),
                 Panel(
                     "Largest log-ratio",
@@ -95,7 +95,7 @@ LEARNING = Dashboard(
                         "{{reason}}": "sum by (reason) (increase(treegrpo_steps_skipped_total{@}[5m])) or on () vector(0)",
                         "groups refused": "sum(increase(treegrpo_groups_refused_total{@}[5m]))",
                     },
-                    "In 5 minutes: without signal, or a gradient that is not finite; and groups that a check left out.",
+                    "In 5 minutes: without signal, or a gradient that is not finite; and groups that validation refused.",
                 ),
                 Panel(
                     "Time of a step",

@@ -5,7 +5,7 @@ from deploy.grafana.model import Dashboard, Panel, PanelRow, stat_panel
 RUN = Dashboard(
     "run",
     "Run",
-    "Is it healthy at a glance: reward, exact match, budget, saving, throughput, lag, and who waits for whom.",
+    "Health at a glance: reward, exact match, budget, saving, throughput, lag, and waiting times.",
     [
         PanelRow(
             "At a glance",
@@ -76,7 +76,7 @@ RUN = Dashboard(
                     "Waited for",
                     "s",
                     {"{{waiting_for}}": "max by (waiting_for) (treegrpo_stalled_seconds{@})"},
-                    "Seconds since something last went on, and who is to move; the learner's log has the sentence.",
+                    "Seconds without progress, by what is waited for; the learner's log has the details.",
                 ),
                 Panel(
                     "Steps",
@@ -100,7 +100,7 @@ RUN = Dashboard(
                         "computed again": 'treegrpo_rollout_recomputed_ratio{@, kind="train"}',
                         "prefix hits": "run:prefix_hit:ratio_rate5m{@}",
                     },
-                    "Against chains to the same leaves; the share computed again under new weights, and of prompts that caches had.",
+                    "Against chains to the same leaves; the share computed again under new weights, and the share of prompt tokens found in caches.",
                     width=6,
                 ),
                 Panel(

@@ -24,7 +24,7 @@ SAMPLERS = Dashboard(
                         "{{instance}} queued": "treegrpo_engine_queued{@s}",
                         "{{instance}} may run": "treegrpo_engine_limit{@s}",
                     },
-                    "Queued: waiting for a place in the engine. With SGLang places follow its memory.",
+                    "Queued: waiting for the engine's limit of concurrent generations; with SGLang it follows its memory.",
                 ),
                 Panel(
                     "Without a lease",
@@ -37,7 +37,7 @@ SAMPLERS = Dashboard(
                     "Subtrees not yet acked",
                     "none",
                     {"{{instance}}": "treegrpo_sampler_unacked_subtrees{@s}"},
-                    "Sent again after a reconnect; grows while the learner is away.",
+                    "Sent again after a reconnection; grows while the learner is unavailable.",
                 ),
                 Panel(
                     "Time of a turn",
@@ -92,13 +92,13 @@ SAMPLERS = Dashboard(
                         "swap": "sum(rate(treegrpo_weights_swap_seconds_sum{@s}[5m])) / sum(rate(treegrpo_weights_swap_seconds_count{@s}[5m]) > 0)",
                         "paused per minute": "60 * avg(rate(treegrpo_weights_stall_seconds_total{@s}[5m]))",
                     },
-                    "Mean seconds to fetch a version and to swap to it; and of each minute those that SGLang servers stood still for it.",
+                    "Mean seconds to fetch a version and to swap to it; and the seconds of each minute that SGLang servers paused for it.",
                 ),
                 Panel(
                     "Updates that failed",
                     "short",
                     {"{{instance}} {{type}}": "increase(treegrpo_weights_updates_failed_total{@s}[5m]) or on () vector(0)"},
-                    "In 5 minutes; each is tried again.",
+                    "In 5 minutes; each is retried.",
                 ),
                 Panel(
                     "Errors",
@@ -114,18 +114,18 @@ SAMPLERS = Dashboard(
                     "Waiting for a tool or the engine",
                     "percentunit",
                     {"{{part}}": "sum by (part) (rate(treegrpo_sampler_away_seconds_total{@s}[5m])) or on () vector(0)"},
-                    "Share of the time something was away and waited for.",
+                    "Share of the time spent waiting for something unavailable.",
                 ),
                 Panel(
                     "Nothing goes on",
                     "s",
                     {"{{instance}} {{part}}": "treegrpo_sampler_stalled_seconds{@s} or on () vector(0)"},
-                    "Seconds, by what a sampler lacks; its log has the sentence.",
+                    "Seconds without progress, by the part that is missing; the sampler's log has the details.",
                 ),
             ],
         ),
         PanelRow(
-            "SGLang, in its own words",
+            "SGLang's own metrics",
             [
                 Panel(
                     "SGLang requests",
@@ -155,7 +155,7 @@ SAMPLERS = Dashboard(
                         "{{server}}": 'sum by (server) (rate(sglang:realtime_tokens_total{@s, mode="prefill_cache"}[5m])) / '
                         'sum by (server) (rate(sglang:realtime_tokens_total{@s, mode=~"prefill_.*"}[5m])) or on () vector(0)'
                     },
-                    "Share of the prompt tokens whose keys and values were there.",
+                    "Share of the prompt tokens whose keys and values were cached.",
                 ),
             ],
         ),

@@ -16,7 +16,7 @@ SERVICES = Dashboard(
                     "Samplers connected",
                     "none",
                     {"samplers": "treegrpo_samplers_connected{@}"},
-                    "With an open stream. They join over gRPC, and are seen over the broker.",
+                    "With an open stream over gRPC; their presence is published on the broker.",
                 ),
             ],
         ),
@@ -40,7 +40,7 @@ SERVICES = Dashboard(
                         "again/s": "sum(rate(treegrpo_subtrees_duplicate_total{@}[1m]))",
                         "refused/s": "sum(rate(treegrpo_subtrees_refused_total{@}[1m])) or vector(0)",
                     },
-                    "Again: after a reconnect, counted once.",
+                    "Duplicates: sent again after a reconnection, and counted once.",
                 ),
                 Panel(
                     "Connections",
@@ -49,7 +49,7 @@ SERVICES = Dashboard(
                         "handshakes/s": "sum(rate(treegrpo_tls_handshakes_total{@}[5m]))",
                         "with a call/s": "sum(rate(treegrpo_tls_connections_total{@}[5m]))",
                     },
-                    "Handshakes that no call follows: somebody's certificate is refused.",
+                    "Handshakes without a following call: a certificate is refused.",
                 ),
                 Panel(
                     "Refused",
@@ -58,13 +58,13 @@ SERVICES = Dashboard(
                         "calls and streams/s: {{reason}}": "sum by (reason) (rate(treegrpo_peers_refused_total{@}[5m])) or on () vector(0)",
                         "/metrics/s": "sum(rate(treegrpo_scrapes_refused_total{@}[5m])) or vector(0)",
                     },
-                    "By what is wrong; 0 when all is well.",
+                    "By reason; 0 when all is well.",
                 ),
                 Panel(
                     "Leases ended",
                     "short",
                     {"{{reason}}": "sum by (reason) (rate(treegrpo_leases_ended_total{@}[5m]))"},
-                    "Per second, by why.",
+                    "Per second, by reason.",
                 ),
                 Panel(
                     "Weights",
