@@ -28,9 +28,9 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
-from bench.crowd import resident
 from bench.http2 import PING, SETTINGS, Connection, frame, grpc_frame
 from bench.ingest import free_address, prepare, process, ready
+from bench.simulated_samplers import resident
 from bench.traffic import encoded
 from services.cli.processes.readiness import probe_broker, probe_learner
 from treegrpo.errors import UnavailableError
@@ -48,7 +48,7 @@ REST_SECONDS = 5.0
 """After the attack, before memory is read for the last time."""
 WATCH_SECONDS = 0.05
 
-Strike = Callable[[str, float], None]
+Attack = Callable[[str, float], None]
 
 
 def hello(number: int) -> bytes:
@@ -142,7 +142,7 @@ def frames(address: str, seconds: float) -> None:
     _at_once(address, CONNECTIONS, strike)
 
 
-ATTACKS: dict[str, Strike] = {
+ATTACKS: dict[str, Attack] = {
     "gzip": bomb,
     "half": half,
     "half_joined": half_joined,
@@ -178,7 +178,7 @@ def _at_once(address: str, connections: int, strike: Callable[[int, Connection],
 
 
 @dataclass(frozen=True, slots=True)
-class Harm:
+class AttackCost:
     """What an attack came to."""
 
     attack: str
@@ -215,7 +215,7 @@ async def watch(address: str, pid: int, striking: subprocess.Popen[bytes]) -> tu
     return peak, longest, failed
 
 
-def measure(name: str, seconds: float) -> Harm:
+def measure(name: str, seconds: float) -> AttackCost:
     """One attack on one intake."""
     addresses = {part: free_address() for part in ("broker", "intake", "metrics")}
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
@@ -234,10 +234,10 @@ def measure(name: str, seconds: float) -> Harm:
             peak, longest, failed = asyncio.run(watch(addresses["intake"], intake.pid, striking))
         time.sleep(REST_SECONDS)
         after = resident(intake.pid)
-    return Harm(name, round((peak - before) / 1e6, 1), round((after - before) / 1e6, 1), round(longest, 3), failed)
+    return AttackCost(name, round((peak - before) / 1e6, 1), round((after - before) / 1e6, 1), round(longest, 3), failed)
 
 
-def show(harms: Sequence[Harm]) -> None:
+def show(harms: Sequence[AttackCost]) -> None:
     table = Table("attack", "peak, MB", "kept, MB", "health check, s", "failed", title="What attacks cost the intake")
     for harm in harms:
         table.add_row(*(str(value) for value in asdict(harm).values()))
@@ -254,7 +254,7 @@ def main() -> None:
         name, address, seconds = given.strike
         ATTACKS[name](address, float(seconds))
         return
-    harms: list[Harm] = []
+    harms: list[AttackCost] = []
     for name in given.only:
         harms.append(measure(name, given.seconds))
         print(".", end="", file=sys.stderr, flush=True)

@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.rollout import save_model
-from bench.synthetic import CONTEXT, QUESTIONS, SHAPES, Around, Grown, grow, label, plan_of
-from services.sampler.engines.base import Completion, Engine, Sampling
+from bench.synthetic import CONTEXT, QUESTIONS, SHAPES, EngineWrapper, GrowthCost, grow, label, plan_of
+from services.sampler.engines.base import Completion, Engine, SamplingParams
 from services.sampler.engines.embedded import EmbeddedEngine
-from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child
-from services.sampler.engines.sglang.api.http_client import IDLE_SECONDS
+from services.sampler.engines.sglang import EngineRequirements, ListenOptions, SGLangEngine, open_child
+from services.sampler.engines.sglang.server.http_client import IDLE_SECONDS
 from services.sampler.expansion.branch import action_seed, first_node
 from treegrpo.core.step import PolicyVersion, TokenIds
 
@@ -41,16 +41,16 @@ UPDATES = 5
 
 
 @dataclass(eq=False)
-class Asked:
+class RecordedRequest:
     """One request, and those whose answers led to it."""
 
     prefix: TokenIds
     tokens: int
-    after: list[Asked]
+    after: list[RecordedRequest]
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Noting(Around):
+class RecordingEngine(EngineWrapper):
     """An engine that is asked greedily, so that a second time gives the same tokens, and that notes what it is asked."""
 
     def __init__(self, engine: Engine, shape: tuple[int, int, int]) -> None:
@@ -62,22 +62,22 @@ class Noting(Around):
             for tree in range(self._plan.trees)
             for node in range(1, first_node(self._plan.branches, self._plan))
         }
-        self._asked: dict[tuple[int, int, int], Asked] = {}
+        self._asked: dict[tuple[int, int, int], RecordedRequest] = {}
         """By question, tree and node, in the order in which they were answered."""
 
     @property
-    def asked(self) -> list[Asked]:
+    def asked(self) -> list[RecordedRequest]:
         return list(self._asked.values())
 
-    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: SamplingParams) -> Completion:
         ids = np.asarray(prefix, np.uint32)
         completion = await self._engine.generate(ids, replace(sampling, temperature=0.0))
         assert sampling.seed is not None
         place = self._places[sampling.seed]
-        self._asked[place] = Asked(ids, sampling.max_tokens, self._causes(*place))
+        self._asked[place] = RecordedRequest(ids, sampling.max_tokens, self._causes(*place))
         return completion
 
-    def _causes(self, question: int, tree: int, node: int) -> list[Asked]:
+    def _causes(self, question: int, tree: int, node: int) -> list[RecordedRequest]:
         """The turn before; of a branch's first turn, all that the rounds before have made of its tree."""
         index, turn = divmod(node - 1, first_node(1, self._plan) - 1)
         if turn:
@@ -87,13 +87,13 @@ class Noting(Around):
         return [self._asked[question, tree, other] for other in known if (question, tree, other) in self._asked]
 
 
-async def replay(url: str, asked: list[Asked]) -> float:
+async def replay(url: str, asked: list[RecordedRequest]) -> float:
     """Make the same requests to the server alone, each as soon as those that led to it are answered; tokens per second."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
     async with httpx.AsyncClient(timeout=600.0, trust_env=False, limits=limits) as client:
         (await client.post(f"{url}/flush_cache")).raise_for_status()
 
-        async def one(request: Asked) -> int:
+        async def one(request: RecordedRequest) -> int:
             for cause in request.after:
                 await cause.done.wait()
             body = {
@@ -111,7 +111,7 @@ async def replay(url: str, asked: list[Asked]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class EngineComparison:
     """One shape, medians over the repeats."""
 
     shape: str
@@ -124,17 +124,17 @@ class Compared:
 
 async def compare(
     path: Path, embedded: EmbeddedEngine, sglang: SGLangEngine, shape: tuple[int, int, int], repeats: int
-) -> Compared:
+) -> EngineComparison:
     """All three in turns, so that a noisy machine is noisy for all; the first turn warms up."""
-    turns: list[tuple[Grown, Grown, float]] = []
+    turns: list[tuple[GrowthCost, GrowthCost, float]] = []
     for _ in range(repeats + 1):
         for engine in (embedded, sglang):  # new weights empty the cache
-            await engine.load(_after(engine.version), path)
-        ours, noting = await grow(path, Noting(embedded, shape), shape), Noting(sglang, shape)
+            await engine.load_weights(_after(engine.version), path)
+        ours, noting = await grow(path, RecordingEngine(embedded, shape), shape), RecordingEngine(sglang, shape)
         theirs = await grow(path, noting, shape)
-        turns.append((ours, theirs, await replay(sglang.servers[0].api.url, noting.asked)))
+        turns.append((ours, theirs, await replay(sglang.servers[0].client.url, noting.asked)))
     del turns[0]
-    return Compared(
+    return EngineComparison(
         label(shape),
         embedded=statistics.median(ours.rate for ours, _, _ in turns),
         sampler=statistics.median(theirs.rate for _, theirs, _ in turns),
@@ -151,13 +151,13 @@ async def stall(path: Path, engine: SGLangEngine) -> float:
     """Seconds that the server stands still for one weight update while 32 requests run: the median."""
     stalls: list[float] = []
     prefixes = np.random.default_rng(0).integers(0, 2048, (32, 16)).astype(np.uint32)
-    running = [asyncio.create_task(engine.generate(prefix, Sampling(LOAD_TOKENS))) for prefix in prefixes]
-    await engine.generate(prefixes[0], Sampling(8))
+    running = [asyncio.create_task(engine.generate(prefix, SamplingParams(LOAD_TOKENS))) for prefix in prefixes]
+    await engine.generate(prefixes[0], SamplingParams(8))
     for _ in range(UPDATES):
         before = engine.counters.stalled
-        await engine.load(_after(engine.version), path)
+        await engine.load_weights(_after(engine.version), path)
         stalls.append(engine.counters.stalled - before)
-        await engine.generate(prefixes[0], Sampling(8))
+        await engine.generate(prefixes[0], SamplingParams(8))
     await asyncio.gather(*running)
     return statistics.median(stalls)
 
@@ -166,7 +166,7 @@ def _after(version: PolicyVersion) -> PolicyVersion:
     return PolicyVersion(version.lineage, version.step + 1)
 
 
-def report(compared: list[Compared], stalled: float, parameters: int, repeats: int) -> None:
+def report(compared: list[EngineComparison], stalled: float, parameters: int, repeats: int) -> None:
     console = Console(width=120)
     table = Table(
         title=f"{QUESTIONS} groups of trees (M,N,L), Qwen2 of {parameters / 1e6:.1f} M, float32: tokens sampled per second"
@@ -199,13 +199,13 @@ async def run(python: Path, repeats: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model"
         parameters = save_model(path)
-        demands = Demands(path, PolicyVersion(), CONTEXT, MAX_RUNNING, Path("/dev/shm"))
+        requirements = EngineRequirements(path, PolicyVersion(), CONTEXT, MAX_RUNNING, Path("/dev/shm"))
         shape: dict[str, Any] = {"cache_tokens": CACHE_TOKENS, "threads": 1, "seed": 0}
-        place = Place("127.0.0.1", 0, Path(directory) / "sglang.log")
-        embedded = await EmbeddedEngine.open(path, max_running=MAX_RUNNING, max_context=CONTEXT, **shape)
+        listen = ListenOptions("127.0.0.1", 0, Path(directory) / "sglang.log")
+        embedded = await EmbeddedEngine.from_directory(path, max_running=MAX_RUNNING, max_context=CONTEXT, **shape)
         async with (
             embedded,
-            await open_child(demands, place, python, ("--log-level", "warning"), dtype="float32", **shape) as sglang,
+            await open_child(requirements, listen, python, ("--log-level", "warning"), dtype="float32", **shape) as sglang,
         ):
             compared = [await compare(path, embedded, sglang, one, repeats) for one in SHAPES]
             stalled = await stall(path, sglang)

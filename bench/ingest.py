@@ -3,9 +3,9 @@
     python -m bench.ingest [--samplers 1 16 128 1000] [--seconds 3] [--seed 0]
 
 For each number of samplers and size of subtree an intake of its own (the real process: broker, journal, fsync, acks,
-checkpoints) and an echo (`bench.echo`: the same messages in, acks and leases of the same size out, nothing kept) serve the same
-simulated samplers (`bench.crowd`) in turns. A trainer that learns nothing takes every group, so that the staleness bound
-holds nobody up. The last line is one JSON object.
+checkpoints) and an echo (`bench.echo`: the same messages in, acks and leases of the same size out, nothing kept) serve the
+same simulated samplers (`bench.simulated_samplers`) in turns. A trainer that learns nothing takes every group, so that the
+staleness bound holds nobody up. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bench.traffic import PLAN, SIZES, VOCABULARY, Script, Slice, over
 from services.cli.processes.readiness import Probe, probe_broker, probe_learner, wait_until_ready
 from treegrpo.errors import UnavailableError
 from treegrpo.net.local_socket import socket_path
-from treegrpo.wire.trainer_protocol import Covered, Done, IntakeClient, Publish, Take, Taken
+from treegrpo.wire.trainer_protocol import Covered, Done, IntakeConnection, Publish, Take, Taken
 
 QUESTIONS = 1000
 MAX_LAG = 3
@@ -53,12 +53,12 @@ def free_address() -> str:
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-class Trainer(threading.Thread):
+class InstantTrainer(threading.Thread):
     """Takes batches as soon as they are ready, publishes a version and writes checkpoints; all of it in no time."""
 
     def __init__(self, run_dir: Path, batch: int) -> None:
         super().__init__(name="trainer", daemon=True)
-        self._client = IntakeClient(socket_path(run_dir))
+        self._client = IntakeConnection(socket_path(run_dir))
         self._batch = batch
         self._weights = run_dir / "weights"
         self._weights.mkdir()
@@ -126,7 +126,7 @@ def prepare(folder: Path) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class IngestCase:
     """One number of samplers and one size."""
 
     samplers: int
@@ -157,7 +157,7 @@ class Case:
         }
 
 
-def measure(samplers: int, size: str, seconds: float, seed: int) -> Case:
+def measure(samplers: int, size: str, seconds: float, seed: int) -> IngestCase:
     """Intake and echo in turns, in front of the same samplers."""
     each = max(1, min(MOST_EACH, MOST_LEASES // samplers))
     batch = max(BATCH, samplers * each // 2)
@@ -174,16 +174,18 @@ def measure(samplers: int, size: str, seconds: float, seed: int) -> Case:
         intake = stack.enter_context(process("learner.intake", *flags, log=folder / "intake.log"))
         echo = stack.enter_context(process("bench.echo", addresses["echo"], log=folder / "echo.log"))
         ready("intake", lambda: probe_learner(addresses["intake"]))
-        trainer = Trainer(folder / "run", batch)
+        trainer = InstantTrainer(folder / "run", batch)
         stack.callback(trainer.end)
         trainer.publish(0)
         trainer.start()
         servers = {"intake": (addresses["intake"], intake.pid), "echo": (addresses["echo"], echo.pid)}
         asked = {"servers": servers, "samplers": samplers, "leases": each, "size": size, "seconds": seconds, "seed": seed}
-        found = subprocess.run([sys.executable, "-m", "bench.crowd", json.dumps(asked)], stdout=subprocess.PIPE, check=True)
+        found = subprocess.run(
+            [sys.executable, "-m", "bench.simulated_samplers", json.dumps(asked)], stdout=subprocess.PIPE, check=True
+        )
         slices = {name: [Slice(**row) for row in rows] for name, rows in json.loads(found.stdout).items()}
     script = Script(SIZES[size], seed)
-    return Case(samplers, size, script.bytes // PLAN.leaves, slices["intake"], slices["echo"])
+    return IngestCase(samplers, size, script.bytes // PLAN.leaves, slices["intake"], slices["echo"])
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

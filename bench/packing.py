@@ -31,8 +31,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.growing import SHAPES
-from bench.passes import SIZES, Case, Pass, Size
+from bench.pass_variants import SIZES, ModelSize, PackingCase, Pass
+from bench.random_trees import SHAPES
 from learner.trainer.packing.packing import Pack
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -47,7 +47,7 @@ def seconds(work: Pass, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def fastest(case: Case, budgets: Sequence[int], repeats: int, device: torch.device) -> dict[str, tuple[float, int]]:
+def fastest(case: PackingCase, budgets: Sequence[int], repeats: int, device: torch.device) -> dict[str, tuple[float, int]]:
     """For each side its least seconds and the budget of these."""
     ways = {"tree": case.tree, "sequence": case.sequence, "padded": case.rows}
     works = {(name, budget): way(budget) for name, way in ways.items() for budget in budgets}
@@ -64,7 +64,7 @@ def fastest(case: Case, budgets: Sequence[int], repeats: int, device: torch.devi
 
 def peak_bytes(size: str, shape: int, side: str, device: torch.device) -> int:
     """Memory that one pass over all trees of a case takes at most, beyond model and gradients; this process' own."""
-    case = Case(SIZES[size], SHAPES[shape], SIZES[size].groups[shape], device)
+    case = PackingCase(SIZES[size], SHAPES[shape], SIZES[size].groups[shape], device)
     case.tree(1024)()  # gradients and what a first pass leaves behind
     work = case.tree(1 << 30) if side == "tree" else case.sequence(1 << 30)
     if device.type == "cuda":
@@ -92,7 +92,7 @@ def peak_of(size: str, shape: int, side: str, threads: int) -> int:
 
 def measure(name: str, shape: int, repeats: int, threads: int, device: torch.device) -> dict[str, Any]:
     size = SIZES[name]
-    case = Case(size, SHAPES[shape], size.groups[shape], device)
+    case = PackingCase(size, SHAPES[shape], size.groups[shape], device)
     best = fastest(case, size.budgets, repeats, device)
     tree, paths = best["tree"][0], min(best["sequence"][0], best["padded"][0])
     parameters = sum(p.numel() for p in case.model.parameters())
@@ -119,7 +119,7 @@ def measure(name: str, shape: int, repeats: int, threads: int, device: torch.dev
     return found
 
 
-def _flops(size: Size, whole: Pack, parameters: int) -> float:
+def _flops(size: ModelSize, whole: Pack, parameters: int) -> float:
     """Of forward and backward pass: 6 per weight and token, 12·h per layer and pair; the head only meets action tokens."""
     config = size.config
     head = config["vocab_size"] * config["hidden_size"]

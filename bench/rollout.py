@@ -29,8 +29,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.synthetic import CONTEXT, QUESTIONS, SHAPES, TURNS, WORDS, Grown, grow, label
-from services.sampler.engines.base import Sampling
+from bench.synthetic import CONTEXT, QUESTIONS, SHAPES, TURNS, WORDS, GrowthCost, grow, label
+from services.sampler.engines.base import SamplingParams
 from services.sampler.engines.embedded import EmbeddedEngine
 from treegrpo.core.step import TokenIds
 
@@ -68,7 +68,7 @@ def save_model(path: Path, config: Mapping[str, Any] = CONFIG, seed: int = 0) ->
 
 
 async def open_engine(path: Path, threads: int) -> EmbeddedEngine:
-    return await EmbeddedEngine.open(
+    return await EmbeddedEngine.from_directory(
         path, max_running=REQUESTS, max_context=CONTEXT, cache_tokens=1 << 16, seed=0, threads=threads
     )
 
@@ -79,25 +79,25 @@ def prompts(seed: int) -> TokenIds:
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
+class ProcessTimes:
     """Wall seconds, and CPU seconds of all threads of this process: the latter mind busy neighbours less."""
 
     wall: float
     cpu: float
 
     @classmethod
-    def now(cls) -> Clock:
+    def now(cls) -> ProcessTimes:
         return cls(time.perf_counter(), time.process_time())
 
-    def __sub__(self, other: Clock) -> Clock:
-        return Clock(self.wall - other.wall, self.cpu - other.cpu)
+    def __sub__(self, other: ProcessTimes) -> ProcessTimes:
+        return ProcessTimes(self.wall - other.wall, self.cpu - other.cpu)
 
 
 @torch.inference_mode()
-def time_generate(model: Any, prompts: TokenIds) -> Clock:
+def time_generate(model: Any, prompts: TokenIds) -> ProcessTimes:
     """What Hugging Face's generate takes, and one log-softmax over what it returns."""
     ids = torch.from_numpy(prompts.astype(np.int64))
-    began = Clock.now()
+    began = ProcessTimes.now()
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -112,15 +112,15 @@ def time_generate(model: Any, prompts: TokenIds) -> Clock:
     )
     logprobs = torch.log_softmax(torch.stack(out.logits, dim=1), -1).gather(-1, out.sequences[:, PROMPT:, None])
     assert logprobs.shape == (REQUESTS, TOKENS, 1)
-    return Clock.now() - began
+    return ProcessTimes.now() - began
 
 
-async def time_engine(engine: EmbeddedEngine, prompts: TokenIds) -> Clock:
+async def time_engine(engine: EmbeddedEngine, prompts: TokenIds) -> ProcessTimes:
     """What the same work takes on the engine."""
-    began = Clock.now()
-    completions = await asyncio.gather(*(engine.generate(prompt, Sampling(TOKENS)) for prompt in prompts))
+    began = ProcessTimes.now()
+    completions = await asyncio.gather(*(engine.generate(prompt, SamplingParams(TOKENS)) for prompt in prompts))
     assert all(len(c.logprobs) == TOKENS for c in completions)
-    return Clock.now() - began
+    return ProcessTimes.now() - began
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ async def measure_speed(path: Path, threads: int, repeats: int) -> Speed:
 
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    pairs: list[tuple[Clock, Clock]] = []
+    pairs: list[tuple[ProcessTimes, ProcessTimes]] = []
     async with await open_engine(path, threads) as engine:
         for seed in range(repeats + 1):
             ours = await time_engine(engine, prompts(seed))
@@ -157,13 +157,13 @@ async def measure_speed(path: Path, threads: int, repeats: int) -> Speed:
     )
 
 
-async def measure_reuse(path: Path, shape: tuple[int, int, int], threads: int) -> Grown:
+async def measure_reuse(path: Path, shape: tuple[int, int, int], threads: int) -> GrowthCost:
     """Grow groups of one shape on an engine that has cached nothing."""
     async with await open_engine(path, threads) as engine:
         return await grow(path, engine, shape)
 
 
-def report(parameters: int, speeds: list[Speed], reuses: dict[str, Grown]) -> None:
+def report(parameters: int, speeds: list[Speed], reuses: dict[str, GrowthCost]) -> None:
     console = Console(width=110)
     table = Table(
         title=f"{REQUESTS} requests × {TOKENS} tokens with log-probabilities, Qwen2 of {parameters / 1e6:.1f} M, float32"

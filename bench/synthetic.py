@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from services.environments.base import Environment, Forking, Outcome, ToolCall
-from services.sampler.engines.base import Completion, Engine, Finish, Sampling
+from services.sampler.engines.base import Completion, Engine, Finish, SamplingParams
 from services.sampler.expansion.expander import Expander
 from services.sampler.expansion.lease_control import LeaseControl
 from services.sampler.text.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ WORDS = [
 ]
 
 
-class Around:
+class EngineWrapper:
     """An engine around another one: who extends it says how it generates."""
 
     def __init__(self, engine: Engine) -> None:
@@ -54,30 +54,30 @@ class Around:
         self.version = engine.version
         self.context = engine.context
 
-    async def load(self, version: PolicyVersion, path: Path) -> None:
-        await self._engine.load(version, path)
+    async def load_weights(self, version: PolicyVersion, path: Path) -> None:
+        await self._engine.load_weights(version, path)
 
-    async def health(self) -> None:
-        await self._engine.health()
+    async def check_health(self) -> None:
+        await self._engine.check_health()
 
-    async def close(self) -> None:
-        await self._engine.close()
+    async def close_engine(self) -> None:
+        await self._engine.close_engine()
 
 
-class Turns(Around):
+class ShortActionEngine(EngineWrapper):
     """The engine with actions of 16 to 24 tokens that count as ended by themselves: a random policy never stops."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self._rng = np.random.default_rng(0)
 
-    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: SamplingParams) -> Completion:
         size = int(self._rng.integers(16, 25))
         finish: Finish = "stop"
         return replace(await self._engine.generate(prefix, replace(sampling, max_tokens=size)), finish=finish)
 
 
-class Reading:
+class ReadingEnvironment:
     """An environment that answers `TURNS` actions with some words each and ends the episode at the next one."""
 
     forking: Forking = "stateless"
@@ -114,7 +114,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Grown:
+class GrowthCost:
     """What growing all groups of one shape took."""
 
     cost: Cost
@@ -138,10 +138,10 @@ def plan_of(shape: tuple[int, int, int]) -> Plan:
     return Plan(trees, rounds, expansions, TURNS, max_action_tokens=24, max_context=CONTEXT, temperature=1.0)
 
 
-async def grow(model: Path, engine: Engine, shape: tuple[int, int, int]) -> Grown:
+async def grow(model: Path, engine: Engine, shape: tuple[int, int, int]) -> GrowthCost:
     """Grow `QUESTIONS` groups at once with the sampler's own expander; ``model`` has the engine's tokenizer."""
     plan = plan_of(shape)
-    reading, turns = Reading(), Turns(engine)
+    reading, turns = ReadingEnvironment(), ShortActionEngine(engine)
     environment: Environment[int] = reading
     expander = Expander(turns, environment, Tokenizer.open(model), retries=0)
 
@@ -157,7 +157,7 @@ async def grow(model: Path, engine: Engine, shape: tuple[int, int, int]) -> Grow
     began = time.perf_counter()
     groups = await asyncio.gather(*(one(number) for number in range(QUESTIONS)))
     seconds = time.perf_counter() - began
-    return Grown(sum((g.cost for g in groups), Cost()), sum(g.unique_tokens for g in groups), seconds)
+    return GrowthCost(sum((g.cost for g in groups), Cost()), sum(g.unique_tokens for g in groups), seconds)
 
 
 def label(shape: tuple[int, int, int]) -> str:

@@ -25,7 +25,7 @@ _BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class SubtreeSize:
     """Tokens of a step, and of the prompt, which goes with the first chain of each tree."""
 
     action: int
@@ -33,10 +33,13 @@ class Size:
     prompt: int
 
 
-SIZES = {"1500 tokens": Size(action=150, observation=350, prompt=200), "geohop": Size(action=14, observation=30, prompt=60)}
+SIZES = {
+    "1500 tokens": SubtreeSize(action=150, observation=350, prompt=200),
+    "geohop": SubtreeSize(action=14, observation=30, prompt=60),
+}
 
 
-def subtree(size: Size, tree: int, index: int, rng: np.random.Generator) -> Subtree:
+def subtree(size: SubtreeSize, tree: int, index: int, rng: np.random.Generator) -> Subtree:
     """`STEPS` steps to a leaf; an expansion hangs below the first step of its tree."""
 
     def ids(count: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
@@ -66,7 +69,7 @@ def subtree(size: Size, tree: int, index: int, rng: np.random.Generator) -> Subt
 class Script:
     """All that is said of one lease."""
 
-    def __init__(self, size: Size, seed: int) -> None:
+    def __init__(self, size: SubtreeSize, seed: int) -> None:
         rng = np.random.default_rng(seed)
         keys = [(tree, index) for index in range(PLAN.branches) for tree in range(PLAN.trees)]
         self.keys = keys

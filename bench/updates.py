@@ -31,7 +31,7 @@ from rich.table import Table
 
 from bench.rollout import save_model
 from services.sampler.engines.checkpoint import read_tensors, read_weight_shapes
-from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child
+from services.sampler.engines.sglang import EngineRequirements, ListenOptions, SGLangEngine, open_child
 from treegrpo.core.step import PolicyVersion
 
 CONTEXT = 256
@@ -60,7 +60,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Took:
+class UpdateSeconds:
     """Seconds of one update."""
 
     beside: float
@@ -70,27 +70,27 @@ class Took:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class UpdateComparison:
     """One model, medians over the updates."""
 
     parameters: int
-    disk: Took
-    tensor: Took
+    disk: UpdateSeconds
+    tensor: UpdateSeconds
     disk_over_tensor: float
     """Median of the ratios of neighbouring updates' stalls; above 1, tensors are faster."""
 
 
-async def from_disk(engine: SGLangEngine, published: Path, version: PolicyVersion) -> Took:
-    """An update as `SGLangEngine.load` makes it."""
+async def from_disk(engine: SGLangEngine, published: Path, version: PolicyVersion) -> UpdateSeconds:
+    """An update as `SGLangEngine.load_weights` makes it."""
     server, began = engine.servers[0], time.perf_counter()
-    staged = await asyncio.to_thread(engine.stage.put, version, published)
+    staged = await asyncio.to_thread(engine.staging.stage_weights, version, published)
     beside, before = time.perf_counter() - began, server.stalled
-    await server.swap(staged)
-    await asyncio.to_thread(engine.stage.drop, staged)
-    return Took(beside, server.stalled - before)
+    await server.swap_weights(staged)
+    await asyncio.to_thread(engine.staging.remove_version, staged)
+    return UpdateSeconds(beside, server.stalled - before)
 
 
-async def from_tensor(engine: SGLangEngine, client: httpx.AsyncClient, published: Path, version: PolicyVersion) -> Took:
+async def from_tensor(engine: SGLangEngine, client: httpx.AsyncClient, published: Path, version: PolicyVersion) -> UpdateSeconds:
     """The same update with tensors that this process shares with the server."""
     server, began = engine.servers[0], time.perf_counter()
     tensors = await asyncio.to_thread(_shared, published)  # they must live until the server has read them
@@ -102,13 +102,13 @@ async def from_tensor(engine: SGLangEngine, client: httpx.AsyncClient, published
     }
     beside, began = time.perf_counter() - began, time.perf_counter()
     server.swapping = True  # whoever watches it lets it be
-    await server.api.pause()
+    await server.client.pause_generation()
     await _post(client, "/begin_weight_update", {})
     await _post(client, "/update_weights_from_tensor", body)
     await _post(client, "/end_weight_update", {})
-    await server.api.resume()
+    await server.client.resume_generation()
     server.swapping = False
-    return Took(beside, time.perf_counter() - began)
+    return UpdateSeconds(beside, time.perf_counter() - began)
 
 
 def _shared(published: Path) -> list[tuple[str, torch.Tensor]]:
@@ -139,16 +139,16 @@ async def answer(engine: SGLangEngine) -> list[float]:
     """Log-probabilities that tell one set of weights from the other."""
     sampling = {"max_new_tokens": 8, "temperature": 0.0, "ignore_eos": True}
     body: dict[str, Any] = {"input_ids": list(range(16)), "return_logprob": True, "sampling_params": sampling}
-    return list((await engine.servers[0].api.generate(body)).logprobs)
+    return list((await engine.servers[0].client.generate(body)).logprobs)
 
 
-async def alternate(engine: SGLangEngine, published: list[Path], updates: int) -> tuple[list[Took], list[Took]]:
+async def alternate(engine: SGLangEngine, published: list[Path], updates: int) -> tuple[list[UpdateSeconds], list[UpdateSeconds]]:
     """Both ways in turns; each brings other weights than the last, and what is served must show it."""
     versions = (PolicyVersion(0, step) for step in range(1, 1 << 20))
     first, second = published
-    by_disk: list[Took] = []
-    by_tensor: list[Took] = []
-    async with httpx.AsyncClient(base_url=engine.servers[0].api.url, timeout=300.0, trust_env=False) as client:
+    by_disk: list[UpdateSeconds] = []
+    by_tensor: list[UpdateSeconds] = []
+    async with httpx.AsyncClient(base_url=engine.servers[0].client.url, timeout=300.0, trust_env=False) as client:
         await from_disk(engine, second, next(versions))
         expected = await answer(engine)
         for _ in range(updates + 1):
@@ -163,28 +163,28 @@ def _same(a: list[float], b: list[float]) -> bool:
     return max(abs(x - y) for x, y in zip(a, b, strict=True)) < TOLERANCE
 
 
-async def compare(python: Path, config: dict[str, Any], updates: int) -> Compared:
+async def compare(python: Path, config: dict[str, Any], updates: int) -> UpdateComparison:
     """Measure one model on a server of its own."""
     with tempfile.TemporaryDirectory() as directory:
         published = [Path(directory) / str(seed) for seed in (0, 1)]
         parameters, _ = (save_model(path, config, seed) for seed, path in enumerate(published))
-        demands = Demands(published[0], PolicyVersion(), CONTEXT, MAX_RUNNING, Path("/dev/shm"))
-        place = Place("127.0.0.1", 0, Path(directory) / "sglang.log")
+        requirements = EngineRequirements(published[0], PolicyVersion(), CONTEXT, MAX_RUNNING, Path("/dev/shm"))
+        listen = ListenOptions("127.0.0.1", 0, Path(directory) / "sglang.log")
         flags = ("--log-level", "warning")
         async with await open_child(
-            demands, place, python, flags, dtype="float32", cache_tokens=1024, threads=1, seed=0
+            requirements, listen, python, flags, dtype="float32", cache_tokens=1024, threads=1, seed=0
         ) as engine:
             by_disk, by_tensor = await alternate(engine, published, updates)
     ratios = [disk.stall / tensor.stall for disk, tensor in zip(by_disk, by_tensor, strict=True)]
-    return Compared(parameters, _median(by_disk), _median(by_tensor), statistics.median(ratios))
+    return UpdateComparison(parameters, _median(by_disk), _median(by_tensor), statistics.median(ratios))
 
 
-def _median(took: Iterable[Took]) -> Took:
+def _median(took: Iterable[UpdateSeconds]) -> UpdateSeconds:
     took = list(took)
-    return Took(statistics.median(one.beside for one in took), statistics.median(one.stall for one in took))
+    return UpdateSeconds(statistics.median(one.beside for one in took), statistics.median(one.stall for one in took))
 
 
-def report(compared: dict[str, Compared], updates: int) -> None:
+def report(compared: dict[str, UpdateComparison], updates: int) -> None:
     table = Table(title=f"one update of the weights, float32, ms, medians of {updates}")
     for column in (
         "model",

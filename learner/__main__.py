@@ -31,7 +31,7 @@ from treegrpo.runtime.parent_death import parent_bound_command
 from treegrpo.runtime.process_environment import child_environment, python_command
 from treegrpo.runtime.supervisor import Ended, RestartPolicy, Supervisor
 from treegrpo.timing.backoff import Backoff
-from treegrpo.wire.trainer_protocol import IntakeClient
+from treegrpo.wire.trainer_protocol import IntakeConnection
 
 log = logging.getLogger(__name__)
 READY = Backoff((0.1,), seconds=300.0)
@@ -39,7 +39,7 @@ READY = Backoff((0.1,), seconds=300.0)
 GRACE_SECONDS = 30.0
 """The intake closes open leases in 20."""
 RESTARTS = RestartPolicy(Backoff((2.0,)))
-"""Without a limit: when it is in vain, the trainer says, which waits no longer than `intake_client.AWAY_SECONDS`."""
+"""Without a limit: when it is in vain, the trainer says, which waits no longer than `intake_client.IntakeRetries`."""
 
 
 def learn(config: Config, ranks: Ranks) -> None:
@@ -147,7 +147,7 @@ class IntakeSupervisor:
 
 def _is_served(path: str) -> bool:
     try:
-        IntakeClient(path).close()
+        IntakeConnection(path).close()
     except UnavailableError:
         return False
     return True

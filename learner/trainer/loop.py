@@ -1,28 +1,28 @@
-"""The trainer, the file to read first: take groups, learn from them, publish the new policy, again.
+"""The training loop, the file to read first: take groups, train on them, publish the new policy, repeat.
 
-    groups ─► episodes ─► advantages ─► packs ─► loss ─► step ─► weights ─► (intake ─► samplers ─► groups)
+    groups ─► usable leaves ─► advantages ─► packs ─► loss ─► step ─► weights ─► (intake ─► samplers ─► groups)
 
-    ┌────────┐ Take: B groups   ┌───────────────────────────────┐
-    │        │ ───────────────► │ examine    sound groups       │
-    │        │                  │ episodes   usable leaves      │
-    │        │                  │ advantages of the estimator   │
-    │ intake │                  │ packing    distinct tokens    │
-    │        │                  │ ranks      each its own packs │
-    │        │                  │ update     policy, loss, AdamW│
-    │        │ Publish, Report  │ shelf      weights/0.7/       │
-    │        │ ◄─────────────── │            step-000020/       │
-    └────────┘                  └───────────────────────────────┘
+    ┌────────┐ Take: B groups   ┌───────────────────────────────────────┐
+    │        │ ───────────────► │ group_validation   valid groups       │
+    │        │                  │ credit_assignment  usable leaves      │
+    │        │                  │ advantages         of the estimator   │
+    │ intake │                  │ packing            distinct tokens    │
+    │        │                  │ ranks              each its own packs │
+    │        │                  │ optimizer_steps    loss, AdamW        │
+    │        │ Publish, Report  │ artifact_store     weights/0.7/       │
+    │        │ ◄─────────────── │                    step-000020/       │
+    └────────┘                  └───────────────────────────────────────┘
 
     part      produces              waits for                          unblocked by
     trainer   a policy version      `train.batch` groups               samplers closing groups
-    rank      gradients             the other ranks, layer by layer    their packs, as many and as dear as its own
+    rank      gradients             the other ranks, layer by layer    their packs, as many and as costly as its own
     intake    leases                room below the staleness bound     Publish: groups before `position` are trained
     samplers  subtrees              a lease, or newer weights          a grant, the announcement of a version
 
 The trainer never waits for a sampler by name, and nothing waits for the trainer but the staleness bound. Its position
 counts the groups it is done with; it moves with the step, also when the step had nothing to learn, and is in the
 checkpoint. A step is taken or skipped as a whole, by all ranks alike: each runs this loop, and rank 0 alone talks. An
-intake that is away (`intake_client.py`) and a disk that is full (`artifact_store.py`) are waited for; neither costs a step.
+unreachable intake (`intake_client.py`) and a full disk (`artifact_store.py`) are retried; neither costs a step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from typing import Any, cast
 
@@ -40,18 +39,18 @@ import torch
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from learner.trainer.algorithm.advantages import Options, advantages
-from learner.trainer.algorithm.credit_assignment import Episodes, credit, usable
-from learner.trainer.algorithm.group_validation import unpack
+from learner.trainer.algorithm.advantages import EstimatorOptions, advantages
+from learner.trainer.algorithm.credit_assignment import UsableGroup, assign_credit, select_usable
+from learner.trainer.algorithm.group_validation import unpack_groups
 from learner.trainer.algorithm.plan_signal import check_signal
-from learner.trainer.distributed.ranks import ALONE, CPU, Ranks
-from learner.trainer.intake_client import Link
+from learner.trainer.distributed.ranks import CPU, SINGLE_RANK, Ranks
+from learner.trainer.intake_client import IntakeClient
 from learner.trainer.optimizer_steps import Updater
 from learner.trainer.packing.model import load_model
 from learner.trainer.packing.packing import Pack, pack
-from learner.trainer.persistence import checkpoint
-from learner.trainer.persistence.artifact_store import Shelf
-from learner.trainer.step_metrics import MismatchWatch, Phases, show, step_values
+from learner.trainer.persistence.artifact_store import ArtifactStore
+from learner.trainer.persistence.checkpoint import restore_optimizer
+from learner.trainer.step_metrics import MismatchMonitor, PhaseTimer, export_step, step_record
 from treegrpo.config.fingerprint import KEYS, MODEL, check_fingerprint
 from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
@@ -65,154 +64,157 @@ from treegrpo.storage.manifest import check_model_files
 from treegrpo.storage.run_files import check_run_files
 
 log = logging.getLogger(__name__)
-WRITES = 3
-"""Times that a version is written which the intake finds damaged at once."""
+WRITE_ATTEMPTS = 3
+"""For a version that the intake finds damaged as soon as it is written."""
 
 
 class Trainer:
-    def __init__(self, config: Config, link: Link, metrics: TrainerMetrics, ranks: Ranks = ALONE) -> None:
+    """Runs the training loop on every rank."""
+
+    def __init__(self, config: Config, intake: IntakeClient, metrics: TrainerMetrics, ranks: Ranks = SINGLE_RANK) -> None:
         """Load the last checkpoint of the run in `run.dir`, or the model if it has none.
 
         Raises:
             ModelError: the model directory or the checkpoint cannot be used.
         """
-        self._config, self._link, self._metrics, self._ranks = config, link, metrics, ranks
-        self._shelf = Shelf(config, metrics, link.stop, ranks)
+        self._config, self._intake, self._metrics, self._ranks = config, intake, metrics, ranks
+        self._store = ArtifactStore(config, metrics, intake.stop, ranks)
         set_seed(config.run.seed)
-        folder, self.progress, self._records = self._shelf.begin()
-        device = ranks.device if ranks.world == 1 else CPU  # several ranks load the whole before they share it
+        folder, self.progress, self._records = self._store.find_latest()
+        device = ranks.device if ranks.world == 1 else CPU  # several ranks load the whole model before they shard it
         if config.train.kl_coef or folder is None:
-            ranks.first(lambda: check_model_files(config.model.path))
+            ranks.run_on_first(lambda: check_model_files(config.model.path))
         again = config.train.gradient_checkpointing
         reference = load_model(config.model.path, device).requires_grad_(False) if config.train.kl_coef else None
         policy = load_model(folder or config.model.path, device, gradient_checkpointing=again)
         self._updater = Updater(config, policy, reference, ranks)
         if folder:
-            checkpoint.restore(folder, policy, self._updater.optimizer, ranks)
+            restore_optimizer(folder, policy, self._updater.optimizer, ranks)
         self._evaluated: int | None = None
-        self._mismatch = MismatchWatch()
-        link.on_damaged = self._publish
+        self._mismatch = MismatchMonitor()
+        intake.on_version_damaged = self._publish_policy
 
-    def run(self) -> None:
+    def train(self) -> None:
         """Train to the end, or until the run drains; either way there is a checkpoint and ``checkpoints/final``.
 
         Raises:
-            UnavailableError: the intake stayed away while the run was to go on. The checkpoint is written even so.
+            UnavailableError: the intake stayed unreachable while the run was to go on. The checkpoint is written all the same.
             DiskError: a policy version or the last checkpoint could not be written for a long time.
             ContractError: the intake does not have the groups that come next.
         """
         try:
-            self._train()
+            self._run_steps()
         except UnavailableError:
             self._finish()
-            if not self._link.draining:  # an intake that was told first to drain may leave first
+            if not self._intake.draining:  # a draining intake may end first
                 raise
 
-    def _train(self) -> None:
+    def _run_steps(self) -> None:
         train, every = self._config.train, self._config.eval.every
-        self._publish()
-        self._say_again()
+        self._publish_policy()
+        self._resend_records()
         self._evaluate()
         while self.progress.step < train.steps and (taken := self._take()):
             groups, phases = taken
             self._step(groups, phases)
             if every and self.progress.step % every == 0:
                 self._evaluate()
-            if (self.progress.step % train.checkpoint_every == 0 or self._shelf.overdue) and self._checkpoint():
-                self._link.covered(self.progress.position)
+            if (self.progress.step % train.checkpoint_every == 0 or self._store.checkpoint_overdue) and self._checkpoint():
+                self._intake.confirm_checkpoint(self.progress.position)
         self._finish()
         if self.progress.step >= train.steps:
             self._evaluate()
 
-    def _take(self) -> tuple[list[bytes], Phases] | None:
-        """The groups of the next step and its clock, which has counted the wait; None when the run drains."""
-        phases = Phases()
+    def _take(self) -> tuple[list[bytes], PhaseTimer] | None:
+        """The groups of the next step and its timer, which has counted the wait; None when the run drains."""
+        phases = PhaseTimer()
         with phases("wait"):
-            groups = self._link.take(self.progress.position, self._config.train.batch)
+            groups = self._intake.take_groups(self.progress.position, self._config.train.batch)
         self._metrics.waiting.inc(phases.seconds["wait"])
         return (groups, phases) if groups else None
 
-    def _step(self, packed: list[bytes], phases: Phases) -> None:
+    def _step(self, packed: list[bytes], phases: PhaseTimer) -> None:
         with phases("pack"):
-            groups, refused = unpack(packed, int(cast("Any", self._updater.model.config).vocab_size))
-            batch = usable(groups)
-            minibatches = [self._packs(part) for part in split(batch, self._config.train.minibatches)]
+            groups, refused = unpack_groups(packed, int(cast("Any", self._updater.model.config).vocab_size))
+            batch = select_usable(groups)
+            minibatches = [self._packs(part) for part in split_minibatches(batch, self._config.train.minibatches)]
         if self._ranks.is_first:
-            for sentence in refused:
-                log.warning("a group is left out of training: %s", sentence)
+            for reason in refused:
+                log.warning("a group is left out of training: %s", reason)
         with phases("update"):
-            update = self._updater.update(minibatches, self.progress.step)
+            update = self._updater.step_minibatches(minibatches, self.progress.step)
         self.progress = replace(
             self.progress, step=self.progress.step + 1, position=self.progress.position + len(packed), em=None
         )
         try:
             with phases("publish"):
-                self._publish()
+                self._publish_policy()
         finally:  # the step counts, whatever becomes of its version
-            record = {**step_values(self.progress, groups, batch, update, phases), "groups_refused": len(refused)}
+            record = {**step_record(self.progress, groups, batch, update, phases), "groups_refused": len(refused)}
             self._records.append(record)
         self._metrics.refused.inc(len(refused))
-        self._link.report(record)
-        show(self._metrics, record)
+        self._intake.report_step(record)
+        export_step(self._metrics, record)
         if self._ranks.is_first:
-            self._mismatch.look(record)
+            self._mismatch.check_mismatch(record)
 
-    def _say_again(self) -> None:
-        """Report the steps before the checkpoint once more: the intake may have died with a record, and drops what it has."""
+    def _resend_records(self) -> None:
+        """Report the steps before the checkpoint again: the intake may have died with a record, and drops duplicates."""
         for record in self._records:
-            self._link.report(record)
+            self._intake.report_step(record)
         self._records.clear()
 
-    def _packs(self, batch: Sequence[Episodes]) -> list[Pack]:
+    def _packs(self, batch: Sequence[UsableGroup]) -> list[Pack]:
         """This rank's packs of a minibatch, whose weights in the loss are its own."""
         train = self._config.train
-        values = [advantages(one.branches, Options.of(train)) for one in batch]
-        credited = credit(batch, values, train.aggregation)
+        values = [advantages(one.tree_arrays, EstimatorOptions.from_config(train)) for one in batch]
+        credited = assign_credit(batch, values, train.aggregation)
         keep_zero = train.kl_coef > 0 or train.entropy_coef > 0
         world, now = self._ranks.world, self.progress.version
-        return self._ranks.share_out(pack(credited, train.pack_tokens, keep_zero=keep_zero, ranks=world, now=now))
+        return self._ranks.assign_packs(pack(credited, train.pack_tokens, keep_zero=keep_zero, ranks=world, now=now))
 
-    def _publish(self) -> None:
+    def _publish_policy(self) -> None:
+        """Write the policy as a version, and have the intake announce it."""
         progress = self.progress
-        for again in reversed(range(WRITES)):
-            folder = self._shelf.publish(self._updater.model, progress)
+        for again in reversed(range(WRITE_ATTEMPTS)):
+            folder = self._store.store_version(self._updater.model, progress)
             try:
-                self._link.publish(progress.version, folder, progress.position)
+                self._intake.announce_version(progress.version, folder, progress.position)
                 break
-            except ContractError as error:  # its files were damaged as soon as they were there
+            except ContractError as error:  # its files were damaged as soon as they were written
                 if not again:
                     raise
                 log.warning("%s", error)
-        self._shelf.prune()
+        self._store.prune_old_versions()
         self._metrics.version.set(progress.step)
 
     def _evaluate(self) -> None:
-        """Have the held-out questions answered by this policy, unless that was done or the run drains."""
+        """Wait for the evaluation of this policy on the held-out questions, unless it is known or the run drains."""
         if self._evaluated == self.progress.step:
             return
         began = time.perf_counter()
-        if (result := self._link.evaluate(self.progress.version)) is not None:
+        if (result := self._intake.await_evaluation(self.progress.version)) is not None:
             self.progress, self._evaluated = replace(self.progress, em=result.em), self.progress.step
-            self._shelf.note_evaluation(self.progress)
+            self._store.store_evaluation(self.progress)
             self._metrics.phase.labels("evaluate").observe(time.perf_counter() - began)
             log.info("version %s: held-out EM %.1f", self.progress.version, 100 * result.em)
 
-    def _checkpoint(self, *, needed: bool = False) -> bool:
-        """Whether there is a checkpoint of this step now. Raises DiskError only if it is ``needed``."""
+    def _checkpoint(self, *, required: bool = False) -> bool:
+        """Write a checkpoint; whether there is one of this step now. Raises DiskError only if it is ``required``."""
         model, optimizer = self._updater.model, self._updater.optimizer
-        stands = self._shelf.checkpoint(model, optimizer, self.progress, self._records, needed=needed)
-        if stands:
+        written = self._store.store_checkpoint(model, optimizer, self.progress, self._records, required=required)
+        if written:
             self._records.clear()
-        return stands
+        return written
 
     def _finish(self) -> None:
-        """Leave a checkpoint to go on from and ``final``, the model to use."""
-        self._checkpoint(needed=True)
-        final = self._shelf.final(self._updater.model)
+        """Write the last checkpoint, to resume from, and ``final``, the trained model."""
+        self._checkpoint(required=True)
+        final = self._store.store_final_model(self._updater.model)
         log.info("step %d of %d; the model is in %s", self.progress.step, self._config.train.steps, final)
 
 
-def split(batch: Sequence[Episodes], minibatches: int) -> list[Sequence[Episodes]]:
+def split_minibatches(batch: Sequence[UsableGroup], minibatches: int) -> list[Sequence[UsableGroup]]:
     """The groups of each minibatch, dealt out in turn; fewer minibatches where there are fewer groups, but one at least."""
     return [batch[first::minibatches] for first in range(max(1, min(minibatches, len(batch))))]
 
@@ -225,15 +227,15 @@ def main(config: Config, ranks: Ranks) -> None:
     torch.set_num_threads(config.train.threads)
     disable_progress_bar()  # of every model file written
     check_signal(config)
-    ranks.first(lambda: check_run_files(config.run.dir))
+    ranks.run_on_first(lambda: check_run_files(config.run.dir))
     metrics = TrainerMetrics()
     host, port = split_address(config.learner.metrics, "learner.metrics")
     own = join_address(host, port + 1 if port else 0)
     access = Credentials.from_config(config.security, Role.LEARNER)
-    ranks.first(lambda: serve_metrics(metrics, own, "learner.metrics (the port after it)", access))
-    with closing(Link.open(socket_path(config.run.dir), stop, ranks)) as link:
-        ranks.first(lambda: check_fingerprint(config, (*KEYS, MODEL)))  # the questions are the intake's
-        trainer = Trainer(config, link, metrics, ranks)
+    ranks.run_on_first(lambda: serve_metrics(metrics, own, "learner.metrics (the port after it)", access))
+    with IntakeClient.connect(socket_path(config.run.dir), stop, ranks) as intake:
+        ranks.run_on_first(lambda: check_fingerprint(config, (*KEYS, MODEL)))  # the questions are the intake's
+        trainer = Trainer(config, intake, metrics, ranks)
         metrics.lag_bound.set(config.train.max_lag)
         metrics.serving.set(1)
-        trainer.run()
+        trainer.train()

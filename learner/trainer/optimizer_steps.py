@@ -1,4 +1,4 @@
-"""From packs to a new policy: the optimiser steps of one batch.
+"""Optimiser steps of one batch: from packs to a new policy.
 
 (proximal policy) ─► for each minibatch: score ─► policy loss + β·penalty − c·entropy ─► gradients ─► clip ─► AdamW
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from learner.trainer.algorithm.corrections import m2po_limit, m2po_measured, mismatch
+from learner.trainer.algorithm.corrections import m2po_limit, m2po_log_ratios, mismatch_sums
 from learner.trainer.algorithm.loss import entropy_bonus, policy_loss, reference_penalty
-from learner.trainer.algorithm.metric_sums import Tally
-from learner.trainer.distributed.ranks import ALONE, Ranks, full_tensor
+from learner.trainer.algorithm.metric_sums import MetricSums
+from learner.trainer.distributed.ranks import SINGLE_RANK, Ranks, full_tensor
 from learner.trainer.packing.model import Policy
 from learner.trainer.packing.packing import Pack
 from treegrpo.config.schema import Config
@@ -32,7 +32,7 @@ ROUNDING = 1e-7
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What the steps of one batch did."""
+    """The result of the optimiser steps of one batch."""
 
     outcomes: tuple[Outcome, ...]
     """One for each minibatch."""
@@ -41,13 +41,13 @@ class Update:
     grad_norm: float
     """Before clipping."""
     lr: float
-    tally: Tally
+    sums: MetricSums
     """Of all ranks: `tokens` forwarded and backwarded, and the figures of `loss` and `corrections`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Proximal:
-    """What is known of the policy at the start of the batch before its first step."""
+    """Scores of the proximal policy, that at the start of the batch, taken before its first step."""
 
     logprob_A: list[Tensor] | None
     """For each pack of a minibatch; None: it is the policy that is being differentiated."""
@@ -59,7 +59,9 @@ class _Proximal:
 class Updater:
     """Owns the policy, its optimiser and the frozen reference policy."""
 
-    def __init__(self, config: Config, model: PreTrainedModel, reference: PreTrainedModel | None, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, config: Config, model: PreTrainedModel, reference: PreTrainedModel | None, ranks: Ranks = SINGLE_RANK
+    ) -> None:
         """Args:
         config: of the run.
         model: the policy to train, in main memory or, if there is one rank, anywhere.
@@ -69,14 +71,14 @@ class Updater:
         self.model = model
         self._train, self._ranks = config.train, ranks
         sides = config.rollout.temperature, config.model.dtype
-        self._policy = ranks.shard(Policy(model, *sides))
-        self._reference = ranks.shard(Policy(reference, *sides)) if reference is not None else None
+        self._policy = ranks.shard_policy(Policy(model, *sides))
+        self._reference = ranks.shard_policy(Policy(reference, *sides)) if reference is not None else None
         self._device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True
         )
 
-    def update(self, minibatches: Sequence[Sequence[Pack]], step: int) -> Update:
+    def step_minibatches(self, minibatches: Sequence[Sequence[Pack]], step: int) -> Update:
         """For each minibatch add up the gradients of its packs and step once.
 
         A gradient of nothing, or of what rounding leaves where advantages cancel out, is not applied, or AdamW would move
@@ -90,12 +92,12 @@ class Updater:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         outcomes: list[Outcome] = []
-        total, norms = Tally(), 0.0
+        total, norms = MetricSums(), 0.0
         for packs, proximal in zip(minibatches, self._proximal(minibatches), strict=True):
-            tally = self._gradients(packs, proximal)
+            sums = self._gradients(packs, proximal)
             norm = full_tensor(clip_grad_norm_(self.model.parameters(), self._train.max_grad_norm)).item()
-            outcomes.append(self._apply(tally, norm, step))
-            total, norms = total + tally, norms + norm
+            outcomes.append(self._apply(sums, norm, step))
+            total, norms = total + sums, norms + norm
         return Update(tuple(outcomes), total["loss"] / len(outcomes), norms / len(outcomes), lr, total)
 
     def _proximal(self, minibatches: Sequence[Sequence[Pack]]) -> list[_Proximal]:
@@ -103,7 +105,7 @@ class Updater:
         m2po = self._train.correction == "m2po"
         if self._train.correction == "none" or (len(minibatches) == 1 and not m2po):
             return [_Proximal(None, math.inf, at_start=number == 0) for number in range(len(minibatches))]
-        ahead = [[self._fixed(self._policy, pack.to(self._device)) for pack in packs] for packs in minibatches]
+        ahead = [[self._score_without_grad(self._policy, pack.to(self._device)) for pack in packs] for packs in minibatches]
         limit = self._m2po_limit(minibatches, ahead) if m2po else math.inf
         return [_Proximal(scored, limit) for scored in ahead]
 
@@ -112,49 +114,51 @@ class Updater:
         log_rho = [torch.zeros(0)]
         for packs, scored in zip(minibatches, ahead, strict=True):
             for pack, proximal_A in zip(packs, scored, strict=True):
-                log_rho.append(m2po_measured(proximal_A.cpu() - pack.targets.sampled_A, pack.targets, self._train))
-        return m2po_limit(torch.cat(self._ranks.gather(torch.cat(log_rho))), self._train.m2po_tau)
+                log_rho.append(m2po_log_ratios(proximal_A.cpu() - pack.targets.sampled_A, pack.targets, self._train))
+        return m2po_limit(torch.cat(self._ranks.all_gather(torch.cat(log_rho))), self._train.m2po_tau)
 
-    def _gradients(self, packs: Sequence[Pack], proximal: _Proximal) -> Tally:
-        """Add up the gradients of ``packs``; the tally is that of all ranks."""
+    def _gradients(self, packs: Sequence[Pack], proximal: _Proximal) -> MetricSums:
+        """Add up the gradients of ``packs``; the metric sums are those of all ranks."""
         self.optimizer.zero_grad()
-        tally = Tally()
+        sums = MetricSums()
         for number, pack in enumerate(packs):
             known_A = proximal.logprob_A[number] if proximal.logprob_A is not None else None
             loss, figures = self._loss(pack.to(self._device), known_A, proximal)
             loss.backward()
             tokens = pack.tokens if pack.path_tokens else 0  # the token of an empty pack is none of the step's
             credit = (pack.targets.weight_P * pack.targets.advantage_P).abs().sum().item()
-            sums = {"loss": loss.item(), "credit": credit, "tokens": tokens, "path_tokens": pack.path_tokens}
-            tally += figures + Tally(sums)
-        return sum(self._ranks.gather(tally), Tally())
+            own = {"loss": loss.item(), "credit": credit, "tokens": tokens, "path_tokens": pack.path_tokens}
+            sums += figures + MetricSums(own)
+        return sum(self._ranks.all_gather(sums), MetricSums())
 
-    def _loss(self, pack: Pack, known_A: Tensor | None, proximal: _Proximal) -> tuple[Tensor, Tally]:
+    def _loss(self, pack: Pack, known_A: Tensor | None, proximal: _Proximal) -> tuple[Tensor, MetricSums]:
         train, targets = self._train, pack.targets
         bonus = train.entropy_coef > 0
         logprob_A, entropy_A = self._policy(pack, entropy_grad=bonus)
         proximal_A = logprob_A.detach() if known_A is None else known_A
-        loss, tally = policy_loss(logprob_A, proximal_A, targets, train, proximal.m2po_limit)
+        loss, sums = policy_loss(logprob_A, proximal_A, targets, train, proximal.m2po_limit)
         entropy, counted = entropy_bonus(entropy_A, targets)
         loss = loss - train.entropy_coef * entropy if bonus else loss
-        tally += counted + mismatch(proximal_A, targets, at_start=proximal.at_start)
+        sums += counted + mismatch_sums(proximal_A, targets, at_start=proximal.at_start)
         if self._reference is None:
-            return loss, tally
-        penalty, counted = reference_penalty(logprob_A, self._fixed(self._reference, pack), targets, train.kl_estimator)
-        return loss + train.kl_coef * penalty, tally + counted
+            return loss, sums
+        penalty, counted = reference_penalty(
+            logprob_A, self._score_without_grad(self._reference, pack), targets, train.kl_estimator
+        )
+        return loss + train.kl_coef * penalty, sums + counted
 
-    def _fixed(self, policy: Policy, pack: Pack) -> Tensor:
+    def _score_without_grad(self, policy: Policy, pack: Pack) -> Tensor:
         """logprob_A without a gradient."""
         with torch.no_grad():
             return policy(pack)[0]
 
-    def _apply(self, tally: Tally, norm: float, step: int) -> Outcome:
-        loss = tally["loss"]
-        outcome = _outcome(loss, norm, ROUNDING * tally["credit"])
+    def _apply(self, sums: MetricSums, norm: float, step: int) -> Outcome:
+        loss = sums["loss"]
+        outcome = _outcome(loss, norm, ROUNDING * sums["credit"])
         if outcome == "applied":
             self.optimizer.step()
         elif outcome == "not_finite":
-            log.error("step %d is not applied: loss %s, gradient norm %s; look at kl_mismatch and train.lr", step + 1, loss, norm)
+            log.error("step %d is not applied: loss %s, gradient norm %s; see kl_mismatch and train.lr", step + 1, loss, norm)
         self.optimizer.zero_grad()
         return outcome
 

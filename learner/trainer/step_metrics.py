@@ -1,4 +1,4 @@
-"""What a step says of itself: one flat record for the run's progress file, and the same on /metrics."""
+"""Step metrics: one flat record for the run's progress file, and the same figures on /metrics."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import numpy as np
 
 from learner.trainer.algorithm.advantages import has_signal
 from learner.trainer.algorithm.corrections import effective_sample
-from learner.trainer.algorithm.credit_assignment import Episodes, mixed_siblings, version_lag
+from learner.trainer.algorithm.credit_assignment import UsableGroup, mixed_siblings_share, version_lag
 from learner.trainer.algorithm.targets import SIGNS
 from learner.trainer.optimizer_steps import Update
-from learner.trainer.persistence.checkpoint import Progress
+from learner.trainer.persistence.checkpoint import TrainingProgress
 from treegrpo.core.step import PolicyVersion
 from treegrpo.core.tree import Group
 from treegrpo.observability.metrics import MISMATCH_LIMIT, TrainerMetrics
 
 log = logging.getLogger(__name__)
-MISMATCH_SENTENCE = (
+MISMATCH_MESSAGE = (
     "Sampler and trainer compute two policies: KL(sampler ‖ trainer) is {:.2g} nats per token at version lag 0, where it "
     f"should be below {MISMATCH_LIMIT}; see docs/operations.md, MismatchAtLagZero."
 )
 SPLIT = SIGNS[1:]
-"""The classes of tokens where inter-tree and intra-tree advantage both say something."""
+"""The classes of tokens where inter-tree and intra-tree advantage are both not 0."""
 
 
-class Phases:
-    """Seconds of one step by phase."""
+class PhaseTimer:
+    """Measures the seconds of one step by phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -45,8 +45,8 @@ class Phases:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def step_values(
-    after: Progress, groups: Sequence[Group], batch: Sequence[Episodes], update: Update, phases: Phases
+def step_record(
+    after: TrainingProgress, groups: Sequence[Group], batch: Sequence[UsableGroup], update: Update, phases: PhaseTimer
 ) -> dict[str, Any]:
     """The record of the step that led to ``after``; shares are over the step's groups or its usable leaves.
 
@@ -73,8 +73,8 @@ def _is_known(value: object) -> bool:
     return isfinite(value) if isinstance(value, float) else value is not None
 
 
-def _leaf_values(batch: Sequence[Episodes]) -> dict[str, Any]:
-    """What the leaves earned; there is at least one."""
+def _leaf_values(batch: Sequence[UsableGroup]) -> dict[str, Any]:
+    """Rewards of the leaves, of which there is at least one."""
     leaves = [leaf for one in batch for leaf in one.leaves]
     rewards = np.array([leaf.reward for leaf in leaves])
     return {
@@ -87,27 +87,27 @@ def _leaf_values(batch: Sequence[Episodes]) -> dict[str, Any]:
 
 def _version_values(groups: Sequence[Group], now: PolicyVersion) -> dict[str, Any]:
     lag_mean, lag_max = version_lag(groups, now)
-    return {"lag_mean": lag_mean, "lag_max": lag_max, "mixed_siblings_ratio": mixed_siblings(groups)}
+    return {"lag_mean": lag_mean, "lag_max": lag_max, "mixed_siblings_ratio": mixed_siblings_share(groups)}
 
 
 def _update_values(update: Update) -> dict[str, Any]:
-    """What the optimiser steps did: means per action token, shares of the loss's terms; None where there is none."""
-    tally = update.tally
+    """Figures of the optimiser steps: means per action token, shares of the loss's terms; None where there is none."""
+    sums = update.sums
 
     def per(name: str, of: str) -> float | None:
-        return tally.per(name, of) if name in tally.sums and tally[of] else None
+        return sums.ratio(name, of) if name in sums.totals and sums[of] else None
 
     def effective(*signs: str) -> float | None:
-        return effective_sample(tally, *signs) if any(tally[f"count/{sign}"] for sign in signs) else None
+        return effective_sample(sums, *signs) if any(sums[f"count/{sign}"] for sign in signs) else None
 
     return {
         "outcomes": list(update.outcomes),
         "loss": update.loss,
         "grad_norm": update.grad_norm,
         "lr": update.lr,
-        "tokens": int(tally["tokens"]),
+        "tokens": int(sums["tokens"]),
         "token_ratio": per("path_tokens", "tokens"),
-        "log_ratio_max": tally.peak("log_ratio_max") if tally["actions"] else None,
+        "log_ratio_max": sums.maximum("log_ratio_max") if sums["actions"] else None,
         "effective_sample_ratio": effective(*SIGNS),
         **{f"effective_sample_{sign}_ratio": effective(sign) for sign in SPLIT},
         **{name: per(name, "actions") for name in ("kl_mismatch", "kl_reference", "entropy")},
@@ -116,26 +116,26 @@ def _update_values(update: Update) -> dict[str, Any]:
     }
 
 
-class MismatchWatch:
-    """Logs when sampler and trainer begin to compute two policies, and when they agree again."""
+class MismatchMonitor:
+    """Logs when sampler and trainer begin to compute different policies, and when they agree again."""
 
     def __init__(self) -> None:
         self._above = False
 
-    def look(self, values: dict[str, Any]) -> None:
+    def check_mismatch(self, values: dict[str, Any]) -> None:
         """``values`` is the record of a step; one without a token at lag 0 changes nothing."""
         found = values.get("kl_mismatch_lag0")
         if found is None or (found > MISMATCH_LIMIT) == self._above:
             return
         self._above = not self._above
         if self._above:
-            log.error("%s", MISMATCH_SENTENCE.format(found))
+            log.error("%s", MISMATCH_MESSAGE.format(found))
         else:
             log.info("sampler and trainer agree again at lag 0: %.2g nats per token", found)
 
 
-def show(metrics: TrainerMetrics, values: dict[str, Any]) -> None:
-    """Put the record of a step on /metrics; what it has no figure of stays as it was."""
+def export_step(metrics: TrainerMetrics, values: dict[str, Any]) -> None:
+    """Export the record of a step to /metrics; a metric without a figure in it stays as it was."""
     gauges = {
         "step": metrics.step,
         "reward_mean": metrics.reward,

@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from services.environments.search_qa import SearchQA
-from services.sampler.engines.base import Counters, OpenEngine
+from services.sampler.engines.base import EngineCounters, ManagedEngine
 from services.sampler.engines.embedded import EmbeddedEngine
-from services.sampler.engines.sglang import Demands, Place, SGLangEngine, open_child, open_remote
-from services.sampler.engines.sglang.api.launch_command import check_different, check_listen, own_flags
+from services.sampler.engines.sglang import EngineRequirements, ListenOptions, SGLangEngine, open_child, open_remote
+from services.sampler.engines.sglang.server.launch_command import check_distinct_urls, check_listen_address, parse_extra_flags
 from services.sampler.retriever_client import open_retriever
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.config.schema import Config
@@ -26,7 +26,7 @@ EXPORT_SECONDS = 1.0
 """Between two exports of the engine's counters."""
 
 
-async def open_engine(config: Config, path: Path, version: PolicyVersion, name: str, access: Credentials) -> OpenEngine:
+async def open_engine(config: Config, path: Path, version: PolicyVersion, name: str, access: Credentials) -> ManagedEngine:
     """Open the engine, serving ``version`` from the model directory ``path``. Close it after use.
 
     Samples without a seed of their own differ between engines of different ``name`` in the same run.
@@ -38,9 +38,13 @@ async def open_engine(config: Config, path: Path, version: PolicyVersion, name: 
     engine, seed = config.engine, zlib.crc32(f"{config.run.seed}/{name}".encode())
     if engine.kind == "sglang":
         return await _open_sglang(
-            config, Demands(path, version, config.rollout.max_context, engine.max_running, engine.weights_dir), name, seed, access
+            config,
+            EngineRequirements(path, version, config.rollout.max_context, engine.max_running, engine.weights_dir),
+            name,
+            seed,
+            access,
         )
-    return await EmbeddedEngine.open(
+    return await EmbeddedEngine.from_directory(
         path,
         max_running=engine.max_running,
         max_context=config.rollout.max_context,
@@ -56,19 +60,19 @@ def weights_dir(config: Config) -> Path | None:
     return config.engine.weights_dir if config.engine.kind == "sglang" and config.engine.weights_dir.is_dir() else None
 
 
-async def _open_sglang(config: Config, demands: Demands, name: str, seed: int, access: Credentials) -> SGLangEngine:
+async def _open_sglang(config: Config, demands: EngineRequirements, name: str, seed: int, access: Credentials) -> SGLangEngine:
     engine = config.engine
     if engine.urls:
         for url in engine.urls:
             access.check_url("engine.urls", url)
-        check_different(engine.urls)
+        check_distinct_urls(engine.urls)
         return await open_remote(demands, engine.urls, access.web_context(Role.SAMPLER))
     host, port = split_address(engine.listen, "engine.listen")
-    check_listen(engine.listen, insecure_network=access.insecure_network)
+    check_listen_address(engine.listen, insecure_network=access.insecure_network)
     check_free(engine.listen, "engine.listen")
-    place = Place(host, port, config.run.dir / "logs" / f"{name}-sglang.log")
+    place = ListenOptions(host, port, config.run.dir / "logs" / f"{name}-sglang.log")
     shape = {"cache_tokens": engine.cache_tokens, "dtype": config.model.dtype, "threads": engine.threads, "seed": seed}
-    return await open_child(demands, place, engine.python, own_flags(engine.flags), **shape)
+    return await open_child(demands, place, engine.python, parse_extra_flags(engine.flags), **shape)
 
 
 @asynccontextmanager
@@ -87,9 +91,9 @@ async def open_environment(config: Config, tokenizer: Tokenizer, access: Credent
         )
 
 
-async def export_engine_metrics(engine: OpenEngine, metrics: SamplerMetrics) -> None:
+async def export_engine_metrics(engine: ManagedEngine, metrics: SamplerMetrics) -> None:
     """Copy the engine's counters to ``metrics`` periodically, until cancelled."""
-    seen = Counters()
+    seen = EngineCounters()
     while True:
         now = engine.counters
         metrics.running.set(now.running)
@@ -100,7 +104,7 @@ async def export_engine_metrics(engine: OpenEngine, metrics: SamplerMetrics) -> 
         metrics.cache_evicted.inc(now.evicted - seen.evicted)
         metrics.stalled_for_weights.inc(now.stalled - seen.stalled)
         metrics.restarts.inc(now.restarts - seen.restarts)
-        metrics.servers.families = engine.families
+        metrics.servers.families = engine.server_metrics
         for error, count in now.errors.items():
             metrics.errors.labels(error).inc(count - seen.errors.get(error, 0))
         seen = now

@@ -195,7 +195,7 @@ class Sampler:
             worker.count_idle_seconds()
             self._stall_monitor.report_stall()
             try:
-                await self._engine.health()
+                await self._engine.check_health()
             except EngineAwayError as error:
                 engine_monitor.report_failure(error)
             await asyncio.sleep(self._timings.health_check)

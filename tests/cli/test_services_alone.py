@@ -11,9 +11,9 @@ import torch
 
 from learner.intake import service as intake
 from learner.trainer import loop
-from learner.trainer.distributed.ranks import ALONE
+from learner.trainer.distributed.ranks import SINGLE_RANK
 from learner.trainer.packing.model import load_model
-from learner.trainer.persistence.policy_versions import export
+from learner.trainer.persistence.policy_versions import export_model
 from services.broker import server
 from services.cli.checks.run_checks import eval_checks, up_checks
 from services.cli.doctor import check_findings
@@ -46,7 +46,7 @@ async def search(config: Config) -> None:
 
 
 async def trainer(config: Config) -> None:
-    loop.main(config, ALONE)
+    loop.main(config, SINGLE_RANK)
 
 
 async def policy(config: Config) -> None:
@@ -95,7 +95,7 @@ async def test_it_says_the_same_sentence(tmp_path: Path, service: Callable[[Conf
 def test_the_model_that_a_run_leaves_passes_all_checks(tmp_path: Path) -> None:
     final = tmp_path / "checkpoints" / "final"
     final.parent.mkdir()
-    export(load_model(GEOHOP / "model", CPU), final, GEOHOP / "model", "bfloat16")
+    export_model(load_model(GEOHOP / "model", CPU), final, GEOHOP / "model", "bfloat16")
     config = load_config(None, SmallRun(tmp_path).flags(model__path=str(final)))
     for checks in (up_checks(config), eval_checks(config)):
         found = {finding.subject: finding.verdict for finding in check_findings(checks)}

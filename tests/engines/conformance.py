@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from services.sampler.engines.base import Completion, Engine, Sampling
+from services.sampler.engines.base import Completion, Engine, SamplingParams
 from services.sampler.text.tokenizer import Tokenizer
 from tests.engines import builders
 from treegrpo.core.step import PolicyVersion, TokenIds, VersionSpan
 from treegrpo.errors import EngineError, WeightsError
 
-OpenEngine = Callable[[Path], AbstractAsyncContextManager[Engine]]
+EngineFactory = Callable[[Path], AbstractAsyncContextManager[Engine]]
 FIRST, SECOND = PolicyVersion(0, 0), PolicyVersion(0, 1)
 TOLERANCE = 1e-4
 
 
-def greedy(tokens: int) -> Sampling:
-    return Sampling(max_tokens=tokens, temperature=0.0)
+def greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens, temperature=0.0)
 
 
 @pytest.fixture(scope="module", params=builders.KINDS)
@@ -52,7 +52,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return builders.save_endless(tmp_path_factory.mktemp("endless"))
 
 
-async def test_greedy_tokens_equal_a_plain_hugging_face_loop(open_engine: OpenEngine, each_model: Path) -> None:
+async def test_greedy_tokens_equal_a_plain_hugging_face_loop(open_engine: EngineFactory, each_model: Path) -> None:
     reference = builders.open_reference(each_model)
     end = next(iter(Tokenizer.open(each_model).eos))
     async with open_engine(each_model) as engine:
@@ -65,12 +65,12 @@ async def test_greedy_tokens_equal_a_plain_hugging_face_loop(open_engine: OpenEn
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 async def test_logprobs_are_those_of_the_distribution_sampled_from(
-    open_engine: OpenEngine, each_model: Path, temperature: float
+    open_engine: EngineFactory, each_model: Path, temperature: float
 ) -> None:
     reference = builders.open_reference(each_model)
     prefix = builders.prompt(5, 20)
     async with open_engine(each_model) as engine:
-        sampling = Sampling(max_tokens=30, temperature=temperature)
+        sampling = SamplingParams(max_tokens=30, temperature=temperature)
         completions = await asyncio.gather(*(engine.generate(prefix, sampling) for _ in range(8)))
     assert len({tuple(c.ids.tolist()) for c in completions}) > 1
     for c in completions:
@@ -78,17 +78,17 @@ async def test_logprobs_are_those_of_the_distribution_sampled_from(
         assert np.allclose(c.logprobs, builders.logprobs(reference, prefix, c.ids, temperature), atol=TOLERANCE)
 
 
-async def test_tokens_are_drawn_as_often_as_the_softmax_says(open_engine: OpenEngine, model: Path) -> None:
+async def test_tokens_are_drawn_as_often_as_the_softmax_says(open_engine: EngineFactory, model: Path) -> None:
     prefix = builders.prompt(6, 12)
     async with open_engine(model) as engine:
-        drawn = await asyncio.gather(*(engine.generate(prefix, Sampling(max_tokens=1)) for _ in range(1500)))
+        drawn = await asyncio.gather(*(engine.generate(prefix, SamplingParams(max_tokens=1)) for _ in range(1500)))
     counts = np.bincount([int(c.ids[0]) for c in drawn], minlength=builders.VOCABULARY)
     expected = builders.next_probabilities(builders.open_reference(model), prefix)
     # Standard error of a share is at most 0.013 here; 0.07 is five of them.
     assert np.abs(counts / 1500 - expected).max() < 0.07
 
 
-async def test_a_cached_prefix_is_reused_and_changes_nothing(open_engine: OpenEngine, each_model: Path) -> None:
+async def test_a_cached_prefix_is_reused_and_changes_nothing(open_engine: EngineFactory, each_model: Path) -> None:
     reference = builders.open_reference(each_model)
     end = next(iter(Tokenizer.open(each_model).eos))
     async with open_engine(each_model) as engine:
@@ -107,37 +107,37 @@ async def test_a_cached_prefix_is_reused_and_changes_nothing(open_engine: OpenEn
         assert np.allclose(completion.logprobs, builders.logprobs(reference, whole, completion.ids), atol=TOLERANCE)
 
 
-async def test_siblings_that_start_together_prefill_their_prompt_once(open_engine: OpenEngine, model: Path) -> None:
+async def test_siblings_that_start_together_prefill_their_prompt_once(open_engine: EngineFactory, model: Path) -> None:
     prefix = builders.prompt(10, 200)
     async with open_engine(model) as engine:
-        completions = await asyncio.gather(*(engine.generate(prefix, Sampling(max_tokens=5)) for _ in range(8)))
+        completions = await asyncio.gather(*(engine.generate(prefix, SamplingParams(max_tokens=5)) for _ in range(8)))
     assert sum(c.prefilled for c in completions) <= 200 + 7
     assert all(c.prefilled + c.cached == 200 for c in completions)
 
 
-async def test_stop_strings_cut_at_the_token_that_completes_them(open_engine: OpenEngine, endless: tuple[Path, Path]) -> None:
+async def test_stop_strings_cut_at_the_token_that_completes_them(open_engine: EngineFactory, endless: tuple[Path, Path]) -> None:
     tokenizer = Tokenizer.open(endless[0])
     prefix = builders.prompt(11, 10)
     async with open_engine(endless[0]) as engine:
         free = await engine.generate(prefix, greedy(40))
         for stop in builders.stop_strings_in(tokenizer, free.ids):
-            cut = await engine.generate(prefix, Sampling(40, 0.0, ("never said", stop)))
+            cut = await engine.generate(prefix, SamplingParams(40, 0.0, ("never said", stop)))
             assert cut.finish == "stop"
             assert cut.ids.tolist() == builders.until(tokenizer, free.ids, stop)
             assert stop in tokenizer.decode(cut.ids)
             assert stop not in tokenizer.decode(cut.ids[:-1])
 
 
-async def test_a_stop_string_in_the_prefix_does_not_stop(open_engine: OpenEngine, endless: tuple[Path, Path]) -> None:
+async def test_a_stop_string_in_the_prefix_does_not_stop(open_engine: EngineFactory, endless: tuple[Path, Path]) -> None:
     tokenizer = Tokenizer.open(endless[0])
     prefix = np.concatenate((builders.prompt(12, 5), tokenizer.encode("</search></sear")))
     async with open_engine(endless[0]) as engine:
-        completion = await engine.generate(prefix, Sampling(10, 1.0, ("</search>",)))
+        completion = await engine.generate(prefix, SamplingParams(10, 1.0, ("</search>",)))
     assert completion.finish == "length"
     assert len(completion.ids) == 10
 
 
-async def test_the_end_of_sequence_token_is_kept(open_engine: OpenEngine, tmp_path: Path) -> None:
+async def test_the_end_of_sequence_token_is_kept(open_engine: EngineFactory, tmp_path: Path) -> None:
     prefix = builders.prompt(13, 10)
     builders.save_model(tmp_path, "qwen2", seed=4)
     free = builders.greedy(builders.open_reference(tmp_path), prefix, 6)
@@ -149,15 +149,15 @@ async def test_the_end_of_sequence_token_is_kept(open_engine: OpenEngine, tmp_pa
     assert len(completion.logprobs) == len(completion.ids)
 
 
-async def test_a_full_context_ends_with_length(open_engine: OpenEngine, endless: tuple[Path, Path]) -> None:
+async def test_a_full_context_ends_with_length(open_engine: EngineFactory, endless: tuple[Path, Path]) -> None:
     async with open_engine(endless[0]) as engine:
-        completion = await engine.generate(builders.prompt(14, engine.context - 5), Sampling(max_tokens=50))
+        completion = await engine.generate(builders.prompt(14, engine.context - 5), SamplingParams(max_tokens=50))
         assert (len(completion.ids), completion.finish) == (5, "length")
         with pytest.raises(EngineError, match="context"):
-            await engine.generate(builders.prompt(14, engine.context), Sampling(max_tokens=1))
+            await engine.generate(builders.prompt(14, engine.context), SamplingParams(max_tokens=1))
 
 
-async def test_forty_requests_at_once_equal_one_by_one(open_engine: OpenEngine, model: Path) -> None:
+async def test_forty_requests_at_once_equal_one_by_one(open_engine: EngineFactory, model: Path) -> None:
     shared = builders.prompt(15, 40)
     prefixes = [np.concatenate((shared[: 3 * seed % 41], builders.prompt(seed, 1 + 7 * seed % 90))) for seed in range(40)]
     lengths = [1 + 5 * seed % 33 for seed in range(40)]
@@ -170,17 +170,19 @@ async def test_forty_requests_at_once_equal_one_by_one(open_engine: OpenEngine, 
         assert np.allclose(one.logprobs, other.logprobs, atol=TOLERANCE)
 
 
-async def test_a_swap_under_load_serves_nothing_of_the_old_version(open_engine: OpenEngine, endless: tuple[Path, Path]) -> None:
+async def test_a_swap_under_load_serves_nothing_of_the_old_version(
+    open_engine: EngineFactory, endless: tuple[Path, Path]
+) -> None:
     references = {FIRST: builders.open_reference(endless[0]), SECOND: builders.open_reference(endless[1])}
     shared = builders.prompt(16, 50)
     prefixes = [np.concatenate((shared, builders.prompt(seed, seed))) for seed in range(1, 7)]
     async with open_engine(endless[0]) as engine:
-        running = [asyncio.create_task(engine.generate(p, Sampling(max_tokens=400))) for p in prefixes]
+        running = [asyncio.create_task(engine.generate(p, SamplingParams(max_tokens=400))) for p in prefixes]
         # When this one is done, the others have been sampling beside it.
-        await engine.generate(shared, Sampling(max_tokens=64))
-        await engine.load(SECOND, endless[1])
+        await engine.generate(shared, SamplingParams(max_tokens=64))
+        await engine.load_weights(SECOND, endless[1])
         assert engine.version == SECOND
-        later = [await engine.generate(p, Sampling(max_tokens=30)) for p in prefixes]
+        later = [await engine.generate(p, SamplingParams(max_tokens=30)) for p in prefixes]
         swapped = await asyncio.gather(*running)
     for prefix, c in zip(prefixes, swapped, strict=True):
         assert [span.version for span in c.spans] == [FIRST, SECOND]
@@ -201,11 +203,13 @@ def check_spans(prefix: TokenIds, c: Completion, references: dict[PolicyVersion,
         assert np.allclose(c.logprobs[span.start : span.end], expected[span.start : span.end], atol=TOLERANCE)
 
 
-async def test_a_cache_filled_before_a_swap_is_not_used_after_it(open_engine: OpenEngine, model: Path, next_model: Path) -> None:
+async def test_a_cache_filled_before_a_swap_is_not_used_after_it(
+    open_engine: EngineFactory, model: Path, next_model: Path
+) -> None:
     prefix = builders.prompt(17, 80)
     async with open_engine(model) as engine:
         await engine.generate(prefix, greedy(10))
-        await engine.load(SECOND, next_model)
+        await engine.load_weights(SECOND, next_model)
         fresh = await engine.generate(prefix, greedy(10))
         again = await engine.generate(prefix, greedy(10))
     assert (fresh.prefilled, fresh.cached) == (80, 0)
@@ -217,17 +221,17 @@ async def test_a_cache_filled_before_a_swap_is_not_used_after_it(open_engine: Op
 
 @pytest.mark.parametrize("damage", ["missing tensor", "other shape", "not finite", "torn file", "no file"])
 async def test_refused_weights_leave_the_old_version_serving(
-    open_engine: OpenEngine, model: Path, next_model: Path, tmp_path: Path, damage: str
+    open_engine: EngineFactory, model: Path, next_model: Path, tmp_path: Path, damage: str
 ) -> None:
     spoil(next_model, tmp_path, damage)
     prefix = builders.prompt(18, 20)
     async with open_engine(model) as engine:
         before = await engine.generate(prefix, greedy(10))
         with pytest.raises(WeightsError, match=str(tmp_path)):
-            await engine.load(SECOND, tmp_path)
+            await engine.load_weights(SECOND, tmp_path)
         assert engine.version == FIRST
         after = await engine.generate(prefix, greedy(10))
-        await engine.health()
+        await engine.check_health()
     assert after.ids.tolist() == before.ids.tolist()
     assert after.spans == (VersionSpan(FIRST, 0, len(after.ids)),)
 
@@ -248,24 +252,24 @@ def spoil(source: Path, target: Path, damage: str) -> None:
         (target / "model.safetensors").write_bytes(content[: len(content) // 2])
 
 
-async def test_a_cancelled_request_leaves_room_for_others(open_engine: OpenEngine, endless: tuple[Path, Path]) -> None:
+async def test_a_cancelled_request_leaves_room_for_others(open_engine: EngineFactory, endless: tuple[Path, Path]) -> None:
     async with open_engine(endless[0]) as engine:
-        short = asyncio.create_task(engine.generate(builders.prompt(98, 10), Sampling(max_tokens=5)))
-        doomed = [asyncio.create_task(engine.generate(builders.prompt(seed, 10), Sampling(480))) for seed in range(60)]
+        short = asyncio.create_task(engine.generate(builders.prompt(98, 10), SamplingParams(max_tokens=5)))
+        doomed = [asyncio.create_task(engine.generate(builders.prompt(seed, 10), SamplingParams(480))) for seed in range(60)]
         await short
         for task in doomed:
             task.cancel()
-        done = await asyncio.wait_for(engine.generate(builders.prompt(99, 10), Sampling(max_tokens=5)), 30)
+        done = await asyncio.wait_for(engine.generate(builders.prompt(99, 10), SamplingParams(max_tokens=5)), 30)
         assert len(done.ids) == 5
         assert all(isinstance(r, asyncio.CancelledError) for r in await asyncio.gather(*doomed, return_exceptions=True))
 
 
-async def test_requests_that_cannot_be_run_are_refused(open_engine: OpenEngine, model: Path) -> None:
+async def test_requests_that_cannot_be_run_are_refused(open_engine: EngineFactory, model: Path) -> None:
     async with open_engine(model) as engine:
         for prefix in ([], [builders.VOCABULARY], [5, 100000]):
             with pytest.raises(EngineError, match="prefix"):
-                await engine.generate(prefix, Sampling(max_tokens=5))
-        for sampling in (Sampling(max_tokens=0), Sampling(1, -1.0), Sampling(1, 1.0, ("",))):
+                await engine.generate(prefix, SamplingParams(max_tokens=5))
+        for sampling in (SamplingParams(max_tokens=0), SamplingParams(1, -1.0), SamplingParams(1, 1.0, ("",))):
             with pytest.raises(EngineError, match="out of range"):
                 await engine.generate([5], sampling)
-        await engine.health()
+        await engine.check_health()

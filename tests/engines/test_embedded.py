@@ -12,23 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.sampler.engines.base import Engine, Sampling
+from services.sampler.engines.base import Engine, SamplingParams
 from services.sampler.engines.embedded import EmbeddedEngine
 from tests.engines import builders
 from tests.engines.conformance import *  # noqa: F403  # the suite's tests run in this module
-from tests.engines.conformance import OpenEngine, greedy
+from tests.engines.conformance import EngineFactory, greedy
 from treegrpo.errors import EngineError, ModelError
 
 
 @asynccontextmanager
 async def opened(path: Path, max_running: int = 8, cache_tokens: int = 4096, seed: int = 0) -> AsyncGenerator[EmbeddedEngine]:
-    engine = await EmbeddedEngine.open(path, max_running=max_running, max_context=512, cache_tokens=cache_tokens, seed=seed)
+    engine = await EmbeddedEngine.from_directory(
+        path, max_running=max_running, max_context=512, cache_tokens=cache_tokens, seed=seed
+    )
     async with engine:
         yield engine
 
 
 @pytest.fixture
-def open_engine() -> OpenEngine:
+def open_engine() -> EngineFactory:
     @asynccontextmanager
     async def open_(path: Path) -> AsyncGenerator[Engine]:
         async with opened(path) as engine:
@@ -44,7 +46,7 @@ async def test_variants_of_the_architecture_equal_hugging_face(tmp_path: Path, c
     builders.save_model(tmp_path, "llama", seed=5, **changes)
     prefix = builders.prompt(1, 30)
     async with opened(tmp_path) as engine:
-        completion = await engine.generate(prefix, Sampling(max_tokens=20))
+        completion = await engine.generate(prefix, SamplingParams(max_tokens=20))
     expected = builders.logprobs(builders.open_reference(tmp_path), prefix, completion.ids)
     assert np.allclose(completion.logprobs, expected, atol=1e-4)
 
@@ -65,7 +67,7 @@ async def test_a_cache_too_small_for_the_work_stays_correct(model: Path, cache_t
 
 async def test_counters_add_up(endless: tuple[Path, Path]) -> None:
     async with opened(endless[0]) as engine:
-        completions = await asyncio.gather(*(engine.generate(builders.prompt(s % 3, 40), Sampling(9)) for s in range(12)))
+        completions = await asyncio.gather(*(engine.generate(builders.prompt(s % 3, 40), SamplingParams(9)) for s in range(12)))
         counters = engine.counters
     assert counters.prefilled == sum(c.prefilled for c in completions)
     assert counters.cached == sum(c.cached for c in completions)
@@ -75,13 +77,13 @@ async def test_counters_add_up(endless: tuple[Path, Path]) -> None:
 
 async def test_cancelling_frees_the_row_at_once(endless: tuple[Path, Path]) -> None:
     async with opened(endless[0], max_running=2) as engine:
-        short = asyncio.create_task(engine.generate(builders.prompt(0, 10), Sampling(max_tokens=5)))
-        doomed = [asyncio.create_task(engine.generate(builders.prompt(seed, 10), Sampling(480))) for seed in range(1, 5)]
+        short = asyncio.create_task(engine.generate(builders.prompt(0, 10), SamplingParams(max_tokens=5)))
+        doomed = [asyncio.create_task(engine.generate(builders.prompt(seed, 10), SamplingParams(480))) for seed in range(1, 5)]
         await short
         for task in doomed:
             task.cancel()
         await asyncio.wait(doomed)
-        await engine.generate(builders.prompt(9, 10), Sampling(max_tokens=5))
+        await engine.generate(builders.prompt(9, 10), SamplingParams(max_tokens=5))
         assert (engine.counters.running, engine.counters.waiting) == (0, 0)
         assert engine.counters.decoded < 480
 
@@ -90,18 +92,18 @@ async def test_the_same_seed_draws_the_same_tokens(model: Path) -> None:
     drawn: list[list[int]] = []
     for _ in range(2):
         async with opened(model) as engine:
-            drawn.append((await engine.generate(builders.prompt(3, 10), Sampling(max_tokens=30))).ids.tolist())
+            drawn.append((await engine.generate(builders.prompt(3, 10), SamplingParams(max_tokens=30))).ids.tolist())
     assert drawn[0] == drawn[1]
 
 
 async def test_a_completion_with_a_seed_does_not_depend_on_what_else_is_asked_or_when(model: Path) -> None:
     """Bit for bit where it is computed alone and without a cache; see docs/reliability.md."""
     alone = {"max_running": 1, "cache_tokens": 0}
-    asked = [(builders.prompt(s % 2, 10 + s), Sampling(max_tokens=12, seed=s)) for s in range(6)]
+    asked = [(builders.prompt(s % 2, 10 + s), SamplingParams(max_tokens=12, seed=s)) for s in range(6)]
     async with opened(model, **alone) as engine:
         forth = await asyncio.gather(*(engine.generate(*one) for one in asked))
     async with opened(model, **alone, seed=99) as engine:
-        await engine.generate(builders.prompt(0, 10), Sampling(max_tokens=7))
+        await engine.generate(builders.prompt(0, 10), SamplingParams(max_tokens=7))
         back = await asyncio.gather(*(engine.generate(*one) for one in reversed(asked)))
     for one, other in zip(forth, reversed(back), strict=True):
         assert one.ids.tolist() == other.ids.tolist()
@@ -110,26 +112,26 @@ async def test_a_completion_with_a_seed_does_not_depend_on_what_else_is_asked_or
 
 
 async def test_closing_fails_what_is_pending(endless: tuple[Path, Path]) -> None:
-    engine = await EmbeddedEngine.open(endless[0], max_running=2, max_context=512, cache_tokens=100, seed=0)
-    pending = [asyncio.create_task(engine.generate(builders.prompt(seed, 10), Sampling(480))) for seed in range(4)]
-    await engine.generate(builders.prompt(9, 10), Sampling(max_tokens=1))
-    await engine.close()
+    engine = await EmbeddedEngine.from_directory(endless[0], max_running=2, max_context=512, cache_tokens=100, seed=0)
+    pending = [asyncio.create_task(engine.generate(builders.prompt(seed, 10), SamplingParams(480))) for seed in range(4)]
+    await engine.generate(builders.prompt(9, 10), SamplingParams(max_tokens=1))
+    await engine.close_engine()
     assert all(isinstance(result, EngineError) for result in await asyncio.gather(*pending, return_exceptions=True))
     with pytest.raises(EngineError, match="closed"):
-        await engine.generate([1], Sampling(max_tokens=1))
+        await engine.generate([1], SamplingParams(max_tokens=1))
 
 
 async def test_a_crash_inside_reaches_every_caller(endless: tuple[Path, Path]) -> None:
     async with opened(endless[0]) as engine:
-        pending = [asyncio.create_task(engine.generate(builders.prompt(seed, 10), Sampling(480))) for seed in range(4)]
-        await engine.generate(builders.prompt(9, 10), Sampling(max_tokens=5))
+        pending = [asyncio.create_task(engine.generate(builders.prompt(seed, 10), SamplingParams(480))) for seed in range(4)]
+        await engine.generate(builders.prompt(9, 10), SamplingParams(max_tokens=5))
         engine._scheduler.model._blocks.append(None)  # pyright: ignore[reportArgumentType, reportPrivateUsage]
         results = await asyncio.gather(*pending, return_exceptions=True)
         assert all(isinstance(result, EngineError) for result in results)
         with pytest.raises(EngineError, match="failed"):
-            await engine.health()
+            await engine.check_health()
         with pytest.raises(EngineError, match="failed"):
-            await engine.load(engine.version, endless[1])
+            await engine.load_weights(engine.version, endless[1])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from services.environments.markup import Markup
 from services.sampler.engines.embedded import EmbeddedEngine
 from services.sampler.text.tokenizer import Tokenizer
 from tests.engines import builders
-from tests.engines.tokenizers_of_all_kinds import CALL, END, KINDS, MASK, ROOM, SPECIAL, USER, make
+from tests.engines.tokenizer_kinds import CALL, END, KINDS, MASK, ROOM, SPECIAL, USER, make
 from treegrpo.core.question import Message
 from treegrpo.errors import ModelError
 
@@ -186,4 +186,4 @@ async def test_the_embedded_engine_refuses_a_tokenizer_beyond_its_model(tmp_path
     own.add_tokens("[PAD]")
     own.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="resize its embeddings"):
-        await EmbeddedEngine.open(tmp_path, max_running=1, max_context=64, cache_tokens=64, seed=0)
+        await EmbeddedEngine.from_directory(tmp_path, max_running=1, max_context=64, cache_tokens=64, seed=0)

@@ -21,7 +21,7 @@ from services.environments.search_qa import Action, Episode, SearchQA, parse_act
 from services.retriever.index import load_corpus
 from services.sampler.text.encoding import encode_text, render_prompt
 from services.sampler.text.tokenizer import Tokenizer
-from tests.engines.tokenizers_of_all_kinds import CALL, END, MASK, USER, make
+from tests.engines.tokenizer_kinds import CALL, END, MASK, USER, make
 from tests.fuzz.mutations import Mutation, bytewise, parse_mutations, tree
 from treegrpo.core.question import Message, Question
 from treegrpo.errors import DataError

@@ -18,7 +18,7 @@ from treegrpo.wire.trainer_protocol import (
     Done,
     Evaluate,
     Evaluation,
-    IntakeClient,
+    IntakeConnection,
     Message,
     Publish,
     Refused,
@@ -106,7 +106,7 @@ def test_torn_bytes_of_a_group_are_refused_in_a_sentence(torn: bytes) -> None:
 
 def test_nobody_at_the_socket_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="does not answer"):
-        IntakeClient(str(tmp_path / "nobody.sock"))
+        IntakeConnection(str(tmp_path / "nobody.sock"))
 
 
 def test_a_long_run_directory_gets_a_short_socket(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from treegrpo.net.local_socket import socket_path
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.v1 import rollout_pb2_grpc
 from treegrpo.wire.codec import lease_end_to_pb, subtree_to_pb, version_from_pb
-from treegrpo.wire.trainer_protocol import IntakeClient
+from treegrpo.wire.trainer_protocol import IntakeConnection
 
 
 def write_questions(path: Path, count: int, split: str) -> Path:
@@ -89,8 +89,8 @@ class IntakeProcess:
         return await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, env=environment)
 
     @contextlib.asynccontextmanager
-    async def trainer(self) -> AsyncGenerator[IntakeClient]:
-        client = IntakeClient(socket_path(self.run_dir), deadline=20)
+    async def trainer(self) -> AsyncGenerator[IntakeConnection]:
+        client = IntakeConnection(socket_path(self.run_dir), deadline=20)
         try:
             yield client
         finally:
@@ -110,7 +110,7 @@ class IntakeWithPeers:
 
     process: asyncio.subprocess.Process
     sampler: Sampler
-    trainer: IntakeClient
+    trainer: IntakeConnection
 
 
 class Sampler:

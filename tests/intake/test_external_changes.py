@@ -27,7 +27,7 @@ from treegrpo.errors import ContractError, RunError, UnavailableError
 from treegrpo.observability.metrics import IntakeMetrics, SamplerMetrics
 from treegrpo.storage import manifest
 from treegrpo.v1 import weights_pb2_grpc
-from treegrpo.wire.trainer_protocol import IntakeClient
+from treegrpo.wire.trainer_protocol import IntakeConnection
 
 VERSION = PolicyVersion(1, 4)
 
@@ -92,11 +92,11 @@ async def test_a_damaged_file_in_the_samplers_store_is_fetched_again(tmp_path: P
         assert (fetched / "model.safetensors").read_bytes() == b"w" * 3_000_000
 
 
-def connected(path: Path) -> IntakeClient:
+def connected(path: Path) -> IntakeConnection:
     """A client, as soon as somebody listens."""
     while True:
         with contextlib.suppress(UnavailableError):
-            return IntakeClient(str(path))
+            return IntakeConnection(str(path))
 
 
 async def test_a_removed_socket_is_bound_again(tmp_path: Path) -> None:

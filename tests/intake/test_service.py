@@ -24,7 +24,7 @@ from treegrpo.wire.trainer_protocol import (
     Done,
     Evaluate,
     Evaluation,
-    IntakeClient,
+    IntakeConnection,
     Publish,
     StepReport,
     Take,
@@ -41,12 +41,12 @@ def version_directory(intake: IntakeProcess, step: int) -> Path:
     return directory
 
 
-async def publish(intake: IntakeProcess, trainer: IntakeClient, step: int, position: int) -> None:
+async def publish(intake: IntakeProcess, trainer: IntakeConnection, step: int, position: int) -> None:
     request = Publish(f"1.{step}", str(version_directory(intake, step)), position)
     await asyncio.to_thread(trainer.ask, request, Done)
 
 
-async def take(trainer: IntakeClient, position: int, count: int = 2) -> list[str]:
+async def take(trainer: IntakeConnection, position: int, count: int = 2) -> list[str]:
     taken = await asyncio.to_thread(trainer.ask, Take(position, count), Taken)
     return [unpack_group(group).id for group in taken.groups]
 
@@ -276,7 +276,7 @@ async def evaluation_lease(sampler: Sampler) -> Any:
     return lease
 
 
-def evaluated(trainer: IntakeClient) -> Evaluation:
+def evaluated(trainer: IntakeConnection) -> Evaluation:
     while not (result := trainer.ask(Evaluate("1.0"), Evaluation)).done:
         pass
     return result

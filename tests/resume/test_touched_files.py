@@ -32,7 +32,7 @@ from tests.intake.in_memory_filesystem import InMemoryFileSystem
 from tests.intake.process_harness import write_questions
 from tests.intake.test_recovery import FIRST, SECOND
 from tests.trainer.builders import configure, write_tiny
-from tests.trainer.runs import intake_for, train
+from tests.trainer.trainer_harness import intake_for, train
 from treegrpo.config.fingerprint import check_fingerprint, record_fingerprint
 from treegrpo.config.schema import Config
 from treegrpo.errors import ModelError, RunFileError, TreeGrpoError
@@ -111,7 +111,7 @@ class Alone:
     def nothing(self, *_: object) -> None:
         pass
 
-    publish = report = take = evaluate = nothing
+    announce_version = report_step = take_groups = await_evaluation = nothing
 
 
 def start_trainer(config: Config) -> Trainer:
@@ -123,7 +123,7 @@ def start_trainer(config: Config) -> Trainer:
 
 def train_on(config: Config) -> None:
     """And what it writes when the run drains at once."""
-    start_trainer(config).run()
+    start_trainer(config).train()
 
 
 def look(config: Config) -> None:

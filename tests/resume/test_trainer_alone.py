@@ -13,8 +13,8 @@ import torch
 
 from learner.trainer.packing.model import load_model
 from tests.trainer.builders import CPU, configure, write_tiny
-from tests.trainer.intake import FakeIntake
-from tests.trainer.runs import changed, intake_for, train
+from tests.trainer.fake_intake import FakeIntake
+from tests.trainer.trainer_harness import changed, intake_for, train
 from treegrpo.config.schema import Config
 from treegrpo.wire.trainer_protocol import Message, Publish, StepReport, Take
 

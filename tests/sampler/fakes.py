@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from services.environments.base import Forking, Outcome, ToolCall
-from services.sampler.engines.base import Completion, Sampling
+from services.sampler.engines.base import Completion, SamplingParams
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import Lease, LeaseKind, Plan
 from treegrpo.core.question import Message, Question
@@ -46,7 +46,7 @@ class FakeEngine:
         self.context = context
         self.version = PolicyVersion(1, 0)
         self.prefixes: list[list[int]] = []
-        self.samplings: list[Sampling] = []
+        self.samplings: list[SamplingParams] = []
         self.loaded: list[tuple[PolicyVersion, dict[str, bytes]]] = []
         self.refused: set[PolicyVersion] = set()
         self.dead = ""
@@ -54,10 +54,10 @@ class FakeEngine:
         self.away: AwayError | None = None
         """Why its server is away."""
 
-    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: SamplingParams) -> Completion:
         if len(prefix) + sampling.max_tokens > self.context or sampling.max_tokens < 1:
             raise EngineError(f"{len(prefix)} + {sampling.max_tokens} tokens do not fit")
-        await self.health()
+        await self.check_health()
         self.prefixes.append([int(i) for i in prefix])
         self.samplings.append(sampling)
         before = self.version
@@ -78,19 +78,19 @@ class FakeEngine:
             cached=len(prefix) - len(prefix) // 2,
         )
 
-    async def load(self, version: PolicyVersion, path: Path) -> None:
+    async def load_weights(self, version: PolicyVersion, path: Path) -> None:
         if version in self.refused:
             raise WeightsError(f"{path} does not fit")
         self.loaded.append((version, {file.name: file.read_bytes() for file in path.iterdir()}))  # noqa: ASYNC240
         self.version = version
 
-    async def health(self) -> None:
+    async def check_health(self) -> None:
         if self.dead:
             raise EngineError(self.dead)
         if self.away is not None:
             raise self.away
 
-    async def close(self) -> None:
+    async def close_engine(self) -> None:
         return
 
 

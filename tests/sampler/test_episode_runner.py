@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from services.environments.base import Forking
-from services.sampler.engines.base import Completion, Sampling
+from services.sampler.engines.base import Completion, SamplingParams
 from services.sampler.expansion.expander import Expander, LeaseControl
 from tests.sampler.expansion_harness import FAST
 from tests.sampler.fakes import EOS, MERGED, FakeEngine, FakeEnvironment, FakeText, Session, deep, lease, plan, turns
@@ -171,7 +171,7 @@ class InvalidLogprobEngine(FakeEngine):
         super().__init__(deep(0))
         self.times, self.value = times, value
 
-    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: SamplingParams) -> Completion:
         completion = await super().generate(prefix, sampling)
         if len(self.prefixes) > self.times:
             return completion

@@ -19,7 +19,7 @@ from treegrpo.core.step import StepStatus
 from treegrpo.core.tree import Group
 from treegrpo.runtime.entrypoint import TRANSIENT
 from treegrpo.wire.control import RunState, publish_state
-from treegrpo.wire.trainer_protocol import Done, Evaluate, Evaluation, IntakeClient, Publish, Take, Taken, unpack_group
+from treegrpo.wire.trainer_protocol import Done, Evaluate, Evaluation, IntakeConnection, Publish, Take, Taken, unpack_group
 
 ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", "--rollout.max_turns", "2")
 
@@ -47,12 +47,12 @@ async def sampler(intake: IntakeProcess, name: str, *more: str) -> AsyncGenerato
         await process.wait()
 
 
-async def publish(intake: IntakeProcess, trainer: IntakeClient, step: int) -> None:
+async def publish(intake: IntakeProcess, trainer: IntakeConnection, step: int) -> None:
     directory = save_model(intake.run_dir / "weights" / f"1.{step}", seed=step)
     await asyncio.to_thread(trainer.ask, Publish(f"1.{step}", str(directory), 2 * step), Done)
 
 
-async def take(trainer: IntakeClient, position: int) -> list[Group]:
+async def take(trainer: IntakeConnection, position: int) -> list[Group]:
     while True:
         taken = await asyncio.to_thread(trainer.ask, Take(position, 2), Taken)
         if taken.groups:

@@ -156,14 +156,14 @@ async def test_versions_that_are_overtaken_are_skipped(tmp_path: Path) -> None:
     learner, loading, go_on = FakeLearner(), asyncio.Event(), asyncio.Event()
     learner.versions[V1] = files(1)
     async with following(learner, tmp_path) as (weight_sync, engine, _):
-        load = engine.load
+        load = engine.load_weights
 
         async def slowly(version: PolicyVersion, path: Path) -> None:
             loading.set()
             await go_on.wait()
             await load(version, path)
 
-        engine.load = slowly
+        engine.load_weights = slowly
         weight_sync.announce_version(V1)
         await loading.wait()
         for version in (V2, V3, V4, V5):
@@ -180,13 +180,13 @@ async def test_an_engine_that_refuses_a_version_gets_the_next(tmp_path: Path) ->
     async with following(learner, tmp_path) as (weight_sync, engine, _):
         engine.refused = {V1}
         refused = asyncio.Event()
-        load = engine.load
+        load = engine.load_weights
 
         async def noticed(version: PolicyVersion, path: Path) -> None:
             refused.set()
             await load(version, path)
 
-        engine.load = noticed
+        engine.load_weights = noticed
         weight_sync.announce_version(V1)
         await refused.wait()
         learner.versions[V2] = files(2)
@@ -200,13 +200,13 @@ async def test_a_refused_version_is_not_offered_again_until_there_is_another(tmp
     learner.versions[V2] = files(2)
     async with following(learner, tmp_path) as (weight_sync, engine, metrics):
         engine.refused = {V2}
-        offered, load = list[PolicyVersion](), engine.load
+        offered, load = list[PolicyVersion](), engine.load_weights
 
         async def noted(version: PolicyVersion, path: Path) -> None:
             offered.append(version)
             await load(version, path)
 
-        engine.load = noted
+        engine.load_weights = noted
         weight_sync.announce_version(V2)
         for _ in range(2):  # it is refused between the two
             await learner.described.get()
@@ -223,7 +223,7 @@ async def test_a_version_that_is_refused_is_offered_again_much_later(tmp_path: P
     learner = FakeLearner()
     learner.versions[V1] = files(1)
     async with following(learner, tmp_path, timings) as (weight_sync, engine, _):
-        engine.refused, load = {V1}, engine.load
+        engine.refused, load = {V1}, engine.load_weights
 
         async def refused_once(version: PolicyVersion, path: Path) -> None:
             try:
@@ -231,7 +231,7 @@ async def test_a_version_that_is_refused_is_offered_again_much_later(tmp_path: P
             finally:
                 engine.refused = set()
 
-        engine.load = refused_once
+        engine.load_weights = refused_once
         await weight_sync.wait_for_version(V1)
         assert [version for version, _ in engine.loaded] == [V1]
 

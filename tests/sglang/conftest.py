@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from tests.engines import builders
-from tests.sglang.servers import Pool
+from tests.sglang.server_harness import ServerPool
 
-pytest.register_assert_rewrite("tests.engines.conformance", "tests.sglang.asking")
+pytest.register_assert_rewrite("tests.engines.conformance", "tests.sglang.sampling_harness")
 if "SGLANG_PYTHON" not in os.environ:
     collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Generator[Pool]:
-    pool = Pool(tmp_path_factory.mktemp("sglang"))
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Generator[ServerPool]:
+    pool = ServerPool(tmp_path_factory.mktemp("sglang"))
     yield pool
-    pool.close()
+    pool.stop_servers()
 
 
 @pytest.fixture(scope="session")

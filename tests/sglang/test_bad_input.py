@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from services.sampler.engines.base import Sampling
-from services.sampler.engines.sglang import Place, open_child
+from services.sampler.engines.base import SamplingParams
+from services.sampler.engines.sglang import ListenOptions, open_child, open_remote
+from services.sampler.engines.sglang.server.timings import SGLangTimings
 from tests.engines import builders
-from tests.sglang.asking import LAUNCH, child
-from tests.sglang.servers import PYTHON, Pool, demands, remote
+from tests.sglang.sampling_harness import LAUNCH, child
+from tests.sglang.server_harness import PYTHON, ServerPool, remote, requirements
 from treegrpo.errors import ConfigError, EngineError
+from treegrpo.timing.backoff import Backoff
 
 DOCS = Path("docs/sglang.md").read_text(encoding="utf-8")
 
@@ -33,44 +35,41 @@ async def test_a_model_it_refuses_is_told_in_its_own_words(tmp_path: Path) -> No
             pass
 
 
-async def test_where_no_server_is_that_is_said(endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.factory.ANSWER_SECONDS", 0.5)
+async def test_an_address_without_a_server_is_an_error(endless: tuple[Path, Path]) -> None:
     with pytest.raises(ConnectionError, match=r"engine\.urls"):
-        async with remote(endless[0], "http://127.0.0.1:9"):
-            pass
+        await open_remote(
+            requirements(endless[0]),
+            ["http://127.0.0.1:9"],
+            verify=True,
+            timings=SGLangTimings(first_contact=Backoff((0.1,), seconds=0.5)),
+        )
 
 
-async def test_a_server_with_another_model_or_of_another_version_is_not_used(
-    pool: Pool,
-    endless: tuple[Path, Path],
+async def test_a_server_with_another_model_is_not_used(
+    pool: ServerPool,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llama, url = builders.save_model(tmp_path, "llama"), pool.url("qwen2")
     with pytest.raises(ConfigError, match=f"{url} serves a qwen2, the learner trains a llama"):
         async with remote(llama, url):
-            pass
-    monkeypatch.setattr("services.sampler.engines.sglang.api.launch_command.OLDEST", (0, 5, 99))
-    with pytest.raises(ConfigError, match=rf"SGLang 0\.5\.2\d in the server at {url} cannot be used; install"):
-        async with remote(endless[0], url):
             pass
 
 
 async def test_a_port_that_somebody_took_is_told_in_its_own_words(endless: tuple[Path, Path], tmp_path: Path) -> None:
     """`treegrpo` looks first; this is for who comes between the look and the start."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        place = Place("127.0.0.1", taken.getsockname()[1], tmp_path / "server.log")
+        listen = ListenOptions("127.0.0.1", taken.getsockname()[1], tmp_path / "server.log")
         with pytest.raises(EngineError, match="address already in use"):
-            await open_child(demands(endless[0]), place, PYTHON, ("--log-level", "warning"), **LAUNCH)
+            await open_child(requirements(endless[0]), listen, PYTHON, ("--log-level", "warning"), **LAUNCH)
 
 
-async def test_the_metrics_that_the_docs_name_are_there(pool: Pool, endless: tuple[Path, Path]) -> None:
+async def test_the_metrics_that_the_docs_name_are_there(pool: ServerPool, endless: tuple[Path, Path]) -> None:
     named = set(re.findall(r"`(sglang:\w+)", DOCS))
     assert len(named) >= 5
     async with remote(endless[0], pool.url("qwen2")) as engine:
         for _ in range(2):
-            await engine.generate(builders.prompt(0, 40), Sampling(8))
-        families = await engine.servers[0].api.metrics()
+            await engine.generate(builders.prompt(0, 40), SamplingParams(8))
+        families = await engine.servers[0].client.get_metrics()
     samples = [sample for family in families for sample in family.samples]
     assert named <= {sample.name for sample in samples}
     modes = {sample.labels["mode"] for sample in samples if sample.name == "sglang:realtime_tokens_total"}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from services.sampler.engines.sglang.api.launch_command import MARGIN, Installed, own_flags
-from tests.sglang.servers import CONTEXT, PYTHON, launch
+from services.sampler.engines.sglang.server.launch_command import CONTEXT_MARGIN, SGLangInstallation, parse_extra_flags
+from tests.sglang.server_harness import CONTEXT, PYTHON, launch
 from treegrpo.config.schema import EngineConfig
 
 PROJECT: dict[str, Any] = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -38,8 +38,13 @@ print(json.dumps(found, default=str))
 
 
 def command(max_running: int, flags: str, *, cuda: bool) -> list[str]:
-    plan = launch(installed=Installed(PYTHON, cuda=cuda), max_running=max_running, flags=own_flags(flags), dtype="bfloat16")
-    _, *words = plan.command(Path("/model"), "1.42", "127.0.0.1", 30000)
+    plan = launch(
+        installation=SGLangInstallation(PYTHON, cuda=cuda),
+        max_running=max_running,
+        flags=parse_extra_flags(flags),
+        dtype="bfloat16",
+    )
+    _, *words = plan.command_line(Path("/model"), "1.42", "127.0.0.1", 30000)
     assert words[:2] == ["-m", "sglang.launch_server"]
     return words[2:]
 
@@ -63,7 +68,7 @@ def parsed() -> dict[str, Any]:
 def test_sglang_knows_the_flags_of_a_recipe(name: str, parsed: dict[str, Any]) -> None:
     found = parsed[name]
     assert isinstance(found, dict), found
-    assert (found["max_running_requests"], found["context_length"]) == (RECIPES[name].max_running, CONTEXT + MARGIN)
+    assert (found["max_running_requests"], found["context_length"]) == (RECIPES[name].max_running, CONTEXT + CONTEXT_MARGIN)
     assert (found["model_path"], found["weight_version"], found["schedule_policy"]) == ("/model", "1.42", "lpm")
     assert (found["dtype"], found["enable_metrics"]) == ("bfloat16", True)
     assert 0.5 < found["mem_fraction_static"] < 0.95

@@ -12,20 +12,21 @@ import httpx
 import pytest
 
 from services.sampler.engines.sglang import SGLangEngine
-from services.sampler.engines.sglang.supervision import Keeper
-from services.sampler.engines.sglang.weight_staging import Staged
+from services.sampler.engines.sglang.server.timings import SGLangTimings
+from services.sampler.engines.sglang.server.weight_staging import StagedVersion
+from services.sampler.engines.sglang.supervision import ServerSupervisor
 from tests.chaos.fault_proxy import FaultProxy, LinkFault
 from tests.engines.conformance import FIRST, SECOND
-from tests.sglang.asking import check, child, running, sample, until
-from tests.sglang.door import Door
-from tests.sglang.servers import Pool, remote
+from tests.sglang.faulty_proxy import FaultyProxy
+from tests.sglang.sampling_harness import check, child, running, sample, until
+from tests.sglang.server_harness import ServerPool, remote
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import UnavailableError, WeightsError
 
 
-def keeper(engine: SGLangEngine) -> Keeper:
-    assert engine.keeper is not None
-    return engine.keeper
+def supervisor(engine: SGLangEngine) -> ServerSupervisor:
+    assert engine.supervisor is not None
+    return engine.supervisor
 
 
 async def test_a_child_that_is_killed_is_started_again_with_the_version_it_served(
@@ -33,13 +34,13 @@ async def test_a_child_that_is_killed_is_started_again_with_the_version_it_serve
 ) -> None:
     log, seeds = tmp_path / "server.log", range(6)
     async with child(endless[0], log) as engine:
-        await engine.load(SECOND, endless[1])
+        await engine.load_weights(SECOND, endless[1])
         asking = asyncio.create_task(sample(engine, seeds, 400))
         await running(engine, asking)
-        before = keeper(engine).pid
+        before = supervisor(engine).pid
         os.kill(before, signal.SIGKILL)
         completions = await asking
-        assert keeper(engine).pid != before
+        assert supervisor(engine).pid != before
         assert engine.version == SECOND
         assert engine.counters.restarts == 1
         assert engine.counters.errors["UnavailableError"] > 0
@@ -53,7 +54,7 @@ async def test_a_child_that_is_killed_is_started_again_with_the_version_it_serve
         with monkeypatch.context() as patch:
             spoil(patch, engine, tear)
             with pytest.raises(UnavailableError):
-                await engine.load(PolicyVersion(0, 2), endless[0])
+                await engine.load_weights(PolicyVersion(0, 2), endless[0])
         completions = await asking
         assert engine.version == SECOND
         assert engine.counters.restarts == 2
@@ -62,28 +63,28 @@ async def test_a_child_that_is_killed_is_started_again_with_the_version_it_serve
         os.killpg(before, 0)
 
 
-async def test_a_server_that_others_run_is_used_again_when_it_is_back(pool: Pool, endless: tuple[Path, Path]) -> None:
+async def test_a_server_that_others_run_is_used_again_when_it_is_back(pool: ServerPool, endless: tuple[Path, Path]) -> None:
     """Connections are refused for as long as a start takes, about twenty seconds; it comes back with other weights."""
     path = pool.model("qwen2")
-    first = await asyncio.to_thread(pool.start, path)
+    first = await asyncio.to_thread(pool.start_server, path)
     seeds = range(8)
     async with remote(endless[0], first.url) as engine:
         asking = asyncio.create_task(sample(engine, seeds, 400))
         await running(engine, asking)
-        first.stop()
-        second = await asyncio.to_thread(pool.start, path, int(first.url.rsplit(":", 1)[1]))
+        first.kill()
+        second = await asyncio.to_thread(pool.start_server, path, int(first.url.rsplit(":", 1)[1]))
         try:
             check(await asking, seeds, 400, *endless)
         finally:
-            second.stop()
+            second.kill()
         assert engine.counters.errors["UnavailableError"] > 0
 
 
-async def test_connections_that_are_refused_for_twenty_seconds_are_sat_out(pool: Pool, endless: tuple[Path, Path]) -> None:
+async def test_connections_that_are_refused_for_twenty_seconds_are_sat_out(pool: ServerPool, endless: tuple[Path, Path]) -> None:
     """With the patience of every run."""
     seeds = range(8)
     async with (
-        Door(pool.url("qwen2").removeprefix("http://")).serving() as door,
+        FaultyProxy(pool.url("qwen2").removeprefix("http://")).serving() as door,
         remote(endless[0], f"http://{door.address}") as engine,
     ):
         asking = asyncio.create_task(sample(engine, seeds, 400))
@@ -94,9 +95,13 @@ async def test_connections_that_are_refused_for_twenty_seconds_are_sat_out(pool:
         assert engine.counters.errors["UnavailableError"] > 0
 
 
-async def test_slow_cut_and_garbled_answers_are_asked_for_again(pool: Pool, endless: tuple[Path, Path]) -> None:
+async def test_slow_cut_and_garbled_answers_are_asked_for_again(pool: ServerPool, endless: tuple[Path, Path]) -> None:
     proxy, seeds = FaultProxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(8)
-    async with proxy.serving(), Door(proxy.address).serving() as door, remote(endless[0], f"http://{door.address}") as engine:
+    async with (
+        proxy.serving(),
+        FaultyProxy(proxy.address).serving() as door,
+        remote(endless[0], f"http://{door.address}") as engine,
+    ):
         for fault in (LinkFault.DELAY, LinkFault.CUT, LinkFault.RESET):
             asking = asyncio.create_task(sample(engine, seeds, 200))
             await running(engine, asking)
@@ -110,12 +115,14 @@ async def test_slow_cut_and_garbled_answers_are_asked_for_again(pool: Pool, endl
         check(await asking, seeds, 50, *endless)
 
 
-async def test_a_request_that_is_not_answered_in_time_is_made_again(
-    pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.sampler.engines.sglang.api.http_client.GENERATE_SECONDS", 5.0)
+async def test_a_request_that_is_not_answered_in_time_is_made_again(pool: ServerPool, endless: tuple[Path, Path]) -> None:
+    timings = SGLangTimings(generate=5.0)
     proxy, seeds = FaultProxy(pool.url("qwen2").removeprefix("http://"), seed=0), range(4)
-    async with proxy.serving(), remote(endless[0], f"http://{proxy.address}") as engine, asyncio.TaskGroup() as tasks:
+    async with (
+        proxy.serving(),
+        remote(endless[0], f"http://{proxy.address}", timings=timings) as engine,
+        asyncio.TaskGroup() as tasks,
+    ):
         tasks.create_task(proxy.fail(LinkFault.DROP, 7.0))
         check(await sample(engine, seeds, 20), seeds, 20, *endless)
         assert engine.counters.errors["DeadlineError"] > 0
@@ -128,18 +135,18 @@ async def test_requests_that_are_put_back_for_want_of_memory_end_well_and_fewer_
     seeds, put_back, limits = range(16), list[int](), list[int]()
     flags = ("--max-total-tokens", "1200", "--schedule-conservativeness", "0.1")
     async with child(endless[0], tmp_path / "server.log", *flags) as engine:
-        pressure = engine.servers[0].pressure
-        noted, looked = pressure.retracted, pressure.look
+        request_limit = engine.servers[0].request_limit
+        count_retractions, adjust_limit = request_limit.count_retractions, request_limit.adjust_limit
 
         def retracted(times: int) -> None:
             put_back.append(times)
-            noted(times)
+            count_retractions(times)
 
         def look(usage: float, running: int) -> None:
-            looked(usage, running)
-            limits.append(pressure.limit)
+            adjust_limit(usage, running)
+            limits.append(request_limit.current)
 
-        pressure.retracted, pressure.look = retracted, look  # pyright: ignore[reportAttributeAccessIssue]
+        request_limit.count_retractions, request_limit.adjust_limit = retracted, look  # pyright: ignore[reportAttributeAccessIssue]
         check(await sample(engine, seeds, 400), seeds, 400, *endless)
         assert not engine.counters.errors
     assert sum(put_back) > 0
@@ -147,7 +154,7 @@ async def test_requests_that_are_put_back_for_want_of_memory_end_well_and_fewer_
 
 
 async def test_an_update_that_the_server_refuses_leaves_the_old_version_serving(
-    pool: Pool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    pool: ServerPool, endless: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds = range(6)
     async with remote(endless[0], pool.url("qwen2")) as engine:
@@ -156,25 +163,25 @@ async def test_an_update_that_the_server_refuses_leaves_the_old_version_serving(
         with monkeypatch.context() as patch:
             spoil(patch, engine, lambda weights: weights.unlink())
             with pytest.raises(WeightsError, match=str(SECOND)):
-                await engine.load(SECOND, endless[1])
+                await engine.load_weights(SECOND, endless[1])
         assert engine.version == FIRST
         completions = await asking
         assert all(span.version == FIRST for c in completions for span in c.spans)
         check(completions, seeds, 400, *endless)
-        await engine.load(SECOND, endless[1])
+        await engine.load_weights(SECOND, endless[1])
         check(await sample(engine, range(2), 20), range(2), 20, *endless)
 
 
 def spoil(patch: pytest.MonkeyPatch, engine: SGLangEngine, how: Callable[[Path], object]) -> None:
     """The next version is checked and put in place; then something happens to its file, as when a disk is full."""
-    put = engine.stage.put
+    stage_weights = engine.staging.stage_weights
 
-    def spoiled(version: PolicyVersion, weights: Path) -> Staged:
-        staged = put(version, weights)
+    def spoiled(version: PolicyVersion, weights: Path) -> StagedVersion:
+        staged = stage_weights(version, weights)
         how(staged.path / "model.safetensors")
         return staged
 
-    patch.setattr(engine.stage, "put", spoiled)
+    patch.setattr(engine.staging, "stage_weights", spoiled)
 
 
 def tear(weights: Path) -> None:
@@ -182,23 +189,23 @@ def tear(weights: Path) -> None:
     weights.write_bytes(b"torn")
 
 
-async def test_updates_while_more_requests_run_than_there_are_places(pool: Pool, endless: tuple[Path, Path]) -> None:
+async def test_updates_while_more_requests_run_than_there_are_places(pool: ServerPool, endless: tuple[Path, Path]) -> None:
     seeds = range(30)
     async with remote(endless[0], pool.url("qwen2"), max_running=8) as engine:
         asking = asyncio.create_task(sample(engine, seeds, 150))
         await running(engine, asking)
-        await engine.load(SECOND, endless[1])
+        await engine.load_weights(SECOND, endless[1])
         completions = await asking
         assert {span.version for c in completions for span in c.spans} == {FIRST, SECOND}
         check(completions, seeds, 150, *endless)
         assert not engine.counters.errors
 
 
-async def test_requests_that_somebody_else_aborts_go_on(pool: Pool, endless: tuple[Path, Path]) -> None:
+async def test_requests_that_somebody_else_aborts_go_on(pool: ServerPool, endless: tuple[Path, Path]) -> None:
     seeds = range(4)
     async with remote(endless[0], pool.url("qwen2")) as engine:
         asking = asyncio.create_task(sample(engine, seeds, 400))
         await running(engine, asking)
         async with httpx.AsyncClient(trust_env=False) as client:
-            await client.post(f"{engine.servers[0].api.url}/abort_request", json={"rid": "", "abort_all": True})
+            await client.post(f"{engine.servers[0].client.url}/abort_request", json={"rid": "", "abort_all": True})
         check(await asking, seeds, 400, *endless)

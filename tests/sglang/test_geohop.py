@@ -13,7 +13,7 @@ from tests.chaos.audit import audit_run
 from tests.chaos.run_records import JournalArchive
 from tests.cli.small_run import GEOHOP, SmallRun
 from tests.cli.test_up import Up, up  # noqa: F401  # pyright: ignore[reportUnusedImport]  # up is a fixture
-from tests.sglang.servers import PYTHON
+from tests.sglang.server_harness import PYTHON
 
 OWN = ("data.train", "data.heldout", "retriever.corpus", "model.path", "rollout.max_turns", "rollout.max_action_tokens")
 
@@ -52,5 +52,5 @@ async def test_geohop_trains_on_sglang_and_loses_nothing_when_the_server_is_kill
     assert [record.failed for record in progress.evals] == [0, 0]
     found = audit_run(small_run.run_dir, archive, ended=True)
     assert found.clean, found
-    assert "it is started again" in (small_run.run_dir / "logs" / "sampler-0.log").read_text(encoding="utf-8").lower()
+    assert "it is restarted" in (small_run.run_dir / "logs" / "sampler-0.log").read_text(encoding="utf-8").lower()
     assert (small_run.run_dir / "logs" / "sampler-0-sglang.log").is_file()

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.sampler.engines.base import Sampling
+from services.sampler.engines.base import SamplingParams
 from tests.engines import builders
 from tests.engines.conformance import FIRST, SECOND
-from tests.sglang.servers import Pool, remote
+from tests.sglang.server_harness import ServerPool, remote
 
 TOKENS = 64
 
 
 async def test_what_one_version_has_computed_no_other_takes_though_nothing_is_flushed(
-    pool: Pool, endless: tuple[Path, Path]
+    pool: ServerPool, endless: tuple[Path, Path]
 ) -> None:
     """An update flushes a server's cache; what is beyond it, in memory of the host or of other servers, is kept apart by name."""
     prefix, cached = builders.prompt(77, TOKENS), list[int]()
     async with remote(endless[0], pool.url("qwen2")) as engine:
         for version in (FIRST, FIRST, SECOND, SECOND, FIRST):
-            engine.servers[0].space = str(version)
-            cached.append((await engine.generate(prefix, Sampling(1))).cached)
+            engine.servers[0].cache_namespace = str(version)
+            cached.append((await engine.generate(prefix, SamplingParams(1))).cached)
     assert cached == [0, TOKENS - 1, 0, TOKENS - 1, TOKENS - 1]

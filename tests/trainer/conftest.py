@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.trainer.pair import Pair
+from tests.trainer.rank_pair_harness import RankPair
 
 
 @pytest.fixture(scope="session")
-def pair() -> Iterator[Pair]:
+def pair() -> Iterator[RankPair]:
     """Two ranks of a trainer. Starting them takes seconds, so the files that use them are one group of pytest-xdist."""
-    with Pair() as both:
+    with RankPair() as both:
         yield both

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.trainer.algorithm.corrections import effective_sample, m2po_limit, m2po_measured, mismatch, weigh
-from learner.trainer.algorithm.metric_sums import Tally
+from learner.trainer.algorithm.corrections import correction_weights, effective_sample, m2po_limit, m2po_log_ratios, mismatch_sums
+from learner.trainer.algorithm.metric_sums import MetricSums
 from learner.trainer.algorithm.targets import SIGNS
-from tests.trainer.targets import float64, lone, places
+from tests.trainer.target_builders import float64, lone, places
 from treegrpo.config.loader import load_config
 from treegrpo.config.train import OPTIONS, Correction, Estimator, Loss, TrainConfig
 from treegrpo.errors import ConfigError
@@ -34,20 +34,20 @@ SQUARES = st.lists(st.floats(0, 3).map(lambda x: x if x > 1e-6 else 0.0), min_si
 )
 def test_what_each_correction_makes_of_rho(correction: Any, weights: list[float], capped: int, masked: int) -> None:
     train = TrainConfig.model_validate({"correction": correction} | ({"m2po_tokens": "all"} if correction == "m2po" else {}))
-    found = weigh(RHO.log(), train, m2po_limit=math.log(8) ** 2)
+    found = correction_weights(RHO.log(), train, m2po_limit=math.log(8) ** 2)
     assert found.rho_X.tolist() == pytest.approx(weights)
     assert (found.capped_X.sum().item(), found.masked_plus_X.sum().item()) == (capped, masked)
     assert found.masked_plus_X.tolist() == found.masked_minus_X.tolist()
 
 
 def test_the_bounds_of_icepop_are_allowed_themselves() -> None:
-    found = weigh(torch.zeros(1), TrainConfig(correction="icepop", icepop_low=1.0, icepop_high=2.0))
+    found = correction_weights(torch.zeros(1), TrainConfig(correction="icepop", icepop_low=1.0, icepop_high=2.0))
     assert found.rho_X.tolist() == [1.0]
 
 
 def test_weights_have_no_gradient() -> None:
     log_rho = float64(0.1).requires_grad_()
-    assert not weigh(log_rho, TrainConfig(correction="decoupled")).rho_X.requires_grad
+    assert not correction_weights(log_rho, TrainConfig(correction="decoupled")).rho_X.requires_grad
 
 
 def test_m2po_drops_the_largest_until_the_mean_of_the_others_fits() -> None:
@@ -56,14 +56,16 @@ def test_m2po_drops_the_largest_until_the_mean_of_the_others_fits() -> None:
     assert m2po_limit(log_rho, 0.04) == 0.25
     assert m2po_limit(log_rho, 0.08) == 1.0
     assert m2po_limit(log_rho, 0.3) == math.inf
-    masked = weigh(log_rho, TrainConfig(correction="m2po", m2po_tokens="all"), m2po_limit(log_rho, 0.04)).masked_plus_X
+    masked = correction_weights(
+        log_rho, TrainConfig(correction="m2po", m2po_tokens="all"), m2po_limit(log_rho, 0.04)
+    ).masked_plus_X
     assert masked.tolist() == [True, False, False, True, False]
 
 
 def test_m2po_of_the_paper_masks_nothing_that_moved_back() -> None:
     """ρ = 4 and 1/4, each pulled up by one leaf and down by another: of each only the leaf that pulls on is masked."""
     log_rho = float64(4.0, 0.25).log()
-    found = weigh(log_rho, TrainConfig(correction="m2po"), m2po_limit=1.0)
+    found = correction_weights(log_rho, TrainConfig(correction="m2po"), m2po_limit=1.0)
     assert (found.masked_plus_X.tolist(), found.masked_minus_X.tolist()) == ([True, False], [False, True])
     assert found.rho_X.tolist() == pytest.approx([4, 0.25])
 
@@ -73,15 +75,15 @@ def test_m2po_of_the_paper_measures_the_trust_region_alone() -> None:
     targets = places([-1.0] * 3, [[(0, 1.0), (1, 1.0), (2, 1.0)], [(0, -1.0), (1, -1.0)]], [0.5, 0.5])
     log_rho = float64(0.3, -0.1, 0.0)
     train = TrainConfig(correction="m2po")
-    assert m2po_measured(log_rho, targets, train).tolist() == [0.3, -0.1]
-    assert m2po_measured(log_rho, targets, train.model_copy(update={"m2po_tokens": "all"})).tolist() == [0.3, -0.1, 0.0]
+    assert m2po_log_ratios(log_rho, targets, train).tolist() == [0.3, -0.1]
+    assert m2po_log_ratios(log_rho, targets, train.model_copy(update={"m2po_tokens": "all"})).tolist() == [0.3, -0.1, 0.0]
     no_weight = places([-1.0] * 3, [[(0, 1.0)]], [0.0])
-    assert m2po_measured(log_rho, no_weight, train).tolist() == []
+    assert m2po_log_ratios(log_rho, no_weight, train).tolist() == []
 
 
 def test_m2po_lets_equals_share_a_fate() -> None:
     log_rho = float64(0.3, -0.3, 0.0)
-    found = weigh(log_rho, TrainConfig(correction="m2po"), m2po_limit(log_rho, 0.05))
+    found = correction_weights(log_rho, TrainConfig(correction="m2po"), m2po_limit(log_rho, 0.05))
     assert (found.masked_plus_X | found.masked_minus_X).tolist() == [True, True, False]
 
 
@@ -116,16 +118,16 @@ def test_m2po_compares_in_float32_what_it_measured_in_float32() -> None:
     rng = torch.Generator().manual_seed(0)
     log_rho = torch.randn(1000, generator=rng)
     limit = m2po_limit(log_rho, 0.04)
-    assert 0 < weigh(log_rho, TrainConfig(correction="m2po", m2po_tokens="all"), limit).masked_plus_X.sum() < 1000
+    assert 0 < correction_weights(log_rho, TrainConfig(correction="m2po", m2po_tokens="all"), limit).masked_plus_X.sum() < 1000
     assert limit in log_rho.double().square().tolist()
 
 
 def test_the_mismatch_is_nothing_when_sampler_and_trainer_agree() -> None:
     targets = lone([-1.0, -2.0], [1.0, 1.0])
     for shift, expected in ((0.0, 0.0), (0.1, 0.0051709)):
-        tally = mismatch(targets.sampled_A + shift, targets)
-        assert tally.per("kl_mismatch", "actions") == pytest.approx(expected, abs=1e-6)
-        assert tally.peak("log_ratio_max") == pytest.approx(shift)
+        sums = mismatch_sums(targets.sampled_A + shift, targets)
+        assert sums.ratio("kl_mismatch", "actions") == pytest.approx(expected, abs=1e-6)
+        assert sums.maximum("log_ratio_max") == pytest.approx(shift)
 
 
 def test_the_mismatch_at_lag_0_is_of_tokens_that_the_version_sampled_itself() -> None:
@@ -133,12 +135,12 @@ def test_the_mismatch_at_lag_0_is_of_tokens_that_the_version_sampled_itself() ->
     targets = lone([-1.0, -1.0, -1.0], [1.0] * 3)
     targets.fresh_A[1], targets.counted_A[2] = False, False
     proximal = targets.sampled_A + float64(0.1, 2.0, 2.0)
-    tally = mismatch(proximal, targets)
-    assert (tally["actions"], tally["actions_lag0"]) == (2, 1)
-    assert tally["kl_mismatch_lag0"] == pytest.approx(math.exp(0.1) - 1.1)
-    assert tally["kl_mismatch"] > 4
-    moved = mismatch(proximal, targets, at_start=False)
-    assert (moved["actions_lag0"], moved["kl_mismatch_lag0"], moved["kl_mismatch"]) == (0, 0, tally["kl_mismatch"])
+    sums = mismatch_sums(proximal, targets)
+    assert (sums["actions"], sums["actions_lag0"]) == (2, 1)
+    assert sums["kl_mismatch_lag0"] == pytest.approx(math.exp(0.1) - 1.1)
+    assert sums["kl_mismatch"] > 4
+    moved = mismatch_sums(proximal, targets, at_start=False)
+    assert (moved["actions_lag0"], moved["kl_mismatch_lag0"], moved["kl_mismatch"]) == (0, 0, sums["kl_mismatch"])
 
 
 def test_the_effective_sample_is_put_together_from_packs_before_it_is_divided() -> None:
@@ -146,22 +148,22 @@ def test_the_effective_sample_is_put_together_from_packs_before_it_is_divided() 
     one, other = lone([0.0, 0.0, 0.0], [1.0] * 3), lone([0.0], [1.0])
     one.sign_A[:], other.sign_A[:] = torch.tensor([1, 2, 2]), 1
     one.counted_A[2] = False
-    tally = mismatch(float64(1.0, 3.0, 9.0).log(), one) + mismatch(float64(2.0).log(), other)
-    assert effective_sample(tally, *SIGNS) == pytest.approx(6 / 7)
-    assert effective_sample(tally, "up_up") == pytest.approx(9 / (2 * 5))
-    assert effective_sample(tally, "up_down") == pytest.approx(1.0)
-    assert effective_sample(tally, "down_down") == 1.0
-    assert tally["actions"] == 3
-    assert tally.peak("log_ratio_max") == pytest.approx(math.log(3))
+    sums = mismatch_sums(float64(1.0, 3.0, 9.0).log(), one) + mismatch_sums(float64(2.0).log(), other)
+    assert effective_sample(sums, *SIGNS) == pytest.approx(6 / 7)
+    assert effective_sample(sums, "up_up") == pytest.approx(9 / (2 * 5))
+    assert effective_sample(sums, "up_down") == pytest.approx(1.0)
+    assert effective_sample(sums, "down_down") == 1.0
+    assert sums["actions"] == 3
+    assert sums.maximum("log_ratio_max") == pytest.approx(math.log(3))
 
 
 def test_tallies_add_up_in_any_order_and_nothing_is_neutral() -> None:
-    one, other = Tally({"a": 1.0, "b": 2.0}, {"x": 3.0}), Tally({"b": 5.0}, {"x": 1.0, "y": 4.0})
-    assert one + other == other + one == Tally({"a": 1.0, "b": 7.0}, {"x": 3.0, "y": 4.0})
-    assert one + Tally() == one
-    broken = Tally({}, {"x": math.nan})
-    assert all(math.isnan((a + b).peak("x")) for a, b in ((one, broken), (broken, one)))
-    assert (one.per("b", "a"), one.per("a", "nothing"), one.peak("nothing")) == (2.0, 1.0, 0.0)
+    one, other = MetricSums({"a": 1.0, "b": 2.0}, {"x": 3.0}), MetricSums({"b": 5.0}, {"x": 1.0, "y": 4.0})
+    assert one + other == other + one == MetricSums({"a": 1.0, "b": 7.0}, {"x": 3.0, "y": 4.0})
+    assert one + MetricSums() == one
+    broken = MetricSums({}, {"x": math.nan})
+    assert all(math.isnan((a + b).maximum("x")) for a, b in ((one, broken), (broken, one)))
+    assert (one.ratio("b", "a"), one.ratio("a", "nothing"), one.maximum("nothing")) == (2.0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from learner.trainer.optimizer_steps import Updater
 from learner.trainer.packing.model import load_model
 from tests.trainer.builders import CPU, STOP, configure, group, random_group, step, subtree, write_tiny
-from tests.trainer.families import FAMILIES, write_family
-from tests.trainer.naive import applied_gradients, assert_same, exact, in_float64, naive_loss, packs_of, plain
+from tests.trainer.model_families import FAMILIES, write_family
+from tests.trainer.per_path_reference import applied_gradients, assert_same, exact, in_float64, naive_loss, packs_of, plain
 from treegrpo.config.schema import Config
 from treegrpo.config.train import Estimator
 from treegrpo.core.tree import Group
@@ -44,7 +44,7 @@ def compare(found: PreTrainedModel, wanted: PreTrainedModel, groups: list[Group]
     packs = packs_of(groups, config)
     updater = Updater(config, found, None)
     seen = applied_gradients(updater)
-    update = updater.update([in_float64(packs) if tolerance < 1e-8 else packs], 0)
+    update = updater.step_minibatches([in_float64(packs) if tolerance < 1e-8 else packs], 0)
     scale = max(1.0, abs(expected.item()))
     assert abs(update.loss - expected.item()) <= tolerance * scale
     if max(g.abs().max().item() for g in gradients) < 1e-12:  # advantages that cancel out

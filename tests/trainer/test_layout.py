@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from learner.trainer.packing.layout import Layout, PathIds, lay_out, shared
+from learner.trainer.packing.layout import Layout, PathIds, lay_out, shared_prefix
 
 some_paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10)
 """Of three tokens, so that they share beginnings of any length, are beginnings of each other, and come twice."""
@@ -16,7 +16,7 @@ some_paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_
 
 def laid_out(paths: Sequence[Sequence[int]]) -> tuple[list[PathIds], Layout, list[NDArray[np.int64]]]:
     made = [np.array(path, np.uint32) for path in sorted(map(list, paths))]
-    prefixes = [0, *(shared(a, b) for a, b in pairwise(made))]
+    prefixes = [0, *(shared_prefix(a, b) for a, b in pairwise(made))]
     return made, *lay_out(made, prefixes)
 
 
@@ -75,5 +75,5 @@ def test_a_path_that_is_there_already_adds_nothing_and_one_that_goes_on_is_one_r
 
 
 def test_ids_of_the_upper_half_are_told_apart() -> None:
-    assert shared(np.array([1, 2**31 + 1], np.uint32), np.array([1, 2**31], np.uint32)) == 1
-    assert shared(np.zeros(0, np.uint32), np.array([1], np.uint32)) == 0
+    assert shared_prefix(np.array([1, 2**31 + 1], np.uint32), np.array([1, 2**31], np.uint32)) == 1
+    assert shared_prefix(np.zeros(0, np.uint32), np.array([1], np.uint32)) == 0

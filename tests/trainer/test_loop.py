@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from learner.trainer.intake_client import Link
-from learner.trainer.loop import split
+from learner.trainer.intake_client import IntakeClient, IntakeRetries
+from learner.trainer.loop import split_minibatches
 from learner.trainer.packing.model import load_model
-from learner.trainer.persistence.checkpoint import Progress, newest, read_progress
-from learner.trainer.persistence.policy_versions import published
+from learner.trainer.persistence.checkpoint import TrainingProgress, newest_checkpoint, read_training_progress
+from learner.trainer.persistence.policy_versions import list_versions
 from tests.trainer.builders import CPU, configure, write_tiny
-from tests.trainer.intake import FakeIntake, sampler
-from tests.trainer.runs import changed, intake_for, train
+from tests.trainer.fake_intake import FakeIntake, sampler
+from tests.trainer.trainer_harness import changed, intake_for, train
 from treegrpo.config.schema import Config
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import UnavailableError
 from treegrpo.net.local_socket import socket_path
 from treegrpo.observability.metrics import TrainerMetrics
+from treegrpo.timing.backoff import Backoff
 from treegrpo.wire.trainer_protocol import Covered, Evaluate, Evaluation, Message, Publish, Refused, StepReport, Take, Taken
 
 
@@ -97,10 +98,10 @@ def test_checkpoints_cover_positions_and_old_versions_go(config: Config) -> None
     with intake_for(config) as intake:
         train(config)
     assert [covered.position for covered in intake.of(Covered)] == [6]
-    folder = newest(config.run.dir / "checkpoints")
+    folder = newest_checkpoint(config.run.dir / "checkpoints")
     assert folder is not None
-    assert read_progress(folder) == Progress(0, 4, 8)
-    assert published(config.run.dir / "weights") == [PolicyVersion(0, n) for n in (2, 3, 4)]
+    assert read_training_progress(folder) == TrainingProgress(0, 4, 8)
+    assert list_versions(config.run.dir / "weights") == [PolicyVersion(0, n) for n in (2, 3, 4)]
 
 
 def test_a_resumed_run_goes_on_in_a_new_lineage(config: Config) -> None:
@@ -199,7 +200,9 @@ def test_the_reference_is_the_initial_model_also_after_a_resume(config: Config) 
 
 def test_nobody_at_the_socket_is_said(config: Config) -> None:
     with pytest.raises(UnavailableError, match="The intake does not answer at"):
-        Link.open(socket_path(config.run.dir), threading.Event(), seconds=0.2)
+        IntakeClient.connect(
+            socket_path(config.run.dir), threading.Event(), retries=IntakeRetries(connect=Backoff((0.1,), seconds=0.2))
+        )
 
 
 def test_sigterm_ends_the_process_well(config: Config) -> None:
@@ -221,16 +224,16 @@ def test_sigterm_ends_the_process_well(config: Config) -> None:
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    folder = newest(config.run.dir / "checkpoints")
+    folder = newest_checkpoint(config.run.dir / "checkpoints")
     assert folder is not None
-    assert 1 <= read_progress(folder).step < 1000
+    assert 1 <= read_training_progress(folder).step < 1000
 
 
 def test_groups_are_dealt_to_minibatches_and_none_is_empty() -> None:
     batch: list[Any] = [*range(5)]
-    assert split(batch, 2) == [[0, 2, 4], [1, 3]]
-    assert split(batch[:2], 4) == [[0], [1]]
-    assert split([], 4) == [[]]
+    assert split_minibatches(batch, 2) == [[0, 2, 4], [1, 3]]
+    assert split_minibatches(batch[:2], 4) == [[0], [1]]
+    assert split_minibatches([], 4) == [[]]
 
 
 def test_every_minibatch_is_a_step_of_its_own(config: Config) -> None:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.trainer.algorithm.corrections import m2po_limit, m2po_measured
+from learner.trainer.algorithm.corrections import m2po_limit, m2po_log_ratios
 from learner.trainer.algorithm.loss import GAINS, entropy_bonus, kl, policy_loss, reference_penalty
-from learner.trainer.algorithm.metric_sums import Tally
+from learner.trainer.algorithm.metric_sums import MetricSums
 from learner.trainer.algorithm.targets import Targets
-from tests.trainer.targets import float64, lone, near, places, random_targets
+from tests.trainer.target_builders import float64, lone, near, places, random_targets
 from treegrpo.config.train import CORRECTION_OPTIONS, LOSS_OPTIONS, KlEstimator, Loss, TrainConfig
 
 ALL = "m2po of all tokens"
@@ -88,7 +88,7 @@ def test_a_shared_token_loses_what_its_leaves_lose_apart(
     train = tight(loss, correction)
     proximal = near(rng, targets.sampled_A, 0.3)
     logprob = near(rng, proximal, 0.5).requires_grad_()
-    limit = m2po_limit(m2po_measured(proximal - targets.sampled_A, targets, train), 0.04)
+    limit = m2po_limit(m2po_log_ratios(proximal - targets.sampled_A, targets, train), 0.04)
     apart = path_by_path(logprob, proximal, targets, train, limit)
     shared, _ = policy_loss(logprob, proximal, targets, train, limit)
     assert shared.item() == pytest.approx(apart.item(), abs=1e-12)
@@ -98,7 +98,7 @@ def test_a_shared_token_loses_what_its_leaves_lose_apart(
 
 def test_the_shared_form_is_tested_where_everything_acts() -> None:
     """On the spreads of the property above all clips, caps and masks happen."""
-    total = Tally()
+    total = MetricSums()
     for seed in range(20):
         for loss in TOKEN_LEVEL:
             for correction in ("tis", "icepop"):
@@ -107,7 +107,7 @@ def test_the_shared_form_is_tested_where_everything_acts() -> None:
                 proximal = near(rng, targets.sampled_A, 0.3)
                 train = tight(loss, correction)
                 total += policy_loss(near(rng, proximal, 0.5), proximal, targets, train)[1]
-    assert all(total.per(name, "terms") > 0.02 for name in ("clip_low", "clip_high", "clip_dual", "capped", "masked"))
+    assert all(total.ratio(name, "terms") > 0.02 for name in ("clip_low", "clip_high", "clip_dual", "capped", "masked"))
 
 
 def sequence_loss(logprob_A: Tensor, proximal_A: Tensor, targets: Targets, train: TrainConfig) -> Tensor:
@@ -147,31 +147,31 @@ def test_gspo_takes_the_ratio_from_the_leaf_and_the_advantage_from_the_node() ->
     targets = places([-1.0, -1.0, -1.0], [[(0, 2.0), (1, 1.0)], [(0, -1.0), (2, -1.0)]], [0.5, 0.25])
     logprob = float64(-0.98, -0.96, -1.06).requires_grad_()
     train = TrainConfig(loss="gspo", clip_low=0.05, clip_high=0.05)
-    loss, tally = policy_loss(logprob, logprob.detach(), targets, train)
+    loss, sums = policy_loss(logprob, logprob.detach(), targets, train)
     high, low = math.exp(0.03), math.exp(-0.02)
     assert loss.item() == pytest.approx(-(0.5 * high * 3 - 0.25 * low * 2))
     (gradient,) = torch.autograd.grad(loss, logprob)
     assert gradient.tolist() == pytest.approx([-(0.5 * 2 * high - 0.25 * low), -0.5 * high, 0.25 * low])
-    assert (tally["terms"], tally["clip_low"], tally["clip_high"]) == (4, 0, 0)
+    assert (sums["terms"], sums["clip_low"], sums["clip_high"]) == (4, 0, 0)
 
 
 def test_gspo_clips_a_leaf_at_all_its_places() -> None:
     targets = places([-1.0, -1.0, -1.0], [[(0, 1.0), (1, 1.0)], [(0, -1.0), (2, -1.0)]], [1.0, 1.0])
     logprob = float64(-0.9, -1.0, -1.3).requires_grad_()
-    loss, tally = policy_loss(logprob, logprob.detach(), targets, TrainConfig(loss="gspo"))
+    loss, sums = policy_loss(logprob, logprob.detach(), targets, TrainConfig(loss="gspo"))
     assert loss.item() == pytest.approx(-2 * 1.0004 + 2 * 0.9997)
     assert not torch.autograd.grad(loss, logprob)[0].any()
-    assert (tally.per("clip_high", "terms"), tally.per("clip_low", "terms")) == (0.5, 0.5)
+    assert (sums.ratio("clip_high", "terms"), sums.ratio("clip_low", "terms")) == (0.5, 0.5)
 
 
 def test_the_clip_stops_the_gradient_on_its_own_side_only() -> None:
     ratio = float64(1.5, 1.5, 0.5, 0.5, 1.0)
     logprob = ratio.log().requires_grad_()
     targets = lone([0.0] * 5, [1.0, -1.0, 1.0, -1.0, 1.0])
-    loss, tally = policy_loss(logprob, logprob.detach(), targets, TrainConfig())
+    loss, sums = policy_loss(logprob, logprob.detach(), targets, TrainConfig())
     (gradient,) = torch.autograd.grad(loss, logprob)
     assert gradient.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0, -1.0])
-    assert (tally.per("clip_high", "terms"), tally.per("clip_low", "terms")) == (0.2, 0.2)
+    assert (sums.ratio("clip_high", "terms"), sums.ratio("clip_low", "terms")) == (0.2, 0.2)
 
 
 def test_the_bounds_are_asymmetric() -> None:
@@ -182,22 +182,22 @@ def test_the_bounds_are_asymmetric() -> None:
 def test_the_dual_clip_bounds_what_a_bad_token_can_cost() -> None:
     """r = 5 in all: the bound of 3 holds where the advantage is negative, and leaves the other to the upper clip."""
     logprob = float64(5.0, 5.0).log().requires_grad_()
-    loss, tally = policy_loss(logprob, logprob.detach(), lone([0, 0], [-2, 2]), TrainConfig(dual_clip=3))
+    loss, sums = policy_loss(logprob, logprob.detach(), lone([0, 0], [-2, 2]), TrainConfig(dual_clip=3))
     assert loss.item() == pytest.approx(2 * 3 - 2 * 1.2)
     assert not torch.autograd.grad(loss, logprob)[0].any()
-    assert (tally["clip_dual"], tally["clip_high"]) == (1, 1)
+    assert (sums["clip_dual"], sums["clip_high"]) == (1, 1)
     unbounded, _ = policy_loss(logprob, logprob.detach(), lone([0, 0], [-2, 2]), TrainConfig())
     assert unbounded.item() == pytest.approx(2 * 5 - 2 * 1.2)
 
 
 def test_cispo_clips_the_weight_and_keeps_every_gradient() -> None:
     logprob = float64(3.0, 0.25).log().requires_grad_()
-    loss, tally = policy_loss(logprob, logprob.detach(), lone([0, 0], [1, -2]), TrainConfig(loss="cispo", clip_low=0.5))
+    loss, sums = policy_loss(logprob, logprob.detach(), lone([0, 0], [1, -2]), TrainConfig(loss="cispo", clip_low=0.5))
     assert loss.item() == pytest.approx(-1.2 * math.log(3) + 2 * 0.5 * math.log(0.25))
     assert torch.autograd.grad(loss, logprob)[0].tolist() == pytest.approx([-1.2, 1.0])
-    assert (tally["clip_high"], tally["clip_low"]) == (1, 1)
-    _, tally = policy_loss(logprob, logprob.detach(), lone([0, 0], [0, 0]), TrainConfig(loss="cispo", clip_low=0.5))
-    assert (tally["clip_high"], tally["clip_low"]) == (0, 0)
+    assert (sums["clip_high"], sums["clip_low"]) == (1, 1)
+    _, sums = policy_loss(logprob, logprob.detach(), lone([0, 0], [0, 0]), TrainConfig(loss="cispo", clip_low=0.5))
+    assert (sums["clip_high"], sums["clip_low"]) == (0, 0)
     unbounded, _ = policy_loss(logprob, logprob.detach(), lone([0, 0], [1, -2]), TrainConfig(loss="cispo"))
     assert torch.autograd.grad(unbounded, logprob)[0].tolist() == pytest.approx([-1.2, 0.5])
 
@@ -207,19 +207,19 @@ def test_dppo_stops_what_moves_a_probability_further_away_and_nothing_else() -> 
     now = [0.8, 0.8, 0.2, 0.2, 0.01]
     logprob = float64(*now).log().requires_grad_()
     targets = lone([math.log(0.5)] * 4 + [math.log(0.001)], [1, -1, 1, -1, 1])
-    loss, tally = policy_loss(logprob, logprob.detach(), targets, TrainConfig(loss="dppo"))
+    loss, sums = policy_loss(logprob, logprob.detach(), targets, TrainConfig(loss="dppo"))
     assert torch.autograd.grad(loss, logprob)[0].tolist() == pytest.approx([0, 1.6, -0.4, 0, -10])
-    assert (tally["clip_high"], tally["clip_low"]) == (1, 1)
+    assert (sums["clip_high"], sums["clip_low"]) == (1, 1)
 
 
 def test_dppo_caps_a_ratio_and_keeps_its_gradient() -> None:
     """From 0.001 to 0.05, 50-fold: verl's cap is 20. With 0 it is the formula of the paper."""
     logprob, targets = float64(0.05).log().requires_grad_(), lone([math.log(0.001)], [1])
     for cap, weight, held in ((20.0, 20.0, 1), (60.0, 50.0, 0), (0.0, 50.0, 0)):
-        loss, tally = policy_loss(logprob, logprob.detach(), targets, TrainConfig(loss="dppo", dppo_cap=cap))
+        loss, sums = policy_loss(logprob, logprob.detach(), targets, TrainConfig(loss="dppo", dppo_cap=cap))
         assert loss.item() == pytest.approx(-weight)
         assert torch.autograd.grad(loss, logprob)[0].tolist() == pytest.approx([-weight])
-        assert tally["clip_dual"] == held
+        assert sums["clip_dual"] == held
 
 
 def test_m2po_masks_a_side_of_a_shared_token_alone() -> None:
@@ -228,9 +228,9 @@ def test_m2po_masks_a_side_of_a_shared_token_alone() -> None:
     logprob = float64(0.4).log().requires_grad_()
     for tokens, gradient in (("trust_region", 6.0), ("all", 0.0)):
         train = TrainConfig.model_validate({"correction": "m2po", "m2po_tokens": tokens})
-        loss, tally = policy_loss(logprob, logprob.detach(), targets, train, 0.4)
+        loss, sums = policy_loss(logprob, logprob.detach(), targets, train, 0.4)
         assert torch.autograd.grad(loss, logprob)[0].tolist() == pytest.approx([gradient])
-        assert tally["masked"] == 1
+        assert sums["masked"] == 1
 
 
 @pytest.mark.parametrize("loss", ["ppo", "cispo", "gspo", "dppo"])
@@ -270,18 +270,18 @@ def test_a_gspo_leaf_is_corrected_as_a_whole() -> None:
     """ρ of the leaves: exp of the mean of log ρ over their tokens, 1.5 and 0.6; IcePop leaves the second out."""
     targets = places([-2.0] * 3, [[(0, 1.0), (1, 1.0)], [(2, 1.0)]], [1.0, 1.0])
     proximal = float64(-2.0, -2.0 + 2 * math.log(1.5), -2.0 + math.log(0.6))
-    loss, tally = policy_loss(proximal, proximal, targets, TrainConfig(loss="gspo", correction="icepop", icepop_low=0.7))
+    loss, sums = policy_loss(proximal, proximal, targets, TrainConfig(loss="gspo", correction="icepop", icepop_low=0.7))
     assert loss.item() == pytest.approx(-1.5 * 2)
-    assert tally.per("masked", "terms") == pytest.approx(1 / 3)
+    assert sums.ratio("masked", "terms") == pytest.approx(1 / 3)
 
 
 def test_only_tokens_that_count_are_counted() -> None:
     targets = lone([0.0] * 4, [-1.0] * 4)
     targets.counted_A[:2] = False
     logprob = float64(0.5, 0.5, 0.5, 1.0).log()
-    loss, tally = policy_loss(logprob, logprob, targets, TrainConfig())
+    loss, sums = policy_loss(logprob, logprob, targets, TrainConfig())
     assert loss.item() == pytest.approx(3 * 0.8 + 1)
-    assert (tally["terms"], tally["clip_low"]) == (2, 1)
+    assert (sums["terms"], sums["clip_low"]) == (2, 1)
 
 
 FAR = [(-1.0, -100.0, 1.0), (-1.0, -100.0, 0.0), (-100.0, -1.0, 1.0), (-100.0, -1.0, -1.0), (-100.0, -1.0, 0.0)]
@@ -348,23 +348,23 @@ def test_the_penalty_is_weighted_and_its_figure_is_not() -> None:
     logprob, reference, targets = float64(-1.0, -2.0), float64(-1.5, -2.0), lone([-1.0, -2.0], [1.0, 1.0], weight=0.25)
     expectations: list[tuple[KlEstimator, float]] = [("k1", 0.5), ("k2", 0.125), ("k3", 0.1065307)]
     for estimator, expected in expectations:
-        penalty, tally = reference_penalty(logprob, reference, targets, estimator)
+        penalty, sums = reference_penalty(logprob, reference, targets, estimator)
         assert penalty.item() == pytest.approx(0.25 * expected, rel=1e-5)
-        assert tally["kl_reference"] == pytest.approx(0.1065307, rel=1e-5)
+        assert sums["kl_reference"] == pytest.approx(0.1065307, rel=1e-5)
     targets.counted_A[0] = False
     assert reference_penalty(logprob, reference, targets, "k3")[1]["kl_reference"] == 0
 
 
 def test_the_entropy_bonus_is_weighted_and_its_figure_is_not() -> None:
     entropy = float64(2.0, 1.0).requires_grad_()
-    bonus, tally = entropy_bonus(entropy, lone([-1.0, -1.0], [1.0, 1.0], weight=0.5))
-    assert (bonus.item(), tally["entropy"]) == (1.5, 3.0)
+    bonus, sums = entropy_bonus(entropy, lone([-1.0, -1.0], [1.0, 1.0], weight=0.5))
+    assert (bonus.item(), sums["entropy"]) == (1.5, 3.0)
     assert torch.autograd.grad(bonus, entropy)[0].tolist() == [0.5, 0.5]
 
 
 def test_a_pack_without_actions_loses_nothing() -> None:
     empty = float64().requires_grad_()
     for loss in ("ppo", "gspo"):
-        found, tally = policy_loss(empty, empty.detach(), lone([], []), TrainConfig(loss=loss, correction="tis"))
-        assert (found.item(), tally.per("masked", "terms")) == (0.0, 0.0)
+        found, sums = policy_loss(empty, empty.detach(), lone([], []), TrainConfig(loss=loss, correction="tis"))
+        assert (found.item(), sums.ratio("masked", "terms")) == (0.0, 0.0)
         found.backward()

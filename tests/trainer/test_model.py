@@ -18,7 +18,7 @@ from learner.trainer.packing.layout import lay_out
 from learner.trainer.packing.model import load_model, score
 from learner.trainer.packing.packing import Pack, empty_pack, pack
 from tests.trainer.builders import CPU, STOP, VOCABULARY, forked, grown, random_group, tiny, write_tiny
-from tests.trainer.families import FAMILIES, write_family
+from tests.trainer.model_families import FAMILIES, write_family
 from treegrpo.errors import ModelError
 
 
@@ -191,7 +191,7 @@ def test_scalings_and_caps_are_refused_however_slight(tmp_path: Path, family: st
 
 def test_a_layer_that_asks_for_more_than_attention_is_refused() -> None:
     q_1HTD, layout = torch.ones(1, 2, 4, 8), lay_out([np.arange(4, dtype=np.uint32)], [0])[0]
-    for name in attention.FOREIGN:
+    for name in attention.UNSUPPORTED:
         with pytest.raises(ModelError, match=rf"its layers ask for .* \({name}\)"):
             attention.attend(nn.Module(), q_1HTD, q_1HTD, q_1HTD, None, layout=layout, **{name: 1.0})
         attention.attend(nn.Module(), q_1HTD, q_1HTD, q_1HTD, None, layout=layout, **{name: None})

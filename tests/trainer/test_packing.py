@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.trainer.algorithm.advantages import Options, advantages
-from learner.trainer.algorithm.credit_assignment import Credit, CreditedTree, credit, usable
+from learner.trainer.algorithm.advantages import EstimatorOptions, advantages
+from learner.trainer.algorithm.credit_assignment import Credit, CreditedTree, assign_credit, select_usable
 from learner.trainer.algorithm.targets import SIGNS
 from learner.trainer.packing.packing import Pack, empty_pack, pack
 from tests.trainer.builders import STOP, forked, grown, random_group, step, subtree
@@ -58,9 +58,9 @@ def expected_places(trees: list[CreditedTree]) -> list[Place]:
 
 
 def credited(groups: list[Group], estimator: str = "tree") -> list[CreditedTree]:
-    batch = usable(groups)
-    options = Options(estimator)  # pyright: ignore[reportArgumentType]
-    return credit(batch, [advantages(one.branches, options) for one in batch], "leaf_mean")
+    batch = select_usable(groups)
+    options = EstimatorOptions(estimator)  # pyright: ignore[reportArgumentType]
+    return assign_credit(batch, [advantages(one.tree_arrays, options) for one in batch], "leaf_mean")
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.trainer.distributed.ranks import balance
+from learner.trainer.distributed.ranks import balance_costs
 
 
 @given(st.lists(st.floats(0, 1e6), max_size=30), st.integers(1, 5), st.randoms())
@@ -15,7 +15,7 @@ def test_packs_are_dealt_out_once_each_in_the_fewest_and_shortest_rounds(costs: 
         rounds = max(map(len, shares))
         return sum(max(costs[share[n]] if n < len(share) else 0.0 for share in shares) for n in range(rounds))
 
-    shares = balance(costs, world)
+    shares = balance_costs(costs, world)
     assert sorted(index for share in shares for index in share) == list(range(len(costs)))
     assert max(map(len, shares)) == -(-len(costs) // world)
     order = list(range(len(costs)))
@@ -26,6 +26,6 @@ def test_packs_are_dealt_out_once_each_in_the_fewest_and_shortest_rounds(costs: 
 def test_loads_are_even_where_packs_allow_it() -> None:
     rng = np.random.default_rng(0)
     costs = rng.lognormal(size=40).tolist()
-    loads = [sum(costs[index] for index in share) for share in balance(costs, 4)]
+    loads = [sum(costs[index] for index in share) for share in balance_costs(costs, 4)]
     assert max(loads) < 1.1 * sum(costs) / 4
-    assert balance([1, 9, 5, 8, 5], 2) == [[1, 4], [3, 2, 0]]
+    assert balance_costs([1, 9, 5, 8, 5], 2) == [[1, 4], [3, 2, 0]]

@@ -13,10 +13,10 @@ from learner.trainer.distributed.ranks import Ranks
 from learner.trainer.optimizer_steps import Updater
 from learner.trainer.packing.model import load_model
 from learner.trainer.persistence import checkpoint
-from learner.trainer.persistence.checkpoint import Progress
+from learner.trainer.persistence.checkpoint import TrainingProgress
 from tests.trainer.builders import CPU, configure, write_tiny
-from tests.trainer.disk import full_beyond
-from tests.trainer.pair import WORLD, Pair
+from tests.trainer.file_size_limit import full_beyond
+from tests.trainer.rank_pair_harness import WORLD, RankPair
 from treegrpo.config.schema import Config
 from treegrpo.errors import DiskError
 
@@ -28,9 +28,9 @@ MIDDLE = 120_000
 def attempt(ranks: Ranks, config: Config, policy: tuple[PreTrainedModel, Optimizer], *, full: bool) -> str:
     try:
         with full_beyond(MIDDLE) if full else nullcontext():
-            checkpoint.save(config.run.dir / "kept", Progress(0, 1), *policy, config.model.path, 2, ranks)
+            checkpoint.save_checkpoint(config.run.dir / "kept", TrainingProgress(0, 1), *policy, config.model.path, 2, ranks)
     except DiskError as error:
-        return str(error) if ranks.says(error) or not ranks.is_first else "nobody says it"
+        return str(error) if ranks.reports_error(error) or not ranks.is_first else "nobody says it"
     return "written"
 
 
@@ -42,11 +42,11 @@ def attempts(ranks: Ranks, config: Config, rank: int) -> list[str]:
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_the_full_disk_of_one_rank_is_known_to_all_and_leaves_nothing(pair: Pair, tmp_path: Path, rank: int) -> None:
+def test_the_full_disk_of_one_rank_is_known_to_all_and_leaves_nothing(pair: RankPair, tmp_path: Path, rank: int) -> None:
     write_tiny(tmp_path / "model")
     config = configure(tmp_path)
     folder = config.run.dir / "kept" / "step-000001"
     for said in pair(attempts, config, rank):
         assert said == [f"{folder} could not be written (File too large); make room on its disk.", "written"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    assert checkpoint.newest(folder.parent) == folder
+    assert checkpoint.newest_checkpoint(folder.parent) == folder

@@ -15,7 +15,7 @@ import torch
 from learner.trainer.packing.model import load_model
 from learner.trainer.persistence import checkpoint
 from tests.trainer.builders import CPU, configure, write_tiny
-from tests.trainer.intake import FakeIntake
+from tests.trainer.fake_intake import FakeIntake
 from treegrpo.config.schema import Config
 from treegrpo.net.local_socket import socket_path
 from treegrpo.runtime.entrypoint import ERROR_PREFIX, FAILED, TRANSIENT
@@ -52,9 +52,9 @@ def test_torchrun_trains_to_the_end(config: Config) -> None:
     assert [report["position"] for report in intake.reports] == [2, 4, 6]
     assert said.count("a group is left out of training: ") == 1
     assert intake.evaluations == ["0.0", "0.0", "0.3", "0.3"]
-    folder = checkpoint.newest(config.run.dir / "checkpoints")
+    folder = checkpoint.newest_checkpoint(config.run.dir / "checkpoints")
     assert folder is not None
-    assert checkpoint.read_progress(folder).step == 3
+    assert checkpoint.read_training_progress(folder).step == 3
     published = load_model(config.run.dir / "weights" / "0.3", CPU)
     final = load_model(config.run.dir / "checkpoints" / "final", CPU)
     assert all(torch.equal(a, b) for a, b in zip(published.parameters(), final.parameters(), strict=True))

@@ -188,7 +188,7 @@ async def receive_message(reader: asyncio.StreamReader) -> Message | None:
         return None
 
 
-class IntakeClient:
+class IntakeConnection:
     """The trainer's side: blocking, one request at a time."""
 
     def __init__(self, path: str, deadline: float = 60.0) -> None:

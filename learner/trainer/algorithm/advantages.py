@@ -24,24 +24,24 @@ import numpy as np
 from learner.trainer.algorithm.tree_arrays import (
     NOISE,
     Advantage,
-    Branches,
+    TreeArrays,
     Values,
-    by_leaf,
-    by_node,
-    compare,
+    compare_rewards,
     has_signal,
-    join,
+    join_trees,
     normalise,
+    split_by_leaf,
+    split_by_node,
 )
 from treegrpo.config.train import Estimator, Singleton, TrainConfig
 
-__all__ = ["ESTIMATORS", "Advantage", "Branches", "Options", "advantages", "has_signal"]
+__all__ = ["ESTIMATORS", "Advantage", "EstimatorOptions", "TreeArrays", "advantages", "has_signal"]
 
-Estimate = Callable[[Sequence[Branches], "Options"], list[Advantage]]
+Estimate = Callable[[Sequence[TreeArrays], "EstimatorOptions"], list[Advantage]]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class EstimatorOptions:
     """The estimator and its options, named as in [train] of the configuration, which refuses those an estimator ignores."""
 
     estimator: Estimator = "tree"
@@ -53,12 +53,12 @@ class Options:
     intra_weight: float = 1.0
 
     @classmethod
-    def of(cls, train: TrainConfig) -> Options:
+    def from_config(cls, train: TrainConfig) -> EstimatorOptions:
         """Those of a run."""
         return cls(train.estimator, train.singleton, train.std_floor, train.inter_weight, train.intra_weight)
 
 
-def advantages(trees: Sequence[Branches], options: Options) -> list[Advantage]:
+def advantages(trees: Sequence[TreeArrays], options: EstimatorOptions) -> list[Advantage]:
     """The advantages in every tree of one question.
 
     Args:
@@ -69,76 +69,76 @@ def advantages(trees: Sequence[Branches], options: Options) -> list[Advantage]:
         One for each tree. Where rewards are equal, the advantage is exactly 0 and no rounding error.
     """
     found = ESTIMATORS[options.estimator](trees, options)
-    return [Advantage(_settled(one.leaf_L), _settled(one.node_N)) for one in found]
+    return [Advantage(_without_noise(one.leaf_L), _without_noise(one.node_N)) for one in found]
 
 
-def _settled(values: Values) -> Values:
+def _without_noise(values: Values) -> Values:
     return np.where(np.abs(values) > NOISE, values, 0.0)
 
 
-def tree(trees: Sequence[Branches], options: Options) -> list[Advantage]:
+def tree(trees: Sequence[TreeArrays], options: EstimatorOptions) -> list[Advantage]:
     """inter_weight · inter + intra_weight · intra. Tree-GRPO, 2509.21240."""
     inter, intra = _compared(trees, options)
-    return by_leaf(trees, options.inter_weight * inter + options.intra_weight * intra)
+    return split_by_leaf(trees, options.inter_weight * inter + options.intra_weight * intra)
 
 
-def inter(trees: Sequence[Branches], options: Options) -> list[Advantage]:
+def inter(trees: Sequence[TreeArrays], options: EstimatorOptions) -> list[Advantage]:
     """(R − mean) / (std + 1e-6) over all leaves of the question. GRPO, 2402.03300."""
-    return by_leaf(trees, _compared(trees, options)[0])
+    return split_by_leaf(trees, _compared(trees, options)[0])
 
 
-def intra(trees: Sequence[Branches], options: Options) -> list[Advantage]:
+def intra(trees: Sequence[TreeArrays], options: EstimatorOptions) -> list[Advantage]:
     """The same over the leaves of the leaf's own tree: half of Tree-GRPO, 2509.21240."""
-    return by_leaf(trees, _compared(trees, options)[1])
+    return split_by_leaf(trees, _compared(trees, options)[1])
 
 
-def two_norm(trees: Sequence[Branches], options: Options) -> list[Advantage]:
+def two_norm(trees: Sequence[TreeArrays], options: EstimatorOptions) -> list[Advantage]:
     """`inter`, and that normalised once more within the leaf's own tree. The other variant in the code of 2509.21240.
 
     Only the second mean and deviation matter where they exist, so it differs from `intra` by 1e-6 and ``std_floor``,
     which is applied both times, and in lone leaves: with "raw" these get what `inter` gives them.
     """
-    first, _ = compare([one.reward_L for one in trees], options.singleton, options.std_floor)
-    return by_leaf(trees, _flat([normalise(one, options.singleton, options.std_floor) for one in first]))
+    first, _ = compare_rewards([one.reward_L for one in trees], options.singleton, options.std_floor)
+    return split_by_leaf(trees, _flat([normalise(one, options.singleton, options.std_floor) for one in first]))
 
 
-def rloo(trees: Sequence[Branches], options: Options) -> list[Advantage]:
+def rloo(trees: Sequence[TreeArrays], options: EstimatorOptions) -> list[Advantage]:
     """R − mean reward of all other leaves of the question. REINFORCE leave-one-out, 2402.14740."""
     reward_L = _flat([one.reward_L for one in trees])
     others = len(reward_L) - 1
     if others < 1:
-        return by_leaf(trees, _lone(reward_L, options))
-    return by_leaf(trees, reward_L - (reward_L.sum() - reward_L) / others)
+        return split_by_leaf(trees, _lone(reward_L, options))
+    return split_by_leaf(trees, reward_L - (reward_L.sum() - reward_L) / others)
 
 
-def treepo(trees: Sequence[Branches], options: Options) -> list[Advantage]:
+def treepo(trees: Sequence[TreeArrays], options: EstimatorOptions) -> list[Advantage]:
     """Mean over the ancestors n of the leaf, root included, of R − V(n). TreePO, 2508.17445.
 
     An ancestor with a single leaf below it compares nothing and is skipped. Ancestors count alike, however many leaves
     they have. The published code then whitens over the tokens of the batch; that is left out here, as it would make a
     question's advantages depend on the questions beside it.
     """
-    whole = join(trees)
+    whole = join_trees(trees)
     level_LN = whole.paths & (whole.counts > 1)
     levels_L = level_LN.sum(1)
     baseline_L = level_LN @ whole.values / levels_L.clip(1)
-    return by_leaf(trees, np.where(levels_L > 0, whole.reward_L - baseline_L, _lone(whole.reward_L, options)))
+    return split_by_leaf(trees, np.where(levels_L > 0, whole.reward_L - baseline_L, _lone(whole.reward_L, options)))
 
 
-def treerl(trees: Sequence[Branches], _: Options) -> list[Advantage]:
+def treerl(trees: Sequence[TreeArrays], _: EstimatorOptions) -> list[Advantage]:
     """((V − V(root)) + (V − V(parent))) / √leaves at or below the node. TreeRL, 2506.11902."""
-    whole = join(trees)
+    whole = join_trees(trees)
     value_N = whole.values
-    return by_node(trees, (2 * value_N - value_N[0] - value_N[whole.parent_N]) / np.sqrt(whole.counts.clip(1)))
+    return split_by_node(trees, (2 * value_N - value_N[0] - value_N[whole.parent_N]) / np.sqrt(whole.counts.clip(1)))
 
 
-def sibling_loo(trees: Sequence[Branches], _: Options) -> list[Advantage]:
+def sibling_loo(trees: Sequence[TreeArrays], _: EstimatorOptions) -> list[Advantage]:
     """V − mean V of the siblings. The leave-one-out baseline of 2402.14740 in the step groups of TreeRPO, 2506.05183.
 
     An only child goes on with what its parent decided: it gets its parent's advantage, 0 below the root. So the steps
     between two forks carry one advantage, and on chains, which fork at the root only, this is `rloo`.
     """
-    whole = join(trees)
+    whole = join_trees(trees)
     value_N, parent_N = whole.values, whole.parent_N
     children_N = np.bincount(parent_N[1:], minlength=len(parent_N))
     total_N = np.bincount(parent_N[1:], value_N[1:], minlength=len(parent_N))
@@ -148,17 +148,17 @@ def sibling_loo(trees: Sequence[Branches], _: Options) -> list[Advantage]:
         siblings = children_N[parent] - 1
         others = (total_N[parent] - value_N[node]) / max(siblings, 1)
         advantage_N[node] = value_N[node] - others if siblings else advantage_N[parent]
-    return by_node(trees, advantage_N)
+    return split_by_node(trees, advantage_N)
 
 
-def at2po(trees: Sequence[Branches], options: Options) -> list[Advantage]:
+def at2po(trees: Sequence[TreeArrays], options: EstimatorOptions) -> list[Advantage]:
     """A(n) = U(n) = Σ_c softmax_c(H(c)) · U(c) over the children c of n; at a leaf U = `inter`. AT²PO, 2601.04767.
 
     H is the mean −logprob of a node's action tokens, so uncertain turns weigh more. This is what the published code
     computes as configured for its experiments ("child_softmax", "node_value"), except that it takes the biased standard
     deviation of the leaves.
     """
-    whole = join(trees)
+    whole = join_trees(trees)
     advantage_N = np.zeros(len(whole.parent_N))
     advantage_N[whole.leaf_L] = normalise(whole.reward_L, options.singleton, options.std_floor)
     for node in range(len(advantage_N) - 1, -1, -1):
@@ -166,11 +166,11 @@ def at2po(trees: Sequence[Branches], options: Options) -> list[Advantage]:
         if len(children):
             weights = np.exp(whole.entropy_N[children] - whole.entropy_N[children].max())
             advantage_N[node] = weights @ advantage_N[children] / weights.sum()
-    return by_node(trees, advantage_N)
+    return split_by_node(trees, advantage_N)
 
 
-def _compared(trees: Sequence[Branches], options: Options) -> tuple[Values, Values]:
-    inter, intra = compare([one.reward_L for one in trees], options.singleton, options.std_floor)
+def _compared(trees: Sequence[TreeArrays], options: EstimatorOptions) -> tuple[Values, Values]:
+    inter, intra = compare_rewards([one.reward_L for one in trees], options.singleton, options.std_floor)
     return _flat(inter), _flat(intra)
 
 
@@ -178,7 +178,7 @@ def _flat(parts: Sequence[Values]) -> Values:
     return np.concatenate([np.zeros(0), *parts])
 
 
-def _lone(reward_L: Values, options: Options) -> Values:
+def _lone(reward_L: Values, options: EstimatorOptions) -> Values:
     return reward_L if options.singleton == "raw" else np.zeros_like(reward_L)
 
 

@@ -1,4 +1,4 @@
-"""Learning from what another policy sampled: how much each token, or each leaf, weighs.
+"""Off-policy corrections: importance weights of tokens or leaves that another policy sampled.
 
 q is the policy that sampled, p the policy at the start of the batch ("proximal"). They differ by weight updates that came
 in between and by the arithmetic of two engines. With ρ = π_p / π_q, never with a gradient, `train.correction` is
@@ -27,13 +27,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.trainer.algorithm.metric_sums import Tally
+from learner.trainer.algorithm.metric_sums import MetricSums
 from learner.trainer.algorithm.targets import SIGNS, Targets
 from treegrpo.config.train import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class CorrectionWeights:
     rho_X: Tensor
     """The weight in the loss."""
     capped_X: Tensor
@@ -44,28 +44,28 @@ class Weights:
     """bool: left out where it is negative."""
 
 
-def weigh(log_rho_X: Tensor, train: TrainConfig, m2po_limit: float = math.inf) -> Weights:
-    """The weights that ``train.correction`` gives; see the top of this module. ``m2po_limit``: see there."""
+def correction_weights(log_rho_X: Tensor, train: TrainConfig, m2po_limit: float = math.inf) -> CorrectionWeights:
+    """The weights of ``train.correction``; for it and ``m2po_limit`` see the module's docstring."""
     log_rho_X = log_rho_X.detach()
     rho_X, no_X = log_rho_X.exp(), torch.zeros_like(log_rho_X, dtype=torch.bool)
     match train.correction:
         case "none":
-            return Weights(torch.ones_like(rho_X), no_X, no_X, no_X)
+            return CorrectionWeights(torch.ones_like(rho_X), no_X, no_X, no_X)
         case "decoupled":
-            return Weights(rho_X, no_X, no_X, no_X)
+            return CorrectionWeights(rho_X, no_X, no_X, no_X)
         case "tis":
-            return Weights(rho_X.clamp(max=train.tis_cap), rho_X > train.tis_cap, no_X, no_X)
+            return CorrectionWeights(rho_X.clamp(max=train.tis_cap), rho_X > train.tis_cap, no_X, no_X)
         case "icepop":
             masked_X = (rho_X < train.icepop_low) | (rho_X > train.icepop_high)
         case "m2po":
             masked_X = log_rho_X.double().square() >= m2po_limit
     if train.correction == "m2po" and train.m2po_tokens == "trust_region":
-        return Weights(rho_X, no_X, masked_X & (log_rho_X > 0), masked_X & (log_rho_X < 0))
-    return Weights(rho_X.masked_fill(masked_X, 0), no_X, masked_X, masked_X)
+        return CorrectionWeights(rho_X, no_X, masked_X & (log_rho_X > 0), masked_X & (log_rho_X < 0))
+    return CorrectionWeights(rho_X.masked_fill(masked_X, 0), no_X, masked_X, masked_X)
 
 
-def m2po_measured(log_rho_A: Tensor, targets: Targets, train: TrainConfig) -> Tensor:
-    """What m2po measures in a pack, as log ρ; over the packs of a batch each token is there once, or once for each leaf."""
+def m2po_log_ratios(log_rho_A: Tensor, targets: Targets, train: TrainConfig) -> Tensor:
+    """Log ρ of the tokens that m2po measures in a pack; over the packs of a batch each is there once, or once for each leaf."""
     if train.m2po_tokens == "all":
         return log_rho_A[targets.counted_A]
     log_rho_P = log_rho_A[targets.token_P]
@@ -75,7 +75,7 @@ def m2po_measured(log_rho_A: Tensor, targets: Targets, train: TrainConfig) -> Te
 def m2po_limit(log_rho_N: Tensor, tau: float) -> float:
     """The (log ρ)² from which on tokens are dropped so that the mean of the others is ≤ ``tau``; inf: none is.
 
-    Equals share a fate: where some of them have to go, all do.
+    Equal values are dropped together.
     """
     square_N = log_rho_N.double().square().sort().values
     mean_N = square_N.cumsum(0) / torch.arange(1, len(square_N) + 1, device=square_N.device)
@@ -83,8 +83,8 @@ def m2po_limit(log_rho_N: Tensor, tau: float) -> float:
     return square_N[over[0, 0]].item() if len(over) else math.inf
 
 
-def mismatch(proximal_A: Tensor, targets: Targets, *, at_start: bool = True) -> Tally:
-    """How far p is from q on the tokens that count.
+def mismatch_sums(proximal_A: Tensor, targets: Targets, *, at_start: bool = True) -> MetricSums:
+    """The distance of p from q on the tokens that count.
 
     `actions` counts them. `kl_mismatch` sums the k3 estimate of KL(q ‖ p), ρ − 1 − log ρ with tokens drawn from q;
     `log_ratio_max` is the largest |log ρ|. `count/S`, `rho/S` and `square/S` are N, Σρ and Σρ² of each class S of
@@ -103,10 +103,10 @@ def mismatch(proximal_A: Tensor, targets: Targets, *, at_start: bool = True) -> 
     totals = torch.stack([k3_A.sum(), k3_A[fresh_A].sum(), fresh_A.sum().double(), peak])
     kl, kl_lag0, actions_lag0, log_ratio_max = totals.tolist()
     sums = {"actions": float(len(rho_A)), "kl_mismatch": kl, "actions_lag0": actions_lag0, "kl_mismatch_lag0": kl_lag0}
-    return Tally(sums | dict(zip(names, sums_3S.flatten().tolist(), strict=True)), {"log_ratio_max": log_ratio_max})
+    return MetricSums(sums | dict(zip(names, sums_3S.flatten().tolist(), strict=True)), {"log_ratio_max": log_ratio_max})
 
 
-def effective_sample(tally: Tally, *signs: str) -> float:
+def effective_sample(sums: MetricSums, *signs: str) -> float:
     """(Σρ)² / (N·Σρ²) over the tokens of these classes of `SIGNS`: 1 when all weigh the same, and when there is none."""
-    count, rho, square = (sum(tally[f"{name}/{sign}"] for sign in signs) for name in ("count", "rho", "square"))
+    count, rho, square = (sum(sums[f"{name}/{sign}"] for sign in signs) for name in ("count", "rho", "square"))
     return rho**2 / (count * square) if count * square else 1.0

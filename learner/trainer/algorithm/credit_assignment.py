@@ -1,4 +1,4 @@
-"""From groups to what is trained: usable leaves, their weight in the loss, and what the batch says of itself.
+"""Credit assignment: usable leaves of groups, their advantages and weights in the loss, and figures of the batch.
 
 A leaf is usable if no step on its path failed. Everything else takes no part: neither in a baseline nor in a
 denominator, and never as a reward of zero.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from learner.trainer.algorithm.tree_arrays import Advantage, Branches, Values, compare
+from learner.trainer.algorithm.tree_arrays import Advantage, TreeArrays, Values, compare_rewards
 from treegrpo.config.train import Aggregation
 from treegrpo.core.step import ROOT, Leaf, PolicyVersion, Step
 from treegrpo.core.tree import Group, Tree
@@ -19,7 +19,7 @@ from treegrpo.core.tree import Group, Tree
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Credit:
-    """What one leaf gives to the action tokens on its path."""
+    """The advantages and the weight of the action tokens on the path of one leaf."""
 
     weight: float
     """w_ℓ of `loss`: 1/(B·G·|H_ℓ|) or 1/Σ|H|."""
@@ -45,14 +45,14 @@ class UsableTree:
     tree: Tree
     leaves: list[Leaf]
     """In the order of their nodes."""
-    branches: Branches
-    """What estimators look at; its leaves are in the same order."""
+    tree_arrays: TreeArrays
+    """The input of estimators; its leaves are in the same order."""
     index: dict[int, int]
-    """Where a node of the tree is in ``branches``."""
+    """Where a node of the tree is in ``tree_arrays``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Episodes:
+class UsableGroup:
     """The usable leaves of one group, by tree; a tree may have none."""
 
     group: Group
@@ -67,14 +67,14 @@ class Episodes:
         return [leaf for one in self.trees for leaf in one.leaves]
 
     @property
-    def branches(self) -> list[Branches]:
-        return [one.branches for one in self.trees]
+    def tree_arrays(self) -> list[TreeArrays]:
+        return [one.tree_arrays for one in self.trees]
 
 
-def usable(groups: Sequence[Group]) -> list[Episodes]:
-    """The groups that have any usable leaf, each with those it has."""
-    found = (Episodes(group, [_usable_tree(tree) for _, tree in sorted(group.trees.items())]) for group in groups)
-    return [episodes for episodes in found if episodes.leaves]
+def select_usable(groups: Sequence[Group]) -> list[UsableGroup]:
+    """The groups with usable leaves, and those leaves."""
+    candidates = (UsableGroup(group, [_usable_tree(tree) for _, tree in sorted(group.trees.items())]) for group in groups)
+    return [group for group in candidates if group.leaves]
 
 
 def _usable_tree(tree: Tree) -> UsableTree:
@@ -84,19 +84,19 @@ def _usable_tree(tree: Tree) -> UsableTree:
         for step in tree.path(leaf.node):
             index.setdefault(step.node, len(index))
     steps = [tree.steps[node] for node in index if node != ROOT]
-    branches = Branches(
+    tree_arrays = TreeArrays(
         parent_N=np.array([-1, *(index[step.parent] for step in steps)], np.int64),
         leaf_L=np.array([index[leaf.node] for leaf in leaves], np.int64),
         reward_L=np.array([leaf.reward for leaf in leaves], np.float64),
         entropy_N=np.array([0.0, *map(_entropy, steps)]),
     )
-    return UsableTree(tree, leaves, branches, index)
+    return UsableTree(tree, leaves, tree_arrays, index)
 
 
 def _usable_leaves(tree: Tree) -> Iterator[Leaf]:
     for node in sorted(tree.leaves):
         path = tree.path(node)
-        if action_tokens(path) and not any(step.status.failed for step in path):
+        if count_action_tokens(path) and not any(step.status.failed for step in path):
             yield tree.leaves[node]
 
 
@@ -104,12 +104,14 @@ def _entropy(step: Step) -> float:
     return -float(step.logprobs.mean(dtype=np.float64)) if len(step.logprobs) else 0.0
 
 
-def action_tokens(path: Sequence[Step]) -> int:
+def count_action_tokens(path: Sequence[Step]) -> int:
     """|H|: tokens of a path that the policy produced."""
     return sum(len(step.action) for step in path)
 
 
-def credit(batch: Sequence[Episodes], advantages: Sequence[Sequence[Advantage]], aggregation: Aggregation) -> list[CreditedTree]:
+def assign_credit(
+    batch: Sequence[UsableGroup], advantages: Sequence[Sequence[Advantage]], aggregation: Aggregation
+) -> list[CreditedTree]:
     """Give every usable leaf its advantages and its weight in the loss.
 
     The weights are those of the whole batch, so gradients of its parts simply add up. ``leaf_mean`` averages over the
@@ -117,19 +119,19 @@ def credit(batch: Sequence[Episodes], advantages: Sequence[Sequence[Advantage]],
 
     Args:
         batch: B groups.
-        advantages: for each group and tree those of the estimator, in the order of `Episodes`.
+        advantages: for each group and tree those of the estimator, in the order of `UsableGroup`.
         aggregation: the weights.
     """
-    total = sum(action_tokens(one.tree.path(leaf.node)) for group in batch for one in group.trees for leaf in one.leaves)
+    total = sum(count_action_tokens(one.tree.path(leaf.node)) for group in batch for one in group.trees for leaf in one.leaves)
     credited: list[CreditedTree] = []
     for group, by_tree in zip(batch, advantages, strict=True):
         share = 1 / (len(batch) * len(group.leaves))
-        for one, advantage, inter_L, intra_L in zip(group.trees, by_tree, *compare(group.rewards), strict=True):
+        for one, advantage, inter_L, intra_L in zip(group.trees, by_tree, *compare_rewards(group.rewards), strict=True):
             by_leaf: dict[int, Credit] = {}
             for leaf, base, inter, intra in zip(one.leaves, advantage.leaf_L, inter_L, intra_L, strict=True):
                 path = one.tree.path(leaf.node)
                 advantage_D = base + advantage.node_N[[one.index[step.node] for step in path]]
-                weight = share / action_tokens(path) if aggregation == "leaf_mean" else 1 / total
+                weight = share / count_action_tokens(path) if aggregation == "leaf_mean" else 1 / total
                 by_leaf[leaf.node] = Credit(weight, advantage_D, float(inter), float(intra))
             credited.append(CreditedTree(one.tree, by_leaf))
     return credited
@@ -146,7 +148,7 @@ def version_lag(groups: Sequence[Group], now: PolicyVersion) -> tuple[float, int
     return mean, max((lag for lag, length in spans if length), default=0)
 
 
-def mixed_siblings(groups: Sequence[Group]) -> float | None:
+def mixed_siblings_share(groups: Sequence[Group]) -> float | None:
     """Share of sibling sets (steps with one parent) whose members were not all sampled from the same versions.
 
     The trees of a question share their root, so their first steps are siblings. Failed steps count like any other, but

@@ -1,7 +1,7 @@
-"""The last look at groups before they become tensors: a group that cannot be trained on is left out, the others are not.
+"""Group validation: refuses groups that cannot be trained on before they become tensors.
 
-    bytes ─► unpack_group ─► examine ─► sound groups ─► usable ─► …
-                 └──────────────┴─────► refused: one sentence each, to be logged and counted
+    bytes ─► unpack_group ─► check_group ─► valid groups ─► select_usable ─► …
+                 └───────────────┴─────► refused: one message each, to be logged and counted
 
 The intake has checked every subtree it accepted; a journal may come from elsewhere, and the model may be another.
 """
@@ -17,22 +17,22 @@ from treegrpo.errors import ContractError, TreeError
 from treegrpo.wire.trainer_protocol import unpack_group
 
 
-def unpack(packed: Sequence[bytes], vocabulary: int) -> tuple[list[Group], list[str]]:
-    """The sound ones of the groups of a `Taken`, for a model of ``vocabulary`` ids, and why each other is left out."""
+def unpack_groups(packed: Sequence[bytes], vocabulary: int) -> tuple[list[Group], list[str]]:
+    """The valid groups of a `Taken`, for a model of ``vocabulary`` ids, and why each of the others is left out."""
     groups, refused = list[Group](), list[str]()
     for data in packed:
         try:
             group = unpack_group(data)
-            examine(group, vocabulary)
-        except ContractError as error:  # the edge of a group: what is wrong with one must not stop the run
+            check_group(group, vocabulary)
+        except ContractError as error:  # an invalid group must not stop the run
             refused.append(str(error))
         else:
             groups.append(group)
     return groups, refused
 
 
-def examine(group: Group, vocabulary: int) -> None:
-    """Raise TreeError if ``group`` cannot be trained on; the sentence names group, tree, node and field."""
+def check_group(group: Group, vocabulary: int) -> None:
+    """Raise TreeError if ``group`` cannot be trained on; the message names group, tree, node and field."""
     for index, tree in sorted(group.trees.items()):
         where = f"Group {group.id}, tree {index}"
         if not len(tree.prompt):
@@ -47,7 +47,7 @@ def examine(group: Group, vocabulary: int) -> None:
 
 
 def _check_links(tree: Tree, where: str) -> None:
-    """Every node leads up to the root, over nodes at which no episode ended. No recursion: a chain may be long."""
+    """Check that every node leads up to the root, over nodes at which no episode ended. No recursion: a chain may be long."""
     for node, step in tree.steps.items():
         if node == ROOT or node != step.node:
             raise TreeError(f"{where}, node {node}: its step says it is node {step.node}; node 0 is the root.", "node")

@@ -32,15 +32,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from learner.trainer.algorithm.corrections import weigh
-from learner.trainer.algorithm.metric_sums import Tally
+from learner.trainer.algorithm.corrections import correction_weights
+from learner.trainer.algorithm.metric_sums import MetricSums
 from learner.trainer.algorithm.targets import Targets
 from treegrpo.config.train import KlEstimator, Loss, TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
-    """What the loss sums over: action tokens (A), or their places (P)."""
+    """The terms that the loss sums over: action tokens (A), or their places (P)."""
 
     log_ratio_X: Tensor
     """log r, with the gradient."""
@@ -60,7 +60,7 @@ class _Terms:
 
 @dataclass(frozen=True, slots=True)
 class _Gain:
-    """What is to grow, before ρ, and where the trust region acted: bool per term."""
+    """The objective before ρ, and where the trust region acted: bool per term."""
 
     gain_X: Tensor
     low_X: Tensor
@@ -70,24 +70,24 @@ class _Gain:
 
 def policy_loss(
     logprob_A: Tensor, proximal_A: Tensor, targets: Targets, train: TrainConfig, m2po_limit: float = math.inf
-) -> tuple[Tensor, Tally]:
-    """The loss of one pack, a sum (the weights are in w), and the tally of what trust region and correction did.
+) -> tuple[Tensor, MetricSums]:
+    """The loss of one pack, a sum (the weights are in w), and the metric sums of trust region and correction.
 
-    The tally counts `terms` (tokens, or for gspo places) and those of them that are `clip_low` (no longer pushed down),
+    They count `terms` (tokens, or for gspo places) and those of them that are `clip_low` (no longer pushed down),
     `clip_high` (no longer pulled up), `clip_dual` (held by the dual clip or the cap of dppo), `capped` and `masked` (by the
     correction).
 
     Args:
         logprob_A: log π_θ, with the gradient.
-        proximal_A: log π_p; without a correction it is not looked at.
-        targets: what was sampled and what the leaves say of it.
+        proximal_A: log π_p; not used without a correction.
+        targets: sampled tokens, advantages and weights.
         train: `loss` and `correction` with their keys.
         m2po_limit: that of the whole batch, from `corrections.m2po_limit`.
     """
     anchor_A = targets.sampled_A if train.correction == "none" else proximal_A
     make = _per_place if train.loss == "gspo" else _per_token
     terms = make(logprob_A, logprob_A - anchor_A, proximal_A - targets.sampled_A, targets)
-    weights = weigh(terms.log_rho_X, train, m2po_limit)
+    weights = correction_weights(terms.log_rho_X, train, m2po_limit)
     masked_X = (weights.masked_plus_X & (terms.plus_X > 0)) | (weights.masked_minus_X & (terms.minus_X < 0))
     terms = replace(
         terms,
@@ -104,14 +104,16 @@ def policy_loss(
         "masked": masked_X,
     }
     rho_X = weights.rho_X.masked_fill(~terms.credited_X, 0)  # nothing stays nothing where ρ overflows
-    return -(rho_X * gain.gain_X).sum(), Tally.over(terms.counted_X, figures)
+    return -(rho_X * gain.gain_X).sum(), MetricSums.sum_counted(terms.counted_X, figures)
 
 
-def reference_penalty(logprob_A: Tensor, reference_A: Tensor, targets: Targets, estimator: KlEstimator) -> tuple[Tensor, Tally]:
+def reference_penalty(
+    logprob_A: Tensor, reference_A: Tensor, targets: Targets, estimator: KlEstimator
+) -> tuple[Tensor, MetricSums]:
     """Σ W·k against the reference policy, to be multiplied by β, and the sum of k3 unweighted as `kl_reference`."""
     k3_A = kl(logprob_A, reference_A, "k3")
     k_A = k3_A if estimator == "k3" else kl(logprob_A, reference_A, estimator)
-    return (targets.weight_A * k_A).sum(), Tally.over(targets.counted_A, {"kl_reference": k3_A})
+    return (targets.weight_A * k_A).sum(), MetricSums.sum_counted(targets.counted_A, {"kl_reference": k3_A})
 
 
 def kl(logprob_A: Tensor, reference_A: Tensor, estimator: KlEstimator) -> Tensor:
@@ -130,9 +132,9 @@ def kl(logprob_A: Tensor, reference_A: Tensor, estimator: KlEstimator) -> Tensor
             return gap_A.expm1() - gap_A
 
 
-def entropy_bonus(entropy_A: Tensor, targets: Targets) -> tuple[Tensor, Tally]:
+def entropy_bonus(entropy_A: Tensor, targets: Targets) -> tuple[Tensor, MetricSums]:
     """Σ W·H, to be multiplied by `train.entropy_coef` and taken off the loss, and the sum of H unweighted as `entropy`."""
-    return (targets.weight_A * entropy_A).sum(), Tally.over(targets.counted_A, {"entropy": entropy_A})
+    return (targets.weight_A * entropy_A).sum(), MetricSums.sum_counted(targets.counted_A, {"entropy": entropy_A})
 
 
 def _per_token(logprob_A: Tensor, log_ratio_A: Tensor, log_rho_A: Tensor, targets: Targets) -> _Terms:

@@ -1,4 +1,4 @@
-"""What the loss learns from in a pack: its action tokens, and their places on the paths to the leaves.
+"""Targets of the loss in a pack: its action tokens, and their places on the paths to the leaves.
 
 Shapes: A action tokens of a pack; L leaves; P places, one for each action token on the path of each leaf. A token on a
 shared prefix is one of A and as many of P as there are leaves below it.
@@ -17,7 +17,7 @@ SIGNS = ("none", "up_up", "up_down", "down_up", "down_down")
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Action tokens with what was sampled, and the leaves they lead to with what these say of them."""
+    """Action tokens with sampled log-probabilities, and the leaves they lead to with advantages and weights."""
 
     label_A: Tensor
     """int64: the action tokens."""

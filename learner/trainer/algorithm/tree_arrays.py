@@ -1,4 +1,4 @@
-"""A question's trees as an estimator sees them: whose child a node is, which nodes are leaves, what these earned.
+"""Tree arrays, the input of estimators: parents of nodes, leaves and their rewards, for the trees of a question.
 
 Shapes: N nodes of a tree, the root first; L leaves of a tree.
 """
@@ -21,7 +21,7 @@ NOISE = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Branches:
+class TreeArrays:
     """The nodes on the paths to the usable leaves of one tree, and no others."""
 
     parent_N: Indices
@@ -60,11 +60,11 @@ class Advantage:
     node_N: Values
 
 
-def join(trees: Sequence[Branches]) -> Branches:
+def join_trees(trees: Sequence[TreeArrays]) -> TreeArrays:
     """The trees of a question as one: they share their root, the prompt. Each tree's other nodes keep their order."""
     offsets = np.cumsum([0, *(len(one.parent_N) - 1 for one in trees)])[:-1]
     parents = [np.where(one.parent_N > 0, one.parent_N + k, 0)[1:] for one, k in zip(trees, offsets, strict=True)]
-    return Branches(
+    return TreeArrays(
         parent_N=np.concatenate([np.array([-1]), *parents]),
         leaf_L=np.concatenate([np.zeros(0, np.int64), *(one.leaf_L + k for one, k in zip(trees, offsets, strict=True))]),
         reward_L=np.concatenate([np.zeros(0), *(one.reward_L for one in trees)]),
@@ -72,21 +72,21 @@ def join(trees: Sequence[Branches]) -> Branches:
     )
 
 
-def by_leaf(trees: Sequence[Branches], leaf_L: Values) -> list[Advantage]:
+def split_by_leaf(trees: Sequence[TreeArrays], leaf_L: Values) -> list[Advantage]:
     """The advantages of all leaves of a question, tree by tree."""
     ends = np.cumsum([len(one.leaf_L) for one in trees])
     parts = np.split(leaf_L, ends[:-1]) if trees else []
     return [Advantage(part, np.zeros(len(one.parent_N))) for one, part in zip(trees, parts, strict=True)]
 
 
-def by_node(trees: Sequence[Branches], node_N: Values) -> list[Advantage]:
-    """The advantages of all nodes of the trees as `join` orders them, tree by tree; the root has no action and gets 0."""
+def split_by_node(trees: Sequence[TreeArrays], node_N: Values) -> list[Advantage]:
+    """The advantages of all nodes of the trees as `join_trees` orders them, tree by tree; the root has no action and gets 0."""
     ends = np.cumsum([len(one.parent_N) - 1 for one in trees])
     parts = np.split(node_N[1:], ends[:-1]) if trees else []
     return [Advantage(np.zeros(len(one.leaf_L)), np.array([0.0, *part])) for one, part in zip(trees, parts, strict=True)]
 
 
-def compare(
+def compare_rewards(
     rewards: Sequence[ArrayLike], singleton: Singleton = "zero", std_floor: float = 0.0
 ) -> tuple[list[Values], list[Values]]:
     """Each leaf against all leaves of the question (inter) and against those of its own tree (intra); see `normalise`."""

@@ -1,4 +1,4 @@
-"""The edge of the trainer's processes: a rank, or, where `train.processes` asks for several, what starts them here."""
+"""Launcher of ranks: runs this process as a rank, or starts `train.processes` of them with torchrun."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from learner.trainer.distributed.ranks import ALONE, Ranks, by_torchrun, joined
+from learner.trainer.distributed.ranks import SINGLE_RANK, Ranks, join_process_group, started_by_torchrun
 from treegrpo.config.loader import config_from_arguments
 from treegrpo.config.schema import Config
 from treegrpo.errors import TreeGrpoError
@@ -22,31 +22,31 @@ from treegrpo.runtime.process_environment import remove_rank_variables
 from treegrpo.runtime.stop_signals import stop_signals
 
 SIGNALLED = 128
-"""And the signal's number: the exit code of a shell's children."""
+"""Plus the signal's number: the exit code after a signal, as in a shell."""
 DRAIN_SECONDS = 180
 """From a SIGTERM or SIGINT to the end of the last rank; then they are killed."""
 
 
 def run(work: Callable[[Config, Ranks], None], module: str) -> int:
-    """Do ``work``, which is what ``python -m module`` does, as the command line says; returns the exit code.
+    """Run ``work``, the main function of ``python -m module``, with the command line's configuration; returns the exit code.
 
     A process that torchrun started is one of its ranks. Any other is the only rank, or starts `train.processes` of them,
     whatever another launcher has left in the environment.
     """
-    arguments, ranks = sys.argv[1:], ALONE
+    arguments, ranks = sys.argv[1:], SINGLE_RANK
     try:
         config = config_from_arguments(arguments)
-        if not by_torchrun():
+        if not started_by_torchrun():
             remove_rank_variables()
             if config.train.processes > 1:
                 return start(module, config.train.processes, arguments)
-        with joined() as ranks:
+        with join_process_group() as ranks:
             who = "" if ranks.is_first else f"rank {ranks.rank}: "
             log_setup.log_to_stderr(logging.INFO if ranks.is_first else logging.WARNING, who)
             work(config, ranks)
         code = 0
     except TreeGrpoError as error:
-        code = report_error(error) if ranks.says(error) else exit_code(error)
+        code = report_error(error) if ranks.reports_error(error) else exit_code(error)
     except Exception as crash:
         write_exit_report(exit_report_for(crash))
         raise
@@ -60,8 +60,8 @@ def run(work: Callable[[Config, Ranks], None], module: str) -> int:
 def start(module: str, processes: int, arguments: Sequence[str]) -> int:
     """Run ``processes`` ranks of ``module`` on this machine, which alone can reach them; returns the exit code.
 
-    It is what torchrun does, with its logs: when one rank ends badly the others are ended. A signal is passed on, the
-    ranks drain, and the code says which signal it was, unless a rank reports that it failed.
+    This is torchrun, with its logs: when one rank fails the others are ended. A signal is passed on, the ranks drain, and
+    the code is that of the signal, unless a rank reports that it failed.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -75,8 +75,8 @@ def start(module: str, processes: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         code = FAILED if any(failure.exitcode == FAILED for failure in error.failures.values()) else TRANSIENT
         died = [_killed(rank, -failure.exitcode) for rank, failure in error.failures.items() if failure.exitcode < 0]
-    except SignalException as told:  # it has waited for the ranks
-        code = SIGNALLED + told.sigval
+    except SignalException as signalled:  # torchrun has waited for the ranks
+        code = SIGNALLED + signalled.sigval
     cause = decisive_report([*reports.read(), *died])
     if cause is None or (cause.secondary and code > SIGNALLED):  # ranks that drain may lose each other at the very end
         return code
@@ -91,7 +91,7 @@ def _killed(rank: int, number: int) -> ExitReport:
 
 @contextmanager
 def _environment(more: Mapping[str, str]) -> Generator[None]:
-    """Have ``more`` in the environment for the time of the block."""
+    """Set the environment variables ``more`` within the block."""
     before = {name: os.environ.get(name) for name in more}
     os.environ.update(more)
     try:

@@ -1,10 +1,11 @@
-"""The processes of the trainer: torchrun starts them; each holds a part of the policy and computes a part of the packs.
+"""Ranks: the processes of the trainer. Each holds a shard of the policy and computes a part of the packs.
 
-    intake ◄─► rank 0 ── share: groups, decisions ──► rank 1 … N−1
-                 └── FSDP2: weights gathered layer by layer, gradients summed, each rank steps its own part ──┘
+    intake ◄─► rank 0 ── broadcast: groups, decisions ──► rank 1 … N−1
+                 └── FSDP2: weights gathered layer by layer, gradients summed, each rank steps its own shard ──────┘
 
-All do the same with the same groups, up to the packs; then each takes its own. Only rank 0 talks to anybody. One process
-is rank 0 of 1: the same code, but no process group, and nothing is wrapped. Ranks on several machines share `run.dir`.
+torchrun starts them. All process the same groups up to the packs; then each takes its own. Only rank 0 talks to other
+processes. A lone process is rank 0 of 1: the same code, without a process group or wrapped modules. Ranks on several
+machines share `run.dir`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -27,26 +27,25 @@ from torch.distributed.tensor import DTensor
 
 from learner.trainer.packing.model import Policy
 from learner.trainer.packing.packing import Pack, empty_pack
-from learner.trainer.persistence.atomic_directory import whole
 from treegrpo.errors import ConfigError, RankError, TreeGrpoError
 from treegrpo.runtime.parent_death import die_with_parent
 
 CPU = torch.device("cpu")
-PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-"""What torchrun tells a process, and what holds without it."""
+RANK_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""The environment variables that torchrun sets, and their values without it."""
 TORCHRUN = "TORCHELASTIC_RUN_ID"
-"""Set by torchrun alone: other launchers, and what they leave in a shell or pod, do not say that ranks are to meet."""
+"""Set by torchrun alone: variables of other launchers, left in a shell or pod, do not start a process group."""
 STORE_SECONDS = 30.0
-PATIENCE = timedelta(minutes=30)
-"""Longest that one rank may let the others wait: for a checkpoint to be written, or a dear pack. The intake is asked
-again every few seconds and each answer is shared, so a run that waits or is paused for days stays below it. A rank that
-dies is noticed at once: its connections close."""
-FIRST_FAILED = "Rank 0 of the trainer failed, and with it all others; its traceback in the log has why."
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Timeout of collectives: the longest that one rank may let the others wait, for a checkpoint or an expensive pack. The
+intake is polled every few seconds and each answer is broadcast, so a run that is paused for days stays below it. A rank
+that dies is noticed at once: its connections close."""
+RANK_0_FAILED = "Rank 0 of the trainer failed, and with it all others; its traceback in the log has why."
 T = TypeVar("T")
 
 
 class Ranks:
-    """This process among those that train together."""
+    """This process among those that train together: its rank, its device, and the collectives."""
 
     def __init__(self, rank: int = 0, world: int = 1, local: int = 0) -> None:
         """Args:
@@ -56,12 +55,12 @@ class Ranks:
         """
         self.rank, self.world = rank, world
         self.is_first = rank == 0
-        """Talks to the intake, serves /metrics, writes models, decides."""
+        """Rank 0 talks to the intake, serves /metrics, writes models, decides."""
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else CPU
         self._common: BaseException | None = None
         """The last error that all ranks raised."""
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's ``value``, on every rank."""
         if self.world == 1:
             return value
@@ -69,8 +68,8 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=CPU)
         return box[0]
 
-    def first(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns on rank 0, which alone does it.
+    def run_on_first(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0 alone, and return its result on every rank.
 
         Raises:
             TreeGrpoError: rank 0's, on every rank.
@@ -80,28 +79,28 @@ class Ranks:
         def outcome() -> tuple[T | None, BaseException | None]:
             try:
                 return work(), None
-            except BaseException as error:  # noqa: BLE001  # raised below: first the others, who wait, are told
+            except BaseException as error:  # noqa: BLE001  # raised below, after the broadcast that the others wait for
                 return None, error
 
         value, failure = outcome() if self.is_first else (None, None)
         ours = failure is None or isinstance(failure, TreeGrpoError)
-        value, told = self.share((value, failure if ours else RankError(FIRST_FAILED)))
-        if isinstance(told, RankError):
-            raise failure or told
-        if told is not None:
-            self.raise_alike(told)
+        value, error = self.broadcast((value, failure if ours else RankError(RANK_0_FAILED)))
+        if isinstance(error, RankError):
+            raise failure or error
+        if error is not None:
+            self.raise_on_all(error)
         return cast("T", value)
 
-    def raise_alike(self, error: BaseException) -> NoReturn:
-        """Raise an error that all ranks raise."""
+    def raise_on_all(self, error: BaseException) -> NoReturn:
+        """Raise an error that all ranks raise, so that rank 0 alone reports it."""
         self._common = error
         raise error
 
-    def says(self, error: BaseException) -> bool:
-        """Whether it is for this rank to print ``error``: what all raise, rank 0 alone says."""
+    def reports_error(self, error: BaseException) -> bool:
+        """Whether this rank is to print ``error``: rank 0 alone prints an error that all raise."""
         return self.is_first or error is not self._common
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on every rank."""
         if self.world == 1:
             return [value]
@@ -109,24 +108,24 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        """Return when all ranks are here."""
-        self.gather(None)
+    def barrier(self) -> None:
+        """Return when all ranks have called it."""
+        self.all_gather(None)
 
-    def share_out(self, packs: Sequence[Pack]) -> list[Pack]:
-        """The packs of this rank, as many as on any other: where there are fewer, it takes part empty-handed."""
+    def assign_packs(self, packs: Sequence[Pack]) -> list[Pack]:
+        """The packs of this rank, padded with empty ones to as many as on any other."""
         if self.world == 1:
             return list(packs)
-        own = [packs[index] for index in balance([pack.cost for pack in packs], self.world)[self.rank]]
+        own = [packs[index] for index in balance_costs([pack.cost for pack in packs], self.world)[self.rank]]
         return own + [empty_pack()] * (-(-len(packs) // self.world) - len(own))
 
-    def shard(self, policy: Policy) -> Policy:
-        """Spread the weights of ``policy`` over the ranks, in place; a lone rank moves them to its device.
+    def shard_policy(self, policy: Policy) -> Policy:
+        """Shard the weights of ``policy`` over the ranks with FSDP2, in place; a lone rank moves them to its device.
 
         A decoder layer is gathered when it is its turn. Embeddings, head and final norm are gathered with the root, for
         the whole of a forward and backward pass, so it does not matter whether embeddings and head are tied. After a
         forward pass alone they stay gathered until the next backward pass; a policy that has none, because no parameter
-        requires a gradient, lets go of them at once.
+        requires a gradient, frees them at once.
         """
         if self.world == 1:
             return policy.to(self.device)
@@ -139,7 +138,7 @@ class Ranks:
             wrapped.set_force_sum_reduction_for_comms(True)
         return policy
 
-    def whole_state(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    def gather_state(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         """All weights of ``model`` in rank 0's main memory, tied ones once; nothing on the others.
 
         One tensor at a time is whole on the device.
@@ -153,16 +152,8 @@ class Ranks:
                     state[name] = full.to(CPU, dtype)
         return state
 
-    @contextmanager
-    def whole(self, target: Path) -> Generator[Path]:
-        """`durable.whole` for all: rank 0 makes the directory, and gives it its name when every rank has written."""
-        with ExitStack() as stack:
-            yield self.first(lambda: stack.enter_context(whole(target)))
-            self.wait()
-            self.first(stack.close)
 
-
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 def full_tensor(value: Tensor) -> Tensor:
@@ -170,15 +161,15 @@ def full_tensor(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def balance(costs: Sequence[float], world: int) -> list[list[int]]:
-    """Which packs each rank takes, dearest first.
+def balance_costs(costs: Sequence[float], world: int) -> list[list[int]]:
+    """Balance packs over ranks by cost; the packs of each rank, the most expensive first.
 
-    FSDP keeps the ranks in step, layer by layer: a round of one pack each takes as long as its dearest. So packs of like
-    cost go together, in the least number of rounds, which makes the sum of these least; within a round the dearest goes
-    to the rank that has had least.
+    FSDP keeps the ranks in step, layer by layer: a round of one pack each takes as long as its most expensive. So packs of
+    like cost go together, in the least number of rounds, which makes the sum of these least; within a round the most
+    expensive goes to the rank with the least cost so far.
 
     Example:
-        >>> balance([1, 9, 5, 8, 5], 2)
+        >>> balance_costs([1, 9, 5, 8, 5], 2)
         [[1, 4], [3, 2, 0]]
     """
     order = sorted(range(len(costs)), key=lambda index: -costs[index])
@@ -191,28 +182,28 @@ def balance(costs: Sequence[float], world: int) -> list[list[int]]:
     return shares
 
 
-def by_torchrun() -> bool:
+def started_by_torchrun() -> bool:
     """Whether torchrun started this process as one of its ranks.
 
     Raises:
         ConfigError: the environment says that it is one of several ranks, and no torchrun is there.
     """
     world = os.environ.get("WORLD_SIZE", "1")
-    mend = "unset RANK and WORLD_SIZE, so that train.processes decides, or start the ranks with torchrun."
+    remedy = "unset RANK and WORLD_SIZE, so that train.processes decides, or start the ranks with torchrun."
     if TORCHRUN not in os.environ:
         if world != "1":
-            raise ConfigError(f"The environment has WORLD_SIZE = {world!r}, and it was not torchrun that set it; {mend}")
+            raise ConfigError(f"The environment has WORLD_SIZE = {world!r}, and it was not torchrun that set it; {remedy}")
         return False
-    if not all(os.environ.get(name, default).isdecimal() for name, default in PLACE.items()):
-        place = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in PLACE)
-        raise ConfigError(f"The environment has {place}, which are no numbers; {mend}")
+    if not all(os.environ.get(name, default).isdecimal() for name, default in RANK_VARIABLES.items()):
+        place = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in RANK_VARIABLES)
+        raise ConfigError(f"The environment has {place}, which are not numbers; {remedy}")
     if world != "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not _store_answers():
-        raise ConfigError(f"The environment has what torchrun tells its ranks, and that torchrun is gone; {mend}")
+        raise ConfigError(f"The environment has the variables of a torchrun that has ended; {remedy}")
     return True
 
 
 def _store_answers() -> bool:
-    """Whether torchrun's store listens, where the ranks are to meet."""
+    """Whether torchrun's rendezvous store listens."""
     place = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
         with socket.create_connection(place, timeout=STORE_SECONDS):
@@ -222,18 +213,18 @@ def _store_answers() -> bool:
 
 
 @contextmanager
-def joined() -> Generator[Ranks]:
-    """This process among those torchrun started, for the time of the block; alone if it did not.
+def join_process_group() -> Generator[Ranks]:
+    """Join the process group of torchrun's ranks within the block; a lone rank joins none.
 
-    When all raise the same, or rank 0 has failed, the others stay until rank 0 has gone: torchrun ends whoever is left
-    when the first one ends badly, and rank 0 has to say why.
+    When all raise the same, or rank 0 has failed, the others wait until rank 0 has ended: torchrun ends the remaining ranks
+    when the first one fails, and rank 0 has to report why.
 
     Raises:
         ConfigError: there are fewer GPUs on this machine than ranks.
         RankError: another rank has died.
     """
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in PLACE.items())
-    if TORCHRUN in os.environ:  # killed, torchrun would leave its processes behind
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in RANK_VARIABLES.items())
+    if TORCHRUN in os.environ:  # a killed torchrun would leave its processes behind
         die_with_parent()
     ranks = Ranks(rank, world, local)
     if world == 1:
@@ -243,16 +234,16 @@ def joined() -> Generator[Ranks]:
         if local >= (gpus := torch.cuda.device_count()):
             raise ConfigError(f"Rank {rank} of the trainer finds {gpus} GPUs on its machine; start at most as many processes.")
         torch.cuda.set_device(ranks.device)
-    if sys.platform == "linux" and os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # all on this machine: keep to it
+    if sys.platform == "linux" and os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # all on this machine: use loopback
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
         yield ranks
-        ranks.wait()  # whoever leaves first would look as if it had died
+        ranks.barrier()  # a rank that leaves first would look as if it had died
     except TreeGrpoError as error:
-        if isinstance(error, RankError) or not ranks.says(error):
+        if isinstance(error, RankError) or not ranks.reports_error(error):
             with suppress(RuntimeError):  # the end of rank 0
-                ranks.wait()
+                ranks.barrier()
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):

@@ -1,4 +1,4 @@
-"""Attention over a pack that computes only what is seen, as an attention implementation of transformers.
+"""Tree attention: attention over a pack that computes only visible pairs, as an implementation for transformers.
 
 A softmax over keys in several places is the softmax over each place, weighed by their log-sum-exps: with O_b and S_b the
 output and the log-sum-exp of block b (FlashAttention, arXiv 2205.14135),
@@ -29,14 +29,14 @@ from learner.trainer.packing.layout import Layout
 from treegrpo.errors import ModelError
 
 NAME = "treegrpo_tree"
-FOREIGN = {
+UNSUPPORTED = {
     "softcap": "soft-capped attention",
     "s_aux": "attention sinks",
     "sliding_window": "a sliding window",
     "position_bias": "a bias of positions",
     "attention_bias": "a bias of positions",
 }
-"""What transformers may hand to a layer's attention beside what every model has."""
+"""Arguments of transformers for features that tree attention does not compute."""
 BLOCK = 128
 """Tokens of a side of FlexAttention's blocks."""
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001  what scaled_dot_product_attention calls
@@ -97,8 +97,8 @@ class TreeAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def prepared(layout: Layout, device: torch.device) -> Layout | BlockMask:
-    """What `attend` takes as ``layout`` on this device; make it once for all layers."""
+def prepare_layout(layout: Layout, device: torch.device) -> Layout | BlockMask:
+    """Prepare the ``layout`` argument of `attend` for this device, once for all layers."""
     return block_mask(layout, device) if device.type == "cuda" else layout
 
 
@@ -121,11 +121,11 @@ def block_mask(layout: Layout, device: torch.device) -> BlockMask:
         return (key <= query) & (query < end_T[key])
 
     size = (layout.tokens, layout.tokens)
-    return BlockMask.from_kv_blocks(*_listed(some_BB, device), *_listed(full_BB, device), BLOCK, sees, seq_lengths=size)
+    return BlockMask.from_kv_blocks(*_block_lists(some_BB, device), *_block_lists(full_BB, device), BLOCK, sees, seq_lengths=size)
 
 
-def _listed(kept_BB: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, and which, these first."""
+def _block_lists(kept_BB: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The number of key blocks of each query block, and their indices, these first."""
     order_BB = np.argsort(~kept_BB, axis=1, kind="stable").astype(np.int32)
     counts_B = kept_BB.sum(1).astype(np.int32)
     return torch.from_numpy(counts_B)[None, None].to(device), torch.from_numpy(order_BB)[None, None].to(device)
@@ -149,12 +149,12 @@ def attend(
     layout: Layout | BlockMask,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; ``layout`` is `prepared` and handed to the model's decoder.
+    """What transformers calls in every layer; ``layout`` is from `prepare_layout` and passed to the model's decoder.
 
     Raises:
         ModelError: the layer asks for more than attention, and would be computed as if it did not.
     """
-    for name, what in FOREIGN.items():
+    for name, what in UNSUPPORTED.items():
         if others.get(name) is not None:
             raise ModelError(f"its layers ask for {what} ({name}), which attention over trees does not compute")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

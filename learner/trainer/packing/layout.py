@@ -1,4 +1,4 @@
-"""Which tokens of a pack see which: paths laid out depth first, every shared prefix once.
+"""Layout of a pack: paths depth first, every shared prefix once, and which tokens see which.
 
 Sorted paths make a tree without one being built: what a path shares with the one before it is already there, so a path
 adds a *run* of new tokens, and its prefix is a few stretches of earlier runs. In this order everything below a token is
@@ -29,7 +29,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """The tokens of a pack and who sees whom."""
+    """The tokens of a pack, and which of them see which."""
 
     runs: tuple[Range, ...]
     """Where the new tokens of each path lie that has any and that does not just go on; together they are [0, T)."""
@@ -51,7 +51,7 @@ class Layout:
         return int((self.end_T - np.arange(self.tokens)).sum())
 
 
-def shared(one: PathIds, other: PathIds) -> int:
+def shared_prefix(one: PathIds, other: PathIds) -> int:
     """Tokens that two paths have in common from the start."""
     length = min(len(one), len(other))
     differ = one[:length] != other[:length]

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.trainer.packing import attention
 from learner.trainer.packing.layout import Layout, lay_out
-from learner.trainer.packing.model_support import check_suitable
+from learner.trainer.packing.model_support import check_trainable
 from learner.trainer.packing.packing import Pack
 from treegrpo.config.schema import Dtype
 from treegrpo.errors import ModelError, WeightsError, describe
@@ -25,7 +25,7 @@ from treegrpo.storage.weight_files import check_head, check_plain_numbers, read_
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Logits that exist at a time, in float32: 16 MB, which a cache can hold, and 1 GB, which keeps the head's products large."""
 TOLERANCE = 1e-3
-"""Of a logit in `_verify`, relative to the largest: rounding stays far below it, another attention or position does not."""
+"""Of a logit in `_check_tree_logits` relative to the largest: rounding stays below, other attention or positions do not."""
 
 
 class Policy(nn.Module):
@@ -87,12 +87,12 @@ def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bo
     if broken := next((name for name, weight in loaded.named_parameters() if not torch.isfinite(weight).all()), ""):
         raise ModelError(f"{broken} in {folder} has values that are not finite; restore it from where it came.")
     model = cast("PreTrainedModel", loaded)
-    check_suitable(model.config, folder)
+    check_trainable(model.config, folder)
     # Nothing here is padding, and a token that is also the pad token must learn its embedding like any other.
     cast("Any", model.get_input_embeddings()).padding_idx = None
     # Dropout, skipped layers and router noise would make the trained policy another one than the sampled one.
     cast("nn.Module", model.eval()).to(device)
-    _verify(model, folder)
+    _check_tree_logits(model, folder)
     if gradient_checkpointing:
         checkpoint_layers(model)
     return model
@@ -109,7 +109,7 @@ def checkpoint_layers(model: nn.Module) -> None:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def _verify(model: PreTrainedModel, folder: Path) -> None:
+def _check_tree_logits(model: PreTrainedModel, folder: Path) -> None:
     """Compare two paths and their tree: whether the model takes attention and positions as a pack gives them.
 
     Raises:
@@ -199,7 +199,7 @@ def score_hidden(
 def _hidden(model: PreTrainedModel, ids_T: Tensor, position_T: Tensor, layout: Layout) -> Tensor:
     """hidden_TH: the last hidden states of a pack."""
     decoder = cast("nn.Module", cast("Any", model).get_decoder())
-    attended = attention.prepared(layout, ids_T.device)
+    attended = attention.prepare_layout(layout, ids_T.device)
     return decoder(input_ids=ids_T[None], position_ids=position_T[None], layout=attended, use_cache=False).last_hidden_state[0]
 
 

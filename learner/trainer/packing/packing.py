@@ -1,4 +1,4 @@
-"""Trees to tensors: the distinct tokens of many paths in one row without padding.
+"""Packing, from trees to tensors: the distinct tokens of many paths in one row without padding.
 
 Paths in lexicographic order share their beginnings with their neighbours, whatever they share: the steps of one tree,
 the prompt of one question, the instructions of all. A pack is a stretch of that order within a budget of tokens. Where a
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from learner.trainer.algorithm.credit_assignment import Credit, CreditedTree
 from learner.trainer.algorithm.targets import Targets
-from learner.trainer.packing.layout import Layout, PathIds, lay_out, shared
+from learner.trainer.packing.layout import Layout, PathIds, lay_out, shared_prefix
 from treegrpo.core.step import PolicyVersion, Step
 from treegrpo.core.tree import Tree
 from treegrpo.errors import ContractError
@@ -41,7 +41,7 @@ PACKS_PER_RANK = 3
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """What one forward and backward pass takes."""
+    """The input of one forward and backward pass."""
 
     ids_T: Tensor
     """int64."""
@@ -61,7 +61,7 @@ class Pack:
 
     @property
     def cost(self) -> float:
-        """What it takes to compute, in tokens without attention: to balance packs by."""
+        """Its cost, in tokens without attention: packs are balanced by it."""
         return self.tokens + self.layout.pairs * PAIR_COST
 
     def to(self, device: torch.device | str) -> Pack:
@@ -104,10 +104,10 @@ def pack(
     credited = [(one.tree, leaf, c) for one in trees for leaf, c in one.credits.items() if keep_zero or c.advantage_D.any()]
     paths = [_credited_path(*one) for one in credited]
     paths.sort(key=lambda path: path.ids.astype(">u4").tobytes())  # bytes in this order compare like the numbers
-    prefixes = [0, *(shared(a.ids, b.ids) for a, b in pairwise(paths))]
+    prefixes = [0, *(shared_prefix(a.ids, b.ids) for a, b in pairwise(paths))]
     cuts = _best_cuts(np.array([len(path.ids) for path in paths]), np.array(prefixes), pack_tokens, ranks) if paths else []
     signs, counted = _signs(paths), set[Key]()
-    return [_fill(paths[a:b], [0, *prefixes[a + 1 : b]], signs, counted, now) for a, b in cuts]
+    return [_make_pack(paths[a:b], [0, *prefixes[a + 1 : b]], signs, counted, now) for a, b in cuts]
 
 
 def empty_pack() -> Pack:
@@ -166,7 +166,7 @@ def _cuts(new: Indices, prefixes: Indices, limit: int) -> Iterator[tuple[int, in
         first = end
 
 
-def _fill(
+def _make_pack(
     paths: Sequence[_CreditedPath],
     prefixes: Sequence[int],
     signs: Mapping[Key, int],

@@ -10,12 +10,14 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from learner.trainer.distributed.ranks import ALONE, Ranks
-from learner.trainer.persistence.atomic_directory import discard, on_disk
+from learner.trainer.distributed.ranks import SINGLE_RANK, Ranks
+from learner.trainer.persistence.atomic_directory import replace_directory_on_ranks
+from learner.trainer.persistence.disk_errors import translate_disk_errors
 from treegrpo.config.schema import Dtype
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError
 from treegrpo.storage import manifest
+from treegrpo.storage.atomic import remove_tree
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,17 +32,17 @@ _TOKENIZER_FILES = (
 
 
 def write_model(
-    model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype = "float32", ranks: Ranks = ALONE
+    model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype = "float32", ranks: Ranks = SINGLE_RANK
 ) -> None:
     """Write ``model`` as a Hugging Face directory, weights as ``dtype``, with the tokenizer of another directory.
 
-    All ranks call it, as they do with what follows; rank 0 writes. Raises DiskError on all of them.
+    All ranks call it; rank 0 writes. Raises DiskError on all of them.
     """
     kind = getattr(torch, dtype)
-    state = ranks.whole_state(model, kind)
+    state = ranks.gather_state(model, kind)
 
     def write() -> None:
-        with on_disk(folder):
+        with translate_disk_errors(folder):
             model.save_pretrained(folder, state_dict=state)
             config = cast("Any", copy.deepcopy(model.config))
             config.dtype = kind
@@ -49,44 +51,44 @@ def write_model(
                 if (tokenizer_from / name).is_file():
                     shutil.copyfile(tokenizer_from / name, folder / name)
 
-    ranks.first(write)
+    ranks.run_on_first(write)
 
 
-def export(model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype, ranks: Ranks = ALONE) -> None:
-    """`write_model`, in the place of whatever ``folder`` was before, all at once and with its manifest."""
+def export_model(model: PreTrainedModel, folder: Path, tokenizer_from: Path, dtype: Dtype, ranks: Ranks = SINGLE_RANK) -> None:
+    """Replace the directory ``folder`` atomically by the model and its manifest. All ranks call it."""
 
     def write_manifest() -> None:
-        with on_disk(folder):
+        with translate_disk_errors(folder):
             manifest.write_manifest(partial)
 
-    with ranks.whole(folder) as partial:
+    with replace_directory_on_ranks(folder, ranks) as partial:
         write_model(model, partial, tokenizer_from, dtype, ranks)
-        ranks.first(write_manifest)
+        ranks.run_on_first(write_manifest)
 
 
-def publish(
-    model: PreTrainedModel, weights: Path, version: PolicyVersion, tokenizer_from: Path, dtype: Dtype, ranks: Ranks = ALONE
+def write_version(
+    model: PreTrainedModel, weights: Path, version: PolicyVersion, tokenizer_from: Path, dtype: Dtype, ranks: Ranks = SINGLE_RANK
 ) -> Path:
-    """Write policy ``version`` below ``weights``; returns its directory."""
+    """Write policy ``version`` below ``weights``; returns its directory. All ranks call it."""
     folder = weights / str(version)
-    export(model, folder, tokenizer_from, dtype, ranks)
+    export_model(model, folder, tokenizer_from, dtype, ranks)
     return folder
 
 
-def prune(weights: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` versions, and what crashes have left half written."""
-    for version in published(weights)[:-keep]:
-        discard(weights / str(version))
+def prune_versions(weights: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` versions, and partial ones that crashes have left."""
+    for version in list_versions(weights)[:-keep]:
+        remove_tree(weights / str(version))
     for partial in weights.glob(".*.partial"):
-        discard(partial)
+        remove_tree(partial)
 
 
-def published(weights: Path) -> list[PolicyVersion]:
+def list_versions(weights: Path) -> list[PolicyVersion]:
     """The versions below ``weights``, oldest first."""
     found: list[PolicyVersion] = []
     for folder in weights.glob("[!.]*"):
         try:
             found.append(PolicyVersion.parse(folder.name))
         except ContractError:
-            continue  # somebody else's folder
+            continue  # not a version
     return sorted(found)

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from learner.trainer.packing.model_support import check_suitable
+from learner.trainer.packing.model_support import check_trainable
 from services.cli.checks.check import CheckWarning
 from services.sampler.engines.checkpoint import is_tied, library_config
-from services.sampler.engines.embedded.architecture import architecture_of, check_servable, read_config
-from services.sampler.engines.embedded.kv_memory import check_room
+from services.sampler.engines.embedded.architecture import architecture_of, check_servable, read_supported_config
+from services.sampler.engines.embedded.kv_memory import check_kv_memory
 from services.sampler.text.prompts import render_prompts
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.config.schema import Config, EngineKind
@@ -51,7 +51,7 @@ def check_model(path: Path, engine: EngineKind, context: int) -> str:
     except WeightsError as error:
         raise ModelError(str(error)) from error
     check_context(config, context)
-    check_suitable(library, path)
+    check_trainable(library, path)
     return f"{path} ({config.kind}, {finite})"
 
 
@@ -85,7 +85,7 @@ def check_prompts(model: Path, questions: Sequence[Question], key: str, context:
             f"{model}: the chat template renders all {report.count} prompts of {key} that were tried alike, so no question is in "
             "its prompt; mend it."
         )
-    if len(report.unfit) == len(report.lengths):
+    if len(report.unsupported_feature) == len(report.lengths):
         raise DataError(
             f"None of the {report.count} prompts of {key} that were tried leaves room for an answer: the shortest has "
             f"{min(report.lengths)} tokens, and rollout.max_context = {context}; raise it, or shorten the prompts."
@@ -113,8 +113,8 @@ def check_memory(config: Config, samplers: int, *, trains: bool) -> str:
     parameters = count_parameters(path)
     sampler = 0
     if engine.kind == "embedded":
-        architecture = architecture_of(read_config(path), path)
-        cache = check_room(architecture, engine.max_running, context, engine.cache_tokens)
+        architecture = architecture_of(read_supported_config(path), path)
+        cache = check_kv_memory(architecture, engine.max_running, context, engine.cache_tokens)
         sampler = samplers * (cache + WEIGHT_BYTES * parameters)
     trainer = parameters * (TRAINING_BYTES + (WEIGHT_BYTES if config.train.kl_coef else 0)) if trains and not _has_gpu() else 0
     limit, needed = memory_limit(), sampler + trainer

@@ -111,7 +111,12 @@ def check_engine(config: Config, samplers: int) -> str:
     engine = config.engine
     if engine.kind == "embedded":
         return "embedded"
-    from services.sampler.engines.sglang.api.launch_command import check_different, check_installed, check_listen, own_flags
+    from services.sampler.engines.sglang.server.launch_command import (
+        check_distinct_urls,
+        check_installed,
+        check_listen_address,
+        parse_extra_flags,
+    )
 
     if not engine.weights_dir.is_dir():
         raise ConfigError(f"engine.weights_dir = {engine.weights_dir} does not exist; name a directory in memory.")
@@ -122,11 +127,11 @@ def check_engine(config: Config, samplers: int) -> str:
                 f"engine.urls would be shared by {samplers} samplers, and each would give the servers its own "
                 "weights; set sampler.count = 1, which uses all of them."
             )
-        check_different(engine.urls)
+        check_distinct_urls(engine.urls)
         return ", ".join(engine.urls)
-    own_flags(engine.flags)
+    parse_extra_flags(engine.flags)
     _, port = split_address(engine.listen, "engine.listen")
-    check_listen(engine.listen, insecure_network=config.security.insecure_network)
+    check_listen_address(engine.listen, insecure_network=config.security.insecure_network)
     if port and samplers > 1:
         raise ConfigError(
             f"engine.listen = {engine.listen} would be shared by the SGLang servers of {samplers} samplers; "

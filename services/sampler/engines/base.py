@@ -1,4 +1,4 @@
-"""What an engine is: token ids in, sampled ids with their log-probabilities out.
+"""The engine protocol: token ids in, sampled ids with their log-probabilities out.
 
 Engines know nothing of leases, trees or streams. `tests/engines/conformance.py` holds every engine to the same
 behaviour.
@@ -21,8 +21,8 @@ Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How to sample one completion. Top-p and top-k do not exist here: training divides by the full softmax."""
+class SamplingParams:
+    """Sampling parameters of one completion. There is no top-p or top-k: training divides by the full softmax."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -30,8 +30,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Generation ends with the token that completes one of these strings, or with an end-of-sequence token."""
     seed: int | None = None
-    """Of this completion alone, so that it does not matter what else the engine is asked, and when. None: any. It is the same
-    completion only where the engine also computes the same: the embedded one does so alone in its batch and without a cache."""
+    """Of this completion alone, so that other requests and their order do not matter. None: any. The completion is the same
+    only where the engine also computes the same: the embedded one does so alone in its batch and without a cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,8 +52,8 @@ class Completion:
 
 
 @dataclass(slots=True)
-class Counters:
-    """What an engine has done and holds, for metrics."""
+class EngineCounters:
+    """Counters and gauges of an engine, for metrics."""
 
     prefilled: int = 0
     """Prefix tokens computed, since the start."""
@@ -62,20 +62,20 @@ class Counters:
     decoded: int = 0
     """Tokens sampled, since the start."""
     evicted: int = 0
-    """Tokens evicted from the cache for want of room, since the start; 0 where the engine does not tell."""
+    """Tokens evicted from the cache for want of room, since the start; 0 where the engine does not report it."""
     running: int = 0
     waiting: int = 0
     limit: int = 0
     """Requests that may run at once now."""
     cache_tokens: int = 0
-    """Tokens whose keys and values are held now; where an engine tells no more, those of running requests."""
+    """Tokens whose keys and values are held now; those of running requests where an engine reports no more."""
     cache_capacity: int = 0
     stalled: float = 0.0
-    """Seconds in which servers generated nothing for the sake of new weights, since the start."""
+    """Seconds in which servers generated nothing because of weight updates, since the start."""
     restarts: int = 0
     """Times a server of the engine was started again."""
     errors: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Failures that the engine has dealt with itself, by type, since the start."""
+    """Failures that the engine handled itself, by type, since the start."""
 
 
 class Engine(Protocol):
@@ -89,7 +89,7 @@ class Engine(Protocol):
         """Tokens that prefix and completion may have together."""
         ...
 
-    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: SamplingParams) -> Completion:
         """Sample one completion. Cancelling the call ends the request and frees its memory.
 
         Raises:
@@ -97,32 +97,34 @@ class Engine(Protocol):
         """
         ...
 
-    async def load(self, version: PolicyVersion, path: Path) -> None:
-        """Swap in the weights of a model directory while requests run; they go on with the new weights.
+    async def load_weights(self, version: PolicyVersion, path: Path) -> None:
+        """Swap in the weights of a model directory while requests run; these go on with the new weights.
 
         No key or value of the old version is used afterwards. Raises WeightsError and keeps the old version when the
         file does not fit the model.
         """
         ...
 
-    async def health(self) -> None:
+    async def check_health(self) -> None:
         """Return if the engine can generate. Raises EngineError with the reason."""
         ...
 
-    async def close(self) -> None: ...
+    async def close_engine(self) -> None:
+        """Free all resources; waiting requests fail with an EngineError."""
+        ...
 
 
-class OpenEngine(Engine, Protocol):
-    """An engine that says what it does, closed at the end of an ``async with`` block."""
+class ManagedEngine(Engine, Protocol):
+    """An engine with counters, closed at the end of an ``async with`` block."""
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> EngineCounters:
         """What the engine has done and holds now."""
         ...
 
     @property
-    def families(self) -> Mapping[str, Sequence[Metric]]:
-        """What servers of its own say to Prometheus, by URL."""
+    def server_metrics(self) -> Mapping[str, Sequence[Metric]]:
+        """The Prometheus metrics of its servers, by URL."""
         ...
 
     async def __aenter__(self) -> Self: ...
@@ -130,8 +132,8 @@ class OpenEngine(Engine, Protocol):
     async def __aexit__(self, *_: object) -> None: ...
 
 
-def check_request(prefix: Sequence[int] | TokenIds, sampling: Sampling, context: int, vocabulary: int) -> TokenIds:
-    """The prefix as ids. Raises EngineError for what no engine of this ``context`` and ``vocabulary`` can run."""
+def check_request(prefix: Sequence[int] | TokenIds, sampling: SamplingParams, context: int, vocabulary: int) -> TokenIds:
+    """The prefix as ids. Raises EngineError for a request that no engine of this ``context`` and ``vocabulary`` can run."""
     ids = np.asarray(prefix, np.int64)
     if not 0 < len(ids) < context:
         raise EngineError(f"A prefix of {len(ids)} tokens leaves no room in a context of {context}; give 1 to {context - 1}.")

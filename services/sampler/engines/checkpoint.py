@@ -1,4 +1,4 @@
-"""Reading a checkpoint: every tensor is there, has its shape and is finite, or nothing is used."""
+"""Reads checkpoints: every tensor is there, has its shape and is finite, or none is used."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from treegrpo.storage.weight_files import HEAD, check_head, read_heads, weight_f
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor by its Hugging Face name."""
-_CHECKED = (torch.float32, torch.float16, torch.bfloat16)
-"""Narrower types cannot say "not finite" on every device."""
+_CHECKED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Narrower types have no "not finite" on every device."""
 
 
 def library_config(folder: Path) -> Any:
-    """What the transformers library reads in config.json, with what is usual for its kind of model. Raises ModelError."""
+    """The config of a model directory as transformers reads it, with its defaults. Raises ModelError."""
     config = read_model_config(folder)
     from transformers import AutoConfig
 
@@ -32,7 +32,7 @@ def library_config(folder: Path) -> Any:
 
 
 def is_tied(folder: Path) -> bool:
-    """Whether a model's output matrix is its embedding, as config.json says or as is usual for its kind. Raises ModelError."""
+    """Whether a model's output matrix is its embedding, by config.json or transformers' default. Raises ModelError."""
     tied = read_model_config(folder).tied
     return bool(getattr(library_config(folder), "tie_word_embeddings", False)) if tied is None else tied
 
@@ -80,20 +80,20 @@ def read_tensors(path: Path, expected: Shapes, *, tied: bool) -> Iterator[tuple[
     """
     shapes = check_shapes(path, expected, tied=tied)
     for file in weight_files(path):
-        with _Opened(file) as tensors:
+        with _OpenSafetensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
                 if name in shapes:
-                    yield name, _checked(name, tensors.get_tensor(name), path)
+                    yield name, _check_finite(name, tensors.get_tensor(name), path)
 
 
-def _checked(name: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
-    if tensor.dtype in _CHECKED and not torch.isfinite(tensor).all():
+def _check_finite(name: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    if tensor.dtype in _CHECKED_TYPES and not torch.isfinite(tensor).all():
         raise WeightsError(f"{name} in {path} has values that are not finite; go back to an earlier policy version.")
     return tensor
 
 
-class _Opened:
-    """A safetensors file, open for the time of the block; what cannot be read is a WeightsError."""
+class _OpenSafetensors:
+    """A safetensors file, open within the block; a file that cannot be read raises WeightsError."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""One completion on its way, whatever the engine: a prefix, and what has been sampled after it."""
+"""A completion in progress, on any engine: a prefix, and the tokens sampled after it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from itertools import pairwise
 
 import numpy as np
 
-from services.sampler.engines.base import Completion, Finish, Sampling
+from services.sampler.engines.base import Completion, Finish, SamplingParams
 from treegrpo.core.step import PolicyVersion, TokenIds, VersionSpan
 
 
 @dataclass(slots=True, eq=False)
-class Sampled:
+class Generation:
+    """The state of one completion."""
+
     prefix: TokenIds
-    sampling: Sampling
+    sampling: SamplingParams
     ids: list[int] = field(default_factory=list[int], init=False)
     logprobs: list[float] = field(default_factory=list[float], init=False)
     versions: list[tuple[PolicyVersion, int]] = field(default_factory=list[tuple[PolicyVersion, int]], init=False)
@@ -26,7 +28,7 @@ class Sampled:
 
     @property
     def sequence(self) -> TokenIds:
-        """[n] the prefix and what has been sampled."""
+        """[n] the prefix and the sampled tokens."""
         return np.concatenate((self.prefix, np.array(self.ids, np.uint32))) if self.ids else self.prefix
 
     def append(self, token: int, logprob: float, version: PolicyVersion) -> None:

@@ -1,4 +1,4 @@
-"""Finding the token that completes a stop string, without decoding everything at every step."""
+"""Stop strings: finds the token that completes one, without decoding the whole completion at every step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ class StopStrings:
     """Which token completes a stop string, for any tokenizer: strings may begin and end inside tokens.
 
     A token can only complete a string if its own text has the string's last character; only then a short tail of the
-    completion is decoded. What a token's text is, is remembered for as long as the engine lives.
+    completion is decoded. The text of each token is cached for the lifetime of the engine.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._text: dict[int, str] = {}
 
-    def completed(self, ids: Sequence[int], stop: tuple[str, ...]) -> bool:
+    def is_completed(self, ids: Sequence[int], stop: tuple[str, ...]) -> bool:
         """Whether the last of ``ids`` completes one of ``stop``, given that none before it did."""
         if not stop:
             return False

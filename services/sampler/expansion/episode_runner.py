@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from services.environments.base import Environment, Outcome
-from services.sampler.engines.base import Completion, Engine, Sampling
+from services.sampler.engines.base import Completion, Engine, SamplingParams
 from services.sampler.expansion.availability import AvailabilityMonitor, CallTimings
 from services.sampler.expansion.branch import Branch, Turn, first_node
 from services.sampler.expansion.call_timer import CallTimer
@@ -66,7 +66,7 @@ class EpisodeRunner:
         self.call_timer = CallTimer(metrics)
         self.tools = AvailabilityMonitor(environment.probe, metrics, timings)
         """Availability of the environment's tools."""
-        self.engine = AvailabilityMonitor(engine.health, metrics, timings)
+        self.engine = AvailabilityMonitor(engine.check_health, metrics, timings)
         """Availability of the engine."""
         self._environment_runner = EnvironmentRunner(environment, self.tools, self._retrier, self.call_timer, metrics)
 
@@ -155,7 +155,7 @@ class EpisodeRunner:
     async def _generate(self, turn: Turn) -> Completion:
         plan = turn.branch.lease.plan
         stop = tuple(self._environment.stop)
-        sampling = Sampling(self._max_tokens(plan, len(turn.prefix)), plan.temperature, stop, turn.seed)
+        sampling = SamplingParams(self._max_tokens(plan, len(turn.prefix)), plan.temperature, stop, turn.seed)
 
         async def attempt() -> Completion:
             await turn.branch.control.wait_until_running()

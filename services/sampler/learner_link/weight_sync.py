@@ -1,6 +1,6 @@
 """Keeps the engine at the learner's newest policy version.
 
-announced ─► describe the newest ─► fetch what changed ─► SHA-256 ─► engine.load ─► served
+announced ─► describe the newest ─► fetch what changed ─► SHA-256 ─► engine.load_weights ─► served
    ▲                                   └─ unchanged files are linked      │
    └──────────── versions that were superseded meanwhile are skipped ◄────┘
 """
@@ -125,7 +125,7 @@ class WeightSync:
     async def _load_weights(self, version: PolicyVersion, path: Path) -> None:
         try:
             with self._metrics.swap.time():
-                await self._engine.load(version, path)
+                await self._engine.load_weights(version, path)
         except WeightsError:
             self._refusals = self._refusals + 1 if version == self._refused else 0
             delay = self._timings.refused.delay(self._refusals)

@@ -1,4 +1,4 @@
-"""The engine that lives in the sampler's own process: torch on the CPU, batched, with a radix prefix cache.
+"""The embedded engine, in the sampler's own process: torch on the CPU, batched, with a radix prefix cache.
 
     generate() ─► waiting ─► admit ─► copy cached KV ─► prefill ─► decode ─► decode ─► … ─► finished ─► future
                              scheduler  radix + memory   model      one token per running request a step

@@ -1,4 +1,4 @@
-"""The shape of a Hugging Face causal LM of the Qwen2, Qwen3 or Llama kind, read from its config.json."""
+"""Architecture of a Hugging Face causal LM of the Qwen2, Qwen3 or Llama kind, read from its config.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What a forward pass and a check of weights need to know. Two models are interchangeable iff these are equal."""
+    """The parameters of a forward pass and of a check of weights. Two models are interchangeable iff these are equal."""
 
     kind: str
     vocabulary: int
@@ -80,7 +80,7 @@ class Architecture:
         return shapes
 
 
-def read_config(path: Path) -> Any:
+def read_supported_config(path: Path) -> Any:
     """The Hugging Face config of a model directory.
 
     Raises:
@@ -95,24 +95,24 @@ def read_config(path: Path) -> Any:
 
 
 def check_servable(path: Path, context: int) -> tuple[Any, Architecture]:
-    """The embedded engine can serve the model directory ``path`` for sequences of ``context`` tokens: no weight is read.
+    """Check that the embedded engine can serve the model directory ``path`` with ``context`` tokens; reads no weights.
 
     Returns:
-        The Hugging Face config, and what it says.
+        The Hugging Face config, and the architecture.
 
     Raises:
         ModelError: it cannot be served.
         WeightsError: the weights are not those of the model.
     """
     check_context(read_model_config(path), context)
-    config = read_config(path)
+    config = read_supported_config(path)
     architecture = architecture_of(config, path)
     check_shapes(path, architecture.tensors(), tied=architecture.tied)
     return config, architecture
 
 
 def architecture_of(config: Any, path: Path) -> Architecture:
-    """What ``config`` (read from ``path``) says. Raises ModelError for a variant that would be computed wrongly."""
+    """The architecture in ``config`` (read from ``path``). Raises ModelError for a variant that would be computed wrongly."""
     rope: dict[str, Any] = dict(config.rope_parameters)
     layer_types: list[str] = list(getattr(config, "layer_types", None) or [])
     unsupported = {

@@ -25,7 +25,7 @@ class Attention(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class PrefillSlice:
     """New tokens of one request: ``size`` of them, the first at position ``start`` of ``row``."""
 
     row: int
@@ -37,34 +37,34 @@ _Block = tuple[int, torch.Tensor]
 """(first query, [queries, keys seen] mask to add)."""
 
 
-def _blocks(stretch: Stretch) -> list[_Block]:
-    """The queries of ``stretch`` in blocks; one sees what is before it and itself."""
+def _blocks(part: PrefillSlice) -> list[_Block]:
+    """The queries of ``part`` in blocks; one sees what is before it and itself."""
     blocks: list[_Block] = []
-    for first in range(0, stretch.size, _QUERIES):
-        size = min(_QUERIES, stretch.size - first)
-        before = stretch.start + first
+    for first in range(0, part.size, _QUERIES):
+        size = min(_QUERIES, part.size - first)
+        before = part.start + first
         blocks.append((first, torch.full((size, before + size), float("-inf")).triu_(before + 1)))
     return blocks
 
 
 class PrefillAttention:
-    """The stretches of several requests side by side, without padding; each sees its own row up to itself."""
+    """The parts of several requests side by side, without padding; each sees its own row up to itself."""
 
-    def __init__(self, rows: torch.Tensor, stretches: list[Stretch]) -> None:
+    def __init__(self, rows: torch.Tensor, parts: list[PrefillSlice]) -> None:
         self._rows = rows
         self._kv_heads = rows.shape[3]
-        self._stretches = [(stretch, _blocks(stretch)) for stretch in stretches]
+        self._slices = [(part, _blocks(part)) for part in parts]
 
     def __call__(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(q_THD)
         at = 0
-        for stretch, blocks in self._stretches:
-            own = slice(at, at + stretch.size)
-            at += stretch.size
-            end = stretch.start + stretch.size
-            keys, values = self._rows[layer, 0, stretch.row], self._rows[layer, 1, stretch.row]
-            keys[:, stretch.start : end] = k_TKD[own].transpose(0, 1)
-            values[:, stretch.start : end] = v_TKD[own].transpose(0, 1)
+        for part, blocks in self._slices:
+            own = slice(at, at + part.size)
+            at += part.size
+            end = part.start + part.size
+            keys, values = self._rows[layer, 0, part.row], self._rows[layer, 1, part.row]
+            keys[:, part.start : end] = k_TKD[own].transpose(0, 1)
+            values[:, part.start : end] = v_TKD[own].transpose(0, 1)
             self._attend(q_THD[own], keys, values, blocks, out[own])
         return out.flatten(1)
 

@@ -1,4 +1,4 @@
-"""Where keys and values lie: one contiguous row per running request, and the pool of the prefix cache.
+"""Memory for keys and values: one contiguous row per running request, and the pool of the prefix cache.
 
 Both are [layers, 2 (key, value), …, head_dim], so that a run of tokens is copied between them as one strided block.
 """
@@ -16,8 +16,8 @@ from treegrpo.errors import ConfigError
 from treegrpo.runtime.machine_memory import GIB, memory_limit
 
 
-def check_room(architecture: Architecture, rows: int, context: int, slots: int) -> int:
-    """The bytes that `Memory` takes.
+def check_kv_memory(architecture: Architecture, rows: int, context: int, slots: int) -> int:
+    """The bytes that `KvMemory` takes.
 
     Raises:
         ConfigError: they are more than the machine has, or this process's control group may use.
@@ -35,30 +35,30 @@ def check_room(architecture: Architecture, rows: int, context: int, slots: int) 
 
 
 def token_bytes(architecture: Architecture) -> int:
-    """What the keys and values of one token take."""
+    """Bytes of the keys and values of one token."""
     return architecture.layers * 2 * architecture.kv_heads * architecture.head_dim * torch.float32.itemsize
 
 
-class Memory:
+class KvMemory:
     """Rows [layers, 2, rows, kv_heads, context, head_dim] and pool [layers, 2, kv_heads, slots, head_dim], float32."""
 
     def __init__(self, architecture: Architecture, rows: int, context: int, slots: int) -> None:
-        check_room(architecture, rows, context, slots)
+        check_kv_memory(architecture, rows, context, slots)
         a = architecture
         self.rows = torch.zeros(a.layers, 2, rows, a.kv_heads, context, a.head_dim)
         self.pool = torch.zeros(a.layers, 2, a.kv_heads, slots, a.head_dim)
 
-    def load(self, row: int, slots: Slots) -> None:
+    def load_prefix(self, row: int, slots: Slots) -> None:
         """Copy pool ``slots`` to the first positions of ``row``."""
         for at, first, size in _runs(slots):
             self.rows[:, :, row, :, at : at + size] = self.pool[:, :, :, first : first + size]
 
-    def store(self, row: int, start: int, slots: Slots) -> None:
+    def store_prefix(self, row: int, start: int, slots: Slots) -> None:
         """Copy the positions of ``row`` from ``start`` on to pool ``slots``."""
         for at, first, size in _runs(slots):
             self.pool[:, :, :, first : first + size] = self.rows[:, :, row, :, start + at : start + at + size]
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of row ``source`` to row ``target``."""
         self.rows[:, :, target, :, :length] = self.rows[:, :, source, :, :length]
 

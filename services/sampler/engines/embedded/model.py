@@ -18,7 +18,7 @@ from services.sampler.engines.embedded.architecture import (
     Architecture,
     architecture_of,
     check_servable,
-    read_config,
+    read_supported_config,
     rope_table,
 )
 from services.sampler.engines.embedded.attention import Attention
@@ -42,7 +42,7 @@ class _Block:
     down_bias: torch.Tensor | None
 
 
-class Model:
+class EmbeddedModel:
     """One policy version, ready to run. Sequences may be ``len(rope)`` tokens long."""
 
     def __init__(self, architecture: Architecture, weights: Weights, rope: torch.Tensor) -> None:
@@ -54,8 +54,8 @@ class Model:
         self._blocks = [_block(architecture, weights, f"model.layers.{layer}.") for layer in range(architecture.layers)]
 
     @classmethod
-    def open(cls, path: Path, context: int) -> Model:
-        """Load a model directory for sequences of up to ``context`` tokens. Raises ModelError."""
+    def read_directory(cls, path: Path, context: int) -> EmbeddedModel:
+        """Read a model directory for sequences of up to ``context`` tokens. Raises ModelError."""
         try:
             config, architecture = check_servable(path, context)
             weights = read_weights(path, architecture)
@@ -63,18 +63,18 @@ class Model:
             raise ModelError(str(error)) from error
         return cls(architecture, weights, rope_table(config, context))
 
-    def reopen(self, path: Path) -> Model:
+    def with_weights(self, path: Path) -> EmbeddedModel:
         """The same model with the weights in ``path``. Raises WeightsError when they belong to another one."""
         if (path / "config.json").is_file():
             try:
-                other = architecture_of(read_config(path), path)
+                other = architecture_of(read_supported_config(path), path)
             except ModelError as error:
                 raise WeightsError(str(error)) from error
             if other != self.architecture:
                 raise WeightsError(
                     f"{path / 'config.json'} describes another model than the one that runs; publish weights of the same model."
                 )
-        return Model(self.architecture, read_weights(path, self.architecture), self.rope)
+        return EmbeddedModel(self.architecture, read_weights(path, self.architecture), self.rope)
 
     def forward(self, ids_T: torch.Tensor, position_T: torch.Tensor, attend: Attention) -> torch.Tensor:
         """[T, M] hidden states after the last layer; ``attend`` keeps the keys and values."""

@@ -1,22 +1,22 @@
-"""A request as the scheduler has it."""
+"""A request in the scheduler."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
 
-from services.sampler.engines.generation import Sampled
+from services.sampler.engines.generation import Generation
 
 
 @dataclass(slots=True, eq=False)
-class Request(Sampled):
+class Request(Generation):
     """Waiting, running in a row, or finished (`finish` is set)."""
 
-    chance: Random | None = field(init=False)
-    """Random numbers of its own; None: the engine's."""
+    random: Random | None = field(init=False)
+    """Its own random number generator; None: the engine's."""
 
     def __post_init__(self) -> None:
-        self.chance = None if self.sampling.seed is None else Random(self.sampling.seed)
+        self.random = None if self.sampling.seed is None else Random(self.sampling.seed)
 
     @property
     def length(self) -> int:

@@ -18,13 +18,13 @@ from random import Random
 import numpy as np
 import torch
 
-from services.sampler.engines.base import Counters
-from services.sampler.engines.embedded.attention import DecodeAttention, PrefillAttention, Stretch
-from services.sampler.engines.embedded.kv_memory import Memory
-from services.sampler.engines.embedded.model import Model
+from services.sampler.engines.base import EngineCounters
+from services.sampler.engines.embedded.attention import DecodeAttention, PrefillAttention, PrefillSlice
+from services.sampler.engines.embedded.kv_memory import KvMemory
+from services.sampler.engines.embedded.model import EmbeddedModel
 from services.sampler.engines.embedded.radix import RadixTree, common_prefix
 from services.sampler.engines.embedded.request import Request
-from services.sampler.engines.embedded.sampling import draw
+from services.sampler.engines.embedded.sampling import sample_tokens
 from services.sampler.engines.stop_strings import StopStrings
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.core.step import PolicyVersion, TokenIds
@@ -45,27 +45,34 @@ class Scheduler:
     """All requests of one engine and the state they share."""
 
     def __init__(
-        self, model: Model, version: PolicyVersion, tokenizer: Tokenizer, *, max_running: int, cache_tokens: int, seed: int
+        self,
+        model: EmbeddedModel,
+        version: PolicyVersion,
+        tokenizer: Tokenizer,
+        *,
+        max_running: int,
+        cache_tokens: int,
+        seed: int,
     ) -> None:
         self.model = model
         self.version = version
         self.context = len(model.rope)
         self._max_running = max_running
-        self._memory = Memory(model.architecture, max_running, self.context, cache_tokens)
+        self._memory = KvMemory(model.architecture, max_running, self.context, cache_tokens)
         self._cache = RadixTree(cache_tokens)
         self._stops = StopStrings(tokenizer)
         self._eos = tokenizer.eos
-        self._chance = Random(seed)
+        self._random = Random(seed)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         """By row."""
-        self._totals = Counters(cache_capacity=cache_tokens)
+        self._totals = EngineCounters(cache_capacity=cache_tokens)
 
     @property
     def busy(self) -> bool:
         return bool(self._waiting or self._running)
 
-    def counters(self) -> Counters:
+    def counters(self) -> EngineCounters:
         """A snapshot."""
         return replace(
             self._totals,
@@ -80,13 +87,13 @@ class Scheduler:
         self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Forget ``request``, wherever it is."""
+        """Remove ``request``, whether it waits or runs."""
         if request in self._waiting:
             self._waiting.remove(request)
         elif request in self._running:
             self._release(self._running.index(request))
 
-    def swap(self, model: Model, version: PolicyVersion) -> None:
+    def swap_weights(self, model: EmbeddedModel, version: PolicyVersion) -> None:
         """Go on with other weights: the cache starts empty and running requests are prefilled again."""
         self.model, self.version = model, version
         self._totals.evicted += self._cache.evicted
@@ -95,7 +102,7 @@ class Scheduler:
         self._running.clear()
 
     @torch.inference_mode()
-    def run(self, interrupt: threading.Event) -> list[Request]:
+    def run_steps(self, interrupt: threading.Event) -> list[Request]:
         """Step until a request finishes, nothing is left, or ``interrupt`` is set; returns the finished ones."""
         finished: list[Request] = []
         while self.busy and not finished:
@@ -124,27 +131,27 @@ class Scheduler:
             if any(common_prefix(sequence[:-1], other.sequence) > len(slots) for other in admitted):
                 waiting.append(request)
                 continue
-            self._memory.load(len(self._running) + len(admitted), slots)
+            self._memory.load_prefix(len(self._running) + len(admitted), slots)
             admitted.append(_Admitted(request, sequence, len(slots)))
             tokens += len(sequence) - len(slots)
         self._waiting = waiting
         return admitted
 
     def _prefill(self, admitted: list[_Admitted]) -> None:
-        """Compute what the cache lacks, sample each request's next token, share the new keys and values."""
+        """Compute the uncached part of each prefix, sample each request's next token, put new keys and values into the cache."""
         first_row = len(self._running)
-        stretches = [Stretch(first_row + i, a.cached, len(a.sequence) - a.cached) for i, a in enumerate(admitted)]
+        parts = [PrefillSlice(first_row + i, a.cached, len(a.sequence) - a.cached) for i, a in enumerate(admitted)]
         ids = torch.from_numpy(np.concatenate([a.sequence[a.cached :] for a in admitted]).astype(np.int64))
-        positions = torch.cat([torch.arange(s.start, s.start + s.size) for s in stretches])
-        hidden = self.model.forward(ids, positions, PrefillAttention(self._memory.rows, stretches))
-        last = torch.tensor([s.size for s in stretches]).cumsum(0) - 1
-        for stretch, a in zip(stretches, admitted, strict=True):
+        positions = torch.cat([torch.arange(s.start, s.start + s.size) for s in parts])
+        hidden = self.model.forward(ids, positions, PrefillAttention(self._memory.rows, parts))
+        last = torch.tensor([s.size for s in parts]).cumsum(0) - 1
+        for part, a in zip(parts, admitted, strict=True):
             if not a.request.ids:
                 a.request.cached = a.cached
-            a.request.prefilled += stretch.size
+            a.request.prefilled += part.size
             self._totals.cached += a.cached
-            self._totals.prefilled += stretch.size
-            self._share(stretch.row, a.sequence)
+            self._totals.prefilled += part.size
+            self._store_in_cache(part.row, a.sequence)
             self._running.append(a.request)
         self._sample(hidden[last], self._running[first_row:])
 
@@ -157,37 +164,37 @@ class Scheduler:
 
     def _sample(self, hidden: torch.Tensor, requests: list[Request]) -> None:
         temperature = torch.tensor([request.sampling.temperature for request in requests])
-        chance = torch.tensor([(request.chance or self._chance).random() for request in requests], dtype=torch.float64)
-        ids, logprobs = draw(self.model.logits(hidden), temperature, chance)
+        uniform = torch.tensor([(request.random or self._random).random() for request in requests], dtype=torch.float64)
+        ids, logprobs = sample_tokens(self.model.logits(hidden), temperature, uniform)
         if not torch.isfinite(logprobs).all():
             raise EngineError(
                 f"The weights of policy version {self.version} give no finite log-probabilities; go back to an earlier one."
             )
         for request, token, logprob in zip(requests, ids.tolist(), logprobs.tolist(), strict=True):
             request.append(token, logprob, self.version)
-            if token in self._eos or self._stops.completed(request.ids, request.sampling.stop):
+            if token in self._eos or self._stops.is_completed(request.ids, request.sampling.stop):
                 request.finish = "stop"
             elif len(request.ids) == request.sampling.max_tokens or request.length == self.context:
                 request.finish = "length"
         self._totals.decoded += len(requests)
 
     def _collect(self) -> list[Request]:
-        """Take finished requests out of their rows; what they computed stays in the cache."""
+        """Remove finished requests from their rows; their keys and values stay in the cache."""
         finished = [request for request in self._running if request.finish]
         for request in finished:
             row = self._running.index(request)
             # The last token was sampled but never an input: it has no key and value.
-            self._share(row, request.sequence[:-1])
+            self._store_in_cache(row, request.sequence[:-1])
             self._release(row)
         return finished
 
-    def _share(self, row: int, sequence: TokenIds) -> None:
+    def _store_in_cache(self, row: int, sequence: TokenIds) -> None:
         start, slots = self._cache.insert(sequence)
-        self._memory.store(row, start, slots)
+        self._memory.store_prefix(row, start, slots)
 
     def _release(self, row: int) -> None:
         """Free a row; the last running request moves into it, so that rows stay without gaps."""
         last = self._running.pop()
         if row < len(self._running):
-            self._memory.move(len(self._running), row, last.length)
+            self._memory.move_row(len(self._running), row, last.length)
             self._running[row] = last

@@ -1,4 +1,4 @@
-"""A checkpoint as the embedded engine computes with it."""
+"""Reads a checkpoint into the tensors that the embedded engine computes with."""
 
 from __future__ import annotations
 

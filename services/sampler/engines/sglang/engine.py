@@ -1,8 +1,8 @@
-"""The engine that lives in SGLang servers: asks them, looks after them, gives them new weights.
+"""The SGLang engine: generates on one or several servers, supervises them, updates their weights.
 
-generate() ─► floor: a place, by prefix ─► server ─► /generate ─► draft ─► stop? full? ─► completion
-▲                                                   │
-└──────── failed, aborted, stopped too early ───────┘   what has been sampled is kept
+generate() ─► admission queue: a slot, by prefix ─► server: /generate ─► pending generation ─► stop? full? ─► completion
+▲                                                                            │
+└────────────────── failed, aborted, stopped too early ──────────────────────┘   sampled tokens are kept
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Self
 
 from prometheus_client import Metric
 
-from services.sampler.engines.base import Completion, Counters, Sampling, check_request
-from services.sampler.engines.sglang.admission_queue import Floor
-from services.sampler.engines.sglang.api.responses import Answer
-from services.sampler.engines.sglang.pending_generation import Draft
-from services.sampler.engines.sglang.server import Server
-from services.sampler.engines.sglang.supervision import Keeper, keep_remote
-from services.sampler.engines.sglang.weight_staging import Stage, Staged
+from services.sampler.engines.base import Completion, EngineCounters, SamplingParams, check_request
+from services.sampler.engines.sglang.admission_queue import AdmissionQueue
+from services.sampler.engines.sglang.server.pending_generation import PendingGeneration
+from services.sampler.engines.sglang.server.responses import GenerateResponse
+from services.sampler.engines.sglang.server.server import SGLangServer
+from services.sampler.engines.sglang.server.timings import TIMINGS, SGLangTimings
+from services.sampler.engines.sglang.server.weight_staging import StagedVersion, WeightStaging
+from services.sampler.engines.sglang.supervision import EngineCallbacks, ServerSupervisor, supervise_remote
 from services.sampler.engines.stop_strings import StopStrings
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.core.step import PolicyVersion, TokenIds
@@ -39,13 +40,11 @@ from treegrpo.errors import (
 )
 
 log = logging.getLogger(__name__)
-RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0)
-"""Waits before a request that failed is made again; the count begins anew with every token that comes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What requests must keep to."""
+class RequestLimits:
+    """The most that a request may ask for."""
 
     context: int
     """Tokens a prefix and its completion may have together."""
@@ -53,36 +52,47 @@ class Limits:
 
 
 class SGLangEngine:
-    """An `Engine` on one or several servers. `factory.py` makes it; use it as an async context manager or call `close`."""
+    """An `Engine` on one or several servers. `factory.py` makes it; use it as a context manager or call `close_engine`."""
 
     def __init__(
-        self, servers: Sequence[Server], keeper: Keeper | None, stage: Stage, served: Staged, tokenizer: Tokenizer, limits: Limits
+        self,
+        servers: Sequence[SGLangServer],
+        supervisor: ServerSupervisor | None,
+        staging: WeightStaging,
+        served: StagedVersion,
+        tokenizer: Tokenizer,
+        limits: RequestLimits,
+        timings: SGLangTimings = TIMINGS,
     ) -> None:
         """Args:
         servers: those that serve ``served`` are up.
-        keeper: runs the one server as a child; None: others run them.
-        stage: where versions are put for the servers, closed with the engine.
+        supervisor: runs the one server as a child; None: others run them.
+        staging: where versions are staged for the servers; removed with the engine.
         served: what the servers serve now.
         tokenizer: the model's.
         limits: of every request.
+        timings: back-off delays and intervals.
         """
         self.servers = servers
-        self._floor = Floor(servers)
-        self.keeper = keeper
-        self.stage = stage
+        self._queue = AdmissionQueue(servers)
+        self.supervisor = supervisor
+        self.staging = staging
         self._served = served
         self._limits = limits
+        self._timings = timings
         self._stops = StopStrings(tokenizer)
         self._eos = tokenizer.eos
-        self._totals = Counters()
+        self._totals = EngineCounters()
         self._errors: Counter[str] = Counter()
         self._loading = asyncio.Lock()
-        self._arrived = asyncio.Event()
+        self._server_up = asyncio.Event()
         """Set when a server has come up since it was cleared."""
         self._failure = ""
-        """Why no request can be served any more; empty while all is well."""
-        self._tasks = [asyncio.create_task(self._guard(keep), name="sglang-keep") for keep in self._keeping()]
-        self._kept = len(self._tasks)
+        """Why no request can be served any more; empty while the engine works."""
+        self._tasks = [
+            asyncio.create_task(self._supervise(supervise), name="sglang-supervise") for supervise in self._supervisions()
+        ]
+        self._supervised = len(self._tasks)
         """Servers that are not given up."""
 
     @property
@@ -94,207 +104,211 @@ class SGLangEngine:
         return self._limits.context
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> EngineCounters:
         """What the engine has done and holds now."""
         loads = [server.load for server in self.servers if server.load is not None]
-        return Counters(
+        return EngineCounters(
             prefilled=self._totals.prefilled,
             cached=self._totals.cached,
             decoded=self._totals.decoded,
             running=sum(load.running for load in loads),
-            waiting=self._floor.waiting + sum(load.queued for load in loads),
-            limit=sum(server.pressure.limit for server in self.servers if server.up),
+            waiting=self._queue.waiting + sum(load.queued for load in loads),
+            limit=sum(server.request_limit.current for server in self.servers if server.up),
             cache_tokens=sum(load.used for load in loads),
             cache_capacity=sum(load.capacity for load in loads),
             stalled=sum(server.stalled for server in self.servers),
-            restarts=self.keeper.restarts if self.keeper else 0,
+            restarts=self.supervisor.restarts if self.supervisor else 0,
             errors=dict(self._errors),
         )
 
     @property
-    def families(self) -> Mapping[str, Sequence[Metric]]:
-        """What its servers say to Prometheus, by URL."""
-        return {server.api.url: server.families for server in self.servers}
+    def server_metrics(self) -> Mapping[str, Sequence[Metric]]:
+        """The Prometheus metrics of its servers, by URL."""
+        return {server.client.url: server.metrics for server in self.servers}
 
-    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> Completion:
-        """See `Engine.generate`. A failure is tried again here, for about twenty seconds.
+    async def generate(self, prefix: Sequence[int] | TokenIds, sampling: SamplingParams) -> Completion:
+        """See `Engine.generate`. Retries failures with back-off, for about twenty seconds.
 
         Raises EngineAwayError as soon as no server is up.
         """
-        ids = self._checked(prefix, sampling)
-        draft = Draft(ids, sampling, min(sampling.max_tokens, self.context - len(ids)), self._stops, self._eos)
-        failures, sampled = 0, 0
-        while draft.finish is None:
+        ids = self._check_request(prefix, sampling)
+        room = min(sampling.max_tokens, self.context - len(ids))
+        pending = PendingGeneration(ids, sampling, room, self._stops, self._eos)
+        retries, sampled = self._timings.retry.schedule(), 0
+        while pending.finish is None:
             try:
-                await self._go_on(draft)
+                await self._generate_more(pending)
             except EngineAwayError:
                 raise
             except (UnavailableError, DeadlineError, ContractError, EngineError) as error:
-                self._count(error)
-                if not self._up:
-                    raise self._away() from error
-                if failures == len(RETRY_SECONDS):
-                    raise EngineError(f"{error} It has been tried {failures + 1} times.") from error
-                await asyncio.sleep(RETRY_SECONDS[failures])
-                failures += 1
-            if len(draft.ids) > sampled:
-                failures, sampled = 0, len(draft.ids)
-        return draft.completion()
+                self._count_error(error)
+                if not self._servers_up:
+                    raise self._unavailable_error() from error
+                if not await retries.sleep():
+                    raise EngineError(f"{error} It has been tried {retries.failures + 1} times.") from error
+            if len(pending.ids) > sampled:
+                sampled = len(pending.ids)
+                retries.reset()
+        return pending.completion()
 
-    async def load(self, version: PolicyVersion, path: Path) -> None:
-        """See `Engine.load`. The files are checked and put into memory beside the running requests.
+    async def load_weights(self, version: PolicyVersion, path: Path) -> None:
+        """See `Engine.load_weights`. The files are checked and staged while requests run.
 
-        Raises UnavailableError when no server could be told; it is then safe to try again.
+        Raises UnavailableError if no server took the version; it is then safe to try again.
         """
         async with self._loading:
             if version == self.version:
                 return
-            new = await asyncio.to_thread(self.stage.put, version, path)
+            new = await asyncio.to_thread(self.staging.stage_weights, version, path)
             try:
-                await self._swap(new)
+                await self._swap_servers(new)
             except BaseException:
-                await asyncio.to_thread(self.stage.drop, new)
+                await asyncio.to_thread(self.staging.remove_version, new)
                 raise
             old, self._served = self._served, new
-            await asyncio.to_thread(self.stage.drop, old)
+            await asyncio.to_thread(self.staging.remove_version, old)
 
-    async def health(self) -> None:
-        """See `Engine.health`. Raises EngineAwayError while no server is up, EngineError when none will be again."""
-        if not self._up:
-            raise self._away()
+    async def check_health(self) -> None:
+        """See `Engine.check_health`. Raises EngineAwayError while no server is up, EngineError when none will be again."""
+        if not self._servers_up:
+            raise self._unavailable_error()
 
-    async def arrived(self, seconds: float) -> None:
+    async def wait_until_up(self, seconds: float) -> None:
         """Wait until a server is up. Raises DeadlineError, or EngineError when all were given up."""
         try:
             async with asyncio.timeout(seconds):
-                await self._arrived.wait()
+                await self._server_up.wait()
         except TimeoutError as error:
-            urls = ", ".join(server.api.url for server in self.servers)
+            urls = ", ".join(server.client.url for server in self.servers)
             raise DeadlineError(f"No SGLang server at {urls} served the model within {seconds:.0f} s; see their logs.") from error
         if self._failure:
             raise EngineError(self._failure)
 
-    async def close(self) -> None:
-        """End what runs, and the server if it is ours; whoever still waits gets an EngineError."""
+    async def close_engine(self) -> None:
+        """Cancel all requests, and end the server if it is a child; waiting requests fail with an EngineError."""
         self._fail("The SGLang engine is closed; open another one.")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for server in self.servers:
-            await server.close()
-            await server.api.close()
-        if self.keeper:
-            await self.keeper.stop()
-        await asyncio.to_thread(self.stage.close)
+            await server.cancel_requests()
+            await server.client.close_connections()
+        if self.supervisor:
+            await self.supervisor.stop_child()
+        await asyncio.to_thread(self.staging.remove_directory)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.close()
+        await self.close_engine()
 
-    async def _go_on(self, draft: Draft) -> None:
-        """Have one server sample more of ``draft``."""
-        if not self._up:
-            raise self._away()
-        server = await self._floor.enter(draft.sequence)
+    async def _generate_more(self, pending: PendingGeneration) -> None:
+        """Have one server sample more of ``pending``."""
+        if not self._servers_up:
+            raise self._unavailable_error()
+        server = await self._queue.acquire_slot(pending.sequence)
         try:
-            answer = await server.ask(draft)
-            self._take(draft, answer)
-            if not answer.ids:
-                raise EngineError(f"The SGLang server at {server.api.url} ended a request ({answer.finish}) without a token.")
-            self._floor.router.remember(draft.sequence, server)
+            response = await server.continue_generation(pending)
+            self._append_response(pending, response)
+            if not response.ids:
+                raise EngineError(
+                    f"The SGLang server at {server.client.url} ended a request ({response.finish}) without a token."
+                )
+            self._queue.router.record_prefix(pending.sequence, server)
         except UnavailableError:
-            server.suspect.set()
+            server.check_requested.set()
             raise
         finally:
-            self._floor.leave(server)
+            self._queue.release_slot(server)
 
-    def _take(self, draft: Draft, answer: Answer) -> None:
-        """Add ``answer`` to ``draft`` and to what was computed, which counts even if the draft is given up later."""
-        prefilled, cached = draft.prefilled, draft.cached
-        draft.take(answer)
-        self._totals.prefilled += draft.prefilled - prefilled
-        self._totals.cached += draft.cached - cached
-        self._totals.decoded += len(answer.ids)
+    def _append_response(self, pending: PendingGeneration, response: GenerateResponse) -> None:
+        """Add ``response`` to ``pending`` and to the counters, where it counts even if the generation fails later."""
+        prefilled, cached = pending.prefilled, pending.cached
+        pending.append_response(response)
+        self._totals.prefilled += pending.prefilled - prefilled
+        self._totals.cached += pending.cached - cached
+        self._totals.decoded += len(response.ids)
 
-    async def _swap(self, new: Staged) -> None:
-        """Bring ``new`` to every server that is up. One that refuses what another takes is left out until it takes it.
+    async def _swap_servers(self, new: StagedVersion) -> None:
+        """Swap ``new`` into every server that is up. One that refuses what another takes is left out until it takes it.
 
-        What is raised is for the caller to count.
+        The error that is raised is for the caller to count.
         """
-        while not (up := self._up):
+        while not (up := self._servers_up):
             if self._failure:
                 raise EngineError(self._failure)
-            self._arrived.clear()
-            await self._arrived.wait()
-        results = await asyncio.gather(*(server.swap(new) for server in up), return_exceptions=True)
+            self._server_up.clear()
+            await self._server_up.wait()
+        results = await asyncio.gather(*(server.swap_weights(new) for server in up), return_exceptions=True)
         errors = [error for error in results if isinstance(error, BaseException)]
-        # A refusal is the one to tell: the others may have failed for any reason.
-        told = min(errors, key=lambda error: not isinstance(error, WeightsError)) if len(errors) == len(up) else None
+        # A refusal is the one to raise: the others may have failed for any reason.
+        raised = min(errors, key=lambda error: not isinstance(error, WeightsError)) if len(errors) == len(up) else None
         for error in errors:
             if not isinstance(error, TreeGrpoError):
                 raise error
-            if error is not told:
-                self._count(error)
+            if error is not raised:
+                self._count_error(error)
                 log.warning("%s", error)
         for server in up:
-            if told is None and server.serves != new:
-                server.serves = None
-            server.suspect.set()
-        self._floor.serve()
-        if isinstance(told, WeightsError):
-            raise told
-        if told is not None:
-            raise UnavailableError(f"No server took version {new.version}: {told}") from told
+            if raised is None and server.serving != new:
+                server.serving = None
+            server.check_requested.set()
+        self._queue.dispatch_waiting()
+        if isinstance(raised, WeightsError):
+            raise raised
+        if raised is not None:
+            raise UnavailableError(f"No server took version {new.version}: {raised}") from raised
 
-    def _keeping(self) -> list[Callable[[], Awaitable[str]]]:
+    def _supervisions(self) -> list[Callable[[], Awaitable[str]]]:
         """The endless work that keeps servers up."""
-        if self.keeper:
-            return [partial(self.keeper.run, lambda: self._served, self._changed, self._count)]
-        return [partial(keep_remote, server, lambda: self._served, self._changed, self._count) for server in self.servers]
+        callbacks = EngineCallbacks(lambda: self._served, self._on_state_change, self._count_error)
+        if self.supervisor:
+            return [partial(self.supervisor.supervise_child, callbacks)]
+        return [partial(supervise_remote, server, callbacks, self._timings) for server in self.servers]
 
-    async def _guard(self, keep: Callable[[], Awaitable[str]]) -> None:
-        """Run ``keep``; when it gives up and was the last to do so, so does the engine."""
+    async def _supervise(self, supervise: Callable[[], Awaitable[str]]) -> None:
+        """Supervise a server until it is given up; the engine fails when that was the last one."""
         try:
-            why = await keep()
-        except Exception as error:  # whatever it was, nobody may wait for ever
-            log.exception("looking after an SGLang server failed")
-            why = f"Looking after an SGLang server failed ({error!r})."
-        log.error("%s", why)
-        self._kept -= 1
-        if not self._kept:
-            self._fail(f"{why} Restart the sampler.")
+            reason = await supervise()
+        except Exception as error:  # whatever it was, no request may wait for ever
+            log.exception("supervision of an SGLang server failed")
+            reason = f"Supervision of an SGLang server failed ({error!r})."
+        log.error("%s", reason)
+        self._supervised -= 1
+        if not self._supervised:
+            self._fail(f"{reason} Restart the sampler.")
 
     @property
-    def _up(self) -> list[Server]:
+    def _servers_up(self) -> list[SGLangServer]:
         return [server for server in self.servers if server.up]
 
-    def _away(self) -> EngineError:
+    def _unavailable_error(self) -> EngineError:
         """Why nothing can be generated, when no server is up."""
         if self._failure:
             return EngineError(self._failure)
-        urls = ", ".join(server.api.url for server in self.servers)
-        return EngineAwayError("engine", urls, "is being started again" if self.keeper else "does not answer", certain=True)
+        urls = ", ".join(server.client.url for server in self.servers)
+        state = "is being started again" if self.supervisor else "does not answer"
+        return EngineAwayError("engine", urls, state, certain=True)
 
-    def _changed(self) -> None:
-        if self._up:
-            self._arrived.set()
-            self._floor.serve()
+    def _on_state_change(self) -> None:
+        if self._servers_up:
+            self._server_up.set()
+            self._queue.dispatch_waiting()
         else:
-            self._floor.fail(self._away)
+            self._queue.fail_waiting(self._unavailable_error)
 
-    def _count(self, error: BaseException) -> None:
+    def _count_error(self, error: BaseException) -> None:
         self._errors[type(error).__name__] += 1
 
-    def _fail(self, why: str) -> None:
-        self._failure = self._failure or why
-        self._floor.fail(lambda: EngineError(self._failure))
+    def _fail(self, reason: str) -> None:
+        self._failure = self._failure or reason
+        self._queue.fail_waiting(lambda: EngineError(self._failure))
         for server in self.servers:
-            server.lose()
-        self._arrived.set()
+            server.mark_lost()
+        self._server_up.set()
 
-    def _checked(self, prefix: Sequence[int] | TokenIds, sampling: Sampling) -> TokenIds:
+    def _check_request(self, prefix: Sequence[int] | TokenIds, sampling: SamplingParams) -> TokenIds:
         if self._failure:
             raise EngineError(self._failure)
         return check_request(prefix, sampling, self.context, self._limits.vocabulary)

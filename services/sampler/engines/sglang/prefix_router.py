@@ -1,57 +1,50 @@
-"""Which server a request goes to: the one that holds the longest beginning of its prefix.
+"""Prefix-affinity routing: a request goes to the server that holds the longest beginning of its prefix.
 
-Prefixes are remembered in blocks; a block's key stands for all tokens up to its end. A tree therefore stays with the
-server of its prompt. Only when that server is full does a branch go elsewhere, and then its later turns, whose longest
-known beginning is there, follow it: whole branches move, not single turns.
+Prefixes are remembered in blocks. A tree therefore stays with the server of its prompt. Only when that server is full does
+a branch go elsewhere, and then its later turns, whose longest known beginning is there, follow it: whole branches move,
+not single turns.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
-import numpy as np
-
+from services.sampler.engines.sglang.server.prefix_blocks import MAX_BLOCKS, block_keys
 from treegrpo.core.step import TokenIds
 
-BLOCK = 8
-REMEMBERED = 1 << 17
-"""Blocks: a million tokens, 30 MB."""
-
-Place = TypeVar("Place")
+ServerT = TypeVar("ServerT")
 
 
-class Router(Generic[Place]):
-    """Remembers where prefixes went."""
+class PrefixRouter(Generic[ServerT]):
+    """Remembers which servers computed which prefixes, in at most `MAX_BLOCKS` blocks."""
 
     def __init__(self) -> None:
-        self._holders: OrderedDict[int, set[Place]] = OrderedDict()
+        self._servers: OrderedDict[int, set[ServerT]] = OrderedDict()
+        """By block key, the least recently used first."""
 
-    def choose(self, ids: TokenIds, places: Mapping[Place, float]) -> Place | None:
-        """The best of ``places``, which have room now; their value is how full they are. None if there is none."""
-        if not places:
+    def choose_server(self, ids: TokenIds, usage: Mapping[ServerT, float]) -> ServerT | None:
+        """The server for a request with prefix ``ids``; None if there is none.
+
+        Args:
+            ids: the prefix.
+            usage: the servers that have a free slot, and what share of their slots is taken.
+        """
+        if not usage:
             return None
-        best: Sequence[Place] = list(places)
-        if len(places) > 1:
+        best: Sequence[ServerT] = list(usage)
+        if len(usage) > 1:
             for key in block_keys(ids):
-                if not (held := [place for place in best if place in self._holders.get(key, ())]):
+                if not (holding := [server for server in best if server in self._servers.get(key, ())]):
                     break
-                best = held
-        return min(best, key=lambda place: places[place])
+                best = holding
+        return min(best, key=lambda server: usage[server])
 
-    def remember(self, ids: TokenIds, place: Place) -> None:
-        """``place`` computes the keys and values of ``ids``."""
+    def record_prefix(self, ids: TokenIds, server: ServerT) -> None:
+        """Note that ``server`` computes the keys and values of ``ids``."""
         for key in block_keys(ids):
-            self._holders.setdefault(key, set()).add(place)
-            self._holders.move_to_end(key)
-        while len(self._holders) > REMEMBERED:
-            self._holders.popitem(last=False)
-
-
-def block_keys(ids: TokenIds) -> Iterator[int]:
-    """One key for each whole block, of everything up to its end."""
-    key, raw = 0, np.ascontiguousarray(ids, np.uint32).tobytes()
-    for end in range(BLOCK * 4, len(raw) + 1, BLOCK * 4):
-        key = hash((key, raw[end - BLOCK * 4 : end]))
-        yield key
+            self._servers.setdefault(key, set()).add(server)
+            self._servers.move_to_end(key)
+        while len(self._servers) > MAX_BLOCKS:
+            self._servers.popitem(last=False)

@@ -1,8 +1,8 @@
-"""Keeps an eye on a server: how full it is twice a second, whether it still generates now and then.
+"""Supervision of SGLang servers: load twice a second, a health check now and then; restart of a child that is lost.
 
 up ──── does not answer, hangs ────► down: its requests go elsewhere or wait
 ▲                                     │
-└── answers, serves our version ◄─────┘   a child is started again, a server that others run is asked until it answers
+└── answers, serves our version ◄─────┘   a child is restarted, a server that others run is polled until it answers
 """
 
 from __future__ import annotations
@@ -13,170 +13,177 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
-from services.sampler.engines.sglang.api.server_process import Child
-from services.sampler.engines.sglang.server import Server, wake
-from services.sampler.engines.sglang.weight_staging import Staged
+from services.sampler.engines.sglang.server.server import SGLangServer, bring_up_server
+from services.sampler.engines.sglang.server.server_process import SGLangProcess
+from services.sampler.engines.sglang.server.timings import TIMINGS, SGLangTimings
+from services.sampler.engines.sglang.server.weight_staging import StagedVersion
 from treegrpo.errors import TreeGrpoError, UnavailableError
+from treegrpo.runtime.supervisor import Ended, Supervisor
 
 log = logging.getLogger(__name__)
-LOOK_SECONDS = 0.5
-METRICS_SECONDS = 5.0
-"""Between two looks at its metrics, which Prometheus gets from the sampler."""
-HEALTH_SECONDS = 15.0
-"""Between two requests that prove that it generates; `Api` says how long each may take."""
-MISSES = 3
-"""Looks in a row that fail before a server is taken for lost."""
-START_SECONDS = 900.0
-"""The longest a server may take to load a model and be ready."""
-ABSENT_SECONDS = 300.0
-"""A server that others run may be gone for so long before it is given up."""
-RESTART_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0)
-SETTLED_SECONDS = 120.0
-"""A server that ran this long has earned its restarts back."""
-
-Count = Callable[[BaseException], None]
+MAX_FAILED_POLLS = 3
+"""Polls in a row that fail before a server is regarded as lost."""
 
 
-async def look_after(server: Server, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> None:
-    """Watch ``server``, which is up, until it no longer can be used; then return, with it down."""
-    healthy, read, misses = time.monotonic(), -math.inf, 0
+@dataclass(frozen=True, slots=True)
+class EngineCallbacks:
+    """What supervision asks of the engine and reports to it."""
+
+    served: Callable[[], StagedVersion]
+    """The version that servers are to serve now."""
+    state_changed: Callable[[], None]
+    """Called when a server came up, was lost, or may have a free slot."""
+    count_error: Callable[[BaseException], None]
+
+
+async def monitor_server(server: SGLangServer, engine: EngineCallbacks, timings: SGLangTimings = TIMINGS) -> None:
+    """Poll ``server``, which is up, until it can no longer be used; then mark it lost and return."""
+    healthy, read, failed = time.monotonic(), -math.inf, 0
     try:
-        while misses < MISSES:
+        while failed < MAX_FAILED_POLLS:
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
-                    await server.suspect.wait()
-            server.suspect.clear()
+                async with asyncio.timeout(timings.poll):
+                    await server.check_requested.wait()
+            server.check_requested.clear()
             if server.swapping:
                 healthy = time.monotonic()
                 continue
-            # An update may have failed on the way, or passed by a server that was just coming up.
-            if server.serves is None or server.serves.version < served().version:
-                log.warning("the SGLang server at %s does not serve version %s", server.api.url, served().version)
+            # An update may have failed half-way, or missed a server that was just coming up.
+            if server.serving is None or server.serving.version < engine.served().version:
+                log.warning("the SGLang server at %s does not serve version %s", server.client.url, engine.served().version)
                 return
             try:
-                server.load = await server.api.load()
-                if time.monotonic() - healthy > HEALTH_SECONDS:
-                    await server.api.health()
+                server.load = await server.client.get_load()
+                if time.monotonic() - healthy > timings.health_interval:
+                    await server.client.check_health()
                     healthy = time.monotonic()
             except TreeGrpoError as error:
-                misses += 1
-                count(error)
+                failed += 1
+                engine.count_error(error)
                 log.warning("%s", error)
                 continue
-            misses = 0
-            server.pressure.look(server.load.usage, server.taken)
-            changed()
-            if time.monotonic() - read > METRICS_SECONDS:
+            failed = 0
+            server.request_limit.adjust_limit(server.load.usage, server.slots_taken)
+            engine.state_changed()
+            if time.monotonic() - read > timings.metrics_interval:
                 read = time.monotonic()
-                await _read_metrics(server, count)
+                await _read_metrics(server, engine)
     finally:
-        server.lose()
-        changed()
+        server.mark_lost()
+        engine.state_changed()
 
 
-async def _read_metrics(server: Server, count: Count) -> None:
-    """Read what it says to Prometheus. That it does not say it well is no reason to use it less."""
+async def _read_metrics(server: SGLangServer, engine: EngineCallbacks) -> None:
+    """Read the server's Prometheus metrics. A failure does not make the server unusable."""
     try:
-        server.families = await server.api.metrics()
+        server.metrics = await server.client.get_metrics()
     except TreeGrpoError as error:
-        server.families = ()
-        count(error)
+        server.metrics = ()
+        engine.count_error(error)
         log.warning("%s", error)
 
 
-async def keep_remote(server: Server, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> str:
+async def supervise_remote(server: SGLangServer, engine: EngineCallbacks, timings: SGLangTimings = TIMINGS) -> str:
     """Use a server that others run whenever it can be used; returns why it is given up."""
-    since, said = time.monotonic(), ""
+    retries, logged = timings.outage.schedule(), ""
     while True:
         try:
-            await wake(server, served())
+            await bring_up_server(server, engine.served())
         except TreeGrpoError as error:
-            if time.monotonic() - since > ABSENT_SECONDS:
-                return f"{error} It has been so for {ABSENT_SECONDS:.0f} s."
-            if str(error) != said:
-                said = str(error)
-                count(error)
-                log.warning("%s", said)
-            await asyncio.sleep(LOOK_SECONDS)
+            if str(error) != logged:
+                logged = str(error)
+                engine.count_error(error)
+                log.warning("%s", logged)
+            if not await retries.sleep():
+                return f"{error} It has been so for {timings.outage.seconds:.0f} s."
             continue
-        server.up, said = True, ""
-        changed()
-        log.info("the SGLang server at %s serves version %s", server.api.url, served().version)
-        await look_after(server, served, changed, count)
-        since = time.monotonic()
+        server.up, logged = True, ""
+        engine.state_changed()
+        log.info("the SGLang server at %s serves version %s", server.client.url, engine.served().version)
+        await monitor_server(server, engine, timings)
+        retries.reset()
 
 
-class Keeper:
-    """Runs a server as a child and starts it again when it dies."""
+class ServerSupervisor:
+    """Runs a server as a child process and restarts it when it is lost."""
 
-    def __init__(self, server: Server, launch: Callable[[Staged], Awaitable[Child]]) -> None:
+    def __init__(
+        self,
+        server: SGLangServer,
+        launch: Callable[[StagedVersion], Awaitable[SGLangProcess]],
+        timings: SGLangTimings = TIMINGS,
+    ) -> None:
         """``launch``: starts the process for a version."""
         self._server = server
         self._launch = launch
-        self._child: Child | None = None
+        self._timings = timings
+        self._process: SGLangProcess | None = None
         self.restarts = 0
 
     @property
     def pid(self) -> int:
         """Of the process that runs or ran last; 0 before the first."""
-        return self._child.pid if self._child else 0
+        return self._process.pid if self._process else 0
 
-    async def start(self, served: Staged) -> None:
-        """Start it and wait until it is ready. Raises EngineError, DeadlineError with its last words."""
+    async def start_child(self, served: StagedVersion) -> None:
+        """Start the server and wait until it is ready. Raises EngineError, DeadlineError with its last error."""
         began = time.monotonic()
-        child = self._child = await self._launch(served)
+        process = self._process = await self._launch(served)
 
-        async def ready() -> None:
-            api = self._server.api
-            if (path := (await api.model()).model_path) != str(served.path):
-                raise UnavailableError(f"Another server, with the model in {path}, answers at {api.url}.")
-            await wake(self._server, served)
+        async def check_ready() -> None:
+            client = self._server.client
+            if (path := (await client.get_model_info()).model_path) != str(served.path):
+                raise UnavailableError(f"Another server, with the model in {path}, answers at {client.url}.")
+            await bring_up_server(self._server, served)
 
-        await child.ready(ready, START_SECONDS)
+        await process.wait_until_ready(check_ready, self._timings.start)
         self._server.up = True
-        log.info("the SGLang server (process %d) is ready after %.1f s", child.pid, time.monotonic() - began)
+        log.info("the SGLang server (process %d) is ready after %.1f s", process.pid, time.monotonic() - began)
 
-    async def run(self, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> str:
+    async def supervise_child(self, engine: EngineCallbacks) -> str:
         """Keep the started server running; returns why it is given up."""
-        attempt, why = 0, ""
-        while True:
-            if self._server.up:
-                began = time.monotonic()  # how long it took to be ready earns nothing
-                why = await self._until_lost(served, changed, count)
-                attempt = 0 if time.monotonic() - began > SETTLED_SECONDS else attempt
-            if attempt == len(RESTART_SECONDS):
-                return f"{why} It has been started {attempt + 1} times and is given up."
-            log.warning("%s It is started again in %.0f s.", why, RESTART_SECONDS[attempt])
-            await asyncio.sleep(RESTART_SECONDS[attempt])
-            attempt += 1
+        supervisor = Supervisor(
+            self._timings.restart, lambda why, delay: log.warning("%s It is restarted in %.0f s.", why, delay)
+        )
+        ended = await supervisor.supervise(lambda: self._run_once(engine))
+        reason = ended.reason if ended is not None else "The SGLang server ended."
+        return f"{reason} It has been started {supervisor.starts} times and is given up."
+
+    async def _run_once(self, engine: EngineCallbacks) -> Ended:
+        """Start the server unless it is up, and monitor it until it is lost."""
+        if not self._server.up:
             self.restarts += 1
             try:
-                await self.start(served())
+                await self.start_child(engine.served())
             except TreeGrpoError as error:
-                count(error)
-                why = str(error)
-                await self.stop()
-            changed()
+                engine.count_error(error)
+                await self.stop_child()
+                return Ended(str(error))
+            finally:
+                engine.state_changed()
+        began = time.monotonic()  # the time it took to be ready does not count
+        return Ended(await self._until_lost(engine), time.monotonic() - began)
 
-    async def _until_lost(self, served: Callable[[], Staged], changed: Callable[[], None], count: Count) -> str:
-        """Watch until it ends or hangs; returns its obituary, with no process left. Raises what watching it raised."""
-        child = self._child
-        assert child is not None  # noqa: S101  # it was started
-        watching = asyncio.create_task(look_after(self._server, served, changed, count), name="sglang-look")
+    async def _until_lost(self, engine: EngineCallbacks) -> str:
+        """Monitor the server until it ends or hangs, then end the process; returns its exit message."""
+        process = self._process
+        assert process is not None  # noqa: S101  # it was started
+        monitoring = asyncio.create_task(monitor_server(self._server, engine, self._timings), name="sglang-monitor")
         try:
-            await asyncio.wait({watching, child.ended}, return_when=asyncio.FIRST_COMPLETED)
-            if child.ended.done():
-                count(UnavailableError(child.obituary()))
+            await asyncio.wait({monitoring, process.ended}, return_when=asyncio.FIRST_COMPLETED)
+            if process.ended.done():
+                engine.count_error(UnavailableError(process.exit_message()))
         finally:
-            watching.cancel()
-            await asyncio.wait({watching})
-            await child.stop()
-        if not watching.cancelled():
-            watching.result()
-        return child.obituary()
+            monitoring.cancel()
+            await asyncio.wait({monitoring})
+            await process.stop()
+        if not monitoring.cancelled():
+            monitoring.result()
+        return process.exit_message()
 
-    async def stop(self) -> None:
+    async def stop_child(self) -> None:
         """End the process."""
-        if self._child is not None:
-            await self._child.stop()
+        if self._process is not None:
+            await self._process.stop()

@@ -1,1 +1,0 @@
-"""SGLang's own interfaces: command line, process, HTTP requests and responses."""
