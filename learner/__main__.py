@@ -59,7 +59,7 @@ def running_intake(config: Config, ranks: Ranks) -> Generator[None]:
     path = socket_path(config.run.dir)
     child = IntakeChild() if ranks.is_first and not _is_served(path) else None
     try:
-        ranks.first(lambda: _wait_until_ready(child, path))
+        ranks.run_on_first(lambda: _wait_until_ready(child, path))
         supervisor = IntakeSupervisor(child) if child is not None else None
     except BaseException:
         if child is not None:
@@ -75,7 +75,7 @@ def running_intake(config: Config, ranks: Ranks) -> Generator[None]:
     finally:
         if supervisor is not None:
             supervisor.stop()
-    ranks.first(lambda: supervisor and supervisor.raise_permanent_error())
+    ranks.run_on_first(lambda: supervisor and supervisor.raise_permanent_error())
 
 
 class IntakeChild:

@@ -36,7 +36,7 @@ def test_the_next_step_after_a_resume_is_the_same_bit_for_bit(tmp_path: Path) ->
     assert checkpoint.read_training_progress(folder) == TrainingProgress(1, 20, 640, 0.25)
     assert torch.equal(torch.rand(3), drawn)
     packs = packs_of([group(forked((0.3, 0.9)))], config)
-    updates = [one.update([packs], 1) for one in (first, second)]
+    updates = [one.step_minibatches([packs], 1) for one in (first, second)]
     assert updates[0] == updates[1]
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -130,7 +130,7 @@ def test_a_policy_that_has_not_stepped_yet_resumes_as_one(tmp_path: Path) -> Non
     resumed, fresh = (Updater(config, load_model(folder, CPU), None) for _ in range(2))
     resume(folder, resumed)
     packs = packs_of([group(forked())], config)
-    updates = [one.update([packs], 0) for one in (first, resumed, fresh)]
+    updates = [one.step_minibatches([packs], 0) for one in (first, resumed, fresh)]
     assert updates[0] == updates[1] == updates[2]
     for a, b, c in zip(*(one.model.parameters() for one in (first, resumed, fresh)), strict=True):
         assert torch.equal(a, b)

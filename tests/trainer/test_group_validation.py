@@ -41,7 +41,7 @@ def test_a_group_that_is_wrong_is_left_out_and_the_others_are_not(name: str) -> 
     groups, refused = unpack_groups([packed("q-1", chain("a")), wrong, packed("q-2", chain("b"))], VOCABULARY)
     assert [one.id for one in groups] == ["q-1", "q-2"]
     (sentence,) = refused
-    assert sentence.startswith(f"Group q-17, tree {broken.reports_error}")
+    assert sentence.startswith(f"Group q-17, tree {broken.says}")
 
 
 @pytest.mark.parametrize(
