@@ -34,10 +34,10 @@ if sys.argv[2] != "ends":
 SAMPLER = """
 import asyncio, os, sys
 from pathlib import Path
-from services.sampler.engines.sglang.server.server_process import Child
+from services.sampler.engines.sglang.server.server_process import SGLangProcess
 
 async def run():
-    child = await Child.start([sys.executable, "-c", *sys.argv[2:]], os.environ, Path(sys.argv[1]))
+    child = await SGLangProcess.start_server([sys.executable, "-c", *sys.argv[2:]], os.environ, Path(sys.argv[1]))
     await child.ended
 
 asyncio.run(run())

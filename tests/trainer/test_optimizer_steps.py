@@ -134,14 +134,14 @@ def test_m2po_chooses_over_the_whole_batch(tmp_path: Path) -> None:
 class Twin(Ranks):
     """Beside a rank that has the same."""
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         return [value, value]
 
 
 class CalmTwin(Ranks):
     """Beside a rank whose tokens are as the policy would have them."""
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         return [value, cast("T", torch.zeros(50))] if isinstance(value, Tensor) else [value]
 
 
