@@ -85,7 +85,7 @@ def check_prompts(model: Path, questions: Sequence[Question], key: str, context:
             f"{model}: the chat template renders all {report.count} prompts of {key} that were tried alike, so no question is in "
             "its prompt; mend it."
         )
-    if len(report.unsupported_feature) == len(report.lengths):
+    if len(report.unfit) == len(report.lengths):
         raise DataError(
             f"None of the {report.count} prompts of {key} that were tried leaves room for an answer: the shortest has "
             f"{min(report.lengths)} tokens, and rollout.max_context = {context}; raise it, or shorten the prompts."
