@@ -113,8 +113,7 @@ class CrashableIntake:
     # ---- what happens
 
     def publish(self, step: int) -> None:
-        self.table.version = PolicyVersion(1, step)
-        self.table.train_queue.mark_trained(step * BATCH)
+        self.table.set_policy_version(PolicyVersion(1, step), step * BATCH)
 
     def grant(self, holder: str = "s/1") -> None:
         if (work := self.table.next_lease()) is not None:

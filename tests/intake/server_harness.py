@@ -74,8 +74,7 @@ class IntakeFixture:
 
     def publish(self, step: int, position: int) -> None:
         """The trainer has made a version of the groups before ``position``."""
-        self.coordinator.lease_table.version = PolicyVersion(1, step)
-        self.coordinator.lease_table.train_queue.mark_trained(position)
+        self.coordinator.lease_table.set_policy_version(PolicyVersion(1, step), position)
         self.coordinator.dispatcher.wake_dispatcher()
 
     async def until(self, condition: Callable[[], bool]) -> None:

@@ -60,8 +60,7 @@ class TrainedRun:
         return PolicyVersion(self.lineage, self.position // self.batch)
 
     def publish(self) -> None:
-        self.table.version = self.version
-        self.table.train_queue.mark_trained(self.position)
+        self.table.set_policy_version(self.version, self.position)
 
     def grant(self) -> None:
         """All there is to grant."""

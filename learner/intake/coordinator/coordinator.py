@@ -223,10 +223,10 @@ class Coordinator:
         self._end_lease(end)
 
     def _end_lease(self, end: LeaseEnd, outcome: LeaseOutcome | None = None) -> None:
-        group = self.lease_table.open_group(end.lease)
+        group = self.lease_table.require_open_lease(end.lease)
         name = sampler_of(group.holder)
         outcome = outcome or LeaseOutcome.classify(group, end)
-        excused = group.is_at_fault(end) and self._attempts.is_excused(group, name, self.open_sessions)
+        excused = group.counts_against_question(end) and self._attempts.is_excused(group, name, self.open_sessions)
         group = self.leases.end_lease(end, excused=excused)
         if group.is_done:
             self._attempts.forget_question(group)

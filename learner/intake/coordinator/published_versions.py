@@ -63,8 +63,7 @@ class PublishedVersions:
         """
         async with self._publishing:  # a request that is repeated while the files are read waits for the first
             await self._serve_files(version, directory)
-            self._table.version = version
-            self._table.train_queue.mark_trained(position)
+            self._table.set_policy_version(version, position)
             await self._control.announce_version(version)
 
     async def _serve_files(self, version: PolicyVersion, directory: Path) -> None:

@@ -58,7 +58,7 @@ class Ledger:
         self.accounts[kind].refunded += left
 
     def forfeit_lease(self, lease: str) -> None:
-        """Close the account of a lost lease: nobody knows how what is left was spent."""
+        """Close the account of a lost lease: how what is left was spent is unknown."""
         kind, left = self._open.pop(lease)
         self.accounts[kind].forfeited += left
 

@@ -4,7 +4,7 @@
                                                            ▲                                  │
                                                            └────── FAILURES more ─────────────┘
 
-They are counted by sampler, over its incarnations: one bad machine is put aside and nobody else. A run is given up when no
+They are counted by sampler, over its incarnations: one bad machine is put aside and no other. A run is given up when no
 sampler that is connected, or was a moment ago, has brought a leaf, and each has failed through OPENINGS openings: 64 leases, and
 1 + 2 + 4 seconds, at least. One sampler alone suffices if it is the only one; with several the others' leaves keep the run going.
 """
@@ -28,9 +28,9 @@ FAILURES = 16
 OPENINGS = 4
 """In a row, of every sampler, before the run is given up."""
 MAX_ERROR_LETTERS = 300
-"""Of what a sampler says, in a sentence of ours."""
+"""Of a sampler's error, in an error or a log line."""
 MAX_NAMES = 3
-"""Samplers that the last sentence of a run quotes."""
+"""Samplers that the error which ends a run names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class LeaseOutcome(Enum):
     PROGRESS = "progress"
     """A leaf of its own."""
     FAILED = "failed"
-    """It was worked on in vain, or failed."""
+    """It was worked on without a leaf, or failed."""
     IDLE = "idle"
-    """It came back or was lost with nothing done, which says nothing of the task, but something of its sampler."""
+    """It was returned or lost without work: no sign of a bad task, but of a bad sampler."""
     NEUTRAL = "neutral"
-    """It was asked to stop, or the learner itself was away."""
+    """Its sampler was asked to stop, or the learner itself was away."""
 
     @classmethod
     def classify(cls, group: RolloutGroup, end: LeaseEnd) -> LeaseOutcome:
@@ -83,13 +83,13 @@ class SamplerCircuit:
     openings: int = 0
     """Since its last leaf."""
     failed: int = 0
-    """Leases since its last leaf that say something of the task."""
+    """Leases since its last leaf whose outcome is `LeaseOutcome.FAILED`."""
     retry_at: float = 0.0
     """When it may have leases again."""
     left_at: float | None = None
     """When its stream closed; None: it is connected."""
     error: str = ""
-    """What it said last of a lease that failed."""
+    """The last error it named."""
 
     @property
     def is_exhausted(self) -> bool:

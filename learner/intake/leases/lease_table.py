@@ -1,4 +1,4 @@
-"""The lease table: who rolls out what, within the staleness bound. Pure: no network, no clock, no disk.
+"""The lease table: which sampler rolls out which question, within the staleness bound. Pure: no network, no clock, no disk.
 
 Staleness bounds the number of training groups that are on their way:
 
@@ -12,7 +12,7 @@ A group whose lease is lost or fails is leased again with the subtrees it has, b
 without a leaf begins again from nothing. After MAX_ATTEMPTS such leases it is closed with what it has, or set aside.
 
 A trainer that went back to a checkpoint first takes its steps again. Until its policy is the one that a group was begun
-with, nobody continues that group: tokens of an older policy could not be trained within the bound any more.
+with, no sampler continues that group: tokens of an older policy could not be trained within the bound any more.
 
 Every change is an event: granted, accepted, ended, closed, positions assigned. The service writes each to the journal;
 after a restart the journal's events go through the same methods.
@@ -92,7 +92,7 @@ class LeaseTable:
         self.evaluation_answers = EvaluationAnswers()
         self.version: PolicyVersion | None = None
 
-    # ---- what follows from it
+    # ---- limits and look-ups
 
     def count_active_leases(self, kind: LeaseKind) -> int:
         """Open leases of a kind whose group is not closed yet."""
@@ -129,19 +129,26 @@ class LeaseTable:
         return (self.version.step if self.version else 0) + self.train_queue.in_training_count // self.batch
 
     def find_group(self, lease: str) -> RolloutGroup | None:
-        """The group that still takes subtrees of a lease: it is open, or was lost and nobody has continued it yet.
+        """The group that still takes subtrees of a lease: it is open, or was lost and no sampler has continued it yet.
 
         Once another sampler continues, it makes nodes of the same ids as those that the lost lease may still bring.
         """
         unfinished = (group for group in self.unfinished_groups.values() if group.lease.id == lease)
         return self.open_leases.get(lease) or next(unfinished, None)
 
-    def open_group(self, lease: str) -> RolloutGroup:
+    def require_open_lease(self, lease: str) -> RolloutGroup:
         """The group of an open lease. Raises ContractError: it is not open."""
         group = self.open_leases.get(lease)
         if group is None:
             raise ContractError(f"Lease {lease} is not open; it has ended before.")
         return group
+
+    # ---- the trainer's progress
+
+    def set_policy_version(self, version: PolicyVersion, position: int) -> None:
+        """Lease with ``version`` from now on; the groups before ``position`` made it."""
+        self.version = version
+        self.train_queue.mark_trained(position)
 
     # ---- events: granted, accepted, ended
 
@@ -218,7 +225,7 @@ class LeaseTable:
         Raises:
             ContractError: the lease is not open.
         """
-        group = self.open_group(end.lease)
+        group = self.require_open_lease(end.lease)
         del self.open_leases[end.lease]
         if end.reason.silent:
             self.ledger.forfeit_lease(end.lease)
@@ -228,7 +235,7 @@ class LeaseTable:
         if group.state is GroupState.SETTLING:
             group.move_to(GroupState.SETTLED)
             return group
-        group.attempts += group.is_at_fault(end) and not excused
+        group.attempts += group.counts_against_question(end) and not excused
         releasable = group.can_be_leased_again(self._max_releasable_tokens) and not group.used_all_attempts
         self._close_or_requeue(group, end.reason.value, finished=not (end.reason.unfinished and releasable))
         return group

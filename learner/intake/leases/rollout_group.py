@@ -7,7 +7,7 @@
      └──┴───────► SET_ASIDE: given up
 
 A group that closes at the staleness bound while its lease is out leaves a group without subtrees behind in the open leases,
-which is SETTLING until the end of that lease says what it cost.
+which is SETTLING until the end of that lease reports its cost.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class RolloutGroup:
     granted_at: float | None
     """time.monotonic of the grant; None when it is read from the journal."""
     attempts: int = 0
-    """Leases that came to nothing through a fault of their sampler or of the question."""
+    """Leases without a result through a fault of their sampler or of the question."""
     min_policy_step: int = -1
     """The oldest policy step that any of its tokens may be from; by default that of its lease."""
     state: GroupState = GroupState.LEASED
@@ -93,11 +93,11 @@ class RolloutGroup:
     inherited: int = 0
     """How many of the subtrees earlier leases have brought."""
     rejected: dict[tuple[int, int], Cost] = field(default_factory=dict[tuple[int, int], Cost])
-    """By (tree, index): what subtrees cost that are no part of the group."""
+    """Cost of the rejected subtrees by (tree, index)."""
     last_rejection: str = ""
-    """Why the last of them is none."""
+    """Why the last of them was rejected, in a sentence."""
     rejection_reasons: set[str] = field(default_factory=set[str])
-    """Why all of them are none, in a word each."""
+    """Why all of them were rejected, in a word each."""
 
     def __post_init__(self) -> None:
         self.group = Group(f"{self.draw:07d}" if self.draw >= 0 else self.lease.id, self.lease.question)
@@ -138,7 +138,7 @@ class RolloutGroup:
 
     @property
     def used_all_attempts(self) -> bool:
-        """Whether so many leases came to nothing that it is not leased again."""
+        """Whether so many leases were without a result that it is not leased again."""
         return self.attempts >= MAX_ATTEMPTS
 
     @property
@@ -183,7 +183,7 @@ class RolloutGroup:
         return fresh
 
     def drop_trees(self) -> None:
-        """Keep only the messages that the trainer gets: nobody reads the trees any more."""
+        """Keep only the messages that the trainer gets: the trees are not read any more."""
         self.group.trees.clear()
         self.subtrees.clear()
 
@@ -199,12 +199,12 @@ class RolloutGroup:
 
     @property
     def missing(self) -> int:
-        """Chains and expansions that the plan asks for and nobody has sent."""
+        """Chains and expansions that the plan asks for and no sampler has sent."""
         return self.lease.plan.leaves - len({(subtree.tree, subtree.index) for subtree in self.subtrees})
 
     @property
     def forgone(self) -> int:
-        """Expansions that the plan asks for and nobody has sent."""
+        """Expansions that the plan asks for and no sampler has sent."""
         plan = self.lease.plan
         return plan.leaves - plan.trees - sum(subtree.index > 0 for subtree in self.subtrees)
 
@@ -215,7 +215,7 @@ class RolloutGroup:
 
     # ---- the end of its lease
 
-    def is_at_fault(self, end: LeaseEnd) -> bool:
+    def counts_against_question(self, end: LeaseEnd) -> bool:
         """Whether a lease counts against its question: it was lost or failed, or was worked on and led to no leaf."""
         if end.reason in (LeaseEndReason.LOST, LeaseEndReason.FAILED):
             return True

@@ -6,7 +6,7 @@ than j·batch may be left for the j steps after this one; the others belong into
 is the rule by which leases are granted.
 
     a group for which there is no later step ─► its sampler is asked to stop ─► FINISHING_SECONDS later it is closed
-    the same, and nobody works on it         ─► it is closed at once
+    the same, and no lease is open for it    ─► it is closed at once
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class StalenessBound:
         return [group.draw for group in self._table.train_queue.ready_groups if base - group.min_policy_step > max_lag]
 
     def request_stops(self) -> None:
-        """Ask samplers to stop what a whole batch is waiting for, and close what nobody works on."""
+        """Ask samplers to stop groups that a whole batch waits for, and close those without an open lease."""
         for group in self.overdue_groups():
             if group.state is GroupState.AWAITING_LEASE:
                 if group in self._table.resumable_groups:  # else the trainer is steps away from needing it

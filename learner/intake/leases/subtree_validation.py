@@ -45,7 +45,7 @@ def lease_not_open(lease: str) -> ContractError:
 
 
 def rejection_reason(group: RolloutGroup | None, holder: str, error: ContractError) -> str:
-    """What is wrong with a rejected subtree, in a word; ``group`` is that of its lease, if it is open."""
+    """Why a subtree is rejected, in a word; ``group`` is that of its lease, if it is open."""
     if group is None:
         return "lease"
     if group.holder != holder:

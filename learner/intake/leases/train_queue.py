@@ -113,7 +113,7 @@ class TrainQueue:
     def mark_covered(self, position: int) -> None:
         """A checkpoint covers everything before ``position``: what the one before it covered is forgotten.
 
-        A trainer that went back says a smaller position than before, and needs everything from there on.
+        A trainer that went back names a smaller position than before, and needs everything from there on.
         """
         while self._first_position < self._covered_position < position and self._positioned:
             self._positioned.popleft()
@@ -144,7 +144,7 @@ class TrainQueue:
     def restore_positions(self, row: dict[str, Any], groups: Sequence[RolloutGroup]) -> None:
         """Restore what `snapshot_positions` and `kept_groups` gave, with groups that are ready.
 
-        What is in training the trainer says when it is back.
+        The trainer names its position when it connects again.
         """
         self._first_position, self._covered_position = row["kept"], row["covered"]
         for group in groups:

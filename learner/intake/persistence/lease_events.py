@@ -66,7 +66,7 @@ def replay(table: LeaseTable, reporter: RunRecorder, event: Record) -> None:
                 reporter.record_subtree(group, subtree)
         case "refused":
             key = (event["tree"], event["index"])
-            table.open_group(event["lease"]).reject_subtree(key, Cost(*event["cost"]), event["reason"], event["why"])
+            table.require_open_lease(event["lease"]).reject_subtree(key, Cost(*event["cost"]), event["reason"], event["why"])
         case "closed":
             reporter.record_group_close(table.close_group(event["draw"]), "overdue")
         case "taken":
