@@ -151,7 +151,7 @@ async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(tmp_pa
     )
     other = await asyncio.to_thread(treegrpo, "up", *small_run.flags(train__steps="3", run__seed="8", rollout__trees="3"))
     assert (other.code, other.left) == (2, [])
-    assert "run.seed was 0 and is 8, rollout.trees was 2 and is 3. Set it back" in other.sentence
+    assert "run.seed was 0 and is 8, rollout.trees was 2 and is 3. Set them back" in other.sentence
 
 
 async def test_a_second_command_is_refused_and_the_first_resumes_after_ctrl_c(

@@ -58,7 +58,9 @@ def test_what_a_run_is_not_made_of_may_change(tmp_path: Path, changes: dict[str,
 )
 def test_another_run_is_refused_with_the_keys_and_both_values(tmp_path: Path, changes: dict[str, str], sentence: str) -> None:
     small_run = begun(tmp_path)
-    with pytest.raises(ConfigError, match=rf"{small_run.run_dir} cannot go on as another: {sentence}\. Set it back .*run\.dir"):
+    with pytest.raises(
+        ConfigError, match=rf"{small_run.run_dir} cannot resume with other settings: {sentence}\. Set them back .*run\.dir"
+    ):
         check_fingerprint(told(small_run, **changes))
 
 

@@ -58,7 +58,7 @@ def test_a_recorded_step_counts_without_its_checkpoint(tmp_path: Path) -> None:
     """Its disk may not be there now."""
     begun(small_run := SmallRun(tmp_path))
     (small_run.run_dir / "progress.jsonl").write_text('{"kind": "step", "step": 1}\n')
-    with pytest.raises(ConfigError, match="cannot go on as another"):
+    with pytest.raises(ConfigError, match="cannot resume with other settings"):
         archive_untrained_run(other(small_run))
 
 
@@ -81,6 +81,8 @@ def test_a_trained_run_may_not_change(tmp_path: Path, left: str) -> None:
     begun(small_run := SmallRun(tmp_path), left)
     before = names(small_run.run_dir)
     for refuses in (archive_untrained_run, check_resumable, check_run_dir):
-        with pytest.raises(ConfigError, match=r"cannot go on as another: rollout\.max_context was 256 and is 512\. Set it back"):
+        with pytest.raises(
+            ConfigError, match=r"cannot resume with other settings: rollout\.max_context was 256 and is 512\. Set them back"
+        ):
             refuses(other(small_run))
     assert names(small_run.run_dir) == before

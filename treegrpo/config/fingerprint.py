@@ -58,7 +58,7 @@ Fingerprint = Mapping[str, Any]
 
 
 def record_fingerprint(config: Config, *, begun: bool) -> str:
-    """Write down what the run in ``run.dir`` is, or, if it has ``begun``, that it still is that; returns its id.
+    """Record the fingerprint of the run in ``run.dir``, or, if it has ``begun``, check it; returns the run's id.
 
     The id is random, and made when the run begins: it tells two runs of one run.name apart.
 
@@ -73,12 +73,15 @@ def record_fingerprint(config: Config, *, begun: bool) -> str:
         return _id(path)
     _write(path, json.dumps({ID: secrets.token_hex(8), **_fingerprint(config, [*KEYS, MODEL, *QUESTIONS])}, indent=1))
     if begun:
-        log.warning("the run in %s began before runs wrote down what they are; it is now what it was told to be", config.run.dir)
+        log.warning(
+            "the run in %s was begun by an earlier version, which recorded no fingerprint; the present settings are recorded",
+            config.run.dir,
+        )
     return _id(path)
 
 
 def check_fingerprint(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -> None:
-    """That the run in ``run.dir`` is still what it was when it began; nothing if nobody wrote that down.
+    """Check that the run in ``run.dir`` has the fingerprint that it began with; without a record everything is accepted.
 
     Args:
         config: what it is told now.
@@ -91,7 +94,7 @@ def check_fingerprint(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUE
     """
     if found := changes(config, names):
         raise ConfigError(
-            f"The run in run.dir = {config.run.dir} cannot go on as another: {', '.join(found)}. Set it back as it was, or "
+            f"The run in run.dir = {config.run.dir} cannot resume with other settings: {', '.join(found)}. Set them back as they were, or "
             "begin anew in another run.dir, with this run's last checkpoint as model.path to keep what it has learnt."
         )
 
@@ -103,12 +106,12 @@ def changes(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -
         return []
     now, then = _fingerprint(config, names), _read(path)
     if missing := [key for key in now if key not in then]:
-        log.warning("%s does not say what %s was, so nobody can say whether it has changed", path, ", ".join(missing))
+        log.warning("%s does not record %s, so a change of it cannot be detected", path, ", ".join(missing))
     return [change for key in now if key in then for change in _changes(key, then[key], now[key])]
 
 
 def _id(path: Path) -> str:
-    """The id in ``path``; a run that began before runs had one is known by what was written down then."""
+    """The id in ``path``; the hash of the record, for a run of an earlier version."""
     known = _read(path).get(ID)
     return known if isinstance(known, str) else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 

@@ -125,9 +125,9 @@ class _MetricsServer:
             return _response(HTTPStatus.NOT_FOUND, b"There are GET /metrics and GET /health.\n")
         try:
             return _response(HTTPStatus.OK, self._page())
-        except Exception:  # the edge: a figure that cannot be made is said here, and costs the process nothing
-            log.exception("the figures for %s cannot be made", "/metrics")
-            return _response(HTTPStatus.INTERNAL_SERVER_ERROR, b"A figure cannot be made; see the log of this process.\n")
+        except Exception:  # the edge: a metric that cannot be rendered does not end the process
+            log.exception("the response to GET %s cannot be rendered", "/metrics")
+            return _response(HTTPStatus.INTERNAL_SERVER_ERROR, b"A metric cannot be rendered; see the log of this process.\n")
 
 
 def _ignore_failed_handshake(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

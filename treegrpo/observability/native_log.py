@@ -47,7 +47,7 @@ def _pass_on(reading: int) -> None:
         for line in filter(None, lines):
             allowed = budget.allow_line()
             if dropped := budget.take_dropped():
-                log.warning("native code wrote %d more lines, which are left out", dropped)
+                log.warning("native code wrote %d more lines, which were dropped", dropped)
             if allowed:
                 log.warning("%s", line[:LINE_BYTES].decode(errors="replace"))
 

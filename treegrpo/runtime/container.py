@@ -2,8 +2,8 @@
 
     python -m treegrpo.runtime.container [--job] PROGRAM [ARGUMENT …]
 
-    the program ends with 2, an error that stays ─► its sentence is said, and this waits to be stopped
-    in any other way ─────────────────────────────► this ends alike, and whoever runs the container starts it again
+    the program ends with 2, a permanent error ─► its sentence is logged, and this waits to be stopped
+    in any other way ───────────────────────────► this ends alike, and whoever runs the container starts it again
 
 Neither compose nor a Deployment of Kubernetes can leave a container alone because of its exit code. While this waits the
 health check fails with the sentence, and a liveness check passes (`healthcheck.py`). A Job of Kubernetes can, so with --job
@@ -31,7 +31,7 @@ from treegrpo.runtime.stop_signals import stop_signals
 log = logging.getLogger(__name__)
 JOB = "--job"
 FAILURE_MARKER = "treegrpo-ended"
-"""A file in the directory for temporary files: the sentence of a program that ended for good."""
+"""A file in the directory for temporary files: the sentence of a program that ended with a permanent error."""
 SIGNALLED = 128
 
 
@@ -63,7 +63,11 @@ def main(arguments: Sequence[str]) -> int:
         sentence = report.sentence if report else "it gave no reason; see the lines above"
         with suppress(OSError):  # a disk that is full: then the log alone has it
             failure_marker().write_text(sentence + "\n", encoding="utf-8")
-        log.critical("%s ended for good, so this container waits; mend that and start it again: %s", " ".join(program), sentence)
+        log.critical(
+            "%s ended with a permanent error, so this container waits; fix it and restart the container: %s",
+            " ".join(program),
+            sentence,
+        )
         stopping.wait()
     return code if code >= 0 else SIGNALLED - code
 

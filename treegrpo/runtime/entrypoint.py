@@ -1,8 +1,8 @@
 """Entry point of every service process: reads the configuration, runs the service, prints the error, sets the exit code.
 
 0     the end of its work, or it drained as it was told
-2     an error that stays until somebody does something: configuration, data, model, a taken port, a damaged journal
-75    an error that may pass: a peer that does not answer, a deadline; start it again
+2     a permanent error, which stays until somebody acts: configuration, data, model, a taken port, a damaged journal
+75    a transient error: a peer that does not answer, a deadline; start it again
 else  a crash, or a signal; start it again
 
 The sentence goes to standard error for people, and to the process that started this one as an exit report.
@@ -58,19 +58,19 @@ def report_error(error: BaseException) -> int:
     write_exit_report(exit_report_for(ours))
     for other in _leaf_errors(error):  # a crash beside it is not lost
         if not isinstance(other, TreeGrpoError | asyncio.CancelledError):
-            log.error("besides, something crashed: %s", other, exc_info=other)
+            log.error("another exception was raised as well: %s", other, exc_info=other)
     if log_setup.is_json_format():
         log_setup.log_to_stderr()
         log.critical("%s", " ".join([str(ours), *getattr(ours, "__notes__", ())]))
     else:
         lines = [f"{ERROR_PREFIX}{ours}", *getattr(ours, "__notes__", ())]  # notes say how to go on
-        with suppress(OSError):  # nobody listens any more
+        with suppress(OSError):  # the reader has gone
             print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
     return exit_code(ours)
 
 
 def find_own_error(error: BaseException) -> TreeGrpoError | None:
-    """The error of ours in ``error``, which a task group may have wrapped: one that stays before one that may pass."""
+    """The error of ours in ``error``, which a task group may have wrapped: a permanent one before a transient one."""
     return min(
         (one for one in _leaf_errors(error) if isinstance(one, TreeGrpoError)), key=lambda one: one.is_transient, default=None
     )
@@ -99,4 +99,4 @@ async def _run_until_stopped(service: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         if not stopping.is_set():
             raise RuntimeError("The service was cancelled, and nobody had told it to stop.") from None
-        log.info("told to stop")
+        log.info("received a stop signal")

@@ -57,7 +57,7 @@ def exit_report_for(error: BaseException) -> ExitReport:
 
 
 def decisive_report(reports: Iterable[ExitReport]) -> ExitReport | None:
-    """Of several reports the one to act on: an error that stays, then a crash, then what may pass; of equals the first."""
+    """Of several reports the one to act on: a permanent error, then a crash, then a transient error; of equals the first."""
     order = {FAILED: 0, TRANSIENT: 2}
     return min(reports, key=lambda report: (report.secondary, order.get(report.code, 1)), default=None)
 

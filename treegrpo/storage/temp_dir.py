@@ -66,13 +66,13 @@ def _make(parent: Path) -> tuple[Path, int]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what dead samplers have left."""
+    """Remove the directories of samplers that were killed."""
     for path in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):  # somebody else's, or gone meanwhile
             if path.lstat().st_uid == os.geteuid() and (lock := _lock(path)) is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
-                log.info("removed %s, which a sampler has left that was killed", path)
+                log.info("removed %s, which a killed sampler has left", path)
 
 
 def _lock(path: Path) -> int | None:
