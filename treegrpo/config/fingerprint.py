@@ -94,8 +94,8 @@ def check_fingerprint(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUE
     """
     if found := changes(config, names):
         raise ConfigError(
-            f"The run in run.dir = {config.run.dir} cannot resume with other settings: {', '.join(found)}. Set them back as they were, or "
-            "begin anew in another run.dir, with this run's last checkpoint as model.path to keep what it has learnt."
+            f"The run in run.dir = {config.run.dir} cannot resume with other settings: {', '.join(found)}. Set them back as they "
+            "were, or begin anew in another run.dir, with this run's last checkpoint as model.path to keep what it has learnt."
         )
 
 
