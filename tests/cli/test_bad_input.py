@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.command_harness import CommandResult, treegrpo
 from tests.cli.small_run import GEOHOP, SmallRun, question, write_rows
-from tests.control.brokers import embedded
+from tests.control.broker_processes import embedded
 from treegrpo.runtime.entrypoint import FAILED, TRANSIENT
 
 

@@ -25,7 +25,7 @@ from services.cli.checks.run_checks import (
 )
 from services.cli.doctor import check_findings, diagnose, machine_findings
 from tests.cli.small_run import GEOHOP, SmallRun
-from tests.control.brokers import embedded
+from tests.control.broker_processes import embedded
 from treegrpo.config.loader import load_config
 from treegrpo.config.schema import Config, RunConfig
 from treegrpo.errors import AddressInUseError, ConfigError, DataError, ModelError

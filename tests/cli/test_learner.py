@@ -15,7 +15,7 @@ import pytest
 
 from tests.cli.command_harness import marked_environment, marked_processes
 from tests.cli.small_run import SmallRun
-from tests.control.brokers import embedded
+from tests.control.broker_processes import embedded
 from treegrpo.config.loader import load_config
 
 pytestmark = pytest.mark.whole_run

@@ -12,7 +12,7 @@ import pytest
 from services.cli.processes.readiness import probe_retriever
 from services.cli.reports.metrics_client import open_metrics_client
 from services.environments.retrieval import HttpRetriever
-from tests.security.door import describe, serving
+from tests.security.grpc_server_harness import describe_weights, serving
 from treegrpo.config.schema import Config, RetrieverConfig
 from treegrpo.config.security import Role
 from treegrpo.runtime.healthcheck import probe_failure
@@ -69,5 +69,5 @@ async def test_http_goes_directly(address: str) -> None:
 
 
 async def test_grpc_goes_directly() -> None:
-    async with serving(Credentials(Role.LEARNER)) as door:
-        assert await describe(door, Credentials(Role.SAMPLER)) is grpc.StatusCode.OK
+    async with serving(Credentials(Role.LEARNER)) as fixture:
+        assert await describe_weights(fixture, Credentials(Role.SAMPLER)) is grpc.StatusCode.OK

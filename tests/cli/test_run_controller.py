@@ -18,7 +18,7 @@ from services.cli.processes.readiness import wait_until_ready
 from services.cli.reports.live_view import LiveView
 from services.cli.up import RunController, RunPrograms
 from tests.cli.small_run import SmallRun
-from tests.control.brokers import embedded
+from tests.control.broker_processes import embedded
 from treegrpo.config.loader import load_config
 from treegrpo.errors import PartError, UnavailableError
 from treegrpo.runtime.entrypoint import exit_code

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.control import brokers
-from tests.control.brokers import Broker
+from tests.control import broker_processes
+from tests.control.broker_processes import Broker
 
 
 def _made(kind: str, folder: Path) -> Broker:
     if kind == "embedded":
-        return brokers.embedded(brokers.free_address())
-    if (binary := brokers.mosquitto_binary()) is not None:
-        return brokers.mosquitto(binary, folder)
+        return broker_processes.embedded(broker_processes.free_address())
+    if (binary := broker_processes.mosquitto_binary()) is not None:
+        return broker_processes.mosquitto(binary, folder)
     if os.environ.get("REQUIRE_MOSQUITTO"):
         pytest.fail("REQUIRE_MOSQUITTO is set, but there is no mosquitto binary on the PATH")
     pytest.skip("no mosquitto binary on the PATH; .ci/run installs one")

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager
 import aiomqtt
 import pytest
 
-from tests.control.brokers import Broker
+from tests.control.broker_processes import Broker
 from tests.ports import free_address
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import UnavailableError

@@ -11,7 +11,7 @@ from typing import Any
 import aiomqtt
 import pytest
 
-from tests.control.brokers import Broker
+from tests.control.broker_processes import Broker
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import RunError
 from treegrpo.net.address import split_address

@@ -9,7 +9,7 @@ import pytest
 
 from learner.intake.coordinator.run_state import PAUSED_FILE, persist_pause_forever, restore_run_state
 from services.sampler import service
-from tests.control.brokers import Broker
+from tests.control.broker_processes import Broker
 from treegrpo.wire.control import ControlPlane, Member, RunState, publish_state
 
 LEARNER = Member("learner", "learner", 1)
@@ -53,7 +53,7 @@ async def test_a_pause_is_noted_until_somebody_says_running(broker: Broker, run:
         await asyncio.gather(noting, return_exceptions=True)
 
 
-async def test_a_sampler_that_is_started_while_the_run_drains_waits_until_it_goes_on(
+async def test_a_sampler_started_while_the_run_drains_waits_for_its_end(
     broker: Broker, run: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger=service.__name__)

@@ -18,7 +18,7 @@ from services.cli.processes.readiness import probe_broker, probe_learner, probe_
 from tests.fuzz import sample_messages
 from tests.fuzz.mutations import DRAWN, VALUES, bytewise, packed, parse_mutations, protobufs, raw, tree
 from tests.fuzz.server_processes import FuzzedServers
-from tests.security import mqtt
+from tests.security import raw_mqtt_client
 from treegrpo.config.schema import Config, RetrieverConfig
 from treegrpo.v1 import rollout_pb2 as pb
 
@@ -143,15 +143,15 @@ def _talk(drawn: bytes) -> bytes:
     """An MQTT conversation."""
     which, parts, rest = parse_mutations(drawn)
     packets = [
-        mqtt.connect(
+        raw_mqtt_client.connect(
             f"s{which % 5}", "sampler" if which % 2 else "", "word", clean=which % 3 > 0, will=("treegrpo/r/x", b"gone")
         ),
-        mqtt.subscribe("treegrpo/r/#", "treegrpo/+/state", qos=1),
-        mqtt.publish("treegrpo/r/members/sampler/s1", b"payload", qos=1, retain=True),
-        mqtt.publish("treegrpo/r/state", b"running"),
-        mqtt.unsubscribe("treegrpo/r/#"),
-        mqtt.packet(0xC0, b""),
-        mqtt.DISCONNECT,
+        raw_mqtt_client.subscribe("treegrpo/r/#", "treegrpo/+/state", qos=1),
+        raw_mqtt_client.publish("treegrpo/r/members/sampler/s1", b"payload", qos=1, retain=True),
+        raw_mqtt_client.publish("treegrpo/r/state", b"running"),
+        raw_mqtt_client.unsubscribe("treegrpo/r/#"),
+        raw_mqtt_client.packet(0xC0, b""),
+        raw_mqtt_client.DISCONNECT,
     ]
     for what, where, much in parts:
         at = where % len(packets)
@@ -162,7 +162,7 @@ def _talk(drawn: bytes) -> bytes:
         elif what % 4 == 2 and len(packets) > 1:
             del packets[at]
         else:
-            packets[at] = mqtt.packet(much % 256, packets[at][2:])
+            packets[at] = raw_mqtt_client.packet(much % 256, packets[at][2:])
     return bytewise(b"".join(packets), rest)
 
 

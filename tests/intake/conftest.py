@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.control.brokers import Broker, embedded
+from tests.control.broker_processes import Broker, embedded
 from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address
 

@@ -10,11 +10,11 @@ import pytest
 
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.lease_events import replay
-from tests.ground.unsound import EVERY
 from tests.intake.builders import PLAN, accept, chain, complete, grant, make_table
 from tests.intake.process_harness import IntakeProcess, Sampler
 from tests.intake.server_harness import serve_intake
 from tests.intake.test_service import publish
+from tests.shared.invalid_subtrees import EVERY
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import LeaseEndReason, LeaseKind
 from treegrpo.core.step import PolicyVersion

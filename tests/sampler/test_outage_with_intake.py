@@ -16,7 +16,7 @@ from services.sampler.learner_link.rollout_client import RolloutClient
 from services.sampler.learner_link.weight_store import WeightStore
 from services.sampler.lease_worker import SamplerIdentity
 from services.sampler.service import Sampler
-from tests.control.brokers import embedded
+from tests.control.broker_processes import embedded
 from tests.engines.builders import save_model
 from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address

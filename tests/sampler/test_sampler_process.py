@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.control.brokers import embedded
+from tests.control.broker_processes import embedded
 from tests.engines.builders import save_model
 from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address

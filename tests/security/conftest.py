@@ -1,3 +1,5 @@
+"""Certificates that the tests of this folder share."""
+
 from __future__ import annotations
 
 from pathlib import Path

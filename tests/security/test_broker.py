@@ -30,9 +30,9 @@ from services.broker.server import embedded_broker, read_passwords
 from services.certs.authority import CertificateWithKey
 from services.certs.issue import make_certificates
 from services.cli.processes.readiness import probe_broker, wait_until_ready
-from tests.control.brokers import mosquitto_binary
+from tests.control.broker_processes import mosquitto_binary
 from tests.ports import free_address
-from tests.security.people import access, authority, impostor, save
+from tests.security.credential_builders import access, authority, impostor, save
 from treegrpo.config.security import Role, SecurityConfig
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ConfigError, UnavailableError

@@ -11,7 +11,7 @@ from cryptography import x509
 
 from services.certs.issue import make_certificates
 from tests.cli.command_harness import treegrpo
-from tests.security.people import access
+from tests.security.credential_builders import access
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
 

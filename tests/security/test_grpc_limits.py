@@ -18,8 +18,8 @@ from learner.intake.rpc.auth_interceptor import CallLimits
 from services.sampler.learner_link import channel as channel_module
 from services.sampler.learner_link.channel import open_channel
 from tests.intake.builders import PLAN, chain, step
-from tests.security.door import SECONDS, hello, serving, stream
-from tests.security.people import access, impostor
+from tests.security.credential_builders import access, impostor
+from tests.security.grpc_server_harness import SECONDS, hello, serving, stream
 from treegrpo.config.security import Role
 from treegrpo.net import limits
 from treegrpo.security.credentials import OPEN
@@ -41,29 +41,29 @@ from treegrpo.wire.size_limits import TEXT_LENGTH, message_bytes
     ],
 )
 async def test_a_stream_that_begins_otherwise_is_refused_and_counted(first: pb.RolloutRequest, says: str) -> None:
-    async with serving(OPEN) as door:
-        code, sentence = await stream(door, OPEN, first)
-        assert (code, door.refused("hello")) == (grpc.StatusCode.INVALID_ARGUMENT, 1)
+    async with serving(OPEN) as fixture:
+        code, sentence = await stream(fixture, OPEN, first)
+        assert (code, fixture.refused("hello")) == (grpc.StatusCode.INVALID_ARGUMENT, 1)
         assert says in sentence
 
 
 async def test_one_sampler_too_many_is_refused_and_counted() -> None:
-    async with serving(OPEN, max_samplers=1) as door:
-        door.reception.join_sampler(pb.Hello(sampler="first"))
-        code, sentence = await stream(door, OPEN, hello())
-        assert (code, door.refused("peers")) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)
+    async with serving(OPEN, max_samplers=1) as fixture:
+        fixture.reception.join_sampler(pb.Hello(sampler="first"))
+        code, sentence = await stream(fixture, OPEN, hello())
+        assert (code, fixture.refused("peers")) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)
         assert sentence == "1 samplers are connected, the most one learner takes; stop some."
 
 
 async def test_a_stream_without_hello_is_closed() -> None:
-    async with serving(OPEN, handshake_seconds=0.2) as door:
-        code, sentence = await stream(door, OPEN)
+    async with serving(OPEN, handshake_seconds=0.2) as fixture:
+        code, sentence = await stream(fixture, OPEN)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "send Hello" in sentence
 
 
 async def test_a_message_beyond_the_limit_is_refused() -> None:
-    async with serving(OPEN, 4096) as door, open_channel(door.address, OPEN) as channel:
+    async with serving(OPEN, 4096) as fixture, open_channel(fixture.address, OPEN) as channel:
         call = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)).Rollout()
         await call.write(hello())
         await call.read()
@@ -74,10 +74,10 @@ async def test_a_message_beyond_the_limit_is_refused() -> None:
 
 async def test_half_a_message_beyond_the_limit_is_refused_at_its_first_bytes() -> None:
     """gRPC before 1.83.2 took in all of a message, up to 4 GiB, before it looked at its size."""
-    async with serving(OPEN, 4096) as door:
+    async with serving(OPEN, 4096) as fixture:
 
         def open_after(length: int) -> int:
-            with Connection(door.address) as connection:
+            with Connection(fixture.address) as connection:
                 connection.call("/treegrpo.v1.RolloutService/Rollout", grpc_frame(b"", length))
                 connection.pump(SECONDS if length > 4096 else 0.5, answered=length > 4096)
                 return connection.open
@@ -93,12 +93,12 @@ async def test_compressed_messages_are_not_taken(algorithm: grpc.Compression) ->
     """They are a few bytes on the wire and megabytes behind it."""
     blank, ended = bytes(1 << 20), {grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL}
 
-    async with serving(OPEN) as door, open_channel(door.address, OPEN) as channel:
+    async with serving(OPEN) as fixture, open_channel(fixture.address, OPEN) as channel:
         call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")(compression=algorithm)
         with suppress(grpc.aio.AioRpcError):
             await call.write(blank)
         assert await call.code() in ended
-        assert (await stream(door, OPEN, hello()))[0] is grpc.StatusCode.OK
+        assert (await stream(fixture, OPEN, hello()))[0] is grpc.StatusCode.OK
 
 
 def test_neither_end_takes_compressed_messages() -> None:
@@ -131,7 +131,7 @@ def test_the_longest_branch_fits_into_a_message() -> None:
 async def test_calls_of_a_sampler_that_its_certificate_names_are_bounded(made: Path) -> None:
     named = impostor(made / "named", made, "named")
     learner, call_limits = access(made, Role.LEARNER), CallLimits(calls_per_name=1)
-    async with serving(learner, call_limits=call_limits) as door, open_channel(door.address, named) as channel:
+    async with serving(learner, call_limits=call_limits) as fixture, open_channel(fixture.address, named) as channel:
         stub = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel))
         first = stub.Rollout()
         await first.write(hello())
@@ -139,17 +139,17 @@ async def test_calls_of_a_sampler_that_its_certificate_names_are_bounded(made: P
         second = stub.Rollout()
         assert await second.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await second.details() == "Sampler s7 has 1 calls at once, the most that one may have; end some."
-        assert door.refused("calls") == 1
+        assert fixture.refused("calls") == 1
         first.cancel()
-        assert await stream(door, access(made, Role.SAMPLER), hello(sampler="other")) == (grpc.StatusCode.OK, "")
+        assert await stream(fixture, access(made, Role.SAMPLER), hello(sampler="other")) == (grpc.StatusCode.OK, "")
 
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("said", [b"", b"PRI * HTTP/2.0\r\n", b"\x16\x03\x01"])
 async def test_who_connects_and_says_nothing_more_is_hung_up_on(made: Path, said: bytes, *, tls: bool) -> None:
     quick = [(key, 300 if key == "grpc.server_handshake_timeout_ms" else value) for key, value in server.OPTIONS]
-    async with serving(access(made, Role.LEARNER) if tls else OPEN, options=quick) as door:
-        host, _, port = door.address.rpartition(":")
+    async with serving(access(made, Role.LEARNER) if tls else OPEN, options=quick) as fixture:
+        host, _, port = fixture.address.rpartition(":")
         with socket.create_connection((host, int(port))) as slow:
             slow.setblocking(False)
             loop = asyncio.get_running_loop()
@@ -161,7 +161,7 @@ async def test_who_connects_and_says_nothing_more_is_hung_up_on(made: Path, said
 
 async def test_calls_at_once_on_one_connection_are_bounded() -> None:
     few = [(key, 2 if key == "grpc.max_concurrent_streams" else value) for key, value in server.OPTIONS]
-    async with serving(OPEN, options=few) as door, open_channel(door.address, OPEN) as channel:
+    async with serving(OPEN, options=few) as fixture, open_channel(fixture.address, OPEN) as channel:
         stub, calls = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)), list[Any]()
         for number in range(2):
             calls.append(stub.Rollout())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.people import access
-from tests.security.web import client, metrics, said_to
+from tests.security.credential_builders import access
+from tests.security.http_harness import client, metrics, said_to
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
 from treegrpo.net.limits import HEADER_BYTES

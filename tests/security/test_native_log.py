@@ -49,7 +49,7 @@ def knock(address: str, times: int) -> None:
 
 async def said(made: Path, more: dict[str, str]) -> str:
     """What a server writes to standard error while strangers knock."""
-    command, pipe = python_command("tests.security.programs.door", str(made)), asyncio.subprocess.PIPE
+    command, pipe = python_command("tests.security.programs.grpc_server", str(made)), asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *command, stdin=pipe, stdout=pipe, stderr=pipe, env={**child_environment(more), "LOG_FORMAT": "text"}
     )

@@ -16,8 +16,8 @@ from services.cli.processes.readiness import probe_retriever
 from services.environments.retrieval import HttpRetriever
 from services.retriever.http_limits import MAX_PIECES, RetrieverLimits
 from services.retriever.service import serve_retriever
-from tests.security.people import access, impostor
-from tests.security.web import SECONDS, client, metrics, retriever, said_to
+from tests.security.credential_builders import access, impostor
+from tests.security.http_harness import SECONDS, client, metrics, retriever, said_to
 from treegrpo.config.schema import Config, RetrieverConfig
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError, ToolError, UnavailableError

@@ -13,7 +13,7 @@ from services.cli.reports.progress_reader import read_progress
 from tests.cli.command_harness import treegrpo
 from tests.cli.small_run import SmallRun
 from tests.cli.test_up import Up, UpProcess, up
-from tests.security.people import access
+from tests.security.credential_builders import access
 from treegrpo.config.security import Role
 from treegrpo.security.credentials import Credentials, bearer_header
 from treegrpo.wire.control import open_client

@@ -16,8 +16,8 @@ import torch
 from learner.trainer.algorithm.group_validation import check_group, unpack_groups
 from learner.trainer.intake_client import IntakeClient
 from learner.trainer.loop import Trainer
-from tests.ground.unsound import EVERY
 from tests.intake.builders import VOCABULARY, chain, question, step
+from tests.shared.invalid_subtrees import EVERY
 from tests.trainer.builders import configure, forked, group, write_tiny
 from tests.trainer.fake_intake import FakeIntake
 from treegrpo.core.step import ROOT, Leaf, Step, StepStatus, Subtree

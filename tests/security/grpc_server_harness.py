@@ -1,4 +1,4 @@
-"""The intake's gRPC door in this process, and somebody who knocks."""
+"""The intake's gRPC server in this process, without an intake behind it, and clients of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HELLO = pb.Hello(sampler="s7", incarnation=1, engine="fake")
 
 
 @dataclass
-class Reception:
+class FakeCoordinator:
     """Takes samplers in and says welcome: the coordinator's part in this."""
 
     open_sessions: dict[str, SamplerSession] = field(default_factory=dict[str, SamplerSession])
@@ -51,10 +51,10 @@ class Reception:
 
 
 @dataclass
-class Door:
+class GrpcServerFixture:
     address: str
     metrics: IntakeMetrics
-    reception: Reception
+    reception: FakeCoordinator
 
     def refused(self, reason: str) -> float:
         return self.metrics.registry.get_sample_value("treegrpo_peers_refused_total", {"reason": reason}) or 0.0
@@ -77,8 +77,8 @@ async def serving(
     handshake_seconds: float = HANDSHAKE_SECONDS,
     call_limits: CallLimits | None = None,
     options: Sequence[tuple[str, int]] = OPTIONS,
-) -> AsyncGenerator[Door]:
-    metrics, reception, address = IntakeMetrics(), Reception(), free_address()
+) -> AsyncGenerator[GrpcServerFixture]:
+    metrics, reception, address = IntakeMetrics(), FakeCoordinator(), free_address()
     monitor = ConnectionMonitor(metrics)
     server = create_server(address, learner, monitor, message_bytes, call_limits=call_limits, options=options)
     admission = StreamAdmission(monitor, max_samplers)
@@ -90,14 +90,14 @@ async def serving(
     await server.start()
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     try:
-        yield Door(address, metrics, reception)
+        yield GrpcServerFixture(address, metrics, reception)
     finally:
         await server.stop(None)
 
 
-async def describe(door: Door, who: Credentials) -> grpc.StatusCode:
+async def describe_weights(fixture: GrpcServerFixture, who: Credentials) -> grpc.StatusCode:
     """What somebody gets who asks for weights; NOT of a version: none is published."""
-    async with open_channel(door.address, who) as channel:
+    async with open_channel(fixture.address, who) as channel:
         try:
             await cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).DescribeWeights(
                 weights_pb2.DescribeWeightsRequest(), timeout=SECONDS
@@ -107,9 +107,9 @@ async def describe(door: Door, who: Credentials) -> grpc.StatusCode:
     raise AssertionError("weights out of nowhere")
 
 
-async def stream(door: Door, who: Credentials, *requests: pb.RolloutRequest) -> tuple[grpc.StatusCode, str]:
+async def stream(fixture: GrpcServerFixture, who: Credentials, *requests: pb.RolloutRequest) -> tuple[grpc.StatusCode, str]:
     """What a rollout stream that begins so comes to: OK when it is welcomed."""
-    async with open_channel(door.address, who) as channel:
+    async with open_channel(fixture.address, who) as channel:
         call = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)).Rollout()
         try:
             async with asyncio.timeout(SECONDS):

@@ -1,4 +1,4 @@
-"""MQTT 3.1.1 by hand, for what no client library would send."""
+"""A raw MQTT 3.1.1 client, for packets that no client library would send."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ def unsubscribe(*topics: str, number: int = 1) -> bytes:
 DISCONNECT = packet(0xE0, b"")
 
 
-class Client:
+class RawMqttClient:
     """A connection, packet by packet."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
 
-    async def say(self, *packets: bytes) -> None:
+    async def send_packets(self, *packets: bytes) -> None:
         self.writer.writelines(packets)
         await self.writer.drain()
 
-    async def hear(self) -> tuple[int, bytes]:
+    async def receive_packet(self) -> tuple[int, bytes]:
         """The next packet: first byte and body. Raises IncompleteReadError or ConnectionError at the end."""
         async with asyncio.timeout(SECONDS):
             kind, length, shift = (await self.reader.readexactly(1))[0], 0, 0
@@ -82,7 +82,7 @@ class Client:
                 if digit < 128:
                     return kind, await self.reader.readexactly(length)
 
-    async def gone(self) -> bool:
+    async def wait_closed(self) -> bool:
         """Wait until the broker hangs up."""
         try:
             async with asyncio.timeout(SECONDS):
@@ -94,21 +94,21 @@ class Client:
 
 
 @asynccontextmanager
-async def dial(address: str, context: ssl.SSLContext | None = None) -> AsyncGenerator[Client]:
+async def open_connection(address: str, context: ssl.SSLContext | None = None) -> AsyncGenerator[RawMqttClient]:
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname=host if context else None)
     try:
-        yield Client(reader, writer)
+        yield RawMqttClient(reader, writer)
     finally:
         writer.transport.abort()
 
 
 @asynccontextmanager
-async def joined(address: str, hello: bytes, context: ssl.SSLContext | None = None) -> AsyncGenerator[Client]:
+async def connected_client(address: str, hello: bytes, context: ssl.SSLContext | None = None) -> AsyncGenerator[RawMqttClient]:
     """A client that the broker has taken in."""
-    async with dial(address, context) as client:
-        await client.say(hello)
-        assert await client.hear() == (0x20, b"\0\0")
+    async with open_connection(address, context) as client:
+        await client.send_packets(hello)
+        assert await client.receive_packet() == (0x20, b"\0\0")
         yield client
 
 

@@ -1,4 +1,4 @@
-"""Who might come to a door: the right ones, and everybody else."""
+"""Credentials of all roles, and of peers that must be refused."""
 
 from __future__ import annotations
 

@@ -40,9 +40,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> ExitReports:
         ([ExitReport(75, "lost another", secondary=True), ExitReport(-9, "killed")], "killed"),
     ],
 )
-def test_an_error_that_stays_is_told_before_a_crash_and_that_before_what_passes(
-    given: list[ExitReport], told: str | None
-) -> None:
+def test_a_permanent_error_goes_before_a_crash_before_a_transient_one(given: list[ExitReport], told: str | None) -> None:
     assert getattr(decisive_report(given), "sentence", None) == told
 
 

@@ -145,7 +145,7 @@ async def test_bytes_that_are_no_message_end_the_stream_without_a_traceback(
     assert [record.exc_info for record in caplog.records if record.levelname != "INFO"] == [None]
 
 
-async def test_a_step_that_costs_more_than_anything_can_is_refused_and_the_books_stay_small(tmp_path: Path) -> None:
+async def test_a_step_with_an_impossible_cost_is_refused(tmp_path: Path) -> None:
     """Two of them were more than 64 bits, which neither journal nor snapshot can write."""
     async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
         lease = await granted(sampler)
@@ -243,7 +243,7 @@ async def test_metadata_beyond_the_limit_are_refused(tmp_path: Path) -> None:
         assert "metadata size exceeds" in await call.details()
 
 
-async def test_a_message_beyond_the_limit_is_refused_and_its_lease_is_another_matter(tmp_path: Path) -> None:
+async def test_a_message_beyond_the_limit_is_refused_and_its_lease_goes_on(tmp_path: Path) -> None:
     options = [(key, value) for key, value in OPTIONS if "message_length" not in key]
     async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as good:
         async with grpc.aio.insecure_channel(door.address, options=options) as channel:

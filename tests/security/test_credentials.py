@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from services.certs.authority import create_authority, issue_certificate
 from services.cli.commands import as_toml
-from tests.security.people import authority, save
+from tests.security.credential_builders import authority, save
 from treegrpo.config.loader import load_config
 from treegrpo.config.security import Role, SecurityConfig, check_address
 from treegrpo.errors import ConfigError

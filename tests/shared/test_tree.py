@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.ground.unsound import EVERY, NUMBERS, SHAPES
 from tests.intake.builders import chain, question, step
+from tests.shared.invalid_subtrees import EVERY, NUMBERS, SHAPES
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import Plan
 from treegrpo.core.step import ROOT, Leaf, StepStatus, Subtree
@@ -89,7 +89,7 @@ def test_trees_of_one_group_share_their_prompt() -> None:
     assert group.unique_tokens == 7 + 2 * (7 + 4)
 
 
-def test_the_chain_equivalent_samples_every_path_and_reads_every_prefix_once() -> None:
+def test_the_chain_equivalent_counts_paths_fully_and_prefixes_once() -> None:
     group = Group("g", question(0))
     group.add(chain("a", tree=0, index=0))
     group.add(chain("a", tree=0, index=1, parent=1))

@@ -1,4 +1,4 @@
-"""The two brokers the control plane runs on, each a process of its own: start, stop, start again at the same address."""
+"""Broker processes: the embedded broker and Mosquitto; they can be stopped and restarted at the same address."""
 
 from __future__ import annotations
 

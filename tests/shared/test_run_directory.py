@@ -6,7 +6,7 @@ from pathlib import Path
 from treegrpo.runtime.run_directory import make_run_directory
 
 
-def test_a_run_directory_is_its_owners_alone_and_rights_that_were_given_stay(tmp_path: Path) -> None:
+def test_a_new_run_directory_is_private_and_an_existing_mode_stays(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         make_run_directory(path := tmp_path / "runs" / "one")

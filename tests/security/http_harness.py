@@ -1,4 +1,4 @@
-"""The retriever and /metrics on loopback, and raw sockets to them."""
+"""The retriever and /metrics on loopback, with HTTP clients and raw sockets to them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def test_both_files_are_read(tmp_path: Path) -> None:
     assert (found.kind, found.vocabulary, found.context, found.tied, found.eos) == ("qwen2", 64, 128, None, {3, 8, 9})
 
 
-def test_a_model_that_reads_text_among_other_things_is_read_by_its_text_part(tmp_path: Path) -> None:
+def test_a_multimodal_model_is_read_by_its_text_config(tmp_path: Path) -> None:
     found = read_model_config(written(tmp_path, {"model_type": "gemma3", "text_config": GOOD | {"tie_word_embeddings": True}}))
     assert (found.kind, found.vocabulary, found.tied) == ("gemma3", 64, True)
 

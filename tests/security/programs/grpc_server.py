@@ -1,4 +1,4 @@
-"""The intake's gRPC door as a process of ours: ``python -m tests.security.programs.door CERTIFICATES``, until its input ends."""
+"""The intake's gRPC server as a process of ours, until its input ends: ``python -m tests.security.programs.grpc_server DIR``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from tests.security.door import serving
-from tests.security.people import access
+from tests.security.credential_builders import access
+from tests.security.grpc_server_harness import serving
 from treegrpo.config.security import Role
 from treegrpo.observability import log_setup
 from treegrpo.observability.native_log import filter_native_log
@@ -16,8 +16,8 @@ from treegrpo.observability.standard_streams import make_streams_lossy
 
 
 async def main(folder: Path) -> None:
-    async with serving(access(folder, Role.LEARNER)) as door:
-        print(door.address, flush=True)
+    async with serving(access(folder, Role.LEARNER)) as fixture:
+        print(fixture.address, flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
 
