@@ -1,4 +1,4 @@
-"""What a hostile sampler costs the intake: memory, and how long others wait, under one attack after the other.
+"""Attacks on the intake by a hostile sampler: its memory, and the delay of others, under each attack.
 
     python -m bench.attacks [--seconds 4] [--only half gzip …]
 
@@ -108,8 +108,8 @@ def tiny(address: str, seconds: float) -> None:
 
     def strike(number: int, connection: Connection) -> None:
         stream, end = connection.call(ROLLOUT, grpc_frame(hello(number))), time.monotonic() + seconds
-        while time.monotonic() < end and connection.open:
-            connection.say(stream, said)
+        while time.monotonic() < end and connection.open_streams:
+            connection.queue_data(stream, said)
             connection.pump(end - time.monotonic(), drained=True)
 
     _at_once(address, CONNECTIONS, strike)
@@ -136,7 +136,7 @@ def frames(address: str, seconds: float) -> None:
     def strike(_: int, connection: Connection) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not connection.closed:
-            connection.write(said)
+            connection.send_bytes(said)
             connection.pump(0.01)
 
     _at_once(address, CONNECTIONS, strike)
@@ -179,7 +179,7 @@ def _at_once(address: str, connections: int, strike: Callable[[int, Connection],
 
 @dataclass(frozen=True, slots=True)
 class AttackCost:
-    """What an attack came to."""
+    """The measured cost of one attack."""
 
     attack: str
     peak_mb: float
@@ -196,13 +196,13 @@ async def watch(address: str, pid: int, striking: subprocess.Popen[bytes]) -> tu
     """Most memory, longest health check and failed ones until ``striking`` ends."""
     peak, longest, failed = 0, 0.0, 0
 
-    async def look() -> None:
+    async def sample_memory() -> None:
         nonlocal peak
         while striking.poll() is None:
             peak = max(peak, resident(pid))
             await asyncio.sleep(WATCH_SECONDS)
 
-    looking = asyncio.create_task(look())
+    looking = asyncio.create_task(sample_memory())
     while striking.poll() is None:
         began = time.perf_counter()
         try:

@@ -1,4 +1,4 @@
-"""The least an HTTP/2 client needs to say half of something to a gRPC server: frames, windows, and no manners.
+"""A minimal HTTP/2 client that misbehaves: incomplete messages, no regard for windows, endless frames.
 
 A library client finishes its messages and waits for its turn; what is measured here is a peer that does neither.
 """
@@ -45,7 +45,7 @@ def grpc_frame(message: bytes, length: int | None = None, *, compressed: bool = 
 
 
 class Connection:
-    """One connection, and what it has still to say on each of its streams."""
+    """One connection, and the unsent data of each of its streams."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -65,26 +65,26 @@ class Connection:
         self._socket.close()
 
     @property
-    def open(self) -> int:
+    def open_streams(self) -> int:
         """Streams that the server has not ended."""
         return 0 if self.closed else len(self._windows)
 
     def call(self, path: str, *said: bytes, headers: Mapping[str, str] | None = None) -> int:
-        """Begin a call, and put in line what is said on it: as much as the server lets us."""
+        """Open a call, and queue its data: sent as far as the server's windows allow."""
         stream, self._next = self._next, self._next + 2
         fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "learner", "te": "trailers"}
         fields |= {"content-type": "application/grpc", **(headers or {})}
         self._windows[stream], self._unsent[stream] = self._initial, deque(map(memoryview, said))
-        self.write(frame(HEADERS, END_HEADERS, stream, header_block(fields)))
+        self.send_bytes(frame(HEADERS, END_HEADERS, stream, header_block(fields)))
         return stream
 
-    def say(self, stream: int, said: bytes) -> None:
-        """Put more in line."""
+    def queue_data(self, stream: int, said: bytes) -> None:
+        """Queue more data on a stream."""
         if stream in self._windows:
             self._unsent[stream].append(memoryview(said))
 
-    def write(self, data: bytes) -> None:
-        """Bytes as they are."""
+    def send_bytes(self, data: bytes) -> None:
+        """Send bytes as they are."""
         with self._broken():
             self._socket.sendall(data)
 
@@ -102,7 +102,7 @@ class Connection:
             sent = self._send()
             with self._broken():
                 if select.select([self._socket], [], [], 0.0 if sent else min(0.05, left))[0]:
-                    self._hear(self._socket.recv(BURST_BYTES))
+                    self._receive_data(self._socket.recv(BURST_BYTES))
 
     @contextlib.contextmanager
     def _broken(self) -> Generator[None]:
@@ -126,10 +126,10 @@ class Connection:
                 self._window -= size
                 self._windows[stream] -= size
         if burst:
-            self.write(bytes(burst))
+            self.send_bytes(bytes(burst))
         return len(burst)
 
-    def _hear(self, data: bytes) -> None:
+    def _receive_data(self, data: bytes) -> None:
         if not data:
             self.closed = True
         self._unread += data
@@ -140,9 +140,9 @@ class Connection:
             kind, flags, stream = self._unread[3], self._unread[4], int.from_bytes(self._unread[5:9])
             payload = bytes(self._unread[9 : 9 + size])
             del self._unread[: 9 + size]
-            self._heed(kind, flags, stream, payload)
+            self._handle_frame(kind, flags, stream, payload)
 
-    def _heed(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+    def _handle_frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         match kind:
             case 8 if stream == 0:
                 self._window += int.from_bytes(payload)
@@ -150,9 +150,9 @@ class Connection:
                 self._windows[stream] += int.from_bytes(payload)
             case 4 if not flags & ACK:
                 self._take_settings(payload)
-                self.write(frame(SETTINGS, ACK, 0))
+                self.send_bytes(frame(SETTINGS, ACK, 0))
             case 6 if not flags & ACK:
-                self.write(frame(PING, ACK, 0, payload))
+                self.send_bytes(frame(PING, ACK, 0, payload))
             case 3:
                 self._forget(stream)
             case 0 | 1 if flags & 1:

@@ -54,7 +54,7 @@ def free_address() -> str:
 
 
 class InstantTrainer(threading.Thread):
-    """Takes batches as soon as they are ready, publishes a version and writes checkpoints; all of it in no time."""
+    """A trainer without training: takes batches as soon as they are ready, sends versions and confirms checkpoints."""
 
     def __init__(self, run_dir: Path, batch: int) -> None:
         super().__init__(name="trainer", daemon=True)
@@ -65,7 +65,7 @@ class InstantTrainer(threading.Thread):
         (self._weights / "config.json").write_text("{}", encoding="utf-8")
         self._ended = threading.Event()
 
-    def publish(self, position: int) -> None:
+    def send_version(self, position: int) -> None:
         version = f"1.{position // self._batch}"
         self._client.ask(Publish(version, str(self._weights), position), Done)
 
@@ -76,12 +76,12 @@ class InstantTrainer(threading.Thread):
                 if not self._client.ask(Take(position, self._batch), Taken).groups:
                     continue
                 position += self._batch
-                self.publish(position)
+                self.send_version(position)
                 if position - covered >= COVER:
                     self._client.ask(Covered(position), Done)
                     covered = position
 
-    def end(self) -> None:
+    def stop_training(self) -> None:
         self._ended.set()
         self._client.close()
         self.join()
@@ -89,7 +89,7 @@ class InstantTrainer(threading.Thread):
 
 @contextlib.contextmanager
 def process(module: str, *arguments: str, log: Path) -> Generator[subprocess.Popen[bytes]]:
-    """A process of ours, for the time of the block."""
+    """A process of this repository, killed at the end of the block."""
     with log.open("wb") as out:
         made = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=out, stderr=out)
         try:
@@ -175,8 +175,8 @@ def measure(samplers: int, size: str, seconds: float, seed: int) -> IngestCase:
         echo = stack.enter_context(process("bench.echo", addresses["echo"], log=folder / "echo.log"))
         ready("intake", lambda: probe_learner(addresses["intake"]))
         trainer = InstantTrainer(folder / "run", batch)
-        stack.callback(trainer.end)
-        trainer.publish(0)
+        stack.callback(trainer.stop_training)
+        trainer.send_version(0)
         trainer.start()
         servers = {"intake": (addresses["intake"], intake.pid), "echo": (addresses["echo"], echo.pid)}
         asked = {"servers": servers, "samplers": samplers, "leases": each, "size": size, "seconds": seconds, "seed": seed}

@@ -34,7 +34,7 @@ READY_SECONDS = 120.0
 
 @dataclass
 class SamplerWork:
-    """What the samplers of one server have to do and have done."""
+    """The state of the samplers of one server: leases held, acks awaited."""
 
     script: Script
     samplers: int
@@ -51,40 +51,40 @@ class SamplerWork:
     def idle(self) -> bool:
         return self.joined == self.samplers and not self.held and not self.unacked
 
-    def look(self) -> None:
-        """Tell who waits for the end."""
+    def notify_if_idle(self) -> None:
+        """Notify those who wait for the end."""
         if self.idle:
             self.changed.notify()
 
 
 class SimulatedSampler:
-    """One stream: what is read and what is written do not wait for each other."""
+    """One stream, read and written by two independent tasks."""
 
     def __init__(self, name: str, call: Any, work: SamplerWork) -> None:
         self._name, self._call, self._work = name, call, work
         self._line: asyncio.Queue[str | bytes] = asyncio.Queue()
 
-    def say(self, request: bytes) -> None:
-        """Write a request when what is before it is written."""
+    def queue_request(self, request: bytes) -> None:
+        """Queue a request behind those not yet sent."""
         self._line.put_nowait(request)
 
-    async def write(self) -> None:
+    async def send_requests(self) -> None:
         hello = pb.Hello(sampler=self._name, incarnation=1, engine="bench", capacity=64)
         await self._call.write(encoded(hello=hello))
         while True:
-            told = await self._line.get()
-            if isinstance(told, bytes):
-                await self._call.write(told)
+            queued = await self._line.get()
+            if isinstance(queued, bytes):
+                await self._call.write(queued)
                 continue
-            *subtrees, end = self._work.script.requests(told)
+            *subtrees, end = self._work.script.requests(queued)
             for key, request in zip(self._work.script.keys, subtrees, strict=True):
-                self._work.unacked[(told, *key)] = time.perf_counter()
+                self._work.unacked[(queued, *key)] = time.perf_counter()
                 await self._call.write(request)
             await self._call.write(end)
             self._work.held -= 1
-            self._work.look()
+            self._work.notify_if_idle()
 
-    async def read(self) -> None:
+    async def receive_responses(self) -> None:
         work = self._work
         while True:
             message = await self._call.read()
@@ -100,7 +100,7 @@ class SimulatedSampler:
                     work.joined += 1
                 case _:
                     pass
-            work.look()
+            work.notify_if_idle()
 
 
 class SamplerGroup:
@@ -111,7 +111,7 @@ class SamplerGroup:
         self.work = SamplerWork(script, samplers)
         self._samplers: list[SimulatedSampler] = []
 
-    async def join(self, tasks: asyncio.TaskGroup, stack: contextlib.AsyncExitStack) -> list[asyncio.Task[None]]:
+    async def open_streams(self, tasks: asyncio.TaskGroup, stack: contextlib.AsyncExitStack) -> list[asyncio.Task[None]]:
         """Open every stream; the tasks that serve them."""
         running: list[asyncio.Task[None]] = []
         for number in range(self.work.samplers):
@@ -120,15 +120,15 @@ class SamplerGroup:
             call: Any = channel.stream_stream(METHOD, None, pb.RolloutResponse.FromString)()
             sampler = SimulatedSampler(f"bench-{number}", call, self.work)
             self._samplers.append(sampler)
-            running += [tasks.create_task(sampler.write()), tasks.create_task(sampler.read())]
+            running += [tasks.create_task(sampler.send_requests()), tasks.create_task(sampler.receive_responses())]
         running.append(tasks.create_task(self._beat()))
         async with asyncio.timeout(READY_SECONDS):
             while not self.work.idle:
                 await self.work.changed.wait()
         return running
 
-    async def slice(self, seconds: float) -> Slice:
-        """Work for so long, then finish what is under way."""
+    async def measure_slice(self, seconds: float) -> Slice:
+        """Work for ``seconds``, then finish what is in flight."""
         self.work.waited.clear()
         began, cpu = time.perf_counter(), cpu_seconds(self._pid)
         self._want(self._leases)
@@ -153,7 +153,7 @@ class SamplerGroup:
 
     def _say(self, request: bytes) -> None:
         for sampler in self._samplers:
-            sampler.say(request)
+            sampler.queue_request(request)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -176,16 +176,16 @@ def cancelled(tasks: list[asyncio.Task[None]]) -> Generator[None]:
 
 async def run(servers: dict[str, tuple[str, int]], *, samplers: int, leases: int, size: str, seconds: float, seed: int) -> None:
     script = Script(SIZES[size], seed)
-    crowds = {name: SamplerGroup(address, pid, script, samplers, leases) for name, (address, pid) in servers.items()}
-    slices: dict[str, list[dict[str, float]]] = {name: [] for name in crowds}
+    groups = {name: SamplerGroup(address, pid, script, samplers, leases) for name, (address, pid) in servers.items()}
+    slices: dict[str, list[dict[str, float]]] = {name: [] for name in groups}
     async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
         running: list[asyncio.Task[None]] = []
-        for crowd in crowds.values():
-            running += await crowd.join(tasks, stack)
+        for group in groups.values():
+            running += await group.open_streams(tasks, stack)
         with cancelled(running):
             for _ in range(TURNS):
-                for name, crowd in crowds.items():
-                    slices[name].append(asdict(await crowd.slice(seconds)))
+                for name, group in groups.items():
+                    slices[name].append(asdict(await group.measure_slice(seconds)))
     print(json.dumps({name: rows[1:] for name, rows in slices.items()}))
 
 

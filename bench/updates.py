@@ -63,7 +63,7 @@ TOLERANCE = 1e-5
 class UpdateSeconds:
     """Seconds of one update."""
 
-    beside: float
+    prepare: float
     """Before the pause, while requests run."""
     stall: float
     """From the pause to the end of the pause."""
@@ -84,10 +84,10 @@ async def from_disk(engine: SGLangEngine, published: Path, version: PolicyVersio
     """An update as `SGLangEngine.load_weights` makes it."""
     server, began = engine.servers[0], time.perf_counter()
     staged = await asyncio.to_thread(engine.staging.stage_weights, version, published)
-    beside, before = time.perf_counter() - began, server.stalled
+    prepare, before = time.perf_counter() - began, server.stalled
     await server.swap_weights(staged)
     await asyncio.to_thread(engine.staging.remove_version, staged)
-    return UpdateSeconds(beside, server.stalled - before)
+    return UpdateSeconds(prepare, server.stalled - before)
 
 
 async def from_tensor(engine: SGLangEngine, client: httpx.AsyncClient, published: Path, version: PolicyVersion) -> UpdateSeconds:
@@ -100,7 +100,7 @@ async def from_tensor(engine: SGLangEngine, client: httpx.AsyncClient, published
         "flush_cache": True,
         "abort_all_requests": False,
     }
-    beside, began = time.perf_counter() - began, time.perf_counter()
+    prepare, began = time.perf_counter() - began, time.perf_counter()
     server.swapping = True  # whoever watches it lets it be
     await server.client.pause_generation()
     await _post(client, "/begin_weight_update", {})
@@ -108,7 +108,7 @@ async def from_tensor(engine: SGLangEngine, client: httpx.AsyncClient, published
     await _post(client, "/end_weight_update", {})
     await server.client.resume_generation()
     server.swapping = False
-    return UpdateSeconds(beside, time.perf_counter() - began)
+    return UpdateSeconds(prepare, time.perf_counter() - began)
 
 
 def _shared(published: Path) -> list[tuple[str, torch.Tensor]]:
@@ -181,7 +181,7 @@ async def compare(python: Path, config: dict[str, Any], updates: int) -> UpdateC
 
 def _median(took: Iterable[UpdateSeconds]) -> UpdateSeconds:
     took = list(took)
-    return UpdateSeconds(statistics.median(one.beside for one in took), statistics.median(one.stall for one in took))
+    return UpdateSeconds(statistics.median(one.prepare for one in took), statistics.median(one.stall for one in took))
 
 
 def report(compared: dict[str, UpdateComparison], updates: int) -> None:
@@ -197,7 +197,7 @@ def report(compared: dict[str, UpdateComparison], updates: int) -> None:
     ):
         table.add_column(column, justify="right")
     for name, one in compared.items():
-        seconds = (one.disk.beside, one.disk.stall, one.tensor.beside, one.tensor.stall)
+        seconds = (one.disk.prepare, one.disk.stall, one.tensor.prepare, one.tensor.stall)
         table.add_row(
             name, f"{one.parameters / 1e6:.1f}", *(f"{1000 * each:.1f}" for each in seconds), f"{one.disk_over_tensor:.2f}"
         )
@@ -205,9 +205,9 @@ def report(compared: dict[str, UpdateComparison], updates: int) -> None:
     summary = {
         name: {
             "parameters": one.parameters,
-            "disk_beside_s": round(one.disk.beside, 4),
+            "disk_beside_s": round(one.disk.prepare, 4),
             "disk_stall_s": round(one.disk.stall, 4),
-            "tensor_beside_s": round(one.tensor.beside, 4),
+            "tensor_beside_s": round(one.tensor.prepare, 4),
             "tensor_stall_s": round(one.tensor.stall, 4),
             "stall_disk_over_tensor": round(one.disk_over_tensor, 3),
         }

@@ -32,12 +32,14 @@ class UpProcess:
     def __init__(self, process: asyncio.subprocess.Process, mark: str) -> None:
         self.process = process
         self.lines: list[str] = []
+        self.seconds = SECONDS
+        """The longest that it may take to a line, or to its end."""
         self._mark = mark
 
     async def wait_for_line(self, part: str) -> str:
         """Read on to the next line with ``part``; fails at the end of the output."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(self.seconds):
             while line := (await self.process.stdout.readline()).decode():
                 self.lines.append(line.rstrip())
                 if part in line:
@@ -47,7 +49,7 @@ class UpProcess:
     async def wait_for_end(self) -> int:
         """Read to the end; returns the exit code. Nothing is left running."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(self.seconds):
             self.lines += (await self.process.stdout.read()).decode().splitlines()
             code = await self.process.wait()
         assert marked_processes(self._mark) == []
@@ -66,7 +68,7 @@ class UpProcess:
             for pid in self.pids
             if variable.encode() in Path(f"/proc/{pid}/environ").read_bytes()
         }
-        return next(pid for pid, words in names.items() if module.encode() in words and not words[3].endswith(b"leash.py"))
+        return next(pid for pid, words in names.items() if module.encode() in words and not words[3].endswith(b"parent_death.py"))
 
 
 Up = Callable[..., Awaitable[UpProcess]]

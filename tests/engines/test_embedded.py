@@ -96,7 +96,7 @@ async def test_the_same_seed_draws_the_same_tokens(model: Path) -> None:
     assert drawn[0] == drawn[1]
 
 
-async def test_a_completion_with_a_seed_does_not_depend_on_what_else_is_asked_or_when(model: Path) -> None:
+async def test_a_seeded_completion_does_not_depend_on_other_requests(model: Path) -> None:
     """Bit for bit where it is computed alone and without a cache; see docs/reliability.md."""
     alone = {"max_running": 1, "cache_tokens": 0}
     asked = [(builders.prompt(s % 2, 10 + s), SamplingParams(max_tokens=12, seed=s)) for s in range(6)]

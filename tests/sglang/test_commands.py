@@ -74,7 +74,7 @@ def test_sglang_knows_the_flags_of_a_recipe(name: str, parsed: dict[str, Any]) -
     assert 0.5 < found["mem_fraction_static"] < 0.95
 
 
-def test_the_flags_for_a_cpu_are_known_and_what_the_configuration_says_wins(parsed: dict[str, Any]) -> None:
+def test_cpu_flags_are_known_and_configured_flags_win(parsed: dict[str, Any]) -> None:
     found = parsed[ON_CPU]
     assert (found["device"], found["attention_backend"], found["grammar_backend"]) == ("cpu", "torch_native", "none")
     assert (found["schedule_policy"], found["page_size"]) == ("fcfs", 4)

@@ -29,7 +29,7 @@ def supervisor(engine: SGLangEngine) -> ServerSupervisor:
     return engine.supervisor
 
 
-async def test_a_child_that_is_killed_is_started_again_with_the_version_it_served(
+async def test_a_killed_child_is_restarted_with_the_version_it_served(
     endless: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, seeds = tmp_path / "server.log", range(6)
@@ -128,9 +128,7 @@ async def test_a_request_that_is_not_answered_in_time_is_made_again(pool: Server
         assert engine.counters.errors["DeadlineError"] > 0
 
 
-async def test_requests_that_are_put_back_for_want_of_memory_end_well_and_fewer_run(
-    endless: tuple[Path, Path], tmp_path: Path
-) -> None:
+async def test_retracted_requests_complete_and_lower_the_limit(endless: tuple[Path, Path], tmp_path: Path) -> None:
     """The server takes in more than it has room for, and puts back what does not fit."""
     seeds, put_back, limits = range(16), list[int](), list[int]()
     flags = ("--max-total-tokens", "1200", "--schedule-conservativeness", "0.1")

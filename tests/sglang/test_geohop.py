@@ -19,12 +19,10 @@ OWN = ("data.train", "data.heldout", "retriever.corpus", "model.path", "rollout.
 
 
 @pytest.mark.timeout(1200)
-async def test_geohop_trains_on_sglang_and_loses_nothing_when_the_server_is_killed(
+async def test_geohop_on_sglang_loses_nothing_when_the_server_is_killed(
     tmp_path: Path,
     up: Up,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tests.cli.test_up.SECONDS", 1100.0)
     small_run = SmallRun(tmp_path)
     for key in (*OWN, "rollout.max_context"):
         del small_run.keys[key]
@@ -38,6 +36,7 @@ async def test_geohop_trains_on_sglang_and_loses_nothing_when_the_server_is_kill
         "engine__python": str(PYTHON),
     }
     run = await up(str(GEOHOP / "geohop.toml"), *small_run.flags(**changes))
+    run.seconds = 1100.0
     archive = JournalArchive(small_run.run_dir / "journal", tmp_path / "archive")
     for step in (1, 2):
         await run.wait_for_line(f"step {step}/")

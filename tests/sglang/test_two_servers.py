@@ -30,9 +30,7 @@ async def two(pool: ServerPool, path: Path) -> AsyncGenerator[tuple[SGLangEngine
         other.kill()
 
 
-async def test_trees_stick_to_a_server_and_branches_that_spill_over_stay_where_they_went(
-    pool: ServerPool, endless: tuple[Path, Path]
-) -> None:
+async def test_trees_stay_on_a_server_and_spilled_branches_where_they_went(pool: ServerPool, endless: tuple[Path, Path]) -> None:
     roots = [builders.prompt(seed, TREE_TOKENS) for seed in range(TREES)]
     async with two(pool, endless[0]) as (engine, _):
         begun = await asyncio.gather(*(engine.generate(root, SamplingParams(16)) for root in roots))

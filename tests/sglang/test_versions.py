@@ -12,9 +12,7 @@ from tests.sglang.server_harness import ServerPool, remote
 TOKENS = 64
 
 
-async def test_what_one_version_has_computed_no_other_takes_though_nothing_is_flushed(
-    pool: ServerPool, endless: tuple[Path, Path]
-) -> None:
+async def test_versions_share_no_cache_even_without_a_flush(pool: ServerPool, endless: tuple[Path, Path]) -> None:
     """An update flushes a server's cache; what is beyond it, in memory of the host or of other servers, is kept apart by name."""
     prefix, cached = builders.prompt(77, TOKENS), list[int]()
     async with remote(endless[0], pool.url("qwen2")) as engine:

@@ -137,7 +137,7 @@ def test_sibling_loo_compares_siblings_also_of_other_trees() -> None:
     assert second == pytest.approx([-0.3])
 
 
-def test_sibling_loo_takes_the_mean_of_several_siblings_whatever_their_leaves() -> None:
+def test_sibling_loo_takes_the_mean_of_siblings_whatever_their_leaves() -> None:
     # V = [.5, 1, 0], the first of two leaves: .5 − (1 + 0)/2, 1 − (.5 + 0)/2, 0 − (.5 + 1)/2
     first, second, third = of_nodes(advantages([fan([1, 0]), *chains([1, 0])], EstimatorOptions("sibling_loo")))
     assert first == pytest.approx([0, 1, -1])

@@ -14,7 +14,7 @@ from treegrpo.errors import DiskError
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("size", [64, 300, 700, 1500, 4000, 9000, 20000])
-def test_a_full_disk_is_known_as_one_wherever_in_a_checkpoint_it_is_full(size: int, tmp_path: Path) -> None:
+def test_a_full_disk_is_detected_at_any_point_of_a_checkpoint(size: int, tmp_path: Path) -> None:
     """torch's writer complains about the end of the file, and keeps to itself that a write failed."""
     state = {f"weight.{number}": torch.ones(400) for number in range(30)}
     target = tmp_path / "step-000002"

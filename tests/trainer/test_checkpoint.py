@@ -71,7 +71,7 @@ def turned(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [torn, turned, Path.unlink], ids=["torn", "turned", "missing"])
-def test_a_checkpoint_that_is_not_as_it_was_written_is_set_aside_whichever_file_it_is(
+def test_a_checkpoint_with_any_damaged_file_is_renamed(
     tmp_path: Path, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "kept"
@@ -103,7 +103,7 @@ def test_a_checkpoint_without_its_whole_manifest_is_damaged(tmp_path: Path, cont
         checkpoint.newest_checkpoint(tmp_path / "kept")
 
 
-def test_a_file_that_would_be_loaded_beside_the_others_is_damage_and_a_note_is_none(tmp_path: Path) -> None:
+def test_an_extra_model_file_is_damage_and_an_evaluation_is_not(tmp_path: Path) -> None:
     _, before = saved(tmp_path, TrainingProgress(0, 10))
     _, folder = saved(tmp_path, TrainingProgress(0, 20))
     for name in (".DS_Store", "notes.txt~", ".nfs00012", "evaluation.json"):

@@ -130,7 +130,7 @@ def test_the_mismatch_is_nothing_when_sampler_and_trainer_agree() -> None:
         assert sums.maximum("log_ratio_max") == pytest.approx(shift)
 
 
-def test_the_mismatch_at_lag_0_is_of_tokens_that_the_version_sampled_itself() -> None:
+def test_the_mismatch_at_lag_0_covers_the_versions_own_tokens() -> None:
     """Of three tokens the second is of an older version and the third counted elsewhere."""
     targets = lone([-1.0, -1.0, -1.0], [1.0] * 3)
     targets.fresh_A[1], targets.counted_A[2] = False, False
@@ -143,7 +143,7 @@ def test_the_mismatch_at_lag_0_is_of_tokens_that_the_version_sampled_itself() ->
     assert (moved["actions_lag0"], moved["kl_mismatch_lag0"], moved["kl_mismatch"]) == (0, 0, sums["kl_mismatch"])
 
 
-def test_the_effective_sample_is_put_together_from_packs_before_it_is_divided() -> None:
+def test_the_effective_sample_is_summed_over_packs_before_the_division() -> None:
     """ρ 1, 3 in one pack and 2 in the next: (1 + 3 + 2)² / (3·(1 + 9 + 4)) = 6/7; the token that does not count is 9."""
     one, other = lone([0.0, 0.0, 0.0], [1.0] * 3), lone([0.0], [1.0])
     one.sign_A[:], other.sign_A[:] = torch.tensor([1, 2, 2]), 1

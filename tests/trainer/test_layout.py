@@ -68,7 +68,7 @@ def test_branches_off_the_same_place_meet_its_keys_in_one_cross() -> None:
     assert set(layout.crosses) == {((3, 7), (0, 2)), ((6, 7), (4, 5))}
 
 
-def test_a_path_that_is_there_already_adds_nothing_and_one_that_goes_on_is_one_run() -> None:
+def test_a_duplicate_path_adds_nothing_and_a_longer_one_extends_its_run() -> None:
     _, layout, places = laid_out([[1, 2], [1, 2], [1, 2, 3]])
     assert (layout.runs, layout.tokens) == (((0, 3),), 3)
     assert [place.tolist() for place in places] == [[0, 1], [0, 1], [0, 1, 2]]

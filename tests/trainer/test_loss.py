@@ -142,7 +142,7 @@ def test_gspo_is_the_clipped_loss_of_whole_leaves(correction: str, seed: int) ->
     assert torch.allclose(of_found, of_wanted, rtol=0, atol=1e-12)
 
 
-def test_gspo_takes_the_ratio_from_the_leaf_and_the_advantage_from_the_node() -> None:
+def test_gspo_uses_the_ratio_of_the_leaf_and_the_advantage_of_the_node() -> None:
     """Token 0 is shared. Leaf 0 has s = exp((0.02 + 0.04)/2), leaf 1 s = exp((0.02 − 0.06)/2); the clip cuts at ±0.05."""
     targets = places([-1.0, -1.0, -1.0], [[(0, 2.0), (1, 1.0)], [(0, -1.0), (2, -1.0)]], [0.5, 0.25])
     logprob = float64(-0.98, -0.96, -1.06).requires_grad_()

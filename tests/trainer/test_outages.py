@@ -73,9 +73,7 @@ def positions(messages: list[Take]) -> list[int]:
 
 
 @pytest.mark.parametrize(("kind", "number"), [(Publish, 2), (Take, 2), (StepReport, 2), (Covered, 1), (Evaluate, 1)], ids=str)
-def test_what_an_intake_did_not_answer_it_is_asked_again_after_it_has_heard_the_version(
-    config: Config, kind: type[Message], number: int
-) -> None:
+def test_a_failed_request_is_repeated_after_the_version_is_announced(config: Config, kind: type[Message], number: int) -> None:
     seen: list[Message] = []
     lost: list[int] = []
 
@@ -208,7 +206,7 @@ def test_the_last_checkpoint_is_waited_for(config: Config, room_again: Callable[
     assert unwritten(metrics, "checkpoint") == 1
 
 
-def test_a_signal_ends_the_wait_for_the_disk_and_the_step_is_repeated_later(config: Config) -> None:
+def test_a_signal_ends_the_wait_for_the_disk_and_the_step_is_repeated(config: Config) -> None:
     stop = threading.Event()
     with (
         intake_for(config, answers=filling(3, SMALL)),
@@ -231,9 +229,7 @@ def damage(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(weights)
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_leads_to_the_same_weights(
-    config: Config, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_after_a_damaged_checkpoint_the_one_before_gives_equal_weights(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     config = changed(config, "train", steps=5)
     checkpoints = config.run.dir / "checkpoints"
     with intake_for(config):
@@ -270,7 +266,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(config: Con
     assert len(intake.of(Take)) == 4
 
 
-def test_the_best_checkpoint_stays_though_its_evaluation_came_after_it_and_in_another_start(config: Config) -> None:
+def test_the_best_checkpoint_stays_when_it_is_evaluated_later(config: Config) -> None:
     with intake_for(config, em={0: 0.1, 4: 0.9, 8: 0.2, 12: 0.3}.__getitem__):
         train(config)
         train(changed(config, "train", steps=8))

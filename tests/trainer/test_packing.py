@@ -103,7 +103,7 @@ def test_tokens_at_lag_0_are_marked_also_within_an_action() -> None:
     assert not unknown.targets.fresh_A.any()
 
 
-def test_the_first_token_of_a_branch_is_predicted_by_the_last_of_its_parent() -> None:
+def test_the_last_token_of_the_parent_predicts_the_first_of_a_branch() -> None:
     (one,) = pack([CreditedTree(grown(forked()), {2: even(1.0, 0.5), 3: even(-1.0, 0.5)})], 1000, keep_zero=False)
     branch = one.targets.label_A.tolist().index(13)
     assert path_to(one, int(one.predictor_A[branch])) == (1, 2, 3, 10, 11, 30, 31, 32)

@@ -61,9 +61,7 @@ def test_torchrun_trains_to_the_end(config: Config) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_all_drains_and_the_death_of_a_rank_ends_the_run_with_a_sentence(
-    config: Config, number: signal.Signals
-) -> None:
+def test_a_signal_drains_all_ranks_and_a_dead_rank_ends_the_run(config: Config, number: signal.Signals) -> None:
     reported = threading.Event()
 
     def answers(request: Message) -> bool:
