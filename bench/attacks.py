@@ -52,23 +52,23 @@ Attack = Callable[[str, float], None]
 
 
 def hello(number: int) -> bytes:
-    """The first message of a sampler that nobody knows."""
+    """The first message of an unknown sampler."""
     return encoded(hello=pb.Hello(sampler=f"bad-{number}", incarnation=1, engine="bad", capacity=1))
 
 
 def half(address: str, seconds: float) -> None:
     """Messages that lack their last byte, on many streams that have not said Hello."""
-    said = grpc_frame(bytes(MESSAGE_BYTES - 1), MESSAGE_BYTES)
-    _at_once(address, CONNECTIONS, lambda _, connection: _calls(connection, CALLS, ROLLOUT, said, seconds))
+    payload = grpc_frame(bytes(MESSAGE_BYTES - 1), MESSAGE_BYTES)
+    _at_once(address, CONNECTIONS, lambda _, connection: _calls(connection, CALLS, ROLLOUT, payload, seconds))
 
 
 def half_joined(address: str, seconds: float) -> None:
     """The same behind a Hello, each stream under a name of its own."""
-    said = grpc_frame(bytes(MESSAGE_BYTES - 1), MESSAGE_BYTES)
+    payload = grpc_frame(bytes(MESSAGE_BYTES - 1), MESSAGE_BYTES)
 
     def strike(number: int, connection: Connection) -> None:
         for stream in range(CALLS):
-            connection.call(ROLLOUT, grpc_frame(hello(CALLS * number + stream)), said)
+            connection.call(ROLLOUT, grpc_frame(hello(CALLS * number + stream)), payload)
         connection.pump(seconds)
 
     _at_once(address, CONNECTIONS, strike)
@@ -76,32 +76,32 @@ def half_joined(address: str, seconds: float) -> None:
 
 def half_unary(address: str, seconds: float) -> None:
     """The same where one small message is expected."""
-    said = grpc_frame(bytes(MESSAGE_BYTES - 1), MESSAGE_BYTES)
-    _at_once(address, CONNECTIONS, lambda _, connection: _calls(connection, CALLS, DESCRIBE, said, seconds))
+    payload = grpc_frame(bytes(MESSAGE_BYTES - 1), MESSAGE_BYTES)
+    _at_once(address, CONNECTIONS, lambda _, connection: _calls(connection, CALLS, DESCRIBE, payload, seconds))
 
 
 def half_allowed(address: str, seconds: float) -> None:
     """Messages of a size that the run's plan allows, on as many streams as the server lets in."""
-    said = grpc_frame(bytes(ALLOWED_BYTES - 1), ALLOWED_BYTES)
-    _at_once(address, MANY_CONNECTIONS, lambda _, connection: _calls(connection, MANY_CALLS, ROLLOUT, said, seconds))
+    payload = grpc_frame(bytes(ALLOWED_BYTES - 1), ALLOWED_BYTES)
+    _at_once(address, MANY_CONNECTIONS, lambda _, connection: _calls(connection, MANY_CALLS, ROLLOUT, payload, seconds))
 
 
 def bomb(address: str, seconds: float) -> None:
     """Whole messages, compressed a thousandfold."""
-    said = grpc_frame(gzip.compress(bytes(MESSAGE_BYTES - 1)), compressed=True)
+    payload = grpc_frame(gzip.compress(bytes(MESSAGE_BYTES - 1)), compressed=True)
     encoding = {"grpc-encoding": "gzip"}
-    _at_once(address, CONNECTIONS, lambda _, connection: _calls(connection, CALLS, ROLLOUT, said, seconds, encoding))
+    _at_once(address, CONNECTIONS, lambda _, connection: _calls(connection, CALLS, ROLLOUT, payload, seconds, encoding))
 
 
 def streams(address: str, seconds: float) -> None:
-    """As many calls as the server lets in, each with as much said as fits into its window."""
-    said = grpc_frame(bytes(MESSAGE_BYTES - 1), MESSAGE_BYTES)[: 1 << 20]
-    _at_once(address, MANY_CONNECTIONS, lambda _, connection: _calls(connection, MANY_CALLS, ROLLOUT, said, seconds))
+    """As many calls as the server lets in, each with as much data as fits into its window."""
+    payload = grpc_frame(bytes(MESSAGE_BYTES - 1), MESSAGE_BYTES)[: 1 << 20]
+    _at_once(address, MANY_CONNECTIONS, lambda _, connection: _calls(connection, MANY_CALLS, ROLLOUT, payload, seconds))
 
 
 def tiny(address: str, seconds: float) -> None:
     """Heartbeats and demands of a few bytes, as fast as they are taken."""
-    said = b"".join(
+    payload = b"".join(
         grpc_frame(encoded(demand=pb.Demand(leases=number % 3)) if number % 2 else encoded(heartbeat=pb.Heartbeat()))
         for number in range(20_000)
     )
@@ -109,7 +109,7 @@ def tiny(address: str, seconds: float) -> None:
     def strike(number: int, connection: Connection) -> None:
         stream, end = connection.call(ROLLOUT, grpc_frame(hello(number))), time.monotonic() + seconds
         while time.monotonic() < end and connection.open_streams:
-            connection.queue_data(stream, said)
+            connection.queue_data(stream, payload)
             connection.pump(end - time.monotonic(), drained=True)
 
     _at_once(address, CONNECTIONS, strike)
@@ -131,12 +131,12 @@ def joining(address: str, seconds: float) -> None:
 
 def frames(address: str, seconds: float) -> None:
     """Settings and pings without end."""
-    said = (frame(SETTINGS, 0, 0, b"\0\3\0\0\0\1") + frame(PING, 0, 0, bytes(8))) * 500
+    payload = (frame(SETTINGS, 0, 0, b"\0\3\0\0\0\1") + frame(PING, 0, 0, bytes(8))) * 500
 
     def strike(_: int, connection: Connection) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not connection.closed:
-            connection.send_bytes(said)
+            connection.send_bytes(payload)
             connection.pump(0.01)
 
     _at_once(address, CONNECTIONS, strike)
@@ -156,10 +156,10 @@ ATTACKS: dict[str, Attack] = {
 
 
 def _calls(
-    connection: Connection, calls: int, path: str, said: bytes, seconds: float, headers: dict[str, str] | None = None
+    connection: Connection, calls: int, path: str, payload: bytes, seconds: float, headers: dict[str, str] | None = None
 ) -> None:
     for _ in range(calls):
-        connection.call(path, said, headers=headers)
+        connection.call(path, payload, headers=headers)
     connection.pump(seconds)
 
 
@@ -187,7 +187,7 @@ class AttackCost:
     kept_mb: float
     """What it was still larger by, REST_SECONDS after the end."""
     health_s: float
-    """The longest that an honest peer waited for a health check; it asks again and again."""
+    """The longest that an honest peer waited for a health check; it repeats the check."""
     failed: int
     """How many of its checks failed."""
 

@@ -51,7 +51,7 @@ class RecordedRequest:
 
 
 class RecordingEngine(EngineWrapper):
-    """An engine that is asked greedily, so that a second time gives the same tokens, and that notes what it is asked."""
+    """An engine that samples greedily, so that a replay gives the same tokens, and that records its requests."""
 
     def __init__(self, engine: Engine, shape: tuple[int, int, int]) -> None:
         super().__init__(engine)
@@ -66,7 +66,7 @@ class RecordingEngine(EngineWrapper):
         """By question, tree and node, in the order in which they were answered."""
 
     @property
-    def asked(self) -> list[RecordedRequest]:
+    def requests(self) -> list[RecordedRequest]:
         return list(self._asked.values())
 
     async def generate(self, prefix: Sequence[int] | TokenIds, sampling: SamplingParams) -> Completion:
@@ -87,7 +87,7 @@ class RecordingEngine(EngineWrapper):
         return [self._asked[question, tree, other] for other in known if (question, tree, other) in self._asked]
 
 
-async def replay(url: str, asked: list[RecordedRequest]) -> float:
+async def replay(url: str, requests: list[RecordedRequest]) -> float:
     """Make the same requests to the server alone, each as soon as those that led to it are answered; tokens per second."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS)
     async with httpx.AsyncClient(timeout=600.0, trust_env=False, limits=limits) as client:
@@ -106,7 +106,7 @@ async def replay(url: str, asked: list[RecordedRequest]) -> float:
             return len(answer["output_ids"])
 
         began = time.perf_counter()
-        decoded = sum(await asyncio.gather(*(one(request) for request in asked)))
+        decoded = sum(await asyncio.gather(*(one(request) for request in requests)))
         return decoded / (time.perf_counter() - began)
 
 
@@ -130,9 +130,9 @@ async def compare(
     for _ in range(repeats + 1):
         for engine in (embedded, sglang):  # new weights empty the cache
             await engine.load_weights(_after(engine.version), path)
-        ours, noting = await grow(path, RecordingEngine(embedded, shape), shape), RecordingEngine(sglang, shape)
-        theirs = await grow(path, noting, shape)
-        turns.append((ours, theirs, await replay(sglang.servers[0].client.url, noting.asked)))
+        ours, recording = await grow(path, RecordingEngine(embedded, shape), shape), RecordingEngine(sglang, shape)
+        theirs = await grow(path, recording, shape)
+        turns.append((ours, theirs, await replay(sglang.servers[0].client.url, recording.requests)))
     del turns[0]
     return EngineComparison(
         label(shape),

@@ -21,9 +21,9 @@ INITIAL_WINDOW = 4
 """The setting's number."""
 FRAME_BYTES = 16384
 WINDOW = 65535
-"""Of a stream and of a connection, until the server says otherwise."""
+"""Of a stream and of a connection, until the server changes it."""
 BURST_BYTES = 1 << 20
-"""Written before somebody looks whether the server has answered."""
+"""Written before the next look for frames of the server."""
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -69,19 +69,19 @@ class Connection:
         """Streams that the server has not ended."""
         return 0 if self.closed else len(self._windows)
 
-    def call(self, path: str, *said: bytes, headers: Mapping[str, str] | None = None) -> int:
+    def call(self, path: str, *payload: bytes, headers: Mapping[str, str] | None = None) -> int:
         """Open a call, and queue its data: sent as far as the server's windows allow."""
         stream, self._next = self._next, self._next + 2
         fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "learner", "te": "trailers"}
         fields |= {"content-type": "application/grpc", **(headers or {})}
-        self._windows[stream], self._unsent[stream] = self._initial, deque(map(memoryview, said))
+        self._windows[stream], self._unsent[stream] = self._initial, deque(map(memoryview, payload))
         self.send_bytes(frame(HEADERS, END_HEADERS, stream, header_block(fields)))
         return stream
 
-    def queue_data(self, stream: int, said: bytes) -> None:
+    def queue_data(self, stream: int, payload: bytes) -> None:
         """Queue more data on a stream."""
         if stream in self._windows:
-            self._unsent[stream].append(memoryview(said))
+            self._unsent[stream].append(memoryview(payload))
 
     def send_bytes(self, data: bytes) -> None:
         """Send bytes as they are."""
@@ -89,9 +89,9 @@ class Connection:
             self._socket.sendall(data)
 
     def pump(self, seconds: float, *, drained: bool = False, answered: bool = False) -> None:
-        """Say what there is to say and hear the answers, for so long.
+        """Send queued data and receive frames, for ``seconds``.
 
-        Or until all is said, if ``drained``, or the server has ended every call, if ``answered``.
+        Or until all is sent, if ``drained``, or the server has ended every call, if ``answered``.
         """
         end = time.monotonic() + seconds
         while not self.closed and (left := end - time.monotonic()) > 0:
@@ -106,7 +106,7 @@ class Connection:
 
     @contextlib.contextmanager
     def _broken(self) -> Generator[None]:
-        """The server hung up, or reads nothing any more: that is what it is for."""
+        """Note that the server closed the connection or stopped reading, which is what it should do."""
         try:
             yield
         except OSError:

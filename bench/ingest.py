@@ -179,9 +179,9 @@ def measure(samplers: int, size: str, seconds: float, seed: int) -> IngestCase:
         trainer.send_version(0)
         trainer.start()
         servers = {"intake": (addresses["intake"], intake.pid), "echo": (addresses["echo"], echo.pid)}
-        asked = {"servers": servers, "samplers": samplers, "leases": each, "size": size, "seconds": seconds, "seed": seed}
+        arguments = {"servers": servers, "samplers": samplers, "leases": each, "size": size, "seconds": seconds, "seed": seed}
         found = subprocess.run(
-            [sys.executable, "-m", "bench.simulated_samplers", json.dumps(asked)], stdout=subprocess.PIPE, check=True
+            [sys.executable, "-m", "bench.simulated_samplers", json.dumps(arguments)], stdout=subprocess.PIPE, check=True
         )
         slices = {name: [Slice(**row) for row in rows] for name, rows in json.loads(found.stdout).items()}
     script = Script(SIZES[size], seed)

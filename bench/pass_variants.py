@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from bench.random_trees import Shape, TreeGenerator, apart, credited
+from bench.random_trees import Shape, TreeGenerator, credited, split_paths
 from learner.trainer.algorithm.credit_assignment import CreditedTree
 from learner.trainer.algorithm.loss import policy_loss
 from learner.trainer.packing import attention
@@ -102,7 +102,7 @@ class PackingCase:
         self.model, self._size, self._device = build(size, device), size, device
         grower = TreeGenerator(size.config["vocab_size"])
         self._trees = credited([grower.group(shape, str(n)) for n in range(groups)])
-        self._paths = apart(self._trees)
+        self._paths = split_paths(self._trees)
         (self.whole,), (self.whole_apart,) = (pack(trees, 1 << 30, keep_zero=True) for trees in (self._trees, self._paths))
 
     @property

@@ -86,7 +86,7 @@ def credited(groups: Sequence[Group]) -> list[CreditedTree]:
     return assign_credit(batch, [advantages(one.tree_arrays, EstimatorOptions()) for one in batch], "leaf_mean")
 
 
-def apart(trees: Sequence[CreditedTree]) -> list[CreditedTree]:
+def split_paths(trees: Sequence[CreditedTree]) -> list[CreditedTree]:
     """Every path as a tree of its own; a first token of its own keeps it from sharing anything."""
     made: list[CreditedTree] = []
     for one in trees:

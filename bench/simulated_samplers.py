@@ -146,7 +146,7 @@ class SamplerGroup:
         self._say(encoded(demand=pb.Demand(leases=leases)))
 
     async def _beat(self) -> None:
-        """Whoever is silent for too long loses its leases."""
+        """Send heartbeats: a silent sampler loses its leases."""
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             self._say(encoded(heartbeat=pb.Heartbeat()))

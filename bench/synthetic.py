@@ -47,7 +47,7 @@ WORDS = [
 
 
 class EngineWrapper:
-    """An engine around another one: who extends it says how it generates."""
+    """An engine that wraps another one; subclasses define how it generates."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -133,7 +133,7 @@ class GrowthCost:
 
 
 def plan_of(shape: tuple[int, int, int]) -> Plan:
-    """What a lease of such trees asks for."""
+    """The plan of a lease of such trees."""
     trees, expansions, rounds = shape
     return Plan(trees, rounds, expansions, TURNS, max_action_tokens=24, max_context=CONTEXT, temperature=1.0)
 

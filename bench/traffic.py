@@ -1,4 +1,4 @@
-"""What simulated samplers say: the requests of one lease, encoded once; only the name of the lease is put in for each."""
+"""Requests of simulated samplers: those of one lease, encoded once; only the lease's name is replaced in each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 3
 PLAN = Plan(trees=2, rounds=1, expansions=2, max_turns=4, max_action_tokens=256, max_context=4096, temperature=1.0)
 """Six subtrees a lease, the paper's."""
 VERSION = PolicyVersion(1, 1 << 20)
-"""Later than any that a lease of the run asks for."""
+"""Later than the version of any lease of the run."""
 _BYTES = 2
 """Protobuf's wire type of what has a length."""
 
@@ -67,7 +67,7 @@ def subtree(size: SubtreeSize, tree: int, index: int, rng: np.random.Generator) 
 
 
 class Script:
-    """All that is said of one lease."""
+    """All requests of one lease."""
 
     def __init__(self, size: SubtreeSize, seed: int) -> None:
         rng = np.random.default_rng(seed)

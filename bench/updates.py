@@ -101,7 +101,7 @@ async def from_tensor(engine: SGLangEngine, client: httpx.AsyncClient, published
         "abort_all_requests": False,
     }
     prepare, began = time.perf_counter() - began, time.perf_counter()
-    server.swapping = True  # whoever watches it lets it be
+    server.swapping = True  # its supervision leaves it alone
     await server.client.pause_generation()
     await _post(client, "/begin_weight_update", {})
     await _post(client, "/update_weights_from_tensor", body)

@@ -1,4 +1,4 @@
-"""What every engine must do. A test module imports these tests and provides the fixture ``open_engine``.
+"""Conformance suite of engines. A test module imports these tests and provides the fixture ``open_engine``.
 
 ``open_engine(path)`` is an async context manager that yields an `Engine` on the model directory ``path``, at policy
 version 0.0, with a context of 512 tokens and room for at least eight running requests.

@@ -1,4 +1,4 @@
-"""What answers like SGLang and is none: a web server in this process, and an environment in which it seems to be installed."""
+"""Stubs of SGLang: a web server in this process, and a Python environment in which it seems to be installed."""
 
 from __future__ import annotations
 

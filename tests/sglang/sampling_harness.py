@@ -1,4 +1,4 @@
-"""Asking engines as the sampler does, and what must be true of the answers."""
+"""Samples from SGLang engines as the sampler does, and checks the completions."""
 
 from __future__ import annotations
 

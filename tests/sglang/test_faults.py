@@ -1,4 +1,4 @@
-"""What goes wrong with real servers: nothing is lost, every failure is counted by its type."""
+"""Faults of real servers: no request is lost, every failure is counted by its type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small intake: it speaks the real protocol over a real socket and samples one-step episodes with what is published."""
+"""A fake intake: the real protocol over a real socket; it samples one-step episodes with the published policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that takes no large file, by the limit the system has for that: real writes fail where they would on a full one."""
+"""A limit on file sizes (RLIMIT_FSIZE) as a stand-in for a full disk: real writes fail half-way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random models of several families as directories: those that trees work for, and those that they do not."""
+"""Random models of several families as directories: supported on trees, and unsupported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step as the papers write it, one leaf at a time through the model as transformers has it: what packs must equal."""
+"""Reference implementation of a step, one path at a time through the transformers model: what packs must equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two ranks of a trainer, in processes of their own, that do what a test asks of them."""
+"""Two ranks of a trainer, in processes of their own, that call functions of a test."""
 
 from __future__ import annotations
 

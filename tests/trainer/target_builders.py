@@ -1,4 +1,4 @@
-"""Targets made by hand or at random, in float64 so that formulas can be compared to the last digits."""
+"""Builders of targets, explicit or random, in float64 so that formulas can be compared to the last digits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong around a trainer and must not stop it: an intake away, a full disk, a damaged checkpoint."""
+"""Outages that must not stop a trainer: an unreachable intake, a full disk, a damaged checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trainer in this process, against the small intake."""
+"""Runs a trainer in this process against the fake intake."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Sorted paths make a tree without one being built: what a path shares with the one before it is already there, so a path
 adds a *run* of new tokens, and its prefix is a few stretches of earlier runs. In this order everything below a token is
-one range that follows it, and so two rules say all of attention:
+one range that follows it, and so two rules define all of attention:
 
     a run sees itself, causally
     a *cross* is a stretch of an earlier run with the range of tokens below its end, which see all of it

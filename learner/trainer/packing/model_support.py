@@ -14,7 +14,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 def unsupported_feature(config: Any) -> str:
     """The feature of a model's configuration that does not work on trees; empty if there is none. It shows on long paths only.
 
-    Where there is a list of layers, it says which of them see a window, whatever width is named for those.
+    A list of layers, where there is one, decides which of them see a window, whatever width is configured.
     """
     layers = getattr(config, "layer_types", None)
     if others := {kind for kind in layers or () if kind != "full_attention"}:

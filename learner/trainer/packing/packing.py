@@ -231,7 +231,7 @@ def _join(parts: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> Tens
 
 
 def _signs(paths: Sequence[_CreditedPath]) -> dict[Key, int]:
-    """For every step the index into `targets.SIGNS` of what all leaves below it say, whichever pack they come into."""
+    """For every step the index into `targets.SIGNS` of the advantages of all leaves below it, whichever packs they are in."""
     sums: dict[Key, NDArray[np.float64]] = {}
     for path in paths:
         sides = path.credit.weight * np.array([path.credit.inter, path.credit.intra])

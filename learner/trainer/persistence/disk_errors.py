@@ -38,9 +38,9 @@ def translate_disk_errors(target: Path) -> Generator[None]:
             raise
         named = target.with_name(target.name.removeprefix(".").removesuffix(".partial"))
         if cause.errno not in TRANSIENT:
-            said = cause.strerror or cause
+            reason = cause.strerror or cause
             raise RunFileError(
-                f"{named} could not be written ({said}); see what is in the way, and who may write there."
+                f"{named} could not be written ({reason}); see what is in the way, and who may write there."
             ) from error
         raise DiskError(cause.errno, f"{named} could not be written ({cause.strerror}); make room on its disk.") from error
 

@@ -101,7 +101,7 @@ class RadixTree:
     def _split(self, node: _Node, at: int) -> _Node:
         """Cut ``node``'s edge in two; returns the new upper half. Slots stay where they are."""
         parent = node.parent
-        assert parent is not None  # noqa: S101  # the root's edge is empty, nobody stops inside it
+        assert parent is not None  # noqa: S101  # the root's edge is empty, no path ends inside it
         upper = _Node(node.ids[:at], node.slots[:at], parent, self._clock)
         parent.children[int(upper.ids[0])] = upper
         node.ids, node.slots, node.parent = node.ids[at:], node.slots[at:], upper

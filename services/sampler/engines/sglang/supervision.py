@@ -29,7 +29,7 @@ MAX_FAILED_POLLS = 3
 
 @dataclass(frozen=True, slots=True)
 class EngineCallbacks:
-    """What supervision asks of the engine and reports to it."""
+    """The callbacks from supervision into the engine."""
 
     served: Callable[[], StagedVersion]
     """The version that servers are to serve now."""

@@ -31,7 +31,7 @@ class AimdLimit:
         return int(self._limit)
 
     def count_retractions(self, times: int) -> None:
-        """Note that the server put requests back for want of memory, so often."""
+        """Count requests that the server retracted for want of memory."""
         self._retractions += times
 
     def adjust_limit(self, usage: float, running: int) -> None:

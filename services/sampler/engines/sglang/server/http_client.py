@@ -189,15 +189,15 @@ class SGLangClient:
         except DeadlineError as error:
             raise DeadlineError(f"The SGLang server at {self.url} did not answer {path} within {seconds:.0f} s.") from error
         except (UnavailableError, ConfigError) as error:
-            said = describe(error.__cause__ or error)
-            raise UnavailableError(f"The SGLang server at {self.url} cannot be reached ({said}).") from error
+            message = describe(error.__cause__ or error)
+            raise UnavailableError(f"The SGLang server at {self.url} cannot be reached ({message}).") from error
 
     def _error_response(self, path: str, answer: HttpResponse) -> EngineError:
         try:
-            said = _message(read_json(answer.body))
+            message = _message(read_json(answer.body))
         except ValueError:
-            said = _short(answer.text)
-        return EngineError(f"The SGLang server at {self.url} answers {path} with {answer.status}: {said}")
+            message = _short(answer.text)
+        return EngineError(f"The SGLang server at {self.url} answers {path} with {answer.status}: {message}")
 
     def _parse(self, parse: Callable[[], T], path: str) -> T:
         try:

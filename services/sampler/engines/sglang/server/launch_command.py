@@ -94,7 +94,7 @@ class ServerLaunch:
         if not self.installation.cuda:
             own["--max-total-tokens"] = str(self.cache_tokens + self.max_running * (self.context + CONTEXT_MARGIN))
         rest = ["--enable-metrics", "--skip-server-warmup", *(() if self.installation.cuda else CPU_FLAGS)]
-        # argparse takes the last of two: what the configuration says comes behind.
+        # argparse takes the last of two, so configured flags come last.
         return [
             *(str(self.installation.python), "-m", "sglang.launch_server"),
             *(part for pair in own.items() for part in pair),
@@ -135,7 +135,7 @@ def _abbreviates(name: str, flags: tuple[str, ...]) -> bool:
 
 
 def check_listen_address(listen: str, *, insecure_network: bool) -> None:
-    """Raise ConfigError if others could reach the server: whoever does can give it weights."""
+    """Raise ConfigError if others could reach the server: they could replace its weights."""
     if not (insecure_network or is_local(listen)):
         raise ConfigError(
             f"engine.listen = {listen} lets everybody who reaches it change the weights, since SGLang has no authentication; "
@@ -193,8 +193,8 @@ def _run_python(python: Path, code: str) -> str:
         environment = child_environment(ours=False)
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True, env=environment)  # noqa: S603
     except subprocess.CalledProcessError as error:
-        said = (error.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ConfigError(f"engine.python = {python} ended with code {error.returncode} ({said}); {INSTALL_HINT}") from error
+        last_line = (error.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ConfigError(f"engine.python = {python} ended with code {error.returncode} ({last_line}); {INSTALL_HINT}") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(f"engine.python = {python} cannot be used ({describe(error)}); {INSTALL_HINT}") from error
     return done.stdout.strip()

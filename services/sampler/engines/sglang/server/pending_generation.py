@@ -37,7 +37,7 @@ class PendingGeneration(Generation):
                 "temperature": self.sampling.temperature,
                 "stop": list(self.sampling.stop),
                 "stop_token_ids": sorted(self.eos),
-                # Whatever the model's generation_config says: training divides by the full softmax.
+                # Overrides the model's generation_config: training divides by the full softmax.
                 "top_p": 1.0,
                 "top_k": -1,
                 "min_p": 0.0,

@@ -29,7 +29,7 @@ class Prefill:
         self.awaited = False
         """Other requests wait for it, so its first token has to be reported."""
         self.sent = False
-        """The server has the request: it is too late to ask for a report of its first token."""
+        """The server has the request: it is too late to request a report of its first token."""
 
 
 class PrefillDedup:

@@ -36,7 +36,7 @@ class SGLangServer:
     serving: StagedVersion | None = None
     """None: not known."""
     sent_versions: set[PolicyVersion] = field(default_factory=set[PolicyVersion])
-    """Versions it was told to serve since the start."""
+    """Versions sent to it since the start."""
     cache_namespace: str = ""
     """Namespace of its prefix cache: the version served last."""
     swapping: bool = False
@@ -45,12 +45,12 @@ class SGLangServer:
     """The metrics it returned last."""
     dedup: PrefillDedup = field(default_factory=PrefillDedup)
     check_requested: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set by whoever has reason to think that the server is lost."""
+    """Set when a request failed in a way that suggests that the server is lost."""
     requests: set[asyncio.Task[GenerateResponse]] = field(default_factory=set[asyncio.Task[GenerateResponse]])
     """Requests in flight."""
     aborts: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
     pauses: int = 0
-    """Times it was told to retract running requests for a weight update, since the start."""
+    """Times running requests were retracted on it for a weight update, since the start."""
     stalled: float = 0.0
     """Seconds in which it generated nothing because of weight updates, since the start."""
     slots_taken: int = 0

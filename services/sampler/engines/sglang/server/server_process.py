@@ -16,7 +16,7 @@ PROBE_INTERVAL_SECONDS = 0.25
 USAGE_EXIT_CODE = 2
 """Of a program that does not know its flags."""
 _BIND_ERROR = re.compile(r"ERROR: +(\[Errno \d+\].*)")
-"""That the address cannot be bound; what SGLang logs after that is about calls to itself that nobody answers."""
+"""That the address cannot be bound; later log lines are about SGLang's own unanswered calls to itself."""
 _ERROR_LINE = re.compile(r"^(?:\[.*?\] )?(?:[\w.]+\.)?\w*(?:Error|Exception)\b:? ?.*")
 
 
