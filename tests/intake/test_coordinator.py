@@ -71,6 +71,25 @@ async def test_a_sampler_is_welcomed_before_it_is_asked_to_stop(tmp_path: Path) 
     assert unheard not in table.open_leases
 
 
+async def test_the_dispatch_task_grants_when_it_is_woken_and_the_run_goes_on(tmp_path: Path) -> None:
+    table, control = make_table(batch=2, max_lag=1), FakeControl()
+    coordinator = make_coordinator(table, control, tmp_path)
+    session = coordinator.join_sampler(pb.Hello(sampler="s", incarnation=1, engine="e", capacity=4))
+    dispatching = asyncio.create_task(coordinator.dispatcher.dispatch_forever())
+    for state, demand, granted in (
+        (RunState.RUNNING, 1, 1),
+        (RunState.PAUSED, 3, 1),
+        (RunState.RUNNING, 2, 2),
+        (RunState.RUNNING, 9, 4),
+    ):
+        control.state = state
+        coordinator.set_demand(session, demand)
+        for _ in range(3):  # the task is woken, and runs
+            await asyncio.sleep(0)
+        assert len(table.open_leases) == granted, "at most (max_lag + 1) · batch"
+    dispatching.cancel()
+
+
 @pytest.mark.parametrize("now", [{"max_lag": 0}, {"total": 2}])
 def test_what_was_begun_goes_on_though_the_bound_was_lowered_meanwhile(now: dict[str, int]) -> None:
     """Two restarts apart, ``train.max_lag`` and ``train.steps`` may change."""
