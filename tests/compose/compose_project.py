@@ -30,7 +30,7 @@ PASSED_ON = ("PYTHON_IMAGE", "PIP_INDEX_URL", "TORCH_INDEX", "MOSQUITTO_IMAGE", 
 """Where images and packages come from: as the environment says."""
 
 
-def no_engine() -> str:
+def why_no_docker() -> str:
     """Why there is nothing to test with; empty if there is."""
     if shutil.which("docker") is None:
         return "there is no docker here"
@@ -53,12 +53,12 @@ def lines(settings: dict[str, str]) -> str:
     return "".join(f"{name}={value}\n" for name, value in settings.items())
 
 
-def within(seconds: float) -> float:
+def scaled_limit(seconds: float) -> float:
     """A time limit, longer where more processes than cores want to compute."""
     return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-class Stack:
+class ComposeProject:
     def __init__(self, folder: Path) -> None:
         self._command = compose_command()
         (self._port,) = free_ports(1)
@@ -80,7 +80,7 @@ class Stack:
         environment = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, *PASSED_ON)}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
-    def do(self, *arguments: str) -> str:
+    def run_compose(self, *arguments: str) -> str:
         """`compose` that must work; returns what it printed."""
         done = self.compose(*arguments)
         assert done.returncode == 0, f"docker compose {' '.join(arguments)}: {done.stdout}\n{done.stderr}"
@@ -102,16 +102,18 @@ class Stack:
             docker("inspect", "-f", "{{.State.Health.Status}}", one).strip() == "healthy" for one in found
         )
 
-    def kill(self, container: str) -> None:
-        """Every process in it dies at once, as of a lack of memory; `docker kill` would count as a wish to stop it."""
+    def kill_processes(self, container: str) -> None:
+        """Kill all its processes at once, as the kernel does when memory runs out; `docker kill` would count as a stop."""
         subprocess.run(
             ["docker", "exec", container, "python", "-c", "import os; os.kill(-1, 9)"], capture_output=True, check=False
         )
 
     def logs(self, *services: str) -> list[str]:
-        return [line.partition("| ")[2] for line in self.do("logs", "--no-color", *services).splitlines() if "| " in line]
+        return [
+            line.partition("| ")[2] for line in self.run_compose("logs", "--no-color", *services).splitlines() if "| " in line
+        ]
 
-    def ask(self, query: str) -> list[dict[str, Any]]:
+    def query(self, query: str) -> list[dict[str, Any]]:
         """The series that Prometheus has for a query, now."""
         url = f"{self.prometheus}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
         with urllib.request.urlopen(url, timeout=10) as answer:
@@ -119,19 +121,21 @@ class Stack:
 
     def value(self, query: str) -> float:
         """The one value of a query; NaN if there is none."""
-        found = self.ask(query)
+        found = self.query(query)
         return float(found[0]["value"][1]) if found else float("nan")
 
     def progress(self) -> list[dict[str, Any]]:
         """The run's progress file."""
-        text = self.do("run", "--rm", "--entrypoint", "cat", "operator", "/var/lib/treegrpo/progress.jsonl")
+        text = self.run_compose("run", "--rm", "--entrypoint", "cat", "operator", "/var/lib/treegrpo/progress.jsonl")
         return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
-    def until(self, what: str, holds: Callable[[], bool], seconds: float) -> float:
+    def wait_until(self, what: str, holds: Callable[[], bool], seconds: float) -> float:
         """Ask again and again until it holds; returns the seconds it took. The limit is for a machine with nothing else to do."""
         began = time.monotonic()
         while not holds():
-            assert time.monotonic() - began < within(seconds), f"not within {seconds:.0f} s: {what}\n{self.do('ps')}"
+            assert time.monotonic() - began < scaled_limit(seconds), (
+                f"not within {seconds:.0f} s: {what}\n{self.run_compose('ps')}"
+            )
             time.sleep(0.5)
         return time.monotonic() - began
 
