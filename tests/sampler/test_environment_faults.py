@@ -31,7 +31,7 @@ class ScoringEnvironment(FakeEnvironment):
         return self._score(self._episodes)
 
 
-async def grown(
+async def expand(
     given: Lease, environment: FakeEnvironment, metrics: SamplerMetrics | None = None, tools: int = 1
 ) -> tuple[list[Subtree], LeaseEnd]:
     subtrees: list[Subtree] = []
@@ -47,7 +47,7 @@ def errors(metrics: SamplerMetrics, kind: str) -> float | None:
 async def test_a_reward_that_is_no_number_leaves_out_its_branch_alone(reward: Any) -> None:
     environment = ScoringEnvironment(lambda episode: {"right": reward if episode == 2 else 1.0})
     one = lease(plan(2, 1, 2))
-    subtrees, end = await grown(one, environment)
+    subtrees, end = await expand(one, environment)
     assert end == LeaseEnd(one.id, LeaseEndReason.COMPLETE)
     assert len(subtrees) == one.plan.leaves
     (failed,) = [subtree for subtree in subtrees if not subtree.leaves]
@@ -56,7 +56,7 @@ async def test_a_reward_that_is_no_number_leaves_out_its_branch_alone(reward: An
 
 
 async def test_rewards_whose_sum_is_not_finite_are_no_reward() -> None:
-    (chain,), end = await grown(lease(CHAIN), ScoringEnvironment(lambda _: {"a": 1e308, "b": 1e308}))
+    (chain,), end = await expand(lease(CHAIN), ScoringEnvironment(lambda _: {"a": 1e308, "b": 1e308}))
     assert not chain.leaves
     assert "finite" in end.error
 
@@ -70,7 +70,7 @@ async def test_a_bug_is_counted_by_its_type_named_once_and_tried_no_second_time(
         raise KeyError("episode")
 
     environment.fail = explode
-    subtrees, end = await grown(lease(plan(2, 1, 2)), environment, metrics)
+    subtrees, end = await expand(lease(plan(2, 1, 2)), environment, metrics)
     assert len(calls) == errors(metrics, "KeyError") == 6
     assert [record.levelname for record in caplog.records if record.exc_info] == ["ERROR"]
     assert {subtree.steps[-1].status for subtree in subtrees} == {StepStatus.ENVIRONMENT_ERROR}
@@ -87,7 +87,7 @@ async def test_a_time_out_of_the_environments_own_is_a_fault_like_any_other() ->
         raise TimeoutError
 
     environment.fail = late
-    (chain,), _ = await grown(lease(CHAIN), environment, metrics)
+    (chain,), _ = await expand(lease(CHAIN), environment, metrics)
     assert chain.steps[-1].status is StepStatus.ENVIRONMENT_ERROR
     assert errors(metrics, "TimeoutError") == 1
 
@@ -104,6 +104,6 @@ class Mute(FakeEnvironment):
 
 @pytest.mark.parametrize(("environment", "named"), [(Endless(), "last=True"), (Mute(), "AttributeError")])
 async def test_an_environment_that_breaks_its_protocol_is_named(environment: FakeEnvironment, named: str) -> None:
-    _, end = await grown(lease(CHAIN), environment, tools=99)
+    _, end = await expand(lease(CHAIN), environment, tools=99)
     assert end.reason is LeaseEndReason.FAILED
     assert named in end.error

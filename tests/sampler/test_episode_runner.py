@@ -22,7 +22,7 @@ from treegrpo.wire.size_limits import TEXT_LENGTH
 CHAIN = plan(1, 0, 0)
 
 
-async def grown(
+async def expand(
     given: Lease,
     engine: FakeEngine,
     environment: FakeEnvironment | None = None,
@@ -37,7 +37,7 @@ async def grown(
 async def test_a_prefix_is_the_prompt_and_the_ids_exactly_as_sampled() -> None:
     """Trap 2: "ok" is sampled as two ids and encoded as one; the policy's own stays two."""
     engine = FakeEngine(lambda prefix: "ok s!" if turns(prefix) < 1 else "ok a!")
-    (chain,), _ = await grown(lease(CHAIN), engine)
+    (chain,), _ = await expand(lease(CHAIN), engine)
     first, second = chain.steps
     assert MERGED in chain.prompt
     assert MERGED in first.observation
@@ -49,7 +49,7 @@ async def test_a_prefix_is_the_prompt_and_the_ids_exactly_as_sampled() -> None:
 
 async def test_a_branch_continues_from_the_ids_of_its_path() -> None:
     engine = FakeEngine(deep(2))
-    subtrees, _ = await grown(lease(plan(1, 1, 8)), engine)
+    subtrees, _ = await expand(lease(plan(1, 1, 8)), engine)
     chain = subtrees[0]
     for branch in subtrees[1:]:
         path = chain.steps[: branch.parent]
@@ -62,7 +62,7 @@ async def test_a_branch_continues_from_the_ids_of_its_path() -> None:
 async def test_the_tokens_that_end_a_turn_stay() -> None:
     """Trap 3: an end-of-sequence token and a stop string are part of the action."""
     engine = FakeEngine(lambda prefix: "no tool" if turns(prefix) < 1 else "a!")
-    (chain,), _ = await grown(lease(CHAIN), engine)
+    (chain,), _ = await expand(lease(CHAIN), engine)
     assert chain.steps[0].action[-1] == EOS
     assert not chain.steps[0].valid
     assert chain.steps[1].action.tolist() == [ord("a"), ord("!")]
@@ -72,7 +72,7 @@ async def test_the_tokens_that_end_a_turn_stay() -> None:
 async def test_after_max_turns_one_more_turn_follows_without_tools() -> None:
     """Trap 13: it is a leaf of its own and has no observation."""
     environment = FakeEnvironment()
-    (chain,), _ = await grown(lease(CHAIN), FakeEngine(lambda _prefix: "s!"), environment)
+    (chain,), _ = await expand(lease(CHAIN), FakeEngine(lambda _prefix: "s!"), environment)
     assert len(chain.steps) == CHAIN.max_turns + 1
     assert environment.calls == CHAIN.max_turns
     assert [step.tool for step in chain.steps] == ["look"] * CHAIN.max_turns + [""]
@@ -84,19 +84,19 @@ async def test_after_max_turns_one_more_turn_follows_without_tools() -> None:
 async def test_a_tool_call_is_noted_no_longer_than_the_learner_takes() -> None:
     action, room = "x" * TEXT_LENGTH + "s!", 9 * TEXT_LENGTH
     large = lease(plan(1, 0, 0, max_turns=1, max_action_tokens=2 * TEXT_LENGTH, max_context=room))
-    (chain,), _ = await grown(large, FakeEngine(lambda _prefix: action, room))
+    (chain,), _ = await expand(large, FakeEngine(lambda _prefix: action, room))
     assert chain.steps[0].tool + chain.steps[0].tool_arguments == "look" + action[: TEXT_LENGTH - 4]
 
 
 async def test_a_branch_counts_the_turns_of_its_path() -> None:
-    subtrees, _ = await grown(lease(plan(1, 1, 20)), FakeEngine(lambda _prefix: "s!"))
+    subtrees, _ = await expand(lease(plan(1, 1, 20)), FakeEngine(lambda _prefix: "s!"))
     for branch in subtrees[1:]:
         assert branch.parent + len(branch.steps) == CHAIN.max_turns + 1
 
 
 async def test_a_turn_that_is_too_long_ends_the_episode_as_truncated() -> None:
     environment = FakeEnvironment()
-    (chain,), end = await grown(lease(plan(1, 0, 0, max_action_tokens=5)), FakeEngine(lambda _prefix: "x" * 30), environment)
+    (chain,), end = await expand(lease(plan(1, 0, 0, max_action_tokens=5)), FakeEngine(lambda _prefix: "x" * 30), environment)
     (step,) = chain.steps
     assert step.status is StepStatus.TRUNCATED
     assert FakeText().decode(step.action) == "xxxxx"
@@ -109,7 +109,7 @@ async def test_a_turn_that_is_too_long_ends_the_episode_as_truncated() -> None:
 async def test_a_context_that_is_full_ends_the_episode_as_truncated() -> None:
     """Trap 14: nothing is cut off the left, and no call asks for more than there is room for."""
     prompt = "Q: ok?"
-    (chain,), _ = await grown(lease(plan(1, 0, 0, max_context=19), prompt=prompt), FakeEngine(lambda _prefix: "s!"))
+    (chain,), _ = await expand(lease(plan(1, 0, 0, max_context=19), prompt=prompt), FakeEngine(lambda _prefix: "s!"))
     assert [step.status for step in chain.steps] == [StepStatus.OK, StepStatus.TRUNCATED]
     assert chain.steps[-1].observation.size == 0
     assert chain.steps[-1].tool == "look"
@@ -120,13 +120,13 @@ async def test_a_context_that_is_full_ends_the_episode_as_truncated() -> None:
 async def test_max_tokens_is_what_the_context_of_plan_and_engine_leave() -> None:
     for context, engine_context in ((30, 1000), (1000, 30)):
         engine = FakeEngine(deep(2), engine_context)
-        await grown(lease(plan(1, 0, 0, max_context=context, max_action_tokens=20)), engine)
+        await expand(lease(plan(1, 0, 0, max_context=context, max_action_tokens=20)), engine)
         asked = [(len(prefix), sampling.max_tokens) for prefix, sampling in zip(engine.prefixes, engine.samplings, strict=True)]
         assert asked == [(5, 20), (12, 18), (19, 11)]
 
 
 async def test_a_prompt_that_does_not_fit_fails_the_lease_with_a_sentence() -> None:
-    subtrees, end = await grown(lease(plan(max_context=16), prompt="x" * 16), FakeEngine(deep(1)))
+    subtrees, end = await expand(lease(plan(max_context=16), prompt="x" * 16), FakeEngine(deep(1)))
     assert not subtrees
     assert (end.reason, end.forgone) == (LeaseEndReason.FAILED, 4)
     assert "rollout.max_context" in end.error
@@ -140,7 +140,7 @@ async def test_an_engine_error_is_retried() -> None:
             raise EngineError("busy")
         return "a!"
 
-    (chain,), end = await grown(lease(CHAIN), FakeEngine(script))
+    (chain,), end = await expand(lease(CHAIN), FakeEngine(script))
     assert chain.steps[0].status is StepStatus.OK
     assert end.reason is LeaseEndReason.COMPLETE
 
@@ -180,12 +180,12 @@ class InvalidLogprobEngine(FakeEngine):
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, 0.31])
 async def test_invalid_logprobs_are_an_engine_error_and_are_paid_for(value: float) -> None:
-    (whole,), _ = await grown(lease(CHAIN), InvalidLogprobEngine(0, value))
-    (chain,), end = await grown(lease(CHAIN), InvalidLogprobEngine(1, value))
+    (whole,), _ = await expand(lease(CHAIN), InvalidLogprobEngine(0, value))
+    (chain,), end = await expand(lease(CHAIN), InvalidLogprobEngine(1, value))
     assert end.reason is LeaseEndReason.COMPLETE
     assert np.isfinite(chain.steps[0].logprobs).all()
     assert chain.cost.decoded == 2 * whole.cost.decoded
-    (chain,), end = await grown(lease(CHAIN), InvalidLogprobEngine(3, value))
+    (chain,), end = await expand(lease(CHAIN), InvalidLogprobEngine(3, value))
     assert chain.steps[0].status is StepStatus.ENGINE_ERROR
     assert chain.cost.decoded == 3 * whole.cost.decoded
 
@@ -195,7 +195,7 @@ async def test_a_tool_error_is_retried_from_the_state_before_it(forking: Forking
     environment = FakeEnvironment(forking)
     failures = iter([True, True])
     environment.fail = lambda session, _action: len(session.actions) == 2 and next(failures, False)
-    (chain,), _ = await grown(lease(CHAIN), FakeEngine(deep(2)), environment)
+    (chain,), _ = await expand(lease(CHAIN), FakeEngine(deep(2)), environment)
     assert [step.status for step in chain.steps] == [StepStatus.OK] * 3
     assert chain.leaves[0].metrics["actions"] == 3.0
     repeated = 2 if forking == "replay" else 0
@@ -205,7 +205,7 @@ async def test_a_tool_error_is_retried_from_the_state_before_it(forking: Forking
 async def test_a_tool_that_stays_broken_keeps_the_ids_and_gives_no_reward() -> None:
     environment = FakeEnvironment()
     environment.fail = lambda _session, _action: True
-    (chain,), _ = await grown(lease(CHAIN), FakeEngine(deep(2)), environment)
+    (chain,), _ = await expand(lease(CHAIN), FakeEngine(deep(2)), environment)
     (step,) = chain.steps
     assert step.status is StepStatus.TOOL_ERROR
     assert len(step.action) == len(step.logprobs) == 2
@@ -226,7 +226,7 @@ async def test_a_failed_branch_does_not_take_the_group_along() -> None:
 
     environment.fail = fail
     one = lease(plan(2, 2, 3))
-    subtrees, end = await grown(one, FakeEngine(deep(2)), environment, retries=0)
+    subtrees, end = await expand(one, FakeEngine(deep(2)), environment, retries=0)
     failed = [step.node for s in subtrees for step in s.steps if step.status.failed]
     assert len(failed) == 1
     assert len(subtrees) == one.plan.leaves
@@ -242,14 +242,14 @@ async def test_a_chain_that_fails_at_once_leaves_the_root_to_expand() -> None:
             raise EngineError("once")
         return "a!"
 
-    subtrees, _ = await grown(lease(plan(1, 1, 2)), FakeEngine(script), retries=0)
+    subtrees, _ = await expand(lease(plan(1, 1, 2)), FakeEngine(script), retries=0)
     assert [s.parent for s in subtrees] == [ROOT] * 3
     assert [len(s.leaves) for s in subtrees] == [0, 1, 1]
     assert subtrees[0].prompt.size
 
 
 async def test_each_step_carries_what_it_cost() -> None:
-    (chain,), _ = await grown(lease(CHAIN), FakeEngine(deep(1)))
+    (chain,), _ = await expand(lease(CHAIN), FakeEngine(deep(1)))
     costs = [step.cost for step in chain.steps]
     assert [(c.prefilled, c.cached, c.decoded, c.tool_calls) for c in costs] == [(2, 3, 2, 1), (6, 6, 5, 0)]
     assert all(c.seconds > 0 for c in costs)
@@ -263,7 +263,7 @@ async def test_logprobs_and_version_spans_go_through_as_they_are() -> None:
         return "ok a!"
 
     engine.script = script
-    (chain,), _ = await grown(lease(CHAIN), engine)
+    (chain,), _ = await expand(lease(CHAIN), engine)
     (step,) = chain.steps
     assert step.spans == (VersionSpan(PolicyVersion(1, 0), 0, 1), VersionSpan(PolicyVersion(1, 1), 1, 5))
     assert step.logprobs.tolist() == (-np.arange(1, 6)).tolist()

@@ -20,7 +20,7 @@ from treegrpo.core.step import ROOT, StepStatus, Subtree
 from treegrpo.core.tree import Group
 
 
-async def grown(
+async def expand(
     given_lease: Lease,
     script: Script,
     *,
@@ -42,7 +42,7 @@ def group_of(given_lease: Lease, subtrees: list[Subtree]) -> Group:
 @pytest.mark.parametrize("shape", [(1, 0, 0), (4, 0, 0), (2, 1, 2), (1, 3, 1), (2, 2, 3), (3, 2, 2)])
 async def test_a_group_has_m_times_n_times_l_plus_one_leaves(shape: tuple[int, int, int]) -> None:
     one = lease(plan(*shape))
-    subtrees, end, _ = await grown(one, deep(2))
+    subtrees, end, _ = await expand(one, deep(2))
     group = group_of(one, subtrees)
     assert end == LeaseEnd(one.id, LeaseEndReason.COMPLETE)
     assert len(list(group.leaves())) == one.plan.leaves
@@ -55,7 +55,7 @@ async def test_a_group_has_m_times_n_times_l_plus_one_leaves(shape: tuple[int, i
 
 async def test_an_expansion_of_the_root_is_a_whole_new_chain() -> None:
     one = lease(plan(1, 1, 40))
-    subtrees, _, _ = await grown(one, deep(2))
+    subtrees, _, _ = await expand(one, deep(2))
     from_root = [s for s in subtrees if s.parent == ROOT]
     assert len(from_root) > 1
     assert all(len(s.steps) == 3 for s in from_root)
@@ -64,7 +64,7 @@ async def test_an_expansion_of_the_root_is_a_whole_new_chain() -> None:
 
 async def test_nodes_are_drawn_from_the_root_and_the_inner_nodes_only() -> None:
     one = lease(plan(1, 3, 60))
-    subtrees, _, _ = await grown(one, deep(2))
+    subtrees, _, _ = await expand(one, deep(2))
     inner_of_chain = [1, 2]
     first_round = Counter(s.parent for s in subtrees if 0 < s.index <= 60)
     assert set(first_round) == {ROOT, *inner_of_chain}
@@ -96,7 +96,7 @@ async def test_the_same_seed_grows_the_same_trees() -> None:
     def parents(subtrees: list[Subtree]) -> dict[tuple[int, int], int]:
         return {(s.tree, s.index): s.parent for s in subtrees}
 
-    runs = [(await grown(lease(plan(3, 2, 4), seed=seed), deep(3)))[0] for seed in (5, 5, 6)]
+    runs = [(await expand(lease(plan(3, 2, 4), seed=seed), deep(3)))[0] for seed in (5, 5, 6)]
     assert parents(runs[0]) == parents(runs[1])
     assert parents(runs[0]) != parents(runs[2])
 
@@ -114,8 +114,8 @@ async def test_every_kind_of_forking_grows_the_same_trees(forking: Forking) -> N
         )  # fmt: skip
 
     one = lease(plan(2, 2, 3))
-    expected, _, _ = await grown(one, script)
-    found, end, _ = await grown(one, script, environment=FakeEnvironment(forking))
+    expected, _, _ = await expand(one, script)
+    found, end, _ = await expand(one, script, environment=FakeEnvironment(forking))
     assert end.reason is LeaseEndReason.COMPLETE
     assert contents(found) == contents(expected)
 
@@ -123,7 +123,7 @@ async def test_every_kind_of_forking_grows_the_same_trees(forking: Forking) -> N
 async def test_a_replay_pays_for_the_tool_calls_it_repeats() -> None:
     one = lease(plan(1, 1, 12))
     environment = FakeEnvironment("replay")
-    subtrees, _, _ = await grown(one, deep(3), environment=environment)
+    subtrees, _, _ = await expand(one, deep(3), environment=environment)
     assert sum(s.cost.tool_calls for s in subtrees) == environment.calls
     below_second = next(s for s in subtrees if s.parent == 2)
     assert below_second.steps[0].cost.tool_calls == 3  # two repeated, one of its own
@@ -150,12 +150,12 @@ async def test_a_slow_branch_does_not_hold_up_another_tree() -> None:
         if sum(s.tree == 1 for s in emitted) == 1 + shape.rounds * shape.expansions:
             other_done.set()
 
-    growing = asyncio.create_task(grown(lease(shape), script, emit=emit))
+    expanding = asyncio.create_task(expand(lease(shape), script, emit=emit))
     await stuck.wait()
     await other_done.wait()
     assert {s.tree for s in emitted} == {1}
     freed.set()
-    _, end, _ = await growing
+    _, end, _ = await expanding
     assert end.reason is LeaseEndReason.COMPLETE
     assert len(emitted) == shape.leaves
 
@@ -185,16 +185,16 @@ async def test_branches_of_a_round_run_together_and_each_is_sent_when_it_is_done
         if len(emitted) == 2:
             first_sent.set()
 
-    growing = asyncio.create_task(grown(lease(plan(1, 1, 3)), script, emit=emit))
+    expanding = asyncio.create_task(expand(lease(plan(1, 1, 3)), script, emit=emit))
     await first_sent.wait()
     assert len(emitted) == 2
     freed.set()
-    await growing
+    await expanding
     assert sorted(emitted) == [0, 1, 2, 3]
 
 
 async def test_a_round_begins_when_the_branches_of_the_round_before_are_done() -> None:
-    subtrees, _, _ = await grown(lease(plan(1, 3, 2)), deep(1))
+    subtrees, _, _ = await expand(lease(plan(1, 3, 2)), deep(1))
     rounds = [(s.index + 1) // 2 for s in subtrees]
     assert rounds == sorted(rounds)
     deeper = [s for s in subtrees if s.index > 2 and s.parent not in (ROOT, 1)]
@@ -203,7 +203,7 @@ async def test_a_round_begins_when_the_branches_of_the_round_before_are_done() -
 
 async def test_a_chain_without_inner_nodes_is_expanded_from_the_root() -> None:
     one = lease(plan(1, 2, 2))
-    subtrees, _, _ = await grown(one, lambda _prefix: "a!")
+    subtrees, _, _ = await expand(one, lambda _prefix: "a!")
     assert [s.parent for s in subtrees] == [ROOT] * 5
     assert all(step.status is StepStatus.OK for s in subtrees for step in s.steps)
 
@@ -215,7 +215,7 @@ async def test_an_awaitable_emit_is_awaited() -> None:
         await asyncio.sleep(0)
         arrived.append(subtree.index)
 
-    await grown(lease(plan(1, 1, 2)), deep(1), emit=emit)
+    await expand(lease(plan(1, 1, 2)), deep(1), emit=emit)
     assert sorted(arrived) == [0, 1, 2]
 
 
@@ -235,11 +235,11 @@ def part_of(subtrees: list[Subtree], chosen: int) -> tuple[Subtree, ...]:
 @settings(max_examples=25, deadline=None)
 async def test_a_lease_that_goes_on_makes_what_is_missing_and_nothing_else(forking: Forking, chosen: int) -> None:
     one = lease(plan(2, 2, 3))
-    whole, _, _ = await grown(one, deep(2), environment=FakeEnvironment(forking))
+    whole, _, _ = await expand(one, deep(2), environment=FakeEnvironment(forking))
     accepted = part_of(whole, chosen)
     environment = FakeEnvironment(forking)
     again = replace(one, id="lease-2", accepted=accepted)
-    made, end, _ = await grown(again, deep(2), environment=environment)
+    made, end, _ = await expand(again, deep(2), environment=environment)
     assert end == LeaseEnd("lease-2", LeaseEndReason.COMPLETE)
     assert len(made) == one.plan.leaves - len(accepted)
     group = group_of(one, [*accepted, *made])
@@ -251,16 +251,16 @@ async def test_a_lease_that_goes_on_makes_what_is_missing_and_nothing_else(forki
 
 async def test_a_lease_of_a_whole_group_ends_at_once() -> None:
     one = lease(plan(2, 1, 2))
-    whole, _, _ = await grown(one, deep(1))
-    made, end, engine = await grown(replace(one, accepted=tuple(whole)), deep(1))
+    whole, _, _ = await expand(one, deep(1))
+    made, end, engine = await expand(replace(one, accepted=tuple(whole)), deep(1))
     assert (made, engine.prefixes, end.reason, end.forgone) == ([], [], LeaseEndReason.COMPLETE, 0)
 
 
 async def test_a_state_that_another_sampler_reached_is_made_once() -> None:
     one = lease(plan(1, 1, 12))
-    whole, _, _ = await grown(one, deep(3))
+    whole, _, _ = await expand(one, deep(3))
     environment = FakeEnvironment()
-    made, _, _ = await grown(replace(one, accepted=(whole[0],)), deep(3), environment=environment)
+    made, _, _ = await expand(replace(one, accepted=(whole[0],)), deep(3), environment=environment)
     own = sum(step.tool != "" for s in made for step in s.steps)
     again = {1: 1, 2: 2, 3: 3}
     assert environment.calls - own == sum(again[parent] for parent in {s.parent for s in made} - {ROOT})
@@ -268,9 +268,9 @@ async def test_a_state_that_another_sampler_reached_is_made_once() -> None:
 
 async def test_only_the_prefix_is_paid_for_again() -> None:
     one = lease(plan(1, 1, 1), seed=1)
-    whole, _, _ = await grown(one, deep(2))
+    whole, _, _ = await expand(one, deep(2))
     assert whole[1].parent != ROOT
-    (made,), end, engine = await grown(replace(one, accepted=(whole[0],)), deep(2))
+    (made,), end, engine = await expand(replace(one, accepted=(whole[0],)), deep(2))
     assert made.steps[0].cost.decoded == len(made.steps[0].action)
     path = [part for step in whole[0].steps[: made.parent] for part in (*step.action, *step.observation)]
     assert engine.prefixes[0] == [*whole[0].prompt, *path], "token in, token out, whoever sampled it"

@@ -35,6 +35,8 @@ SECONDS = 10.0
 
 @dataclass
 class StreamFixture:
+    """A lease worker and both ends of its stream."""
+
     learner: FakeLearner
     client: RolloutClient
     worker: LeaseWorker
@@ -44,8 +46,8 @@ class StreamFixture:
 
 
 @asynccontextmanager
-async def sampler(script: Script, learner: FakeLearner | None = None) -> AsyncGenerator[StreamFixture]:
-    """A sampler's lease worker on a real stream to a fake learner."""
+async def streaming_worker(script: Script, learner: FakeLearner | None = None) -> AsyncGenerator[StreamFixture]:
+    """A lease worker on a real stream to a fake learner."""
     learner, metrics, engine = learner or FakeLearner(), SamplerMetrics(), FakeEngine(script)
     with TemporaryDirectory() as root:
         async with serving(learner) as channel, asyncio.TaskGroup() as tasks:
@@ -74,7 +76,7 @@ def subtree(index: int, name: str = "lease-1") -> Subtree:
 
 
 async def test_a_stream_begins_with_hello_and_the_demand_that_fills_the_engine() -> None:
-    async with sampler(deep(1)) as fixture:
+    async with streaming_worker(deep(1)) as fixture:
         hello = await fixture.learner.hellos.get()
         assert (hello.sampler, hello.incarnation, hello.engine, hello.capacity) == ("sampler-0", 7, "fake", 16)
         demand = await fixture.learner.next("demand")
@@ -82,7 +84,7 @@ async def test_a_stream_begins_with_hello_and_the_demand_that_fills_the_engine()
 
 
 async def test_a_lease_comes_back_as_subtrees_and_its_end() -> None:
-    async with sampler(deep(1)) as fixture:
+    async with streaming_worker(deep(1)) as fixture:
         await fixture.learner.next("demand")
         one = lease(fixture.learner.plan)
         await fixture.learner.grant(one)
@@ -97,7 +99,7 @@ async def test_a_lease_comes_back_as_subtrees_and_its_end() -> None:
 
 
 async def test_after_a_broken_stream_exactly_what_was_not_acked_is_sent_again() -> None:
-    async with sampler(deep(1)) as fixture:
+    async with streaming_worker(deep(1)) as fixture:
         await fixture.learner.next("demand")
         for index in range(4):
             await fixture.client.send_subtree(subtree(index))
@@ -123,7 +125,7 @@ async def test_after_a_broken_stream_exactly_what_was_not_acked_is_sent_again() 
 
 
 async def test_a_refused_subtree_is_counted_and_not_sent_again() -> None:
-    async with sampler(deep(1)) as fixture:
+    async with streaming_worker(deep(1)) as fixture:
         await fixture.learner.next("demand")
         for index in range(2):
             await fixture.client.send_subtree(subtree(index))
@@ -149,7 +151,7 @@ async def test_a_void_lease_is_cancelled_and_finished_subtrees_are_sent_again() 
         await asyncio.Event().wait()
         return ""
 
-    async with sampler(script) as fixture:
+    async with streaming_worker(script) as fixture:
         await fixture.learner.next("demand")
         await fixture.learner.grant(lease(plan(1, 0, 0), name="void"))
         await stuck.wait()
@@ -177,7 +179,7 @@ async def test_a_learner_that_does_not_ack_is_waited_for() -> None:
     """Trees of one leaf; the engine has room for 16 and one lease more is asked for: 17 may wait for their acks."""
     learner = FakeLearner()
     learner.plan = plan(1, 0, 0)
-    async with sampler(deep(0), learner) as fixture:
+    async with streaming_worker(deep(0), learner) as fixture:
         most = (await fixture.learner.next("demand")).demand.leases
         for number in range(most + 3):
             await fixture.learner.grant(lease(learner.plan, name=f"lease-{number}"))
@@ -209,7 +211,7 @@ async def test_work_goes_on_while_the_learner_is_away() -> None:
         await go_on.wait()
         return "a!"
 
-    async with sampler(script) as fixture:
+    async with streaming_worker(script) as fixture:
         await fixture.learner.next("demand")
         await fixture.learner.grant(lease(plan(1, 0, 0)))
         await arrived.wait()
@@ -229,7 +231,7 @@ async def test_stop_expanding_reaches_its_lease_only() -> None:
         await go_on.wait()
         return "a!"
 
-    async with sampler(script) as fixture:
+    async with streaming_worker(script) as fixture:
         await fixture.learner.next("demand")
         for name in ("stopped", "other"):
             await fixture.learner.grant(lease(plan(1, 1, 1), name=name))
@@ -256,7 +258,7 @@ async def test_draining_delivers_everything_and_closes_the_stream() -> None:
         await go_on.wait()
         return "a!"
 
-    async with sampler(script) as fixture:
+    async with streaming_worker(script) as fixture:
         await fixture.learner.next("demand")
         await fixture.learner.grant(lease(plan(1, 1, 2)))
         await arrived.wait()
@@ -275,7 +277,7 @@ async def test_draining_delivers_everything_and_closes_the_stream() -> None:
 
 
 async def test_goodbye_is_said_again_when_the_stream_breaks_meanwhile() -> None:
-    async with sampler(deep(1)) as fixture:
+    async with streaming_worker(deep(1)) as fixture:
         await fixture.learner.next("demand")
         fixture.learner.break_stream()
         fixture.client.send_lease_end(LeaseEnd("lease-1", LeaseEndReason.COMPLETE))
@@ -289,7 +291,7 @@ async def test_goodbye_is_said_again_when_the_stream_breaks_meanwhile() -> None:
 
 
 async def test_a_lease_this_sampler_cannot_read_fails_by_itself() -> None:
-    async with sampler(deep(1)) as fixture:
+    async with streaming_worker(deep(1)) as fixture:
         await fixture.learner.next("demand")
         await fixture.learner.say(lease=rollout_pb2.Lease(id="strange"))
         end = await fixture.learner.next("lease_end")
@@ -298,7 +300,7 @@ async def test_a_lease_this_sampler_cannot_read_fails_by_itself() -> None:
 
 
 async def test_a_lease_waits_for_the_version_it_needs() -> None:
-    async with sampler(deep(1)) as fixture:
+    async with streaming_worker(deep(1)) as fixture:
         await fixture.learner.next("demand")
         needed = PolicyVersion(1, 3)
         await fixture.learner.grant(replace(lease(plan(1, 0, 0), name="waits"), min_version=needed))
@@ -312,7 +314,7 @@ async def test_a_lease_waits_for_the_version_it_needs() -> None:
 
 
 async def test_seconds_without_a_lease_are_counted() -> None:
-    async with sampler(deep(1)) as fixture:
+    async with streaming_worker(deep(1)) as fixture:
         await fixture.learner.next("demand")
         fixture.worker.count_idle_seconds()
         idle = fixture.metrics.registry.get_sample_value("treegrpo_sampler_waiting_seconds_total")
@@ -324,7 +326,7 @@ async def test_a_learner_that_refuses_is_not_asked_again() -> None:
     learner = FakeLearner()
     learner.refusal = "no such contract"
     with pytest.raises(BaseExceptionGroup) as caught:
-        async with sampler(deep(1), learner) as fixture:
+        async with streaming_worker(deep(1), learner) as fixture:
             await asyncio.wait({fixture.streaming})
     assert caught.group_contains(ContractError, match="no such contract")
 
