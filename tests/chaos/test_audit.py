@@ -19,6 +19,8 @@ from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.v1 import rollout_pb2
 from treegrpo.wire.codec import lease_end_from_pb, subtree_to_bytes
 
+pytestmark = pytest.mark.pure
+
 BATCH = 2
 
 

@@ -2,9 +2,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from tests.chaos.fault_proxy import LinkFault
 from tests.chaos.faults import ENDS, LEARNER, ROLES, FaultKind, schedule
 from treegrpo.core.lease import SILENCE_SECONDS
+
+pytestmark = pytest.mark.pure
 
 SAMPLERS = ["sampler-0", "sampler-1", "sampler-2"]
 LINKS = [*((name, service) for name in SAMPLERS for service in ("intake", "retriever", "broker")), ("intake", "broker")]

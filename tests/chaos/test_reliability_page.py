@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.pure
+
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(r"`(?:(?P<file>\w+/test_\w+\.py))?(?:::(?P<begin>\w+)…)?(?P<more>…\w+…)?`")
 

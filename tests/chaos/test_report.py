@@ -13,6 +13,8 @@ from tests.chaos.driver import FaultOutcome
 from tests.chaos.faults import Fault, FaultKind
 from tests.chaos.report import ChaosReport, RewardTrend, outcome_table
 
+pytestmark = pytest.mark.pure
+
 
 def chaos_report(**found: Any) -> ChaosReport:
     outcome = FaultOutcome(Fault(FaultKind.KILL, ("trainer",), pause=0.0), recovery=3.21, started={"trainer": 2}, steps=4)

@@ -12,6 +12,8 @@ from treegrpo.config.schema import Config
 from treegrpo.config.train import Correction, Estimator, Loss
 from treegrpo.errors import ConfigError
 
+pytestmark = pytest.mark.pure
+
 
 def toml(folder: Path, text: str) -> Path:
     path = folder / "run.toml"

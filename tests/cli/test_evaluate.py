@@ -9,6 +9,8 @@ from treegrpo.core.question import Question
 from treegrpo.core.step import Leaf
 from treegrpo.errors import RunError
 
+pytestmark = pytest.mark.pure
+
 QUESTION = Question("id", "made", (), ("a",))
 ANSWERED, FAILED = EvalAnswer(QUESTION, Leaf(0, {"em": 1.0}, {})), EvalAnswer(QUESTION, None, "ToolError: HTML instead of JSON")
 

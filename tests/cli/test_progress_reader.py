@@ -10,6 +10,8 @@ from tests.cli.progress_rows import eval_row, step_row, write
 from treegrpo.errors import RunFileError
 from treegrpo.storage.run_files import JsonLinesFile
 
+pytestmark = pytest.mark.pure
+
 
 def test_records_are_read_by_kind_and_others_left_out(tmp_path: Path) -> None:
     path = write(tmp_path, eval_row(0, 0.3), step_row(1), {"kind": "evaluation", "step": 1})

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.sampler.engines.embedded.radix import RadixTree, common_prefix
 from treegrpo.core.step import TokenIds
+
+pytestmark = pytest.mark.pure
 
 Sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=30)
 

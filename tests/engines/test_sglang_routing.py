@@ -17,6 +17,8 @@ from tests.engines import builders
 from treegrpo.core.step import TokenIds
 from treegrpo.errors import EngineError
 
+pytestmark = pytest.mark.pure
+
 # ---- routing
 
 

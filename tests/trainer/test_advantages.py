@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from learner.trainer.algorithm.advantages import ESTIMATORS, Advantage, EstimatorOptions, TreeArrays, advantages, has_signal
 from treegrpo.config.train import ESTIMATOR_OPTIONS, Estimator, TrainConfig
 
+pytestmark = pytest.mark.pure
+
 LEAF_LEVEL: list[Estimator] = ["tree", "inter", "intra", "two_norm", "rloo", "treepo"]
 NODE_LEVEL: list[Estimator] = ["treerl", "sibling_loo", "at2po"]
 ALL = LEAF_LEVEL + NODE_LEVEL

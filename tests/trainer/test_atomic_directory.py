@@ -11,6 +11,8 @@ from learner.trainer.persistence.atomic_directory import replace_directory_on_ra
 from tests.trainer.file_size_limit import full_beyond
 from treegrpo.errors import DiskError
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("size", [64, 300, 700, 1500, 4000, 9000, 20000])

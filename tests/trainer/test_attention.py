@@ -13,6 +13,8 @@ from learner.trainer.packing.attention import TreeAttention, block_mask
 from learner.trainer.packing.layout import Layout
 from tests.trainer.test_layout import laid_out
 
+pytestmark = pytest.mark.pure
+
 DEEP = [[1] * 40, [1] * 20 + [2] * 30, [1] * 20 + [2] * 10 + [3] * 5, [1] * 20 + [2] * 10 + [4], [1] * 3 + [5], [6] * 7]
 """Forks on forks, a run of one token, a second root."""
 

@@ -17,6 +17,8 @@ from treegrpo.config.loader import load_config
 from treegrpo.config.train import OPTIONS, Correction, Estimator, Loss, TrainConfig
 from treegrpo.errors import ConfigError
 
+pytestmark = pytest.mark.pure
+
 ICEPOP = ["--train.correction", "icepop"]
 RHO = float64(0.25, 1.0, 3.0, 8.0)
 SQUARES = st.lists(st.floats(0, 3).map(lambda x: x if x > 1e-6 else 0.0), min_size=1, max_size=20)

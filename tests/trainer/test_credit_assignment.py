@@ -21,6 +21,8 @@ from treegrpo.config.train import Aggregation
 from treegrpo.core.step import Leaf, PolicyVersion, Step, StepStatus, VersionSpan
 from treegrpo.core.tree import Group
 
+pytestmark = pytest.mark.pure
+
 
 def credited(
     batch: list[UsableGroup], aggregation: Aggregation = "leaf_mean", options: EstimatorOptions | None = None

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from learner.trainer.packing.layout import Layout, PathIds, lay_out, shared_prefix
+
+pytestmark = pytest.mark.pure
 
 some_paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10)
 """Of three tokens, so that they share beginnings of any length, are beginnings of each other, and come twice."""

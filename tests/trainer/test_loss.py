@@ -18,6 +18,8 @@ from learner.trainer.algorithm.targets import Targets
 from tests.trainer.target_builders import float64, lone, near, places, random_targets
 from treegrpo.config.train import CORRECTION_OPTIONS, LOSS_OPTIONS, KlEstimator, Loss, TrainConfig
 
+pytestmark = pytest.mark.pure
+
 ALL = "m2po of all tokens"
 CORRECTIONS = ("none", "decoupled", "tis", "icepop", "m2po", ALL)
 TOKEN_LEVEL: list[dict[str, Any]] = [{"loss": "ppo"}, {"loss": "ppo", "dual_clip": 1.4}, {"loss": "cispo"}, {"loss": "dppo"}]

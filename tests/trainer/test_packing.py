@@ -17,6 +17,8 @@ from treegrpo.core.step import PolicyVersion, VersionSpan
 from treegrpo.core.tree import Group, Tree
 from treegrpo.errors import ContractError
 
+pytestmark = pytest.mark.pure
+
 Place = tuple[tuple[int, ...], int, float, float]
 """Tokens before an action token, the token, its weight and its advantage."""
 

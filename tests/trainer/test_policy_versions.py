@@ -17,6 +17,8 @@ from tests.trainer.file_size_limit import full_beyond
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import DiskError, RunFileError
 
+pytestmark = pytest.mark.pure
+
 
 class Crash(Exception):  # noqa: N818  # it stands for the end of a process
     pass

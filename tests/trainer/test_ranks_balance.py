@@ -3,10 +3,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.trainer.distributed.ranks import balance_costs
+
+pytestmark = pytest.mark.pure
 
 
 @given(st.lists(st.floats(0, 1e6), max_size=30), st.integers(1, 5), st.randoms())

@@ -13,6 +13,8 @@ from learner.trainer.step_metrics import MismatchMonitor, PhaseTimer, export_ste
 from tests.trainer.builders import forked, group
 from treegrpo.observability.metrics import TrainerMetrics
 
+pytestmark = pytest.mark.pure
+
 SUMS = MetricSums(
     {
         "tokens": 30,
