@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from services.sampler.engines.embedded.sampling import sample_tokens
+
+pytestmark = pytest.mark.pure
 
 
 def test_each_row_has_its_own_temperature() -> None:

@@ -16,6 +16,8 @@ from tests.engines import builders
 from treegrpo.core.step import PolicyVersion, VersionSpan
 from treegrpo.errors import ContractError
 
+pytestmark = pytest.mark.pure
+
 FIRST, SECOND = PolicyVersion(0, 0), PolicyVersion(0, 1)
 GOOD: dict[str, Any] = {
     "text": "…",

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.sampler.engines.stop_strings import StopStrings
 from services.sampler.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.pure
 
 STOP = ("</search>", "</answer>", "fin.\n", "né", "☃")
 

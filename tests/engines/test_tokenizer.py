@@ -11,6 +11,8 @@ from tests.engines import builders
 from treegrpo.core.question import Message
 from treegrpo.errors import ModelError
 
+pytestmark = pytest.mark.pure
+
 CHAT = (Message("system", "Search."), Message("user", "Which river?"))
 
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from services.environments.rewards import exact_match, f1, format_reward, normalise
 
+pytestmark = pytest.mark.pure
+
 texts = st.text(alphabet="ab the.,X ", max_size=20)
 
 

@@ -13,6 +13,8 @@ from treegrpo.core.question import Message, Question
 from treegrpo.net.limits import QUERY_LENGTH
 from treegrpo.wire.size_limits import TEXT_LENGTH
 
+pytestmark = pytest.mark.pure
+
 PROMPT = "Answer between the tags, for example <answer> Beijing </answer>. Which capital does Ghazni's country have?"
 SEARCH = "<think>the country</think><search> Ghazni </search>"
 ANSWER = "<think>so</think><answer> Kabul </answer>"

@@ -20,6 +20,8 @@ from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.wire.control import ControlPlane, RunState
 
+pytestmark = pytest.mark.pure
+
 
 class FakeControl:
     state = RunState.RUNNING

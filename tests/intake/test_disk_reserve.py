@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import pytest
+
 from learner.intake.coordinator.batcher import Batcher
 from learner.intake.coordinator.journaled_leases import JournaledLeases
 from learner.intake.monitoring.recorder import RunRecorder
@@ -19,6 +21,8 @@ from tests.intake.in_memory_filesystem import InMemoryFileSystem
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.timing.backoff import Backoff
 from treegrpo.wire.codec import subtree_to_pb
+
+pytestmark = pytest.mark.pure
 
 FOLDER = Path("/run/journal")
 

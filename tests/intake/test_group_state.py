@@ -10,6 +10,8 @@ from learner.intake.leases.rollout_group import LEGAL_MOVES, GroupState, Rollout
 from tests.intake.builders import accept, chain, complete, grant, make_table
 from treegrpo.errors import ContractError
 
+pytestmark = pytest.mark.pure
+
 
 def group_in(state: GroupState) -> RolloutGroup:
     table = make_table()

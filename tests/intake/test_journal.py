@@ -21,6 +21,8 @@ from tests.intake.in_memory_filesystem import CrashError, InMemoryFileSystem
 from treegrpo.errors import JournalError
 from treegrpo.timing.backoff import Backoff
 
+pytestmark = pytest.mark.pure
+
 FOLDER = Path("/journal")
 
 

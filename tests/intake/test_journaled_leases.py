@@ -25,6 +25,8 @@ from treegrpo.net.limits import MESSAGE_BYTES, SENTENCE_CHARACTERS
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.wire.codec import lease_end_to_pb, subtree_from_pb, subtree_to_bytes, subtree_to_pb
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.mark.parametrize("failing", ["record_subtree", "record_lease_end"])
 async def test_a_recorder_that_fails_does_not_part_journal_and_table(

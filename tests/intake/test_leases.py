@@ -12,6 +12,8 @@ from treegrpo.core.lease import LeaseEnd, LeaseEndReason, LeaseKind
 from treegrpo.core.step import PolicyVersion
 from treegrpo.errors import ContractError, TreeError
 
+pytestmark = pytest.mark.pure
+
 
 def finish(table: LeaseTable, lease: str) -> None:
     accept(table, chain(lease, version=table.open_leases[lease].lease.min_version))

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from learner.intake.monitoring.progress_log import ProgressLog
+
+pytestmark = pytest.mark.pure
 
 
 def step(number: int, lineage: int = 0) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from tests.intake.builders import question
 from treegrpo.core.question import Message
 from treegrpo.errors import DataError
 
+pytestmark = pytest.mark.pure
+
 
 def row(**changes: Any) -> dict[str, Any]:
     return {

@@ -11,6 +11,8 @@ from tests.intake.builders import PLAN, accept, chain, complete, grant, make_tab
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.observability.metrics import IntakeMetrics
 
+pytestmark = pytest.mark.pure
+
 
 def reporter(tmp_path: Path) -> RunRecorder:
     return RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=4)

@@ -22,6 +22,8 @@ from treegrpo.core.lease import LeaseEndReason
 from treegrpo.errors import JournalError
 from treegrpo.observability.metrics import IntakeMetrics
 
+pytestmark = pytest.mark.pure
+
 SCRIPT: Sequence[Any] = [*FIRST, *SECOND, *THIRD]
 SHORT: Sequence[Any] = [("grant",), ("grant",), ("grant",), *GROUP, ("subtree", 1), ("end", 1, LeaseEndReason.LOST), ("compact",)]
 

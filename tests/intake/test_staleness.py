@@ -26,6 +26,8 @@ from treegrpo.errors import TreeError
 from treegrpo.observability.metrics import IntakeMetrics
 from treegrpo.wire.codec import subtree_to_pb
 
+pytestmark = pytest.mark.pure
+
 SLOTS = [(tree, index) for index in range(PLAN.branches) for tree in range(PLAN.trees)]
 FAULTS = [LeaseEndReason.LOST, LeaseEndReason.FAILED, LeaseEndReason.RETURNED, LeaseEndReason.INTERRUPTED]
 

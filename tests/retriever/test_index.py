@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from services.retriever.index import Document, Index, load_corpus, split_terms
 from treegrpo.errors import DataError
 
+pytestmark = pytest.mark.pure
+
 
 def index(*contents: str) -> Index:
     return Index([Document(id=str(place), contents=text) for place, text in enumerate(contents)])

@@ -19,6 +19,8 @@ from treegrpo.core.lease import Lease, LeaseEnd, LeaseEndReason
 from treegrpo.core.step import ROOT, StepStatus, Subtree
 from treegrpo.core.tree import Group
 
+pytestmark = pytest.mark.pure
+
 
 async def expand(
     given_lease: Lease,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from services.sampler.learner_link.outbox import Outbox
 from tests.sampler.fakes import plan
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.core.step import Step, Subtree
 from treegrpo.wire.size_limits import message_bytes
+
+pytestmark = pytest.mark.pure
 
 
 def subtree(index: int, name: str) -> Subtree:

@@ -19,6 +19,8 @@ from treegrpo.errors import ConfigError
 from treegrpo.net.address import is_loopback
 from treegrpo.security.credentials import OPEN, Credentials, has_token
 
+pytestmark = pytest.mark.pure
+
 SECRET = "correct-horse-battery-staple"
 
 

@@ -19,6 +19,8 @@ from treegrpo.observability.rate_limited_log import (
     rate_limit_library_logs,
 )
 
+pytestmark = pytest.mark.pure
+
 log = logging.getLogger("of.the.test")
 
 

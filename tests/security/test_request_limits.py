@@ -11,6 +11,8 @@ from treegrpo.net.limits import SENTENCE_CHARACTERS
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.wire.codec import lease_end_to_pb, subtree_to_pb
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.mark.parametrize("field", [b"\x2a\x00", b"\x32\x00"])
 def test_many_small_parts_are_refused_before_they_are_parsed(field: bytes) -> None:

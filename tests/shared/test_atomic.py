@@ -6,6 +6,8 @@ import pytest
 
 from treegrpo.storage.atomic import OWNER_ONLY, partial_path, replace_directory, write_atomically
 
+pytestmark = pytest.mark.pure
+
 
 def test_a_file_is_replaced_with_the_mode_that_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "run.json"

@@ -7,6 +7,8 @@ import pytest
 from tests.manual_clock import ManualClock
 from treegrpo.timing.backoff import Backoff
 
+pytestmark = pytest.mark.pure
+
 
 def low(least: float, _most: float) -> float:
     return least

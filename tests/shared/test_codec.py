@@ -13,6 +13,8 @@ from treegrpo.errors import ContractError, TreeError
 from treegrpo.v1 import rollout_pb2, tree_pb2
 from treegrpo.wire import codec
 
+pytestmark = pytest.mark.pure
+
 
 def test_a_subtree_survives_the_wire_bit_for_bit() -> None:
     sent = chain("train-1", tree=1, index=0)

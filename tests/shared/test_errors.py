@@ -10,6 +10,8 @@ import pytest
 from treegrpo import errors
 from treegrpo.errors import DESCRIBED_CHARACTERS, RunError, TreeGrpoError, describe
 
+pytestmark = pytest.mark.pure
+
 ROOT = Path(__file__).parents[2]
 OURS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, TreeGrpoError)}
 WORDED = OURS | {"JSONDecodeError", "UnicodeDecodeError", "TOMLDecodeError", "SafetensorError", "SettingsError", "ArgumentError"}

@@ -9,6 +9,8 @@ import pytest
 from treegrpo.errors import ModelError
 from treegrpo.storage.model_config import check_context, read_model_config
 
+pytestmark = pytest.mark.pure
+
 GOOD: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 64, "max_position_embeddings": 128, "eos_token_id": 3}
 
 

@@ -12,6 +12,8 @@ from treegrpo.observability import log_setup
 from treegrpo.observability.log_setup import INDENT, MESSAGE_CHARACTERS, JsonFormatter, TextFormatter
 from treegrpo.observability.printable_text import UNPRINTABLE, clipped, printable, printable_json
 
+pytestmark = pytest.mark.pure
+
 NASTY = "\x1b[31m\x9b\r\n\x07\u202e\u2028\ud800\x7ferror: forged"
 TEXTS = st.text(st.characters() | st.sampled_from(NASTY), max_size=40)
 

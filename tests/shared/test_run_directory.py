@@ -3,7 +3,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from treegrpo.runtime.run_directory import make_run_directory
+
+pytestmark = pytest.mark.pure
 
 
 def test_a_new_run_directory_is_private_and_an_existing_mode_stays(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from tests.manual_clock import ManualClock
 from treegrpo.runtime.supervisor import Ended, RestartPolicy, Supervisor
 from treegrpo.timing.backoff import Backoff
 
+pytestmark = pytest.mark.pure
+
 POLICY = RestartPolicy(Backoff((1.0, 2.0), retries=2), stable_seconds=60.0)
 
 

@@ -16,6 +16,8 @@ from treegrpo.core.step import ROOT, Leaf, StepStatus, Subtree
 from treegrpo.core.tree import Group, Tree
 from treegrpo.errors import TreeError
 
+pytestmark = pytest.mark.pure
+
 PROMPT = np.arange(3, dtype=np.uint32)
 
 

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from treegrpo.errors import WeightsError
 from treegrpo.storage.weight_files import check_finite, check_head, check_plain_numbers, read_heads
 
+pytestmark = pytest.mark.pure
+
 EMBEDDING = "model.embed_tokens.weight"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
