@@ -80,7 +80,7 @@ async def test_half_a_message_beyond_the_limit_is_refused_at_its_first_bytes() -
             with Connection(fixture.address) as connection:
                 connection.call("/treegrpo.v1.RolloutService/Rollout", grpc_frame(b"", length))
                 connection.pump(SECONDS if length > 4096 else 0.5, answered=length > 4096)
-                return connection.open
+                return connection.open_streams
 
         assert await asyncio.to_thread(open_after, 4096) == 1
         assert await asyncio.to_thread(open_after, 1 << 31) == 0, (
