@@ -56,7 +56,7 @@ from learner.intake.leases.question_queue import QuestionQueue
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.compaction import JournalCompactor
 from learner.intake.persistence.directory_watch import DirectoryMonitor
-from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS, has_recorded_events, recover
+from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS, has_recorded_events, recover_state
 from learner.intake.persistence.run_lock import lock_run
 from learner.intake.persistence.snapshot import SnapshotStore, StateCapture
 from learner.intake.persistence.untrained_run import archive_untrained_run
@@ -135,25 +135,25 @@ async def _recover_and_serve(config: Config, access: Credentials) -> None:
     disk, folder, snapshots = LocalFileSystem(), run_dir / JOURNAL, SnapshotStore(LocalFileSystem(), run_dir / SNAPSHOTS)
     metrics = IntakeMetrics()
     heldout = load_questions(config.data.heldout)[: config.eval.questions or None]
-    book = _new_lease_table(config)
+    table = _new_lease_table(config)
     begun = has_recorded_events(run_dir) and not archive_untrained_run(config)
     run_id = record_fingerprint(config, begun=begun)
-    reporter = RunRecorder(metrics, run_dir / "progress.jsonl", window=config.train.batch)
-    recovered = recover(disk, folder, snapshots, book, reporter)
+    recorder = RunRecorder(metrics, run_dir / "progress.jsonl", window=config.train.batch)
+    recovered = recover_state(disk, folder, snapshots, table, recorder)
     serve_metrics(metrics, config.learner.metrics, "learner.metrics", access)
     member = Member("learner", "learner", secrets.randbits(64), metrics=config.learner.metrics, run=run_id)
     with Journal.open_journal(disk, folder, recovered.end) as journal:
-        compactor = JournalCompactor(disk, folder, journal, snapshots, lambda: StateCapture(book, reporter))
-        reporter.export_journal(journal)
+        compactor = JournalCompactor(disk, folder, journal, snapshots, lambda: StateCapture(table, recorder))
+        recorder.export_journal(journal)
         async with ControlPlane.connect(config.broker.address, config.run.name, member, access) as control:
             await restore_run_state(control, run_dir)
             plan = config.rollout.plan
-            coordinator = Coordinator(book, journal, control, reporter, run=config.run.name, plan=plan, heldout=len(heldout))
-            versions = PublishedVersions(book, control)
+            coordinator = Coordinator(table, journal, control, recorder, run=config.run.name, plan=plan, heldout=len(heldout))
+            versions = PublishedVersions(table, control)
             trainer = TrainerApi(coordinator, versions, heldout, on_checkpoint=compactor.request_snapshot)
             directory = DirectoryMonitor(disk, journal, snapshots, run_dir)
             watchdog = StallWatchdog(
-                coordinator.leases.progress_clock, lambda: current_run_status(coordinator, trainer, journal), reporter
+                coordinator.leases.progress_clock, lambda: current_run_status(coordinator, trainer, journal), recorder
             )
             async with asyncio.TaskGroup() as tasks:
                 background = [

@@ -36,22 +36,22 @@ class AuditedRun:
         for step in range(1, steps + 1):
             draws = [self.roll_out() for _ in range(BATCH)]
             self.table.assign_positions(draws, [])
-            self.journal.append(lease_events.taken(draws, []))
+            self.journal.append(lease_events.positions_event(draws, []))
             self.train(step, draws)
 
     def roll_out(self) -> int:
         lease = grant(self.table)
         group = self.table.open_leases[lease]
-        self.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
+        self.journal.append(lease_events.grant_event(group.lease, group.draw, group.holder))
         for tree in range(2):
             accept(self.table, chain(lease, tree))
-            self.journal.append(lease_events.accepted(subtree_to_bytes(chain(lease, tree))))
+            self.journal.append(lease_events.subtree_event(subtree_to_bytes(chain(lease, tree))))
         self.end(complete(lease))
         return group.draw
 
     def end(self, end: LeaseEnd) -> None:
         self.table.end_lease(end)
-        self.journal.append(lease_events.ended(end))
+        self.journal.append(lease_events.lease_end_event(end))
 
     def train(self, step: int, draws: list[int]) -> None:
         self.position += len(draws)
@@ -95,17 +95,17 @@ def skip_positions(run: AuditedRun) -> None:
 def forget_a_draw(run: AuditedRun) -> None:
     lease = grant(run.table)
     group = run.table.open_leases[lease]
-    run.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
+    run.journal.append(lease_events.grant_event(group.lease, group.draw, group.holder))
     run.end(LeaseEnd(lease, LeaseEndReason.LOST))
 
 
 def leave_a_lease_open(run: AuditedRun) -> None:
     group = run.table.open_leases[grant(run.table)]
-    run.journal.append(lease_events.granted(group.lease, group.draw, group.holder))
+    run.journal.append(lease_events.grant_event(group.lease, group.draw, group.holder))
 
 
 def leave_a_group_out_as_too_old(run: AuditedRun) -> None:
-    run.journal.append(lease_events.taken([], [run.roll_out()]))
+    run.journal.append(lease_events.positions_event([], [run.roll_out()]))
 
 
 def train_beyond_the_journal(run: AuditedRun) -> None:

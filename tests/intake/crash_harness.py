@@ -14,7 +14,7 @@ from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.leases.rollout_group import GroupState, RolloutGroup
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.compaction import JournalCompactor
-from learner.intake.persistence.recovery import recover
+from learner.intake.persistence.recovery import recover_state
 from learner.intake.persistence.snapshot import SnapshotStore, StateCapture
 from learner.intake.wal.framing import Record
 from learner.intake.wal.journal import Journal
@@ -60,18 +60,18 @@ class CrashableIntake:
     def __init__(self, disk: InMemoryFileSystem, history: History) -> None:
         self.disk, self.history = disk, history
         self.snapshots = SnapshotStore(disk, SNAPSHOTS)
-        self.table, self.reporter = (
+        self.table, self.recorder = (
             make_table(batch=BATCH, questions=6),
             RunRecorder(IntakeMetrics(), Path("/dev/null"), window=BATCH),
         )
-        self.recovered = recover(disk, JOURNAL, self.snapshots, self.table, self.reporter)
-        self.reporter.export_lease_table(self.table)
+        self.recovered = recover_state(disk, JOURNAL, self.snapshots, self.table, self.recorder)
+        self.recorder.export_lease_table(self.table)
         disk.make_directory(JOURNAL)
         self.journal = Journal(disk, JOURNAL, self.recovered.end)
         self.compaction = JournalCompactor(
-            disk, JOURNAL, self.journal, self.snapshots, lambda: StateCapture(self.table, self.reporter)
+            disk, JOURNAL, self.journal, self.snapshots, lambda: StateCapture(self.table, self.recorder)
         )
-        self.leases = JournaledLeases(self.table, self.journal, self.reporter)
+        self.leases = JournaledLeases(self.table, self.journal, self.recorder)
         self.batcher = Batcher(self.table, self.leases, bound(self.table, self.leases))
         if not history.states:
             history.states.append(described(self.table))
@@ -106,7 +106,7 @@ class CrashableIntake:
             self.history.acked = max(self.history.acked, self._kept + sum(future.done() for future in self._waiting))
 
     def compact(self) -> None:
-        state, cut = StateCapture(self.table, self.reporter), self.journal.start_segment()
+        state, cut = StateCapture(self.table, self.recorder), self.journal.start_segment()
         self.commit()
         self.compaction.compact_journal(cut.result(), state)
 

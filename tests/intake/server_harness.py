@@ -15,7 +15,7 @@ from learner.intake.coordinator.trainer_api import TrainerApi
 from learner.intake.leases.circuit_breaker import BreakerLimits
 from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.monitoring.recorder import RunRecorder
-from learner.intake.persistence.recovery import recover
+from learner.intake.persistence.recovery import recover_state
 from learner.intake.persistence.snapshot import SnapshotStore
 from learner.intake.rpc.auth_interceptor import CallLimits
 from learner.intake.rpc.connection_monitor import ConnectionMonitor
@@ -93,14 +93,14 @@ async def serve_intake(
 ) -> AsyncGenerator[IntakeFixture]:
     """Serve ``table`` after what the journal in ``folder`` has, at policy step 0."""
     metrics, disk = IntakeMetrics(), LocalFileSystem()
-    reporter = RunRecorder(metrics, folder / "progress.jsonl", window=4)
-    recovered = recover(disk, folder / "journal", SnapshotStore(disk, folder / "snapshots"), table, reporter)
+    recorder = RunRecorder(metrics, folder / "progress.jsonl", window=4)
+    recovered = recover_state(disk, folder / "journal", SnapshotStore(disk, folder / "snapshots"), table, recorder)
     control = offline_control()
     table.version = VERSION
     with Journal.open_journal(disk, folder / "journal", recovered.end) as journal:
         timings, versions = timings or CoordinatorTimings(), PublishedVersions(table, control)
         coordinator = Coordinator(
-            table, journal, control, reporter, run="test", plan=PLAN, heldout=1, timings=timings, breaker_limits=breaker_limits
+            table, journal, control, recorder, run="test", plan=PLAN, heldout=1, timings=timings, breaker_limits=breaker_limits
         )
         trainer = TrainerApi(coordinator, versions, [question(90)], lambda: None, long_poll_seconds=timings.long_poll_seconds)
         monitor, address = ConnectionMonitor(metrics), free_address()

@@ -363,12 +363,12 @@ def test_a_lease_that_was_excused_is_so_after_a_restart(tmp_path: Path) -> None:
     work = table.next_lease()
     assert work is not None
     group = table.grant_lease(*work, "s1/1", 0.0)
-    records = [lease_events.granted(*work, group.holder)]
+    records = [lease_events.grant_event(*work, group.holder)]
     end = LeaseEnd(group.lease.id, LeaseEndReason.FAILED)
     table.end_lease(end, excused=True)
-    records.append(lease_events.ended(end, excused=True))
-    reporter = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
+    records.append(lease_events.lease_end_event(end, excused=True))
+    recorder = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
     for record in records:
-        lease_events.replay(again, reporter, record)
+        lease_events.replay_event(again, recorder, record)
     assert again.snapshot_table() == table.snapshot_table()
     assert not again.open_leases

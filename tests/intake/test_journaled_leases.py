@@ -32,8 +32,8 @@ pytestmark = pytest.mark.pure
 async def test_a_recorder_that_fails_does_not_part_journal_and_table(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table, lines, reporter = make_table(), MemoryEventLog(), RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=2)
-    leases = JournaledLeases(table, lines, reporter)
+    table, lines, recorder = make_table(), MemoryEventLog(), RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=2)
+    leases = JournaledLeases(table, lines, recorder)
     work = table.next_lease()
     assert work is not None
     lease = leases.grant_lease(*work, "s/1").id
@@ -41,7 +41,7 @@ async def test_a_recorder_that_fails_does_not_part_journal_and_table(
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(reporter, failing, fail)
+    monkeypatch.setattr(recorder, failing, fail)
     group, sent = table.open_leases[lease], subtree_to_pb(chain(lease))
     if failing == "record_subtree":
         with pytest.raises(ZeroDivisionError):
@@ -52,12 +52,12 @@ async def test_a_recorder_that_fails_does_not_part_journal_and_table(
             leases.end_lease(complete(lease))
     again = make_table()
     for record in lines.records:
-        lease_events.replay(again, RunRecorder(IntakeMetrics(), tmp_path / "again.jsonl", window=2), record)
+        lease_events.replay_event(again, RunRecorder(IntakeMetrics(), tmp_path / "again.jsonl", window=2), record)
     assert (again.ledger.summary(), again.train_queue.closed_count) == (table.ledger.summary(), table.train_queue.closed_count)
 
 
-def described(table: LeaseTable, reporter: RunRecorder) -> list[Record]:
-    return list(StateCapture(table, reporter).iter_records())
+def described(table: LeaseTable, recorder: RunRecorder) -> list[Record]:
+    return list(StateCapture(table, recorder).iter_records())
 
 
 def with_questions(sources: list[str]) -> LeaseTable:
@@ -101,18 +101,18 @@ def test_what_cannot_be_written_down_changes_nothing(
     table, again, lines = with_questions(sources), with_questions(sources), MemoryEventLog()
 
     async def run() -> None:
-        reporter = RunRecorder(IntakeMetrics(), folder / "progress.jsonl", window=2)
-        leases = JournaledLeases(table, lines, reporter)
+        recorder = RunRecorder(IntakeMetrics(), folder / "progress.jsonl", window=2)
+        leases = JournaledLeases(table, lines, recorder)
         for kind, text in script:
-            before, written = copy.deepcopy(described(table, reporter)), len(lines.records)
+            before, written = copy.deepcopy(described(table, recorder)), len(lines.records)
             try:
                 apply_event(leases, table, kind, text)
             except UnicodeEncodeError:
-                assert (described(table, reporter), len(lines.records)) == (before, written)
+                assert (described(table, recorder), len(lines.records)) == (before, written)
         reader = RunRecorder(IntakeMetrics(), folder / "again.jsonl", window=2)
         for record in lines.records:
-            lease_events.replay(again, reader, record)
-        assert described(again, reader)[0]["book"] == described(table, reporter)[0]["book"]
+            lease_events.replay_event(again, reader, record)
+        assert described(again, reader)[0]["book"] == described(table, recorder)[0]["book"]
 
     asyncio.run(run())
 

@@ -14,12 +14,12 @@ from treegrpo.observability.metrics import IntakeMetrics
 pytestmark = pytest.mark.pure
 
 
-def reporter(tmp_path: Path) -> RunRecorder:
+def recorder(tmp_path: Path) -> RunRecorder:
     return RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=4)
 
 
 def test_a_group_with_equal_rewards_counts_as_zero_signal(tmp_path: Path) -> None:
-    table, told = make_table(), reporter(tmp_path)
+    table, told = make_table(), recorder(tmp_path)
     for rewards in ((1.0, 1.0), (0.0, 0.0), (1.0, 0.0)):
         lease = grant(table)
         for tree, reward in enumerate(rewards):
@@ -29,7 +29,7 @@ def test_a_group_with_equal_rewards_counts_as_zero_signal(tmp_path: Path) -> Non
 
 
 def test_a_lost_lease_is_counted_and_its_group_when_it_is_closed(tmp_path: Path) -> None:
-    table, told = make_table(), reporter(tmp_path)
+    table, told = make_table(), recorder(tmp_path)
     lease = grant(table)
     accept(table, chain(lease))
     lost = LeaseEnd(lease, LeaseEndReason.LOST)
@@ -46,7 +46,7 @@ def test_a_lost_lease_is_counted_and_its_group_when_it_is_closed(tmp_path: Path)
 
 
 def test_prefix_tokens_are_counted_by_depth(tmp_path: Path) -> None:
-    table, told = make_table(), reporter(tmp_path)
+    table, told = make_table(), recorder(tmp_path)
     lease = grant(table)
     subtree = chain(lease)
     accept(table, subtree)
@@ -59,7 +59,7 @@ def test_prefix_tokens_are_counted_by_depth(tmp_path: Path) -> None:
 
 
 def test_deep_turns_share_one_depth_label(tmp_path: Path) -> None:
-    table, told = make_table(), reporter(tmp_path)
+    table, told = make_table(), recorder(tmp_path)
     group = table.open_leases[grant(table)]
     subtree = replace(chain(group.lease.id), steps=tuple(step(n, n - 1) for n in range(1, MAX_DEPTH_LABEL + 3)), leaves=())
     group.group.add(subtree)
@@ -74,12 +74,12 @@ def test_deep_turns_share_one_depth_label(tmp_path: Path) -> None:
 
 
 def test_the_first_lost_lease_shows_in_a_rate(tmp_path: Path) -> None:
-    sample = reporter(tmp_path).metrics.registry.get_sample_value
+    sample = recorder(tmp_path).metrics.registry.get_sample_value
     assert sample("treegrpo_leases_ended_total", {"kind": "train", "reason": "lost"}) == 0
 
 
 def test_a_progress_line_has_the_ledger_totals(tmp_path: Path) -> None:
-    table, told = make_table(), reporter(tmp_path)
+    table, told = make_table(), recorder(tmp_path)
     lease = grant(table)
     accept(table, chain(lease))
     told.record_lease_end(table.end_lease(complete(lease)), complete(lease))
@@ -92,7 +92,7 @@ def test_a_progress_line_has_the_ledger_totals(tmp_path: Path) -> None:
 
 
 def test_progress_lines_on_a_full_disk_are_buffered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    table, told = make_table(), reporter(tmp_path)
+    table, told = make_table(), recorder(tmp_path)
     (tmp_path / "progress.jsonl").mkdir()
     told.record_step({"step": 1}, table)
     assert "takes no line" in caplog.text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from learner.intake.monitoring.recorder import RunRecorder
-from learner.intake.persistence.lease_events import replay
+from learner.intake.persistence.lease_events import replay_event
 from tests.intake.builders import PLAN, accept, chain, complete, grant, make_table
 from tests.intake.process_harness import IntakeProcess, Sampler
 from tests.intake.server_harness import serve_intake
@@ -61,9 +61,9 @@ def test_a_journal_that_has_it_keeps_every_position(name: str, tmp_path: Path) -
             records.append({"event": "accepted", "subtree": subtree_to_pb(subtree).SerializeToString()})
         records.append({"event": "ended", "end": lease_end_to_pb(complete(lease.id)).SerializeToString()})
     again = make_table()
-    reporter = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
+    recorder = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
     for record in [*records, {"event": "taken", "draws": [0, 1], "stale": []}]:
-        replay(again, reporter, record)
+        replay_event(again, recorder, record)
     assert [group.group.id for group in again.train_queue.groups_from(0, 2)] == ["0000000", "0000001"]
     assert [len(group.encoded) for group in again.train_queue.groups_from(0, 2)] == [2, 1]
     assert again.ledger.imbalance(LeaseKind.TRAIN) == Budget()

@@ -9,7 +9,7 @@ import pytest
 
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.compaction import JournalCompactor
-from learner.intake.persistence.recovery import recover
+from learner.intake.persistence.recovery import recover_state
 from learner.intake.persistence.snapshot import STATE, SnapshotStore, StateCapture
 from learner.intake.wal.framing import encode_frame, encode_record
 from learner.intake.wal.journal import Journal
@@ -28,9 +28,9 @@ SCRIPT: Sequence[Any] = [*FIRST, *SECOND, *THIRD]
 SHORT: Sequence[Any] = [("grant",), ("grant",), ("grant",), *GROUP, ("subtree", 1), ("end", 1, LeaseEndReason.LOST), ("compact",)]
 
 
-def samples(reporter: RunRecorder) -> dict[Any, float]:
+def samples(recorder: RunRecorder) -> dict[Any, float]:
     """All that a restart keeps of the metrics."""
-    families = (family for family in reporter.metrics.registry.collect() if "journal" not in family.name)
+    families = (family for family in recorder.metrics.registry.collect() if "journal" not in family.name)
     return {
         (sample.name, *sample.labels.values()): sample.value
         for family in families
@@ -55,17 +55,17 @@ async def test_a_snapshot_equals_the_events_before_it(at: int) -> None:
     play(plain, [*SCRIPT, ("commit",)])
     after, before = (recovered(disk) for disk in (with_, without))
     assert described(after.table) == described(before.table) == described(plain.table)
-    assert samples(after.reporter) == samples(before.reporter)
+    assert samples(after.recorder) == samples(before.recorder)
     assert (after.snapshots.snapshot_numbers() != [], before.snapshots.snapshot_numbers()) == (True, [])
 
 
 def recovered(disk: InMemoryFileSystem) -> CrashableIntake:
     """The next start, which does not know what happened."""
     machine = CrashableIntake.__new__(CrashableIntake)
-    machine.table, machine.reporter = make_table(batch=2, questions=6), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2)
+    machine.table, machine.recorder = make_table(batch=2, questions=6), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2)
     machine.snapshots = SnapshotStore(disk, SNAPSHOTS)
-    recover(disk, JOURNAL, machine.snapshots, machine.table, machine.reporter)
-    machine.reporter.export_lease_table(machine.table)
+    recover_state(disk, JOURNAL, machine.snapshots, machine.table, machine.recorder)
+    machine.recorder.export_lease_table(machine.table)
     return machine
 
 
@@ -120,7 +120,7 @@ async def test_a_snapshot_of_a_later_format_is_refused() -> None:
 async def test_a_full_disk_costs_the_snapshot_and_nothing_else(call: str) -> None:
     disk, history = await played()
     machine = CrashableIntake(disk, history)
-    state, number = StateCapture(machine.table, machine.reporter), machine.journal.start_segment()
+    state, number = StateCapture(machine.table, machine.recorder), machine.journal.start_segment()
     machine.commit()
     disk.full = {call: 1}
     with pytest.raises(OSError, match="No space"):
@@ -134,7 +134,7 @@ async def test_a_full_disk_costs_the_snapshot_and_nothing_else(call: str) -> Non
 async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
     disk, history = await played()
     machine = CrashableIntake(disk, history)
-    state = StateCapture(machine.table, machine.reporter)
+    state = StateCapture(machine.table, machine.recorder)
     assert state.size_bytes > 0
     disk.size -= disk.free_bytes(SNAPSHOTS) - state.size_bytes + 1
     calls = len(disk.log)

@@ -17,7 +17,7 @@ from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.leases.rollout_group import GroupState, RolloutGroup
 from learner.intake.leases.staleness import FINISHING_SECONDS, count_groups_to_close
 from learner.intake.monitoring.recorder import RunRecorder
-from learner.intake.persistence.lease_events import replay
+from learner.intake.persistence.lease_events import replay_event
 from tests.intake.builders import PLAN, MemoryEventLog, bound, chain, complete, kept, make_table
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason, LeaseKind
@@ -49,8 +49,8 @@ class TrainedRun:
 
     def __post_init__(self) -> None:
         self.table = self.empty_table()
-        reporter = RunRecorder(IntakeMetrics(), self.folder / "progress.jsonl", window=2)
-        self.leases = JournaledLeases(self.table, self.lines, reporter)
+        recorder = RunRecorder(IntakeMetrics(), self.folder / "progress.jsonl", window=2)
+        self.leases = JournaledLeases(self.table, self.lines, recorder)
         self.batcher = Batcher(self.table, self.leases, bound(self.table, self.leases, self.finishing_seconds))
         self.publish()
 
@@ -107,9 +107,9 @@ class TrainedRun:
 
     def replayed(self) -> LeaseTable:
         again = self.empty_table()
-        reporter = RunRecorder(IntakeMetrics(), self.folder / "again.jsonl", window=2)
+        recorder = RunRecorder(IntakeMetrics(), self.folder / "again.jsonl", window=2)
         for record in self.lines.records:
-            replay(again, reporter, record)
+            replay_event(again, recorder, record)
         return again
 
     def check(self) -> None:

@@ -136,8 +136,8 @@ def test_a_stall_is_logged_when_its_cause_changes_then_ever_less_often(tmp_path:
     clock = ManualClock(1000.0)
     pace = ProgressClock(clock.monotonic)
     status = RunStatus(trainer=WAITS)
-    reporter = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
-    dog = StallWatchdog(pace, lambda: status, reporter)
+    recorder = RunRecorder(IntakeMetrics(), tmp_path / "progress.jsonl", window=1)
+    dog = StallWatchdog(pace, lambda: status, recorder)
 
     def said() -> list[tuple[str, int]]:
         path = tmp_path / "progress.jsonl"
@@ -145,7 +145,7 @@ def test_a_stall_is_logged_when_its_cause_changes_then_ever_less_often(tmp_path:
         return [(row["for"], row["seconds"]) for row in map(json.loads, lines)]
 
     def stalled(part: StalledPart) -> float | None:
-        return reporter.metrics.registry.get_sample_value("treegrpo_stalled_seconds", {"waiting_for": part.value})
+        return recorder.metrics.registry.get_sample_value("treegrpo_stalled_seconds", {"waiting_for": part.value})
 
     begin = clock.now
     for seconds in range(0, 605, 5):

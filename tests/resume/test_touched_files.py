@@ -14,7 +14,7 @@ import pytest
 
 from learner.intake.coordinator.published_versions import read_version_files
 from learner.intake.monitoring.recorder import RunRecorder
-from learner.intake.persistence.recovery import has_recorded_events, recover
+from learner.intake.persistence.recovery import has_recorded_events, recover_state
 from learner.intake.persistence.run_lock import lock_run
 from learner.intake.persistence.snapshot import SnapshotStore
 from learner.intake.rpc.trainer_socket import serve_trainer
@@ -86,15 +86,15 @@ async def start_intake(config: Config) -> None:
     check_run_files(run_dir)
     with lock_run(run_dir):
         metrics = IntakeMetrics()
-        reporter = RunRecorder(metrics, run_dir / "progress.jsonl", window=2)
+        recorder = RunRecorder(metrics, run_dir / "progress.jsonl", window=2)
         record_fingerprint(config, begun=has_recorded_events(run_dir))
         snapshots = SnapshotStore(disk, run_dir / "snapshots")
-        recovered = recover(disk, run_dir / "journal", snapshots, known := make_table(batch=2, questions=6), reporter)
+        recovered = recover_state(disk, run_dir / "journal", snapshots, known := make_table(batch=2, questions=6), recorder)
         with Journal.open_journal(disk, run_dir / "journal", recovered.end) as journal:
-            reporter.export_journal(journal)
+            recorder.export_journal(journal)
             journal.append_record({"event": "closed", "draw": 0})
             journal.commit_next()
-        reporter.record_step({"step": 3, "version": "0.3", "position": 6}, known)
+        recorder.record_step({"step": 3, "version": "0.3", "position": 6}, known)
         snapshots.prune_generations()
         async with serve_trainer(cast("Any", None), str(run_dir / "intake.sock")):
             pass

@@ -46,7 +46,7 @@ class JournaledLeases:
 
     def grant_lease(self, lease: Lease, draw: int, holder: str) -> rollout_pb2.Lease:
         """Open a lease; its message to the holder, with what its group has already."""
-        record, message = encode_record(lease_events.granted(lease, draw, holder)), lease_to_pb(lease)
+        record, message = encode_record(lease_events.grant_event(lease, draw, holder)), lease_to_pb(lease)
         self._table.grant_lease(lease, draw, holder, self._clock())
         self._journal.append_record(record)
         return message
@@ -57,7 +57,7 @@ class JournaledLeases:
         check_count(len(sent.steps), len(sent.leaves), group.lease.plan, f"{where}: subtree {sent.index}")
         subtree = subtree_from_pb(sent, group.group.id)
         encoded = sent.SerializeToString()
-        record = encode_record(lease_events.accepted(encoded))
+        record = encode_record(lease_events.subtree_event(encoded))
         if not self._table.accept_subtree(group, subtree, encoded):
             self._recorder.record_duplicate()
             return self._journal.durable_so_far()
@@ -70,14 +70,14 @@ class JournaledLeases:
         self, group: RolloutGroup, key: tuple[int, int], cost: Cost, reason: str, why: str
     ) -> asyncio.Future[int] | None:
         """Leave a subtree of an open lease out; done when that is durable, None if nothing changes."""
-        record = encode_record(lease_events.refused(group.lease.id, key, cost, reason, why))
+        record = encode_record(lease_events.rejection_event(group.lease.id, key, cost, reason, why))
         if not group.reject_subtree(key, cost, reason, why):
             return None
         return self._journal.append_record(record)
 
     def end_lease(self, end: LeaseEnd, *, excused: bool = False) -> RolloutGroup:
         """Close a lease; ``excused``: it does not count against its question."""
-        record = encode_record(lease_events.ended(end, excused=excused))
+        record = encode_record(lease_events.lease_end_event(end, excused=excused))
         group = self._table.end_lease(end, excused=excused)
         self._journal.append_record(record)
         self._recorder.record_lease_end(group, end)
@@ -85,14 +85,14 @@ class JournaledLeases:
 
     def close_group(self, draw: int) -> None:
         """Close a group at the staleness bound, before its lease ends."""
-        record = encode_record(lease_events.closed(draw))
+        record = encode_record(lease_events.group_close_event(draw))
         group = self._table.close_group(draw)
         self._journal.append_record(record)
         self._recorder.record_group_close(group, "overdue")
 
     def assign_positions(self, draws: Sequence[int], stale: Sequence[int]) -> None:
         """Give the trainer ``draws`` at the next positions, and those that are ``stale`` never."""
-        record = encode_record(lease_events.taken(draws, stale))
+        record = encode_record(lease_events.positions_event(draws, stale))
         set_aside = self._table.assign_positions(draws, stale)
         self.positions_durable = self._journal.append_record(record)
         for group in set_aside:

@@ -56,11 +56,11 @@ def _sampler_status(coordinator: Coordinator, session: SamplerSession, now: floa
 
 
 class StallWatchdog:
-    def __init__(self, clock: ProgressClock, status: Callable[[], RunStatus], reporter: RunRecorder) -> None:
+    def __init__(self, clock: ProgressClock, status: Callable[[], RunStatus], recorder: RunRecorder) -> None:
         """``status`` returns the present state of the run."""
         self._clock = clock
         self._status = status
-        self._reporter = reporter
+        self._recorder = recorder
         self._logged: StallCause | None = None
         self._repeat_at = 0.0
         """Seconds without progress at which the same cause is logged again."""
@@ -75,13 +75,13 @@ class StallWatchdog:
         seconds = self._clock.seconds_without_progress
         found = diagnose_stall(self._status())
         for part in StalledPart:
-            self._reporter.metrics.stalled.labels(part.value).set(seconds if part is found.part else 0.0)
+            self._recorder.metrics.stalled.labels(part.value).set(seconds if part is found.part else 0.0)
         if seconds < self._clock.stall_seconds:
             self._log_recovery()
         elif found != self._logged or seconds >= self._repeat_at:
             self._logged, self._repeat_at = found, seconds + min(seconds, MAX_REPEAT_SECONDS)
             log.warning("no progress for %.0f s; waiting for %s", seconds, found.sentence)
-            self._reporter.record_stall(found.sentence, seconds)
+            self._recorder.record_stall(found.sentence, seconds)
 
     def _log_recovery(self) -> None:
         if self._logged is not None:

@@ -36,10 +36,10 @@ class TrainerApi:
         long_poll_seconds: float = LONG_POLL_SECONDS,
     ) -> None:
         """``on_checkpoint`` is called when the trainer has a new checkpoint: the journal may get shorter."""
-        self._coordinator = coordinator
         self._table, self._batcher, self._leases = coordinator.lease_table, coordinator.batcher, coordinator.leases
-        self._staleness = coordinator.staleness
-        self._control, self._reporter, self._clock = coordinator.control, coordinator.recorder, coordinator.leases.progress_clock
+        self._staleness, self._dispatcher = coordinator.staleness, coordinator.dispatcher
+        self._control, self._recorder, self._clock = coordinator.control, coordinator.recorder, self._leases.progress_clock
+        self._changed = coordinator.changed
         self._versions = versions
         self._heldout = heldout
         self._on_checkpoint = on_checkpoint
@@ -47,7 +47,7 @@ class TrainerApi:
         self._evaluation: EvaluationRound | None = None
         self._reported_damage: PolicyVersion | None = None
         """The version of which the trainer knows that it is damaged."""
-        versions.on_damaged = coordinator.changed.notify
+        versions.on_damaged = self._changed.notify
         self._connections = 0
         self._requests = 0
         self._has_connected = False
@@ -60,24 +60,24 @@ class TrainerApi:
             state = self._control.state
             groups = self._batcher.take_batch(position, count) if state is RunState.RUNNING else []
             if groups or self._has_news or time.monotonic() > deadline:
-                self._coordinator.dispatcher.wake_dispatcher()
+                self._dispatcher.wake_dispatcher()
                 if groups and not await wait_until_durable(self._leases.positions_durable, deadline):
                     groups = []  # a full disk; the trainer asks again
                 if groups:
                     self._clock.record_progress()
                 return Taken([pack_encoded_group(g.group, g.encoded) for g in groups], state.value, self._report_damage())
-            await self._coordinator.changed.wait(min(deadline, self._staleness.next_deadline))
+            await self._changed.wait(min(deadline, self._staleness.next_deadline))
 
     async def handle_publish(self, version: PolicyVersion, path: Path, position: int) -> None:
         """A version is written to ``path``; the groups before ``position`` made it. Raises ContractError."""
         await self._versions.publish_version(version, path, position)
         self._reported_damage = None
         self._clock.record_progress()
-        self._coordinator.dispatcher.wake_dispatcher()
+        self._dispatcher.wake_dispatcher()
 
     def handle_covered(self, position: int) -> None:
         """A checkpoint covers the groups before ``position``."""
-        self._table.train_queue.mark_covered(position)
+        self._table.forget_covered(position)
         self._on_checkpoint()
 
     async def handle_evaluate(self, version: PolicyVersion) -> Evaluation:
@@ -87,24 +87,24 @@ class TrainerApi:
             evaluation = self._begin_evaluation(version)
         deadline = time.monotonic() + self._long_poll_seconds
         while not (evaluation.is_done or self._has_news):
-            if not await self._coordinator.changed.wait(deadline):
+            if not await self._changed.wait(deadline):
                 break
         if evaluation.is_done:
-            self._reporter.record_evaluation(evaluation, self._table)
+            self._recorder.record_evaluation(evaluation, self._table)
         return replace(evaluation.result(), state=self._control.state.value, damaged=self._report_damage())
 
     def _begin_evaluation(self, version: PolicyVersion) -> EvaluationRound:
         evaluation = self._evaluation = EvaluationRound(version, self._heldout, self._table.evaluation_answers)
         missing = evaluation.missing_questions
         if 0 < len(missing) < len(self._heldout):
-            log.info("the evaluation of %s goes on; %d questions of %d are left", version, len(missing), len(self._heldout))
+            log.info("the evaluation of %s continues; %d questions of %d are left", version, len(missing), len(self._heldout))
         self._table.queue_evaluation(version, missing)
-        self._coordinator.dispatcher.wake_dispatcher()
+        self._dispatcher.wake_dispatcher()
         return evaluation
 
     def handle_step_report(self, values: dict[str, object]) -> None:
         """A line for the run's progress file."""
-        self._reporter.record_step(values, self._table)
+        self._recorder.record_step(values, self._table)
 
     @property
     def _has_news(self) -> bool:

@@ -150,6 +150,10 @@ class LeaseTable:
         self.version = version
         self.train_queue.mark_trained(position)
 
+    def forget_covered(self, position: int) -> None:
+        """A checkpoint covers the groups before ``position``."""
+        self.train_queue.mark_covered(position)
+
     # ---- events: granted, accepted, ended
 
     def next_lease(self) -> tuple[Lease, int] | None:

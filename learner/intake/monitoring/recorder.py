@@ -65,9 +65,9 @@ class RunRecorder:
         self._counted: dict[tuple[LeaseKind, str, str], int] = {}
         self._labelled: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
 
-    def export_lease_table(self, book: LeaseTable) -> None:
+    def export_lease_table(self, table: LeaseTable) -> None:
         """Bring the metrics of ledger and leases up to date at each scrape."""
-        self.metrics.refresh = lambda: self._refresh(book)
+        self.metrics.refresh = lambda: self._refresh(table)
 
     def export_journal(self, journal: Journal) -> None:
         """Read the metrics of the journal at each scrape."""
@@ -193,9 +193,9 @@ class RunRecorder:
         spent = self._spent[kind].tokens
         return max(0.0, 1.0 - self._needed[kind].tokens / spent) if spent else 0.0
 
-    def _refresh(self, book: LeaseTable) -> None:
+    def _refresh(self, table: LeaseTable) -> None:
         """Set the metrics that no event updates. Runs in the thread of the scrape."""
-        for kind, accounts in book.ledger.summary().items():
+        for kind, accounts in table.ledger.summary().items():
             for currency, row in accounts.items():
                 self.metrics.outstanding.labels(kind, currency).set(row.pop("outstanding"))
                 for name, total in row.items():
@@ -203,29 +203,29 @@ class RunRecorder:
                     getattr(self.metrics, name).labels(kind, currency).inc(total - self._counted.get(place, 0))
                     self._counted[place] = total
         for kind in LeaseKind:
-            self.metrics.leases.labels(kind.value).set(book.count_active_leases(kind))
+            self.metrics.leases.labels(kind.value).set(table.count_active_leases(kind))
             if self._recent_means[kind]:
                 self._refresh_means(kind)
-        self.metrics.lease_limit.set(book.lease_limit)
-        self.metrics.ready.set(book.train_queue.untrained_count)
+        self.metrics.lease_limit.set(table.lease_limit)
+        self.metrics.ready.set(table.train_queue.untrained_count)
 
-    def record_step(self, values: Mapping[str, object], book: LeaseTable) -> None:
+    def record_step(self, values: Mapping[str, object], table: LeaseTable) -> None:
         """Write a step's progress line, with the ledger's totals; nothing if the file has it already."""
-        self._progress.append_row({"kind": "step", **values, **self._ledger_totals(book)})
+        self._progress.append_row({"kind": "step", **values, **self._ledger_totals(table)})
 
-    def record_evaluation(self, done: EvaluationRound, book: LeaseTable) -> None:
+    def record_evaluation(self, done: EvaluationRound, table: LeaseTable) -> None:
         """Write the progress line of a finished evaluation; nothing if the file has it already."""
         result = done.result()
         row = {"version": str(done.version), "questions": result.questions, "em": result.em, "reward": result.reward}
-        self._progress.append_row({"kind": "eval", **row, "failed": result.failed, **self._ledger_totals(book)})
+        self._progress.append_row({"kind": "eval", **row, "failed": result.failed, **self._ledger_totals(table)})
 
     def record_stall(self, cause: str, seconds: float) -> None:
         """Write a progress line about a run without progress; the next line of another kind ends the stall."""
         self._progress.append_row({"kind": "waiting", "for": cause, "seconds": round(seconds)})
 
-    def _ledger_totals(self, book: LeaseTable) -> dict[str, object]:
+    def _ledger_totals(self, table: LeaseTable) -> dict[str, object]:
         return {
-            "ledger": book.ledger.summary(),
+            "ledger": table.ledger.summary(),
             "chain_tokens": self._chain[LeaseKind.TRAIN].tokens,
             "recomputed": self.recomputed_ratio(LeaseKind.TRAIN),
             "saving": self.saving_ratio(LeaseKind.TRAIN, "tokens"),

@@ -22,39 +22,39 @@ from treegrpo.v1 import rollout_pb2, tree_pb2
 from treegrpo.wire.codec import lease_end_from_pb, lease_end_to_pb, lease_from_pb, lease_to_pb, subtree_from_pb
 
 
-def granted(lease: Lease, draw: int, holder: str) -> Record:
+def grant_event(lease: Lease, draw: int, holder: str) -> Record:
     """Without what its group had accepted before, which the journal has."""
     message = lease_to_pb(replace(lease, accepted=()))
     return {"event": "granted", "lease": message.SerializeToString(), "draw": draw, "holder": holder}
 
 
-def accepted(subtree: bytes) -> Record:
+def subtree_event(subtree: bytes) -> Record:
     """``subtree``: its message."""
     return {"event": "accepted", "subtree": subtree}
 
 
-def refused(lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> Record:
+def rejection_event(lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> Record:
     """Of an open lease: what it cost is settled when the lease ends."""
     tree, index = key
     of = {"lease": lease, "tree": tree, "index": index}
     return {"event": "refused", **of, "cost": list(astuple(cost)), "reason": reason, "why": why}
 
 
-def ended(end: LeaseEnd, *, excused: bool = False) -> Record:
+def lease_end_event(end: LeaseEnd, *, excused: bool = False) -> Record:
     """``excused``: it does not count against its question."""
     record: Record = {"event": "ended", "end": lease_end_to_pb(end).SerializeToString()}
     return {**record, "excused": True} if excused else record
 
 
-def closed(draw: int) -> Record:
+def group_close_event(draw: int) -> Record:
     return {"event": "closed", "draw": draw}
 
 
-def taken(draws: Sequence[int], stale: Sequence[int]) -> Record:
+def positions_event(draws: Sequence[int], stale: Sequence[int]) -> Record:
     return {"event": "taken", "draws": list(draws), "stale": list(stale)}
 
 
-def replay(table: LeaseTable, reporter: RunRecorder, event: Record) -> None:
+def replay_event(table: LeaseTable, recorder: RunRecorder, event: Record) -> None:
     """Put an event of the journal through the table. Raises ContractError if it contradicts what came before."""
     match event["event"]:
         case "granted":
@@ -63,15 +63,15 @@ def replay(table: LeaseTable, reporter: RunRecorder, event: Record) -> None:
         case "accepted":
             subtree = subtree_from_pb(tree_pb2.Subtree.FromString(event["subtree"]))
             if (group := table.replay_subtree(subtree, event["subtree"])) is not None:
-                reporter.record_subtree(group, subtree)
+                recorder.record_subtree(group, subtree)
         case "refused":
             key = (event["tree"], event["index"])
             table.require_open_lease(event["lease"]).reject_subtree(key, Cost(*event["cost"]), event["reason"], event["why"])
         case "closed":
-            reporter.record_group_close(table.close_group(event["draw"]), "overdue")
+            recorder.record_group_close(table.close_group(event["draw"]), "overdue")
         case "taken":
             for group in table.assign_positions(event["draws"], event["stale"]):
-                reporter.record_group_close(group, "stale")
+                recorder.record_group_close(group, "stale")
         case _:
             end = lease_end_from_pb(rollout_pb2.LeaseEnd.FromString(event["end"]))
-            reporter.record_lease_end(table.end_lease(end, excused=event.get("excused", False)), end)
+            recorder.record_lease_end(table.end_lease(end, excused=event.get("excused", False)), end)

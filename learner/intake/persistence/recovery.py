@@ -19,8 +19,8 @@ from pathlib import Path
 
 from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.monitoring.recorder import RunRecorder
-from learner.intake.persistence.lease_events import replay
-from learner.intake.persistence.snapshot import SnapshotStore, restore
+from learner.intake.persistence.lease_events import replay_event
+from learner.intake.persistence.snapshot import SnapshotStore, restore_snapshot
 from learner.intake.wal.filesystem import FileSystem, LocalFileSystem
 from learner.intake.wal.segments import JournalEnd, SegmentReader
 from treegrpo.errors import ContractError, JournalError
@@ -38,16 +38,18 @@ class RecoveryResult:
     """There was nothing to recover."""
 
 
-def recover(disk: FileSystem, journal: Path, snapshots: SnapshotStore, book: LeaseTable, reporter: RunRecorder) -> RecoveryResult:
+def recover_state(
+    disk: FileSystem, journal: Path, snapshots: SnapshotStore, table: LeaseTable, recorder: RunRecorder
+) -> RecoveryResult:
     """Restore a new lease table and recorder. Raises JournalError: the files are incomplete or contradict each other."""
     number = _newest_whole(snapshots)
     if number:
-        restore(book, reporter, snapshots.read_snapshot(number))
+        restore_snapshot(table, recorder, snapshots.read_snapshot(number))
     segments = SegmentReader(disk, journal, first=number or 1)
     events = 0
     try:
         for event in segments:
-            replay(book, reporter, event)
+            replay_event(table, recorder, event)
             events += 1
     except ContractError as error:
         raise JournalError(f"The journal {journal} contradicts itself ({error}); restore it, or begin a new run.dir.") from error

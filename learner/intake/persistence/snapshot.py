@@ -41,8 +41,8 @@ Row = tuple[Lease, Record, tuple[bytes, ...]]
 class StateCapture:
     """The state at one moment. Captured at once; encoding it, which takes long, is done by `iter_records` in another thread."""
 
-    def __init__(self, table: LeaseTable, reporter: RunRecorder) -> None:
-        self._head = {"event": "book", "format": FORMAT, "book": table.snapshot_table(), "report": reporter.snapshot_counters()}
+    def __init__(self, table: LeaseTable, recorder: RunRecorder) -> None:
+        self._head = {"event": "book", "format": FORMAT, "book": table.snapshot_table(), "report": recorder.snapshot_counters()}
         places = zip(
             PLACES, (table.train_queue.kept_groups(), table.unfinished_groups.values(), table.open_leases.values()), strict=True
         )
@@ -68,8 +68,8 @@ def _row(group: RolloutGroup, place: str) -> Row:
     return group.lease, {"event": "group", "place": place, **group.snapshot_group()}, tuple(group.encoded)
 
 
-def restore(table: LeaseTable, reporter: RunRecorder, records: Iterator[Record]) -> None:
-    """Bring a new table and reporter to where those of a `StateCapture` were. Raises JournalError: it is of another format."""
+def restore_snapshot(table: LeaseTable, recorder: RunRecorder, records: Iterator[Record]) -> None:
+    """Restore a new table and recorder from the records of a `StateCapture`. Raises JournalError: it is of another format."""
     head = next(records)
     if head["format"] != FORMAT:
         raise JournalError(
@@ -86,7 +86,7 @@ def restore(table: LeaseTable, reporter: RunRecorder, records: Iterator[Record])
         elif group is not None:
             group.restore_subtree(subtree_from_pb(tree_pb2.Subtree.FromString(record["subtree"])), record["subtree"])
     table.restore_table(head["book"], leased=groups["open"], unfinished=groups["unfinished"], kept=groups["kept"])
-    reporter.restore_counters(head["report"])
+    recorder.restore_counters(head["report"])
 
 
 class SnapshotStore:
