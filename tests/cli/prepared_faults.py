@@ -232,7 +232,7 @@ FAULTS = (
     PreparedFault("config.json with NaN", config(rms_norm_eps=float("nan")), f"NaN is the value of a key.*{RESTORE}"),
     PreparedFault("config.json that is a list", text("config.json", "[]"), f"config.json is not a JSON object; {RESTORE}"),
     PreparedFault("sliding window", config(layer_types=["sliding_attention"] * 4), "sliding.* use SGLang for this model"),
-    PreparedFault("corpus without words", wordless_corpus, "has no word in any of its 3 documents; nothing could be found in it"),
+    PreparedFault("corpus without words", wordless_corpus, "has no word in any of its 3 documents; no query could match"),
     PreparedFault("empty corpus row", empty_corpus_row, "line 2: contents: .*each row is"),
     PreparedFault(
         "one leaf a question",
