@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from learner.trainer.packing.model import load_model
@@ -18,6 +19,7 @@ from tests.trainer.trainer_harness import changed, intake_for, train
 from treegrpo.config.schema import Config
 from treegrpo.wire.trainer_protocol import Message, Publish, StepReport, Take
 
+pytestmark = pytest.mark.whole_run
 SECONDS = 60.0
 
 

@@ -83,6 +83,7 @@ async def ended(process: asyncio.subprocess.Process) -> str:
     return said.decode()
 
 
+@pytest.mark.whole_run
 async def test_questions_become_trees_under_the_newest_weights_until_a_drain(intake: IntakeProcess) -> None:
     metrics = free_address()
     async with contextlib.AsyncExitStack() as stack:

@@ -21,6 +21,7 @@ from treegrpo.net.local_socket import socket_path
 from treegrpo.runtime.entrypoint import ERROR_PREFIX, FAILED, TRANSIENT
 from treegrpo.wire.trainer_protocol import Message, StepReport
 
+pytestmark = pytest.mark.whole_run
 TORCHRUN = ("torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "-m")
 
 
