@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from services.certs.issue import make_certificates, write
+from services.certs.issue import make_certificates, write_certificate_file
 from treegrpo.errors import ConfigError, TreeGrpoError
 from treegrpo.observability.log_setup import log_to_stderr
 from treegrpo.runtime.entrypoint import report_error
@@ -66,7 +66,7 @@ def distribute_secrets(secrets: Path, names: list[str], renew_days: int = RENEW_
         for line in make_certificates(authority, names, []):
             log.info("%s", line)
     if not (password := authority / "grafana.password").exists():
-        write(password, os.urandom(16).hex().encode(), secret=True)
+        write_certificate_file(password, os.urandom(16).hex().encode(), secret=True)
     for role, files in VOLUME_FILES.items():
         for file in (name.format(role=role) for name in files):
             install_secret(secrets / role / file, (authority / file).read_bytes())
@@ -86,7 +86,7 @@ def is_valid_for(authority: Path, names: list[str], days: int) -> bool:
 def install_secret(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path``, readable for its group, unless it is there."""
     if not path.exists() or path.read_bytes() != data:
-        write(path, data, secret=True)
+        write_certificate_file(path, data, secret=True)
         path.chmod(GROUP_READABLE)
 
 

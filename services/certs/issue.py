@@ -70,11 +70,13 @@ def make_certificates(
     users = [
         (role.value, read_secret_file(directory / f"{role.value}.password", "a password").decode().strip()) for role in USERS
     ]
-    write(directory / "mosquitto.passwd", "".join(f"{user}:{_hashed(word)}\n" for user, word in users).encode(), secret=True)
+    write_certificate_file(
+        directory / "mosquitto.passwd", "".join(f"{user}:{_hashed(word)}\n" for user, word in users).encode(), secret=True
+    )
     return [*lines, f"{directory / 'mosquitto.passwd'}: the passwords, for Mosquitto"]
 
 
-def write(path: Path, data: bytes, *, secret: bool) -> None:
+def write_certificate_file(path: Path, data: bytes, *, secret: bool) -> None:
     """Replace ``path`` atomically by ``data``; a ``secret`` is readable for its owner only."""
     write_atomically(path, data, OWNER_ONLY if secret else 0o644)
 
@@ -89,8 +91,8 @@ def _authority(directory: Path) -> tuple[CertificateWithKey, list[str]]:
     if taken := [path.name for path in directory.glob("*") if path.suffix in {".pem", ".key"}]:
         raise ConfigError(f"{directory} holds {taken[0]} but no ca.pem; name an empty directory, nothing is written over.")
     made = create_authority()
-    write(key, made.key_pem, secret=True)
-    write(certificate, made.pem, secret=False)
+    write_certificate_file(key, made.key_pem, secret=True)
+    write_certificate_file(certificate, made.pem, secret=False)
     return made, [f"{certificate}: a new authority, {_until(made.certificate)}; keep {key} apart from the machines of the run"]
 
 
@@ -108,8 +110,8 @@ def _load(certificate: Path, key: Path) -> CertificateWithKey:
 def _add_authority(directory: Path) -> str:
     before, _ = _authority(directory)
     made = create_authority()
-    write(directory / "ca.key", made.key_pem, secret=True)
-    write(directory / "ca.pem", made.pem + before.pem, secret=False)
+    write_certificate_file(directory / "ca.key", made.key_pem, secret=True)
+    write_certificate_file(directory / "ca.pem", made.pem + before.pem, secret=False)
     return (
         f"{directory / 'ca.pem'}: a new authority beside the old one; copy the file to every machine and restart, "
         f"then run `treegrpo certs {directory}` to sign with the new one"
@@ -124,7 +126,7 @@ def _drop_authority(directory: Path) -> str:
             raise ConfigError(
                 f"{path} is still of the old authority; run `treegrpo certs {directory}` first, then copy the file out."
             )
-    write(directory / "ca.pem", authority.pem, secret=False)
+    write_certificate_file(directory / "ca.pem", authority.pem, secret=False)
     return f"{directory / 'ca.pem'}: the old authority is gone; copy the file to every machine and restart"
 
 
@@ -133,8 +135,8 @@ def _issue_role(
 ) -> str:
     path, made = directory / f"{stem}.pem", issue_certificate(authority, role, name=name, hosts=hosts)
     renewed = f", renewed (the old one was {_until(x509.load_pem_x509_certificate(path.read_bytes()))})" if path.exists() else ""
-    write(directory / f"{stem}.key", made.key_pem, secret=True)
-    write(path, made.pem, secret=False)
+    write_certificate_file(directory / f"{stem}.key", made.key_pem, secret=True)
+    write_certificate_file(path, made.pem, secret=False)
     at = f" at {', '.join(hosts)}" if hosts else ""
     return f"{path}: {role.value} {name}".rstrip() + f"{at}, {_until(made.certificate)}{renewed}"
 
@@ -156,7 +158,7 @@ def _until(certificate: x509.Certificate) -> str:
 def _create_secret(path: Path) -> str:
     if path.exists():
         return f"{path}: kept"
-    write(path, f"{secrets.token_hex(SECRET_BYTES)}\n".encode(), secret=True)
+    write_certificate_file(path, f"{secrets.token_hex(SECRET_BYTES)}\n".encode(), secret=True)
     return f"{path}: new"
 
 

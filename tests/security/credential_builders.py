@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from services.certs.authority import CertificateWithKey, create_authority, issue_certificate
-from services.certs.issue import write
+from services.certs.issue import write_certificate_file
 from treegrpo.config.security import Role, SecurityConfig
 from treegrpo.security.credentials import CertificateFiles, Credentials
 
@@ -25,9 +25,9 @@ def save(folder: Path, pair: CertificateWithKey, ca: bytes) -> CertificateFiles:
     """``pair`` as files of somebody who trusts ``ca``."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = CertificateFiles(folder / "ca.pem", folder / "own.pem", folder / "own.key")
-    write(keys.ca, ca, secret=False)
-    write(keys.certificate, pair.pem, secret=False)
-    write(keys.key, pair.key_pem, secret=True)
+    write_certificate_file(keys.ca, ca, secret=False)
+    write_certificate_file(keys.certificate, pair.pem, secret=False)
+    write_certificate_file(keys.key, pair.key_pem, secret=True)
     return keys
 
 

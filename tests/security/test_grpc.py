@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from learner.intake.rpc import auth_interceptor
 from learner.intake.rpc.server import ConnectionMonitor, create_server
 from services.certs.authority import issue_certificate
-from services.certs.issue import make_certificates, write
+from services.certs.issue import make_certificates, write_certificate_file
 from services.cli.processes.readiness import probe_learner
 from services.sampler.learner_link.channel import connect_learner, open_channel
 from tests.security.credential_builders import access, authority, impostor, save
@@ -180,7 +180,7 @@ async def test_a_renewed_certificate_serves_without_a_restart(tmp_path: Path, ma
         shutil.rmtree(folder)
         make_certificates(folder, [], [])  # of another authority: the old files could not serve them
         assert await describe_weights(fixture, access(folder, Role.SAMPLER)) is grpc.StatusCode.OK
-        write(folder / "learner.pem", b"half a fi", secret=False)
+        write_certificate_file(folder / "learner.pem", b"half a fi", secret=False)
         assert await describe_weights(fixture, access(folder, Role.SAMPLER)) is grpc.StatusCode.OK
 
 
@@ -200,7 +200,7 @@ async def test_a_sampler_shows_a_renewed_certificate_without_a_restart(tmp_path:
         await after.write(hello(sampler="s8"))
         assert await after.read() != grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
         assert set(fixture.reception.open_sessions) == {"s7", "s8"}
-        write(folder / "sampler.pem", b"half a fi", secret=False)
+        write_certificate_file(folder / "sampler.pem", b"half a fi", secret=False)
         again = stub.Rollout()
         await again.write(hello(sampler="s9"))
         assert await again.read() != grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]

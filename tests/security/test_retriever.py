@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from services.certs.issue import make_certificates, write
+from services.certs.issue import make_certificates, write_certificate_file
 from services.cli.processes.readiness import probe_retriever
 from services.environments.retrieval import HttpRetriever
 from services.retriever.http_limits import MAX_PIECES, RetrieverLimits
@@ -216,7 +216,7 @@ async def test_a_renewed_certificate_serves_without_a_restart(tmp_path: Path, ma
                 assert (await web.get(f"https://{address}/health")).status_code == 200
             async with client(access(folder, Role.OPERATOR), token, Role.SAMPLER) as web:
                 assert (await web.get(f"https://{scraped}/metrics", extensions=sni)).status_code == 200
-        write(folder / "retriever.pem", b"half a fi", secret=False)
+        write_certificate_file(folder / "retriever.pem", b"half a fi", secret=False)
         async with client(access(folder, Role.OPERATOR)) as web:
             assert (await web.get(f"https://{address}/health")).status_code == 200
 

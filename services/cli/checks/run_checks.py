@@ -219,14 +219,14 @@ class QuestionFiles:
         """Every row is valid. Raises DataError."""
         return f"{self._path(key)} ({len(self[key])} questions)"
 
-    def check_prompts(self, key: str) -> str:
+    def check_prompt_file(self, key: str) -> str:
         """See `check_prompts`."""
         from services.cli.checks.model_checks import check_prompts
 
         config = self._config
         return check_prompts(config.model.path, self[key], key, config.rollout.max_context)
 
-    def check_data(self) -> str:
+    def check_split(self) -> str:
         """See `check_data`."""
         return check_data(self["data.train"], self["data.heldout"], self._config.train.batch)
 
@@ -280,9 +280,9 @@ def learner_checks(config: Config) -> dict[str, Check]:
         "disk for the run": partial(_check_disk, config),
         "training questions": partial(questions.check_file, "data.train"),
         "held-out questions": partial(questions.check_file, "data.heldout"),
-        "data": questions.check_data,
-        "training prompts": partial(questions.check_prompts, "data.train"),
-        "held-out prompts": partial(questions.check_prompts, "data.heldout"),
+        "data": questions.check_split,
+        "training prompts": partial(questions.check_prompt_file, "data.train"),
+        "held-out prompts": partial(questions.check_prompt_file, "data.heldout"),
     }
 
 
@@ -310,6 +310,6 @@ def eval_checks(config: Config) -> dict[str, Check]:
         "tokenizer": partial(_check_tokenizer, config),
         "memory for the run": partial(_check_memory, config, 1, trains=False),
         "held-out questions": partial(questions.check_file, "data.heldout"),
-        "held-out prompts": partial(questions.check_prompts, "data.heldout"),
+        "held-out prompts": partial(questions.check_prompt_file, "data.heldout"),
         "engine": partial(check_engine, config, 1),
     }
