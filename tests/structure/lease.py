@@ -56,7 +56,7 @@ class Call:
 
     @property
     def is_move(self) -> bool:
-        """Whether it leads from one file to another."""
+        """Whether it goes from one file to another."""
         return self.caller != "-" and path_of(self.caller) != path_of(self.callee)
 
 
@@ -70,13 +70,21 @@ class LeasePath:
     def files(self) -> frozenset[str]:
         return frozenset(path_of(call.callee) for call in self._starts)
 
+    def files_below(self, folder: str) -> int:
+        return sum(file.startswith(folder) for file in self.files)
+
     @property
     def functions(self) -> frozenset[str]:
         return frozenset(call.callee for call in self._starts if not call.callee.rpartition(".")[2].startswith("<"))
 
     @property
+    def pairs(self) -> frozenset[tuple[str, str]]:
+        """Pairs of functions of which one calls the other."""
+        return frozenset((call.caller, call.callee) for call in self._starts if call.caller != "-")
+
+    @property
     def moves(self) -> frozenset[tuple[str, str]]:
-        """Pairs of functions in two files of which one calls the other."""
+        """Those whose functions are in two files."""
         return frozenset((call.caller, call.callee) for call in self._starts if call.is_move)
 
     @property
@@ -121,9 +129,9 @@ def _generates(function: str) -> bool:
 
 
 def read_calls(events: Path) -> list[Call]:
-    """A line that is cut off, since its process was ended, is left out."""
+    """Calls of one process, in the order in which they were made."""
     fields = (line.split() for line in events.read_text("utf-8").splitlines())
-    return [Call(float(field[0]), events.stem, field[1], field[2]) for field in fields if len(field) == 3]
+    return [Call(float(seconds), events.stem, caller, callee) for seconds, caller, callee in fields]
 
 
 def trace(root: Path) -> list[LeasePath]:

@@ -76,9 +76,15 @@ def _traced(root: Path) -> dict[str, str]:
     def middle(count: Callable[[lease.LeasePath], int]) -> str:
         return str(lease.median_of([count(path) for path in paths]))
 
+    parts = {
+        folder: middle(lambda path, folder=folder: path.files_below(folder))
+        for folder in ("services/", "learner/intake/", "learner/trainer/", "treegrpo/")
+    }
     return {
         "files that one lease of two branches touches": middle(lambda path: len(path.files)),
+        f"of these in {', '.join(f'`{folder}`' for folder in parts)}": ", ".join(parts.values()),
         "functions in that": middle(lambda path: len(path.functions)),
+        "calls between two functions in that": middle(lambda path: len(path.pairs)),
         "moves between files in that": middle(lambda path: len(path.moves)),
         "files that accept one subtree": middle(lambda path: len(path.accepting())),
     }
@@ -129,8 +135,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 INTRODUCTION = """\
 # Structure
 
-How the product is divided into packages, files and names, and how much of it one lease runs through.
-This page is written by
+How the product is divided into packages, files and names, and how much of it one lease runs
+through. This page is written by
 
     {command}
 
@@ -138,14 +144,15 @@ This page is written by
 """
 
 METHOD = """\
-How the figures of a lease are measured: the intake, the trainer and a sampler of GeoHop run with a
-profile function (`tests/structure/traced.py`), one tree of two branches a group, one group a batch,
-no lag, so that leases follow one another. A lease is what these processes call between the
-first `generate` of an engine and the end of the optimizer's step, whatever else they do meanwhile.
-The figures are medians over the leases of a run. A *move* is a pair of functions in two files of
-which one calls the other. *Files that accept one subtree* are those that the intake runs through from
-the message on the stream to its acknowledgement: what is called, directly or not, by the function
-that takes the message. Generated stubs and libraries do not count.
+How a lease is measured: the intake, the trainer and a sampler of GeoHop run with a profile function
+(`tests/structure/traced.py`), with one tree of two branches a group, one group a batch and no lag,
+so that leases follow one another. A lease is what these processes call from the first `generate`
+of an engine to the end of the optimizer's step, whatever else they do meanwhile: the embedded
+engine, the environment and its search, the stream, the intake, its journal, the trainer's socket,
+and the whole step. The figures are medians over the leases of a run. *Calls* are pairs of functions
+of which one calls the other, however often; *moves* are those of two files. *Files that accept one
+subtree* are those that the intake runs through in the function that takes the message, up to its
+return, and the file of its caller. Libraries and generated stubs do not count.
 
 Levels are the length of the longest chain of imports between the children of a package, arrows the
 pairs of children of which one imports the other.

@@ -16,7 +16,6 @@ import threading
 import time
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import TextIO
 
 PRODUCT = ("treegrpo/", "services/", "learner/")
 ACCEPT = ("accept", "accept_subtree")
@@ -25,26 +24,26 @@ RESUME_AFTER_START = 3
 
 
 class Tracer:
-    """A profile function that writes calls of the product to a file."""
+    """A profile function that notes calls of the product."""
 
-    def __init__(self, root: Path, events: TextIO) -> None:
+    def __init__(self, root: Path) -> None:
         self._root = f"{root}/"
-        self._events = events
+        self.events: list[tuple[float, str, str]] = []
+        """Kept in memory until the end: the process does with its open files what it likes."""
         self._labels: dict[CodeType, str] = {}
         """Of functions of the product; empty for all others."""
         self._steps: dict[CodeType, bool] = {}
-        self._stopped = False
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         if event == "call":
             label = self._label(frame.f_code)
             if label and _starts(frame):
-                self._write(self._caller(frame), label)
+                self._note(self._caller(frame), label)
         elif event == "return":
             if self._is_optimizer_step(frame.f_code):
-                self._write("-", "torch:step")
+                self._note("-", "torch:step")
             elif frame.f_code.co_name in ACCEPT and (label := self._label(frame.f_code)):
-                self._write("-", f"return:{label}")
+                self._note("-", f"return:{label}")
 
     def _caller(self, frame: FrameType) -> str:
         above = frame.f_back
@@ -69,16 +68,8 @@ class Tracer:
             self._steps[code] = found
         return found
 
-    def stop(self) -> None:
-        """Write no more; other threads may still run."""
-        self._stopped = True
-
-    def _write(self, caller: str, callee: str) -> None:
-        if self._stopped:
-            return
-        self._events.write(f"{time.time():.6f} {caller} {callee}\n")
-        if callee == "torch:step":
-            self._events.flush()
+    def _note(self, caller: str, callee: str) -> None:
+        self.events.append((time.time(), caller, callee))
 
 
 def _starts(frame: FrameType) -> bool:
@@ -90,16 +81,16 @@ def main() -> None:
     root, events, module, *arguments = sys.argv[1:]
     sys.path[0] = root
     sys.argv = [module, *arguments]
-    with Path(events).open("w", encoding="utf-8") as file:
-        tracer = Tracer(Path(root), file)
-        threading.setprofile(tracer)
-        sys.setprofile(tracer)
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        finally:
-            sys.setprofile(None)
-            threading.setprofile(None)
-            tracer.stop()
+    tracer = Tracer(Path(root))
+    threading.setprofile(tracer)
+    sys.setprofile(tracer)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+        lines = [f"{seconds:.6f} {caller} {callee}\n" for seconds, caller, callee in list(tracer.events)]
+        Path(events).write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
