@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.structure.harnesses import PAGE, with_list
 from tests.structure.names import (
-    classes_named_twice,
-    long_test_names,
-    patched_constants,
-    retired_words,
+    bare_verbs,
 )
+from tests.structure.report import MOST_CLASSES, MOST_FILES, MOST_LEVELS
 from tests.structure.source import AROUND, PRODUCT, Checkout, Package
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,10 +34,57 @@ def everything() -> Checkout:
     return Checkout.parse(ROOT, PRODUCT + AROUND)
 
 
+def test_no_package_is_too_large(product: Checkout) -> None:
+    def is_too_large(package: Package) -> bool:
+        return package.files > MOST_FILES or package.levels > MOST_LEVELS
+
+    assert [package for package in product.packages if is_too_large(package)] == []
+
+
+def test_no_packages_import_each_other_in_a_circle(product: Checkout) -> None:
+    assert [package for package in product.packages if package.circles] == []
+
+
+def test_no_bare_verb_is_a_method_of_many_classes(product: Checkout) -> None:
+    assert {verb: owners for verb, owners in bare_verbs(product).items() if len(owners) > MOST_CLASSES} == {}
+
+
 def test_the_map_of_packages_names_every_package(product: Checkout) -> None:
     text = (ROOT / "docs/architecture.md").read_text("utf-8")
     missing = [name for name in (one.name.replace(".", "/") for one in product.packages) if f"`{name}`" not in text]
     assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_document_wraps(document: Path) -> None:
+    """But for what cannot be broken: a link, a span of code, and a line of a mermaid drawing."""
+    wide = [line for line in document.read_text("utf-8").splitlines() if len(line) > MOST_COLUMNS and " " in _breakable(line)]
+    assert wide == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    broken: list[str] = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text("utf-8")):
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        if re.match(r"[a-z]+:", target):
+            continue
+        if not path.exists() or (anchor and path.suffix == ".md" and anchor not in _anchors(path)):
+            broken.append(target)
+    assert broken == []
+
+
+def _anchors(document: Path) -> set[str]:
+    """What a link to a place in a document may name."""
+    text = document.read_text("utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings} | set(re.findall(r'id="([^"]+)"', text))
+
+
+def _breakable(line: str) -> str:
+    """The line without what has to stay on one line."""
+    return re.sub(r"`[^`]+`|\]\([^)]+\)|^ *(- |\d+\. )", "", line).strip()
 
 
 def test_the_public_workflow_calls_every_stage_of_the_checks() -> None:
@@ -49,37 +95,6 @@ def test_the_public_workflow_calls_every_stage_of_the_checks() -> None:
     assert workflow["jobs"]["stage"]["strategy"]["matrix"]["stage"] == stages[1].split()
 
 
-def test_a_circle_and_its_levels_are_seen(tmp_path: Path) -> None:
-    files = {
-        "treegrpo/__init__.py": "",
-        "treegrpo/low/__init__.py": "",
-        "treegrpo/low/one.py": "from treegrpo.high import two\n",
-        "treegrpo/high/__init__.py": "",
-        "treegrpo/high/two.py": "import treegrpo.low.one\n",
-        "treegrpo/top.py": "from treegrpo.high.two import x\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    found = {package.name: package for package in Checkout.parse(tmp_path).packages}
-    assert found["treegrpo"] == Package("treegrpo", files=1, levels=2, arrows=3, circles=(("high", "low"),))
-
-
-def test_names_that_break_the_rules_are_seen(tmp_path: Path) -> None:
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/test_it.py").write_text(
-        "class Same: ...\nclass Same: ...\n"
-        "def test_x(monkeypatch, module):\n"
-        "    desk = monkeypatch.setattr(module, 'LIMIT_SECONDS', 1)\n"
-        "    monkeypatch.setattr('a.b.LIMIT', 1)\n"
-        "    module.LIMIT = 2\n"
-        "    monkeypatch.setattr(module, 'method', desk)\n"
-    )
-    checkout = Checkout.parse(tmp_path, ("tests",))
-    assert list(classes_named_twice(checkout)) == ["Same"]
-    assert {found.rpartition(" ")[2] for found in patched_constants(checkout)} == {"LIMIT_SECONDS", "a.b.LIMIT", "module.LIMIT"}
-    assert [found.partition(" ")[0] for found in retired_words(checkout.modules, {"desk": "coordinator"})] == [
-        "tests/test_it.py:4:",
-        "tests/test_it.py:7:",
-    ]
-    assert list(long_test_names(checkout, 5)) == ["tests/test_it.py:3: test_x (6)"]
+def test_the_page_lists_every_harness() -> None:
+    page = PAGE.read_text("utf-8")
+    assert page == with_list(page), "run `python -m tests.structure.harnesses --write docs/testing.md`"
