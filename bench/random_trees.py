@@ -48,13 +48,13 @@ class TreeGenerator:
     def group(self, shape: Shape, name: str) -> Group:
         group, prompt = Group(name, Question(name, "bench", (), ("",))), self._ids(shape.prompt)
         for tree in range(shape.trees):
-            group.add(self._branch(shape, tree, 0, ROOT, 0, prompt))
+            group.append_subtree(self._branch(shape, tree, 0, ROOT, 0, prompt))
             for round_ in range(shape.rounds):
                 depth = _depths(group.trees[tree])
                 open_nodes = [node for node in group.trees[tree].expandable() if depth[node] >= shape.from_depth]
                 for n, node in enumerate(self._rng.choice(open_nodes, shape.expansions).tolist()):
                     index = 1 + round_ * shape.expansions + n
-                    group.add(self._branch(shape, tree, index, node, depth[node], prompt[:0]))
+                    group.append_subtree(self._branch(shape, tree, index, node, depth[node], prompt[:0]))
         return group
 
     def _branch(self, shape: Shape, tree: int, index: int, parent: int, depth: int, prompt: TokenIds) -> Subtree:

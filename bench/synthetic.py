@@ -150,7 +150,7 @@ async def grow(model: Path, engine: Engine, shape: tuple[int, int, int]) -> Grow
         question = Question(f"bench/all/{number}", "bench", prompt, ("none",))
         group = Group(question.id, question)
         lease = Lease(question.id, LeaseKind.TRAIN, question, plan, plan.grant, number, PolicyVersion())
-        end = await expander.expand_lease(lease, lambda subtree: (group.add(subtree), None)[1], LeaseControl())
+        end = await expander.expand_lease(lease, lambda subtree: (group.append_subtree(subtree), None)[1], LeaseControl())
         assert end.reason is LeaseEndReason.COMPLETE, end
         return group
 

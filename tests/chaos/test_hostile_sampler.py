@@ -14,10 +14,11 @@ from tests.intake.process_harness import Sampler
 from tests.intake.server_harness import serve_intake
 from treegrpo.core.budget import Budget
 from treegrpo.core.lease import LeaseKind
+from treegrpo.timing.backoff import Backoff
 
 
 async def test_the_hostile_sampler_is_refused_and_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = BreakerLimits(max_seconds=0.02)
+    limits = BreakerLimits(Backoff((0.02,)))
     table = make_table(questions=40, batch=8, max_lag=8)
     async with serve_intake(table, tmp_path, breaker_limits=limits) as intake, Sampler.join(intake.address, name="good") as good:
         bad = HostileSampler(intake.address, random.Random(0), attack_seconds=0.4, pause_seconds=0.001)

@@ -37,4 +37,4 @@ def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def run(request: pytest.FixtureRequest) -> str:
     """The test's run name."""
-    return "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
+    return "".join(character if character.isalnum() else "-" for character in request.node.name)

@@ -100,13 +100,13 @@ async def test_the_last_will_tells_of_a_member_that_was_killed(broker: Broker, r
 
 
 async def test_a_late_will_of_an_earlier_connection_buries_nobody(broker: Broker, run: str) -> None:
-    async with join(broker, run, "learner") as learner, join(broker, run, "guest", 2) as guest, raw(broker) as ghost:
+    async with join(broker, run, "learner") as learner, join(broker, run, "guest", 2) as anonymous, raw(broker) as ghost:
         await until(learner, lambda: bool(there(learner, "guest")))
         will = Member("guest", "operator", 2, alive=False)
         await ghost.publish(f"treegrpo/{run}/{will.topic}", will.payload(), qos=1, retain=True)
         await until(learner, lambda: not there(learner, "guest"))
         await until(learner, lambda: there(learner, "guest") == [Member("guest", "operator", 2)])
-        await until(guest, lambda: bool(there(guest, "guest")))
+        await until(anonymous, lambda: bool(there(anonymous, "guest")))
 
 
 async def test_after_the_broker_restarts_everything_is_there_again(broker: Broker, run: str) -> None:
@@ -138,9 +138,9 @@ async def test_a_state_set_from_outside_outlives_a_restart_of_the_broker(broker:
 async def test_garbage_is_ignored_with_a_warning(
     broker: Broker, run: str, caplog: pytest.LogCaptureFixture, topic: str, payload: bytes
 ) -> None:
-    async with join(broker, run, "learner") as learner, raw(broker) as stranger:
+    async with join(broker, run, "learner") as learner, raw(broker) as outsider:
         with caplog.at_level(logging.WARNING, logger="treegrpo.wire.control"):
-            await stranger.publish(f"treegrpo/{run}/{topic}", payload, qos=1)
+            await outsider.publish(f"treegrpo/{run}/{topic}", payload, qos=1)
             await publish_state(broker.address, run, RunState.PAUSED)
             await until(learner, lambda: learner.state is RunState.PAUSED)
         assert any(topic in record.getMessage() for record in caplog.records)

@@ -183,10 +183,10 @@ async def test_who_lost_the_broker_and_then_its_name_ends_with_the_reason(broker
 
 async def test_the_owner_removes_what_nobody_should_have_retained(broker: Broker, run: str) -> None:
     left = Member("gone", "sampler", 7, alive=False)
-    async with learner(broker, run, "one-run", 1) as owner, raw(broker) as stranger:
+    async with learner(broker, run, "one-run", 1) as owner, raw(broker) as outsider:
         for number in range(50):
-            await stranger.publish(f"treegrpo/{run}/members/sampler/x{number}", b"x" * 100, qos=1, retain=True)
-        await stranger.publish(f"treegrpo/{run}/{left.topic}", left.payload(), qos=1, retain=True)
+            await outsider.publish(f"treegrpo/{run}/members/sampler/x{number}", b"x" * 100, qos=1, retain=True)
+        await outsider.publish(f"treegrpo/{run}/{left.topic}", left.payload(), qos=1, retain=True)
         await until(owner, lambda: left.client in owner.members)
         async with asyncio.timeout(SECONDS):
             while set(await retained(broker, run)) != {"owner", "members/learner/learner@0000000000000001"}:

@@ -26,11 +26,13 @@ from tests.manual_clock import ManualClock
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.observability.metrics import IntakeMetrics
+from treegrpo.timing.backoff import Backoff
 from treegrpo.v1 import rollout_pb2 as pb
 from treegrpo.wire.codec import lease_end_to_pb
 
 LIMITS = BreakerLimits()
-LONG_OPEN = BreakerLimits(first_seconds=1000.0)
+FIRST_SECONDS, *_, MAX_SECONDS = LIMITS.open_backoff.delays
+LONG_OPEN = BreakerLimits(Backoff((30.0,)))
 
 
 def manual_clock() -> ManualClock:
@@ -62,7 +64,7 @@ def test_a_sampler_that_only_fails_is_put_aside_for_longer_each_time() -> None:
         assert (breaker.lease_quota("s1"), breaker.count_put_aside()) == (0, 1)
         clock.now += seconds
         assert breaker.lease_quota("s1") == FAILURES, "a trial"
-    assert asked == [LIMITS.first_seconds, 2.0, 4.0, 8.0, 16.0, LIMITS.max_seconds, LIMITS.max_seconds, LIMITS.max_seconds]
+    assert asked == [FIRST_SECONDS, 2.0, 4.0, 8.0, 16.0, MAX_SECONDS, MAX_SECONDS, MAX_SECONDS]
 
 
 def test_one_leaf_takes_it_back() -> None:
@@ -78,8 +80,8 @@ def test_what_ends_while_it_is_put_aside_does_not_keep_it_there_longer() -> None
     clock = manual_clock()
     breaker = NoProgressBreaker(clock=clock.monotonic)
     breaker.sampler_joined("s1")
-    assert fail(breaker, "s1", 10 * FAILURES) == LIMITS.first_seconds
-    clock.now += LIMITS.first_seconds
+    assert fail(breaker, "s1", 10 * FAILURES) == FIRST_SECONDS
+    clock.now += FIRST_SECONDS
     assert breaker.lease_quota("s1") == FAILURES
 
 
@@ -96,7 +98,7 @@ def test_a_sampler_that_comes_again_is_still_put_aside() -> None:
 @pytest.mark.parametrize("outcome", [LeaseOutcome.IDLE, LeaseOutcome.FAILED])
 def test_leases_that_come_back_with_nothing_put_it_aside_too(outcome: LeaseOutcome) -> None:
     breaker = NoProgressBreaker(clock=manual_clock().monotonic)
-    assert fail(breaker, "s1", outcome=outcome) == LIMITS.first_seconds
+    assert fail(breaker, "s1", outcome=outcome) == FIRST_SECONDS
     assert fail(breaker, "s2", 10 * FAILURES, LeaseOutcome.NEUTRAL) == 0.0
 
 
@@ -165,7 +167,7 @@ def test_a_run_with_one_sampler_is_given_up_after_leases_and_time() -> None:
         assert breaker.reason_to_give_up(trained=False) is None
         clock.now += seconds
     fail(breaker, "s1")
-    assert clock.now - began == LIMITS.first_seconds * (2 ** (OPENINGS - 1) - 1)
+    assert clock.now - began == FIRST_SECONDS * (2 ** (OPENINGS - 1) - 1)
     assert str(breaker.reason_to_give_up(trained=False)).startswith(
         f"The last {FAILURES * OPENINGS} leases, of sampler s1, led to no finished episode; sampler s1 says: “s1 is broken”. "
     )

@@ -62,7 +62,7 @@ def test_deep_turns_share_one_depth_label(tmp_path: Path) -> None:
     table, told = make_table(), recorder(tmp_path)
     group = table.open_leases[grant(table)]
     subtree = replace(chain(group.lease.id), steps=tuple(step(n, n - 1) for n in range(1, MAX_DEPTH_LABEL + 3)), leaves=())
-    group.group.add(subtree)
+    group.group.append_subtree(subtree)
     told.record_subtree(group, subtree)
     sample = told.metrics.registry.get_sample_value
     for how in ("cached", "prefilled"):

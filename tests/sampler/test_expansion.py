@@ -37,7 +37,7 @@ async def expand(
 
 def group_of(given_lease: Lease, subtrees: list[Subtree]) -> Group:
     group = Group(given_lease.id, given_lease.question)
-    assert all(group.add(subtree) for subtree in subtrees)
+    assert all(group.append_subtree(subtree) for subtree in subtrees)
     return group
 
 

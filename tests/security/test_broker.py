@@ -98,7 +98,7 @@ def address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
+    return "".join(character if character.isalnum() else "-" for character in request.node.name)
 
 
 async def until(plane: ControlPlane, condition: Callable[[], bool]) -> None:
@@ -191,8 +191,8 @@ async def test_the_operator_sets_the_state_and_announces_no_weights(address: str
 
 @pytest.mark.parametrize(("user", "password"), [("sampler", "wrong"), ("sampler", ""), ("nobody", "wrong"), ("", "")])
 async def test_without_the_password_nobody_comes_in(address: str, made: Path, user: str, password: str) -> None:
-    stranger = replace(access(made, Role.SAMPLER), broker_user=user, broker_password=SecretStr(password))
-    sentence = await refused(address, stranger)
+    outsider = replace(access(made, Role.SAMPLER), broker_user=user, broker_password=SecretStr(password))
+    sentence = await refused(address, outsider)
     assert "user" in sentence or "uthori" in sentence
 
 
@@ -306,10 +306,10 @@ async def test_no_other_certificate_is_good_as_the_brokers(made: Path, tmp_path:
         posing, says = replace(access(made, Role.BROKER), keys=keys), "no role"
     else:
         posing, says = access(made, role), f"the role {role.value}"
-    async with door(posing) as (address, told):
+    async with eavesdropper(posing) as (address, received):
         sentence = await refused(address, access(made, Role.SAMPLER))
     assert f"its certificate has {says}; a broker has to show its own" in sentence
-    assert told == b"", "not a byte of CONNECT, in which the password is"
+    assert received == b"", "not a byte of CONNECT, in which the password is"
 
 
 async def test_tls_of_the_broker_is_checked_by_name(made: Path, tmp_path: Path) -> None:
@@ -338,19 +338,19 @@ async def test_the_embedded_broker_listens_on_ipv6_as_the_other_parts_do(made: P
 
 
 @asynccontextmanager
-async def door(who: Credentials) -> AsyncGenerator[tuple[str, bytearray]]:
+async def eavesdropper(who: Credentials) -> AsyncGenerator[tuple[str, bytearray]]:
     """Somebody who listens with the certificate of ``who``, where, and what it was told."""
-    told = bytearray()
+    received = bytearray()
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             while data := await reader.read(1 << 16):
-                told.extend(data)
+                received.extend(data)
         writer.close()
 
     server = await asyncio.start_server(listen, "127.0.0.1", 0, ssl=who.server_context(ask=True))
     async with server:
-        yield join_address(*server.sockets[0].getsockname()[:2]), told
+        yield join_address(*server.sockets[0].getsockname()[:2]), received
 
 
 def _roleless(issuer: CertificateWithKey) -> CertificateWithKey:

@@ -42,7 +42,7 @@ def expired(folder: Path) -> None:
     replaced(folder, "sampler.key", pair.key_pem)
 
 
-def foreign(folder: Path) -> None:
+def other_authority(folder: Path) -> None:
     pair = issue_certificate(create_authority(), Role.SAMPLER)
     replaced(folder, "sampler.pem", pair.pem)
     replaced(folder, "sampler.key", pair.key_pem)
@@ -71,7 +71,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"sampler\.key is not the key of .*sampler\.pem",
     ),
     "expired": (expired, r"sampler\.pem is valid from .* not now; renew it with `treegrpo certs`"),
-    "another authority": (foreign, r"sampler\.pem is not signed by an authority in .*ca\.pem"),
+    "another authority": (other_authority, r"sampler\.pem is not signed by an authority in .*ca\.pem"),
     "another role": (other_role, r"has the role retriever; this process needs one for the role sampler"),
 }
 

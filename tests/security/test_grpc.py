@@ -1,4 +1,4 @@
-"""The learner's gRPC door: real servers and channels on loopback, right peers and wrong ones."""
+"""The learner's gRPC server: real servers and channels on loopback, right peers and wrong ones."""
 
 from __future__ import annotations
 

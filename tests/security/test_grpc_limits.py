@@ -1,4 +1,4 @@
-"""How much one may send, open and wait at the learner's gRPC door."""
+"""How much one may send, open and wait at the learner's gRPC server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole run with everything on: real processes, TLS at every door; and its secrets stay where they are."""
+"""A whole run with everything on: real processes, TLS everywhere; and its secrets stay where they are."""
 
 from __future__ import annotations
 
@@ -72,22 +72,22 @@ async def test_a_run_with_everything_on_trains_to_its_end_and_tells_no_secret(sm
     who, flags = access(folder, Role.OPERATOR), small_run.flags(security__dir=str(folder), train__steps="4")
     run = await up(*flags)
     await run.wait_for_line("step 1/")
-    told = [*(await pages(small_run, who)), await retained(small_run, who), command_lines(run)]
-    assert "treegrpo_tls_handshakes_total" in told[2]
-    assert "learner.intake" in told[-1]
+    published = [*(await pages(small_run, who)), await retained(small_run, who), command_lines(run)]
+    assert "treegrpo_tls_handshakes_total" in published[2]
+    assert "learner.intake" in published[-1]
     for command in (["doctor"], ["state", "running"]):
         done = await asyncio.to_thread(treegrpo, *command, *flags)
-        told += [done.out, done.error]
+        published += [done.out, done.error]
     assert await run.wait_for_end() == 0
     assert [step.step for step in read_progress(small_run.run_dir).steps] == list(range(1, 5))
 
-    told += [*run.lines, treegrpo("up", *flags, "--dry-run").out]
+    published += [*run.lines, treegrpo("up", *flags, "--dry-run").out]
     files = [path for path in small_run.run_dir.rglob("*") if path.is_file()]
     assert {"intake.log", "progress.jsonl", "model.safetensors"} <= {path.name for path in files}
-    told += [path.read_bytes().decode(errors="replace") for path in files]
+    published += [path.read_bytes().decode(errors="replace") for path in files]
     secrets = secrets_in(folder)
     assert len(secrets) > 20
-    assert not [secret for secret in secrets for text in told if secret in text]
+    assert not [secret for secret in secrets for text in published if secret in text]
 
 
 def test_a_secret_of_the_environment_is_told_by_no_command(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,29 +42,29 @@ async def ended(sampler: Sampler) -> tuple[grpc.StatusCode, str]:
         return await sampler.call.code(), await sampler.call.details()
 
 
-def refused(door: IntakeFixture, reason: str) -> float:
-    return door.sample("subtrees_refused_total", reason=reason)
+def refused(intake: IntakeFixture, reason: str) -> float:
+    return intake.sample("subtrees_refused_total", reason=reason)
 
 
 # ---- whose lease it is
 
 
 async def test_a_subtree_sent_again_is_counted_once(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
         lease = await granted(sampler)
         for _ in range(3):
             await sampler.send_chain(lease)
             assert not (await sampler.hear("ack")).refusal
-        assert door.sample("subtrees_duplicate_total") == 2
-        assert door.coordinator.lease_table.ledger.accounts[LeaseKind.TRAIN].spent == Budget(28, 2)
+        assert intake.sample("subtrees_duplicate_total") == 2
+        assert intake.coordinator.lease_table.ledger.accounts[LeaseKind.TRAIN].spent == Budget(28, 2)
 
 
 async def test_nobody_brings_subtrees_of_another_samplers_lease(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Neither what the other has sent before nor anything new; and the other notices nothing."""
     async with (
-        serve_intake(make_table(), tmp_path) as door,
-        Sampler.join(door.address, name="mine") as mine,
-        Sampler.join(door.address, name="other") as other,
+        serve_intake(make_table(), tmp_path) as intake,
+        Sampler.join(intake.address, name="mine") as mine,
+        Sampler.join(intake.address, name="other") as other,
     ):
         lease = await granted(mine)
         await mine.send_chain(lease)
@@ -73,9 +73,9 @@ async def test_nobody_brings_subtrees_of_another_samplers_lease(tmp_path: Path, 
         for shape in shapes * 2:
             await other.say(subtree=subtree_to_pb(chain(lease, reward=9.0, **shape)))
             assert "its own sampler speaks for it" in (await other.hear("ack")).refusal
-        assert refused(door, "holder") == 6
+        assert refused(intake, "holder") == 6
         assert sum("speaks for it" in record.getMessage() for record in caplog.records) == 1
-        group = door.coordinator.lease_table.open_leases[lease]
+        group = intake.coordinator.lease_table.open_leases[lease]
         assert (len(group.encoded), group.stop_requested_at, group.rejected) == (1, None, {})
         await mine.send_chain(lease, tree=1)
         assert not (await mine.hear("ack")).refusal
@@ -83,18 +83,18 @@ async def test_nobody_brings_subtrees_of_another_samplers_lease(tmp_path: Path, 
 
 async def test_nobody_ends_another_samplers_lease(tmp_path: Path) -> None:
     async with (
-        serve_intake(make_table(), tmp_path) as door,
-        Sampler.join(door.address, name="mine") as mine,
-        Sampler.join(door.address, name="other") as other,
+        serve_intake(make_table(), tmp_path) as intake,
+        Sampler.join(intake.address, name="mine") as mine,
+        Sampler.join(intake.address, name="other") as other,
     ):
         lease = await granted(mine)
         await other.say(lease_end=lease_end_to_pb(complete(lease)))
         assert await granted(other) != lease
-        assert lease in door.coordinator.lease_table.open_leases
+        assert lease in intake.coordinator.lease_table.open_leases
 
 
 async def test_a_lease_that_ended_takes_nothing_more(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
         lease = await granted(sampler)
         await sampler.roll_out(lease)
         await sampler.hear("lease")
@@ -102,8 +102,8 @@ async def test_a_lease_that_ended_takes_nothing_more(tmp_path: Path) -> None:
         for shape in shapes:
             await sampler.send_chain(lease, **shape)
             assert (await sampler.hear("ack")).refusal == f"Lease {lease} is not open; its work is no longer wanted."
-        assert refused(door, "lease") == 2
-        assert door.coordinator.lease_table.ledger.accounts[LeaseKind.TRAIN].spent == Budget(28, 2)
+        assert refused(intake, "lease") == 2
+        assert intake.coordinator.lease_table.ledger.accounts[LeaseKind.TRAIN].spent == Budget(28, 2)
 
 
 # ---- what it says
@@ -124,30 +124,30 @@ WRONG: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 async def test_what_breaks_the_contract_ends_the_stream_and_is_counted(tmp_path: Path, name: str) -> None:
     says, sentence = WRONG[name]
-    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
         lease = await granted(sampler)
         await sampler.say(**says(lease))
         code, said = await ended(sampler)
         assert (code, sentence in said) == (grpc.StatusCode.INVALID_ARGUMENT, True), said
-        assert door.sample("peers_refused_total", reason="message") == 1
-        assert lease in door.coordinator.lease_table.open_leases
+        assert intake.sample("peers_refused_total", reason="message") == 1
+        assert lease in intake.coordinator.lease_table.open_leases
 
 
 async def test_bytes_that_are_no_message_end_the_stream_without_a_traceback(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with serve_intake(make_table(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    async with serve_intake(make_table(), tmp_path) as intake, grpc.aio.insecure_channel(intake.address) as channel:
         for _ in range(3):
             call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")()
             await call.write(b"\xff\xff\xff")
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert door.sample("peers_refused_total", reason="message") == 3
+        assert intake.sample("peers_refused_total", reason="message") == 3
     assert [record.exc_info for record in caplog.records if record.levelname != "INFO"] == [None]
 
 
 async def test_a_step_with_an_impossible_cost_is_refused(tmp_path: Path) -> None:
     """Two of them were more than 64 bits, which neither journal nor snapshot can write."""
-    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
         lease = await granted(sampler)
         sent = subtree_to_pb(chain(lease))
         for number, field in enumerate(("prefilled", "cached", "decoded", "tool_calls", "seconds")):
@@ -160,19 +160,19 @@ async def test_a_step_with_an_impossible_cost_is_refused(tmp_path: Path) -> None
             assert "which no step of its plan can cost" in (await sampler.hear("ack")).refusal
         await sampler.say(lease_end=lease_end_to_pb(complete(lease)))
         await sampler.hear("lease")
-        spent = door.coordinator.lease_table.ledger.accounts[LeaseKind.TRAIN].spent
+        spent = intake.coordinator.lease_table.ledger.accounts[LeaseKind.TRAIN].spent
         assert spent.tokens <= 10 * TIMES * PLAN.max_context
-        assert msgpack.packb(door.coordinator.lease_table.snapshot_table())
+        assert msgpack.packb(intake.coordinator.lease_table.snapshot_table())
 
 
 async def test_refusals_of_one_lease_are_bounded(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
         lease = await granted(sampler)
         for number in range(50):
             await sampler.send_chain(lease, tree=2 + number)
             await sampler.hear("ack")
-        assert len(door.coordinator.lease_table.open_leases[lease].rejected) == PLAN.leaves
-        assert refused(door, "tree") == PLAN.leaves
+        assert len(intake.coordinator.lease_table.open_leases[lease].rejected) == PLAN.leaves
+        assert refused(intake, "tree") == PLAN.leaves
 
 
 # ---- how slowly it says it, and how it hears
@@ -182,13 +182,13 @@ async def test_half_a_message_is_no_sign_of_life(tmp_path: Path) -> None:
     """A unary call whose message never comes; gRPC would wait for ever."""
     short = CallLimits(request_seconds=0.2)
     async with (
-        serve_intake(make_table(), tmp_path, call_limits=short) as door,
-        grpc.aio.insecure_channel(door.address) as channel,
+        serve_intake(make_table(), tmp_path, call_limits=short) as intake,
+        grpc.aio.insecure_channel(intake.address) as channel,
     ):
         for method in ("DescribeWeights", "FetchWeights"):
             call = cast("Any", channel).stream_stream(f"/treegrpo.v1.WeightsService/{method}")()
             assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert door.sample("peers_refused_total", reason="slow") == 2
+        assert intake.sample("peers_refused_total", reason="slow") == 2
 
 
 async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_path: Path) -> None:
@@ -196,13 +196,13 @@ async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_pat
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(64 << 20))
     async with (
-        serve_intake(make_table(), tmp_path, call_limits=short) as door,
-        grpc.aio.insecure_channel(door.address) as channel,
+        serve_intake(make_table(), tmp_path, call_limits=short) as intake,
+        grpc.aio.insecure_channel(intake.address) as channel,
     ):
-        await door.versions.publish_version(VERSION, tmp_path / "weights", 0)
+        await intake.versions.publish_version(VERSION, tmp_path / "weights", 0)
         ask = weights_pb2.FetchWeightsRequest(version=version_to_pb(VERSION), name="model.safetensors")
         call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)
-        await door.until(lambda: door.sample("peers_refused_total", reason="slow") == 1)
+        await intake.until(lambda: intake.sample("peers_refused_total", reason="slow") == 1)
         with suppress(grpc.aio.AioRpcError):
             while await call.read() != auth_interceptor.EOF:
                 pass
@@ -224,8 +224,8 @@ async def test_weights_that_are_not_there_are_refused_in_a_sentence(
 ) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(bytes(4))
-    async with serve_intake(make_table(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
-        await door.versions.publish_version(VERSION, tmp_path / "weights", 0)
+    async with serve_intake(make_table(), tmp_path) as intake, grpc.aio.insecure_channel(intake.address) as channel:
+        await intake.versions.publish_version(VERSION, tmp_path / "weights", 0)
         asked: dict[str, Any] = {"version": version_to_pb(VERSION), "name": "model.safetensors", **changes}
         ask = weights_pb2.FetchWeightsRequest(**asked)
         call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)
@@ -237,7 +237,7 @@ async def test_weights_that_are_not_there_are_refused_in_a_sentence(
 
 
 async def test_metadata_beyond_the_limit_are_refused(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    async with serve_intake(make_table(), tmp_path) as intake, grpc.aio.insecure_channel(intake.address) as channel:
         call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")(metadata=(("x", "y" * 20_000),))
         assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "metadata size exceeds" in await call.details()
@@ -245,8 +245,8 @@ async def test_metadata_beyond_the_limit_are_refused(tmp_path: Path) -> None:
 
 async def test_a_message_beyond_the_limit_is_refused_and_its_lease_goes_on(tmp_path: Path) -> None:
     options = [(key, value) for key, value in OPTIONS if "message_length" not in key]
-    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as good:
-        async with grpc.aio.insecure_channel(door.address, options=options) as channel:
+    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as good:
+        async with grpc.aio.insecure_channel(intake.address, options=options) as channel:
             call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")()
             await call.write(bytes(MESSAGE_BYTES + 1))
             assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -258,7 +258,7 @@ async def test_a_message_beyond_the_limit_is_refused_and_its_lease_goes_on(tmp_p
 
 async def test_a_stream_that_ends_while_it_is_written_to_comes_to_its_end(tmp_path: Path) -> None:
     """gRPC cannot say goodbye behind half a message; the handler died of it, and the sampler waited for ever."""
-    async with serve_intake(make_table(), tmp_path) as door, grpc.aio.insecure_channel(door.address) as channel:
+    async with serve_intake(make_table(), tmp_path) as intake, grpc.aio.insecure_channel(intake.address) as channel:
         for _ in range(50):
             call = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)).Rollout()
             await call.write(pb.RolloutRequest(hello=pb.Hello(sampler="s1", incarnation=1, engine="fake")))

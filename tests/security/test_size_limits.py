@@ -131,7 +131,7 @@ def test_a_question_that_is_too_long_is_refused_with_its_row(tmp_path: Path) -> 
 
 async def test_a_subtree_of_very_many_steps_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     """Thousands of steps of a few bytes held the event loop for a third of a second, each time."""
-    async with serve_intake(make_table(), tmp_path) as door, Sampler.join(door.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
         await sampler.want(1)
         lease = (await sampler.hear("lease")).id
         sent = subtree_to_pb(chain(lease))
@@ -144,5 +144,5 @@ async def test_a_subtree_of_very_many_steps_is_refused_before_it_is_decoded(tmp_
             refusal = (await sampler.hear("ack")).refusal
             assert "more leaves or steps than all" in refusal or "is not open" in refusal
             assert time.process_time() - began < 0.25
-        assert door.sample("subtrees_refused_total", reason="steps") == 1
-        assert len(door.coordinator.lease_table.open_leases[lease].rejected) == 1
+        assert intake.sample("subtrees_refused_total", reason="steps") == 1
+        assert len(intake.coordinator.lease_table.open_leases[lease].rejected) == 1

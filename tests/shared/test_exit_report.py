@@ -30,7 +30,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> ExitReports:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         ([], None),
         ([ExitReport(75, "a"), ExitReport(75, "b")], "a"),
@@ -40,8 +40,8 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> ExitReports:
         ([ExitReport(75, "lost another", secondary=True), ExitReport(-9, "killed")], "killed"),
     ],
 )
-def test_a_permanent_error_goes_before_a_crash_before_a_transient_one(given: list[ExitReport], told: str | None) -> None:
-    assert getattr(decisive_report(given), "sentence", None) == told
+def test_a_permanent_error_goes_before_a_crash_before_a_transient_one(given: list[ExitReport], expected: str | None) -> None:
+    assert getattr(decisive_report(given), "sentence", None) == expected
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_a_report_is_the_sentence_or_the_last_line_of_the_traceback(error: BaseE
 
 
 @pytest.mark.parametrize(
-    ("errors", "told"),
+    ("errors", "expected"),
     [([PASSES, STAYS], STAYS), ([STAYS, PASSES], STAYS), ([CRASH, PASSES], PASSES), ([CRASH], None), ([PASSES, PASSES], PASSES)],
 )
-def test_of_several_errors_the_one_that_stays_is_told(errors: list[Exception], told: TreeGrpoError | None) -> None:
-    assert find_own_error(ExceptionGroup("tasks", [ExceptionGroup("inner", errors)])) is told
+def test_of_several_errors_the_one_that_stays_is_told(errors: list[Exception], expected: TreeGrpoError | None) -> None:
+    assert find_own_error(ExceptionGroup("tasks", [ExceptionGroup("inner", errors)])) is expected
 
 
 def test_a_process_reports_what_it_ends_of_and_its_parent_alone_reads_it(

@@ -74,7 +74,7 @@ def test_a_group_crosses_with_its_question_and_subtrees() -> None:
     group = Group("0000007", question(7))
     subtrees = [chain("a"), chain("a", index=1, parent=1, reward=0.0)]
     for subtree in subtrees:
-        group.add(subtree)
+        group.append_subtree(subtree)
     got = unpack_group(pack_group(group, subtrees))
     assert (got.id, got.question) == (group.id, group.question)
     assert [(leaf.node, leaf.reward) for _, leaf in got.leaves()] == [(2, 1.0), (12, 0.0)]

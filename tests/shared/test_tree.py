@@ -23,8 +23,8 @@ PROMPT = np.arange(3, dtype=np.uint32)
 
 def test_a_tree_grows_by_subtrees_and_shares_their_prefixes() -> None:
     tree = Tree()
-    tree.add(chain("a", index=0))
-    tree.add(chain("a", index=1, parent=1))
+    tree.append_subtree(chain("a", index=0))
+    tree.append_subtree(chain("a", index=1, parent=1))
     assert [s.node for s in tree.path(12)] == [1, 11, 12]
     assert tree.expandable() == [ROOT, 1, 11]
     assert tree.unique_tokens == 7 + 2 * (7 + 4)
@@ -32,7 +32,7 @@ def test_a_tree_grows_by_subtrees_and_shares_their_prefixes() -> None:
 
 def test_failed_steps_are_no_place_to_go_on_from() -> None:
     tree = Tree()
-    tree.add(chain("a", fails=True))
+    tree.append_subtree(chain("a", fails=True))
     assert tree.expandable() == [ROOT, 1]
     assert not tree.leaves
 
@@ -40,7 +40,7 @@ def test_failed_steps_are_no_place_to_go_on_from() -> None:
 def test_a_truncated_step_is_a_leaf_not_a_failure() -> None:
     tree = Tree()
     only = step(1, ROOT, observations=0, status=StepStatus.TRUNCATED)
-    tree.add(Subtree("a", 0, 0, ROOT, (only,), (Leaf(1, {"em": 0.0}),), PROMPT))
+    tree.append_subtree(Subtree("a", 0, 0, ROOT, (only,), (Leaf(1, {"em": 0.0}),), PROMPT))
     assert not only.status.failed
     assert tree.expandable() == [ROOT]
 
@@ -49,25 +49,25 @@ def test_a_truncated_step_is_a_leaf_not_a_failure() -> None:
 def test_what_does_not_fit_is_refused_and_changes_nothing(name: str) -> None:
     broken = EVERY[name]
     group = Group("q-17", question(0))
-    group.add(chain("a"))
+    group.append_subtree(chain("a"))
     with pytest.raises(TreeError) as refusal:
-        group.add(broken.of("a"))
+        group.append_subtree(broken.of("a"))
     assert str(refusal.value).startswith(f"Group q-17, tree {broken.says}")
     assert refusal.value.field == broken.field
     assert set(group.trees) == {0}, "no empty tree is left behind"
     assert set(group.trees[0].steps) == {1, 2}
-    assert group.add(chain("a", index=1, parent=1)), "the index is still free"
+    assert group.append_subtree(chain("a", index=1, parent=1)), "the index is still free"
 
 
 def test_a_tree_that_knows_no_group_names_its_lease() -> None:
     with pytest.raises(TreeError, match=r"^Lease a, tree 0: subtree 1 came before subtree 0"):
-        Tree().add(chain("a", index=1))
+        Tree().append_subtree(chain("a", index=1))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-7, 1e-4])
 def test_a_logprob_that_rounding_lifted_above_zero_is_kept_as_it_came(value: float) -> None:
     tree = Tree()
-    tree.add(Subtree("a", 0, 0, ROOT, (replace(step(1, ROOT), logprobs=np.full(4, value, np.float32)),), (), PROMPT))
+    tree.append_subtree(Subtree("a", 0, 0, ROOT, (replace(step(1, ROOT), logprobs=np.full(4, value, np.float32)),), (), PROMPT))
     assert tree.steps[1].logprobs.tolist() == pytest.approx([value] * 4)
 
 
@@ -75,7 +75,7 @@ def test_a_chain_of_ten_thousand_steps_is_a_tree() -> None:
     depth = 10_000
     steps = tuple(step(node, node - 1) for node in range(1, depth + 1))
     tree = Tree()
-    tree.add(Subtree("a", 0, 0, ROOT, steps, (Leaf(depth, {"em": 1.0}),), PROMPT))
+    tree.append_subtree(Subtree("a", 0, 0, ROOT, steps, (Leaf(depth, {"em": 1.0}),), PROMPT))
     assert len(tree.path(depth)) == depth
 
 
@@ -86,16 +86,16 @@ def test_an_error_of_a_tree_crosses_processes_whole() -> None:
 
 def test_trees_of_one_group_share_their_prompt() -> None:
     group = Group("g", question(0))
-    group.add(chain("a", tree=0))
-    group.add(chain("a", tree=1))
+    group.append_subtree(chain("a", tree=0))
+    group.append_subtree(chain("a", tree=1))
     assert group.unique_tokens == 7 + 2 * (7 + 4)
 
 
 def test_the_chain_equivalent_counts_paths_fully_and_prefixes_once() -> None:
     group = Group("g", question(0))
-    group.add(chain("a", tree=0, index=0))
-    group.add(chain("a", tree=0, index=1, parent=1))
-    group.add(chain("a", tree=1, index=0))  # word for word like the first chain: a prefix cache would serve what it reads
+    group.append_subtree(chain("a", tree=0, index=0))
+    group.append_subtree(chain("a", tree=0, index=1, parent=1))
+    group.append_subtree(chain("a", tree=1, index=0))  # the same tokens as the first chain: a prefix cache would serve it
     sampled, read = [4 + 4, 4 + 4 + 4, 4 + 4], [3, 3]
     assert group.chain_equivalent().tokens == 7 + sum(sampled) + sum(read)
     assert Budget.for_cost(group.chain_equivalent()).tool_calls == 2 + 3 + 2
@@ -107,10 +107,10 @@ def test_the_chain_equivalent_counts_paths_fully_and_prefixes_once() -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 50)), min_size=1, max_size=12))
 def test_every_leaf_has_one_path_and_no_step_is_counted_twice(draws: list[tuple[int, int]]) -> None:
     tree = Tree()
-    tree.add(chain("a"))
+    tree.append_subtree(chain("a"))
     for index, (_, pick) in enumerate(draws, start=1):
         places = tree.expandable()
-        tree.add(chain("a", index=index, parent=places[pick % len(places)]))
+        tree.append_subtree(chain("a", index=index, parent=places[pick % len(places)]))
     assert len(tree.leaves) == len(draws) + 1
     on_paths = {s.node for leaf in tree.leaves for s in tree.path(leaf)}
     assert on_paths == set(tree.steps)
@@ -121,14 +121,14 @@ def test_every_leaf_has_one_path_and_no_step_is_counted_twice(draws: list[tuple[
 def test_the_depth_of_a_step_is_the_length_of_its_path(picks: list[int]) -> None:
     group = Group("g", question(0))
     first = chain("a")
-    group.add(first)
+    group.append_subtree(first)
     assert group.depths(first) == [1, 2]
     tree = group.trees[0]
     for index, pick in enumerate(picks, start=1):
         places = tree.expandable()
         subtree = chain("a", index=index, parent=places[pick % len(places)])
         assert group.depths(subtree) == [0, 0], "it was not added yet"
-        group.add(subtree)
+        group.append_subtree(subtree)
         assert group.depths(subtree) == [len(tree.path(step.node)) for step in subtree.steps]
     assert group.depths(chain("a", tree=1)) == [0, 0]
 

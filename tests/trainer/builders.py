@@ -96,14 +96,14 @@ def forked(rewards: tuple[float, float] = (1.0, 0.0), prompt: Sequence[int] = (1
 def grown(subtrees: Sequence[Subtree]) -> Tree:
     tree = Tree()
     for part in subtrees:
-        tree.add(part)
+        tree.append_subtree(part)
     return tree
 
 
 def group(subtrees: Sequence[Subtree], name: str = "q") -> Group:
     made = Group(name, Question(name, "test", (), ("x",)))
     for part in subtrees:
-        made.add(part)
+        made.append_subtree(part)
     return made
 
 

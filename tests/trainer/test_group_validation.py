@@ -54,7 +54,7 @@ def test_a_group_whose_bytes_are_torn_is_left_out(torn: bytes) -> None:
 
 
 def made(*steps: Step, leaves: dict[int, Leaf] | None = None, prompt: Any = PROMPT, **filed: Step) -> Group:
-    """One tree put together without the checks of `Tree.add`."""
+    """One tree put together without the checks of `Tree.append_subtree`."""
     by_node = {one.node: one for one in steps} | {int(name[1:]): one for name, one in filed.items()}
     return Group("q-17", question(0), {0: Tree(prompt, by_node, leaves or {})})
 

@@ -169,8 +169,8 @@ def test_a_tree_that_does_not_fit_is_cut_where_its_paths_share_least() -> None:
     for index, trunk in enumerate(trunks):
         base = 10 * index
         chain = [step(base + 1, 0, trunk), step(base + 2, base + 1, [1, 1, STOP])]
-        tree.add(subtree(chain, {base + 2: 1.0}, prompt=[5] * 4 if not index else (), index=2 * index))
-        tree.add(subtree([step(base + 3, base + 1, [2, 2, STOP])], {base + 3: 0.0}, index=2 * index + 1))
+        tree.append_subtree(subtree(chain, {base + 2: 1.0}, prompt=[5] * 4 if not index else (), index=2 * index))
+        tree.append_subtree(subtree([step(base + 3, base + 1, [2, 2, STOP])], {base + 3: 0.0}, index=2 * index + 1))
     packs = pack([CreditedTree(tree, {leaf: even(1.0, 0.25) for leaf in tree.leaves})], 40, keep_zero=True)
     assert [p.tokens for p in packs] == [4 + 20 + 2 + 2] * 2
     assert all(p.targets.counted_A.all() for p in packs)

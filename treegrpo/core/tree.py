@@ -22,14 +22,14 @@ from treegrpo.errors import TreeError
 
 @dataclass(slots=True, eq=False)
 class Tree:
-    """All steps of one tree, by node id, and its leaves. Grows by `add`."""
+    """All steps of one tree, by node id, and its leaves. Grows by `append_subtree`."""
 
     prompt: TokenIds = field(default_factory=lambda: np.zeros(0, np.uint32))
     steps: dict[int, Step] = field(default_factory=dict[int, Step])
     leaves: dict[int, Leaf] = field(default_factory=dict[int, Leaf])
     indices: set[int] = field(default_factory=set[int])
 
-    def add(self, subtree: Subtree, group: str = "") -> bool:
+    def append_subtree(self, subtree: Subtree, group: str = "") -> bool:
         """Append a subtree; False if it was there already.
 
         Raises:
@@ -110,10 +110,10 @@ class Group:
     question: Question
     trees: dict[int, Tree] = field(default_factory=dict[int, Tree])
 
-    def add(self, subtree: Subtree) -> bool:
+    def append_subtree(self, subtree: Subtree) -> bool:
         """Append a subtree to its tree; False if it was there already. Raises TreeError and changes nothing."""
         tree = self.trees.get(subtree.tree) or Tree()
-        fresh = tree.add(subtree, self.id)
+        fresh = tree.append_subtree(subtree, self.id)
         self.trees[subtree.tree] = tree
         return fresh
 

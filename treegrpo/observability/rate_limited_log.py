@@ -28,19 +28,19 @@ class LineBudget:
         self._clock = clock
         self._window_began = clock() - 2 * WINDOW_SECONDS
         self._lines = 0
-        self._dropped = 0
+        self._dropped_lines = 0
 
     def allow_line(self) -> bool:
         """Whether one more line may be logged."""
         now = self._clock()
         if now - self._window_began > WINDOW_SECONDS:
-            self._window_began, self._dropped, self._lines = now, max(0, self._lines - LINES), 0
+            self._window_began, self._dropped_lines, self._lines = now, max(0, self._lines - LINES), 0
         self._lines += 1
         return self._lines <= LINES
 
-    def take_dropped(self) -> int:
+    def take_dropped_lines(self) -> int:
         """How many lines were not allowed in the window before this one; 0 when asked again."""
-        dropped, self._dropped = self._dropped, 0
+        dropped, self._dropped_lines = self._dropped, 0
         return dropped
 
 

@@ -1,8 +1,8 @@
 """Codec: converts the classes of `treegrpo.core` to protobuf messages and back.
 
-Decoding checks what a stranger could get wrong in the bytes and raises ContractError with a sentence; what they mean
-is checked where it is put together (`Tree.add`). Encoding never fails on what tools and errors say: their texts are made fit
-for it. What the journal keeps of a subtree is the bytes of its message: one schema, with protobuf's rules for change.
+Decoding checks what a peer could get wrong in the bytes, and raises ContractError; what they mean is checked where they are
+assembled (`Tree.append_subtree`). Encoding never fails on the texts of tools and errors: lone surrogates are replaced. The
+journal keeps a subtree as the bytes of its message: one schema, with protobuf's rules for change.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def subtree_to_pb(subtree: Subtree) -> tree_pb2.Subtree:
 
 
 def subtree_from_pb(pb: tree_pb2.Subtree, group: str = "") -> Subtree:
-    """The subtree as it was sent; whether it is sound, `Tree.add` says. Raises TreeError, which names ``group`` if given."""
+    """The subtree as it was sent; `Tree.append_subtree` validates it. Raises TreeError, which names ``group`` if given."""
     where = tree_label(pb.lease, pb.tree, group)
     return Subtree(
         lease=pb.lease,

@@ -54,7 +54,7 @@ def _check_paths(subtree: Subtree, above: tuple[int, int], plan: Plan, here: str
     check_count(len(subtree.steps), len(subtree.leaves), plan, here)
     start = (above[0], above[1] + len(subtree.prompt))
     ends = {subtree.parent: start}
-    for step in subtree.steps:  # an unknown parent is for `Tree.add` to refuse
+    for step in subtree.steps:  # an unknown parent is for `Tree.append_subtree` to refuse
         depth, tokens = ends.get(step.parent, start)
         ends[step.node] = (depth + 1, tokens + step.length)
     depth, tokens = max(end[0] for end in ends.values()), max(end[1] for end in ends.values())

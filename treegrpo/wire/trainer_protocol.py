@@ -143,7 +143,7 @@ def unpack_group(data: bytes) -> Group:
     except (ValueError, TypeError, KeyError, msgpack.UnpackException, DecodeError) as error:
         raise ContractError(f"Group {name}: its bytes cannot be read ({type(error).__name__}: {describe(error)}).") from error
     for subtree in subtrees:
-        group.add(subtree_from_pb(subtree, group.id))
+        group.append_subtree(subtree_from_pb(subtree, group.id))
     return group
 
 

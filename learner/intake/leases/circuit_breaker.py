@@ -22,6 +22,7 @@ from learner.intake.leases.subtree_validation import TOO_LATE_REASONS
 from treegrpo.core.budget import Cost
 from treegrpo.core.lease import SILENCE_SECONDS, LeaseEnd, LeaseEndReason
 from treegrpo.errors import RunError
+from treegrpo.timing.backoff import Backoff
 
 FAILURES = 16
 """Leases in a row that open a circuit, and leases of one half-open trial."""
@@ -37,9 +38,8 @@ MAX_NAMES = 3
 class BreakerLimits:
     """How long a circuit is open, and which failures count."""
 
-    first_seconds: float = 1.0
-    """How long a circuit is open at first; then twice as long each time."""
-    max_seconds: float = 30.0
+    open_backoff: Backoff = Backoff.exponential(1.0, 30.0)
+    """How long a circuit is open, by its openings in a row."""
     absent_seconds: float = SILENCE_SECONDS
     """A sampler that left a shorter time ago may come back and do better; so may all when the intake began a shorter time ago."""
     lone_repeats: int = 8
@@ -131,7 +131,7 @@ class NoProgressBreaker:
         circuit.error = error or circuit.error
         if circuit.failures < FAILURES or self._is_open(circuit):
             return 0.0
-        seconds = min(self.limits.max_seconds, self.limits.first_seconds * 2.0 ** min(circuit.openings, 10))
+        seconds = self.limits.open_backoff.delay(circuit.openings)
         circuit.failures, circuit.openings = 0, circuit.openings + 1
         circuit.retry_at = self._clock() + seconds
         return seconds

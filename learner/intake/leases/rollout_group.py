@@ -150,7 +150,7 @@ class RolloutGroup:
 
     def add_subtree(self, subtree: Subtree, encoded: bytes) -> bool:
         """Add a subtree and its message; False if it was there already. Raises TreeError."""
-        fresh = self.group.add(subtree)
+        fresh = self.group.append_subtree(subtree)
         if fresh:
             self.subtrees.append(subtree)
             self.encoded.append(encoded)

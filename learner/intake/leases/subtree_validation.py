@@ -1,4 +1,4 @@
-"""Validation of subtrees: of the sampler that holds the lease, and within its plan. `Tree.add` checks the tree."""
+"""Validation of subtrees: of the sampler that holds the lease, and within its plan. `Tree.append_subtree` checks the tree."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def claimed_cost(sent: tree_pb2.Subtree, plan: Plan) -> Cost:
 
 
 def _parent_path(group: RolloutGroup, subtree: Subtree) -> tuple[int, int]:
-    """Steps and tokens from the root to the parent of a subtree; none where that is not known, which `Tree.add` rejects."""
+    """Steps and tokens from the root to the parent of a subtree; none where it is unknown: `Tree.append_subtree` rejects it."""
     tree = group.group.trees.get(subtree.tree)
     if tree is None:
         return 0, 0

@@ -171,7 +171,7 @@ class LeaseRun:
         tree, states = Tree(prompt=prompt), StateCache(self._environment, self._lease.question)
         for subtree in self._lease.accepted:
             if subtree.tree == index:
-                tree.add(subtree)
+                tree.append_subtree(subtree)
         if 0 not in tree.indices:
             await self._run_branch(self._branch(index, tree, states, 0, ROOT))
         for number in range(plan.rounds):
@@ -219,7 +219,7 @@ class LeaseRun:
             self._return_branch(branch, deadline)
             return
         self.error = error or self.error
-        branch.tree.add(subtree)
+        branch.tree.append_subtree(subtree)
         self.leaves += len(subtree.leaves)
         emitted = self._emit(subtree)
         if inspect.isawaitable(emitted):
