@@ -38,9 +38,9 @@ class LineBudget:
         self._lines += 1
         return self._lines <= LINES
 
-    def take_dropped_lines(self) -> int:
+    def take_dropped(self) -> int:
         """How many lines were not allowed in the window before this one; 0 when asked again."""
-        dropped, self._dropped_lines = self._dropped, 0
+        dropped, self._dropped_lines = self._dropped_lines, 0
         return dropped
 
 
