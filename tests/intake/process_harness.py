@@ -80,7 +80,11 @@ class IntakeProcess:
     @contextlib.asynccontextmanager
     async def with_peers(self, *more: str, leases: tuple[str, ...] = ()) -> AsyncGenerator[IntakeWithPeers]:
         """An intake, a sampler that says it holds ``leases``, and a trainer."""
-        async with self.serving(*more) as process, Sampler.join(self.listen, leases=leases) as sampler, self.trainer() as trainer:
+        async with (
+            self.serving(*more) as process,
+            SamplerPeer.join(self.listen, leases=leases) as sampler,
+            self.trainer() as trainer,
+        ):
             yield IntakeWithPeers(process, sampler, trainer)
 
     async def start(self, *more: str) -> asyncio.subprocess.Process:
@@ -109,11 +113,11 @@ class IntakeWithPeers:
     """An intake at work with both its peers."""
 
     process: asyncio.subprocess.Process
-    sampler: Sampler
+    sampler: SamplerPeer
     trainer: IntakeConnection
 
 
-class Sampler:
+class SamplerPeer:
     """The sampler's side of a stream, by hand."""
 
     def __init__(self, call: Any) -> None:
@@ -127,7 +131,7 @@ class Sampler:
     @contextlib.asynccontextmanager
     async def join(
         cls, address: str, *, name: str = "s1", incarnation: int = 1, leases: tuple[str, ...] = ()
-    ) -> AsyncGenerator[Sampler]:
+    ) -> AsyncGenerator[SamplerPeer]:
         async with grpc.aio.insecure_channel(address) as channel:
             call = rollout_pb2_grpc.RolloutServiceStub(channel).Rollout()
             await call.write(
@@ -136,7 +140,7 @@ class Sampler:
             yield cls(call)
             call.cancel()
 
-    async def hear(self, kind: str) -> Any:
+    async def receive(self, kind: str) -> Any:
         """The next message of ``kind``; others wait for their turn."""
         while not any(message.WhichOneof("kind") == kind for message in self._heard):
             message = await asyncio.wait_for(self.call.read(), 10)
@@ -148,25 +152,25 @@ class Sampler:
             self._versions[found.lease.id] = version_from_pb(found.lease.min_version)
         return getattr(found, kind)
 
-    async def say(self, **message: Any) -> None:
+    async def send_request(self, **message: Any) -> None:
         """Send a request. Its stream takes one at a time."""
         async with self._writing:
             await self.call.write(pb.RolloutRequest(**message))
 
-    async def want(self, leases: int) -> None:
-        await self.say(demand=pb.Demand(leases=leases))
+    async def set_demand(self, leases: int) -> None:
+        await self.send_request(demand=pb.Demand(leases=leases))
 
     async def send_chain(self, lease: str, **shape: Any) -> None:
-        await self.say(subtree=subtree_to_pb(chain(lease, version=self._versions.get(lease, VERSION), **shape)))
+        await self.send_request(subtree=subtree_to_pb(chain(lease, version=self._versions.get(lease, VERSION), **shape)))
 
     async def fail(self, lease: str, error: str) -> None:
         """End a lease without a leaf."""
         end = LeaseEnd(lease, LeaseEndReason.FAILED, error=error)
-        await self.say(lease_end=lease_end_to_pb(end))
+        await self.send_request(lease_end=lease_end_to_pb(end))
 
     async def roll_out(self, lease: str, reward: float = 1.0) -> None:
         """A whole small group: one chain, acked, and the end."""
         await self.send_chain(lease, reward=reward)
-        ack = await self.hear("ack")
+        ack = await self.receive("ack")
         assert (ack.lease, ack.tree, ack.index) == (lease, 0, 0)
-        await self.say(lease_end=lease_end_to_pb(complete(lease)))
+        await self.send_request(lease_end=lease_end_to_pb(complete(lease)))

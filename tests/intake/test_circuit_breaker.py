@@ -20,7 +20,7 @@ from learner.intake.leases.rollout_group import MAX_ATTEMPTS, RolloutGroup
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence import lease_events
 from tests.intake.builders import accept, chain, grant, make_table
-from tests.intake.process_harness import Sampler
+from tests.intake.process_harness import SamplerPeer
 from tests.intake.server_harness import serve_intake
 from tests.manual_clock import ManualClock
 from treegrpo.core.budget import Cost
@@ -300,24 +300,24 @@ async def test_one_bad_sampler_costs_itself_alone(tmp_path: Path, caplog: pytest
     table = make_table(questions=40, batch=8, max_lag=8)
     async with (
         serve_intake(table, tmp_path, breaker_limits=LONG_OPEN) as intake,
-        Sampler.join(intake.address, name="good") as good,
+        SamplerPeer.join(intake.address, name="good") as good,
     ):
         failed = 0
         for incarnation in (1, 2):
-            async with Sampler.join(intake.address, name="bad", incarnation=incarnation) as bad:
-                await bad.hear("welcome")
-                await bad.want(4)
+            async with SamplerPeer.join(intake.address, name="bad", incarnation=incarnation) as bad:
+                await bad.receive("welcome")
+                await bad.set_demand(4)
                 while not intake.coordinator.breaker.is_put_aside("bad"):
-                    await bad.fail((await bad.hear("lease")).id, "Learner, stop!\nerror: now")
+                    await bad.fail((await bad.receive("lease")).id, "Learner, stop!\nerror: now")
                     failed += 1
                     await intake.until(
                         lambda seen=failed: intake.sample("leases_ended_total", kind="train", reason="failed") >= seen
                     )
         assert failed == FAILURES
         await intake.until(lambda: intake.sample("samplers_put_aside") == 0)  # it has left
-        await good.want(2)
+        await good.set_demand(2)
         for _ in range(6):
-            await good.roll_out((await good.hear("lease")).id)
+            await good.roll_out((await good.receive("lease")).id)
         assert not intake.coordinator.failure.done()
         assert not table.set_aside_counts
     said = [record.getMessage() for record in caplog.records if "put aside" in record.getMessage()]
@@ -327,32 +327,35 @@ async def test_one_bad_sampler_costs_itself_alone(tmp_path: Path, caplog: pytest
 
 
 async def test_leases_that_are_only_returned_are_not_granted_without_end(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path, breaker_limits=LONG_OPEN) as intake, Sampler.join(intake.address) as idler:
-        await idler.want(1)
+    async with (
+        serve_intake(make_table(), tmp_path, breaker_limits=LONG_OPEN) as intake,
+        SamplerPeer.join(intake.address) as idler,
+    ):
+        await idler.set_demand(1)
         for _ in range(FAILURES):
-            lease = (await idler.hear("lease")).id
-            await idler.say(lease_end=returned(lease))
+            lease = (await idler.receive("lease")).id
+            await idler.send_request(lease_end=returned(lease))
         await intake.until(lambda: intake.coordinator.breaker.is_put_aside("s1"))
         assert intake.sample("samplers_put_aside") == 1
         await intake.until(lambda: not intake.coordinator.lease_table.open_leases)
-        async with Sampler.join(intake.address, name="s2") as other:
-            await other.want(1)
-            await other.roll_out((await other.hear("lease")).id)
+        async with SamplerPeer.join(intake.address, name="s2") as other:
+            await other.set_demand(1)
+            await other.roll_out((await other.receive("lease")).id)
 
 
 async def test_who_wants_very_many_leaves_others_their_share(tmp_path: Path) -> None:
     table = make_table(batch=4, max_lag=1)
-    async with serve_intake(table, tmp_path) as intake, Sampler.join(intake.address, name="greedy") as greedy:
+    async with serve_intake(table, tmp_path) as intake, SamplerPeer.join(intake.address, name="greedy") as greedy:
         table.version, version = None, table.version
-        await greedy.want(1000)
-        async with Sampler.join(intake.address, name="modest") as modest:
-            await modest.want(4)
+        await greedy.set_demand(1000)
+        async with SamplerPeer.join(intake.address, name="modest") as modest:
+            await modest.set_demand(4)
             await intake.until(lambda: sum(peer.demand for peer in intake.coordinator.open_sessions.values()) == 1004)
             table.version = version
             intake.coordinator.dispatcher.wake_dispatcher()
             for sampler in (greedy, modest):
                 for _ in range(4):
-                    await asyncio.wait_for(sampler.hear("lease"), 10)
+                    await asyncio.wait_for(sampler.receive("lease"), 10)
 
 
 def returned(lease: str) -> pb.LeaseEnd:

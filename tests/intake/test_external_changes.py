@@ -63,9 +63,9 @@ async def served(folder: Path) -> AsyncGenerator[tuple[PublishedVersions, Weight
 @pytest.mark.parametrize("damage", ["turned", "torn", "missing"])
 async def test_weights_damaged_after_publishing_are_not_served(tmp_path: Path, damage: str) -> None:
     """The sampler gets an error, the trainer is asked for the version again, and what it writes then is served."""
-    folder, told = written(tmp_path / "1.4"), list[str]()
+    folder, notified = written(tmp_path / "1.4"), list[str]()
     async with served(folder) as (versions, store):
-        versions.on_damaged = lambda: told.append("damaged")
+        versions.on_damaged = lambda: notified.append("damaged")
         file = folder / "model.safetensors"
         data = file.read_bytes()
         file.unlink()
@@ -75,7 +75,7 @@ async def test_weights_damaged_after_publishing_are_not_served(tmp_path: Path, d
         assert [one.name for one in described.files] == ["config.json", "model.safetensors"]
         with pytest.raises(UnavailableError, match=r"DATA_LOSS: Version 1\.4 is damaged; a whole one will be published"):
             await store.fetch_version(described)
-        assert (told, versions.damaged) == (["damaged"], VERSION)
+        assert (notified, versions.damaged) == (["damaged"], VERSION)
         with pytest.raises(ContractError, match=r"Version 1\.4 cannot be served: .*model\.safetensors .*; write it again"):
             await versions.publish_version(VERSION, folder, 0)
         await versions.publish_version(VERSION, written(folder), 0)

@@ -28,8 +28,8 @@ async def first_answer(address: str) -> int:
 async def test_health_is_serving_after_recovery_until_the_drain(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await publish(intake, peers.trainer, 0, 0)
-        await peers.sampler.want(3)
-        leases = [await peers.sampler.hear("lease") for _ in range(3)]
+        await peers.sampler.set_demand(3)
+        leases = [await peers.sampler.receive("lease") for _ in range(3)]
         for lease in leases[:2]:
             await peers.sampler.roll_out(lease.id)
         assert len(await take(peers.trainer, 0)) == 2

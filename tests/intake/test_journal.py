@@ -201,11 +201,11 @@ async def test_senders_wait_while_too_much_is_unwritten() -> None:
             return journal.append_record(record)
 
         *_, last = [await feed() for _ in range(3)]
-        room = asyncio.create_task(journal.wait_for_capacity())
+        waiting = asyncio.create_task(journal.wait_for_capacity())
         await asyncio.sleep(0)
-        assert not room.done()
+        assert not waiting.done()
         disk.full = {}
-        await room
+        await waiting
         await last
         assert journal.backlog_bytes == 0
 

@@ -11,7 +11,7 @@ import pytest
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.lease_events import replay_event
 from tests.intake.builders import PLAN, accept, chain, complete, grant, make_table
-from tests.intake.process_harness import IntakeProcess, Sampler
+from tests.intake.process_harness import IntakeProcess, SamplerPeer
 from tests.intake.server_harness import serve_intake
 from tests.intake.test_service import publish
 from tests.shared.invalid_subtrees import EVERY
@@ -114,19 +114,19 @@ async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(intak
     async with intake.with_peers("--train.batch", "1") as peers:
         sampler, trainer = peers.sampler, peers.trainer
         await publish(intake, trainer, 0, 0)
-        await sampler.want(2)
-        lease, other = [await sampler.hear("lease") for _ in range(2)]
+        await sampler.set_demand(2)
+        lease, other = [await sampler.receive("lease") for _ in range(2)]
         await sampler.send_chain(lease.id)
-        assert (await sampler.hear("ack")).refusal == ""
+        assert (await sampler.receive("ack")).refusal == ""
         bad = subtree_to_pb(EVERY["positive logprob"].of(lease.id))
         for _ in range(2):  # sent again after a reconnect, say
             await sampler.call.write(pb.RolloutRequest(subtree=bad))
-            ack = await sampler.hear("ack")
+            ack = await sampler.receive("ack")
             assert (ack.lease, ack.tree, ack.index) == (lease.id, 0, 1)
             assert ack.refusal == (
                 "Group 0000000, tree 0, node 12: logprobs[2] is 0.31; a log-probability is finite and at most 0."
             )
-        assert (await sampler.hear("stop_expanding")).lease == lease.id
+        assert (await sampler.receive("stop_expanding")).lease == lease.id
         await sampler.call.write(pb.RolloutRequest(lease_end=lease_end_to_pb(complete(lease.id))))
         await sampler.roll_out(other.id)  # the stream is still open
         for position, leaves in ((0, [2]), (1, [2])):
@@ -139,13 +139,13 @@ async def test_a_refused_subtree_costs_its_lease_the_rest_and_nothing_else(intak
 
 
 async def test_what_a_refused_subtree_cost_outlives_a_restart(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
-        await sampler.want(1)
-        lease = await sampler.hear("lease")
-        await sampler.say(subtree=subtree_to_pb(EVERY["positive logprob"].of(lease.id)))
-        assert (await sampler.hear("ack")).refusal
-    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address, leases=(lease.id,)) as sampler:
-        await sampler.say(lease_end=lease_end_to_pb(complete(lease.id)))
+    async with serve_intake(make_table(), tmp_path) as intake, SamplerPeer.join(intake.address) as sampler:
+        await sampler.set_demand(1)
+        lease = await sampler.receive("lease")
+        await sampler.send_request(subtree=subtree_to_pb(EVERY["positive logprob"].of(lease.id)))
+        assert (await sampler.receive("ack")).refusal
+    async with serve_intake(make_table(), tmp_path) as intake, SamplerPeer.join(intake.address, leases=(lease.id,)) as sampler:
+        await sampler.send_request(lease_end=lease_end_to_pb(complete(lease.id)))
         await intake.until(lambda: lease.id not in intake.coordinator.lease_table.open_leases)
         assert intake.sample("budget_spent_total", kind="train", currency="tokens") == 28
         assert intake.coordinator.lease_table.ledger.imbalance(LeaseKind.TRAIN) == Budget()
@@ -155,15 +155,15 @@ async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(intake:
     async with intake.with_peers() as peers:
         sampler = peers.sampler
         await publish(intake, peers.trainer, 0, 0)
-        await sampler.want(1)
-        lease = await sampler.hear("lease")
+        await sampler.set_demand(1)
+        lease = await sampler.receive("lease")
         torn = subtree_to_pb(chain(lease.id))
         torn.steps[0].action = b"123"
         await sampler.call.write(pb.RolloutRequest(subtree=torn))
-        assert (await sampler.hear("ack")).refusal.startswith("Group 0000000, tree 0, node 1: action is 3 bytes long")
-        await sampler.hear("stop_expanding")
+        assert (await sampler.receive("ack")).refusal.startswith("Group 0000000, tree 0, node 1: action is 3 bytes long")
+        await sampler.receive("stop_expanding")
         await sampler.call.write(pb.RolloutRequest(lease_end=lease_end_to_pb(complete(lease.id))))
-        assert (await sampler.hear("lease")).id != lease.id
+        assert (await sampler.receive("lease")).id != lease.id
         samples = await intake.samples()
         assert samples["treegrpo_subtrees_refused_total/action"] == 1
         assert samples["treegrpo_leases_ended_total/train/failed"] == 1, "nothing else came of it"
@@ -172,7 +172,7 @@ async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(intake:
 async def test_work_for_a_lease_that_is_not_open_is_refused_in_a_sentence(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await peers.sampler.send_chain("train-9999999")
-        assert (await peers.sampler.hear("ack")).refusal == "Lease train-9999999 is not open; its work is no longer wanted."
+        assert (await peers.sampler.receive("ack")).refusal == "Lease train-9999999 is not open; its work is no longer wanted."
         assert (await intake.samples())["treegrpo_subtrees_refused_total/lease"] == 1
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.intake.process_harness import IntakeProcess, IntakeWithPeers, Sampler
+from tests.intake.process_harness import IntakeProcess, IntakeWithPeers, SamplerPeer
 from treegrpo.errors import ContractError
 from treegrpo.runtime.entrypoint import FAILED, TRANSIENT
 from treegrpo.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
@@ -54,10 +54,10 @@ async def take(trainer: IntakeConnection, position: int, count: int = 2) -> list
 async def test_a_question_goes_out_as_a_lease_and_comes_back_as_a_group(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         sampler, trainer = peers.sampler, peers.trainer
-        assert (await sampler.hear("welcome")).plan.trees == 2
-        await sampler.want(3)
+        assert (await sampler.receive("welcome")).plan.trees == 2
+        await sampler.set_demand(3)
         await publish(intake, trainer, 0, 0)
-        leases = [await sampler.hear("lease") for _ in range(3)]
+        leases = [await sampler.receive("lease") for _ in range(3)]
         assert len({lease.question.id for lease in leases}) == 3
         for lease in leases[:2]:
             await sampler.roll_out(lease.id)
@@ -72,14 +72,14 @@ async def test_a_subtree_sent_again_is_acked_and_counted_once(intake: IntakeProc
     async with intake.with_peers() as peers:
         sampler, trainer = peers.sampler, peers.trainer
         await publish(intake, trainer, 0, 0)
-        await sampler.hear("welcome")
-        await sampler.want(1)
-        lease = await sampler.hear("lease")
+        await sampler.receive("welcome")
+        await sampler.set_demand(1)
+        lease = await sampler.receive("lease")
         for _ in range(2):
             await sampler.send_chain(lease.id)
-            await sampler.hear("ack")
+            await sampler.receive("ack")
         await sampler.send_chain("train-9999999")
-        await sampler.hear("ack")
+        await sampler.receive("ack")
         samples = await intake.samples()
         assert samples["treegrpo_subtrees_duplicate_total"] == 1
         assert samples["treegrpo_subtrees_refused_total/lease"] == 1
@@ -90,26 +90,26 @@ async def test_a_killed_intake_resumes_with_every_acked_group(intake: IntakeProc
     async with intake.with_peers() as peers:
         process, sampler, trainer = peers.process, peers.sampler, peers.trainer
         await publish(intake, trainer, 0, 0)
-        await sampler.hear("welcome")
-        await sampler.want(3)
-        done, also_done, open_ = [await sampler.hear("lease") for _ in range(3)]
+        await sampler.receive("welcome")
+        await sampler.set_demand(3)
+        done, also_done, open_ = [await sampler.receive("lease") for _ in range(3)]
         await sampler.roll_out(done.id)
         await sampler.roll_out(also_done.id)
         await sampler.send_chain(open_.id)
-        await sampler.hear("lease")
-        await sampler.hear("ack")
+        await sampler.receive("lease")
+        await sampler.receive("ack")
         assert await take(trainer, 0) == ["0000000", "0000001"]
         process.kill()
         await process.wait()
     async with intake.with_peers(leases=(open_.id,)) as peers:
         sampler, trainer = peers.sampler, peers.trainer
-        assert not (await sampler.hear("welcome")).void_leases, "who comes back goes on"
+        assert not (await sampler.receive("welcome")).void_leases, "who comes back goes on"
         assert await take(trainer, 0) == ["0000000", "0000001"]
         await publish(intake, trainer, 1, 2)
         await sampler.send_chain(open_.id)
         await sampler.send_chain(open_.id, tree=1)
         for _ in range(2):
-            assert not (await sampler.hear("ack")).refusal
+            assert not (await sampler.receive("ack")).refusal
         samples = await intake.samples()
         assert samples["treegrpo_subtrees_duplicate_total"] == 1
         assert samples["treegrpo_budget_spent_total/tokens/train"] == 4 * 28
@@ -122,37 +122,37 @@ async def test_a_killed_intake_resumes_with_every_acked_group(intake: IntakeProc
 async def test_a_restarted_sampler_gets_the_questions_it_held_before(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await publish(intake, peers.trainer, 0, 0)
-        await peers.sampler.want(4)
-        before = [(await peers.sampler.hear("lease")).question.id for _ in range(4)]
-        async with Sampler.join(intake.listen, incarnation=2) as again:
-            await again.want(4)
-            assert [(await again.hear("lease")).question.id for _ in range(4)] == before
+        await peers.sampler.set_demand(4)
+        before = [(await peers.sampler.receive("lease")).question.id for _ in range(4)]
+        async with SamplerPeer.join(intake.listen, incarnation=2) as again:
+            await again.set_demand(4)
+            assert [(await again.receive("lease")).question.id for _ in range(4)] == before
         assert (await intake.samples())["treegrpo_leases_ended_total/train/lost"] == 4
 
 
 async def test_a_stop_sent_to_a_broken_stream_is_sent_again(intake: IntakeProcess) -> None:
     async with intake.serving(), intake.trainer() as trainer:
-        async with Sampler.join(intake.listen) as sampler:
+        async with SamplerPeer.join(intake.listen) as sampler:
             await publish(intake, trainer, 0, 0)
-            await sampler.want(4)
-            slow, *others = [await sampler.hear("lease") for _ in range(4)]
+            await sampler.set_demand(4)
+            slow, *others = [await sampler.receive("lease") for _ in range(4)]
             for lease in others[:2]:
                 await sampler.roll_out(lease.id)
             assert len(await take(trainer, 0)) == 2
             await publish(intake, trainer, 1, 2)
-            for lease in (others[2], await sampler.hear("lease")):
+            for lease in (others[2], await sampler.receive("lease")):
                 await sampler.roll_out(lease.id)
-            assert (await sampler.hear("stop_expanding")).lease == slow.id
-        async with Sampler.join(intake.listen, leases=(slow.id,)) as sampler:
-            assert (await sampler.hear("stop_expanding")).lease == slow.id
+            assert (await sampler.receive("stop_expanding")).lease == slow.id
+        async with SamplerPeer.join(intake.listen, leases=(slow.id,)) as sampler:
+            assert (await sampler.receive("stop_expanding")).lease == slow.id
 
 
 async def test_a_run_without_progress_ends_with_an_error(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await publish(intake, peers.trainer, 0, 0)
-        await peers.sampler.want(1)
+        await peers.sampler.set_demand(1)
         for _ in range(64):
-            lease = await peers.sampler.hear("lease")
+            lease = await peers.sampler.receive("lease")
             await peers.sampler.fail(lease.id, "ToolError: the retriever is not there")
         _, errors = await asyncio.wait_for(peers.process.communicate(), 30)
         assert peers.process.returncode == 2
@@ -164,7 +164,7 @@ async def test_a_run_without_progress_ends_with_an_error(intake: IntakeProcess) 
 
 async def train(intake: IntakeProcess, peers: IntakeWithPeers, step: int) -> list[str]:
     """Roll out a batch, train it, and write a checkpoint; the groups' names."""
-    for lease in [await peers.sampler.hear("lease") for _ in range(2)]:
+    for lease in [await peers.sampler.receive("lease") for _ in range(2)]:
         await peers.sampler.roll_out(lease.id)
     taken = await take(peers.trainer, 2 * step)
     await publish(intake, peers.trainer, step + 1, 2 * step + 2)
@@ -187,8 +187,8 @@ async def test_groups_covered_by_two_checkpoints_are_deleted(intake: IntakeProce
     journal, snapshots = intake.run_dir / "journal", intake.run_dir / "snapshots"
     async with intake.with_peers("--train.max_lag", "5") as peers:
         await publish(intake, peers.trainer, 0, 0)
-        await peers.sampler.hear("welcome")
-        await peers.sampler.want(2)
+        await peers.sampler.receive("welcome")
+        await peers.sampler.set_demand(2)
         taken: list[str] = []
         for step in range(3):
             taken = await train(intake, peers, step)
@@ -212,9 +212,9 @@ async def test_a_full_disk_blocks_every_peer_and_ends_none(intake: IntakeProcess
     async with intake.with_peers("--train.max_lag", "5") as peers:
         sampler, trainer, pid = peers.sampler, peers.trainer, peers.process.pid
         await publish(intake, trainer, 0, 0)
-        await sampler.hear("welcome")
-        await sampler.want(3)
-        leases = [await sampler.hear("lease") for _ in range(3)]
+        await sampler.receive("welcome")
+        await sampler.set_demand(3)
+        leases = [await sampler.receive("lease") for _ in range(3)]
         for lease in leases[:2]:
             await sampler.roll_out(lease.id)
         assert len(await take(trainer, 0)) == 2
@@ -227,17 +227,17 @@ async def test_a_full_disk_blocks_every_peer_and_ends_none(intake: IntakeProcess
 
         await until(blocked)
         out = (await intake.samples())["treegrpo_leases_outstanding/train"]
-        await sampler.want(9)
+        await sampler.set_demand(9)
         assert await take(trainer, 0) == ["0000000", "0000001"], "what is durable is trained on"
         await asyncio.to_thread(trainer.ask, StepReport({"step": 1}), Done)
         samples = await intake.samples()
         assert samples["treegrpo_journal_bytes"] == size, "nothing partial stays"
         assert samples["treegrpo_leases_outstanding/train"] == out, "nothing is granted"
-        hearing = asyncio.create_task(sampler.hear("ack"))
+        hearing = asyncio.create_task(sampler.receive("ack"))
         assert not (await asyncio.wait({hearing}, timeout=0.3))[0], "nothing is acked"
         resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
         assert (await hearing).lease == leases[2].id
-        await sampler.hear("lease")
+        await sampler.receive("lease")
         assert (await intake.samples())["treegrpo_journal_blocked"] == 0
         peers.process.kill()
         await peers.process.wait()
@@ -248,12 +248,12 @@ async def test_a_full_disk_blocks_every_peer_and_ends_none(intake: IntakeProcess
 async def test_an_evaluation_goes_on_where_a_killed_intake_left_it(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await publish(intake, peers.trainer, 0, 0)
-        await peers.sampler.hear("welcome")
+        await peers.sampler.receive("welcome")
         asked = asyncio.create_task(asyncio.to_thread(peers.trainer.ask, Evaluate("1.0"), Evaluation))
-        await peers.sampler.want(1)
+        await peers.sampler.set_demand(1)
         await peers.sampler.roll_out((await evaluation_lease(peers.sampler)).id, reward=1.0)
         await peers.sampler.send_chain((await evaluation_lease(peers.sampler)).id, fails=True)
-        await peers.sampler.hear("ack")
+        await peers.sampler.receive("ack")
         peers.process.kill()
         await peers.process.wait()
         with pytest.raises(ConnectionError):
@@ -261,7 +261,7 @@ async def test_an_evaluation_goes_on_where_a_killed_intake_left_it(intake: Intak
     async with intake.with_peers() as peers:
         await asyncio.to_thread(peers.trainer.ask, Publish("1.0", str(intake.run_dir / "weights" / "1.0"), 0), Done)
         asked = asyncio.create_task(asyncio.to_thread(evaluated, peers.trainer))
-        await peers.sampler.want(9)
+        await peers.sampler.set_demand(9)
         for _ in range(2):
             await peers.sampler.roll_out((await evaluation_lease(peers.sampler)).id, reward=0.0)
         result = await asked
@@ -269,9 +269,9 @@ async def test_an_evaluation_goes_on_where_a_killed_intake_left_it(intake: Intak
         assert result.em == pytest.approx(1 / 3)
 
 
-async def evaluation_lease(sampler: Sampler) -> Any:
+async def evaluation_lease(sampler: SamplerPeer) -> Any:
     """The next lease of an evaluation, which the trainer asks for meanwhile; training leases that come first are done."""
-    while (lease := await sampler.hear("lease")).kind != rollout_pb2.LEASE_KIND_EVAL:
+    while (lease := await sampler.receive("lease")).kind != rollout_pb2.LEASE_KIND_EVAL:
         await sampler.roll_out(lease.id)
     return lease
 
@@ -295,14 +295,14 @@ async def test_evaluation_is_every_heldout_question_once(intake: IntakeProcess) 
     async with intake.with_peers() as peers:
         sampler, trainer = peers.sampler, peers.trainer
         await publish(intake, trainer, 0, 0)
-        await sampler.hear("welcome")
+        await sampler.receive("welcome")
         asked = asyncio.create_task(asyncio.to_thread(trainer.ask, Evaluate("1.0"), Evaluation))
-        await sampler.want(3)
-        first = await sampler.hear("lease")
-        leases = [first, *[await sampler.hear("lease") for _ in range(2)]]
+        await sampler.set_demand(3)
+        first = await sampler.receive("lease")
+        leases = [first, *[await sampler.receive("lease") for _ in range(2)]]
         if any(lease.kind != 2 for lease in leases):  # demand came before the evaluation
-            await sampler.want(6)
-            leases = [lease for lease in [*leases, *[await sampler.hear("lease") for _ in range(3)]] if lease.kind == 2]
+            await sampler.set_demand(6)
+            leases = [lease for lease in [*leases, *[await sampler.receive("lease") for _ in range(3)]] if lease.kind == 2]
         for lease, reward in zip(leases, (1.0, 0.0, 0.0), strict=True):
             await sampler.roll_out(lease.id, reward)
         result = await asked
@@ -338,18 +338,18 @@ async def test_sigterm_drains_and_ends_cleanly(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         process, sampler, trainer = peers.process, peers.sampler, peers.trainer
         await publish(intake, trainer, 0, 0)
-        await sampler.hear("welcome")
-        await sampler.want(1)
-        lease = await sampler.hear("lease")
+        await sampler.receive("welcome")
+        await sampler.set_demand(1)
+        lease = await sampler.receive("lease")
         process.terminate()
-        await sampler.hear("drain")
+        await sampler.receive("drain")
         await sampler.roll_out(lease.id)
         assert await asyncio.wait_for(process.wait(), 20) == 0
 
 
 async def test_a_stream_that_does_not_begin_with_hello_is_refused(intake: IntakeProcess) -> None:
     async with intake.serving(), grpc.aio.insecure_channel(intake.listen) as channel:
-        call = Sampler(channel.stream_stream("/treegrpo.v1.RolloutService/Rollout")()).call
+        call = SamplerPeer(channel.stream_stream("/treegrpo.v1.RolloutService/Rollout")()).call
         await call.write(b"")
         with pytest.raises(grpc.aio.AioRpcError, match="begins with Hello"):
             await call.read()
@@ -362,10 +362,10 @@ async def test_unusable_settings_are_refused_in_one_sentence(intake: IntakeProce
         more = ["--run.seed", "5"]
         async with intake.with_peers() as peers:
             await publish(intake, peers.trainer, 0, 0)
-            await peers.sampler.want(1)
-            lease = await peers.sampler.hear("lease")
+            await peers.sampler.set_demand(1)
+            lease = await peers.sampler.receive("lease")
             await peers.sampler.send_chain(lease.id)
-            await peers.sampler.hear("ack")
+            await peers.sampler.receive("ack")
         (intake.run_dir / "weights" / "0.1").mkdir(parents=True)  # a step was made
     elif case == "busy port":
         more = ["--learner.listen", intake.broker]
@@ -383,22 +383,22 @@ async def test_unusable_settings_are_refused_in_one_sentence(intake: IntakeProce
 async def test_an_untrained_run_may_change_and_its_leases_are_void(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await publish(intake, peers.trainer, 0, 0)
-        await peers.sampler.want(1)
-        before = await peers.sampler.hear("lease")
+        await peers.sampler.set_demand(1)
+        before = await peers.sampler.receive("lease")
         await peers.sampler.send_chain(before.id)
-        await peers.sampler.hear("ack")
+        await peers.sampler.receive("ack")
     async with intake.with_peers("--rollout.max_turns", "7", leases=(before.id,)) as peers:
         shutil.rmtree(intake.run_dir / "weights")
         await publish(intake, peers.trainer, 0, 0)
-        await peers.sampler.want(1)
-        lease = await peers.sampler.hear("lease")
+        await peers.sampler.set_demand(1)
+        lease = await peers.sampler.receive("lease")
         assert (lease.plan.max_turns, lease.id != before.id) == (7, True)
     assert (intake.run_dir / "journal" / "untrained" / "00000001.log").exists()
     async with intake.with_peers("--rollout.max_turns", "7", leases=(lease.id,)) as peers:  # and goes on as that
         shutil.rmtree(intake.run_dir / "weights")
         await publish(intake, peers.trainer, 0, 0)
-        await peers.sampler.want(2)
-        assert (await peers.sampler.hear("lease")).id != lease.id
+        await peers.sampler.set_demand(2)
+        assert (await peers.sampler.receive("lease")).id != lease.id
 
 
 async def test_a_journal_of_an_earlier_version_is_refused(intake: IntakeProcess) -> None:

@@ -149,12 +149,12 @@ async def test_a_snapshot_that_would_not_fit_is_not_begun() -> None:
 async def test_records_during_a_snapshot_are_in_the_segments_after_it() -> None:
     disk = InMemoryFileSystem()
     disk.make_directory(JOURNAL)
-    table, told, appended = make_table(), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2), 0
+    table, recorder, appended = make_table(), RunRecorder(IntakeMetrics(), Path("/dev/null"), window=2), 0
     with Journal.open_journal(disk, JOURNAL, SegmentReader(disk, JOURNAL).end) as journal:
 
         def capture() -> StateCapture:
             table.set_aside_counts["appended"] = appended
-            return StateCapture(table, told)
+            return StateCapture(table, recorder)
 
         snapshots = SnapshotStore(disk, SNAPSHOTS)
         compaction = JournalCompactor(disk, JOURNAL, journal, snapshots, capture)

@@ -13,7 +13,7 @@ from learner.intake.monitoring.progress_clock import QUIET_SECONDS, ProgressCloc
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.monitoring.stall_diagnosis import RunStatus, SamplerStatus, StalledPart, TrainerStatus, diagnose_stall
 from tests.intake.builders import make_table
-from tests.intake.process_harness import Sampler
+from tests.intake.process_harness import SamplerPeer
 from tests.intake.server_harness import serve_intake
 from tests.manual_clock import ManualClock
 from treegrpo.observability.metrics import IntakeMetrics
@@ -163,21 +163,21 @@ def test_a_stall_is_logged_when_its_cause_changes_then_ever_less_often(tmp_path:
 
 
 async def test_the_diagnosis_names_what_a_sampler_waits_for(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, SamplerPeer.join(intake.address) as sampler:
         with intake.trainer.track_connection(), intake.trainer.track_request():
-            await sampler.want(1)
-            lease = await sampler.hear("lease")
+            await sampler.set_demand(1)
+            lease = await sampler.receive("lease")
             beat = pb.Heartbeat(waits_for="the retriever,\nwhich is away", waited_seconds=7.0)
-            await sampler.say(heartbeat=beat)
+            await sampler.send_request(heartbeat=beat)
             await intake.until(lambda: bool(intake.coordinator.open_sessions["s1"].waiting_for))
             status = current_run_status(intake.coordinator, intake.trainer, intake.journal)
             assert diagnose_stall(status).sentence == "the retriever, which is away: so say s1, for 7 s"
-            await sampler.say(heartbeat=pb.Heartbeat())
+            await sampler.send_request(heartbeat=pb.Heartbeat())
             await intake.until(lambda: not intake.coordinator.open_sessions["s1"].waiting_for)
             assert (
                 diagnose_stall(current_run_status(intake.coordinator, intake.trainer, intake.journal)).part is StalledPart.LEASES
             )
             before = intake.coordinator.leases.progress_clock.last_progress
             await sampler.send_chain(lease.id)
-            await sampler.hear("ack")
+            await sampler.receive("ack")
             assert intake.coordinator.leases.progress_clock.last_progress > before

@@ -17,7 +17,7 @@ from learner.intake.rpc import auth_interceptor
 from learner.intake.rpc.auth_interceptor import CallLimits
 from services.sampler.learner_link.channel import OPTIONS
 from tests.intake.builders import PLAN, VERSION, chain, complete, make_table
-from tests.intake.process_harness import Sampler
+from tests.intake.process_harness import SamplerPeer
 from tests.intake.server_harness import IntakeFixture, serve_intake
 from treegrpo.core.budget import Budget, Cost
 from treegrpo.core.lease import LeaseKind
@@ -31,12 +31,12 @@ from treegrpo.wire.size_limits import TIMES
 SECONDS = 20.0
 
 
-async def granted(sampler: Sampler) -> str:
-    await sampler.want(1)
-    return (await sampler.hear("lease")).id
+async def granted(sampler: SamplerPeer) -> str:
+    await sampler.set_demand(1)
+    return (await sampler.receive("lease")).id
 
 
-async def ended(sampler: Sampler) -> tuple[grpc.StatusCode, str]:
+async def ended(sampler: SamplerPeer) -> tuple[grpc.StatusCode, str]:
     """How the learner ends its stream."""
     async with asyncio.timeout(SECONDS):
         return await sampler.call.code(), await sampler.call.details()
@@ -50,11 +50,11 @@ def refused(intake: IntakeFixture, reason: str) -> float:
 
 
 async def test_a_subtree_sent_again_is_counted_once(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, SamplerPeer.join(intake.address) as sampler:
         lease = await granted(sampler)
         for _ in range(3):
             await sampler.send_chain(lease)
-            assert not (await sampler.hear("ack")).refusal
+            assert not (await sampler.receive("ack")).refusal
         assert intake.sample("subtrees_duplicate_total") == 2
         assert intake.coordinator.lease_table.ledger.accounts[LeaseKind.TRAIN].spent == Budget(28, 2)
 
@@ -63,45 +63,45 @@ async def test_nobody_brings_subtrees_of_another_samplers_lease(tmp_path: Path, 
     """Neither what the other has sent before nor anything new; and the other notices nothing."""
     async with (
         serve_intake(make_table(), tmp_path) as intake,
-        Sampler.join(intake.address, name="mine") as mine,
-        Sampler.join(intake.address, name="other") as other,
+        SamplerPeer.join(intake.address, name="mine") as mine,
+        SamplerPeer.join(intake.address, name="other") as other,
     ):
         lease = await granted(mine)
         await mine.send_chain(lease)
-        await mine.hear("ack")
+        await mine.receive("ack")
         shapes: list[dict[str, Any]] = [{}, {"index": 1, "parent": 1}, {"tree": 1}]
         for shape in shapes * 2:
-            await other.say(subtree=subtree_to_pb(chain(lease, reward=9.0, **shape)))
-            assert "its own sampler speaks for it" in (await other.hear("ack")).refusal
+            await other.send_request(subtree=subtree_to_pb(chain(lease, reward=9.0, **shape)))
+            assert "its own sampler speaks for it" in (await other.receive("ack")).refusal
         assert refused(intake, "holder") == 6
         assert sum("speaks for it" in record.getMessage() for record in caplog.records) == 1
         group = intake.coordinator.lease_table.open_leases[lease]
         assert (len(group.encoded), group.stop_requested_at, group.rejected) == (1, None, {})
         await mine.send_chain(lease, tree=1)
-        assert not (await mine.hear("ack")).refusal
+        assert not (await mine.receive("ack")).refusal
 
 
 async def test_nobody_ends_another_samplers_lease(tmp_path: Path) -> None:
     async with (
         serve_intake(make_table(), tmp_path) as intake,
-        Sampler.join(intake.address, name="mine") as mine,
-        Sampler.join(intake.address, name="other") as other,
+        SamplerPeer.join(intake.address, name="mine") as mine,
+        SamplerPeer.join(intake.address, name="other") as other,
     ):
         lease = await granted(mine)
-        await other.say(lease_end=lease_end_to_pb(complete(lease)))
+        await other.send_request(lease_end=lease_end_to_pb(complete(lease)))
         assert await granted(other) != lease
         assert lease in intake.coordinator.lease_table.open_leases
 
 
 async def test_a_lease_that_ended_takes_nothing_more(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, SamplerPeer.join(intake.address) as sampler:
         lease = await granted(sampler)
         await sampler.roll_out(lease)
-        await sampler.hear("lease")
+        await sampler.receive("lease")
         shapes: list[dict[str, Any]] = [{}, {"tree": 1}]
         for shape in shapes:
             await sampler.send_chain(lease, **shape)
-            assert (await sampler.hear("ack")).refusal == f"Lease {lease} is not open; its work is no longer wanted."
+            assert (await sampler.receive("ack")).refusal == f"Lease {lease} is not open; its work is no longer wanted."
         assert refused(intake, "lease") == 2
         assert intake.coordinator.lease_table.ledger.accounts[LeaseKind.TRAIN].spent == Budget(28, 2)
 
@@ -124,9 +124,9 @@ WRONG: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 async def test_what_breaks_the_contract_ends_the_stream_and_is_counted(tmp_path: Path, name: str) -> None:
     says, sentence = WRONG[name]
-    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, SamplerPeer.join(intake.address) as sampler:
         lease = await granted(sampler)
-        await sampler.say(**says(lease))
+        await sampler.send_request(**says(lease))
         code, said = await ended(sampler)
         assert (code, sentence in said) == (grpc.StatusCode.INVALID_ARGUMENT, True), said
         assert intake.sample("peers_refused_total", reason="message") == 1
@@ -147,7 +147,7 @@ async def test_bytes_that_are_no_message_end_the_stream_without_a_traceback(
 
 async def test_a_step_with_an_impossible_cost_is_refused(tmp_path: Path) -> None:
     """Two of them were more than 64 bits, which neither journal nor snapshot can write."""
-    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, SamplerPeer.join(intake.address) as sampler:
         lease = await granted(sampler)
         sent = subtree_to_pb(chain(lease))
         for number, field in enumerate(("prefilled", "cached", "decoded", "tool_calls", "seconds")):
@@ -157,20 +157,20 @@ async def test_a_step_with_an_impossible_cost_is_refused(tmp_path: Path) -> None
             huge: Any = float("nan") if field == "seconds" else 2**32 - 1
             setattr(bad.subtree.steps[0].cost, field, huge)
             await sampler.call.write(bad)
-            assert "which no step of its plan can cost" in (await sampler.hear("ack")).refusal
-        await sampler.say(lease_end=lease_end_to_pb(complete(lease)))
-        await sampler.hear("lease")
+            assert "which no step of its plan can cost" in (await sampler.receive("ack")).refusal
+        await sampler.send_request(lease_end=lease_end_to_pb(complete(lease)))
+        await sampler.receive("lease")
         spent = intake.coordinator.lease_table.ledger.accounts[LeaseKind.TRAIN].spent
         assert spent.tokens <= 10 * TIMES * PLAN.max_context
         assert msgpack.packb(intake.coordinator.lease_table.snapshot_table())
 
 
 async def test_refusals_of_one_lease_are_bounded(tmp_path: Path) -> None:
-    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
+    async with serve_intake(make_table(), tmp_path) as intake, SamplerPeer.join(intake.address) as sampler:
         lease = await granted(sampler)
         for number in range(50):
             await sampler.send_chain(lease, tree=2 + number)
-            await sampler.hear("ack")
+            await sampler.receive("ack")
         assert len(intake.coordinator.lease_table.open_leases[lease].rejected) == PLAN.leaves
         assert refused(intake, "tree") == PLAN.leaves
 
@@ -245,7 +245,7 @@ async def test_metadata_beyond_the_limit_are_refused(tmp_path: Path) -> None:
 
 async def test_a_message_beyond_the_limit_is_refused_and_its_lease_goes_on(tmp_path: Path) -> None:
     options = [(key, value) for key, value in OPTIONS if "message_length" not in key]
-    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as good:
+    async with serve_intake(make_table(), tmp_path) as intake, SamplerPeer.join(intake.address) as good:
         async with grpc.aio.insecure_channel(intake.address, options=options) as channel:
             call = cast("Any", channel).stream_stream("/treegrpo.v1.RolloutService/Rollout")()
             await call.write(bytes(MESSAGE_BYTES + 1))

@@ -14,7 +14,7 @@ import pytest
 from learner.intake.leases.question_file import load_questions
 from learner.intake.rpc.request_limits import MAX_FIELDS
 from tests.intake.builders import PLAN, accept, chain, grant, make_table, step
-from tests.intake.process_harness import Sampler
+from tests.intake.process_harness import SamplerPeer
 from tests.intake.server_harness import serve_intake
 from treegrpo.core.budget import Cost
 from treegrpo.core.step import Leaf, Subtree
@@ -131,17 +131,17 @@ def test_a_question_that_is_too_long_is_refused_with_its_row(tmp_path: Path) -> 
 
 async def test_a_subtree_of_very_many_steps_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     """Thousands of steps of a few bytes held the event loop for a third of a second, each time."""
-    async with serve_intake(make_table(), tmp_path) as intake, Sampler.join(intake.address) as sampler:
-        await sampler.want(1)
-        lease = (await sampler.hear("lease")).id
+    async with serve_intake(make_table(), tmp_path) as intake, SamplerPeer.join(intake.address) as sampler:
+        await sampler.set_demand(1)
+        lease = (await sampler.receive("lease")).id
         sent = subtree_to_pb(chain(lease))
         for number in range(MAX_FIELDS // 4):
             sent.steps.add(node=number + 100, status=tree_pb2.STEP_STATUS_OK)
         for table in (lease, "train-9999999"):
             sent.lease = table
             began = time.process_time()
-            await sampler.say(subtree=sent)
-            refusal = (await sampler.hear("ack")).refusal
+            await sampler.send_request(subtree=sent)
+            refusal = (await sampler.receive("ack")).refusal
             assert "more leaves or steps than all" in refusal or "is not open" in refusal
             assert time.process_time() - began < 0.25
         assert intake.sample("subtrees_refused_total", reason="steps") == 1
