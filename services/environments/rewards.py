@@ -32,12 +32,12 @@ class _AnswerCharTable(dict[int, str]):
     """Maps a character to what is compared of it, for `str.translate`: punctuation and invisible characters to nothing."""
 
     def __missing__(self, number: int) -> str:
-        letter = chr(number - 0xFEE0 if number in _FULLWIDTH else number)
-        dropped = letter in string.punctuation or letter in _SYMBOLS or number in _SELECTORS
-        if dropped or unicodedata.category(letter) in _DROPPED:
+        char = chr(number - 0xFEE0 if number in _FULLWIDTH else number)
+        dropped = char in string.punctuation or char in _SYMBOLS or number in _SELECTORS
+        if dropped or unicodedata.category(char) in _DROPPED:
             plain = ""
         else:
-            plain = unicodedata.normalize("NFKC", letter) if number in _LIGATURES else letter
+            plain = unicodedata.normalize("NFKC", char) if number in _LIGATURES else char
         self[number] = plain
         return plain
 
@@ -45,7 +45,7 @@ class _AnswerCharTable(dict[int, str]):
 _DROPPED = frozenset(("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Cf"))
 _ANSWER_CHARS = _AnswerCharTable()
 _COMPOSED_LETTERS = 4096
-"""A longer text is compared as it is written: composing many marks on one letter takes quadratic time."""
+"""A longer text is compared as it is written: composing many marks on one character takes quadratic time."""
 
 
 def normalise(text: str) -> str:

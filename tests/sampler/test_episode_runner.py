@@ -82,9 +82,9 @@ async def test_after_max_turns_one_more_turn_follows_without_tools() -> None:
 
 
 async def test_a_tool_call_is_noted_no_longer_than_the_learner_takes() -> None:
-    action, room = "x" * TEXT_LENGTH + "s!", 9 * TEXT_LENGTH
-    large = lease(plan(1, 0, 0, max_turns=1, max_action_tokens=2 * TEXT_LENGTH, max_context=room))
-    (chain,), _ = await expand(large, FakeEngine(lambda _prefix: action, room))
+    action, context = "x" * TEXT_LENGTH + "s!", 9 * TEXT_LENGTH
+    large = lease(plan(1, 0, 0, max_turns=1, max_action_tokens=2 * TEXT_LENGTH, max_context=context))
+    (chain,), _ = await expand(large, FakeEngine(lambda _prefix: action, context))
     assert chain.steps[0].tool + chain.steps[0].tool_arguments == "look" + action[: TEXT_LENGTH - 4]
 
 

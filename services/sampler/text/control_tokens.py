@@ -34,14 +34,14 @@ _LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 def is_control_token(token: AddedToken, template: str) -> bool:
     """Whether an added token is more than a word of the vocabulary: special, markup, or written by the chat ``template``.
 
-    A special token of one letter is one too: in foreign text that letter is unknown, for the model has no other id for it.
+    A special token of one character is one too: in foreign text that character is unknown, for the model has no other id for it.
     """
     text = token.content
     if token.special:
         return True
     if not text.strip() or _BYTE.fullmatch(text):
         return False
-    word = len(text) == 1 or all(letter.isalnum() or letter in " -'▁" for letter in text)
+    word = len(text) == 1 or all(char.isalnum() or char in " -'▁" for char in text)
     return not word or (len(text) > 1 and text in template)
 
 
