@@ -33,7 +33,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 from transformers import set_seed
@@ -135,7 +134,7 @@ class Trainer:
 
     def _step(self, packed: list[bytes], phases: PhaseTimer) -> None:
         with phases("pack"):
-            groups, refused = unpack_groups(packed, int(cast("Any", self._updater.model.config).vocab_size))
+            groups, refused = unpack_groups(packed, self._updater.vocabulary)
             batch = select_usable(groups)
             minibatches = [self._packs(part) for part in split_minibatches(batch, self._config.train.minibatches)]
         if self._ranks.is_first:

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -77,6 +77,11 @@ class Updater:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True
         )
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids of the policy."""
+        return int(cast("Any", self.model.config).vocab_size)
 
     def step_minibatches(self, minibatches: Sequence[Sequence[Pack]], step: int) -> Update:
         """For each minibatch add up the gradients of its packs and step once.
