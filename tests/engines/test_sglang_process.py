@@ -97,7 +97,7 @@ async def test_an_address_in_use_is_the_error_whatever_is_logged_later(tmp_path:
     code = "print('ERROR:    [Errno 98] address already in use', 'TimeoutError: timed out', sep=chr(10)); raise SystemExit(1)"
     child = await SGLangProcess.start_server([sys.executable, "-c", code], os.environ, tmp_path / "log")
     await child.ended
-    assert "ended with exit code 1; its last error: [Errno 98] address already in use" in child.exit_message()
+    assert "ended with exit code 1; last error: [Errno 98] address already in use" in child.exit_message()
 
 
 async def test_unknown_flags_are_a_config_error(tmp_path: Path) -> None:
