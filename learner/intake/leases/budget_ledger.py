@@ -24,6 +24,8 @@ class Account:
 
 
 class Ledger:
+    """The accounts of both lease kinds, and the budget that each open lease has left."""
+
     def __init__(self) -> None:
         self.accounts = {kind: Account() for kind in LeaseKind}
         self._open: dict[str, tuple[LeaseKind, Budget]] = {}
