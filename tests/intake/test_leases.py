@@ -273,9 +273,9 @@ def test_a_subtree_that_comes_twice_is_counted_once() -> None:
 def test_work_nobody_asked_for_is_refused_and_changes_nothing() -> None:
     table = make_table()
     lease = grant(table)
-    for stranger in (chain("train-9999999"), chain(lease, tree=PLAN.trees), chain(lease, index=1, parent=99)):
+    for foreign_subtree in (chain("train-9999999"), chain(lease, tree=PLAN.trees), chain(lease, index=1, parent=99)):
         with pytest.raises(ContractError):
-            accept(table, stranger)
+            accept(table, foreign_subtree)
     assert table.ledger.accounts[LeaseKind.TRAIN].spent == Budget()
 
 

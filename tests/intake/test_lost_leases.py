@@ -104,11 +104,11 @@ async def test_a_sampler_that_was_cut_off_keeps_its_lease_if_it_is_back_in_time(
 async def test_a_last_will_is_believed_of_who_is_silent_and_of_nobody_else(tmp_path: Path) -> None:
     timings = replace(short_timings(silence=20.0), will_grace_seconds=0.2)
     async with serve_intake(make_table(), tmp_path, timings) as intake, AsyncExitStack() as stack:
-        talks, hushed = [
+        talks, silent = [
             await stack.enter_async_context(SamplerPeer.join(intake.address, name=name)) for name in ("talks", "hushed")
         ]
         beating = asyncio.create_task(beat(talks))
-        for sampler in (talks, hushed):
+        for sampler in (talks, silent):
             await sampler.set_demand(1)
             await sampler.receive("lease")
         await intake.until(lambda: _silence(intake, "hushed") > 0.2)

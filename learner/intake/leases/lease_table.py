@@ -111,11 +111,11 @@ class LeaseTable:
 
     @property
     def has_grantable_work(self) -> bool:
-        """Whether there is anything to lease, and room for it."""
+        """Whether there is anything to lease, and capacity for it."""
         if self.version is None:
             return False
-        room = self.lease_limit - self.count_active_leases(LeaseKind.TRAIN) - len(self.unfinished_groups)
-        return bool(self._evaluation_queue) or room > 0 or bool(self.resumable_groups)
+        capacity = self.lease_limit - self.count_active_leases(LeaseKind.TRAIN) - len(self.unfinished_groups)
+        return bool(self._evaluation_queue) or capacity > 0 or bool(self.resumable_groups)
 
     @property
     def resumable_groups(self) -> list[RolloutGroup]:

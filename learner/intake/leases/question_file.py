@@ -160,7 +160,7 @@ def _iter_answers(row: Mapping[str, Any], where: str) -> Iterator[str]:
 
 def _is_visible(text: str) -> bool:
     """Whether any character of a text is visible; blanks, control characters and joiners alone are no answer."""
-    return any(unicodedata.category(letter) not in _INVISIBLE for letter in text)
+    return any(unicodedata.category(character) not in _INVISIBLE for character in text)
 
 
 def _iter_answer_texts(value: Any, where: str, depth: int = 0) -> Iterator[str]:
@@ -207,8 +207,8 @@ def _extract_final_answer(text: str) -> str:
 
 def _extract_boxed(text: str) -> str:
     inner, depth = text.rpartition("\\boxed{")[2], 1
-    for end, letter in enumerate(inner):
-        depth += (letter == "{") - (letter == "}")
+    for end, character in enumerate(inner):
+        depth += (character == "{") - (character == "}")
         if depth == 0:
             return inner[:end].strip()
     return text
