@@ -151,8 +151,8 @@ class LimitedBroker(Broker):
         """Retain a bounded number of topics, and no large message."""
         presence = "/members/" in (topic_name or "")
         most = self._limits.retained + (0 if presence else self._limits.retained_besides)
-        room = topic_name in self._retained_messages or len(self._retained_messages) < most
-        if not data or (room and len(topic_name or "") + len(data) <= RETAINED_BYTES):
+        has_capacity = topic_name in self._retained_messages or len(self._retained_messages) < most
+        if not data or (has_capacity and len(topic_name or "") + len(data) <= RETAINED_BYTES):
             await super().retain_message(None, topic_name, data, qos)  # it would keep the session of who left long ago
         else:
             self._refusals.log_refusal(

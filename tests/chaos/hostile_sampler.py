@@ -42,7 +42,7 @@ EOF: Any = cast("Any", grpc.aio).EOF
 class HostileSampler:
     address: str
     chance: random.Random
-    foreign: list[str] = field(default_factory=lambda: ["train-0000000-0123456789abcdef"])
+    foreign_leases: list[str] = field(default_factory=lambda: ["train-0000000-0123456789abcdef"])
     """Leases that it does not hold."""
     attack_seconds: float = ATTACK_SECONDS
     """For one attack."""
@@ -54,7 +54,9 @@ class HostileSampler:
         """A stream of another incarnation, which asks for more leases than it gets."""
         async with grpc.aio.insecure_channel(self.address) as channel:
             call = cast("Any", rollout_pb2_grpc.RolloutServiceStub(channel)).Rollout()
-            hello = pb.Hello(sampler=NAME, incarnation=self.chance.getrandbits(60), engine="fake", leases=self.foreign[-4:])
+            hello = pb.Hello(
+                sampler=NAME, incarnation=self.chance.getrandbits(60), engine="fake", leases=self.foreign_leases[-4:]
+            )
             await call.write(pb.RolloutRequest(hello=hello))
             await call.write(pb.RolloutRequest(demand=pb.Demand(leases=DEMAND)))
             yield call
@@ -66,7 +68,7 @@ class HostileSampler:
             while (message := await call.read()) != EOF:
                 if message.WhichOneof("kind") == "lease":
                     await answer(call, message.lease.id)
-                    self.foreign.append(message.lease.id)
+                    self.foreign_leases.append(message.lease.id)
                     await asyncio.sleep(self.pause_seconds)
 
     async def end_lease(self, call: Any, lease: str, reason: LeaseEndReason) -> None:
@@ -91,13 +93,13 @@ class HostileSampler:
                 chain(lease, tree=99),
                 chain(lease, index=1, parent=77),
                 chain(lease),
-                chain(self.chance.choice(self.foreign)),
+                chain(self.chance.choice(self.foreign_leases)),
             ]
             sent = [subtree_to_pb(subtree) for subtree in invalid]
             sent[2].steps[0].logprobs = b"\x00\x00\x80\x7f" * (len(sent[2].steps[0].logprobs) // 4)  # infinite
             for subtree in (*sent, *sent):
                 await call.write(pb.RolloutRequest(subtree=subtree))
-            await self.end_lease(call, self.chance.choice(self.foreign), LeaseEndReason.COMPLETE)
+            await self.end_lease(call, self.chance.choice(self.foreign_leases), LeaseEndReason.COMPLETE)
             await self.end_lease(call, lease, LeaseEndReason.COMPLETE)
 
         await self.answer_leases(answer)

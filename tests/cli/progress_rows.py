@@ -9,7 +9,7 @@ from typing import Any
 from services.cli.reports.progress_reader import FILE_NAME, EvalRecord, StepRecord
 
 
-def books(spent: int) -> dict[str, Any]:
+def ledger_fields(spent: int) -> dict[str, Any]:
     tokens = {"granted": 9 * spent, "spent": spent, "refunded": 7 * spent, "forfeited": 0, "outstanding": spent}
     ledger = {"train": {"tokens": tokens, "tool_calls": {**tokens, "spent": spent // 100}}}
     return {
@@ -24,12 +24,12 @@ def books(spent: int) -> dict[str, Any]:
 
 def step_row(step: int, *, lineage: int = 0, spent: int = 1000, time: float = 0.0, em: float = 0.25) -> dict[str, Any]:
     row = {"kind": "step", "time": time, "step": step, "version": f"{lineage}.{step}", "reward_mean": 0.125, "em": em}
-    return {**row, "lag_mean": 0.5, "lag_max": 1, "zero_signal_ratio": 0.1, "more": "is ignored", **books(spent)}
+    return {**row, "lag_mean": 0.5, "lag_max": 1, "zero_signal_ratio": 0.1, "more": "is ignored", **ledger_fields(spent)}
 
 
 def eval_row(step: int, em: float, *, failed: int = 0) -> dict[str, Any]:
     row = {"kind": "eval", "time": 0.0, "version": f"0.{step}", "questions": 20, "em": em, "reward": 0.1, "failed": failed}
-    return {**row, **books(1000)}
+    return {**row, **ledger_fields(1000)}
 
 
 def step(number: int, **keys: Any) -> StepRecord:

@@ -174,13 +174,13 @@ def test_no_secret_is_told(stack: ComposeProject) -> None:
         if line and "-----" not in line
     ]
     assert len(secrets) > 12
-    told = {
+    published = {
         "config": stack.run_compose("config"),
         "logs": stack.run_compose("logs", "--no-color"),
         **{container: docker("inspect", container) for service in SERVICES for container in stack.containers(service)},
         **{image: docker("history", "--no-trunc", image) + docker("image", "inspect", image) for image in OURS},
     }
-    assert [place for place, text in told.items() if any(secret in text for secret in secrets)] == []
+    assert [place for place, text in published.items() if any(secret in text for secret in secrets)] == []
     for image in OURS:
         keys = docker(
             "run",

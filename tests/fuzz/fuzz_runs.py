@@ -20,7 +20,7 @@ WARM = 0.2
 """Share of a server's cases after which its memory is looked at first."""
 TRACED = 200
 """Cases that are repeated with every allocation traced, which is slow."""
-ROOM_MIB = 8.0
+TOLERATED_MIB = 8.0
 """Growth that is not waited for."""
 QUIET_SECONDS = 8.0
 """For work that a server has not finished: it waits for a client's acknowledgement for 5 s."""
@@ -104,6 +104,6 @@ async def _probe(target: ServerTarget, servers: FuzzedServers) -> None:
 async def _wait_for_memory(server: ServerProcess, before: float) -> float:
     """Its memory after it has finished its work."""
     deadline = time.monotonic() + QUIET_SECONDS
-    while server.alive and server.mib > before + ROOM_MIB and time.monotonic() < deadline:  # noqa: ASYNC110
+    while server.alive and server.mib > before + TOLERATED_MIB and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.5)
     return server.mib if server.alive else before

@@ -66,12 +66,12 @@ def watched(report: Callable[[str], None] = lambda _: None) -> Generator[LoopWat
     dog, run = LoopWatchdog(), asyncio.Handle._run  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType, reportUnknownMemberType, reportAttributeAccessIssue]
 
     def timed(handle: Any) -> None:
-        told, busy, took = len(dog.stalls), time.thread_time(), time.monotonic()
+        reported, busy, took = len(dog.stalls), time.thread_time(), time.monotonic()
         try:
             run(handle)
         finally:
             dog.record_callback(time.thread_time() - busy, time.monotonic() - took, handle)
-            for stall in dog.stalls[told:]:
+            for stall in dog.stalls[reported:]:
                 report(stall)
 
     asyncio.Handle._run = timed  # pyright: ignore[reportAttributeAccessIssue]

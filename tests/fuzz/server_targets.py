@@ -47,9 +47,9 @@ class ServerTarget:
 
 
 @asynccontextmanager
-async def rollout(stage: FuzzedServers) -> AsyncGenerator[Feed]:
+async def rollout(servers: FuzzedServers) -> AsyncGenerator[Feed]:
     """Hello, perhaps a mutated one, a demand, and what follows; the lease's id is put where the sample has one."""
-    async with grpc.aio.insecure_channel(stage.intake.listen) as channel:
+    async with grpc.aio.insecure_channel(servers.intake.listen) as channel:
 
         async def feed(case: tuple[bool, bytes]) -> None:
             begun, data = case
@@ -74,8 +74,8 @@ async def rollout(stage: FuzzedServers) -> AsyncGenerator[Feed]:
 
 
 @asynccontextmanager
-async def weights(stage: FuzzedServers) -> AsyncGenerator[Feed]:
-    async with grpc.aio.insecure_channel(stage.intake.listen) as channel:
+async def weights(servers: FuzzedServers) -> AsyncGenerator[Feed]:
+    async with grpc.aio.insecure_channel(servers.intake.listen) as channel:
         methods = ("WeightsService/FetchWeights", "WeightsService/DescribeWeights")
         paths = [*(f"/treegrpo.v1.{method}" for method in methods), "/grpc.health.v1.Health/Check"]
 
@@ -107,8 +107,8 @@ async def said(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data:
 
 def dialling(address: Callable[[FuzzedServers], str]) -> Callable[[FuzzedServers], Any]:
     @asynccontextmanager
-    async def connected(stage: FuzzedServers) -> AsyncGenerator[Feed]:
-        host, _, port = address(stage).rpartition(":")
+    async def connected(servers: FuzzedServers) -> AsyncGenerator[Feed]:
+        host, _, port = address(servers).rpartition(":")
 
         async def feed(data: bytes) -> None:
             await said(*await asyncio.open_connection(host, int(port)), data)
@@ -119,9 +119,9 @@ def dialling(address: Callable[[FuzzedServers], str]) -> Callable[[FuzzedServers
 
 
 @asynccontextmanager
-async def trainer(stage: FuzzedServers) -> AsyncGenerator[Feed]:
+async def trainer(servers: FuzzedServers) -> AsyncGenerator[Feed]:
     async def feed(data: bytes) -> None:
-        await said(*await asyncio.open_unix_connection(stage.socket), data)
+        await said(*await asyncio.open_unix_connection(servers.socket), data)
 
     yield feed
 
@@ -166,9 +166,9 @@ def _talk(drawn: bytes) -> bytes:
     return bytewise(b"".join(packets), rest)
 
 
-async def _intake(stage: FuzzedServers) -> None:
-    await probe_learner(stage.intake.listen)
-    assert (await stage.intake.samples())["treegrpo_journal_blocked"] == 0
+async def _intake(servers: FuzzedServers) -> None:
+    await probe_learner(servers.intake.listen)
+    assert (await servers.intake.samples())["treegrpo_journal_blocked"] == 0
 
 
 QUICK = [row for row in sample_messages.HANDOFF if row["type"] not in ("Take", "Evaluate")]
@@ -177,13 +177,15 @@ SERVER_TARGETS = [
     ServerTarget("rollout", "intake", 6_000, st.tuples(st.booleans(), protobufs(sample_messages.REQUESTS)), rollout, _intake),
     ServerTarget("weights", "intake", 1_500, st.tuples(st.integers(0, 9), protobufs(sample_messages.ASKED)), weights, _intake),
     ServerTarget("trainer", "intake", 3_000, packed(QUICK, _framed), trainer, _intake),
-    ServerTarget("metrics", "intake", 1_000, raw(sample_messages.SCRAPES), dialling(lambda stage: stage.intake.metrics), _intake),
     ServerTarget(
-        *("search", "retriever", 2_500, DRAWN.map(_post), dialling(lambda stage: stage.retriever)),
-        lambda stage: probe_retriever(Config(retriever=RetrieverConfig(listen=stage.retriever))),
+        "metrics", "intake", 1_000, raw(sample_messages.SCRAPES), dialling(lambda servers: servers.intake.metrics), _intake
     ),
     ServerTarget(
-        *("mqtt", "broker", 2_000, DRAWN.map(_talk), dialling(lambda stage: stage.intake.broker)),
-        lambda stage: probe_broker(stage.intake.broker),
+        *("search", "retriever", 2_500, DRAWN.map(_post), dialling(lambda servers: servers.retriever)),
+        lambda servers: probe_retriever(Config(retriever=RetrieverConfig(listen=servers.retriever))),
+    ),
+    ServerTarget(
+        *("mqtt", "broker", 2_000, DRAWN.map(_talk), dialling(lambda servers: servers.intake.broker)),
+        lambda servers: probe_broker(servers.intake.broker),
     ),
 ]

@@ -59,13 +59,13 @@ def test_a_callback_that_keeps_the_event_loop_is_told_of() -> None:
         asyncio.get_running_loop().call_soon(busy)
         await asyncio.sleep(0)
 
-    told: list[str] = []
-    with watched(told.append) as dog:
+    reported: list[str] = []
+    with watched(reported.append) as dog:
         asyncio.run(run())
     asyncio.run(run())
-    assert dog.stalls == told
-    assert len(told) == 1
-    assert "busy" in told[0]
+    assert dog.stalls == reported
+    assert len(reported) == 1
+    assert "busy" in reported[0]
     assert dog.longest > STALL_SECONDS
 
 

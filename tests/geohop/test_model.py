@@ -103,7 +103,7 @@ def test_a_tag_is_one_token_wherever_it_stands(tag: str) -> None:
 
 def test_digits_are_single() -> None:
     pieces = [text_of(tokenizer(), [one]) for one in token_ids(tokenizer(), " 1024 and 77")]
-    assert [piece for piece in pieces if any(letter.isdigit() for letter in piece)] == list("102477")
+    assert [piece for piece in pieces if any(character.isdigit() for character in piece)] == list("102477")
 
 
 def test_a_name_is_the_same_tokens_in_question_search_document_and_answer() -> None:

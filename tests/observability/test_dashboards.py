@@ -49,9 +49,9 @@ def recorded() -> dict[str, str]:
 
 
 def test_the_dashboards_are_as_their_description_says() -> None:
-    wanted = render_dashboards()
-    assert {path.name for path in FOLDER.iterdir()} == {path.name for path in wanted}
-    stale = [path.name for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
+    expected = render_dashboards()
+    assert {path.name for path in FOLDER.iterdir()} == {path.name for path in expected}
+    stale = [path.name for path, text in expected.items() if path.read_text(encoding="utf-8") != text]
     assert stale == [], "python -m deploy.grafana writes them again"
 
 

@@ -35,9 +35,9 @@ def names(secrets: Path) -> set[str]:
 
 def test_each_service_has_what_it_needs_and_nothing_else(secrets: Path) -> None:
     distribute_secrets(secrets)
-    for role, wanted in init.VOLUME_FILES.items():
+    for role, expected in init.VOLUME_FILES.items():
         more = {"mosquitto_pub"} if role == "broker" else set[str]()
-        assert {path.name for path in (secrets / role).iterdir()} == {name.format(role=role) for name in wanted} | more
+        assert {path.name for path in (secrets / role).iterdir()} == {name.format(role=role) for name in expected} | more
         assert all(path.stat().st_mode & 0o777 == init.GROUP_READABLE for path in (secrets / role).iterdir())
     holders = [role for role in init.VOLUME_FILES if (secrets / role / "ca.key").exists()]
     assert holders == [], "only the authority signs"

@@ -286,14 +286,14 @@ def test_files_of_other_programs_beside_ours_are_left_alone(whole: Path, tmp_pat
     shutil.copytree(whole, tmp_path / "copy")
     config = config_of(tmp_path / "copy")
     run_dir = config.run.dir
-    strangers = (".DS_Store", ".nfs0000000000", "00000001.log~", "3.log", "٣٣٣٣٣٣٣٣.log", "#notes#", "00000099 (copy).log")
+    foreign_files = (".DS_Store", ".nfs0000000000", "00000001.log~", "3.log", "٣٣٣٣٣٣٣٣.log", "#notes#", "00000099 (copy).log")
     kept = [run_dir / folder for folder in ("journal", "snapshots", "weights", "checkpoints")]
     for folder in (*kept, *(run_dir / "snapshots").iterdir()):
-        for name in strangers:
+        for name in foreign_files:
             (folder / name).write_bytes(b"x")
         (folder / "Thumbs").mkdir()
     assert [attempt(part, config) for part in PARTS] == [None] * 3
-    assert all((folder / name).exists() for folder in kept for name in strangers)
+    assert all((folder / name).exists() for folder in kept for name in foreign_files)
 
 
 def test_a_stale_socket_of_a_dead_intake_is_taken_over(whole: Path, tmp_path: Path) -> None:
