@@ -22,7 +22,7 @@ from treegrpo.runtime.process_environment import is_rank_variable
         ({"WORLD_SIZE": "2", "RANK": "x", TORCHRUN: "1"}, "RANK = 'x'"),
         (
             {"WORLD_SIZE": "2", "RANK": "0", TORCHRUN: "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"},
-            "that torchrun is gone",
+            "a torchrun that has ended",
         ),
     ],
 )
