@@ -134,6 +134,16 @@ def empty_corpus_row(small_run: SmallRun) -> Changes:
     return {}
 
 
+def corpus_row_without_contents(small_run: SmallRun) -> Changes:
+    write_rows(small_run.corpus, [{"id": "1", "contents": "A\na"}, {"id": "2"}])
+    return {}
+
+
+def question_without_answer(small_run: SmallRun) -> Changes:
+    write_rows(small_run.train, [question(0, "Ghazni", "Laos"), question(1, "Mubi", None)])
+    return {}
+
+
 def same_port(small_run: SmallRun) -> Changes:
     return {
         "retriever.listen": small_run.keys["broker.address"].replace("127.0.0.1", "0.0.0.0"),
@@ -160,6 +170,11 @@ RESTORE = "restore it from the model's source"
 PORT = "has port 0, and the other processes would not know which that is; give a number"
 FAULTS = (
     PreparedFault("tokenizer beyond the embedding", model(larger_tokenizer), r"has the id 1024 .* resize its embeddings"),
+    PreparedFault(
+        "no config.json",
+        model(lambda folder: (folder / "config.json").unlink()),
+        r"model cannot be used: it has no config\.json; give",
+    ),
     PreparedFault(
         "no tokenizer", model(lambda folder: (folder / "tokenizer.json").unlink()), "has no tokenizer .* save it beside the model"
     ),
@@ -234,6 +249,8 @@ FAULTS = (
     PreparedFault("sliding window", config(layer_types=["sliding_attention"] * 4), "sliding.* use SGLang for this model"),
     PreparedFault("corpus without words", wordless_corpus, "has no word in any of its 3 documents; no query could match"),
     PreparedFault("empty corpus row", empty_corpus_row, "line 2: contents: .*each row is"),
+    PreparedFault("corpus row without contents", corpus_row_without_contents, "corpus.*line 2: contents: .*each row is"),
+    PreparedFault("question without an answer", question_without_answer, r"train\.jsonl.* row 2"),
     PreparedFault(
         "one leaf a question",
         flags(rollout__trees="1", rollout__expansions="0"),

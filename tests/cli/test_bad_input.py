@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 from pathlib import Path
 
 import pytest
 
 from tests.cli.command_harness import CommandResult, treegrpo
-from tests.cli.small_run import GEOHOP, SmallRun, question, write_rows
+from tests.cli.small_run import SmallRun
 from tests.control.broker_processes import embedded
 from treegrpo.runtime.entrypoint import FAILED, TRANSIENT
 
@@ -36,26 +35,6 @@ def test_a_bad_value(small_run: SmallRun) -> None:
 
 def test_an_unknown_command() -> None:
     refused(treegrpo("upp"), "'upp' is no command; the nearest is up")
-
-
-def test_a_model_directory_without_config(small_run: SmallRun) -> None:
-    model = shutil.copytree(GEOHOP / "model", small_run.folder / "model")
-    (model / "config.json").unlink()
-    result = treegrpo("up", *small_run.flags(model__path=str(model)))
-    refused(result, str(model), "no config.json")
-    assert not small_run.run_dir.exists()
-
-
-def test_a_corpus_row_without_contents(small_run: SmallRun) -> None:
-    write_rows(small_run.corpus, [{"id": "1", "contents": "A\na"}, {"id": "2"}])
-    refused(treegrpo("up", *small_run.flags()), str(small_run.corpus), "line 2", "contents")
-    assert not small_run.run_dir.exists()
-
-
-def test_a_question_without_an_answer(small_run: SmallRun) -> None:
-    write_rows(small_run.train, [question(0, "Ghazni", "Laos"), question(1, "Mubi", None)])
-    refused(treegrpo("up", *small_run.flags()), str(small_run.train), "row 2")
-    assert not small_run.run_dir.exists()
 
 
 def test_a_busy_port(small_run: SmallRun) -> None:
