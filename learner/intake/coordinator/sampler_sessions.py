@@ -5,7 +5,7 @@
                          └── silent for too long ──────────┴── last will ─────────┘
 
 A sampler that sends nothing for SILENCE_SECONDS is gone, in whatever state its connection is. Its MQTT last will says so
-sooner, if its stream is closed or it has missed a heartbeat or two: a will alone may only mean that it lost the broker.
+sooner, if its stream is closed or it has missed two heartbeats: a will alone may only mean that it lost the broker.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SamplerSession:
     last_heard: float = field(default_factory=time.monotonic)
     """time.monotonic of its last message; infinite while the intake itself delays the next."""
     waiting_for: str = ""
-    """What it is blocked on, as it says itself; empty while it makes progress."""
+    """What it is blocked on, from its heartbeat; empty while it makes progress."""
     waited_seconds: float = 0.0
     """How long, at its last heartbeat."""
     stream: asyncio.Timeout | None = None

@@ -15,7 +15,7 @@ from treegrpo.core.lease import HEARTBEAT_SECONDS
 from treegrpo.wire.control import RunState
 
 MAX_NAMES = 3
-"""Samplers that a sentence names; of more it says how many."""
+"""Samplers that a sentence names; further ones are counted."""
 
 
 class StalledPart(Enum):
@@ -46,7 +46,7 @@ class SamplerStatus:
     lease_seconds: float | None = None
     """Since its oldest open lease was granted; None: it holds none."""
     waiting_for: str = ""
-    """What it is blocked on, as it says itself."""
+    """What it is blocked on, from its heartbeat."""
     waited_seconds: float = 0.0
 
 

@@ -3,7 +3,7 @@
     before a crash                                  after it
     trainer  checkpoint renamed ─► Covered(p)       starts at p, or, if that checkpoint is damaged, at the one before
     intake   Covered(p) ─► segment cut ─►           older snapshot, longer replay: the same state, more groups kept
-             snapshot renamed ─►                    newer snapshot, segments that nobody reads
+             snapshot renamed ─►                    newer snapshot, segments that are not read
              older snapshot and segments dropped    newer snapshot
 
 The two sides need not agree on how far they got. A group is forgotten at Covered(p) only if the Covered before it had

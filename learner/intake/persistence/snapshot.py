@@ -95,7 +95,7 @@ class SnapshotStore:
         self._folder = folder
 
     def snapshot_numbers(self) -> list[int]:
-        """The segments that a snapshot stands before, newest first. Raises JournalError: the folder cannot be read."""
+        """The numbers of the snapshots, newest first: of the segment after each. Raises JournalError: it cannot list them."""
         try:
             names = self._disk.list_names(self._folder)
         except OSError as error:

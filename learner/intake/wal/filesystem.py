@@ -41,7 +41,7 @@ class FileSystem(Protocol):
         ...
 
     def sync_file(self, path: Path) -> None:
-        """Call fsync on a file, whoever wrote it."""
+        """Call fsync on a file that any process may have written."""
         ...
 
     def preallocate(self, path: Path, size: int) -> None:

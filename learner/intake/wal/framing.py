@@ -40,7 +40,7 @@ class BrokenFrameError(Exception):
     """There is no whole frame where one should begin. Never leaves this package."""
 
     def __init__(self, end: int | None = None) -> None:
-        """``end``: where its intact head says that it ends."""
+        """``end``: where the frame ends, if its head is intact."""
         super().__init__("a frame is broken")
         self.end = end
 
@@ -92,7 +92,7 @@ def read_frame(file: BinaryIO) -> list[Record] | None:
 
 
 def has_later_commit(file: BinaryIO, broken: int, end: int | None) -> bool:
-    """Whether a later commit stands behind the broken frame at ``broken``, whose head says that it ends at ``end``."""
+    """Whether a later commit follows the broken frame at ``broken``. ``end``: where it ends by its own head, if known."""
     if end is not None:
         return file.seek(0, os.SEEK_END) > end
     start, tail = broken + 1, b""

@@ -105,7 +105,7 @@ class Journal:
         return self._last
 
     async def wait_for_capacity(self) -> None:
-        """Return when few enough bytes wait to be written: whoever reads records from a peer waits here."""
+        """Return when few enough bytes wait to be written: back-pressure for the streams of samplers."""
         while self.backlog_bytes > BACKLOG_BYTES:
             await self._committed.wait()
 
