@@ -11,9 +11,11 @@ from treegrpo.config.schema import Config
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
 from treegrpo.security.credentials import Credentials
+from treegrpo.timing.backoff import Backoff
 from treegrpo.wire.control import RunState, open_client, publish_state
 
-RETRY_SECONDS = 1.0
+RECONNECT = Backoff((1.0,))
+"""To a broker that was lost."""
 
 
 async def set_run_state(config: Config, word: str) -> str:
@@ -38,4 +40,4 @@ async def follow_run_state(config: Config, access: Credentials, on_state: Callab
                     if (state := states.get(bytes(message.payload))) is not None:
                         on_state(state)
         except aiomqtt.MqttError:  # the broker is started again, by us or by others
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(RECONNECT.delay(0))
