@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import yaml
 from tests.structure.harnesses import PAGE, with_list
 from tests.structure.names import (
     bare_verbs,
+    classes_named_twice,
+    long_test_names,
+    patched_constants,
+    retired_words,
 )
 from tests.structure.report import MOST_CLASSES, MOST_FILES, MOST_LEVELS
 from tests.structure.source import AROUND, PRODUCT, Checkout, Package
@@ -45,8 +50,25 @@ def test_no_packages_import_each_other_in_a_circle(product: Checkout) -> None:
     assert [package for package in product.packages if package.circles] == []
 
 
+def test_no_class_has_the_name_of_another(everything: Checkout) -> None:
+    assert classes_named_twice(everything) == {}
+
+
 def test_no_bare_verb_is_a_method_of_many_classes(product: Checkout) -> None:
     assert {verb: owners for verb, owners in bare_verbs(product).items() if len(owners) > MOST_CLASSES} == {}
+
+
+def test_no_retired_word_is_an_identifier(everything: Checkout) -> None:
+    retired = tomllib.loads(RETIRED.read_text("utf-8"))
+    assert list(retired_words(everything.modules, retired)) == []
+
+
+def test_tests_patch_no_constants() -> None:
+    assert list(patched_constants(Checkout.parse(ROOT, ("tests", "bench")))) == []
+
+
+def test_names_of_tests_are_short(everything: Checkout) -> None:
+    assert list(long_test_names(everything, MOST_LETTERS)) == []
 
 
 def test_the_map_of_packages_names_every_package(product: Checkout) -> None:
