@@ -20,11 +20,13 @@ def replace_directory_on_ranks(target: Path, ranks: Ranks) -> Generator[Path]:
         RunFileError: a permanent error of the file system.
     """
     with ExitStack() as stack:
-
-        def create() -> Path:
-            stack.enter_context(translate_disk_errors(target))
-            return stack.enter_context(replace_directory(target))
-
-        yield ranks.run_on_first(create)
+        yield ranks.run_on_first(lambda: stack.enter_context(_replace_directory(target)))
         ranks.barrier()
         ranks.run_on_first(stack.close)
+
+
+@contextmanager
+def _replace_directory(target: Path) -> Generator[Path]:
+    """`replace_directory` with translated errors, also of the creation: all ranks raise the same."""
+    with translate_disk_errors(target), replace_directory(target) as partial:
+        yield partial
