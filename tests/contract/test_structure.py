@@ -71,10 +71,12 @@ def test_names_of_tests_are_short(everything: Checkout) -> None:
     assert list(long_test_names(everything, MOST_LETTERS)) == []
 
 
-def test_the_map_of_packages_names_every_package(product: Checkout) -> None:
-    text = (ROOT / "docs/architecture.md").read_text("utf-8")
-    missing = [name for name in (one.name.replace(".", "/") for one in product.packages) if f"`{name}`" not in text]
-    assert missing == []
+def test_the_map_of_packages_is_true(product: Checkout) -> None:
+    text = (ROOT / "docs/architecture.md").read_text("utf-8").partition("## Packages")[2].partition("## ")[0]
+    packages = {one.name.replace(".", "/") for one in product.packages if one.files}
+    mapped = {name for name in re.findall(r"`([a-z_/]+)`", text) if "/" in name}
+    assert packages <= mapped | {"treegrpo", "learner", "services"}
+    assert mapped <= packages
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())

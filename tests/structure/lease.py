@@ -26,7 +26,7 @@ from tests.ports import free_address, free_ports
 STEPS = 12
 SKIPPED = 2
 """Steps at the beginning, in which the held-out questions are answered too and modules are imported."""
-PATIENCE_SECONDS = 300.0
+DEADLINE_SECONDS = 300.0
 INTAKE = "learner.intake"
 TRACED = (INTAKE, "learner.trainer", "services.sampler")
 SETTINGS = {
@@ -186,7 +186,7 @@ def _process(root: Path, command: Sequence[str], log: Path) -> Generator[subproc
 
 
 def _wait_for(trainer: subprocess.Popen[bytes], others: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + DEADLINE_SECONDS
     while trainer.poll() is None and all(other.poll() is None for other in others) and time.monotonic() < deadline:
         time.sleep(0.2)
     if trainer.poll() != 0:
