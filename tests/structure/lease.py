@@ -91,8 +91,8 @@ class LeasePath:
     def _starts(self) -> list[Call]:
         return [call for call in self.calls if not call.callee.startswith("return:")]
 
-    def accepting(self) -> frozenset[str]:
-        """Files that the intake runs through to accept a subtree, from the function that takes the message on."""
+    def accepting(self, folder: str = "") -> frozenset[str]:
+        """Files below ``folder`` that the intake runs through, to accept a subtree, from the call with the message on."""
         files = set[str]()
         outermost = ""
         for call in (call for call in self.calls if call.process == INTAKE):
@@ -103,7 +103,7 @@ class LeasePath:
                 files.add(path_of(call.callee))
             if call.callee == f"return:{outermost}":
                 outermost = ""
-        return frozenset(files)
+        return frozenset(file for file in files if file.startswith(folder))
 
 
 def path_of(function: str) -> str:

@@ -11,6 +11,7 @@ from tests.structure.names import BARE_VERBS, bare_verbs, classes_named_twice, d
 from tests.structure.source import AROUND, PRODUCT, Checkout, Package, function_lines, median, percentile
 
 COMMAND = "python -m tests.structure --before CHECKOUT --write docs/structure.md"
+INTAKE_FOLDER = "learner/intake/"
 MOST_FILES, MOST_LEVELS, MOST_CLASSES = 12, 7, 5
 """Of a package, and of a bare verb."""
 
@@ -29,7 +30,7 @@ class Measured:
 TARGETS = {
     "files that one lease of two branches touches": "≤ 35",
     "moves between files in that": "≤ 300",
-    "files that accept one subtree": "≤ 12",
+    "files of the intake that accept one subtree": "≤ 12",
     "files of the largest package": f"≤ {MOST_FILES}",
     "levels of the deepest package": f"≤ {MOST_LEVELS}",
     "circles between packages": "0",
@@ -82,11 +83,12 @@ def _traced(root: Path) -> dict[str, str]:
     }
     return {
         "files that one lease of two branches touches": middle(lambda path: len(path.files)),
-        f"of these in {', '.join(f'`{folder}`' for folder in parts)}": ", ".join(parts.values()),
+        "of these services, intake, trainer, treegrpo": ", ".join(parts.values()),
         "functions in that": middle(lambda path: len(path.functions)),
         "calls between two functions in that": middle(lambda path: len(path.pairs)),
         "moves between files in that": middle(lambda path: len(path.moves)),
-        "files that accept one subtree": middle(lambda path: len(path.accepting())),
+        "files of the intake that accept one subtree": middle(lambda path: len(path.accepting(INTAKE_FOLDER))),
+        "the same with files of `treegrpo/`": middle(lambda path: len(path.accepting())),
     }
 
 
@@ -153,6 +155,10 @@ and the whole step. The figures are medians over the leases of a run. *Calls* ar
 of which one calls the other, however often; *moves* are those of two files. *Files that accept one
 subtree* are those that the intake runs through in the function that takes the message, up to its
 return, and the file of its caller. Libraries and generated stubs do not count.
+
+The targets for files and moves were set against an earlier count, of which only the figures are
+known: 57 files, 389 functions and 630 moves before. Its functions and moves agree with the
+functions and calls here, its files do not.
 
 Levels are the length of the longest chain of imports between the children of a package, arrows the
 pairs of children of which one imports the other.
