@@ -65,7 +65,7 @@ def test_a_permanent_error_leaves_the_container_unhealthy_but_alive(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with container(tmp_path, *ending(FAILED, *report)) as one:
         assert one.stderr is not None
-        assert one.stderr.readline().rstrip().endswith(f"mend that and start it again: {sentence}")
+        assert one.stderr.readline().rstrip().endswith(f"fix it and restart the container: {sentence}")
         assert (healthcheck.main(["http://127.0.0.1:9/health"]), capsys.readouterr().out) == (1, f"ended for good: {sentence}\n")
         assert healthcheck.main(["--alive", "http://127.0.0.1:9/health"]) == 0
         one.terminate()
