@@ -46,10 +46,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from learner.intake.coordinator.coordinator import Coordinator
-from learner.intake.coordinator.published_versions import PublishedVersions
 from learner.intake.coordinator.run_state import persist_pause_forever, restore_run_state
 from learner.intake.coordinator.stall_watchdog import StallWatchdog, current_run_status
 from learner.intake.coordinator.trainer_api import TrainerApi
+from learner.intake.coordinator.version_publisher import VersionPublisher
 from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.leases.question_file import load_questions
 from learner.intake.leases.question_queue import QuestionQueue
@@ -60,7 +60,7 @@ from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS, has_recorded
 from learner.intake.persistence.run_lock import lock_run
 from learner.intake.persistence.snapshot import SnapshotStore, StateCapture
 from learner.intake.persistence.untrained_run import archive_untrained_run
-from learner.intake.rpc.connection_monitor import ConnectionMonitor
+from learner.intake.rpc.refused_calls import RefusedCalls
 from learner.intake.rpc.rollout_servicer import RolloutServicer
 from learner.intake.rpc.server import create_server
 from learner.intake.rpc.stream_admission import StreamAdmission
@@ -149,7 +149,7 @@ async def _recover_and_serve(config: Config, access: Credentials) -> None:
             await restore_run_state(control, run_dir)
             plan = config.rollout.plan
             coordinator = Coordinator(table, journal, control, recorder, run=config.run.name, plan=plan, heldout=len(heldout))
-            versions = PublishedVersions(table, control)
+            versions = VersionPublisher(table, control)
             trainer = TrainerApi(coordinator, versions, heldout, on_checkpoint=compactor.request_snapshot)
             directory = DirectoryMonitor(disk, journal, snapshots, run_dir)
             watchdog = StallWatchdog(
@@ -187,7 +187,7 @@ async def _serve(
     config: Config,
     coordinator: Coordinator,
     trainer: TrainerApi,
-    versions: PublishedVersions,
+    versions: VersionPublisher,
     control: ControlPlane,
     metrics: IntakeMetrics,
     access: Credentials,
@@ -218,17 +218,17 @@ async def _serve(
 def _create_server(
     config: Config,
     coordinator: Coordinator,
-    versions: PublishedVersions,
+    versions: VersionPublisher,
     metrics: IntakeMetrics,
     access: Credentials,
     health: HealthServicer,
 ) -> grpc.aio.Server:
     """The gRPC server with its services, not started."""
-    monitor = ConnectionMonitor(metrics)
+    refused_calls = RefusedCalls(metrics)
     max_bytes = message_bytes(config.rollout.plan)
-    admission = StreamAdmission(monitor, limits.samplers(max_bytes))
-    server = create_server(config.learner.listen, access, monitor, max_bytes)
-    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(coordinator, admission, monitor), server)
+    admission = StreamAdmission(refused_calls, limits.samplers(max_bytes))
+    server = create_server(config.learner.listen, access, refused_calls, max_bytes)
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(coordinator, admission, refused_calls), server)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, metrics), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     return server

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learner.intake.coordinator.coordinator import Coordinator
-from learner.intake.coordinator.published_versions import PublishedVersions
 from learner.intake.coordinator.timings import LONG_POLL_SECONDS, CoordinatorTimings
 from learner.intake.coordinator.trainer_api import TrainerApi
+from learner.intake.coordinator.version_publisher import VersionPublisher
 from learner.intake.leases.circuit_breaker import BreakerLimits
 from learner.intake.leases.lease_table import LeaseTable
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.recovery import recover_state
 from learner.intake.persistence.snapshot import SnapshotStore
 from learner.intake.rpc.auth_interceptor import CallLimits
-from learner.intake.rpc.connection_monitor import ConnectionMonitor
+from learner.intake.rpc.refused_calls import RefusedCalls
 from learner.intake.rpc.rollout_servicer import RolloutServicer
 from learner.intake.rpc.server import create_server
 from learner.intake.rpc.stream_admission import StreamAdmission
@@ -44,9 +44,9 @@ def offline_control() -> ControlPlane:
     return ControlPlane("127.0.0.1:1", "test", Member("learner", "learner", 1), access)
 
 
-def no_versions() -> PublishedVersions:
+def no_versions() -> VersionPublisher:
     """A store of versions before the first is published."""
-    return PublishedVersions(make_table(), offline_control())
+    return VersionPublisher(make_table(), offline_control())
 
 
 def short_timings(silence: float = 0.4, *, long_poll_seconds: float = LONG_POLL_SECONDS) -> CoordinatorTimings:
@@ -66,7 +66,7 @@ class IntakeFixture:
     journal: Journal
     control: ControlPlane
     metrics: IntakeMetrics
-    versions: PublishedVersions
+    versions: VersionPublisher
     address: str
 
     def sample(self, name: str, **labels: str) -> float:
@@ -98,14 +98,14 @@ async def serve_intake(
     control = offline_control()
     table.version = VERSION
     with Journal.open_journal(disk, folder / "journal", recovered.end) as journal:
-        timings, versions = timings or CoordinatorTimings(), PublishedVersions(table, control)
+        timings, versions = timings or CoordinatorTimings(), VersionPublisher(table, control)
         coordinator = Coordinator(
             table, journal, control, recorder, run="test", plan=PLAN, heldout=1, timings=timings, breaker_limits=breaker_limits
         )
         trainer = TrainerApi(coordinator, versions, [question(90)], lambda: None, long_poll_seconds=timings.long_poll_seconds)
-        monitor, address = ConnectionMonitor(metrics), free_address()
-        server = create_server(address, OPEN, monitor, MESSAGE_BYTES, call_limits=call_limits)
-        rollout = RolloutServicer(coordinator, StreamAdmission(monitor, limits.samplers(MESSAGE_BYTES)), monitor)
+        refused_calls, address = RefusedCalls(metrics), free_address()
+        server = create_server(address, OPEN, refused_calls, MESSAGE_BYTES, call_limits=call_limits)
+        rollout = RolloutServicer(coordinator, StreamAdmission(refused_calls, limits.samplers(MESSAGE_BYTES)), refused_calls)
         rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, server)
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(versions, metrics), server)
         await server.start()

@@ -14,9 +14,9 @@ from learner.intake.leases.circuit_breaker import (
     BreakerLimits,
     LeaseOutcome,
     NoProgressBreaker,
-    QuestionAttempts,
 )
-from learner.intake.leases.rollout_group import MAX_ATTEMPTS, RolloutGroup
+from learner.intake.leases.question_give_up import MAX_ATTEMPTS, QuestionAttempts
+from learner.intake.leases.rollout_group import RolloutGroup
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence import lease_events
 from tests.intake.builders import accept, chain, grant, make_table

@@ -12,7 +12,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from learner.intake.coordinator.published_versions import PublishedVersions
+from learner.intake.coordinator.version_publisher import VersionPublisher
 from learner.intake.persistence.directory_watch import DirectoryMonitor
 from learner.intake.persistence.snapshot import SnapshotStore
 from learner.intake.rpc.trainer_socket import serve_trainer
@@ -44,7 +44,7 @@ def written(folder: Path, byte: bytes = b"w") -> Path:
 
 
 @contextlib.asynccontextmanager
-async def served(folder: Path) -> AsyncGenerator[tuple[PublishedVersions, WeightStore]]:
+async def served(folder: Path) -> AsyncGenerator[tuple[VersionPublisher, WeightStore]]:
     """The version in ``folder`` behind a real server, and a sampler's store that fetches it."""
     versions, server = no_versions(), grpc.aio.server()
     await versions.publish_version(VERSION, folder, 0)

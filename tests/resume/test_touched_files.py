@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from learner.intake.coordinator.published_versions import read_version_files
+from learner.intake.coordinator.version_publisher import read_version_files
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.recovery import has_recorded_events, recover_state
 from learner.intake.persistence.run_lock import lock_run

@@ -15,7 +15,7 @@ from grpc_health.v1._async import HealthServicer
 from learner.intake.coordinator.coordinator import Coordinator
 from learner.intake.coordinator.sampler_sessions import SamplerSession
 from learner.intake.rpc.auth_interceptor import CallLimits
-from learner.intake.rpc.connection_monitor import ConnectionMonitor
+from learner.intake.rpc.refused_calls import RefusedCalls
 from learner.intake.rpc.rollout_servicer import RolloutServicer
 from learner.intake.rpc.server import OPTIONS, create_server
 from learner.intake.rpc.stream_admission import StreamAdmission
@@ -79,10 +79,10 @@ async def serving(
     options: Sequence[tuple[str, int]] = OPTIONS,
 ) -> AsyncGenerator[GrpcServerFixture]:
     metrics, reception, address = IntakeMetrics(), FakeCoordinator(), free_address()
-    monitor = ConnectionMonitor(metrics)
-    server = create_server(address, learner, monitor, message_bytes, call_limits=call_limits, options=options)
-    admission = StreamAdmission(monitor, max_samplers)
-    rollout = RolloutServicer(cast("Coordinator", reception), admission, monitor, handshake_seconds)
+    refused_calls = RefusedCalls(metrics)
+    server = create_server(address, learner, refused_calls, message_bytes, call_limits=call_limits, options=options)
+    admission = StreamAdmission(refused_calls, max_samplers)
+    rollout = RolloutServicer(cast("Coordinator", reception), admission, refused_calls, handshake_seconds)
     rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, server)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsServicer(no_versions(), metrics), server)
     healthy = HealthServicer()

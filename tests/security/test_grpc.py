@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from learner.intake.rpc import auth_interceptor
-from learner.intake.rpc.server import ConnectionMonitor, create_server
+from learner.intake.rpc.server import RefusedCalls, create_server
 from services.certs.authority import issue_certificate
 from services.certs.issue import make_certificates, write_certificate_file
 from services.cli.processes.readiness import probe_learner
@@ -168,7 +168,7 @@ async def test_a_sampler_that_is_not_trusted_is_told_so(made: Path, tmp_path: Pa
 
 async def test_beyond_this_machine_nothing_begins_without_certificates() -> None:
     with pytest.raises(ConfigError, match=r"learner\.listen = 0\.0\.0\.0:0 .*in plain text"):
-        create_server("0.0.0.0:0", OPEN, ConnectionMonitor(IntakeMetrics()), MESSAGE_BYTES)
+        create_server("0.0.0.0:0", OPEN, RefusedCalls(IntakeMetrics()), MESSAGE_BYTES)
     with pytest.raises(ConfigError, match=r"sampler\.learner = 10\.0\.0\.7:1 is on another machine"):
         await connect_learner("10.0.0.7:1", OPEN)
 

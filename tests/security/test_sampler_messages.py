@@ -13,8 +13,8 @@ import grpc
 import msgpack
 import pytest
 
-from learner.intake.rpc import auth_interceptor
-from learner.intake.rpc.auth_interceptor import CallLimits
+from learner.intake.rpc import slow_client_timeouts
+from learner.intake.rpc.slow_client_timeouts import CallLimits
 from services.sampler.learner_link.channel import OPTIONS
 from tests.intake.builders import PLAN, VERSION, chain, complete, make_table
 from tests.intake.process_harness import SamplerPeer
@@ -204,7 +204,7 @@ async def test_who_asks_for_weights_and_does_not_read_them_is_hung_up_on(tmp_pat
         call = cast("Any", weights_pb2_grpc.WeightsServiceStub(channel)).FetchWeights(ask)
         await intake.until(lambda: intake.sample("peers_refused_total", reason="slow") == 1)
         with suppress(grpc.aio.AioRpcError):
-            while await call.read() != auth_interceptor.EOF:
+            while await call.read() != slow_client_timeouts.EOF:
                 pass
         assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -265,6 +265,6 @@ async def test_a_stream_that_ends_while_it_is_written_to_comes_to_its_end(tmp_pa
             await call.write(pb.RolloutRequest(demand=pb.Demand(leases=4)))
             await call.done_writing()
             async with asyncio.timeout(SECONDS):
-                while await call.read() != auth_interceptor.EOF:
+                while await call.read() != slow_client_timeouts.EOF:
                     pass
                 assert await call.code() is grpc.StatusCode.OK

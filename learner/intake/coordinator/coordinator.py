@@ -23,8 +23,9 @@ from learner.intake.coordinator.journaled_leases import JournaledLeases
 from learner.intake.coordinator.lease_dispatcher import LeaseDispatcher
 from learner.intake.coordinator.sampler_sessions import SamplerSession, SamplerSessions, sampler_of
 from learner.intake.coordinator.timings import CoordinatorTimings
-from learner.intake.leases.circuit_breaker import BreakerLimits, LeaseOutcome, NoProgressBreaker, QuestionAttempts
+from learner.intake.leases.circuit_breaker import BreakerLimits, LeaseOutcome, NoProgressBreaker
 from learner.intake.leases.lease_table import LeaseTable
+from learner.intake.leases.question_give_up import QuestionAttempts
 from learner.intake.leases.rollout_group import RolloutGroup
 from learner.intake.leases.staleness import StalenessBound
 from learner.intake.leases.subtree_validation import check_lease_holder, claimed_cost, rejection_reason

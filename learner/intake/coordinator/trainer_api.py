@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from learner.intake.coordinator.coordinator import Coordinator
-from learner.intake.coordinator.published_versions import PublishedVersions
 from learner.intake.coordinator.timings import LONG_POLL_SECONDS
+from learner.intake.coordinator.version_publisher import VersionPublisher
 from learner.intake.leases.evaluation import EvaluationRound
 from learner.intake.monitoring.stall_diagnosis import TrainerStatus
 from learner.intake.wal.journal import wait_until_durable
@@ -30,7 +30,7 @@ class TrainerApi:
     def __init__(
         self,
         coordinator: Coordinator,
-        versions: PublishedVersions,
+        versions: VersionPublisher,
         heldout: list[Question],
         on_checkpoint: Callable[[], None],
         long_poll_seconds: float = LONG_POLL_SECONDS,

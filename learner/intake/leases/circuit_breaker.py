@@ -12,7 +12,6 @@ sampler that is connected, or was a moment ago, has brought a leaf, and each has
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -184,33 +183,6 @@ class NoProgressBreaker:
 
     def _is_gone(self, circuit: SamplerCircuit) -> bool:
         return circuit.left_at is not None and self._clock() - circuit.left_at >= self.limits.absent_seconds
-
-
-class QuestionAttempts:
-    """Counts which samplers have failed at which question: where there are several, one alone does not set a question aside."""
-
-    def __init__(self, breaker: NoProgressBreaker) -> None:
-        self._breaker = breaker
-        self._failed: dict[tuple[int, str], Counter[str]] = {}
-        """By draw and question: how often each sampler has."""
-
-    def is_excused(self, group: RolloutGroup, name: str, connected: Iterable[str]) -> bool:
-        """Whether a lease that came to nothing does not count against its question.
-
-        Its sampler is put aside, or has failed at it before, and another of those that are ``connected`` has not. If no other is,
-        one may still come: then up to ``lone_repeats`` of its failures at one question do not count.
-        """
-        failed = self._failed.setdefault((group.draw, group.lease.question.id), Counter())
-        others = set(connected) - {name}
-        untried = {other for other in others if not self._breaker.is_put_aside(other)} - failed.keys()
-        others_may_do_better = bool(untried) if others else failed[name] <= self._breaker.limits.lone_repeats
-        excused = others_may_do_better and (failed[name] > 0 or self._breaker.is_put_aside(name))
-        failed[name] += 1
-        return excused
-
-    def forget_question(self, group: RolloutGroup) -> None:
-        """Forget the failures at a question that is done."""
-        self._failed.pop((group.draw, group.lease.question.id), None)
 
 
 def _list_samplers(names: Iterable[str]) -> str:

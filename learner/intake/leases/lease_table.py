@@ -29,6 +29,7 @@ from typing import Any
 from learner.intake.leases.budget_ledger import Ledger
 from learner.intake.leases.evaluation import EvaluationAnswers
 from learner.intake.leases.open_leases import OpenLeaseIndex
+from learner.intake.leases.question_give_up import used_all_attempts
 from learner.intake.leases.question_queue import QuestionQueue
 from learner.intake.leases.rollout_group import MAX_RELEASABLE_TOKENS, GroupState, RolloutGroup
 from learner.intake.leases.subtree_validation import check_subtree, lease_not_open
@@ -240,7 +241,7 @@ class LeaseTable:
             group.move_to(GroupState.SETTLED)
             return group
         group.attempts += group.counts_against_question(end) and not excused
-        releasable = group.can_be_leased_again(self._max_releasable_tokens) and not group.used_all_attempts
+        releasable = group.can_be_leased_again(self._max_releasable_tokens) and not used_all_attempts(group)
         self._close_or_requeue(group, end.reason.value, finished=not (end.reason.unfinished and releasable))
         return group
 
@@ -248,7 +249,7 @@ class LeaseTable:
         """Close a group that has leaves and is ``finished``; else lease it again, unless it has used all attempts."""
         is_eval = group.lease.kind is LeaseKind.EVAL
         closes = group.has_leaves and finished
-        if not closes and not group.used_all_attempts:
+        if not closes and not used_all_attempts(group):
             self._requeue(group)
         elif is_eval:
             group.move_to(GroupState.READY if closes else GroupState.SET_ASIDE)

@@ -25,8 +25,6 @@ from treegrpo.errors import ContractError, TreeError
 from treegrpo.net.limits import MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
-MAX_ATTEMPTS = 3
-"""Leases of one draw that may be lost or fail: one may meet a bad machine, a second bad luck; then it is the question."""
 MAX_RELEASABLE_TOKENS = MESSAGE_BYTES // 32
 """Of a group that is leased again: with 8 bytes and more a token it has to fit into one message."""
 
@@ -135,16 +133,6 @@ class RolloutGroup:
     def is_done(self) -> bool:
         """Whether its question will not be leased again for it."""
         return self.state not in (GroupState.LEASED, GroupState.AWAITING_LEASE, GroupState.REQUEUED)
-
-    @property
-    def used_all_attempts(self) -> bool:
-        """Whether so many leases were without a result that it is not leased again."""
-        return self.attempts >= MAX_ATTEMPTS
-
-    @property
-    def was_given_up(self) -> bool:
-        """Whether it was leased often enough, or closed too late."""
-        return self.state is GroupState.SET_ASIDE or (self.state is GroupState.READY and self.used_all_attempts)
 
     # ---- subtrees
 

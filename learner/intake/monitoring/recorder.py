@@ -16,6 +16,7 @@ from prometheus_client import Counter
 
 from learner.intake.leases.evaluation import EvaluationRound
 from learner.intake.leases.lease_table import LeaseTable
+from learner.intake.leases.question_give_up import was_given_up
 from learner.intake.leases.rollout_group import GroupState, RolloutGroup
 from learner.intake.leases.subtree_validation import TOO_LATE_REASONS
 from learner.intake.monitoring.progress_log import ProgressLog
@@ -133,7 +134,7 @@ class RunRecorder:
     def record_group_close(self, group: RolloutGroup, why: str, error: str = "") -> None:
         """Count the yield of a group, if it is closed; list it if it is set aside. ``why``: the metric's label."""
         kind = group.lease.kind
-        if group.was_given_up:
+        if was_given_up(group):
             self.metrics.set_aside.labels(kind.value, why).inc()
             self._list_set_aside(group, why, error or SET_ASIDE_REASONS.get(why, why))
         if group.state is not GroupState.READY:

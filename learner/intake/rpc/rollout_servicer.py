@@ -12,7 +12,7 @@ import grpc
 
 from learner.intake.coordinator.coordinator import Coordinator
 from learner.intake.coordinator.sampler_sessions import SamplerSession
-from learner.intake.rpc.connection_monitor import ConnectionMonitor
+from learner.intake.rpc.refused_calls import RefusedCalls
 from learner.intake.rpc.stream_admission import StreamAdmission
 from treegrpo.errors import ContractError, describe
 from treegrpo.net.limits import HANDSHAKE_SECONDS
@@ -32,13 +32,13 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         self,
         coordinator: Coordinator,
         admission: StreamAdmission,
-        monitor: ConnectionMonitor,
+        refused_calls: RefusedCalls,
         handshake_seconds: float = HANDSHAKE_SECONDS,
     ) -> None:
         """``handshake_seconds``: a stream's first message comes within this time."""
         self._coordinator = coordinator
         self._admission = admission
-        self._monitor = monitor
+        self._refused_calls = refused_calls
         self._handshake_seconds = handshake_seconds
 
     async def Rollout(self, request_iterator: object, context: Context) -> None:  # noqa: ARG002 - named by the contract
@@ -46,7 +46,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         try:
             first = await self._read_first(context)
         except ContractError as error:
-            await self._monitor.abort_call(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await self._refused_calls.abort_call(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(error))
         hello = await self._admission.admit_stream(first, context, len(self._coordinator.open_sessions))
         session = self._coordinator.join_sampler(hello)
         writer = asyncio.create_task(self._write_outbox(session, context), name=f"to-{session.id}")
@@ -63,7 +63,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             await asyncio.wait({writer}, timeout=FLUSH_SECONDS)
             writer.cancel()
         if refusal is not None:
-            await self._monitor.abort_call(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(refusal))
+            await self._refused_calls.abort_call(context, "message", grpc.StatusCode.INVALID_ARGUMENT, str(refusal))
         if session.disconnect_reason:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, session.disconnect_reason)
 
@@ -75,7 +75,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
                 request = await context.read()
         except TimeoutError:
             sentence = f"Nothing came for {seconds:.0f} s; send Hello and heartbeats."
-            await self._monitor.abort_call(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
+            await self._refused_calls.abort_call(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
         return None if request == EOF else request
 
     async def _read_requests(self, session: SamplerSession, context: Context) -> None:

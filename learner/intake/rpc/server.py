@@ -13,8 +13,9 @@ from typing import Any
 
 import grpc
 
-from learner.intake.rpc.auth_interceptor import AuthInterceptor, CallLimits
-from learner.intake.rpc.connection_monitor import ConnectionMonitor
+from learner.intake.rpc.auth_interceptor import AuthInterceptor
+from learner.intake.rpc.refused_calls import RefusedCalls
+from learner.intake.rpc.slow_client_timeouts import CallLimits
 from treegrpo.config.security import Role
 from treegrpo.net import limits
 from treegrpo.observability.rate_limited_log import rate_limit_library_logs
@@ -41,7 +42,7 @@ OPTIONS = (
 def create_server(
     address: str,
     access: Credentials,
-    monitor: ConnectionMonitor,
+    refused_calls: RefusedCalls,
     message_bytes: int,
     *,
     call_limits: CallLimits | None = None,
@@ -55,17 +56,17 @@ def create_server(
     rate_limit_library_logs("grpc", "asyncio")
     server = grpc.aio.server(
         options=[*options, ("grpc.max_receive_message_length", message_bytes)],
-        interceptors=[AuthInterceptor(monitor, check_roles=access.keys is not None, call_limits=call_limits)],
+        interceptors=[AuthInterceptor(refused_calls, check_roles=access.keys is not None, call_limits=call_limits)],
         maximum_concurrent_rpcs=limits.calls(message_bytes),
     )
     if access.keys is None:
         server.add_insecure_port(address)
     else:
-        server.add_secure_port(address, _server_credentials(access.keys, access.role, monitor))
+        server.add_secure_port(address, _server_credentials(access.keys, access.role, refused_calls))
     return server
 
 
-def _server_credentials(keys: CertificateFiles, role: Role, monitor: ConnectionMonitor) -> grpc.ServerCredentials:
+def _server_credentials(keys: CertificateFiles, role: Role, refused_calls: RefusedCalls) -> grpc.ServerCredentials:
     """Credentials that follow renewed certificate files at each handshake."""
 
     def load() -> Any:
@@ -75,7 +76,7 @@ def _server_credentials(keys: CertificateFiles, role: Role, monitor: ConnectionM
     reload = CertificateReload(keys, load, partial(keys.check, role))
 
     def reload_if_changed() -> Any:
-        monitor.record_handshake()
+        refused_calls.record_handshake()
         return reload.newest if reload.reload_if_changed() else None
 
     return grpc.dynamic_ssl_server_credentials(reload.newest, reload_if_changed, require_client_authentication=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from learner.intake.rpc.auth_interceptor import peer_identity
-from learner.intake.rpc.connection_monitor import ConnectionMonitor
+from learner.intake.rpc.refused_calls import RefusedCalls
 from treegrpo.config.security import Role
 from treegrpo.net import limits
 from treegrpo.v1 import rollout_pb2 as pb
@@ -26,15 +26,15 @@ class CallRefusal(NamedTuple):
 
 
 class StreamAdmission:
-    def __init__(self, monitor: ConnectionMonitor, max_samplers: int) -> None:
-        self._monitor = monitor
+    def __init__(self, refused_calls: RefusedCalls, max_samplers: int) -> None:
+        self._refused_calls = refused_calls
         self._max_samplers = max_samplers
 
     async def admit_stream(self, first: pb.RolloutRequest | None, context: Context, connected: int) -> pb.Hello:
         """The Hello, or the end of the call; ``first``: None if the stream has ended; ``connected``: open sessions."""
         refusal = check_hello(first, peer_identity(context), connected, self._max_samplers)
         if refusal is not None:
-            await self._monitor.abort_call(context, *refusal)
+            await self._refused_calls.abort_call(context, *refusal)
         assert first is not None  # noqa: S101 - check_hello refuses it
         return first.hello
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from learner.intake.coordinator.published_versions import PublishedVersion, PublishedVersions
+from learner.intake.coordinator.version_publisher import PublishedVersion, VersionPublisher
 from treegrpo.core.step import PolicyVersion
 from treegrpo.net import limits
 from treegrpo.observability.metrics import IntakeMetrics
@@ -21,7 +21,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
-    def __init__(self, versions: PublishedVersions, metrics: IntakeMetrics) -> None:
+    def __init__(self, versions: VersionPublisher, metrics: IntakeMetrics) -> None:
         self._versions = versions
         self._metrics = metrics
 

@@ -33,7 +33,7 @@ class PublishedVersion:
     """By name within the directory."""
 
 
-class PublishedVersions:
+class VersionPublisher:
     def __init__(self, table: LeaseTable, control: ControlPlane) -> None:
         self._table = table
         self._control = control

@@ -18,7 +18,7 @@ HANDSHAKE_WARNING_COUNT = 8
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class ConnectionMonitor:
+class RefusedCalls:
     """Aborts refused calls; compares handshakes with calls, since gRPC does not say how a handshake ends."""
 
     def __init__(self, metrics: IntakeMetrics) -> None:
