@@ -1,4 +1,4 @@
-"""The learner's face: an asyncio process without torch."""
+"""The intake, the part of the learner that samplers talk to: an asyncio process without torch."""
 
 import os
 

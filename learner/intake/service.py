@@ -55,7 +55,7 @@ from learner.intake.leases.question_file import load_questions
 from learner.intake.leases.question_queue import QuestionQueue
 from learner.intake.monitoring.recorder import RunRecorder
 from learner.intake.persistence.compaction import JournalCompactor
-from learner.intake.persistence.directory_watch import DirectoryMonitor
+from learner.intake.persistence.directory_monitor import DirectoryMonitor
 from learner.intake.persistence.recovery import JOURNAL, SNAPSHOTS, has_recorded_events, recover_state
 from learner.intake.persistence.run_lock import lock_run
 from learner.intake.persistence.snapshot import SnapshotStore, StateCapture

@@ -170,7 +170,7 @@ async def read_body(request: Request, before_large: Callable[[], Awaitable[None]
     """Read the body of ``request``; ``before_large`` is awaited before more than LOOP_BYTES of it are kept.
 
     Raises:
-        TooLargeError: before it has been read to the end.
+        BodyTooLargeError: before it has been read to the end.
     """
     body = bytearray()
     async for part in request.stream():

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from learner.intake.coordinator.version_publisher import VersionPublisher
-from learner.intake.persistence.directory_watch import DirectoryMonitor
+from learner.intake.persistence.directory_monitor import DirectoryMonitor
 from learner.intake.persistence.snapshot import SnapshotStore
 from learner.intake.rpc.trainer_socket import serve_trainer
 from learner.intake.rpc.weights_servicer import WeightsServicer

@@ -37,7 +37,7 @@ def test_a_refusal_is_logged_once_a_peer_and_reason_and_hour(caplog: pytest.LogC
         "refused a: it is no name",
         "refused a: it may not",
         "refused b: it is no name",
-        "refused a: it is no name (4 more since it was said last)",
+        "refused a: it is no name (4 more since the last line)",
     ]
 
 

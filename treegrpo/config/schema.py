@@ -1,6 +1,6 @@
 """Configuration schema: every key with its type, bounds, default and meaning.
 
-`treegrpo.config.loader.load` reads it. A limit that follows from other values is a property, not a key.
+`treegrpo.config.loader.load_config` reads it. A limit that follows from other values is a property, not a key.
 """
 
 from __future__ import annotations

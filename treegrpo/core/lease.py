@@ -11,7 +11,7 @@ from treegrpo.core.question import Question
 from treegrpo.core.step import PolicyVersion, Subtree
 
 HEARTBEAT_SECONDS = 5.0
-"""A sampler says something at least this often."""
+"""Interval of heartbeats: a sampler sends something at least this often."""
 SILENCE_SECONDS = 4 * HEARTBEAT_SECONDS
 """A sampler of which nothing was heard for so long has lost its leases, whether its connection is open or not."""
 
@@ -48,7 +48,7 @@ class LeaseEndReason(Enum):
 
     @property
     def silent(self) -> bool:
-        """Nobody said what it cost in the end."""
+        """The final cost is unknown."""
         return self in (LeaseEndReason.LOST, LeaseEndReason.INTERRUPTED)
 
 

@@ -69,7 +69,7 @@ class RateLimitedLog:
             return
         if not self._budget.allow_line():
             return
-        more = f" ({last.suppressed} more since it was said last)" if last is not None and last.suppressed else ""
+        more = f" ({last.suppressed} more since the last line)" if last is not None and last.suppressed else ""
         self._log.warning("refused %s: %s%s", peer, sentence, more)
         self._logged.pop(key, None)
         self._logged[key] = _LastLogged(now)

@@ -21,7 +21,7 @@ PROBE_BYTES = 64 << 10
 
 
 def check_run_directory(run_dir: Path, key: str = "run.dir") -> None:
-    """A run can begin or go on in ``run_dir``, which need not exist yet. Raises ConfigError."""
+    """Check that a run can begin or continue in ``run_dir``, which need not exist yet. Raises ConfigError."""
     there = check_writable(run_dir, key)
     _tried(_lock, there, f"{key} = {run_dir} is on a file system without file locks")
     path = Path(socket_path(run_dir))

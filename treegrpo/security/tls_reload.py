@@ -40,7 +40,7 @@ class CertificateReload(Generic[Loaded]):
         self._files = files
         self._load = load
         self._check = check
-        self._loaded_stamp = self._reported_stamp = file_stamp(files)
+        self._loaded_stamp = self._reported_stamp = _stamp_if_there(files)
         self.newest = load()
 
     def reload_if_changed(self) -> bool:
@@ -89,6 +89,14 @@ def reloading_context(files: tuple[Path, Path, Path], *, ask: bool) -> ssl.SSLCo
     context = load()
     context.sni_callback = use_newest  # OpenSSL calls it in each handshake, with or without a server name
     return context
+
+
+def _stamp_if_there(files: Sequence[Path]) -> FileStamp:
+    """`file_stamp`, or the stamp of no files: whoever loads them says what is missing."""
+    try:
+        return file_stamp(files)
+    except OSError:
+        return ()
 
 
 def file_stamp(files: Sequence[Path]) -> FileStamp:

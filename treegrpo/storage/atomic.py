@@ -32,8 +32,11 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replace the file ``path`` by one with ``data``. Raises OSError, and then ``path`` is as it was."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Replace the file ``path`` by one with ``data``; ``mode`` less the umask is that of the new file.
+
+    Raises OSError: ``path`` is as it was, or, if only the last flush of its directory failed, new and perhaps lost in a crash.
+    """
     partial = partial_path(path)
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:

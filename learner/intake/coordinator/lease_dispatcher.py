@@ -56,16 +56,17 @@ class LeaseDispatcher:
         self._wake.set()
 
     async def dispatch_forever(self) -> None:
-        """Dispatch whenever the task is woken."""
+        """Dispatch whenever the task is woken and leases may be granted. What raises here ends the intake."""
         while True:
             self._wake.clear()
-            self._staleness.request_stops()
-            self.dispatch_leases()
+            if self._may_grant():
+                self._staleness.request_stops()
+                self.dispatch_leases()
             await self._wake.wait()
 
     def dispatch_leases(self) -> None:
-        """Grant leases, if that is allowed, while there are both work within the bound and samplers that want it."""
-        if not self._may_grant() or not self._table.has_grantable_work:
+        """Grant leases while there are both work within the bound and samplers that want it."""
+        if not self._table.has_grantable_work:
             return
         line = [(self._count_held(name), name, free) for name in self._candidates if (free := self._count_free(name)) > 0]
         heapify(line)

@@ -1,4 +1,4 @@
-"""The published policy versions: which files each has, which is the newest, and whether it is still whole.
+"""Publishes policy versions: keeps which files each has, which is the newest, and whether it is still whole.
 
 trainer ─── Publish ───► publish_version ─► files compared with their manifest ─► lease table ─► announced by MQTT
 samplers ── DescribeWeights, FetchWeights ─► the newest KEEP_VERSIONS versions, by `rpc/weights_servicer.py`

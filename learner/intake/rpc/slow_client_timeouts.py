@@ -37,8 +37,8 @@ class CallLimits:
 class SlowClientTimeouts:
     """Serves calls that take one request, each message within its time."""
 
-    def __init__(self, monitor: RefusedCalls, limits: CallLimits) -> None:
-        self._monitor = monitor
+    def __init__(self, refused_calls: RefusedCalls, limits: CallLimits) -> None:
+        self._refused_calls = refused_calls
         self._limits = limits
 
     def with_timeouts(self, handler: Handler) -> Handler:
@@ -60,12 +60,12 @@ class SlowClientTimeouts:
                 request = await context.read()
         except TimeoutError:
             sentence = f"No request came for {seconds:.0f} s; a unary call sends it at once."
-            await self._monitor.abort_call(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
+            await self._refused_calls.abort_call(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
         except DecodeError:
             request = EOF
         if request == EOF:
             sentence = "The call has no request of this protocol."
-            await self._monitor.abort_call(context, "message", grpc.StatusCode.INVALID_ARGUMENT, sentence)
+            await self._refused_calls.abort_call(context, "message", grpc.StatusCode.INVALID_ARGUMENT, sentence)
         return request
 
     async def _write_response(self, response: object, context: Context) -> None:
@@ -75,4 +75,4 @@ class SlowClientTimeouts:
                 await context.write(response)
         except TimeoutError:
             sentence = f"The client read nothing for {seconds:.0f} s; fetch again from the offset where it stopped."
-            await self._monitor.abort_call(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)
+            await self._refused_calls.abort_call(context, "slow", grpc.StatusCode.DEADLINE_EXCEEDED, sentence)

@@ -1,0 +1,1 @@
+"""One SGLang server: started, asked over HTTP, limited, given new weights."""
