@@ -1,6 +1,6 @@
 # make demo    set up, then train on GeoHop and print held-out exact match before and after; CONTINUE=yes goes on with the last one
 # make demo ENGINE=sglang  the same, sampled with SGLang
-# make test    set up, then run all tests, as many at once as there are cores; ARGS="tests/cli -k name" for some, JOBS=0 one by one
+# make test    set up, then run all tests, three at once on two cores, since many wait; ARGS="tests/cli -k name" for some, JOBS=0 one by one
 # make check   the quick half before a commit: lint, and the tests that start no process and open no connection
 # make coverage  all tests again, and how much of the product they run through (statements and branches)
 # make setup   the virtual environment in .venv (demo, test and lint call it by themselves)
@@ -27,7 +27,7 @@ READY := .venv/.ready
 RUN_DIR ?= runs/demo
 ARGS ?=
 CONTINUE ?=
-JOBS ?= auto
+JOBS ?= $(shell echo $$(( $$(nproc 2> /dev/null || echo 2) * 3 / 2 )))
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses $(JOBS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 ENGINE ?= embedded

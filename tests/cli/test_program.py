@@ -52,12 +52,12 @@ async def test_why_it_ended_is_what_it_reports_not_what_is_in_its_log(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 async def test_a_signal_does_not_hide_the_error_a_process_was_ending_with(tmp_path: Path, number: signal.Signals) -> None:
     words = ("--say", "waiting", "--code", "2", "--report", "The port is taken.", "--linger", "yes")
-    child = await Child.start(Program("service", "tests.cli.programs.say_and_end", words), [], tmp_path)
+    child = await PartProcess.launch(Program("service", "tests.cli.programs.print_and_exit", words), [], tmp_path)
     await started(child)
     os.kill(child.pid, number)
     await child.ended
     assert child.code == 2
-    assert child.obituary() == f"The service ended with code 2: The port is taken. (log: {child.log})"
+    assert child.describe_exit() == f"The service ended with code 2: The port is taken. (log: {child.log})"
 
 
 async def test_what_an_earlier_process_said_is_not_repeated(tmp_path: Path) -> None:

@@ -43,6 +43,17 @@ class PartProcess(ChildProcess):
         return child
 
     @property
+    def code(self) -> int | None:
+        """The exit code, None while it runs; negative after a signal, unless an error had been reported before: then its code.
+
+        A signal to stop may meet a process that is ending already, with an error.
+        """
+        code = super().code
+        if code is not None and code < 0 and (report := self.exit_report) is not None:
+            return report.code
+        return code
+
+    @property
     def exit_report(self) -> ExitReport | None:
         """The reason for its end that the process has reported; None if it has reported none."""
         return decisive_report(self.reports.read())
