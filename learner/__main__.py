@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from learner.trainer.distributed.rank_launcher import run
@@ -57,7 +57,8 @@ def running_intake(config: Config, ranks: Ranks) -> Generator[None]:
         DeadlineError: it is not ready in time.
     """
     path = socket_path(config.run.dir)
-    child = IntakeChild() if ranks.is_first and not _is_served(path) else None
+    command = python_command("learner.intake", *sys.argv[1:])
+    child = IntakeChild(command) if ranks.is_first and not _is_served(path) else None
     try:
         ranks.run_on_first(lambda: _wait_until_ready(child, path))
         supervisor = IntakeSupervisor(child) if child is not None else None
@@ -81,22 +82,22 @@ def running_intake(config: Config, ranks: Ranks) -> Generator[None]:
 class IntakeChild:
     """An intake's process, with what it reports. Its own session: a Ctrl-C reaches the trainer alone, which stops it in order."""
 
-    def __init__(self) -> None:
-        self._reports = ExitReports()
-        command = parent_bound_command(python_command("learner.intake", *sys.argv[1:]))
-        environment = child_environment(self._reports.environment)
-        self.process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = command
+        self.reports = ExitReports()
+        environment = child_environment(self.reports.environment)
+        self.process = subprocess.Popen(parent_bound_command(command), start_new_session=True, env=environment)  # noqa: S603
 
     def exit_sentence(self) -> str:
         """How it ended, and why."""
-        report = decisive_report(self._reports.read())
+        report = decisive_report(self.reports.read())
         why = report.sentence if report else "it gave no reason, but its last words are above"
         return f"The intake ended with code {self.code}: {why}"
 
     @property
     def code(self) -> int | None:
-        """As `reported_code`; None while it runs."""
-        return reported_code(self.process.returncode, self._reports)
+        """The exit code, None while it runs; negative after a signal, unless an error had been reported before."""
+        return self.reports.exit_code(self.process.poll())
 
     def stop(self) -> None:
         """Stop it, if it runs."""
@@ -127,11 +128,12 @@ class IntakeSupervisor:
 
     def _run_once(self) -> Ended | None:
         if not self._started:
-            self._child = IntakeChild()  # it dies with this thread, which lives as long as it does
+            self._child = IntakeChild(self._child.command)  # it dies with this thread, which lives as long as it does
             if self._stopping.is_set():  # `stop` has met the one before
                 self._child.stop()
         self._started = False
-        return None if self._child.process.wait() in (0, FAILED) else Ended(self._child.exit_sentence())
+        self._child.process.wait()
+        return None if self._child.code in (0, FAILED) else Ended(self._child.exit_sentence())
 
     def stop(self) -> None:
         """Stop the intake, if it runs."""
@@ -141,7 +143,7 @@ class IntakeSupervisor:
 
     def raise_permanent_error(self, error: TreeGrpoError | None = None) -> None:
         """Raise PartError, from ``error``, if the intake ended with a permanent error."""
-        if self._child.process.returncode == FAILED:
+        if self._child.code == FAILED:
             raise PartError(self._child.exit_sentence()) from error
 
 
@@ -156,7 +158,7 @@ def _is_served(path: str) -> bool:
 def _wait_until_ready(child: IntakeChild | None, path: str) -> None:
     retries = READY.schedule()
     while child is not None and not _is_served(path):
-        if (code := child.process.poll()) is not None:
+        if (code := child.code) is not None:
             raise PartError(child.exit_sentence(), is_transient=code != FAILED)
         if (delay := retries.next_delay()) is None:
             raise DeadlineError(f"The intake was not ready within {READY.seconds:.0f} s; see what it logged.")

@@ -95,12 +95,11 @@ class ExitReports:
                 reports.append(ExitReport(**json.loads(line)))
         return reports
 
+    def exit_code(self, code: int | None) -> int | None:
+        """The exit ``code`` of the child, None while it runs; after a signal (negative), that of an error it had reported before.
 
-def reported_code(code: int | None, reports: ExitReports) -> int | None:
-    """The exit code ``code``, or after a signal that of the error which the process had reported before.
-
-    A signal to stop may meet a process that is ending already, with an error.
-    """
-    if code is not None and code < 0 and (report := most_telling(reports.read())) is not None:
-        return report.code
-    return code
+        A signal to stop may meet a process that is ending already, with an error.
+        """
+        if code is not None and code < 0 and (report := decisive_report(self.read())) is not None:
+            return report.code
+        return code

@@ -44,14 +44,8 @@ class PartProcess(ChildProcess):
 
     @property
     def code(self) -> int | None:
-        """The exit code, None while it runs; negative after a signal, unless an error had been reported before: then its code.
-
-        A signal to stop may meet a process that is ending already, with an error.
-        """
-        code = super().code
-        if code is not None and code < 0 and (report := self.exit_report) is not None:
-            return report.code
-        return code
+        """The exit code, None while it runs; negative after a signal, unless an error had been reported before."""
+        return self.reports.exit_code(super().code)
 
     @property
     def exit_report(self) -> ExitReport | None:
