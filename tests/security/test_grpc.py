@@ -43,7 +43,7 @@ async def test_another_role_may_ask_for_health_and_nothing_else(made: Path, role
     async with serving(access(made, Role.LEARNER)) as fixture:
         other = access(made, role)
         await probe_learner(fixture.address, other)
-        code, sentence = await stream(fixture, other, hello())
+        code, sentence = await stream(fixture, other)
         assert code is grpc.StatusCode.PERMISSION_DENIED
         assert sentence == f"The role {role.value} may not call /treegrpo.v1.RolloutService/Rollout; that is for sampler."
         assert await describe_weights(fixture, other) is grpc.StatusCode.PERMISSION_DENIED

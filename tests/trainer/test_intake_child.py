@@ -11,7 +11,7 @@ from treegrpo.errors import PartError
 from treegrpo.runtime.process_environment import python_command
 
 
-def test_a_signal_to_stop_does_not_hide_the_error_an_intake_was_ending_with() -> None:
+def test_a_signal_to_stop_does_not_hide_why_the_intake_was_ending() -> None:
     words = ("--say", "waiting", "--code", "2", "--report", "The disk is full.", "--linger", "yes")
     child = IntakeChild(python_command("tests.cli.programs.print_and_exit", *words))
     while not child.reports.read():
