@@ -9,6 +9,7 @@ the next step belongs to one lease. Which turns a policy takes differs, so the f
 from __future__ import annotations
 
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ SKIPPED = 2
 DEADLINE_SECONDS = 300.0
 INTAKE = "learner.intake"
 TRACED = (INTAKE, "learner.trainer", "services.sampler")
+ANONYMOUS = re.compile(r"(\.<locals>|\.<\w+>)+$")
 SETTINGS = {
     "rollout.trees": 1,
     "rollout.rounds": 1,
@@ -55,9 +57,19 @@ class Call:
     callee: str
 
     @property
+    def is_named(self) -> bool:
+        """Whether the function is one with a name. A lambda or generator is part of the function that has it in its text."""
+        return not self.callee.rpartition(".")[2].startswith("<")
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The function that calls, and the one that is called."""
+        return ANONYMOUS.sub("", self.caller), self.callee
+
+    @property
     def is_move(self) -> bool:
         """Whether it goes from one file to another."""
-        return self.caller != "-" and path_of(self.caller) != path_of(self.callee)
+        return path_of(self.caller) != path_of(self.callee)
 
 
 @dataclass(frozen=True)
@@ -75,17 +87,21 @@ class LeasePath:
 
     @property
     def functions(self) -> frozenset[str]:
-        return frozenset(call.callee for call in self._starts if not call.callee.rpartition(".")[2].startswith("<"))
+        return frozenset(call.callee for call in self._starts if call.is_named)
 
     @property
     def pairs(self) -> frozenset[tuple[str, str]]:
         """Pairs of functions of which one calls the other."""
-        return frozenset((call.caller, call.callee) for call in self._starts if call.caller != "-")
+        return frozenset(call.pair for call in self._calls)
 
     @property
     def moves(self) -> frozenset[tuple[str, str]]:
         """Those whose functions are in two files."""
-        return frozenset((call.caller, call.callee) for call in self._starts if call.is_move)
+        return frozenset(call.pair for call in self._calls if call.is_move)
+
+    @property
+    def _calls(self) -> list[Call]:
+        return [call for call in self._starts if call.is_named and call.caller != "-"]
 
     @property
     def _starts(self) -> list[Call]:

@@ -151,8 +151,10 @@ How a lease is measured: the intake, the trainer and a sampler of GeoHop run wit
 so that leases follow one another. A lease is what these processes call from the first `generate`
 of an engine to the end of the optimizer's step, whatever else they do meanwhile: the embedded
 engine, the environment and its search, the stream, the intake, its journal, the trainer's socket,
-and the whole step. The figures are medians over the leases of a run. *Calls* are pairs of functions
-of which one calls the other, however often; *moves* are those of two files. *Files that accept one
+and the whole step. The figures are medians over the leases of a run, on a quiet machine: on a busy
+one a lease takes longer, and more of what the processes do every second falls into it. *Calls* are
+pairs of functions of which one calls the other, however often; *moves* are those of two files. A
+lambda or generator is part of the function that contains it. *Files that accept one
 subtree* are those that the intake runs through in the function that takes the message, up to its
 return, and the file of its caller. Libraries and generated stubs do not count.
 

@@ -2,14 +2,15 @@
 
     python tests/structure/traced.py ROOT EVENTS MODULE ARGUMENTS…
 
-A line of EVENTS is ``seconds caller callee``, a function being ``path:qualified.name``; the caller is the nearest function of the
-product on the stack, ``-`` if there is none. A coroutine counts when it starts, not when it goes on. Two ends are noted as well:
-of the optimizer's step as ``torch:step``, and of functions that accept something as ``return:`` and the function. This file runs
-by itself, so that it can measure a checkout that does not have it.
+A line of EVENTS is ``seconds caller callee``, a function being ``path:qualified.name``. The caller is the nearest function of the
+product on the stack, ``-`` if there is none or if the event loop begins a task. A coroutine counts when it starts, not when it
+resumes. Two ends are noted as well: of the optimizer's step as ``torch:step``, and of functions that accept something as
+``return:`` and the function. This file imports nothing else of the repository, so that it can measure a checkout without it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import runpy
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 PRODUCT = ("treegrpo/", "services/", "learner/")
+EVENT_LOOP_STEP = asyncio.Handle._run.__code__  # beneath it is who runs the loop, not who started the task
 ACCEPT = ("accept", "accept_subtree")
 RESUME_AFTER_START = 3
 """Bits of the oparg of RESUME that say that a generator or coroutine goes on."""
@@ -47,7 +49,7 @@ class Tracer:
 
     def _caller(self, frame: FrameType) -> str:
         above = frame.f_back
-        while above is not None:
+        while above is not None and above.f_code is not EVENT_LOOP_STEP:
             if label := self._label(above.f_code):
                 return label
             above = above.f_back

@@ -20,8 +20,7 @@ from prometheus_client import Metric
 
 from services.sampler.engines.base import Completion, EngineCounters, SamplingParams, check_request
 from services.sampler.engines.embedded.model import EmbeddedModel
-from services.sampler.engines.embedded.request import Request
-from services.sampler.engines.embedded.scheduler import Scheduler
+from services.sampler.engines.embedded.scheduler import Request, Scheduler
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.core.step import PolicyVersion, TokenIds
 from treegrpo.errors import EngineError

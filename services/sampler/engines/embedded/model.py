@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear, rms_norm, silu
 
+from services.sampler.engines.checkpoint import read_tensors
 from services.sampler.engines.embedded.architecture import (
     Architecture,
     architecture_of,
@@ -22,8 +23,10 @@ from services.sampler.engines.embedded.architecture import (
     rope_table,
 )
 from services.sampler.engines.embedded.attention import Attention
-from services.sampler.engines.embedded.weights import Weights, read_weights
 from treegrpo.errors import ModelError, WeightsError
+
+Weights = dict[str, torch.Tensor]
+"""Tensors of a checkpoint as float32, by Hugging Face name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +155,12 @@ def _qk_norm(a: Architecture, weights: Weights, prefix: str) -> torch.Tensor:
     q = weights[f"{prefix}self_attn.q_norm.weight"][order] * a.head_dim**-0.5
     k = weights[f"{prefix}self_attn.k_norm.weight"][order]
     return torch.cat((q.expand(a.heads, -1), k.expand(a.kv_heads, -1)))
+
+
+def read_weights(path: Path, architecture: Architecture) -> Weights:
+    """Read all tensors of the checkpoint in ``path``. Raises WeightsError (`read_tensors`)."""
+    # A copy, because what safetensors returns lies in the file, which may be replaced while the model runs.
+    return {
+        name: tensor.to(torch.float32, copy=True)
+        for name, tensor in read_tensors(path, architecture.tensors(), tied=architecture.tied)
+    }

@@ -12,7 +12,7 @@ Nothing here is safe to call from two threads at a time; `engine.py` takes care 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
@@ -23,8 +23,8 @@ from services.sampler.engines.embedded.attention import DecodeAttention, Prefill
 from services.sampler.engines.embedded.kv_memory import KvMemory
 from services.sampler.engines.embedded.model import EmbeddedModel
 from services.sampler.engines.embedded.radix import RadixTree, common_prefix
-from services.sampler.engines.embedded.request import Request
 from services.sampler.engines.embedded.sampling import sample_tokens
+from services.sampler.engines.generation import Generation
 from services.sampler.engines.stop_strings import StopStrings
 from services.sampler.text.tokenizer import Tokenizer
 from treegrpo.core.step import PolicyVersion, TokenIds
@@ -32,6 +32,22 @@ from treegrpo.errors import EngineError
 
 _PREFILL_TOKENS = 4096
 """New prefix tokens in one forward pass, unless one request alone has more: bounds the step's memory and duration."""
+
+
+@dataclass(slots=True, eq=False)
+class Request(Generation):
+    """A request in the scheduler: waiting, running in a row, or finished (`finish` is set)."""
+
+    random: Random | None = field(init=False)
+    """Its own random number generator; None: the engine's."""
+
+    def __post_init__(self) -> None:
+        self.random = None if self.sampling.seed is None else Random(self.sampling.seed)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prefix and the completion so far."""
+        return len(self.prefix) + len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
