@@ -1,9 +1,9 @@
-"""Attacks on the intake by a hostile sampler: its memory, and the delay of others, under each attack.
+"""Benchmark of attacks on the intake by a hostile sampler: memory of the intake, and delay of other peers.
 
     python -m bench.attacks [--seconds 4] [--only half gzip …]
 
-Each attack meets an intake of its own: the real process, with broker and journal. Its resident memory is read while the attack
-goes on and some seconds after it; meanwhile an honest peer asks for health. The last line is one JSON object.
+Each attack runs against a separate intake: the real process, with broker and journal. Its resident memory is measured during
+the attack and some seconds after it; meanwhile an honest peer sends health checks. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def measure(name: str, seconds: float) -> AttackCost:
 
 
 def show(harms: Sequence[AttackCost]) -> None:
-    table = Table("attack", "peak, MB", "kept, MB", "health check, s", "failed", title="What attacks cost the intake")
+    table = Table("attack", "peak, MB", "kept, MB", "health check, s", "failed", title="Memory of the intake under attack")
     for harm in harms:
         table.add_row(*(str(value) for value in asdict(harm).values()))
     Console(width=100).print(table)

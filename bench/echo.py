@@ -1,6 +1,6 @@
-"""The least a server of the rollout contract can do: leases and acks of the same size as the intake's, and nothing behind.
+"""An echo server of the rollout contract: sends leases and acks of the same size as the intake's, validates and stores nothing.
 
-`python -m bench.echo ADDRESS` serves until it is ended.
+`python -m bench.echo ADDRESS` serves until it is stopped.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The same trees on the embedded engine, on SGLang through the sampler, and on SGLang alone over its own HTTP API.
+"""Benchmark of engines: the same trees on the embedded engine, on SGLang through the sampler, and on SGLang by a bare client.
 
-sampler grows trees ─► every request is noted ─► made again, in the same order of cause and effect, by a bare client
+sampler grows trees ─► every request is recorded ─► repeated with the same dependencies by a bare client
 
-A turn goes on from the turn before it, and a round's branches go on from nodes drawn among all that the rounds before have
-made: so a bare client, too, has to wait for these.
+A turn depends on the turn before it, and the branches of a round depend on the nodes of all rounds before it, from which they
+are drawn. The bare client waits for these too.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def report(compared: list[EngineComparison], stalled: float, parameters: int, re
             one.shape, f"{one.embedded:.0f}", f"{one.sampler:.0f}", f"{one.raw:.0f}", f"{one.sampler_over_raw:.3f}", computed
         )
     console.print(table)
-    console.print(f"stall of one weight update under load: {1000 * stalled:.1f} ms")
+    console.print(f"stall of a weight update under load: {1000 * stalled:.1f} ms")
     summary: dict[str, Any] = {
         "sampler_over_raw": {one.shape: round(one.sampler_over_raw, 4) for one in compared},
         "computed_over_unique": {

@@ -1,6 +1,6 @@
-"""A minimal HTTP/2 client that misbehaves: incomplete messages, no regard for windows, endless frames.
+"""A minimal hostile HTTP/2 client: sends incomplete messages, ignores flow control, and sends frames without end.
 
-A library client finishes its messages and waits for its turn; what is measured here is a peer that does neither.
+A client library would complete its messages and obey flow control; the benchmark needs a peer that does neither.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What the intake costs beside gRPC: subtrees a second with journal and acks, over those of a bare echo.
+"""Benchmark of the intake's throughput: subtrees per second with journal and acks, relative to a gRPC echo server.
 
     python -m bench.ingest [--samplers 1 16 128 1000] [--seconds 3] [--seed 0]
 
-For each number of samplers and size of subtree an intake of its own (the real process: broker, journal, fsync, acks,
-checkpoints) and an echo (`bench.echo`: the same messages in, acks and leases of the same size out, nothing kept) serve the
-same simulated samplers (`bench.simulated_samplers`) in turns. A trainer that learns nothing takes every group, so that the
-staleness bound holds nobody up. The last line is one JSON object.
+For each number of samplers and size of subtree a separate intake (the real process: broker, journal, fsync, acks,
+checkpoints) and an echo server (`bench.echo`: the same messages in, acks and leases of the same size out, nothing stored)
+alternately serve the same simulated samplers (`bench.simulated_samplers`). A trainer that does not train takes every group,
+so that the staleness bound delays no sampler. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def measure(samplers: int, size: str, seconds: float, seed: int) -> IngestCase:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title="Subtrees through one intake and through an echo")
+    table = Table(title="Throughput of the intake and of an echo server")
     names = ("size", "samplers", "subtrees/s", "MB/s", "echo/s", "over echo", "CPU µs", "echo's", "p99 ack s", "echo's")
     for name in (*names, "RSS MB", "growth"):
         table.add_column(name, justify="right")
@@ -200,7 +200,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.ingest", description="The intake against a bare gRPC echo.")
+    parser = argparse.ArgumentParser(prog="python -m bench.ingest", description="Throughput of the intake and of an echo server.")
     parser.add_argument("--samplers", type=int, nargs="+", default=[1, 16, 128, 1000])
     parser.add_argument("--seconds", type=float, default=3.0, help="of each slice; each server has five, the first warms up")
     parser.add_argument("--seed", type=int, default=0)

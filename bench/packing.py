@@ -1,15 +1,15 @@
-"""Learning from trees against learning from their paths: forward and backward pass of a step, in one run.
+"""Benchmark of tree packs: forward and backward pass of a step on trees, relative to their separate paths.
 
     python -m bench.packing [--repeats 3] [--threads 1] [--models 1m 30m]
 
-Sides: *tree* is the trainer's own way, `packing.pack` with `attention`. The paths are computed in the two ways that
-trainers have: *padded*, sorted by length, in rows of like length through `scaled_dot_product_attention`; and *sequence-
-packed*, without padding, one after the other in a row. Both compute the same loss by the same head. Every side has its
-choice of budgets and counts with its fastest; all take turns, and the minimum of the repeats counts.
+Sides: *tree* is the computation of the trainer, `packing.pack` with `attention`. The paths are computed in the two usual
+ways: *padded*, sorted by length, in rows of similar length by `scaled_dot_product_attention`; and *sequence-packed*, one
+path after another in a row, without padding. Both compute the same loss with the same head. Each side is measured with
+several budgets and reported with its fastest; the sides alternate, and the minimum of the repeats is reported.
 
-``token_ratio`` is path tokens over distinct tokens, ``speedup`` the time of the fastest way with paths over that with
-trees, ``efficiency`` = speedup / token_ratio, and ``memory_ratio`` the peak of memory that a pass over all of the
-case's trees takes with trees, over the same with (sequence-packed) paths, each in a process of its own. The last line is one JSON
+``token_ratio`` is path tokens / distinct tokens, ``speedup`` the time of the fastest side with paths / the time with
+trees, ``efficiency`` = speedup / token_ratio, and ``memory_ratio`` the peak of memory of a pass over all trees of the
+case / that of a pass over their (sequence-packed) paths, each in a separate process. The last line is one JSON
 object. With CUDA the model has the shape of Qwen2.5-1.5B, computes in bfloat16 and through FlexAttention.
 """
 

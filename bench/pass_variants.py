@@ -1,4 +1,4 @@
-"""The ways to compute a step that `bench.packing` compares: trees, and their paths padded or one after the other."""
+"""Variants of a training pass that `bench.packing` compares: trees, and their paths padded or sequence-packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random trees of known shape for the learner, and the same paths without anything shared."""
+"""Random trees of known shape for the trainer, and their separate paths without shared tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the embedded engine's rollouts cost: speed against `model.generate`, and computed against unique tokens.
+"""Benchmark of the embedded engine: speed relative to `model.generate`, and computed relative to unique tokens.
 
     python -m bench.rollout [--threads 1 2] [--repeats 7]
 

@@ -1,9 +1,9 @@
-"""Simulated samplers, all in one process: each has a connection and a stream to either server, and answers leases at once.
+"""Simulated samplers in one process: each has a connection and a stream to both servers, and answers leases at once.
 
     python -m bench.simulated_samplers '{"servers": {"intake": ["127.0.0.1:1", 123], "echo": [...]}, "samplers": 16, ...}'
 
-The servers take turns: a slice of time in which all samplers work for one of them as fast as it takes their work, then
-what is under way is finished, then the other. Prints one JSON object, server → slices.
+The servers alternate: in a slice of time all samplers send to one server as fast as it accepts, then the open leases are
+finished, then the other server follows. Prints one JSON object, server → slices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trees that grow on any engine, with a stand-in for agent and task: actions of 16 to 24 tokens, observations of about 40."""
+"""Synthetic trees on any engine, with a fake environment: actions of 16 to 24 tokens, observations of about 40."""
 
 from __future__ import annotations
 

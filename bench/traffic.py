@@ -1,4 +1,4 @@
-"""Requests of simulated samplers: those of one lease, encoded once; only the lease's name is replaced in each."""
+"""Requests of simulated samplers: the messages of one lease are encoded once, and only the id of the lease is replaced."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""New weights for a running SGLang server: from files in memory, as our engine does it, or from tensors in shared memory.
+"""Benchmark of weight updates of an SGLang server: from files in memory, as our engine does it, and from shared tensors.
 
 published safetensors ─┬─► checked, copied to /dev/shm ─► pause ─► update from disk ──────────────────────► continue
                        └─► checked, copied likewise ──► pause ─► begin, update from tensor, end ────────► continue
-                            beside running requests      the server stands still
+                            while requests run           the server is stalled
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _median(took: Iterable[UpdateSeconds]) -> UpdateSeconds:
 
 
 def report(compared: dict[str, UpdateComparison], updates: int) -> None:
-    table = Table(title=f"one update of the weights, float32, ms, medians of {updates}")
+    table = Table(title=f"One weight update, float32, in ms, medians of {updates}")
     for column in (
         "model",
         "parameters, M",
