@@ -22,6 +22,7 @@ from services.certs.issue import make_certificates, write_certificate_file
 from treegrpo.errors import ConfigError, TreeGrpoError
 from treegrpo.observability.log_setup import log_to_stderr
 from treegrpo.runtime.entrypoint import report_error
+from treegrpo.storage.atomic import remove_partial_files
 
 log = logging.getLogger("init")
 SECRETS, DATA, EXAMPLE = Path("/secrets"), Path("/data"), Path("/opt/treegrpo/geohop")
@@ -62,6 +63,7 @@ def main() -> int:
 def distribute_secrets(secrets: Path, names: list[str], renew_days: int = RENEW_DAYS) -> None:
     """Make or renew what is missing or expires soon, and copy to each volume what belongs there. Raises ConfigError."""
     authority = secrets / "authority"
+    remove_partial_files(authority)
     if not is_valid_for(authority, names, renew_days):
         for line in make_certificates(authority, names, []):
             log.info("%s", line)

@@ -25,7 +25,7 @@ from services.certs.authority import CertificateWithKey, create_authority, issue
 from treegrpo.config.security import USERS, Role, host_of
 from treegrpo.errors import ConfigError, describe
 from treegrpo.security.credentials import read_credential_file, read_secret_file
-from treegrpo.storage.atomic import OWNER_ONLY, write_atomically
+from treegrpo.storage.atomic import OWNER_ONLY, remove_partial_files, write_atomically
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 SERVERS = (Role.LEARNER, Role.BROKER, Role.RETRIEVER)
@@ -56,6 +56,7 @@ def make_certificates(
     if wrong := [name for name in (*names, *samplers) if not NAME.fullmatch(name)]:
         raise ConfigError(f"{wrong[0]!r} is no name; write letters, digits and .-_: with commas between names.")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    remove_partial_files(directory)  # which may hold a private key
     if new_ca or drop_old_ca:
         return [_add_authority(directory) if new_ca else _drop_authority(directory)]
     authority, lines = _authority(directory)

@@ -14,6 +14,7 @@ from tests.cli.command_harness import treegrpo
 from tests.security.credential_builders import access
 from treegrpo.config.security import Role
 from treegrpo.errors import ConfigError
+from treegrpo.storage.atomic import partial_path
 
 
 def make(folder: Path, *names: str, new_ca: bool = False, drop_old_ca: bool = False, samplers: tuple[str, ...] = ()) -> list[str]:
@@ -44,6 +45,14 @@ def test_secrets_are_for_their_owner_alone(tmp_path: Path) -> None:
     secret = [path for path in (tmp_path / "new").iterdir() if path.suffix != ".pem"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in secret} == {0o600}
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+
+
+def test_a_key_that_a_crash_has_left_is_removed_by_the_next_call(tmp_path: Path) -> None:
+    make(tmp_path)
+    left = partial_path(tmp_path / "ca.key")
+    left.write_text("half a key")
+    make(tmp_path)
+    assert not left.exists()
 
 
 def test_certificates_last_a_year_and_the_authority_ten(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from treegrpo.storage.atomic import OWNER_ONLY, partial_path, replace_directory, write_atomically
+from treegrpo.storage.atomic import OWNER_ONLY, partial_path, remove_partial_files, replace_directory, write_atomically
 
 pytestmark = pytest.mark.pure
 
@@ -25,6 +25,24 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"\.run\.json\.partial"):
         write_atomically(path, b"after")
     assert path.read_text() == "before"
+
+
+def test_a_failed_write_leaves_no_partial_file(tmp_path: Path) -> None:
+    path = tmp_path / "role.key"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_atomically(path, b"a key", OWNER_ONLY)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_crashes_have_left_are_removed(tmp_path: Path) -> None:
+    kept = [tmp_path / "role.key", tmp_path / ".hidden", partial_path(tmp_path / "folder")]
+    kept[0].touch()
+    kept[1].touch()
+    kept[2].mkdir()
+    partial_path(kept[0]).write_text("half a key")
+    remove_partial_files(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_a_directory_is_replaced_when_the_block_ends_well(tmp_path: Path) -> None:

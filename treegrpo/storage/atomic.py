@@ -3,7 +3,8 @@
     write_atomically    .NAME.partial ─► fsync ─► rename ─► fsync of the directory
     replace_directory   the same for a directory and every file in it; the one before stays until then
 
-What a crash leaves behind has a name that begins with a dot, is never read, and is removed by the next attempt.
+A failed write leaves nothing. What a crash leaves behind has a name that begins with a dot, is never read, and is removed by
+the next write of the same name, or by `remove_partial_files`.
 """
 
 from __future__ import annotations
@@ -39,12 +40,27 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """
     partial = partial_path(path)
     partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
     sync_path(path.parent)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove the files in ``folder`` that crashes during `write_atomically` have left; no process may be writing there.
+
+    Raises OSError.
+    """
+    for partial in folder.glob(partial_path(Path("*")).name):
+        if partial.is_file():
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
