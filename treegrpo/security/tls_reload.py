@@ -1,8 +1,11 @@
 """TLS reload: renewed certificate files are used from the next handshake on, without a restart.
 
-handshake ─► files changed? ─┬─ no ───────────────────► what was loaded last
-├─ yes, and they are good ► loaded again
-└─ yes, half of a renewal ► what was loaded last; the next handshake tries again
+    handshake ─► files changed? ─┬─ no ──────────────────────► what was loaded last
+                                 ├─ yes, and they are good ──► loaded again
+                                 └─ yes, but they are not ───► what was loaded last, until the files change again
+
+Half of a renewal changes again when its other half is written. Some causes pass without a change, such as a certificate that
+is not valid yet; hence files that could not be used are tried again after RETRY_SECONDS.
 """
 
 from __future__ import annotations
@@ -12,23 +15,30 @@ import ssl
 from asyncio import sslproto
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Generic, TypeVar
 
 from treegrpo.errors import ConfigError, describe
 
 log = logging.getLogger(__name__)
 sslproto.SSLProtocol.max_size = 32 << 10
-"""Bytes that asyncio sets aside for each connection when it is accepted, before anybody has shown anything: 256 Ki otherwise, a
-gigabyte for four thousand strangers. A TLS record has 16 Ki at most."""
-FileStamp = tuple[tuple[int, int], ...]
+"""Bytes of asyncio's receive buffer, which it allocates for each accepted connection, also without a certificate. Its default of
+256 Ki is a gigabyte for four thousand connections. A TLS record has 16 Ki at most."""
+RETRY_SECONDS = 60.0
+"""From one attempt to load unusable files to the next, if they do not change."""
+FileStamp = tuple[tuple[int, ...], ...]
 Loaded = TypeVar("Loaded")
 
 
 class CertificateReload(Generic[Loaded]):
-    """What is loaded from a certificate's files, loaded again when they have changed."""
+    """Loads an object from certificate files, and loads it again when they have changed."""
 
     def __init__(
-        self, files: tuple[Path, Path, Path], load: Callable[[], Loaded], check: Callable[[], None] = lambda: None
+        self,
+        files: tuple[Path, Path, Path],
+        load: Callable[[], Loaded],
+        check: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         """Load for the first time; raises what ``load`` raises.
 
@@ -36,34 +46,38 @@ class CertificateReload(Generic[Loaded]):
             files: authorities, certificate, key.
             load: raises OSError, ssl.SSLError or ConfigError while the files cannot be used.
             check: called before they are loaded again; raises in the same way.
+            clock: the monotonic time in seconds.
         """
         self._files = files
         self._load = load
         self._check = check
-        self._loaded_stamp = self._reported_stamp = _stamp_if_there(files)
+        self._clock = clock
+        self._loaded_stamp = self._failed_stamp = _stamp_if_there(files)
+        self._retry_at = 0.0
         self.newest = load()
 
     def reload_if_changed(self) -> bool:
-        """Whether `newest` has been loaded again just now."""
+        """Load `newest` again if the files have changed and are valid; returns whether it was."""
         stamp: FileStamp = ()
         try:
             stamp = file_stamp(self._files)
-            if stamp == self._loaded_stamp:
+            if stamp == self._loaded_stamp or (stamp == self._failed_stamp and self._clock() < self._retry_at):
                 return False
             self._check()
             self.newest = self._load()
         except (OSError, ConfigError) as error:
-            if stamp != self._reported_stamp:
-                self._reported_stamp = stamp
+            self._retry_at = self._clock() + RETRY_SECONDS
+            if stamp != self._failed_stamp:
+                self._failed_stamp = stamp
                 log.warning("the renewed %s cannot be used, so the one before stays in use: %s", self._files[1], describe(error))
             return False
-        self._loaded_stamp = self._reported_stamp = stamp
+        self._loaded_stamp = self._failed_stamp = stamp
         log.info("%s was renewed and is in use now", self._files[1])
         return True
 
 
 def reloading_context(files: tuple[Path, Path, Path], *, ask: bool) -> ssl.SSLContext:
-    """A TLS context to listen with, whose handshakes go on with the newest good files.
+    """A server's TLS context, whose handshakes use the newest valid files.
 
     Args:
         files: authorities, certificate, key.
@@ -92,7 +106,7 @@ def reloading_context(files: tuple[Path, Path, Path], *, ask: bool) -> ssl.SSLCo
 
 
 def _stamp_if_there(files: Sequence[Path]) -> FileStamp:
-    """`file_stamp`, or the stamp of no files: whoever loads them says what is missing."""
+    """`file_stamp`, or the stamp of no files: loading them raises the error that names the missing one."""
     try:
         return file_stamp(files)
     except OSError:
@@ -100,5 +114,5 @@ def _stamp_if_there(files: Sequence[Path]) -> FileStamp:
 
 
 def file_stamp(files: Sequence[Path]) -> FileStamp:
-    """Another one when any of the files was written again. Raises OSError."""
-    return tuple((stat.st_mtime_ns, stat.st_ino) for stat in (path.stat() for path in files))
+    """Inode, size and times of each file, one of which changes with its content or its mode. Raises OSError."""
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in (path.stat() for path in files))
