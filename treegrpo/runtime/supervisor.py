@@ -14,6 +14,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import overload
 
 from treegrpo.timing.backoff import Backoff
 from treegrpo.timing.clock import SYSTEM_CLOCK, Clock
@@ -39,6 +40,9 @@ class Ended:
     """How long it ran well."""
 
 
+RunOnce = Callable[[], Awaitable[Ended | None]]
+
+
 class Supervisor:
     """Counts the restarts of one process."""
 
@@ -54,7 +58,11 @@ class Supervisor:
         """Starts in a row."""
         return self._retries.failures + 1
 
-    async def supervise(self, run_once: Callable[[], Awaitable[Ended | None]], stop: asyncio.Event | None = None) -> Ended | None:
+    @overload
+    async def supervise(self, run_once: Callable[[], Awaitable[Ended]]) -> Ended: ...
+    @overload
+    async def supervise(self, run_once: RunOnce, stop: asyncio.Event | None = ...) -> Ended | None: ...
+    async def supervise(self, run_once: RunOnce, stop: asyncio.Event | None = None) -> Ended | None:
         """Call ``run_once``, which returns None when the work is done, until then or until ``stop`` is set.
 
         Returns:
@@ -81,7 +89,7 @@ class Supervisor:
         return None
 
     def _next_delay(self, ended: Ended) -> float | None:
-        """Seconds until the restart, which `on_restart` is told; None: the process is given up."""
+        """Count an end and call `on_restart`; the seconds until the restart, None if the process is given up."""
         if ended.stable_seconds > self._stable_seconds:
             self._retries.reset()
         if (delay := self._retries.next_delay()) is not None:

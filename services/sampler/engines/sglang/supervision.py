@@ -148,8 +148,7 @@ class ServerSupervisor:
             self._timings.restart, lambda why, delay: log.warning("%s It is restarted in %.0f s.", why, delay)
         )
         ended = await supervisor.supervise(lambda: self._run_once(engine))
-        reason = ended.reason if ended is not None else "The SGLang server ended."
-        return f"{reason} It has been started {supervisor.starts} times and is given up."
+        return f"{ended.reason} It has been started {supervisor.starts} times and is given up."
 
     async def _run_once(self, engine: EngineCallbacks) -> Ended:
         """Start the server unless it is up, and monitor it until it is lost."""
