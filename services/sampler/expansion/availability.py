@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.sampler.expansion.lease_control import LeaseControl
 from services.sampler.expansion.stall_monitor import WaitReason
@@ -27,6 +27,7 @@ from treegrpo.timing.notifier import Notifier
 log = logging.getLogger(__name__)
 PROBE_BACKOFF = Backoff((0.1, 0.2, 0.5, 1.0, 2.0, 5.0), jitter=0.5)
 RETRY_BACKOFF = Backoff.exponential(0.1, 5.0)
+OUTAGE_JITTER = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,11 @@ class CallTimings:
     """Between attempts of a call that failed."""
     attempt_timeout: float = 600.0
     """The longest one attempt of an engine or environment call may take, whatever its own time-outs."""
+
+    @property
+    def outage_backoff(self) -> Backoff:
+        """Between attempts of a call that met an outage: `retry_backoff` with jitter, since all branches meet the same one."""
+        return replace(self.retry_backoff, jitter=OUTAGE_JITTER)
 
 
 @dataclass(slots=True, eq=False)
@@ -100,8 +106,8 @@ class AvailabilityMonitor:
             self._outage_began.notify()
         return self._outage
 
-    async def wait_out_outage(self, error: AwayError, control: LeaseControl, pause: float, since: float) -> bool:
-        """Wait ``pause`` seconds, then until the part is available; returns whether the outage explains the failed call.
+    async def wait_out_outage(self, error: AwayError, control: LeaseControl, retries: RetrySchedule, since: float) -> bool:
+        """Wait the next delay of ``retries``, then until the part is available; returns whether the outage explains the failure.
 
         Raises:
             DeadlineError: the outage, or all outages ``since`` (time.monotonic), took longer than the wait limit, or the
@@ -111,7 +117,7 @@ class AvailabilityMonitor:
         until = min(since, outage.since) + self._timings.wait_limit
         try:
             async with control.wait_scope(max(0.0, until - time.monotonic())):
-                await asyncio.sleep(pause)
+                await retries.sleep()
                 await self.wait_available()
         except TimeoutError:
             seconds = time.monotonic() - min(since, outage.since)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from services.sampler.expansion.availability import AvailabilityMonitor, CallTimings
@@ -36,7 +36,8 @@ class CallRetrier:
             DeadlineError: the part was unavailable for longer than the wait limit, or the lease was stopped meanwhile.
             EngineError, ToolError: the last attempt's.
         """
-        failures = outages = 0
+        retries = replace(self._timings.retry_backoff, retries=self._max_retries).schedule()
+        outage_retries = self._timings.outage_backoff.schedule()
         first_outage = 0.0
         while True:
             try:
@@ -45,14 +46,10 @@ class CallRetrier:
                 self._metrics.errors.labels(type(error).__name__).inc()
                 if isinstance(error, AwayError):
                     first_outage = first_outage or time.monotonic()
-                    pause = self._timings.retry_backoff.delay(outages) * random.uniform(0.5, 1.0)
-                    outages += 1
-                    if await availability.wait_out_outage(error, control, pause, first_outage):
+                    if await availability.wait_out_outage(error, control, outage_retries, first_outage):
                         continue
-                pause = self._timings.retry_backoff.delay(failures)
-                failures += 1
-                if failures > self._max_retries:
-                    log.warning("a branch failed after %d attempts: %s", failures, error)
+                if (pause := retries.next_delay()) is None:
+                    log.warning("a branch failed after %d attempts: %s", retries.failures + 1, error)
                     raise
                 log.warning("retrying in %.1f s: %s", pause, error)
                 await asyncio.sleep(pause)
