@@ -14,6 +14,7 @@ from tests.structure.names import (
     bare_verbs,
     classes_named_twice,
     long_test_names,
+    missing_replacements,
     patched_constants,
     retired_words,
 )
@@ -61,6 +62,11 @@ def test_no_bare_verb_is_a_method_of_many_classes(product: Checkout) -> None:
 def test_no_retired_word_is_an_identifier(everything: Checkout) -> None:
     retired = tomllib.loads(RETIRED.read_text("utf-8"))
     assert list(retired_words(everything.modules, retired)) == []
+
+
+def test_each_replacement_of_a_retired_word_exists(everything: Checkout) -> None:
+    retired = tomllib.loads(RETIRED.read_text("utf-8"))
+    assert list(missing_replacements(everything.modules, retired)) == []
 
 
 def test_tests_patch_no_constants() -> None:

@@ -76,6 +76,15 @@ def retired_words(modules: Iterable[Module], retired: Mapping[str, str]) -> Iter
                 yield f"{module.path}:{token.start[0]}: {token.string} is now called {retired[token.string]}"
 
 
+def missing_replacements(modules: Iterable[Module], retired: Mapping[str, str]) -> Iterator[str]:
+    """Retired identifiers whose replacement is an identifier of no module, as ``old: new is in no module``."""
+    tokens = (token for module in modules for token in tokenize.generate_tokens(io.StringIO(module.text).readline))
+    used = {token.string for token in tokens if token.type == tokenize.NAME}
+    for old, new in retired.items():
+        if new not in used:
+            yield f"{old}: {new} is in no module"
+
+
 def long_test_names(checkout: Checkout, letters: int) -> Iterator[str]:
     """Tests whose name is longer than ``letters``."""
     for module in checkout.modules:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.structure.lease import INTAKE, Call, LeasePath, leases
-from tests.structure.names import classes_named_twice, long_test_names, patched_constants, retired_words
+from tests.structure.names import classes_named_twice, long_test_names, missing_replacements, patched_constants, retired_words
 from tests.structure.source import Checkout, Package
 
 SAMPLER = "services.sampler"
@@ -47,6 +47,7 @@ def test_names_that_break_the_rules_are_seen(tmp_path: Path) -> None:
         "tests/test_it.py:4:",
         "tests/test_it.py:7:",
     ]
+    assert list(missing_replacements(checkout.modules, {"old": "desk", "older": "gone"})) == ["older: gone is in no module"]
     assert list(long_test_names(checkout, 5)) == ["tests/test_it.py:3: test_x (6)"]
 
 
