@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 -m learner CONFIG.toml
 
-Rank 0 starts the intake, unless one already serves this run, and stops it after the trainer. It restarts an intake that dies,
+Rank 0 starts the intake, unless one already serves this run, and stops it after the trainer. It restarts an intake that fails,
 and the trainer waits for that. A broker must answer at broker.address (`treegrpo broker`), and samplers come from elsewhere
 (`treegrpo sampler`). `treegrpo learner` does the same with a process, a log file and a screen for each.
 """
@@ -35,11 +35,11 @@ from treegrpo.wire.trainer_protocol import IntakeConnection
 
 log = logging.getLogger(__name__)
 READY = Backoff((0.1,), seconds=300.0)
-"""How an intake that was started is asked whether it serves. One that reads a long journal back needs minutes."""
+"""Polls of a started intake until it serves. Reading a long journal takes minutes."""
 GRACE_SECONDS = 30.0
 """The intake closes open leases in 20."""
 RESTARTS = RestartPolicy(Backoff((2.0,)))
-"""Without a limit: when it is in vain, the trainer says, which waits no longer than `intake_client.IntakeRetries`."""
+"""Without a limit: the trainer gives up after `intake_client.IntakeRetries`, and the restarts end with it."""
 
 
 def learn(config: Config, ranks: Ranks) -> None:
@@ -53,7 +53,7 @@ def running_intake(config: Config, ranks: Ranks) -> Generator[None]:
     """Run an intake for the time of the block.
 
     Raises:
-        PartError: it ended with a permanent error, which goes before any error of the block; or before it served.
+        PartError: it ended with a permanent error, which replaces any error of the block; or it ended before it served.
         DeadlineError: it is not ready in time.
     """
     path = socket_path(config.run.dir)
@@ -68,7 +68,7 @@ def running_intake(config: Config, ranks: Ranks) -> Generator[None]:
         raise
     try:
         yield
-    except TreeGrpoError as error:  # such as that the intake is away
+    except TreeGrpoError as error:  # for instance: the intake does not answer
         if supervisor is not None:
             supervisor.stop()
             supervisor.raise_permanent_error(error)
@@ -80,7 +80,7 @@ def running_intake(config: Config, ranks: Ranks) -> Generator[None]:
 
 
 class IntakeChild:
-    """An intake's process, with what it reports. Its own session: a Ctrl-C reaches the trainer alone, which stops it in order."""
+    """The intake's process and its exit reports. It has its own session: Ctrl-C reaches only the trainer, which then stops it."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.command = command
@@ -91,7 +91,7 @@ class IntakeChild:
     def exit_sentence(self) -> str:
         """How it ended, and why."""
         report = decisive_report(self.reports.read())
-        why = report.sentence if report else "it gave no reason, but its last words are above"
+        why = report.sentence if report else "it reported no reason; its output is above"
         return f"The intake ended with code {self.code}: {why}"
 
     @property
@@ -110,7 +110,7 @@ class IntakeChild:
 
 
 class IntakeSupervisor:
-    """Restarts the intake when it dies. When it has ended well or with a permanent error, the trainer is told to end too."""
+    """Restarts the intake when it fails. When it ends well or with a permanent error, ends the trainer by a signal too."""
 
     def __init__(self, child: IntakeChild) -> None:
         self._child = child
@@ -128,8 +128,8 @@ class IntakeSupervisor:
 
     def _run_once(self) -> Ended | None:
         if not self._started:
-            self._child = IntakeChild(self._child.command)  # it dies with this thread, which lives as long as it does
-            if self._stopping.is_set():  # `stop` has met the one before
+            self._child = IntakeChild(self._child.command)  # it is killed when this thread ends, which waits for it
+            if self._stopping.is_set():  # `stop` has stopped the child before this one
                 self._child.stop()
         self._started = False
         self._child.process.wait()
@@ -161,7 +161,7 @@ def _wait_until_ready(child: IntakeChild | None, path: str) -> None:
         if (code := child.code) is not None:
             raise PartError(child.exit_sentence(), is_transient=code != FAILED)
         if (delay := retries.next_delay()) is None:
-            raise DeadlineError(f"The intake was not ready within {READY.seconds:.0f} s; see what it logged.")
+            raise DeadlineError(f"The intake was not ready within {READY.seconds:.0f} s; see its log.")
         time.sleep(delay)
 
 

@@ -1,4 +1,4 @@
-"""The `treegrpo` command, also `python -m treegrpo`: isolates the process, then hands over to `services.cli.main`."""
+"""The `treegrpo` command, also `python -m treegrpo`: isolates the process, then runs `services.cli.main`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from treegrpo.runtime.process_environment import isolate_process, reexec_with_cl
 
 
 def main() -> None:
-    """The entry point. What it imports late would otherwise come from a directory that happens to be searched first."""
+    """The entry point. Isolation comes before late imports, which could find another package first on the import path."""
     reexec_with_clean_environment()
     isolate_process()
     from services.cli.main import main as command

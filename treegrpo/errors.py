@@ -10,11 +10,11 @@
     │   └── TreeError                        a tree, or a part of one, that cannot be trained on
     ├── JournalError      (OSError)          a journal that cannot be written or read
     ├── DiskError         (OSError)          a disk that is full or fails for now; what was being written is not there
-    ├── AddressInUseError (OSError)          a port that somebody else holds
+    ├── AddressInUseError (OSError)          a port that another process uses
     ├── UnavailableError  (ConnectionError)  a peer that is not there
     ├── DeadlineError     (TimeoutError)     a wait that ran out of time
     ├── RankError         (RuntimeError)     another process of the trainer failed
-    ├── RunError          (RuntimeError)     the run leads nowhere
+    ├── RunError          (RuntimeError)     the run makes no progress
     │   └── PartError                        a part of the run ended, and with it the run
     ├── EngineError       (RuntimeError)     generation failed; the node is retried, then excluded
     │   └── EngineAwayError                  the engine is not there; it is waited for
@@ -38,7 +38,7 @@ class TreeGrpoError(Exception):
     """Base of all errors raised on purpose."""
 
     is_transient: bool = False
-    """Whether the same, tried again a little later, may go well without anybody's help."""
+    """Whether a retry may succeed without an operator's help."""
 
 
 class ConfigError(TreeGrpoError, ValueError):
@@ -50,7 +50,7 @@ class DataError(TreeGrpoError, ValueError):
 
 
 class RunFileError(DataError):
-    """A file of a run's directory is not what the run has written there, or cannot be used; another program has touched it."""
+    """A file of a run's directory cannot be used, or another program has changed it."""
 
 
 class ModelError(TreeGrpoError, ValueError):
@@ -68,10 +68,10 @@ class ContractError(TreeGrpoError, ValueError):
 
 
 class TreeError(ContractError):
-    """A tree, or a part of one, cannot be trained on; the sentence names group (or lease), tree, node and field."""
+    """A tree, or a part of one, cannot be trained on; the message names group (or lease), tree, node and field."""
 
     def __init__(self, message: str, field: str) -> None:
-        """``field`` is the part that is wrong, of `Subtree`, `Step` or `Leaf`: few values, fit for a metric's label."""
+        """``field``: the invalid field of `Subtree`, `Step` or `Leaf`; a metric's label."""
         super().__init__(message, field)
         self.field = field
 
@@ -84,12 +84,12 @@ class JournalError(TreeGrpoError, OSError):
 
 
 class DiskError(TreeGrpoError, OSError):
-    """A disk is full or fails for now; nothing is left of what was being written, which may be tried again."""
+    """A write failed since the disk is full or does not work now; nothing partial is left, and the write can be retried."""
 
     is_transient = True
 
     def __init__(self, number: int, message: str) -> None:
-        """``number`` is the system's errno, by which such errors are counted."""
+        """``number``: the system's errno, by which these errors are counted."""
         super().__init__(number, message)
 
     def __str__(self) -> str:
@@ -101,32 +101,32 @@ class AddressInUseError(TreeGrpoError, OSError):
 
 
 class UnavailableError(TreeGrpoError, ConnectionError):
-    """A service that is needed does not answer at its address."""
+    """A required service does not answer at its address."""
 
     is_transient = True
 
 
 class DeadlineError(TreeGrpoError, TimeoutError):
-    """A wait ended without what was waited for."""
+    """A wait reached its deadline."""
 
     is_transient = True
 
 
 class RankError(TreeGrpoError, RuntimeError):
-    """Another rank of the trainer failed, for a reason that it gives itself."""
+    """Another rank of the trainer failed and has reported the reason."""
 
     is_transient = True
 
 
 class RunError(TreeGrpoError, RuntimeError):
-    """The run cannot go on without help: its work leads nowhere, or a part ended and starting it again did not help."""
+    """The run cannot continue without an operator: it makes no progress, or a part failed again after restarts."""
 
 
 class PartError(RunError):
-    """A part of the run ended, and the run with it: for a reason that stays, or too often."""
+    """A part of the run failed permanently, or too often to be restarted; the run ends."""
 
     def __init__(self, message: str, *, is_transient: bool = False) -> None:
-        """``is_transient`` as the part's own error says."""
+        """``is_transient``: that of the part's own error."""
         super().__init__(message)
         self.is_transient = is_transient
 
@@ -144,19 +144,19 @@ class ToolError(TreeGrpoError, RuntimeError):
 
 
 class AwayError(TreeGrpoError):
-    """Something that is needed is not there, or says so itself. What was asked of it may be asked again when it is back."""
+    """A server is unavailable: down, restarting or overloaded. The call can be repeated when it is available again."""
 
     is_transient = True
 
     def __init__(self, part: str, address: str, reason: str, *, certain: bool) -> None:
-        """What is away, and how that shows.
+        """Name the unavailable server and the symptom.
 
         Args:
-            part: one word for metrics and sentences, like ``retriever``.
-            address: where it should be.
-            reason: how the sentence goes on after part and address: ``does not answer (ConnectError)``.
-            certain: no question can be at fault. A time-out or a crash may be the doing of what was asked: then it counts
-                as away only if it does not answer a harmless question either.
+            part: one word for metrics and messages, such as ``retriever``.
+            address: of the server.
+            reason: completes the message after part and address: ``does not answer (ConnectError)``.
+            certain: the call itself cannot be the cause. A time-out or a crash may be caused by the call: then the server
+                counts as unavailable only if a health check fails too.
         """
         super().__init__(part, address, reason)
         self.part = part
@@ -169,15 +169,15 @@ class AwayError(TreeGrpoError):
 
 
 class EngineAwayError(AwayError, EngineError):
-    """The engine's server is not there, restarts or is overloaded."""
+    """The engine's server is unavailable."""
 
 
 class ToolAwayError(AwayError, ToolError):
-    """A tool is not there, restarts or is overloaded."""
+    """A tool's server is unavailable."""
 
 
 class EnvironmentFaultError(TreeGrpoError, RuntimeError):
-    """An environment raised what it should not, or gave what nobody could train on."""
+    """An environment raised an unexpected exception, or returned a result that cannot be trained on."""
 
 
 DESCRIBED_CHARACTERS = 1000
@@ -185,7 +185,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 
 
 def describe(error: BaseException) -> str:
-    """The text of an exception for a sentence: one line, never empty, its type where it has no words of its own.
+    """An exception as one line of text for a message: its own text, or its type's name if it has none.
 
     Example:
         >>> describe(TimeoutError())
@@ -198,14 +198,14 @@ def describe(error: BaseException) -> str:
 
 
 def _shortened(words: str) -> str:
-    """The sentences that fit in `DESCRIBED_CHARACTERS`, else the words, so that no address or path is cut."""
+    """Shorten text to `DESCRIBED_CHARACTERS` at the end of a sentence, or else of a word, so that no address or path is cut."""
     if len(words) <= DESCRIBED_CHARACTERS:
         return words
     return _fitting(_SENTENCE_END.split(words)) or f"{_fitting(words.split(' ')) or words[:DESCRIBED_CHARACTERS]} …"
 
 
 def _fitting(parts: Sequence[str]) -> str:
-    """The first of ``parts`` that fit together, with blanks between them."""
+    """As many of the first ``parts`` as fit, joined by blanks."""
     kept = ""
     for part in parts:
         longer = f"{kept} {part}".lstrip()

@@ -1,4 +1,4 @@
-"""The intake, the file to read first: lease questions to samplers, keep what comes back, hand batches to the trainer.
+"""The intake, the file to read first: leases questions to samplers, keeps their subtrees, hands batches to the trainer.
 
     questions ─► leases ─► subtrees ─► journal ─► groups ─► batches ─► trainer ─► policy version ─► (samplers ─► subtrees)
 

@@ -169,14 +169,14 @@ class IntakeClient:
         return None
 
     def _rewrite_if_damaged(self, damaged: str) -> None:
-        """Have the newest version written again if its files were ``damaged`` since. On all ranks alike."""
+        """Write the newest version again if the intake found it ``damaged``. All ranks call it."""
         if self._announced is not None and (self._refused_again or damaged == self._announced.version):
             log.warning("version %s was damaged after it was published; the trainer writes it again", self._announced.version)
             self._refused_again = False
             self.on_version_damaged()
 
     def announce_version(self, version: PolicyVersion, folder: Path, position: int) -> None:
-        """Have ``folder`` served as ``version``; the groups before ``position`` have been trained on."""
+        """Have the intake serve ``folder`` as ``version``; it is trained on the groups before ``position``."""
         self._announced = Publish(str(version), str(folder.absolute()), position)
         self._request(self._announced, Done)
 
@@ -185,5 +185,5 @@ class IntakeClient:
         self._request(Covered(position), Done)
 
     def report_step(self, values: dict[str, Any]) -> None:
-        """Have rank 0's record in the run's progress file; the intake drops one that is there already."""
+        """Send rank 0's record for the run's progress file; the intake drops duplicates."""
         self._request(StepReport(values), Done)

@@ -148,7 +148,7 @@ class Trainer:
         try:
             with phases("publish"):
                 self._publish_policy()
-        finally:  # the step counts, whatever becomes of its version
+        finally:  # the step counts, even if its version is not published
             record = {**step_record(self.progress, groups, batch, update, phases), "groups_refused": len(refused)}
             self._records.append(record)
         self._metrics.refused.inc(len(refused))

@@ -106,7 +106,7 @@ class Updater:
         return Update(tuple(outcomes), total["loss"] / len(outcomes), norms / len(outcomes), lr, total)
 
     def _proximal(self, minibatches: Sequence[Sequence[Pack]]) -> list[_Proximal]:
-        """Score everything once before the first step, unless the first step is the only one and sees it by itself."""
+        """Score all tokens once before the first step, unless there is one step only, which computes them itself."""
         m2po = self._train.correction == "m2po"
         if self._train.correction == "none" or (len(minibatches) == 1 and not m2po):
             return [_Proximal(None, math.inf, at_start=number == 0) for number in range(len(minibatches))]
@@ -130,7 +130,7 @@ class Updater:
             known_A = proximal.logprob_A[number] if proximal.logprob_A is not None else None
             loss, figures = self._loss(pack.to(self._device), known_A, proximal)
             loss.backward()
-            tokens = pack.tokens if pack.path_tokens else 0  # the token of an empty pack is none of the step's
+            tokens = pack.tokens if pack.path_tokens else 0  # an empty pack's token does not count
             credit = (pack.targets.weight_P * pack.targets.advantage_P).abs().sum().item()
             own = {"loss": loss.item(), "credit": credit, "tokens": tokens, "path_tokens": pack.path_tokens}
             sums += figures + MetricSums(own)

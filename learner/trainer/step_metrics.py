@@ -91,7 +91,7 @@ def _version_values(groups: Sequence[Group], now: PolicyVersion) -> dict[str, An
 
 
 def _update_values(update: Update) -> dict[str, Any]:
-    """Figures of the optimiser steps: means per action token, shares of the loss's terms; None where there is none."""
+    """Figures of the optimiser steps: means per action token, shares of the loss's terms; None where undefined."""
     sums = update.sums
 
     def per(name: str, of: str) -> float | None:
@@ -117,7 +117,7 @@ def _update_values(update: Update) -> dict[str, Any]:
 
 
 class MismatchMonitor:
-    """Logs when sampler and trainer begin to compute different policies, and when they agree again."""
+    """Logs when log-probabilities of sampler and trainer begin to differ, and when they agree again."""
 
     def __init__(self) -> None:
         self._above = False
@@ -135,7 +135,7 @@ class MismatchMonitor:
 
 
 def export_step(metrics: TrainerMetrics, values: dict[str, Any]) -> None:
-    """Export the record of a step to /metrics; a metric without a figure in it stays as it was."""
+    """Export the record of a step to /metrics; a metric that is not in it keeps its value."""
     gauges = {
         "step": metrics.step,
         "reward_mean": metrics.reward,

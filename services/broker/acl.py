@@ -61,7 +61,7 @@ class AclConfig(BaseAuthPlugin.Config):
 
 
 class PasswordAuthPlugin(BaseAuthPlugin):
-    """Authenticates a client by password, by a certificate of the same role, and by a last will that it may publish."""
+    """Authenticates a client: its password, a certificate of the same role, and a last will that it may publish."""
 
     Config = AclConfig
 

@@ -57,7 +57,7 @@ class ClientReader(StreamReaderAdapter):
 
     @staticmethod
     def _pending_messages(session: Session) -> int:
-        """Messages that amqtt has received and not yet handled."""
+        """Messages that amqtt has received but not handled yet."""
         return session.delivered_message_queue.qsize()
 
     async def _read_with_keepalive(self, n: int) -> bytes:
@@ -111,7 +111,7 @@ class ClientHandler(BrokerProtocolHandler):
         return OutgoingApplicationMessage(None, topic, qos, data, retain)
 
     async def _retry_deliveries(self) -> None:
-        """Do nothing: amqtt would send again what has just been sent, and wait for it."""
+        """Do nothing: amqtt would send recent messages again, and wait for their acknowledgement."""
 
     @property
     def _limits(self) -> BrokerLimits:

@@ -1,4 +1,4 @@
-"""Limits of the embedded broker: what one client may ask for, and how long it is waited for. amqtt has none of these."""
+"""Limits of the embedded broker, which amqtt lacks: on the requests of one client, and on waiting for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BrokerLimits:
     """Topic filters of one client. Ours have four at most."""
     filter_bytes: int = 1024
     retained: int = 2 * PEERS
-    """Retained presence messages: of everybody, and of those who left a moment ago."""
+    """Retained presence messages, also of members that have left a moment ago."""
     retained_besides: int = 64
     """Further retained messages that are not presence, so that presence cannot keep a run from publishing its state."""
     retained_at_once: int = UNWRITTEN_BYTES // (4 * RETAINED_BYTES)

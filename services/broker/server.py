@@ -47,7 +47,7 @@ class LimitedBroker(Broker):
     def __init__(
         self, config: BrokerConfig, context: ssl.SSLContext | None = None, limits: BrokerLimits = DEFAULT_LIMITS
     ) -> None:
-        """``context``: TLS that asks for certificates; None: in plain text."""
+        """``context``: TLS with client certificates; None: plain text."""
         super().__init__(config)
         self._context = context
         self._limits = limits
@@ -108,7 +108,7 @@ class LimitedBroker(Broker):
         server: Server,
         listener_name: str,
     ) -> None:
-        """Authenticate first: a refused client changes nothing, and nobody takes over the client id of another user."""
+        """Authenticate first: a refused client changes nothing, and no client takes over the client id of another user."""
         session = client_session
         session.client_id = session.client_id or gen_client_id()
         allowed = await self._authenticate(session, self.listeners_config[listener_name])
@@ -117,7 +117,7 @@ class LimitedBroker(Broker):
             handler.attach(session, reader, writer)
             await handler.mqtt_connack_authorize(authorize=False)
             return
-        session.clean_session = True  # a client that left is not remembered, whatever it asks for
+        session.clean_session = True  # no session is kept after a disconnect, even if the client asks for it
         if existing is not None:
             await self._end_session(session.client_id)
         if isinstance(reader, ClientReader):
@@ -125,7 +125,7 @@ class LimitedBroker(Broker):
         await super()._handle_client_session(reader, writer, session, handler, server, listener_name)
 
     async def _end_session(self, client_id: str) -> None:
-        """End the connection that has this client id so far; its last will is published."""
+        """End the current connection of this client id; its last will is published."""
         reader = self._sessions[client_id][1].reader
         await self._delete_session(client_id)
         if isinstance(reader, ClientReader):
@@ -160,7 +160,7 @@ class LimitedBroker(Broker):
             )
 
     async def _publish_retained_messages_for_subscription(self, subscription: tuple[str, int], session: Session) -> None:
-        """Send what the client may read of its own subscriptions. amqtt would send what anybody has subscribed to."""
+        """Send what the client may read of its own subscriptions. amqtt would send those of all clients' subscriptions."""
         topic_filter, qos = subscription
         handler = self._get_handler(session)
         if handler is None or not any(one is session for one, _ in self._subscriptions.get(topic_filter, ())):
@@ -215,7 +215,7 @@ def embedded_broker(
     passwords: dict[str, str] | None = None,
     limits: BrokerLimits = DEFAULT_LIMITS,
 ) -> LimitedBroker:
-    """An amqtt broker for ``address``, not started: with TLS and users, or for everybody. Needs a running event loop."""
+    """Create an amqtt broker for ``address``, not started, with or without TLS and users. Needs a running event loop."""
     listener = ListenerConfig(bind=address, max_connections=limits.peers)
     rules = {"services.broker.acl.PasswordAuthPlugin": {"passwords": passwords}, "services.broker.acl.TopicAclPlugin": {}}
     config = BrokerConfig(listeners={"default": listener}, plugins=rules if passwords else ANONYMOUS)
@@ -223,7 +223,7 @@ def embedded_broker(
 
 
 def read_passwords(directory: Path | None) -> dict[str, str]:
-    """The users' passwords as `treegrpo certs` made them. Raises ConfigError."""
+    """Read the users' passwords from the files of `treegrpo certs`. Raises ConfigError."""
     if directory is None:
         raise ConfigError("The embedded broker takes its users from security.dir; set it, or run Mosquitto (docs/security.md).")
     return {role.value: read_secret_file(directory / f"{role.value}.password", "a password").decode().strip() for role in USERS}

@@ -46,7 +46,7 @@ class CertificateWithKey:
 
     @classmethod
     def from_pem(cls, certificate: bytes, key: bytes) -> CertificateWithKey:
-        """Read PEM files; of several certificates the first. Raises ValueError unless they are a pair of ours."""
+        """Read PEM files; the first of several certificates counts. Raises ValueError unless key and certificate fit."""
         private = serialization.load_pem_private_key(key, None)
         if not isinstance(private, ec.EllipticCurvePrivateKey):
             raise ValueError("the key is not on an elliptic curve")  # noqa: TRY004 - as the library says of a bad key

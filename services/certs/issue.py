@@ -54,7 +54,7 @@ def make_certificates(
         ConfigError: ``directory`` holds other files, which are not overwritten.
     """
     if wrong := [name for name in (*names, *samplers) if not NAME.fullmatch(name)]:
-        raise ConfigError(f"{wrong[0]!r} is no name; write letters, digits and .-_: with commas between names.")
+        raise ConfigError(f"{wrong[0]!r} is not a name; write letters, digits and .-_: with commas between names.")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     remove_partial_files(directory)  # which may hold a private key
     if new_ca or drop_old_ca:
@@ -104,7 +104,7 @@ def _load(certificate: Path, key: Path) -> CertificateWithKey:
         )
     except ValueError as error:
         raise ConfigError(
-            f"{certificate} or {key} is no PEM file of `treegrpo certs` ({describe(error)}); restore it."
+            f"{certificate} or {key} is not a PEM file of `treegrpo certs` ({describe(error)}); restore it."
         ) from error
 
 
@@ -143,7 +143,7 @@ def _issue_role(
 
 
 def _host_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Loopback and ``names``, or what the certificate at ``path`` has besides the role."""
+    """Loopback and ``names``, or, without names, those in the certificate at ``path``."""
     if not names and path.exists():
         extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
         known = extensions.get_extension_for_class(x509.SubjectAlternativeName).value

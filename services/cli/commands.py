@@ -79,9 +79,9 @@ def run_up(call: Invocation, *, everything: bool, policy: RestartPolicy | None =
         ours = find_own_error(error)
         if not isinstance(ours, UnavailableError | DeadlineError | RunError) or newest_checkpoint(run_dir) is None:
             raise
-        go_on = "go on" if ours.is_transient else "when that is mended, go on"
+        hint = "continue" if ours.is_transient else "fix that, then continue"
         last = PartError(str(ours), is_transient=ours.is_transient)
-        last.add_note(f"{go_on}: {command_line(*again)}")
+        last.add_note(f"{hint}: {command_line(*again)}")
         raise last from error
     for line in summary_lines(run_dir, call.config.train.steps, call.toml, again):
         view.print_line(line)
@@ -168,7 +168,7 @@ COMMANDS = {
 and ends with the held-out exact match before and after, a plot and a checkpoint in Hugging Face format.
 
 Each process writes RUN_DIR/logs/NAME.log. Ctrl-C drains: the trainer writes a checkpoint. Ctrl-C again stops at once.
-A part that dies is restarted, unless it reports an error that only you can fix. The same command goes on with a run that was
+A part that fails is restarted, unless its error is permanent. The same command continues a run that was
 stopped in any way; another run.dir begins a new one.
 
   treegrpo up examples/geohop/geohop.toml
@@ -182,11 +182,11 @@ stopped in any way; another run.dir begins a new one.
   treegrpo sampler CONFIG.toml --security.dir certs --sampler.learner HOST:PORT --broker.address HOST:PORT \\
     --retriever.url https://HOST:PORT
 
-Whatever is not on one machine needs certificates: treegrpo certs --help""",
+Connections between machines need certificates: treegrpo certs --help""",
         partial(run_up, everything=False),
     ),
     "sampler": Command(
-        "one sampler: leases in, subtrees out; any number of them",
+        "one sampler: leases in, subtrees out; a run may have any number",
         """Joins the learner at sampler.learner, fetches the newest weights, and rolls out questions until the run drains.
 It stores nothing: stop it, kill it, start more at any time.
 
@@ -202,42 +202,42 @@ It stores nothing: stop it, kill it, start more at any time.
     ),
     "intake": Command(
         "the learner's intake alone: leases, ledger, journal, weights",
-        "What `treegrpo learner` starts beside the trainer; useful where each process has its own supervisor.",
+        "`treegrpo learner` starts it together with the trainer. Run it alone where each process has its own supervisor.",
         partial(exec_module, "learner.intake"),
     ),
     "trainer": Command(
         "the learner's trainer alone: groups in, policy versions out",
-        "What `treegrpo learner` starts beside the intake, with the same run.dir.",
+        "`treegrpo learner` starts it together with the intake. Run it alone with the run.dir of the intake.",
         partial(exec_module, "learner.trainer"),
     ),
     "broker": Command(
         "the embedded MQTT broker alone",
-        "What `treegrpo up` starts when broker.embedded is true. A cluster wants Mosquitto instead.",
+        "`treegrpo up` starts it if broker.embedded is true. Use Mosquitto on a cluster.",
         partial(exec_module, "services.broker.server"),
     ),
     "eval": Command(
         "greedy exact match of a model on the held-out questions",
-        """Answers data.heldout with the model at model.path, one greedy chain each, by family. Uses the retriever that runs,
-or starts one for the time.
+        """Answers data.heldout with the model at model.path, one greedy chain each, by family. Uses the running retriever,
+or starts one for this command.
 
   treegrpo eval examples/geohop/geohop.toml --model.path runs/demo/checkpoints/final""",
         run_eval,
     ),
     "doctor": Command(
-        "what is missing or in the way, and the remedy",
+        "check machine, files and peers of a run, with remedies",
         "Looks at Python, packages, machine, ports, model, data, corpus and peers. Exit code 1 if something fails.",
         run_doctor,
     ),
     "state": Command(
         "set the run state: running, paused or draining",
-        """All parts obey: paused begins nothing new, until you say running; draining ends the run with a checkpoint.
+        """Sets the state of the whole run: paused starts no new work until running; draining ends the run with a checkpoint.
 
   treegrpo state paused CONFIG.toml""",
         run_state,
         positionals=("running|paused|draining",),
     ),
     "certs": Command(
-        "certificates, passwords and tokens: TLS for everything",
+        "make certificates, passwords and tokens for TLS",
         """Makes a private authority in DIR, a certificate for each role, passwords for the broker and tokens for /metrics and
 the retriever. Run again, it renews the certificates and keeps the rest. See docs/security.md.
 
@@ -247,14 +247,14 @@ the retriever. Run again, it renews the certificates and keeps the rest. See doc
         positionals=("DIR",),
         options={
             "--names=": "host names and addresses, with commas, of the machines of learner, broker and retriever",
-            "--samplers=": "names, with commas, of samplers that get a certificate good for them alone",
-            "--new-ca": "begin to replace the authority: trust a new one beside the old",
-            "--drop-old-ca": "end it: trust the new one only",
+            "--samplers=": "names, with commas, of samplers that get a certificate valid for them only",
+            "--new-ca": "first step of replacing the authority: trust a new one beside the old",
+            "--drop-old-ca": "last step of replacing the authority: trust only the new one",
         },
     ),
     "plot": Command(
         "reward, EM, budget, saving and version lag as a PNG",
-        """Draws RUN_DIR/progress.png from RUN_DIR/progress.jsonl, also while the run goes on.
+        """Draws RUN_DIR/progress.png from RUN_DIR/progress.jsonl, also during the run.
 
   treegrpo plot --run.dir runs/demo""",
         run_plot,
@@ -295,7 +295,7 @@ def parse_own_options(command: Command, arguments: Sequence[str]) -> Mapping[str
         raise ConfigError(f"The flags cannot be read: {error}; see --help.") from error
     if unknown:
         flags = ", ".join(flag.rstrip("=") for flag in command.options)
-        raise ConfigError(f"{unknown[0]} is no flag of this command; it has {flags}.")
+        raise ConfigError(f"{unknown[0]} is not a flag of this command; it has {flags}.")
     return vars(known)
 
 

@@ -51,7 +51,7 @@ def machine_findings() -> list[Finding]:
         *map(_package_finding, PACKAGES),
         Finding("cores", "ok", str(os.cpu_count())),
         _size_finding("memory", memory_limit(), MEMORY_GIB, "use a machine with more"),
-        _size_finding("disk", shutil.disk_usage(Path.cwd()).free, DISK_GIB, "make room for checkpoints and weights"),
+        _size_finding("disk", shutil.disk_usage(Path.cwd()).free, DISK_GIB, "free space for checkpoints and weights"),
     ]
 
 

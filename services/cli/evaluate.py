@@ -45,7 +45,7 @@ class EvalAnswer:
 
 @asynccontextmanager
 async def running_retriever(config: Config, arguments: Sequence[str], print_line: PrintLine) -> AsyncGenerator[None]:
-    """Have a retriever for the time of the block: the one that runs already, or else one started here."""
+    """Use the running retriever for the time of the block, or start one."""
     access = Credentials.from_config(config.security, Role.OPERATOR)
     try:
         await probe_retriever(config, access)
@@ -93,7 +93,7 @@ def describe_failures(answers: Sequence[EvalAnswer]) -> str:
     if not errors:
         return ""
     last = errors[-1].rstrip(".") or "no error was named"
-    sentence = f"{len(errors)} of {len(answers)} questions came to no answer, the last so: {last}."
+    sentence = f"{len(errors)} of {len(answers)} questions have no answer; the last: {last}."
     if len(errors) == len(answers):
         raise RunError(sentence)
     return sentence

@@ -63,7 +63,7 @@ def run_command(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{name!r} is no command; the nearest is {near}, and `treegrpo --help` lists all.")
+        raise ConfigError(f"{name!r} is not a command; the nearest is {near}, and `treegrpo --help` lists all.")
     if any(flag in rest for flag in HELP):
         print(command_help(name))
         return 0
@@ -83,7 +83,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C before it was done.", file=sys.stderr)
         code = INTERRUPTED
-    except Exception as error:  # noqa: BLE001  # the edge: what is not ours is raised again
+    except Exception as error:  # noqa: BLE001  # the edge: any other error is raised again
         code = report_error(error)
     if why := lost_output():
         print(f"What this command printed is not complete: standard output could not be written ({why}).", file=sys.stderr)

@@ -23,7 +23,7 @@ async def set_run_state(config: Config, word: str) -> str:
     try:
         state = RunState(word)
     except ValueError as error:
-        raise ConfigError(f"{word!r} is no run state; write running, paused or draining.") from error
+        raise ConfigError(f"{word!r} is not a run state; write running, paused or draining.") from error
     access = Credentials.from_config(config.security, Role.OPERATOR)
     await publish_state(config.broker.address, config.run.name, state, access)
     return f"The run {config.run.name} is set to {state.value}."

@@ -6,7 +6,7 @@ checks ─► lock ─► broker ─► retriever ─► intake ─► trainer �
 └─ Ctrl-C again: stop now
 
 The intake also sets the run state "draining" when it gives the run up, so the reason for the end is known only when all parts
-have ended: it is a part's permanent error, if there is one, whoever asked for the drain.
+have ended: it is a part's permanent error, if there is one, also after a drain that the user requested.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ class RunController:
             raise
         if not group.is_running(trainer):
             group.draining.set()
-            self._view.print_line("The trainer was about to be started again; the run goes on from its newest checkpoint.")
+            self._view.print_line("The trainer was about to be started again; the run continues from its newest checkpoint.")
             return 0
         self._view.print_line(f"Draining: {self._draining}")
         if not await self._drain_trainer(group, alerts, broadcast=True):
@@ -300,7 +300,7 @@ class RunController:
     async def _drain_trainer(self, group: ProcessGroup, alerts: RunAlerts, *, broadcast: bool) -> bool:
         """Have the trainer write a checkpoint and end; whether it did in time.
 
-        ``broadcast``: by the run state, which the intake passes on to it. When nobody does, it gets a signal.
+        ``broadcast``: by the run state, which the intake passes on to it. If the intake is gone, the trainer gets a signal.
         """
         group.draining.set()
         published = broadcast and await run_unless(self._signals.stop_requested, self._set_run_state(RunState.DRAINING))
@@ -313,7 +313,7 @@ class RunController:
             group.signal_part(self._programs.trainer.name, signal.SIGTERM)
 
         async def on_full_disk() -> None:
-            """After Ctrl-C a full disk is not waited for; after the run state it is, up to the time limit."""
+            """Stop the trainer when the disk is full after Ctrl-C; after a drain by run state it waits up to the time limit."""
             await self._signals.received.wait()
             await alerts.trainer_blocked.wait()
             self._view.print_line("The disk has no room for what the trainer has to write, so it ends without.")
@@ -340,12 +340,12 @@ class RunController:
             return False
 
     async def _drain_samplers(self, group: ProcessGroup) -> None:
-        """Let samplers end in order."""
+        """Have the samplers finish their leases and end."""
         await self._set_run_state(RunState.DRAINING)
         await group.wait_for_samplers(SAMPLER_EXIT_SECONDS)
 
     async def _set_run_state(self, state: RunState) -> bool:
-        """Publish the run state; whether it could be. A broker that is gone by now must not turn a good end into an error."""
+        """Publish the run state; returns whether it succeeded. A broker that is gone must not turn a good end into an error."""
         try:
             await publish_state(self._config.broker.address, self._config.run.name, state, self._access)
         except UnavailableError as error:

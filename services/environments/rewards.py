@@ -96,7 +96,7 @@ def _f1(normalised: str, words: Counter[str], length: int, gold: str) -> float:
 
 
 def format_reward(shape: RewardShape, score: float, *, answered: bool, well_formed: bool, reward: str, penalty: float) -> float:
-    """The format component of the reward: what the format adds to the score of an answer, or takes off.
+    """The format component of the reward, which is added to the score of an answer.
 
     | shape `tree_grpo`, of Tree-GRPO's code | well-formed | not well-formed |
     |---|---|---|
@@ -105,7 +105,7 @@ def format_reward(shape: RewardShape, score: float, *, answered: bool, well_form
     | no answer | | 0 |
 
     Args:
-        shape: `penalty` takes ``penalty`` off whatever is not well-formed, once.
+        shape: `penalty` subtracts ``penalty`` once from a malformed transcript.
         score: ``em`` or ``f1`` of the answer, 0 without one.
         answered: the episode has an answer.
         well_formed: every turn is well-formed and the last one answers.

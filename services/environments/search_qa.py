@@ -107,7 +107,7 @@ class SearchQA:
         reward_shape: RewardShape = "penalty",
         format_penalty: float = 0.2,
     ) -> None:
-        """Set up the task; nothing is opened.
+        """Set up the task; no connection is opened.
 
         Args:
             retriever: the search tool; the caller closes it.
@@ -168,7 +168,7 @@ class SearchQA:
     def metrics(self, state: Episode) -> Mapping[str, float]:
         """``em``, ``f1``, and the counts ``invalid_actions`` and ``searches``; see `Environment.metrics`."""
         kinds = [action.kind for action in state.actions]
-        performed = kinds[:-1]  # whatever ended the episode used no tool
+        performed = kinds[:-1]  # the action that ended the episode used no tool
         counts = {"invalid_actions": kinds.count("invalid"), "searches": performed.count("search")}
         return {**self._score_answer(state), **{name: float(count) for name, count in counts.items()}}
 

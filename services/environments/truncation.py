@@ -19,7 +19,7 @@ def fitting_length(text: str, max_tokens: int, count: Callable[[str], int]) -> i
     Args:
         text: any text.
         max_tokens: the limit.
-        count: tokens of a prefix of ``text``, with whatever is added around it.
+        count: tokens of a prefix of ``text``, with the text that is added around it.
     """
     low, low_tokens, high = 0, 0, min(len(text), max_tokens * CHARS_PER_TOKEN)
     while (high_tokens := count(text[:high])) <= max_tokens:

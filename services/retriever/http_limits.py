@@ -26,7 +26,7 @@ MAX_PIECES = 4096
 
 @dataclass(frozen=True, slots=True)
 class RetrieverLimits:
-    """What one client, and all of them together, may demand of the retriever."""
+    """Limits of the retriever for one client, and for all of them together."""
 
     request_seconds: float = REQUEST_SECONDS
     """From the first byte of a request to its last, and without reading anything of the response."""

@@ -69,13 +69,13 @@ class RefusalRecorder:
         self._refusals.log_refusal(client, reason, sentence)
 
     def refusal_response(self, request: Request, status: int, reason: str, sentence: str) -> Response:
-        """Record a refusal; the response that tells it."""
+        """Record a refusal and return its response."""
         self.record_refusal(request.client.host if request.client else "unknown", reason, sentence)
         return JSONResponse({"error": sentence}, status_code=status)
 
 
 class RetrieveEndpoint:
-    """The endpoint as an ASGI application."""
+    """The search endpoint as an ASGI application."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class RetrieveEndpoint:
             try:
                 with self._metrics.seconds.time():
                     pieces = await self._respond(request, _LargeRequestSlot(self._large_slots, stack))
-            except ClientDisconnect:  # there is nobody to respond to
+            except ClientDisconnect:  # the client has disconnected
                 return
             except RequestRefusedError as refused:
                 response = self._refusals.refusal_response(request, refused.status, refused.reason, refused.sentence)

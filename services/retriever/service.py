@@ -103,7 +103,7 @@ async def serve_retriever(
 
 
 class _RetrieverServer(uvicorn.Server):
-    """A uvicorn server that leaves signals to the process, limits the TLS handshake, and tells when it listens."""
+    """A uvicorn server that leaves signals to the process, limits the TLS handshake, and reports when it listens."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SamplerIdentity:
-    """What a sampler says about itself."""
+    """The identity of a sampler, as in its Hello."""
 
     id: str
     incarnation: int
@@ -36,7 +36,7 @@ class SamplerIdentity:
 
 
 class LeaseWorker:
-    """Works on leases as `RolloutClient` brings them. Its tasks belong to the task group it is given."""
+    """Works on the leases that `RolloutClient` receives. Its tasks belong to the task group it is given."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class LeaseWorker:
         self._running.set()
 
     def drain(self) -> None:
-        """Finish the branches that run, start nothing, take no more leases."""
+        """Finish running branches, start no new ones, take no more leases."""
         self.draining.set()
         self._running.set()
         self._update_demand()
@@ -155,7 +155,7 @@ class LeaseWorker:
             await self._lease_ended.wait()
 
     def count_idle_seconds(self) -> None:
-        """Bring the counter of seconds without any lease up to now."""
+        """Update the counter of seconds without any lease."""
         if self._idle_since is not None:
             now = time.monotonic()
             self._metrics.waiting.inc(now - self._idle_since)

@@ -13,7 +13,7 @@ from treegrpo.security.credentials import Credentials, bearer_header
 def check_topk(config: Config) -> str:
     """Check that our retriever returns environment.topk documents for one query. Raises ConfigError.
 
-    A retriever of somebody else may return more: `probe_retriever` asks it.
+    Another retriever may return more: `probe_retriever` asks it.
     """
     topk = config.environment.topk
     if topk > TOPK and not config.retriever.url:

@@ -1,4 +1,4 @@
-"""The sampler service: one replica, from start to shutdown. It keeps no state that matters if it dies.
+"""The sampler service: one replica, from start to shutdown. It has no state that must survive a crash.
 
 Start:  /metrics → broker → a run that does not drain → learner → first policy version → engine → environment → rollout stream
 Stop:   a stop signal, run state "draining" or the learner's Drain → running branches end → every subtree is acked →
@@ -97,7 +97,7 @@ async def run_sampler(config: Config) -> None:
 
 
 async def wait_while_draining(control: ControlPlane) -> None:
-    """Return when the run does not drain: whoever starts samplers again after a drain need not know when it is over."""
+    """Return when the run does not drain, so that samplers can be started before a drain is over."""
     await control.wait_retained_state()
     if control.state is RunState.DRAINING:
         log.info("the run drains; waiting until it is resumed")

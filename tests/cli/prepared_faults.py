@@ -189,7 +189,7 @@ FAULTS = (
     PreparedFault(
         "template without the messages",
         text("chat_template.jinja", "<|user|>Hello<|end|>"),
-        "renders all .* prompts of data.train that were tried alike, .* mend it",
+        "renders all .* prompts of data.train that were tried alike, .* fix it",
     ),
     PreparedFault(
         "code beside the model",
@@ -262,9 +262,9 @@ FAULTS = (
         "make 16002 leaves a question, and 4096 are the most; lower one of them",
     ),
     PreparedFault(
-        "an address without a port", flags(broker__address="localhost"), "broker.address = 'localhost' is no address; write HOST"
+        "an address without a port", flags(broker__address="localhost"), "broker.address = 'localhost' is not an address"
     ),
-    PreparedFault("a URL for an address", flags(broker__address="mqtt://127.0.0.1:1883"), "is no address; write HOST:PORT"),
+    PreparedFault("a URL for an address", flags(broker__address="mqtt://127.0.0.1:1883"), "is not an address; write HOST:PORT"),
     PreparedFault(
         "max_running beyond memory",
         flags(engine__max_running="1000000"),
@@ -288,7 +288,7 @@ FAULTS = (
         "IPv6 without brackets", flags(learner__listen="::1:50051"), r"is an IPv6 address without brackets; write \[HOST\]:PORT"
     ),
     PreparedFault("run.dir below a file", below_a_file, "run.dir = .* lies below .*, which is a file; give a directory"),
-    PreparedFault("run.dir a dangling link", dangling_link, "leads to the link .* whose target does not exist; mend it"),
+    PreparedFault("run.dir a dangling link", dangling_link, "leads to the link .* whose target does not exist; fix it"),
     PreparedFault(
         "run.dir that takes no file", flags(run__dir="/proc/run"), "run.dir = /proc/run cannot be written to .*; choose another"
     ),

@@ -34,7 +34,7 @@ def test_a_bad_value(small_run: SmallRun) -> None:
 
 
 def test_an_unknown_command() -> None:
-    refused(treegrpo("upp"), "'upp' is no command; the nearest is up")
+    refused(treegrpo("upp"), "'upp' is not a command; the nearest is up")
 
 
 def test_a_busy_port(small_run: SmallRun) -> None:

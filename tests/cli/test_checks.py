@@ -152,7 +152,7 @@ def test_an_sglang_that_cannot_be_started_is_found_before_anything_is() -> None:
             check_engine(config, config.sampler.count)
 
     address = "127.0.0.1:30000"
-    refused(ConfigError, r"engine\.listen = '127\.0\.0\.1' is no address", "--engine.listen", "127.0.0.1")
+    refused(ConfigError, r"engine\.listen = '127\.0\.0\.1' is not an address", "--engine.listen", "127.0.0.1")
     refused(ConfigError, r"engine\.listen = .* would be shared by the SGLang servers of 2 samplers", "--engine.listen", address)
     refused(ConfigError, r"engine\.urls would be shared by 2 samplers", "--engine.urls", '["http://127.0.0.1:30000"]')
     twice = '["http://127.0.0.1:30000", "http://localhost:30000/"]'

@@ -72,9 +72,9 @@ def test_an_unknown_flag_is_named_with_the_nearest_key(flag: str) -> None:
 
 @pytest.mark.parametrize("flag", ["--resume", "--run.resume"])
 def test_a_key_of_an_earlier_version_is_refused_with_what_is_right_now(tmp_path: Path, flag: str) -> None:
-    with pytest.raises(ConfigError, match=rf"the flag {flag}: .* is gone: a run goes on by itself"):
+    with pytest.raises(ConfigError, match=rf"the flag {flag}: .* is gone: a run continues by itself"):
         load_config(None, [flag, "true"])
-    with pytest.raises(ConfigError, match=r"run\.toml: run\.resume is gone: a run goes on by itself"):
+    with pytest.raises(ConfigError, match=r"run\.toml: run\.resume is gone: a run continues by itself"):
         load_config(toml(tmp_path, "[run]\nresume = true"))
 
 
@@ -214,7 +214,7 @@ def test_a_current_directory_that_is_gone_is_said(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("flag", ["--run.name", "--retriever.url", "--model.path"])
 def test_a_value_that_is_no_utf8_is_refused_with_its_flag(flag: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{flag.removeprefix('--')} \(the flag {flag}\) is no UTF-8"):
+    with pytest.raises(ConfigError, match=rf"{flag.removeprefix('--')} \(the flag {flag}\) is not UTF-8"):
         load_config(None, [flag, "caf\udce9"])
 
 

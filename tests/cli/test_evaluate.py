@@ -17,10 +17,10 @@ ANSWERED, FAILED = EvalAnswer(QUESTION, Leaf(0, {"em": 1.0}, {})), EvalAnswer(QU
 
 def test_questions_without_an_answer_are_said_with_the_last_reason() -> None:
     assert describe_failures([ANSWERED, ANSWERED]) == ""
-    sentence = "1 of 2 questions came to no answer, the last so: ToolError: HTML instead of JSON."
+    sentence = "1 of 2 questions have no answer; the last: ToolError: HTML instead of JSON."
     assert describe_failures([FAILED, ANSWERED]) == sentence
 
 
 def test_an_evaluation_without_any_answer_is_an_error() -> None:
-    with pytest.raises(RunError, match="2 of 2 questions came to no answer, the last so: no error was named"):
+    with pytest.raises(RunError, match="2 of 2 questions have no answer; the last: no error was named"):
         describe_failures([FAILED, EvalAnswer(QUESTION, None)])

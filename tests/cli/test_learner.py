@@ -100,4 +100,4 @@ async def test_an_intake_that_is_killed_is_started_again_and_the_trainer_goes_on
         await one.wait_for_lines("The trainer waits for it.")
         await one.wait_for_lines("the intake is back after")
         assert await one.terminate() == 0, "".join(one.lines)
-    assert sum("The intake ended with code -9: it gave no reason" in line for line in one.lines) == 1
+    assert sum("The intake ended with code -9: it reported no reason" in line for line in one.lines) == 1

@@ -139,7 +139,7 @@ async def test_a_line_that_is_no_record_is_told_of_once_and_costs_nothing_else(t
     async with LiveView(Terminal(file=out)).follow_run(tmp_path, "127.0.0.1:1", 10, OPEN):
         (tmp_path / "progress.jsonl").write_text("nonsense\n")
         write(tmp_path, step_row(1), step_row(2))
-    assert out.getvalue().count("line 1 is no record") == 1
+    assert out.getvalue().count("line 1 is not a record") == 1
     assert "step 1/10" in out.getvalue()
     assert "step 2/10" in out.getvalue()
 

@@ -115,7 +115,7 @@ async def test_a_part_that_was_killed_is_started_again_and_the_others_go_on(tmp_
         await started(tmp_path, "intake", times=2)
         assert (group.newest_process("trainer"), trainer.code) == (trainer, None)
         assert group.newest_process("intake") is not intake
-    how = "was killed by signal 9 (SIGKILL); if nobody sent it, memory ran out; its log ends with 'waiting'"
+    how = "was killed by signal 9 (SIGKILL); unless a user sent it, memory ran out; its log ends with 'waiting'"
     assert lines == [f"The intake {how} (log: {tmp_path / 'intake.log'}); starting it again in 0 s."]
 
 
@@ -202,24 +202,24 @@ def failing(name: str, sentence: str) -> SupervisedPart:
 @pytest.mark.parametrize("drains", [False, True])
 async def test_an_error_that_stays_is_heard_whether_the_run_drains_or_not(tmp_path: Path, drains: bool) -> None:
     async with process_group(tmp_path, []) as group:
-        for part in (waiting("trainer"), failing("intake", "The run leads nowhere.")):
+        for part in (waiting("trainer"), failing("intake", "The run makes no progress.")):
             await group.start_part(part)
             await started(tmp_path, part.name)
         if drains:
             group.draining.set()
         group.signal_part("intake", signal.SIGTERM)
-        with pytest.raises(PartError, match=r"The intake ended with code 2: The run leads nowhere\."):
+        with pytest.raises(PartError, match=r"The intake ended with code 2: The run makes no progress\."):
             await asyncio.wait_for(group.wait_for_part("trainer"), SECONDS)
 
 
 async def test_what_a_part_says_only_when_it_is_stopped_is_the_reason_too(tmp_path: Path) -> None:
     transient, permanent = PartError("No intake answers.", is_transient=True), PartError("No such key.")
     async with process_group(tmp_path, []) as group:
-        await group.start_part(failing("intake", "The run leads nowhere."))
+        await group.start_part(failing("intake", "The run makes no progress."))
         await started(tmp_path, "intake")
         await group.start_part(ending("trainer", "done", 0, done=True))
         await asyncio.wait_for(group.wait_for_part("trainer"), SECONDS)
         assert (group.permanent_failure(), group.root_cause(transient)) == (None, transient)
-    assert "The intake ended with code 2: The run leads nowhere." in str(group.permanent_failure())
+    assert "The intake ended with code 2: The run makes no progress." in str(group.permanent_failure())
     assert str(group.root_cause(transient)) == str(group.permanent_failure())
     assert group.root_cause(permanent) is permanent

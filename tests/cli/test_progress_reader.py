@@ -42,7 +42,7 @@ def test_a_broken_line_is_left_out_and_named(tmp_path: Path, line: str, caplog: 
         file.write(line + "\n")
     write(tmp_path, step_row(2))
     assert [step.step for step in read_progress(tmp_path).steps] == [1, 2]
-    assert "progress.jsonl: line 2 is no record" in caplog.text
+    assert "progress.jsonl: line 2 is not a record" in caplog.text
     assert "1 line is left out" in caplog.text
 
 
@@ -53,7 +53,7 @@ def test_marks_ends_and_rubbish_of_other_programs_cost_no_record(tmp_path: Path)
     path.write_bytes(b"".join(lines))
     tail = ProgressTail(path)
     assert [record.step for record in tail.read_new_records() if isinstance(record, StepRecord)] == [1, 2]
-    assert "line 2 is no record" in tail.skipped_lines
+    assert "line 2 is not a record" in tail.skipped_lines
     assert "2 lines are left out" in tail.skipped_lines
     path.write_bytes(b"".join(lines) + b"\n")
     assert [record.step for record in tail.read_new_records() if isinstance(record, StepRecord)] == [3]
@@ -65,7 +65,7 @@ def test_a_line_without_an_end_is_not_kept_in_memory(tmp_path: Path) -> None:
     (tmp_path / "progress.jsonl").write_bytes(b"x" * 5000 + b"\n" + json.dumps({"kind": "eval"}).encode() + b"\n")
     lines = JsonLinesFile(tmp_path / "progress.jsonl", line_bytes=1000)
     assert list(lines.read_new_rows()) == [{"kind": "eval"}]
-    assert "line 1 is no record" in lines.skipped_summary
+    assert "line 1 is not a record" in lines.skipped_summary
 
 
 def test_a_line_that_grows_while_it_is_read_is_read_whole_the_next_time(tmp_path: Path) -> None:

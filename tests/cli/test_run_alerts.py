@@ -24,9 +24,9 @@ def config(run_dir: Path, port: int = 0) -> Config:
 @pytest.mark.parametrize(
     ("name", "begins", "over"),
     [
-        (JOURNAL_SHORT, "is full: what is under way comes in, but nothing new is granted; make room.", "has room again"),
+        (JOURNAL_SHORT, "is full: current leases finish, but no lease is granted; free space on it.", "has room again"),
         (JOURNAL_BLOCKED, "refuses the journal: nothing is acknowledged or granted", "takes the journal again."),
-        (TRAINER_BLOCKED, "refuses what the trainer has to write: it waits; make room", "has taken what the trainer"),
+        (TRAINER_BLOCKED, "refuses the trainer's writes: the trainer waits; free space on it", "has taken what the trainer"),
     ],
 )
 async def test_a_full_disk_is_said_when_it_is_full_and_when_it_is_not_any_more(
@@ -63,7 +63,7 @@ async def test_a_newly_damaged_checkpoint_is_reported_once(tmp_path: Path) -> No
     new.mkdir()
     alerts.update_alerts({})
     alerts.update_alerts({})
-    assert said == [f"A damaged checkpoint is set aside as {new}; the run goes on from the one before."]
+    assert said == [f"A damaged checkpoint was renamed to {new}; the run continues from the one before."]
 
 
 async def test_it_is_read_from_the_pages_of_intake_and_trainer(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ async def test_it_is_read_from_the_pages_of_intake_and_trainer(tmp_path: Path) -
     trainer.blocked.set(1)
     following = asyncio.create_task(RunAlerts(config(tmp_path, port), OPEN, said.put_nowait).follow_metrics())
     async with asyncio.timeout(10):
-        assert "nothing new is granted" in await said.get()
-        assert "the trainer has to write" in await said.get()
+        assert "no lease is granted" in await said.get()
+        assert "refuses the trainer's writes" in await said.get()
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
 

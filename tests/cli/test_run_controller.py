@@ -26,7 +26,7 @@ from treegrpo.security.credentials import OPEN
 from treegrpo.wire.control import RunState, publish_state
 
 SECONDS = 60.0
-NOWHERE, FULL = "The run leads nowhere.", "The disk is full."
+NOWHERE, FULL = "The run makes no progress.", "The disk is full."
 GIVES_UP = ("--code", "2", "--report", NOWHERE)
 
 

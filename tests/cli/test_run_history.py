@@ -55,7 +55,7 @@ def test_only_the_run_that_began_there_goes_on_in_a_directory(tmp_path: Path) ->
     checkpoint(small_run.run_dir, "step-000001")
     with pytest.raises(ConfigError, match=r"rollout\.trees was 2 and is 5"):
         check_run_dir(other)
-    assert check_run_dir(load_config(None, small_run.flags(train__lr="1e-3"))) == f"{small_run.run_dir} (goes on after step 1)"
+    assert check_run_dir(load_config(None, small_run.flags(train__lr="1e-3"))) == f"{small_run.run_dir} (continues after step 1)"
     with pytest.raises(ConfigError, match="is a file"):
         check_run_dir(load_config(None, small_run.flags(run__dir=str(small_run.train))))
 
@@ -70,5 +70,5 @@ def test_a_run_is_finished_when_its_last_step_is_kept_and_evaluated(tmp_path: Pa
     assert not describe_finished_run(config)
     write(small_run.run_dir, eval_row(2, 0.3))
     assert "is finished: step 2 of 2 is done" in describe_finished_run(config)
-    assert "Raise train.steps to go on with it, or choose another run.dir" in describe_finished_run(config)
+    assert "Raise train.steps to continue it, or choose another run.dir" in describe_finished_run(config)
     assert not describe_finished_run(load_config(None, small_run.flags(train__steps="3")))

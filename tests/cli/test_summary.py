@@ -33,13 +33,13 @@ def test_the_summary_says_before_and_after_and_what_to_do_next(tmp_path: Path) -
 
 def test_a_run_that_was_cut_short_says_how_to_go_on(tmp_path: Path) -> None:
     lines = summary_lines(finished_run(tmp_path), 10, TOML, ("up", "geohop.toml", "--train.steps", "10"))
-    assert lines[-1] == f"go on: {command_name()} up geohop.toml --train.steps 10"
+    assert lines[-1] == f"continue: {command_name()} up geohop.toml --train.steps 10"
 
 
 def test_a_run_without_a_step_says_where_the_logs_are(tmp_path: Path) -> None:
     assert summary_lines(tmp_path, 2, TOML, ("up",)) == [
         f"No step was made; the logs are in {tmp_path / 'logs'}.",
-        f"go on: {command_name()} up",
+        f"continue: {command_name()} up",
     ]
 
 

@@ -149,7 +149,7 @@ async def test_a_run_trains_to_its_end_and_sums_up_and_is_not_begun_again(tmp_pa
     assert (again.code, again.left) == (0, [])
     assert again.out == (
         f"The run in {small_run.run_dir} is finished: step 2 of 2 is done, and its model is in {final}. "
-        "Raise train.steps to go on with it, or choose another run.dir to begin anew.\n"
+        "Raise train.steps to continue it, or choose another run.dir for a new run.\n"
     )
     other = await asyncio.to_thread(treegrpo, "up", *small_run.flags(train__steps="3", run__seed="8", rollout__trees="3"))
     assert (other.code, other.left) == (2, [])
@@ -175,7 +175,7 @@ async def test_a_second_command_is_refused_and_the_first_resumes_after_ctrl_c(
     await run.wait_for_line("step ")
     run.process.send_signal(signal.SIGINT)
     assert await run.wait_for_end() == 0
-    assert run.lines[-1].startswith(f"go on: {command_name()} up ")
+    assert run.lines[-1].startswith(f"continue: {command_name()} up ")
 
     done = read_progress(small_run.run_dir).steps[-1].step
     again = await up(*small_run.flags(train__steps=str(done + 1)))
@@ -213,7 +213,7 @@ async def test_a_dead_rank_restarts_the_trainer_and_ranks_drain_together(small_r
     run = await up(*small_run.flags(train__steps=FOREVER, train__processes="2"))
     await run.wait_for_line("step 1/")
     os.kill(run.pid_of("learner.trainer", variable="RANK=1"), signal.SIGKILL)
-    lost = "Rank 1 of the trainer was killed by signal 9; if nobody sent it, memory ran out."
+    lost = "Rank 1 of the trainer was killed by signal 9; unless a user sent it, memory ran out."
     await run.wait_for_line(f"The trainer ended with code {TRANSIENT}: {lost} (log: ")
     await run.wait_for_line("held-out after step 0")
     await run.wait_for_line("step 1/")
@@ -231,7 +231,7 @@ async def test_a_paused_run_that_drains_is_still_paused_when_it_is_resumed(small
     await set_state(small_run, "draining")
     await run.wait_for_line("Draining: ")
     assert await run.wait_for_end() == 0
-    assert run.lines[-1].startswith(f"go on: {command_name()} up ")
+    assert run.lines[-1].startswith(f"continue: {command_name()} up ")
 
     done = read_progress(small_run.run_dir).steps[-1].step
     again = await up(*small_run.flags(train__steps=str(done + 1)))
@@ -252,7 +252,7 @@ async def test_ctrl_c_during_a_restart_delay_ends_the_run_in_order(small_run: Sm
     await run.wait_for_line("starting it again in 3600 s")
     run.process.send_signal(signal.SIGINT)
     assert await run.wait_for_end() == 0
-    assert run.lines[-1].startswith(f"go on: {command_name()} up ")
+    assert run.lines[-1].startswith(f"continue: {command_name()} up ")
     assert any("about to be started again" in line for line in run.lines) == (module == "learner.trainer")
     assert any((small_run.run_dir / "checkpoints").glob("step-*")) == (module != "learner.trainer")
 
@@ -265,18 +265,18 @@ async def test_an_error_that_stays_ends_the_run_with_its_sentence(small_run: Sma
     assert await run.wait_for_end() == FAILED
     (error,) = [line for line in run.lines if line.startswith("error: ")]
     assert error.startswith(f"error: The intake ended with code 2: {small_run.train}, row 1: ")
-    assert run.lines[-1].startswith(f"when that is mended, go on: {command_name()} up ")
+    assert run.lines[-1].startswith(f"fix that, then continue: {command_name()} up ")
 
 
 async def test_ctrl_c_while_the_trainer_waits_for_its_disk_ends_the_run_soon(small_run: SmallRun, up: Up) -> None:
     run = await up(*small_run.flags(train__steps=FOREVER, train__checkpoint_every="1"))
     await run.wait_for_line("step 2/")
     resource.prlimit(run.pid_of("learner.trainer"), resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))  # no weights fit
-    await run.wait_for_line(f"The disk of {small_run.run_dir} refuses what the trainer has to write: it waits")
+    await run.wait_for_line(f"The disk of {small_run.run_dir} refuses the trainer's writes: the trainer waits")
     run.process.send_signal(signal.SIGINT)
     async with asyncio.timeout(DRAIN_SECONDS / 4):
         assert await run.wait_for_end() == TRANSIENT
     (error,) = [line for line in run.lines if line.startswith("error: ")]
     assert error.startswith(f"error: The trainer ended with code {TRANSIENT}: ")
-    assert "make room on its disk" in error
-    assert run.lines[-1].startswith(f"go on: {command_name()} up ")
+    assert "free space on its disk" in error
+    assert run.lines[-1].startswith(f"continue: {command_name()} up ")

@@ -64,7 +64,7 @@ async def test_a_server_that_is_not_ready_is_used_once_it_is(requirements: Engin
 async def test_a_server_that_never_becomes_ready_is_an_error(requirements: EngineRequirements) -> None:
     timings = SGLangTimings(first_contact=Backoff((0.0,), seconds=-1.0))
     async with answering({}, status="503 Service Unavailable") as url:
-        with pytest.raises(UnavailableError, match=rf"{url} answers /server_info with 503.* mend engine\.urls"):
+        with pytest.raises(UnavailableError, match=rf"{url} answers /server_info with 503.* correct engine\.urls"):
             await open_remote(requirements, [url], verify=True, timings=timings)
 
 

@@ -169,7 +169,7 @@ def test_a_run_with_one_sampler_is_given_up_after_leases_and_time() -> None:
     fail(breaker, "s1")
     assert clock.now - began == FIRST_SECONDS * (2 ** (OPENINGS - 1) - 1)
     assert str(breaker.reason_to_give_up(trained=False)).startswith(
-        f"The last {FAILURES * OPENINGS} leases, of sampler s1, led to no finished episode; sampler s1 says: “s1 is broken”. "
+        f"The last {FAILURES * OPENINGS} leases, of sampler s1, finished no episode; sampler s1 says: “s1 is broken”. "
     )
     assert "rollout.max_context" in str(breaker.reason_to_give_up(trained=False))
     assert "rollout.max_context" not in str(breaker.reason_to_give_up(trained=True)), "it must stay as it was"
@@ -202,7 +202,7 @@ def test_a_run_goes_on_while_one_sampler_does_not_fail() -> None:
     breaker.sampler_left("good")
     assert breaker.reason_to_give_up(trained=False) is None, "it may come back"
     clock.now += LIMITS.absent_seconds
-    assert "of sampler bad, led to" in str(breaker.reason_to_give_up(trained=False))
+    assert "of sampler bad, finished no" in str(breaker.reason_to_give_up(trained=False))
 
 
 def test_samplers_that_lack_a_tool_end_nothing() -> None:
@@ -222,7 +222,7 @@ def test_what_samplers_say_is_theirs_and_short() -> None:
         fail_for_good(breaker, clock, f"s{number}")
         breaker.record_outcome(f"s{number}", LeaseOutcome.FAILED, "error: the run is over\n\x1b[31m " + "x" * 5000)
     said = str(breaker.reason_to_give_up(trained=False))
-    assert "samplers s0, s1, s2 and 2 more, led to" in said
+    assert "samplers s0, s1, s2 and 2 more, finished no" in said
     assert "sampler s0 says: “error: the run is over" in said
     assert "\n" not in said
     assert len(said) < 1500
@@ -237,7 +237,7 @@ def test_a_sampler_has_left_when_its_stream_closed() -> None:
     breaker.sampler_joined("bad")
     fail_for_good(breaker, clock, "bad")
     breaker.sampler_left("good")
-    assert "of sampler bad, led to" in str(breaker.reason_to_give_up(trained=False))
+    assert "of sampler bad, finished no" in str(breaker.reason_to_give_up(trained=False))
 
 
 def test_samplers_that_were_never_put_aside_are_forgotten() -> None:
@@ -322,7 +322,7 @@ async def test_one_bad_sampler_costs_itself_alone(tmp_path: Path, caplog: pytest
         assert not table.set_aside_counts
     said = [record.getMessage() for record in caplog.records if "put aside" in record.getMessage()]
     assert said == [
-        "sampler bad is put aside for 30 s, its last leases came to nothing; sampler bad says: “Learner, stop! error: now”"
+        "sampler bad is put aside for 30 s, since its last leases failed; sampler bad says: “Learner, stop! error: now”"
     ]
 
 

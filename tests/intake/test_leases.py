@@ -184,7 +184,7 @@ def test_a_late_subtree_is_accepted_until_another_sampler_goes_on() -> None:
     account = table.ledger.accounts[LeaseKind.TRAIN]
     assert (account.spent.tokens, account.granted - account.forfeited) == (2 * 28, account.spent)
     again = grant(table)
-    with pytest.raises(ContractError, match="is not open; its work is no longer wanted"):
+    with pytest.raises(ContractError, match="is not open; its subtrees are refused"):
         accept(table, chain(lost, index=2, parent=1))
     assert accept(table, chain(again, index=2, parent=1))
     assert table.ledger.imbalance(LeaseKind.TRAIN) == Budget()

@@ -57,7 +57,7 @@ async def test_a_sampler_that_hangs_loses_its_lease_to_another_who_goes_on(tmp_p
             async with SamplerPeer.join(intake.address, name="hangs", leases=(lost.id,)) as back:
                 assert list((await back.receive("welcome")).void_leases) == [lost.id]
                 await back.send_chain(lost.id, tree=1)
-                assert (await back.receive("ack")).refusal == f"Lease {lost.id} is not open; its work is no longer wanted."
+                assert (await back.receive("ack")).refusal == f"Lease {lost.id} is not open; its subtrees are refused."
             await other.send_chain(again.id, tree=1)
             await other.receive("ack")
             await other.send_request(lease_end=lease_end_to_pb(complete(again.id)))

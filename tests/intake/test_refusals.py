@@ -86,14 +86,14 @@ def test_what_a_refused_subtree_cost_is_settled_with_its_lease() -> None:
 
 
 def test_a_lease_of_which_everything_is_refused_has_failed_and_says_why() -> None:
-    """The reason is what a run that leads nowhere is given up with."""
+    """The reason is what a run without progress is given up with."""
     table = make_table()
     group = table.open_leases[grant(table)]
     for tree in range(2):
         group.reject_subtree((tree, 0), chain("a").cost, "logprobs", f"Group 0000000, tree {tree}: wrong.")
     end = group.with_rejected_cost(complete(group.lease.id))
     assert (end.reason, end.unaccounted.tokens) == (LeaseEndReason.FAILED, 2 * 28)
-    assert end.error == "2 subtrees refused, the last so: Group 0000000, tree 1: wrong."
+    assert end.error == "2 subtrees refused; the last: Group 0000000, tree 1: wrong."
 
 
 def test_a_trainer_that_goes_back_is_no_fault_of_the_questions_under_way() -> None:
@@ -172,7 +172,7 @@ async def test_a_subtree_that_cannot_even_be_read_leaves_the_stream_open(intake:
 async def test_work_for_a_lease_that_is_not_open_is_refused_in_a_sentence(intake: IntakeProcess) -> None:
     async with intake.with_peers() as peers:
         await peers.sampler.send_chain("train-9999999")
-        assert (await peers.sampler.receive("ack")).refusal == "Lease train-9999999 is not open; its work is no longer wanted."
+        assert (await peers.sampler.receive("ack")).refusal == "Lease train-9999999 is not open; its subtrees are refused."
         assert (await intake.samples())["treegrpo_subtrees_refused_total/lease"] == 1
 
 

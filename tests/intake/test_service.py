@@ -158,7 +158,7 @@ async def test_a_run_without_progress_ends_with_an_error(intake: IntakeProcess) 
         assert peers.process.returncode == 2
         last = errors.decode().strip().splitlines()[-1]
         assert last.startswith(
-            "error: The last 64 leases, of sampler s1, led to no finished episode; sampler s1 says: “ToolError: the retriever"
+            "error: The last 64 leases, of sampler s1, finished no episode; sampler s1 says: “ToolError: the retriever"
         )
 
 

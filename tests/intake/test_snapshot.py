@@ -88,7 +88,7 @@ async def test_a_damaged_newest_snapshot_falls_back_to_the_one_before(
         del data[place:]
     machine = CrashableIntake(disk, history)
     assert described(machine.table) == history.states[-1]
-    assert "It is set aside as /run/snapshots/00000003.damaged" in caplog.text
+    assert "It was renamed to /run/snapshots/00000003.damaged" in caplog.text
     assert machine.snapshots.snapshot_numbers() == [older]
     machine.compact()
     assert machine.snapshots.snapshot_numbers()[1] == older, "a damaged one is no generation"

@@ -37,12 +37,12 @@ SEEN: dict[str, tuple[RunStatus, StalledPart, str]] = {
     "the disk": (
         RunStatus(blocked_seconds=70.0, journal_folder="run/journal"),
         StalledPart.DISK,
-        "the disk, which has refused the journal run/journal for 70 s; make room, or mend it",
+        "the disk, which has refused the journal run/journal for 70 s; free space on it, or repair it",
     ),
     "a disk without room to spare": (
         RunStatus(low_space_seconds=70.0, journal_folder="run/journal", trainer=WAITS),
         StalledPart.DISK,
-        "the disk of run/journal, which has had no room to spare for 70 s; make room",
+        "the disk of run/journal, which has had no room to spare for 70 s; free space on it",
     ),
     "a trainer that never came": (
         RunStatus(trainer=TrainerStatus(seconds=75.0), samplers=[STUCK]),

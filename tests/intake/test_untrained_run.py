@@ -65,7 +65,7 @@ def test_a_recorded_step_counts_without_its_checkpoint(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_archived_is_named(tmp_path: Path) -> None:
     begun(small_run := SmallRun(tmp_path))
     (small_run.run_dir / "journal" / "untrained").touch()
-    with pytest.raises(RunFileError, match=r"journal/untrained cannot be used \(File exists\); move away what is in the way"):
+    with pytest.raises(RunFileError, match=r"journal/untrained cannot be used \(File exists\); move that file away"):
         archive_untrained_run(other(small_run))
 
 

@@ -124,7 +124,7 @@ def test_the_key_of_another_authority_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a b", "", "ü.example.org", "../x"])
 def test_what_is_no_name_is_refused_before_anything_is_made(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="is no name"):
+    with pytest.raises(ConfigError, match="is not a name"):
         make(tmp_path / "new", name)
     assert not (tmp_path / "new").exists()
 
@@ -134,4 +134,4 @@ def test_the_command_takes_a_directory_and_its_own_flags(tmp_path: Path) -> None
     assert (done.code, done.error) == (0, "")
     assert (tmp_path / "c" / "sampler-s7.key").is_file()
     assert "DIR is missing" in treegrpo("certs").sentence
-    assert "--bogus is no flag of this command" in treegrpo("certs", str(tmp_path / "c"), "--bogus").sentence
+    assert "--bogus is not a flag of this command" in treegrpo("certs", str(tmp_path / "c"), "--bogus").sentence

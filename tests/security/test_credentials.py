@@ -65,7 +65,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an open key": (lambda folder: (folder / "sampler.key").chmod(0o644), r"sampler\.key .* \(mode 0644\); run `chmod 600"),
     "an open password": (lambda folder: (folder / "sampler.password").chmod(0o604), r"sampler\.password .* \(mode 0604\)"),
     "an empty password": (lambda folder: replaced(folder, "sampler.password", b"\n"), r"sampler\.password .* holds no secret"),
-    "garbage": (lambda folder: replaced(folder, "sampler.pem", b"garbage"), r"is no good PEM file"),
+    "garbage": (lambda folder: replaced(folder, "sampler.pem", b"garbage"), r"is not a valid PEM file"),
     "another key": (
         lambda folder: shutil.copy(folder / "learner.key", folder / "sampler.key"),
         r"sampler\.key is not the key of .*sampler\.pem",

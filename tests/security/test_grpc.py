@@ -45,7 +45,7 @@ async def test_another_role_may_ask_for_health_and_nothing_else(made: Path, role
         await probe_learner(fixture.address, other)
         code, sentence = await stream(fixture, other)
         assert code is grpc.StatusCode.PERMISSION_DENIED
-        assert sentence == f"The role {role.value} may not call /treegrpo.v1.RolloutService/Rollout; that is for sampler."
+        assert sentence == f"The role {role.value} may not call /treegrpo.v1.RolloutService/Rollout; it is allowed for sampler."
         assert await describe_weights(fixture, other) is grpc.StatusCode.PERMISSION_DENIED
         assert await describe_weights(fixture, other) is grpc.StatusCode.PERMISSION_DENIED
         assert fixture.refused("role") == 3

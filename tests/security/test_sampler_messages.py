@@ -72,9 +72,9 @@ async def test_nobody_brings_subtrees_of_another_samplers_lease(tmp_path: Path, 
         shapes: list[dict[str, Any]] = [{}, {"index": 1, "parent": 1}, {"tree": 1}]
         for shape in shapes * 2:
             await other.send_request(subtree=subtree_to_pb(chain(lease, reward=9.0, **shape)))
-            assert "its own sampler speaks for it" in (await other.receive("ack")).refusal
+            assert "only its own sampler may send for it" in (await other.receive("ack")).refusal
         assert refused(intake, "holder") == 6
-        assert sum("speaks for it" in record.getMessage() for record in caplog.records) == 1
+        assert sum("may send for it" in record.getMessage() for record in caplog.records) == 1
         group = intake.coordinator.lease_table.open_leases[lease]
         assert (len(group.encoded), group.stop_requested_at, group.rejected) == (1, None, {})
         await mine.send_chain(lease, tree=1)
@@ -101,7 +101,7 @@ async def test_a_lease_that_ended_takes_nothing_more(tmp_path: Path) -> None:
         shapes: list[dict[str, Any]] = [{}, {"tree": 1}]
         for shape in shapes:
             await sampler.send_chain(lease, **shape)
-            assert (await sampler.receive("ack")).refusal == f"Lease {lease} is not open; its work is no longer wanted."
+            assert (await sampler.receive("ack")).refusal == f"Lease {lease} is not open; its subtrees are refused."
         assert refused(intake, "lease") == 2
         assert intake.coordinator.lease_table.ledger.accounts[LeaseKind.TRAIN].spent == Budget(28, 2)
 

@@ -28,14 +28,14 @@ def test_an_address_is_split_and_joined_again(address: str, host: str, port: int
     [
         ("::1:1883", r"write \[HOST\]:PORT"),
         ("2001:db8::7", r"write \[HOST\]:PORT"),
-        ("[::1]", "is no address"),
-        ("[::1:1883", "is no address"),
-        ("[localhost]:1883", "is no address"),
-        ("localhost", "is no address"),
-        (":1883", "is no address"),
-        ("localhost:65536", "is no address"),
-        ("localhost:١", "is no address"),
-        ("mqtt://localhost:1883", "is no address"),
+        ("[::1]", "is not an address"),
+        ("[::1:1883", "is not an address"),
+        ("[localhost]:1883", "is not an address"),
+        ("localhost", "is not an address"),
+        (":1883", "is not an address"),
+        ("localhost:65536", "is not an address"),
+        ("localhost:١", "is not an address"),
+        ("mqtt://localhost:1883", "is not an address"),
     ],
 )
 def test_what_is_no_address_is_refused_by_its_key(address: str, sentence: str) -> None:

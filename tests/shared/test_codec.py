@@ -52,9 +52,9 @@ def test_every_status_kind_and_reason_has_its_number() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"action": b"123"}, "action is 3 bytes long, which is no whole number of uint32"),
-        ({"observation": b"1"}, "observation is 1 bytes long, which is no whole number of uint32"),
-        ({"logprobs": b"12345"}, "logprobs is 5 bytes long, which is no whole number of float32"),
+        ({"action": b"123"}, "action is 3 bytes long, not a multiple of uint32"),
+        ({"observation": b"1"}, "observation is 1 bytes long, not a multiple of uint32"),
+        ({"logprobs": b"12345"}, "logprobs is 5 bytes long, not a multiple of float32"),
         ({"status": 0}, "status is 0, which this version of the contract does not know"),
     ],
 )

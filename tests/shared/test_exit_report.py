@@ -98,9 +98,9 @@ def test_a_service_that_is_cancelled_unasked_has_crashed(reports: ExitReports) -
     async def service(_config: Config) -> None:
         raise asyncio.CancelledError
 
-    with pytest.raises(RuntimeError, match="nobody had told it to stop"):
+    with pytest.raises(RuntimeError, match="without a stop signal"):
         run_service(service, [])
-    assert reports.read() == [ExitReport(1, "RuntimeError: The service was cancelled, and nobody had told it to stop.")]
+    assert reports.read() == [ExitReport(1, "RuntimeError: The service was cancelled without a stop signal.")]
 
 
 SERVICE = """

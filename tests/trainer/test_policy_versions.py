@@ -83,7 +83,7 @@ def test_a_full_disk_is_told_from_other_errors_and_leaves_what_was_there(policy:
     for size in (20_000, 100):
         with (
             full_beyond(size),
-            pytest.raises(DiskError, match=r"final could not be written \(File too large\); make room") as caught,
+            pytest.raises(DiskError, match=r"final could not be written \(File too large\); free space") as caught,
         ):
             export_model(policy, final, tmp_path / "model", "float32")
         assert caught.value.errno == errno.EFBIG

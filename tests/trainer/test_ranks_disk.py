@@ -47,6 +47,6 @@ def test_the_full_disk_of_one_rank_is_known_to_all_and_leaves_nothing(pair: Rank
     config = configure(tmp_path)
     folder = config.run.dir / "kept" / "step-000001"
     for said in pair(attempts, config, rank):
-        assert said == [f"{folder} could not be written (File too large); make room on its disk.", "written"]
+        assert said == [f"{folder} could not be written (File too large); free space on its disk.", "written"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert checkpoint.newest_checkpoint(folder.parent) == folder

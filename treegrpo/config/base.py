@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 
 class InputMarker:
-    """Marks a path that is read, hence relative to the file that names it."""
+    """Marks an input path: a relative one is relative to the configuration file."""
 
 
 InputPath = Annotated[Path, InputMarker()]

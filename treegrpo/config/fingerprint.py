@@ -42,7 +42,7 @@ KEYS = (
 )
 MODEL, QUESTIONS = "model.path", ("data.train", "data.heldout")
 TEXT = "text_sha256"
-"""Of a model the second digest; a run that began before there was one goes on without."""
+"""Of a model the second digest; an older run without one continues without it."""
 WEIGHT_FILES = ("config.json", "tokenizer*", "*.safetensors")
 """Of a model, what decides what is computed."""
 TEXT_FILES = (
@@ -60,7 +60,7 @@ Fingerprint = Mapping[str, Any]
 def record_fingerprint(config: Config, *, begun: bool) -> str:
     """Record the fingerprint of the run in ``run.dir``, or, if it has ``begun``, check it; returns the run's id.
 
-    The id is random, and made when the run begins: it tells two runs of one run.name apart.
+    The id is random, and made when the run begins: it distinguishes two runs of one run.name.
 
     Raises:
         ConfigError: it is another now.
@@ -84,7 +84,7 @@ def check_fingerprint(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUE
     """Check that the run in ``run.dir`` has the fingerprint that it began with; without a record everything is accepted.
 
     Args:
-        config: what it is told now.
+        config: the present one.
         names: the keys to compare; those of files that this process does not have are left out.
 
     Raises:
@@ -95,12 +95,12 @@ def check_fingerprint(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUE
     if found := changes(config, names):
         raise ConfigError(
             f"The run in run.dir = {config.run.dir} cannot resume with other settings: {', '.join(found)}. Set them back as they "
-            "were, or begin anew in another run.dir, with this run's last checkpoint as model.path to keep what it has learnt."
+            "were, or begin a new run in another run.dir, with this run's last checkpoint as model.path to keep its training."
         )
 
 
 def changes(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -> list[str]:
-    """What has changed of the run in ``run.dir`` since it began, each with both values; see `check_fingerprint`."""
+    """Settings and files of the run in ``run.dir`` that changed since it began, with both values; see `check_fingerprint`."""
     path = config.run.dir / FILE_NAME
     if not path.exists():
         return []
@@ -111,7 +111,7 @@ def changes(config: Config, names: Iterable[str] = (*KEYS, MODEL, *QUESTIONS)) -
 
 
 def _id(path: Path) -> str:
-    """The id in ``path``; the hash of the record, for a run of an earlier version."""
+    """The run's id in the record at ``path``; the record's hash, for a run of an earlier version."""
     known = _read(path).get(ID)
     return known if isinstance(known, str) else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
@@ -139,7 +139,7 @@ def _content(path: Path) -> str:
 
 
 def _digest(folder: Path, patterns: Iterable[str]) -> str:
-    """Of the files of a model directory that fit ``patterns``."""
+    """The digest of the files of a model directory that match ``patterns``."""
     found = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         size = path.stat().st_size

@@ -34,7 +34,7 @@ from treegrpo.storage.text_files import read_text
 
 ENV_PREFIX = "TREEGRPO_"
 GONE = dict.fromkeys(
-    ("run.resume", "resume"), "a run goes on by itself where it stopped; leave it out, or begin anew in another run.dir"
+    ("run.resume", "resume"), "a run continues by itself where it stopped; leave it out, or begin a new run in another run.dir"
 )
 """Keys and flags of earlier versions, with what is right now."""
 
@@ -48,7 +48,7 @@ class _Settings(Config, BaseSettings):
 
 
 class _Source(NamedTuple):
-    """What one source says, and how to point at a key in it."""
+    """The values of one source, and how an error names a key in it."""
 
     label: str
     """With SECTION and KEY to fill in."""
@@ -77,7 +77,7 @@ def load_config(toml: Path | None, flags: Sequence[str] = ()) -> Config:
         for section, keys in source.values.items():
             for key, value in _keys(source, section, keys):
                 if isinstance(value, str) and has_lone_surrogate(value):
-                    raise ConfigError(f"{section}.{key} ({source.where(section, key)}) is no UTF-8; write it in UTF-8.")
+                    raise ConfigError(f"{section}.{key} ({source.where(section, key)}) is not UTF-8; write it in UTF-8.")
                 merged.setdefault(section, {})[key] = value
     try:
         return Config.model_validate(merged)
@@ -105,7 +105,7 @@ def flag_parser(**options: Any) -> argparse.ArgumentParser:
 
 
 def _refused(error: ValidationError, sources: Sequence[_Source]) -> ConfigError:
-    """The first value that does not fit, with the source it came from."""
+    """The error for the first invalid value, with the source it came from."""
     first = error.errors()[0]
     section, key = (*map(str, first["loc"]), "")[:2]
     places = [source.where(section, key) for source in sources if key in source.values.get(section, {})]
@@ -122,7 +122,7 @@ def is_secret(section: str, key: str) -> bool:
 
 
 def _hide_secrets(source: _Source) -> None:
-    """Raise ConfigError for a secret where others could read it: in a file that is committed, in the list of processes."""
+    """Raise ConfigError for a secret in a file or flag, where others could read it."""
     for section, keys in source.values.items():
         for key in keys if isinstance(keys, dict) else ():
             if is_secret(section, key):
@@ -150,7 +150,7 @@ def check_name(name: str, where: str) -> None:
         raise ConfigError(f"{where}: {name} is gone: {GONE[name]}.")
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{where}: {name} is no configuration key; the nearest is {near}.")
+        raise ConfigError(f"{where}: {name} is not a configuration key; the nearest is {near}.")
 
 
 def _from_toml(path: Path) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ class RunConfig(Section):
     name: str = Field(default="treegrpo", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     """Names the run: the MQTT topics begin with treegrpo/NAME."""
     dir: Path = Path("runs/treegrpo")
-    """Everything the run writes: journal, weights, checkpoints, progress, logs, plot. A run that it holds goes on."""
+    """Everything the run writes: journal, weights, checkpoints, progress, logs, plot. An existing run in it is continued."""
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 
@@ -47,7 +47,7 @@ class RolloutConfig(Section):
     trees: int = Field(default=2, ge=1, le=GROUP_LEAVES)
     """M: initial chains of a question."""
     rounds: int = Field(default=1, ge=0, le=GROUP_LEAVES)
-    """L: rounds of expansions; each waits for the one before."""
+    """L: rounds of expansions, one after the other."""
     expansions: int = Field(default=2, ge=0, le=GROUP_LEAVES)
     """N: nodes drawn in every tree in a round."""
     max_turns: int = Field(default=4, ge=1, le=TURNS)
@@ -73,16 +73,16 @@ class EvalConfig(Section):
 
 class EnvironmentConfig(Section):
     reward: Literal["em", "f1"] = "em"
-    """The judgement of an answer that is trained on; the other is only reported."""
+    """The score of an answer that is the reward; the other one is only reported."""
     reward_shape: Literal["penalty", "tree_grpo"] = "penalty"
-    """What the format counts: `penalty` takes format_penalty off; `tree_grpo` is that of Tree-GRPO's code (docs/search_qa.md)."""
+    """The format's part of the reward: `penalty` subtracts format_penalty; `tree_grpo` is Tree-GRPO's (docs/search_qa.md)."""
     format_penalty: float = Field(default=0.2, ge=0)
-    """λ_f of the shape `penalty`: taken off when the transcript breaks the protocol."""
+    """λ_f of the shape `penalty`: subtracted when the transcript breaks the protocol."""
     topk: int = Field(default=3, ge=1)
     """Documents of one search."""
     max_observation_tokens: int = Field(default=512, ge=16)
     timeout: float = Field(default=20.0, gt=0)
-    """Seconds a search may take, from connecting to the last byte of the answer."""
+    """Time limit of a search in seconds, from connecting to the last byte of the response."""
 
     @field_validator("format_penalty")
     @classmethod
@@ -98,19 +98,19 @@ class EngineConfig(Section):
     max_running: int = Field(default=64, ge=1)
     """Generations that run at once; with SGLang at most, on all servers together, as memory allows."""
     cache_tokens: int = Field(default=65536, ge=0)
-    """Tokens whose keys and values the prefix cache keeps; with SGLang on a GPU --mem-fraction-static says it."""
+    """Tokens whose keys and values the prefix cache keeps; SGLang on a GPU has --mem-fraction-static instead."""
     threads: int = Field(default=1, ge=1)
-    """Of computations on the CPU."""
+    """Threads of computations on the CPU."""
     urls: tuple[Place, ...] = ()
     """SGLang servers that others run; empty: each sampler starts one."""
     python: Path = Path(".venv-sglang/bin/python")
     """The Python of the environment SGLang is installed in, to start a server with."""
     listen: Place = "127.0.0.1:0"
-    """Where a server that is started listens; port 0 takes a free one, another lets Prometheus find it."""
+    """The listen address of a started server; port 0 takes a free one, a fixed port lets Prometheus find it."""
     flags: str = ""
     """More flags for `sglang.launch_server`, as in a shell: "--tp-size 2 --mem-fraction-static 0.85"."""
     weights_dir: Path = Path("/dev/shm")  # noqa: S108  # it is meant to be memory
-    """Where policy versions are put for SGLang servers to read, under the same path there: best a directory in memory."""
+    """Directory from which SGLang servers read policy versions, at the same path on their machine; best in memory."""
 
 
 class RetrieverConfig(Section):
@@ -118,7 +118,7 @@ class RetrieverConfig(Section):
     """Documents, JSONL with id and contents ("Title\\ntext")."""
     listen: Place = "127.0.0.1:8765"
     url: Place = ""
-    """Where samplers find it; empty: at `listen`."""
+    """The retriever's URL for samplers; empty: `listen`."""
 
 
 class LearnerConfig(Section):
@@ -138,7 +138,7 @@ class SamplerConfig(Section):
     metrics: Place = "127.0.0.1:0"
     """Prometheus address; port 0 takes a free one and logs it."""
     retries: int = Field(default=2, ge=0)
-    """Times a step is tried again after an engine or tool error. Waiting for one that is away uses up none."""
+    """Retries of a step after an engine or tool error. Waiting for an unavailable engine or tool does not count."""
 
 
 class BrokerConfig(Section):
@@ -164,6 +164,6 @@ class Config(Section):
 
     @property
     def search_url(self) -> str:
-        """Where the retriever is."""
+        """The URL of the retriever."""
         scheme = "https" if self.security.tls else "http"
         return self.retriever.url or f"{scheme}://{reachable_address(self.retriever.listen)}"

@@ -21,7 +21,7 @@ SCHEME = "treegrpo://role/"
 
 
 class Role(Enum):
-    """What a process is in the run; its certificate says so."""
+    """The role of a process in the run, which its certificate names."""
 
     LEARNER = "learner"
     SAMPLER = "sampler"
@@ -41,7 +41,7 @@ def host_of(role: Role) -> str:
 
 
 def uri_of(role: Role, name: str = "") -> str:
-    """The URI in a role's certificate; with ``name`` it is good for the sampler of that name alone."""
+    """The URI in a role's certificate; with ``name`` it is valid for the sampler of that name only."""
     return f"{SCHEME}{role.value}" + (f"/{name}" if name else "")
 
 
@@ -93,12 +93,12 @@ class SecurityConfig(Section):
 
     @property
     def tls(self) -> bool:
-        """Whether everything is encrypted."""
+        """Whether all connections use TLS."""
         return self.dir is not None or self.ca is not None
 
 
 def check_address(key: str, address: str, *, safe: bool, verb: str = "listens where other machines can reach it") -> None:
-    """Raise ConfigError when ``address`` (HOST:PORT) is beyond this machine and talk there is not ``safe``."""
+    """Raise ConfigError when ``address`` (HOST:PORT) is not on this machine and the connection is not ``safe``."""
     if not safe and not is_local(address):
         raise ConfigError(
             f"{key} = {address} {verb}, in plain text; make certificates with `treegrpo certs DIR` and set security.dir = DIR, "
@@ -114,12 +114,12 @@ def check_url(key: str, url: str, *, safe: bool) -> None:
 
 
 def web_address(key: str, url: str) -> tuple[str, str, int]:
-    """Scheme, host and port of a web server's URL. Raises ConfigError if it is none."""
+    """Scheme, host and port of a web server's URL. Raises ConfigError if it is invalid."""
     try:
         parts = urlsplit(url)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
     except ValueError:  # the port is no number or too large, or a bracket is missing
         scheme, host, port = "", None, None
     if scheme not in {"http", "https"} or not host:
-        raise ConfigError(f"{key} = {url!r} is no address of a web server; write http://HOST:PORT or https://HOST:PORT.")
+        raise ConfigError(f"{key} = {url!r} is not the URL of a web server; write http://HOST:PORT or https://HOST:PORT.")
     return scheme, host, port or (443 if scheme == "https" else 80)

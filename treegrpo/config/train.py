@@ -1,4 +1,4 @@
-"""The section `train` of the configuration: what is learned from a batch, and which keys go with which choice."""
+"""The section `train` of the configuration: the training algorithm, and which keys each choice uses."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TrainConfig(Section):
     """Groups (questions) of one optimiser step."""
     max_lag: int = Field(default=1, ge=0)
     """Staleness bound in versions, from which the leases in flight follow: no token that is trained is older. A slow group
-    that others would push beyond is told to stop expanding, and closed with the leaves it has if that is not enough."""
+    that would exceed it is stopped, and, if that takes too long, closed with the leaves it has."""
     lr: float = Field(default=1e-6, gt=0)
     warmup_ratio: float = Field(default=0.285, ge=0, le=1)
     """Share of the steps over which the learning rate rises linearly; constant afterwards."""
@@ -88,7 +88,7 @@ class TrainConfig(Section):
     kl_coef: float = Field(default=0.001, ge=0)
     """β of the penalty against the reference policy; 0 does without the reference model."""
     kl_estimator: KlEstimator = "k3"
-    """Of the penalty, if there is one; `kl_reference` reports k3 whatever this is."""
+    """Estimator of the penalty; `kl_reference` is always k3."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus; 0: none."""
     aggregation: Aggregation = "leaf_mean"

@@ -1,4 +1,4 @@
-"""Costs and budgets of rollouts: metered, never assumed.
+"""Measured costs of rollouts, and their budgets.
 
 A budget is counted in two currencies: *computed tokens* (prefilled + decoded; tokens served from a prefix cache
 are free) and *tool calls*.
@@ -31,7 +31,7 @@ class Cost:
 
     @classmethod
     def total(cls, costs: Iterable[Cost]) -> Cost:
-        """What they cost together."""
+        """The sum of costs."""
         prefilled = cached = decoded = tool_calls = 0
         seconds = 0.0
         for cost in costs:
@@ -61,7 +61,7 @@ class Budget:
 
     @classmethod
     def for_cost(cls, cost: Cost) -> Budget:
-        """What ``cost`` takes from a budget."""
+        """The budget that ``cost`` uses up."""
         return cls(cost.tokens, cost.tool_calls)
 
     def __add__(self, other: Budget) -> Budget:

@@ -25,30 +25,30 @@ class LeaseKind(Enum):
 class LeaseEndReason(Enum):
     COMPLETE = "complete"
     STOPPED = "stopped"
-    """Told to stop expanding, or draining."""
+    """The learner asked to stop expanding, or the sampler drains."""
     BUDGET = "budget"
-    """The grant would not have covered another step."""
+    """The remaining budget does not cover another step."""
     FAILED = "failed"
     LOST = "lost"
-    """The sampler went away or fell silent. This is the learner's own word, never a sampler's."""
+    """The sampler disconnected or sent nothing for too long. Set by the learner, never sent by a sampler."""
     RETURNED = "returned"
-    """Back unfinished through no fault of its question: its sampler drains or lacks a tool that is away, or never saw it."""
+    """Unfinished, and not because of the question: the sampler drains, a tool is unavailable, or the lease never arrived."""
     INTERRUPTED = "interrupted"
-    """The learner was away, and the sampler did not come back to it. Never a sampler's word either."""
+    """The learner shut down, or restarted and the sampler did not reconnect. Set by the learner, never sent by a sampler."""
 
     @property
     def from_sampler(self) -> bool:
-        """A sampler may say so of its lease."""
+        """Whether a sampler may end its lease with this reason."""
         return not self.silent
 
     @property
     def unfinished(self) -> bool:
-        """Another sampler can do what this one did not."""
+        """Whether another sampler can continue the group."""
         return self not in (LeaseEndReason.COMPLETE, LeaseEndReason.STOPPED, LeaseEndReason.BUDGET)
 
     @property
     def silent(self) -> bool:
-        """The final cost is unknown."""
+        """Whether the final cost is unknown."""
         return self in (LeaseEndReason.LOST, LeaseEndReason.INTERRUPTED)
 
 
@@ -80,17 +80,17 @@ class Plan:
 
     @property
     def grant(self) -> Budget:
-        """The most that a group can cost, when nothing is shared and every episode is as long as it may be."""
+        """The largest possible cost of a group: no shared prefix, every episode at its length limit."""
         return Budget(tokens=self.leaves * self.max_context, tool_calls=self.leaves * self.max_turns)
 
     def remaining_budget(self, accepted: Sequence[Subtree]) -> Budget:
-        """What is left of `grant` for a lease that goes on with a group of which ``accepted`` is there."""
+        """What is left of `grant` for a lease that continues a group with the subtrees ``accepted``."""
         left = self.grant - Budget.for_cost(Cost.total([subtree.cost for subtree in accepted]))
         return Budget(max(0, left.tokens), max(0, left.tool_calls))
 
     @property
     def branches(self) -> int:
-        """Subtrees of one tree, N·L + 1; their indices go from 0 to one less."""
+        """Subtrees of one tree, N·L + 1; their indices begin at 0."""
         return self.rounds * self.expansions + 1
 
     def as_eval(self) -> Plan:

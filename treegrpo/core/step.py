@@ -27,7 +27,7 @@ DIGITS = 10
 
 @dataclass(frozen=True, slots=True, order=True)
 class PolicyVersion:
-    """Which weights: the lineage of the run and the optimiser step in it.
+    """Identifies the weights of the policy: the lineage of the run and the optimiser step in it.
 
     A restart that goes back to an older checkpoint begins a new lineage, so step 7 of lineage 1 is never mistaken for
     step 7 of lineage 2.
@@ -71,12 +71,12 @@ class StepStatus(Enum):
 
     @property
     def failed(self) -> bool:
-        """A failed step is never a leaf with a reward; its branch is left out and counted."""
+        """Whether it failed: it is no leaf with a reward; its branch is dropped and counted."""
         return self not in (StepStatus.OK, StepStatus.TRUNCATED)
 
     @property
     def final(self) -> bool:
-        """No step follows: the episode ended here, or failed."""
+        """Whether no step follows: the episode ended here, or failed."""
         return self is not StepStatus.OK
 
 

@@ -50,7 +50,7 @@ class Tree:
         return True
 
     def _check_place(self, subtree: Subtree, where: str) -> None:
-        """The tree has begun, and the node that ``subtree`` hangs below goes on."""
+        """Check that the tree has a root, and that an episode can continue from the subtree's parent."""
         index, parent = subtree.index, subtree.parent
         if index == 0 and not len(subtree.prompt):
             raise TreeError(f"{where}: its first subtree lacks the prompt; subtree 0 carries it.", "prompt")
@@ -64,7 +64,7 @@ class Tree:
             raise TreeError(f"{where}: subtree {index} hangs below node {parent}, where an episode ended or failed.", "parent")
 
     def _check_order(self, subtree: Subtree, where: str) -> None:
-        """Node ids are new, and each step follows one of its own subtree's or the node it hangs below."""
+        """Check that node ids are new, and that each step's parent is in the subtree or is the subtree's parent."""
         ended = {leaf.node for leaf in subtree.leaves}
         before: dict[int, Step] = {}
         for step in subtree.steps:
@@ -118,7 +118,7 @@ class Group:
         return fresh
 
     def depths(self, subtree: Subtree) -> list[int]:
-        """Of each of its steps: how many lead from the root to it; 0 where ``subtree`` was not added."""
+        """The depth of each step of ``subtree`` below the root; 0 if the subtree was not added."""
         tree = self.trees.get(subtree.tree)
         if tree is None or subtree.index not in tree.indices:
             return [0] * len(subtree.steps)
@@ -145,14 +145,14 @@ class Group:
         return Cost.total(step.cost for tree in self.trees.values() for step in tree.steps.values())
 
     def needed(self) -> Cost:
-        """What its trees need on an engine that forgets nothing and whose weights do not change.
+        """The least cost of its trees: on an engine that caches every prefix and whose weights do not change.
 
         Every node's action is sampled once; what is read is computed once for each distinct prefix.
         """
         return _computed((tree, [tree.steps.values()]) for tree in self.trees.values())
 
     def chain_equivalent(self) -> Cost:
-        """What independent chains to the same leaves would have computed, on an engine that also caches prefixes.
+        """The cost of independent chains to the same leaves, on an engine that also caches prefixes.
 
         Each leaf samples its own actions and makes its own tool calls. What is read (prompt, observations) is computed once
         for each distinct prefix, because a prefix cache serves chains too: chains of one question share its prompt, and
@@ -167,13 +167,13 @@ class Group:
 
 
 def _computed(trees: Iterable[tuple[Tree, Iterable[Iterable[Step]]]]) -> Cost:
-    """Every step of every walk samples its action and calls its tools; a prefix is read once, whoever meets it.
+    """The cost of walks: each step samples its action and calls its tools; a shared prefix is computed once.
 
     Args:
         trees: each with walks over its steps, parents before their children.
     """
     numbers: dict[tuple[int, bytes, bytes], int] = {}
-    """Of the distinct prefixes, by the one that each goes on from, and how."""
+    """The distinct prefixes, by the prefix that each extends, and how."""
     prefilled = decoded = tool_calls = 0
     for tree, walks in trees:
         prompt = (ROOT, tree.prompt.tobytes(), b"")

@@ -21,12 +21,12 @@ came (token-in, token-out); the ratio it makes is off by as little."""
 
 
 def tree_label(lease: str, tree: int, group: str = "") -> str:
-    """Where a sentence plays, its beginning: the group if it is known, else the lease."""
+    """The beginning of an error message about a tree: its group if known, else its lease."""
     return f"{f'Group {group}' if group else f'Lease {lease}'}, tree {tree}"
 
 
 def check_steps(steps: Sequence[Step], where: str) -> None:
-    """Each action token has its log-probability and its version, and the log-probabilities are some. Raises TreeError."""
+    """Check that each action token has a valid log-probability and a version. Raises TreeError."""
     for step in steps:
         tokens = len(step.action)
         if len(step.logprobs) != tokens:
@@ -71,7 +71,7 @@ def _refuse_logprob(steps: Sequence[Step], where: str) -> None:
 
 
 def check_leaves(leaves: Sequence[Leaf], steps: Mapping[int, Step], where: str) -> None:
-    """Each leaf ends another of ``steps``, which acted and did not fail; its numbers are finite. Raises TreeError."""
+    """Check that each leaf has a step of its own that acted and did not fail, and finite numbers. Raises TreeError."""
     seen: set[int] = set()
     for leaf in leaves:
         here = f"{where}, node {leaf.node}"
@@ -93,7 +93,7 @@ def check_leaves(leaves: Sequence[Leaf], steps: Mapping[int, Step], where: str) 
 
 
 def check_vocabulary(prompt: TokenIds, steps: Sequence[Step], vocabulary: int, where: str) -> None:
-    """Every id is one of the model's 0 to ``vocabulary`` − 1. Raises TreeError."""
+    """Check that every id is between 0 and ``vocabulary`` − 1. Raises TreeError."""
     every = np.concatenate([prompt, *(part for step in steps for part in (step.action, step.observation))])
     if not every.size or every.max() < vocabulary:
         return

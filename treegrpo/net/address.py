@@ -24,7 +24,7 @@ def split_address(address: str, key: str) -> tuple[str, int]:
     elif _version(f"{host}:{port}") == 6 or _version(host) == 6:
         raise ConfigError(f"{key} = {address!r} is an IPv6 address without brackets; write [HOST]:PORT, like [::1]:9400.")
     if not host or set(host) & set("[]/ ") or not (port.isascii() and port.isdecimal()) or int(port) > LARGEST_PORT:
-        raise ConfigError(f"{key} = {address!r} is no address; write HOST:PORT with a port below 65536, like 127.0.0.1:9400.")
+        raise ConfigError(f"{key} = {address!r} is not an address; write HOST:PORT with a port below 65536, like 127.0.0.1:9400.")
     return host, int(port)
 
 
@@ -47,7 +47,7 @@ def is_local(address: str) -> bool:
 
 
 def reachable_address(address: str) -> str:
-    """``address`` as a client on this machine reaches it: a listener on all interfaces is also at loopback."""
+    """The address of a listener for clients on this machine: loopback if it listens on all interfaces."""
     try:
         found = ipaddress.ip_address(_bare(address))
     except ValueError:
@@ -57,7 +57,7 @@ def reachable_address(address: str) -> str:
 
 
 def check_port(address: str, key: str) -> None:
-    """Raise ConfigError if others could not find who listens on ``address``: port 0 takes a free one that they don't know."""
+    """Raise ConfigError for port 0, which takes a free port that clients cannot know."""
     if split_address(address, key)[1] == 0:
         raise ConfigError(f"{key} = {address} has port 0, and the other processes would not know which that is; give a number.")
 
@@ -70,7 +70,7 @@ def share_port(one: str, other: str) -> bool:
 
 
 def check_free(address: str, key: str) -> None:
-    """Raise AddressInUseError if somebody listens on ``address`` already."""
+    """Raise AddressInUseError if another process listens on ``address``."""
     host, port = split_address(address, key)
     try:
         with closing(socket.socket(address_family(host), socket.SOCK_STREAM)) as probe:
@@ -82,7 +82,7 @@ def check_free(address: str, key: str) -> None:
 
 
 def address_family(host: str) -> socket.AddressFamily:
-    """What to listen on ``host`` with: IPv4, unless it has IPv6 addresses alone. Raises OSError for a name that is none."""
+    """The address family to listen on ``host``: IPv4, unless it has only IPv6 addresses. Raises OSError for an unknown name."""
     families = {found[0] for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)}
     return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
 
@@ -93,7 +93,7 @@ def _parts(address: str) -> tuple[str, str]:
 
 
 def _bare(address: str) -> str:
-    """The host of HOST:PORT without its brackets, whatever else is wrong with it."""
+    """The host of HOST:PORT without brackets; ``address`` need not be valid."""
     return _parts(address)[0].removeprefix("[").removesuffix("]")
 
 

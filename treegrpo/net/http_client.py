@@ -47,7 +47,7 @@ cast(
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """A whole answer."""
+    """A complete response."""
 
     url: str
     """Where it came from, as it may be shown."""
@@ -61,19 +61,19 @@ class HttpResponse:
 
     @property
     def text(self) -> str:
-        """The body as UTF-8; what is none of it is replaced."""
+        """The body as UTF-8; invalid bytes are replaced."""
         return self.body.decode(errors="replace")
 
     @property
     def summary(self) -> str:
-        """The beginning of the body in one line, with its type: for a sentence about an answer that is of no use."""
+        """The type and the beginning of the body in one line, for an error message."""
         text = " ".join(self.body[: 4 * SHOWN_CHARACTERS].decode(errors="replace").split())[:SHOWN_CHARACTERS]
         kind = self.headers.get("content-type", "").partition(";")[0][:SHOWN_CHARACTERS]
         return f"{kind or 'no type'}: {text or 'an empty body'}"
 
 
 class StreamedResponse:
-    """An answer whose body is still to come."""
+    """A response whose body is not read yet."""
 
     def __init__(
         self, server: str, url: str, response: httpx.Response, size: int, places: asyncio.Semaphore, stack: AsyncExitStack
@@ -92,7 +92,7 @@ class StreamedResponse:
         return 200 <= self.status < 300
 
     async def read_body(self) -> HttpResponse:
-        """The answer with its body, decompressed. Raises ContractError when that is larger than allowed."""
+        """The response with its body, decompressed. Raises ContractError if it is larger than allowed."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._size):
             raise self._too_large()
@@ -111,12 +111,12 @@ class StreamedResponse:
         return HttpResponse(self.url, self.status, self.headers, await asyncio.to_thread(self._inflated, bytes(body), encoding))
 
     async def iter_lines(self) -> AsyncGenerator[bytes]:
-        """Lines of an event stream as they come, each no larger than a whole answer may be.
+        """The lines of an event stream as they arrive, each no larger than a whole response may be.
 
         httpx would also end a line at U+0085 and U+2028, which a policy may sample.
         """
         if self.headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
-            raise ContractError(f"The {self._server} compresses an event stream, which was not asked for.")
+            raise ContractError(f"The {self._server} compresses an event stream, which was not requested.")
         line = bytearray()
         async for piece in self._response.aiter_raw():
             *ends, rest = piece.split(b"\n")
@@ -130,13 +130,13 @@ class StreamedResponse:
         yield bytes(line)
 
     async def _place(self) -> bool:
-        """Wait until fewer than LARGE_ANSWERS large ones are being read; the place is free again when this one is done with."""
+        """Wait until fewer than LARGE_ANSWERS large responses are being read; count this one until it is done."""
         await self._stack.enter_async_context(self._places)
         return True
 
     def _inflated(self, body: bytes, encoding: str) -> bytes:
         if encoding not in _COMPRESSED:
-            raise ContractError(f"The {self._server} compresses its answer with {encoding[:64]!r}, which was not asked for.")
+            raise ContractError(f"The {self._server} compresses its answer with {encoding[:64]!r}, which was not requested.")
         stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, whichever the head says
         try:
             plain = stream.decompress(body, self._size + 1)
@@ -153,7 +153,7 @@ class StreamedResponse:
 
 
 class HttpClient:
-    """HTTP client with one deadline and one size for each whole answer.
+    """HTTP client with a deadline and a size limit for each complete response.
 
     Example:
         async with HttpClient() as client:
@@ -208,12 +208,12 @@ class HttpClient:
         body: Any = None,
         size: int = ANSWER_BYTES,
     ) -> T:
-        """What ``read`` makes of the answer; it runs in a thread when the answer is large.
+        """Send a request and return what ``read`` makes of the response; it runs in a thread when the response is large.
 
         Args:
             method: GET or POST.
             url: of the whole resource.
-            read: takes the answer apart, whatever its status.
+            read: parses the response, of any status.
             seconds: from now to the end of ``read``.
             body: sent as JSON unless None.
             size: bytes of the body, as it is sent and decompressed.
@@ -229,7 +229,7 @@ class HttpClient:
     async def stream(
         self, method: str, url: str, *, seconds: float, body: Any = None, size: int = ANSWER_BYTES
     ) -> AsyncGenerator[StreamedResponse]:
-        """The answer while it comes; the block has to end within ``seconds``. Arguments and errors as `request`."""
+        """Stream a response; the block has to end within ``seconds``. Arguments and errors as `request`."""
         shown = public_url(url)
         server = f"{self._name} at {shown}"
         async with _failures(server, seconds), AsyncExitStack() as stack:
@@ -243,7 +243,7 @@ class HttpClient:
         return self._client.build_request(method, url, content=content, headers={"Content-Type": "application/json"})
 
     async def _sent(self, stack: AsyncExitStack, request: httpx.Request, server: str) -> httpx.Response:
-        """The head of the answer, after redirects within the same server."""
+        """Send the request and return the head of the response, after redirects within the same server."""
         origin, method = _origin(request.url), request.method
         for _ in range(REDIRECTS + 1):
             response = await self._client.send(request, stream=True)
@@ -261,7 +261,7 @@ class HttpClient:
 
 @asynccontextmanager
 async def _failures(server: str, seconds: float) -> AsyncGenerator[None]:
-    """Errors of httpx, and the end of the time, as ours."""
+    """Translate time-outs and errors of httpx to ours."""
     scope = asyncio.timeout(seconds)
     try:
         async with scope:
@@ -271,13 +271,13 @@ async def _failures(server: str, seconds: float) -> AsyncGenerator[None]:
             raise
         raise DeadlineError(f"The {server} did not answer within {seconds:g} s.") from error
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
-        raise ConfigError(f"The {server} cannot be asked ({describe(error)}).") from error
+        raise ConfigError(f"The {server} cannot be reached ({describe(error)}).") from error
     except httpx.HTTPError as error:
         raise UnavailableError(f"The {server} does not answer ({describe(error)}).") from error
 
 
 def public_url(url: str) -> str:
-    """``url`` as it may be shown: without user, password, query and fragment, any of which may be a secret."""
+    """``url`` for a log or message: without user, password, query and fragment, any of which may be a secret."""
     address, _, _ = url.partition("#")
     address, _, _ = address.partition("?")
     scheme, mark, rest = address.rpartition("://")
@@ -286,10 +286,10 @@ def public_url(url: str) -> str:
 
 
 def read_json(body: bytes) -> Any:
-    """The value of a JSON text that a peer has sent.
+    """Parse a JSON text from a peer.
 
     Raises:
-        ValueError: it is none, or has more than JSON_PARTS values.
+        ValueError: it is not JSON, or has more than JSON_PARTS values.
     """
     if len(body) > JSON_PARTS and _more_parts(body, JSON_PARTS):
         raise ValueError(f"it has more than {JSON_PARTS} values")

@@ -1,7 +1,7 @@
-"""Limits of what a peer may send, open and wait for, in one place, for both ends of every connection.
+"""Limits of what a peer may send, open and wait for, for both ends of every connection.
 
 What follows from the plan of a run (nodes of a branch, depth, tokens of a prompt) is derived in `treegrpo.wire.size_limits` and
-checked there. These are the numbers that follow from nothing but the memory that a stranger is worth.
+checked there. These are the limits on the memory that an unauthenticated peer may use.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ JSON_PARTS = 1 << 19
 
 
 def calls(message_bytes: int) -> int:
-    """How many calls are served at once, when each may have a message of ``message_bytes`` half received."""
+    """How many calls are served at once, if each may hold a partly received message of ``message_bytes``."""
     return min(2 * PEERS, RECEIVE_BYTES // message_bytes)
 
 
 def samplers(message_bytes: int) -> int:
-    """How many of those may be streams of samplers. The others are for weights, health and who knocks."""
+    """How many of those may be streams of samplers. The others are for weights, health checks and new connections."""
     return min(PEERS, calls(message_bytes) * 7 // 8)

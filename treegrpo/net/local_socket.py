@@ -11,7 +11,7 @@ MAX_SOCKET_PATH = 100
 
 
 def socket_path(run_dir: Path) -> str:
-    """Where the intake of a run listens: in its directory, or in the temporary one where that name would be too long."""
+    """The path of the intake's socket: in the run's directory, or in the temporary one if that path is too long."""
     path = str(run_dir.absolute() / "intake.sock")
     if len(path.encode()) <= MAX_SOCKET_PATH:
         return path

@@ -35,7 +35,7 @@ def is_json_format() -> bool:
 
 
 def log_to_stderr(level: int = logging.INFO, who: str = "", form: str = FORMAT) -> None:
-    """Log to standard error from now on, each message with ``who`` before it; a second call changes nothing.
+    """Log to standard error, with ``who`` before each message; a second call changes nothing.
 
     In a process of ours all else that Python itself would say there goes to the log too: warnings, and what crashes.
     """
@@ -52,7 +52,7 @@ class TextFormatter(logging.Formatter):
     """A record as one line of text, its traceback indented below."""
 
     def __init__(self, form: str = FORMAT, who: str = "") -> None:
-        """``form`` comes before the message, and ``who`` after it."""
+        """``form`` is the format of a line before the message, ``who`` follows it."""
         super().__init__(form)
         self._who = who
 

@@ -115,7 +115,7 @@ class IntakeMetrics(_Metrics):
             "groups_closed", "Groups closed, by reason: overdue at the staleness bound, else the end of their lease", *why
         )
         self.set_aside = self._counter(
-            "groups_set_aside", "Groups given up after several attempts, or too stale to be trained, by reason", *why
+            "groups_set_aside", "Groups set aside after several attempts, or too stale to be trained, by reason", *why
         )
         self.zero_signal = self._counter("groups_zero_signal", "Training groups whose leaves all have the same reward")
         self.leases = self._gauge("leases_outstanding", "Open leases", "kind")

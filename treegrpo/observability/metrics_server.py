@@ -1,7 +1,7 @@
 """HTTP server for /metrics and /health, in a thread of its own; one response a connection.
 
-A request has REQUEST_SECONDS from the connection to its last byte, TLS included, HEADER_BYTES to say what it wants, and
-shows the token where there is one; /health is for everybody. More than SCRAPERS at once are hung up on.
+A request must be complete REQUEST_SECONDS after the connection, TLS included, within HEADER_BYTES, and have the token if
+one is configured; /health needs none. Connections beyond SCRAPERS are closed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ END = b"\r\n\r\n"
 
 @dataclass(frozen=True, slots=True)
 class ScrapeLimits:
-    """What one reader of /metrics may take."""
+    """Limits of the clients of /metrics."""
 
     seconds: float = REQUEST_SECONDS
-    """From the connection to the last byte of its request, and to read the answer."""
+    """From the connection to the last byte of the request, and again to read the response."""
     connections: int = SCRAPERS
     """At once."""
 
@@ -48,9 +48,9 @@ def start_metrics_server(
     refused: Callable[[str], None],
     limits: ScrapeLimits = LIMITS,
 ) -> threading.Thread:
-    """Answer ``GET /metrics`` with ``page()`` and ``GET /health`` by ``serving()`` at ``listener`` until the process ends.
+    """Serve ``page()`` as /metrics, and ``serving()`` as /health, at ``listener`` until the process ends.
 
-    ``refused`` counts reasons, of few.
+    ``refused`` is called with the reason of each refused request; there are few reasons.
     """
     server = _MetricsServer(page, serving, token, refused, limits)
     thread = threading.Thread(target=asyncio.run, args=(server.serve_forever(listener, context),), name="metrics", daemon=True)
@@ -131,7 +131,7 @@ class _MetricsServer:
 
 
 def _ignore_failed_handshake(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """A handshake that failed is the peer's affair; all else is ours."""
+    """Asyncio's exception handler: ignores failed handshakes, logs everything else."""
     if not isinstance(context.get("exception"), OSError):
         loop.default_exception_handler(context)
 

@@ -2,8 +2,8 @@
 
     gRPC ─► descriptor 2 ─► pipe ─► LINES a minute ─► the log
 
-With GRPC_VERBOSITY gRPC writes a line for each handshake that fails, with the name that a stranger has sent, as it is: half a
-megabyte in five seconds, without a certificate. So a server that strangers reach leaves it at NONE, or passes it through here.
+With GRPC_VERBOSITY gRPC writes a line for each failed handshake, with the unescaped server name that the client has sent: half
+a megabyte in five seconds, without a certificate. A public server leaves it at NONE, or uses this filter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLUSH_SECONDS = 2.0
 
 
 def filter_native_log() -> None:
-    """Log what native code of this process writes to standard error from now on. Call it after `log_setup.log_to_stderr`."""
+    """Redirect native code's standard error to the log. Call it after `log_setup.log_to_stderr`."""
     file = lossy_file(sys.stderr)
     if file is None:
         return
@@ -39,7 +39,7 @@ def filter_native_log() -> None:
 
 
 def _pass_on(reading: int) -> None:
-    """Log lines until the other end is closed."""
+    """Log the lines of the pipe until its other end is closed."""
     rest, budget = b"", LineBudget()
     while chunk := os.read(reading, CHUNK):
         *lines, rest = (rest + chunk).split(b"\n")

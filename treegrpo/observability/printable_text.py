@@ -1,6 +1,6 @@
-r"""Foreign text on its way to a terminal or a log: its control characters are shown, not obeyed.
+r"""Escapes control characters of foreign text for a terminal or a log.
 
-Family names, question ids, paths, error texts of peers: whoever writes them could move the cursor, colour a line, or begin
+Family names, question ids, paths, error texts of peers could otherwise move the cursor, colour a line, or begin
 a line that looks like one of ours.
 
 Example:
@@ -21,17 +21,17 @@ SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
 def printable(text: str) -> str:
-    """``text`` in one line, with escapes as in a Python string for what is none to be shown."""
+    """``text`` in one line; characters that cannot be shown are escaped as in a Python string."""
     return UNPRINTABLE.sub(lambda found: SHORT.get(found[0]) or _escape(found[0]), text)
 
 
 def clipped(text: str, characters: int) -> str:
-    """``text``, cut off after ``characters``, and what is missing."""
+    """``text``, cut after ``characters`` of them, and how much is missing."""
     return text if len(text) <= characters else f"{text[:characters]} … ({len(text) - characters} more letters)"
 
 
 def printable_json(value: Any) -> str:
-    """``value`` as JSON in one line, which TOML reads alike; letters of all languages stay as they are."""
+    """``value`` as JSON in one line that is also TOML; letters of all languages are not escaped."""
     return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 

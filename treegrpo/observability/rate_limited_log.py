@@ -1,4 +1,4 @@
-"""Rate-limited logging: no peer can fill the log, whatever it sends and however often.
+"""Rate-limited logging: no peer can fill the log.
 
 RateLimitedLog           refusals of peers: once for each peer and reason in AGAIN_SECONDS
 rate_limit_library_logs  lines of libraries: once for each line of their code in AGAIN_SECONDS
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 REMEMBERED = 1024
 """Peers and reasons remembered."""
 AGAIN_SECONDS = 3600.0
-"""A refusal that goes on is logged again after this, with how often there was one."""
+"""A repeated refusal is logged again after this, with its count."""
 WINDOW_SECONDS = 60.0
 LINES = 60
-"""Lines in a window, whoever they are about."""
+"""Lines in a window, of all peers together."""
 
 
 class LineBudget:
@@ -39,7 +39,7 @@ class LineBudget:
         return self._lines <= LINES
 
     def take_dropped(self) -> int:
-        """How many lines were not allowed in the window before this one; 0 when asked again."""
+        """How many lines were dropped in the previous window; 0 at the next call."""
         dropped, self._dropped_lines = self._dropped_lines, 0
         return dropped
 
@@ -61,7 +61,7 @@ class RateLimitedLog:
         self._budget = LineBudget(clock)
 
     def log_refusal(self, peer: str, reason: str, sentence: str) -> None:
-        """``peer`` without what changes from one connection to the next; ``reason`` is one of few."""
+        """``peer``: without parts that change between connections, such as the port; ``reason``: few values."""
         now, key = self._clock(), (peer, reason)
         last = self._logged.get(key)
         if last is not None and now - last.at < AGAIN_SECONDS:
@@ -78,7 +78,7 @@ class RateLimitedLog:
 
 
 class _LibraryLogFilter(logging.Filter):
-    """Lets a line of a library's code pass once in AGAIN_SECONDS."""
+    """Log filter that passes each logging call of a library once in AGAIN_SECONDS."""
 
     def __init__(self, libraries: tuple[str, ...], clock: Callable[[], float]) -> None:
         super().__init__()
@@ -102,6 +102,6 @@ class _LibraryLogFilter(logging.Filter):
 
 
 def rate_limit_library_logs(*libraries: str, clock: Callable[[], float] = time.monotonic) -> None:
-    """Log each line of ``libraries``, which peers can make them write, once in AGAIN_SECONDS from now on in this process."""
+    """Rate-limit the log of ``libraries``, which peers can trigger: each logging call once in AGAIN_SECONDS."""
     for handler in logging.getLogger().handlers:
         handler.addFilter(_LibraryLogFilter(libraries, clock))

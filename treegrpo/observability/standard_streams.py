@@ -1,7 +1,7 @@
 """Lossy standard output and error: a write never fails; what cannot be written is dropped, and that is recorded.
 
 A full disk, a reader that has gone (`| head`) or does not read, a terminal that was closed, an encoding without the letter:
-each would raise, or wait, in the middle of whatever prints or logs. `make_streams_lossy` puts streams in their place that do not.
+each would raise or block in `print` or a log call. `make_streams_lossy` replaces the streams by ones that do not.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any, TextIO, cast
 
 STREAMS = (("stdout", 1), ("stderr", 2))
 BLOCKED_SECONDS = 5.0
-"""Longest to wait for a reader of a pipe that is full, or a terminal that was stopped: the run has better things to do."""
+"""The longest wait for the reader of a full pipe, or for a stopped terminal."""
 
 
 class LossyFile(io.RawIOBase):
-    """Raw file of a descriptor, to write to; a write never fails."""
+    """Raw writable file of a descriptor; a write never fails."""
 
     def __init__(self, number: int, blocked_seconds: float = BLOCKED_SECONDS) -> None:
         super().__init__()
         self._blocked_seconds = blocked_seconds
         self.number = number
         self.lost: OSError | None = None
-        """Why the first bytes that are missing could not be written."""
+        """The error of the first write that was dropped."""
         self._stuck = False
-        """Nobody has read for ``blocked_seconds``; until somebody does, nothing is waited for."""
+        """The last write timed out after ``blocked_seconds``; until one succeeds, writes do not wait."""
 
     def writable(self) -> bool:
         return True
@@ -54,13 +54,13 @@ class LossyFile(io.RawIOBase):
         ready.register(self.number, select.POLLOUT)
         if not ready.poll(0 if self._stuck else 1000 * self._blocked_seconds):
             self._stuck = True
-            raise BlockingIOError(errno.EAGAIN, "nobody reads it")
+            raise BlockingIOError(errno.EAGAIN, "it is not read")
         self._stuck = False
         return os.write(self.number, data[: select.PIPE_BUF])  # a pipe with room has room for so much
 
 
 def make_streams_lossy() -> None:
-    """Have this process's standard output and error written so; those that were closed lead nowhere."""
+    """Replace standard output and error by lossy streams; closed ones become /dev/null."""
     _open_closed()
     for name, number in STREAMS:
         stream = cast("TextIO | None", getattr(sys, name))
@@ -78,7 +78,7 @@ def lossy_file(stream: TextIO) -> LossyFile | None:
 
 
 def lost_output() -> str:
-    """Why standard output is not complete, if somebody still wanted it; empty if it is."""
+    """Why a part of standard output is lost; empty if none is, or if the reader closed the pipe."""
     sys.stdout.flush()
     file = lossy_file(sys.stdout)
     error = None if file is None else file.lost
@@ -91,7 +91,7 @@ def _text(number: int, encoding: str) -> TextIO:
 
 
 def _is_raw(stream: TextIO, number: int) -> bool:
-    """Whether a stream is Python's own, not one that a test or notebook has put in its place."""
+    """Whether a stream is Python's own, not the replacement of a test or notebook."""
     try:
         return lossy_file(stream) is None and isinstance(stream, io.TextIOWrapper) and stream.fileno() == number
     except (OSError, ValueError):
@@ -99,7 +99,7 @@ def _is_raw(stream: TextIO, number: int) -> bool:
 
 
 def _open_closed() -> None:
-    """Open what was closed of input, output and error: the next file that is opened would take its place."""
+    """Open /dev/null for closed standard descriptors: the next opened file would get their numbers."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""Child process: dies with its parent, runs in a session of its own, and writes its output to a log file."""
+"""Child process: is killed when its parent ends, runs in its own session, and writes its output to a log file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ GRACE_SECONDS = 5.0
 
 
 class ChildProcess:
-    """A running program. Its own session, so a terminal's Ctrl-C reaches only who started it, who then decides."""
+    """A running program. In its own session, so that a terminal's Ctrl-C reaches only its parent."""
 
     whole_group: ClassVar[bool] = False
-    """What it starts dies with it even when this process is killed: not all programs see to that themselves."""
+    """Whether its own child processes are killed with it, even when this process is killed."""
     killed_seconds: ClassVar[float | None] = None
     """To wait for one that was killed, which a device may hold for ever; None: as long as it takes."""
 
@@ -33,7 +33,7 @@ class ChildProcess:
 
     @classmethod
     async def spawn(cls, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Self:
-        """Run ``command``; what it says is appended to ``log``, or lost where that cannot be opened now."""
+        """Run ``command``; its output is appended to ``log``, or dropped if that cannot be opened."""
         with _appending(log) as out:
             process = await asyncio.create_subprocess_exec(
                 *parent_bound_command(command, group=cls.whole_group),
@@ -56,12 +56,12 @@ class ChildProcess:
 
     async def _until_ended(self) -> int:
         code = await self._process.wait()
-        # At once: when none of the group is left, the kernel may give its number to a stranger.
+        # At once: when none of the group is left, the kernel may reuse its number.
         self._tell_group(signal.SIGKILL)
         return code
 
     async def stop(self, grace: float = GRACE_SECONDS, at_once: asyncio.Event | None = None) -> None:
-        """Ask it to end; kill it after ``grace`` seconds, or as soon as ``at_once`` is set.
+        """Send SIGTERM; kill it after ``grace`` seconds, or as soon as ``at_once`` is set.
 
         What it has started is killed when it has ended, however it did.
         """
@@ -81,7 +81,7 @@ class ChildProcess:
             os.killpg(self.pid, number)
 
     def read_last_lines(self) -> list[str]:
-        """The last lines of its log since it started, those that are not blank; none when nobody can read it."""
+        """The last lines of its log since it started, without blank ones; none if the log cannot be read."""
         try:
             with self.log.open("rb") as log:
                 size = log.seek(0, os.SEEK_END)

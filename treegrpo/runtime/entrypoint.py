@@ -1,7 +1,7 @@
 """Entry point of every service process: reads the configuration, runs the service, prints the error, sets the exit code.
 
 0     the end of its work, or it drained as it was told
-2     a permanent error, which stays until somebody acts: configuration, data, model, a taken port, a damaged journal
+2     a permanent error, which an operator has to fix: configuration, data, model, a taken port, a damaged journal
 75    a transient error: a peer that does not answer, a deadline; start it again
 else  a crash, or a signal; start it again
 
@@ -70,7 +70,7 @@ def report_error(error: BaseException) -> int:
 
 
 def find_own_error(error: BaseException) -> TreeGrpoError | None:
-    """The error of ours in ``error``, which a task group may have wrapped: a permanent one before a transient one."""
+    """The TreeGrpoError in ``error``, which a task group may have wrapped: a permanent one before a transient one."""
     return min(
         (one for one in _leaf_errors(error) if isinstance(one, TreeGrpoError)), key=lambda one: one.is_transient, default=None
     )
@@ -85,7 +85,7 @@ def _leaf_errors(error: BaseException) -> Iterator[BaseException]:
 
 
 async def _run_until_stopped(service: Coroutine[Any, Any, None]) -> None:
-    """Await ``service``; a signal cancels it, which is a normal end. One that is cancelled unasked has crashed."""
+    """Await ``service``; a stop signal cancels it, which is a normal end. A cancellation without a signal is a crash."""
     task, stopping = asyncio.ensure_future(service), asyncio.Event()
 
     def stop() -> None:
@@ -98,5 +98,5 @@ async def _run_until_stopped(service: Coroutine[Any, Any, None]) -> None:
         await task
     except asyncio.CancelledError:
         if not stopping.is_set():
-            raise RuntimeError("The service was cancelled, and nobody had told it to stop.") from None
+            raise RuntimeError("The service was cancelled without a stop signal.") from None
         log.info("received a stop signal")

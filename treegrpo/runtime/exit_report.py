@@ -1,10 +1,10 @@
-"""The exit report: how a process tells the process that started it why it ended.
+"""The exit report: a process's reason for its end, written for its parent.
 
     parent ── VARIABLE = path of a file in memory ──► child, and what the child starts
     parent ◄── a line of JSON for each error ──────── child
 
-It is a channel of its own, since a log holds what other programs and foreign texts put there. It is in memory, since a
-full disk is one of the reasons to end. Whoever has no such parent reports to nobody.
+It is not the log, since other programs write there too. It is in memory, since a full disk is one of the reasons to end.
+A process without such a parent writes no report.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from treegrpo.errors import RankError, TreeGrpoError
 
 VARIABLE = "_TREEGRPO_EXIT_REPORT"
-"""In the environment; it does not begin as keys of the configuration do."""
+"""In the environment; it does not have the prefix of configuration keys."""
 FAILED = 2
 TRANSIENT = 75
 """EX_TEMPFAIL of sysexits.h."""
 CRASHED = 1
-"""What Python ends with after an exception that nobody caught."""
+"""Python's exit code after an uncaught exception."""
 READ_BYTES = 1 << 20
 SENTENCE_CHARACTERS = 4096
 
@@ -39,16 +39,16 @@ class ExitReport:
     """Its exit code; negative: the signal that killed it."""
     sentence: str
     secondary: bool = False
-    """It ended because another process did, which has the reason."""
+    """It ended because another process did, whose report has the reason."""
 
 
 def exit_code(error: TreeGrpoError) -> int:
-    """What a process ends with after ``error``."""
+    """The exit code of a process after ``error``."""
     return TRANSIENT if error.is_transient else FAILED
 
 
 def exit_report_for(error: BaseException) -> ExitReport:
-    """The report of a process that ends with ``error``: its sentence, or, of a crash, the last line of the traceback."""
+    """The report of a process that ends with ``error``: its message, or, after a crash, the last line of the traceback."""
     if isinstance(error, TreeGrpoError):
         return ExitReport(exit_code(error), str(error)[:SENTENCE_CHARACTERS], isinstance(error, RankError))
     while isinstance(error, BaseExceptionGroup):
@@ -57,20 +57,20 @@ def exit_report_for(error: BaseException) -> ExitReport:
 
 
 def decisive_report(reports: Iterable[ExitReport]) -> ExitReport | None:
-    """Of several reports the one to act on: a permanent error, then a crash, then a transient error; of equals the first."""
+    """The most important report: a permanent error, else a crash, else a transient error; the first of several."""
     order = {FAILED: 0, TRANSIENT: 2}
     return min(reports, key=lambda report: (report.secondary, order.get(report.code, 1)), default=None)
 
 
 def write_exit_report(report: ExitReport) -> None:
-    """Tell the parent, if it wants to know."""
+    """Write a report for the parent, if it reads any."""
     if path := os.environ.get(VARIABLE):
         with suppress(OSError), open(path, "ab", buffering=0) as file:  # noqa: PTH123  # one write, appended
             file.write(json.dumps(asdict(report)).encode() + b"\n")
 
 
 class ExitReports:
-    """The parent's side: what one child, and all that it starts, report. The file is closed with this object."""
+    """The parent's side: the reports of one child and of its descendants. The file is closed with this object."""
 
     def __init__(self) -> None:
         if hasattr(os, "memfd_create"):
@@ -84,11 +84,11 @@ class ExitReports:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """What the child has to have in its environment."""
+        """The variables that the child needs."""
         return {VARIABLE: self._path}
 
     def read(self) -> list[ExitReport]:
-        """All reports so far; a line that is none is left out."""
+        """All reports so far; invalid lines are skipped."""
         reports: list[ExitReport] = []
         for line in os.pread(self._file, READ_BYTES, 0).splitlines():
             with suppress(ValueError, TypeError):
@@ -96,9 +96,9 @@ class ExitReports:
         return reports
 
     def exit_code(self, code: int | None) -> int | None:
-        """The exit ``code`` of the child, None while it runs; after a signal (negative), that of an error it had reported before.
+        """The child's exit ``code``, None while it runs; after a signal (negative), that of an error it had reported before.
 
-        A signal to stop may meet a process that is ending already, with an error.
+        A stop signal may reach a process that is already ending with an error.
         """
         if code is not None and code < 0 and (report := decisive_report(self.read())) is not None:
             return report.code

@@ -3,7 +3,7 @@
     python -m treegrpo.runtime.healthcheck https://localhost:9400/health https://localhost:9401/health
     python -m treegrpo.runtime.healthcheck --alive https://localhost:9402/health
 
-With --alive whether it need not be started again: it answers anything at all, or has ended for good and waits to be mended
+With --alive whether it needs no restart: it answers anything at all, or has failed permanently and waits for an operator
 (`container.py`).
 
 For health checks, which run every few seconds: the standard library alone, a tenth of a second. Nothing secret is sent and
@@ -30,7 +30,7 @@ ALIVE = "--alive"
 
 
 def probe_failure(url: str, *, alive: bool = False, seconds: float = PROBE_SECONDS) -> str:
-    """Why what is at ``url`` cannot be said to serve, or to be ``alive``; empty if it can."""
+    """Why the process at ``url`` does not serve, or is not ``alive``; empty if it does."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
@@ -60,7 +60,7 @@ def _deadline(seconds: float) -> Generator[None]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what does not serve; returns the exit code."""
+    """Print the processes that do not serve; returns the exit code."""
     alive = ALIVE in arguments
     if failure_marker().exists():
         print(f"ended for good: {failure_marker().read_text(encoding='utf-8').strip()}")

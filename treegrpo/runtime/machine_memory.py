@@ -12,7 +12,7 @@ GIB = 1 << 30
 
 
 def memory_limit() -> int:
-    """Bytes of which more are certainly too many."""
+    """The memory limit of this process in bytes."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(limit for folder in _groups() for limit in _limits(folder))])
 
@@ -29,7 +29,7 @@ def _groups() -> list[Path]:
 
 
 def _limits(folder: Path) -> list[int]:
-    """The limits that a control group sets; "max" is none."""
+    """The limits that a control group sets; "max" means no limit."""
     found: list[int] = []
     for name in _LIMITS:
         try:

@@ -3,7 +3,7 @@
 Linux kills the program the moment its parent ends, however it ends, so nothing is left behind even after `kill -9`.
 The setting survives exec. Elsewhere the program just starts.
 
-With --group what the program has started in its session dies with it as well, for programs that do not see to that in time:
+With --group the processes in its session are killed as well, for programs that do not end them themselves:
 
     parent ends ─► program is killed ─► its watcher, which was started before it, kills the group
 """
@@ -20,19 +20,19 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Be killed when the process that started this one ends."""
+    """Have the kernel kill this process when its parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def parent_bound_command(command: Sequence[str], *, group: bool = False) -> list[str]:
-    """``command`` so that it dies with the process that runs it, and with ``group`` its session with it."""
-    launcher = [sys.executable, "-P", "-S", __file__]  # the standard library alone, whatever the program is given
+    """``command``, run so that it is killed when its parent ends, with ``group`` together with its session."""
+    launcher = [sys.executable, "-P", "-S", __file__]  # the standard library alone, independent of the program's options
     return [*launcher, *(["--group"] if group else []), str(os.getpid()), *command]
 
 
 def start_group_killer() -> None:
-    """Start a process that kills the group of this one, which leads it, when this one ends, whatever it runs by then."""
+    """Start a process that kills this process's group, whose leader this one is, when this one ends."""
     leader = os.getpid()
     if os.fork():
         return

@@ -37,18 +37,18 @@ REMOVED_VARIABLES = (
     *("PYTHONIOENCODING", "PYTHONVERBOSE", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP"),
     *READ_AT_START,
 )
-"""Settings of libraries that this project sets itself, or that would end it."""
+"""Settings of libraries that this project sets itself, or that would break it."""
 REMOVED_PREFIXES = ("UVICORN_",)
 FIXED = {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
 """The current directory is not searched for modules; files and streams are UTF-8."""
 LOOPBACK = "localhost,127.0.0.1,::1"
-"""What nobody asks through a proxy. Our own clients ask everybody directly (`treegrpo.net.http_client`)."""
+"""Hosts that no library reaches through a proxy. Our own clients use no proxy at all (`treegrpo.net.http_client`)."""
 DEFAULTS = {"GRPC_VERBOSITY": "NONE"}
-"""gRPC's own log writes what strangers send, as they send it, a line for each: see docs/security.md."""
+"""gRPC's own log has a line with unescaped text of the peer for each failed handshake: see docs/security.md."""
 
 
 def isolate_process() -> None:
-    """Make this process one of ours, before it imports what is not ours: streams, import path, variables."""
+    """Set up streams, import path and variables of this process. Call it before third-party imports."""
     make_streams_lossy()
     unwanted = _unwanted()
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) not in unwanted]
@@ -59,20 +59,20 @@ def isolate_process() -> None:
 
 
 def isolate_module_process() -> None:
-    """Isolate a process that ``python -m`` started with a module of ours; in a program of others nothing is changed."""
+    """Isolate this process if ``python -m`` is starting one of our modules in it; a program that imports them is left alone."""
     if sys.argv[0] == "-m":  # as long as Python looks for the module
         reexec_with_clean_environment()
         isolate_process()
 
 
 def reexec_with_clean_environment() -> None:
-    """Begin again as the same process, if Python has taken in what is not handed on; else return."""
+    """Re-execute this process without the variables that Python itself reads at its start, if any of them is set."""
     if any(os.environ.get(name) for name in READ_AT_START):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _own_environment())  # noqa: S606
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of ours as this process would import it; goes with `child_environment`."""
+    """The command that runs one of our modules, found as by this process; use it with `child_environment`."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
@@ -81,7 +81,7 @@ def child_environment(more: Mapping[str, str] | None = None, *, ours: bool = Tru
 
     Args:
         more: variables that are set on top.
-        ours: it runs our packages; False: another environment's Python, which finds its own.
+        ours: it runs our packages; False: the Python of another environment, with packages of its own.
     """
     kept = {name: value for name, value in os.environ.items() if not (is_rank_variable(name) or _is_removed(name))}
     unwanted = {*_unwanted(), str(ROOT)}
@@ -96,12 +96,12 @@ def child_environment(more: Mapping[str, str] | None = None, *, ours: bool = Tru
 
 
 def is_rank_variable(name: str) -> bool:
-    """Whether a launcher's variable says which process of a job this is."""
+    """Whether a variable is one by which a launcher numbers the processes of a job."""
     return name in RANKS or name.startswith(RANK_PREFIXES)
 
 
 def remove_rank_variables() -> None:
-    """Take what a launcher said from the environment of this process."""
+    """Remove the variables of a launcher from the environment of this process."""
     for name in [name for name in os.environ if is_rank_variable(name)]:
         del os.environ[name]
 
@@ -118,12 +118,12 @@ def _is_removed(name: str) -> bool:
 
 
 def _own_paths() -> set[str]:
-    """Where this Python looks by itself."""
+    """The default import paths of this Python."""
     return {os.path.realpath(path) for path in sysconfig.get_paths().values()}
 
 
 def _unwanted() -> set[str]:
-    """The current directory, and what PYTHONPATH adds that has packages by the names of ours; never where ours lie."""
+    """Import paths to remove: the current directory, and entries of PYTHONPATH with packages of our names, except our own."""
     try:
         here = str(Path.cwd())
     except OSError:  # it has been deleted

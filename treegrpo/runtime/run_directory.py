@@ -1,4 +1,4 @@
-"""Run directory: checks that it can be created, written, locked and listened in, which leaves nothing there; creates it."""
+"""Run directory: creates it, and checks that files can be written, locked and listened on in it; the checks leave nothing."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def check_run_directory(run_dir: Path, key: str = "run.dir") -> None:
 
 
 def check_writable(folder: Path, key: str) -> Path:
-    """The nearest existing directory of ``folder``, which takes a file. Raises ConfigError naming ``key``."""
+    """Check that a file can be written in ``folder`` or its nearest existing parent, and return that. Raises ConfigError."""
     try:
         there = _nearest(folder.absolute())
     except OSError as error:
         raise ConfigError(f"{key} = {folder} cannot be made ({error.strerror}); choose another directory.") from error
     if there.is_symlink() and not there.exists():
-        raise ConfigError(f"{key} = {folder} leads to the link {there}, whose target does not exist; mend it or choose another.")
+        raise ConfigError(f"{key} = {folder} leads to the link {there}, whose target does not exist; fix it or choose another.")
     if not there.is_dir():
         what = "is a file" if there == folder.absolute() else f"lies below {there}, which is a file"
         raise ConfigError(f"{key} = {folder} {what}; give a directory.")
@@ -50,7 +50,7 @@ def check_writable(folder: Path, key: str) -> Path:
 
 
 def _nearest(path: Path) -> Path:
-    """``path``, or what of the directories above it is there. Raises OSError: a name is too long, a directory not open to us."""
+    """``path``, or its nearest existing parent. Raises OSError: a name is too long, or a directory cannot be read."""
     for place in (path, *path.parents):
         try:
             place.lstat()
@@ -65,7 +65,7 @@ def _tried(probe: Callable[[Path], None], folder: Path, sentence: str) -> None:
         probe(folder)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room there, or choose another directory" if full else "choose another directory"
+        remedy = "free space there, or choose another directory" if full else "choose another directory"
         raise ConfigError(f"{sentence} ({error.strerror or error}); {remedy}.") from error
 
 
@@ -82,7 +82,7 @@ def _lock(folder: Path) -> None:
 
 
 def _listen(folder: Path) -> None:
-    """Bind a socket by its name within ``folder``: the run's own fits, whatever the length of the probe's whole path."""
+    """Bind a probe socket by its name relative to ``folder``, since its full path may be too long for a socket."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".probe-") as name:
         place = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -93,5 +93,5 @@ def _listen(folder: Path) -> None:
 
 
 def make_run_directory(path: Path) -> None:
-    """Make ``path`` for this user alone. One that is there keeps the rights that somebody has given it. Raises OSError."""
+    """Create ``path`` with access for this user only. An existing directory keeps its mode. Raises OSError."""
     path.mkdir(parents=True, exist_ok=True, mode=PRIVATE)

@@ -1,4 +1,4 @@
-"""Credentials of a process of one role: certificate, password, tokens. Read and checked at the start.
+"""Credentials of a process of one role: certificate, password, tokens. Read and checked when it starts.
 
     access = Credentials.from_config(config.security, Role.SAMPLER)
     access.check_listen("sampler.metrics", address)      # refused beyond this machine without TLS
@@ -28,12 +28,12 @@ from treegrpo.security.server_role import certificate_role, is_signed_by, role_c
 from treegrpo.security.tls_reload import reloading_context
 
 WORLD = 0o007
-"""Permission bits of everybody."""
+"""Permission bits of other users."""
 NONE = SecretStr("")
 
 
 class PemBundle(NamedTuple):
-    """What gRPC wants to know."""
+    """Certificates and key as PEM, the arguments of gRPC's credentials."""
 
     ca: bytes
     certificate: bytes
@@ -49,13 +49,13 @@ class CertificateFiles(NamedTuple):
 
     @property
     def pem(self) -> PemBundle:
-        """As the files are now: they may have been renewed. Raises ConfigError."""
+        """Read the files, which may have been renewed. Raises ConfigError."""
         ca = read_credential_file(self.ca, "the authorities to trust")
         certificate = read_credential_file(self.certificate, "the certificate")
         return PemBundle(ca, certificate, read_secret_file(self.key, "the private key"))
 
     def check(self, role: Role) -> None:
-        """Raise ConfigError when the certificate is not the key's, not the CA's, not this role's, or out of date."""
+        """Raise ConfigError unless the certificate fits key, CA and role, and is valid now."""
         pem = self.pem
         try:
             certificate = x509.load_pem_x509_certificate(pem.certificate)
@@ -63,7 +63,7 @@ class CertificateFiles(NamedTuple):
             key = load_pem_private_key(pem.key, None)
         except (ValueError, TypeError) as error:
             raise ConfigError(
-                f"One of {self.ca}, {self.certificate} and {self.key} is no good PEM file ({describe(error)})."
+                f"One of {self.ca}, {self.certificate} and {self.key} is not a valid PEM file ({describe(error)})."
             ) from error
         if key.public_key() != certificate.public_key():
             raise ConfigError(f"{self.key} is not the key of {self.certificate}; make both again with `treegrpo certs`.")
@@ -80,11 +80,11 @@ class CertificateFiles(NamedTuple):
             raise ConfigError(f"{self.certificate} has {says}; this process needs one for the role {role.value}.")
 
     def server_context(self, *, ask: bool) -> ssl.SSLContext:
-        """For what listens with Python's own TLS, with the files as they are at each handshake; ``ask``: for a certificate."""
+        """TLS context of a server that reloads renewed files at each handshake; ``ask``: for client certificates."""
         return reloading_context(self, ask=ask)
 
     def client_context(self, server: Role) -> ssl.SSLContext:
-        """For what connects with it to a ``server``, which must have the name or address that it is reached at, too."""
+        """TLS context of a client that checks the role ``server``, and the name or address it connects to."""
         context = role_checking_context(server, self.ca)
         context.load_cert_chain(self.certificate, self.key)
         return context
@@ -92,7 +92,7 @@ class CertificateFiles(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a process has; `OPEN` has nothing."""
+    """The credentials of a process; `OPEN` has none."""
 
     role: Role
     keys: CertificateFiles | None = None
@@ -120,20 +120,20 @@ class Credentials:
         )
 
     def check_listen(self, key: str, address: str) -> None:
-        """Raise ConfigError when ``address`` is none, or others could reach it in plain text."""
+        """Raise ConfigError when ``address`` is invalid, or other machines could reach it in plain text."""
         split_address(address, key)
         check_address(key, address, safe=self.keys is not None or self.insecure_network)
 
     def check_metrics(self, key: str, address: str) -> None:
-        """/metrics beyond this machine wants a token too: a certificate tells who serves, not who reads."""
+        """`check_listen` for /metrics, which other machines may reach only with a token: its readers have no certificate."""
         self.check_listen(key, address)
         if not (self.metrics_token.get_secret_value() or self.insecure_network or is_local(address)):
             raise ConfigError(
-                f"{key} = {address} would tell everybody who reaches it how the run goes; set security.metrics_token_file."
+                f"{key} = {address} would show the metrics to everybody who can connect; set security.metrics_token_file."
             )
 
     def check_reach(self, key: str, address: str) -> None:
-        """Raise ConfigError when ``address`` is none, or elsewhere and would be talked to in plain text."""
+        """Raise ConfigError when ``address`` is invalid, or on another machine and the connection would be plain text."""
         split_address(address, key)
         check_address(key, address, safe=self.keys is not None or self.insecure_network, verb="is on another machine")
 
@@ -142,15 +142,15 @@ class Credentials:
         check_url(key, url, safe=self.insecure_network)
 
     def server_context(self, *, ask: bool = False) -> ssl.SSLContext | None:
-        """TLS for what listens; None: plain. Who connects is asked for a certificate too if ``ask``."""
+        """TLS context of a server; None: plain text. With ``ask`` clients need a certificate."""
         return None if self.keys is None else self.keys.server_context(ask=ask)
 
     def client_context(self) -> ssl.SSLContext | None:
-        """TLS for MQTT, to a broker; None: plain."""
+        """TLS context of an MQTT client; None: plain text."""
         return None if self.keys is None else self.keys.client_context(Role.BROKER)
 
     def web_context(self, server: Role) -> ssl.SSLContext | bool:
-        """What httpx verifies HTTPS servers with: public authorities, and ours where there is one, for a ``server`` alone."""
+        """TLS context of an HTTPS client: public authorities, and the run's for servers of the role ``server``."""
         return True if self.keys is None else role_checking_context(server, self.keys.ca, public=True)
 
 
@@ -159,12 +159,12 @@ OPEN = Credentials(Role.OPERATOR)
 
 
 def bearer_header(token: SecretStr) -> dict[str, str]:
-    """The header that shows ``token``; nothing for an empty one."""
+    """The Authorization header with ``token``; none for an empty token."""
     return {"Authorization": f"Bearer {token.get_secret_value()}"} if token.get_secret_value() else {}
 
 
 def has_token(header: str, token: SecretStr) -> bool:
-    """Whether an Authorization ``header`` shows ``token``, or none is asked for; compared in constant time."""
+    """Whether an Authorization ``header`` has ``token``, or no token is configured; compared in constant time."""
     expected = bearer_header(token)
     return not expected or hmac.compare_digest(header.encode(errors="replace"), expected["Authorization"].encode())
 
@@ -178,7 +178,7 @@ def _keys(security: SecurityConfig, role: Role) -> CertificateFiles | None:
 
 
 def _secret(security: SecurityConfig, name: str, usual: str) -> SecretStr:
-    """From the environment, else from the file that is named, else from the usual one in `dir`."""
+    """Read a secret from the environment, else from the configured file, else from the default file in `dir`."""
     given: SecretStr = getattr(security, name)
     path: Path | None = getattr(security, f"{name}_file")
     if given.get_secret_value():
@@ -189,7 +189,7 @@ def _secret(security: SecurityConfig, name: str, usual: str) -> SecretStr:
     try:
         text = read_secret_file(path, f"security.{name}").decode().strip()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} (security.{name}) is no text; write the secret into it, in one line.") from error
+        raise ConfigError(f"{path} (security.{name}) is not a text file; write the secret into it, in one line.") from error
     if not text or not text.isprintable():
         raise ConfigError(f"{path} (security.{name}) holds no secret; write one into it, in one line.")
     return SecretStr(text)
@@ -207,7 +207,7 @@ def read_credential_file(path: Path, what: str) -> bytes:
 
 
 def read_secret_file(path: Path, what: str) -> bytes:
-    """`read_credential_file` for what not everybody may read. Raises ConfigError."""
+    """`read_credential_file` for a secret, which others must not be able to read. Raises ConfigError."""
     data = read_credential_file(path, what)
     if (mode := stat.S_IMODE(path.stat().st_mode)) & WORLD:
         raise ConfigError(f"{path} ({what}) is open to every user of this machine (mode {mode:04o}); run `chmod 600 {path}`.")

@@ -1,7 +1,7 @@
 """TLS client contexts that check the role in the server's certificate, before anything is sent.
 
-A certificate of the run is good for its role alone. The name or address that a client verifies is not enough: all parts of one
-machine have the same. gRPC clients ask for the learner's own host name instead (`treegrpo.config.security.host_of`).
+The name or address in the certificate is not enough: all parts on one machine have the same.
+ gRPC clients ask for the learner's own host name instead (`treegrpo.config.security.host_of`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from treegrpo.config.security import Role, role_of
 
 
 class RoleContext(ssl.SSLContext):
-    """A client's context that ends a handshake whose server has another role than ``role``."""
+    """A client's TLS context that aborts the handshake if the server's certificate has another role than ``role``."""
 
     role: Role
     authorities: Sequence[x509.Certificate] = ()
-    """Whoever is signed by none of them, and says no role, is a server of the outside world; empty: there is no such server."""
+    """A certificate without a role is accepted if none of these has signed it (a public server); empty: never accepted."""
 
     def check_server(self, der: bytes | None) -> None:
-        """Raise ssl.SSLCertVerificationError unless ``der``, the verified certificate of the server, says the role."""
+        """Raise ssl.SSLCertVerificationError unless ``der``, the server's verified certificate, has the role."""
         if der is None:  # unverified: the handshake has failed already
             return
         certificate = x509.load_der_x509_certificate(der)
@@ -55,7 +55,7 @@ RoleContext.sslobject_class = _Object
 
 
 def role_checking_context(role: Role, ca: Path, *, public: bool = False) -> RoleContext:
-    """A client's context that trusts ``ca``, and with ``public`` the authorities that everybody trusts.
+    """A client's TLS context that trusts ``ca``, and with ``public`` the system's authorities.
 
     Raises:
         OSError, ssl.SSLError, ValueError: ``ca`` is no file of certificates.
@@ -70,7 +70,7 @@ def role_checking_context(role: Role, ca: Path, *, public: bool = False) -> Role
 
 
 def certificate_role(certificate: x509.Certificate) -> tuple[Role, str] | None:
-    """The role that a certificate says, with the name it is for."""
+    """The role in a certificate, and the name it is limited to."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -79,7 +79,7 @@ def certificate_role(certificate: x509.Certificate) -> tuple[Role, str] | None:
 
 
 def role_of_uris(uris: Sequence[str]) -> tuple[Role, str] | None:
-    """The first role among the URIs of a certificate, with the name it is for."""
+    """The first role among the URIs of a certificate, and the name it is limited to."""
     return next((found for uri in uris if (found := role_of(uri))), None)
 
 

@@ -91,7 +91,7 @@ def replace_directory(target: Path) -> Generator[Path]:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory with all that is in it, or whatever stands in its place; what cannot be removed stays."""
+    """Remove a directory tree, or a file at ``path``; errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""Manifest: sizes and SHA-256 of a directory's files as they were written, to tell damage from every other error.
+"""Manifest: sizes and SHA-256 of a directory's files as they were written, to detect damaged files.
 
 Every directory of weights that a run writes has one: a checkpoint, a published policy version, the final model. Loading
 errors would not do. Weights are read without any checksum, so a bit that has turned is not noticed; and an error while a
@@ -6,7 +6,7 @@ checkpoint is loaded may as well come from another version of a library or anoth
 checkpoint aside.
 
     trainer writes files, then manifest.json ─► intake compares, serves what it names ─► samplers compare what arrived
-                                             └► whoever loads the directory compares first
+                                             └► compared before the directory is loaded
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from treegrpo.storage.run_files import read_object
 
 NAME = "manifest.json"
 DAMAGED = ".damaged"
-"""Ends the name of a directory that is not as it was written, and was set aside."""
+"""Suffix of a damaged directory that was renamed."""
 READERS = 4
 """Files that are read at a time: one thread hashes a gigabyte or two in a second."""
 LOADED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-"""What a library loads if it is there: such a file that the manifest does not name was put there by somebody else."""
+"""Files that a library loads if they exist; one that is not in the manifest was added by another program."""
 MODEL_FILES = ("config.json", "*.safetensors")
 """At least one file of each of these a manifest of weights names."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -81,9 +81,9 @@ def read_manifest(folder: Path, needed: Iterable[str] = MODEL_FILES) -> dict[str
 
 
 def find_damage(folder: Path, needed: Iterable[str] = MODEL_FILES) -> str:
-    """Which file of ``folder`` is not what it was and how, in words; empty if all are.
+    """A sentence about a file of ``folder`` that has changed since it was written; empty if none has.
 
-    What was added later does not count, if nobody would load it.
+    Added files count only if a library would load them.
     """
     try:
         known = read_manifest(folder, needed)
@@ -96,16 +96,16 @@ def find_damage(folder: Path, needed: Iterable[str] = MODEL_FILES) -> str:
 
 
 def check_model_files(folder: Path) -> None:
-    """Raise ModelError if ``folder`` is a model that a run has written, and not as it was written.
+    """Raise ModelError if ``folder`` is a model that a run has written, and a file has changed since.
 
-    A model from elsewhere has no manifest of ours, and nobody can say.
+    Other models have no manifest and cannot be checked.
     """
     if _is_ours(folder) and (reason := find_damage(folder)):
         raise ModelError(f"The model in {folder} is damaged ({reason}); take another, like a checkpoint of the same run.")
 
 
 def _is_ours(folder: Path) -> bool:
-    """A manifest that cannot be read may be half of one of ours; other programs have files of that name too."""
+    """Whether a file is a manifest of ours; other programs use the name too. An unreadable one may be half of ours."""
     if not has_manifest(folder):
         return False
     try:
@@ -116,7 +116,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _parsed(name: str, row: object) -> FileEntry | None:
-    """A row of a manifest; None if it is none, or leads out of its directory."""
+    """Parse a row of a manifest; None if it is invalid, or its path leaves the directory."""
     match row:
         case [int(size), str(sha256)] if _SHA256.fullmatch(sha256) and size >= 0 and not Path(name).is_absolute():
             return None if ".." in Path(name).parts else FileEntry(size, sha256)

@@ -17,7 +17,7 @@ _COUNTS = ("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_a
 
 @dataclass(frozen=True, slots=True)
 class CausalLMConfig:
-    """What config.json says that every service needs to know."""
+    """The values of config.json that every service needs."""
 
     folder: Path
     kind: str
@@ -27,7 +27,7 @@ class CausalLMConfig:
     context: int | None
     """`max_position_embeddings`: the longest sequence the model was made for."""
     tied: bool | None
-    """`tie_word_embeddings`; None: whatever is usual for models of this kind."""
+    """`tie_word_embeddings`; None: the default of this kind of model."""
     quantisation: str | None
     """`quant_method` of `quantization_config`; None: the weights are plain numbers."""
     eos: frozenset[int]
@@ -52,7 +52,7 @@ def read_model_config(folder: Path) -> CausalLMConfig:
             _whole(file, key, values[key])
     kind, tied = values.get("model_type", ""), values.get("tie_word_embeddings")
     if not isinstance(kind, str):
-        raise ModelError(f"{file} has model_type {kind!r}, which is no name; {RESTORE}.")
+        raise ModelError(f"{file} has model_type {kind!r}, which is not a name; {RESTORE}.")
     if tied is not None and not isinstance(tied, bool):
         raise ModelError(f"{file} has tie_word_embeddings {tied!r}, not true or false; {RESTORE}.")
     quantised = _part(file, values, "quantization_config")
@@ -77,7 +77,7 @@ def check_context(config: CausalLMConfig, context: int) -> None:
 
 
 def eos_ids(folder: Path) -> frozenset[int]:
-    """``eos_token_id`` of config.json and generation_config.json, those of them that are there. Raises ModelError."""
+    """The ``eos_token_id`` of config.json and generation_config.json. Raises ModelError."""
     files = (folder / CONFIG, folder / GENERATION)
     return frozenset(one for file in files if file.exists() for one in _ids(file, _object(file)))
 
@@ -98,14 +98,14 @@ def _object(file: Path) -> Mapping[str, Any]:
 
 
 def _constant(word: str) -> float:
-    """Infinity, which some kinds of models have; NaN would make all that a model computes NaN. Raises ValueError."""
+    """Parse Infinity, which some models' configs contain. Raises ValueError for NaN."""
     if word == "NaN":
         raise ValueError("NaN is the value of a key")
     return float(word)
 
 
 def _part(file: Path, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """An object within the object; empty where there is none."""
+    """A nested object; empty if it is missing."""
     part = values.get(key)
     if part is not None and not isinstance(part, dict):
         raise ModelError(f"{file} has {key} {part!r}, not a JSON object; {RESTORE}.")

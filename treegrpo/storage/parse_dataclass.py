@@ -1,4 +1,4 @@
-"""Parses a map from another process as a dataclass: every field has to be there, and of its type."""
+"""Parses a mapping from another process as a dataclass: every field is required and type-checked."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ Kind = TypeVar("Kind")
 
 
 def parse_dataclass(kind: type[Kind], row: object) -> Kind:
-    """``kind(**row)``. Raises ValueError and TypeError, in short: ``row`` is a stranger's.
+    """``kind(**row)``. Raises ValueError and TypeError with short messages, since ``row`` is untrusted.
 
     Example:
         >>> parse_dataclass(Covered, {"position": "3"})
         ValueError: position is no int
     """
     if not isinstance(row, dict):
-        raise TypeError(f"it is no map but {type(row).__name__}")
+        raise TypeError(f"it is not a mapping but {type(row).__name__}")
     made = kind(**cast("dict[str, Any]", row))
     for name, hint in _hints(kind).items():
         if not _is(getattr(made, name), hint):
@@ -30,7 +30,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _is(value: object, hint: Any) -> bool:
-    """A bool is no int here; an int is a float."""
+    """Whether ``value`` has a type; a bool is not an int here, and an int is a float."""
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_is(one, get_args(hint)[0]) for one in cast("list[object]", value))
     if get_origin(hint) is dict:

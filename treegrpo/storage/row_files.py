@@ -20,7 +20,7 @@ def read_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Any]]
     """The rows of a file, each with its number from 1 on: of its line, where it is JSON lines. Parquet: ``columns`` alone.
 
     Raises:
-        DataError: the file cannot be read, is none of the three, or a row is no JSON.
+        DataError: the file cannot be read, has another format, or a row is not JSON.
     """
     try:
         with path.open("rb") as file:

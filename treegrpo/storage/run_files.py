@@ -30,7 +30,7 @@ Object = dict[str, Any]
 
 
 def check_run_files(run_dir: Path) -> None:
-    """Raise RunFileError if a name of a run's directory is something else than the run keeps under it."""
+    """Raise RunFileError if a file of a run's directory is a directory, or the other way round."""
     for names, kind, is_kind in (
         (FOLDERS, "a directory", stat.S_ISDIR),
         (FILES, "a file", stat.S_ISREG),
@@ -41,7 +41,7 @@ def check_run_files(run_dir: Path) -> None:
 
 
 def check_kind(path: Path, kind: str, is_kind: Callable[[int], bool]) -> None:
-    """Raise RunFileError if there is something at ``path``, and it is not of this kind."""
+    """Raise RunFileError if ``path`` exists and is not of this kind."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -61,8 +61,8 @@ _KINDS = (("a directory", stat.S_ISDIR), ("a file", stat.S_ISREG), ("a socket", 
 
 
 def unusable_file_error(path: Path, error: OSError) -> RunFileError:
-    """The error for a path that the system refuses."""
-    return RunFileError(f"{path} cannot be used ({error.strerror or error}); move away what is in the way, or see to its owner.")
+    """The RunFileError for an OSError at ``path``."""
+    return RunFileError(f"{path} cannot be used ({error.strerror or error}); move that file away, or correct its owner.")
 
 
 def read_object(path: Path, remedy: str) -> Object:
@@ -86,12 +86,12 @@ def parse_object(data: bytes) -> Object:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(found, dict):
-        raise ValueError(f"it is no JSON object but {type(found).__name__}")  # noqa: TRY004 - one type for who reads
+        raise ValueError(f"it is not a JSON object but {type(found).__name__}")  # noqa: TRY004 - one type for who reads
     return cast("Object", found)
 
 
 class JsonLinesFile:
-    """Reads the objects of a JSONL file that grows. Lines that are none are left out, and `skipped_summary` says so."""
+    """Reads the objects of a JSONL file that grows. Invalid lines are skipped and reported by `skipped_summary`."""
 
     def __init__(self, path: Path, line_bytes: int = LINE_BYTES) -> None:
         self._path = path
@@ -102,7 +102,7 @@ class JsonLinesFile:
         self._first = ""
 
     def read_new_rows(self) -> Iterator[Object]:
-        """The objects that were appended since the last look; a last line without its end waits for it.
+        """The objects that were appended since the last call; an incomplete last line is read later.
 
         A file that has become shorter was written anew, and is read from its beginning.
 
@@ -128,13 +128,13 @@ class JsonLinesFile:
             raise unusable_file_error(self._path, error) from error
 
     def _whole_line(self, file: Any) -> bytes:
-        """The next line with its end; empty if there is none yet."""
+        """The next complete line; empty if there is none yet."""
         piece: bytes = file.readline(self._line_bytes)
         line = piece
         while len(piece) == self._line_bytes and not piece.endswith(b"\n"):
             piece = file.readline(self._line_bytes)
             line = b"#" + piece[-1:]  # too long to be ours: only its end matters
-        if not piece.endswith(b"\n"):  # the end of the file, where somebody may be writing
+        if not piece.endswith(b"\n"):  # the end of the file, where another process may be writing
             return b""
         self._offset = file.tell()
         self._line += 1
@@ -142,17 +142,17 @@ class JsonLinesFile:
 
     @property
     def complete_bytes(self) -> int:
-        """Bytes up to the end of the last whole line that was read."""
+        """Bytes up to the end of the last complete line that was read."""
         return self._offset
 
     def skip_line(self, reason: str) -> None:
-        """Note that the last line is none of ours."""
+        """Count the last line as invalid."""
         self._wrong += 1
-        self._first = self._first or f"line {self._line} is no record ({reason})"
+        self._first = self._first or f"line {self._line} is not a record ({reason})"
 
     @property
     def skipped_summary(self) -> str:
-        """A sentence about the lines that were left out; empty if none was."""
+        """A sentence about the skipped lines; empty if there are none."""
         if not self._wrong:
             return ""
         count = "1 line is" if self._wrong == 1 else f"{self._wrong} lines are"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """Whether ``text`` cannot be written as UTF-8: not in protobuf, msgpack, MQTT, nor in a file."""
+    """Whether ``text`` cannot be encoded as UTF-8, as protobuf, msgpack, MQTT and files need it."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -31,9 +31,9 @@ PREFIX = f"treegrpo-sampler-{_kernel()}-"
 
 @contextmanager
 def locked_temp_dir(parent: Path | None = None) -> Generator[Path]:
-    """An empty directory in ``parent``, or else among the temporary files, for the time of the block.
+    """Create an empty directory in ``parent``, or in the system's temporary directory, for the time of the block.
 
-    It is locked meanwhile. The kernel unlocks it however its process ends, and whoever finds it unlocked may remove it:
+    It is locked meanwhile. The kernel unlocks it when its process ends, and other processes remove unlocked ones:
     on one machine, until it is started anew, there are never more of them than samplers that run, and those that ended
     since the last start.
 
@@ -68,7 +68,7 @@ def _make(parent: Path) -> tuple[Path, int]:
 def _sweep(parent: Path) -> None:
     """Remove the directories of samplers that were killed."""
     for path in parent.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # somebody else's, or gone meanwhile
+        with suppress(OSError):  # another user's, or removed meanwhile
             if path.lstat().st_uid == os.geteuid() and (lock := _lock(path)) is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)

@@ -28,7 +28,7 @@ EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "F16": (np.uint16, 0x7C00),
     "BF16": (np.uint16, 0x7F80),
 }
-"""By type of number: its bits as an integer, and those of its exponent, which are all set in what is not finite."""
+"""By number type: its bits as an integer, and the bits of its exponent, which are all set in a value that is not finite."""
 SCAN_BYTES = 1 << 30
 """Of a checkpoint that is larger, each tensor's beginning is looked at; a part that loads it looks at the rest."""
 _BLOCK_BYTES = 16 << 20
@@ -87,7 +87,7 @@ def _head(file: Path) -> Iterator[StoredTensor]:
 
 
 def check_plain_numbers(tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise WeightsError if weights are kept in another type than a floating-point number of 16 bits or more."""
+    """Raise WeightsError if weights have a type other than a floating-point number of at least 16 bits."""
     for tensor in tensors.values():
         if "weight" in tensor.name.rpartition(".")[2] and tensor.dtype not in EXPONENTS:
             raise WeightsError(
@@ -97,7 +97,7 @@ def check_plain_numbers(tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def check_head(tensors: Mapping[str, StoredTensor], folder: Path, *, tied: bool) -> None:
-    """The output matrix is the one that config.json speaks of.
+    """Check that the output matrix fits config.json.
 
     Readers differ about a model that ties it to the embedding and has another one in its file: transformers takes the
     one in the file, most engines the embedding. Then the policy that is trained is not the one that samples.
@@ -131,7 +131,7 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def check_finite(tensors: Mapping[str, StoredTensor], scan_bytes: int = SCAN_BYTES) -> str:
-    """Look for values that are not finite, in all tensors, or, above ``scan_bytes`` together, in the beginning of each.
+    """Check that values are finite: of all tensors, or of the beginning of each if they are larger than ``scan_bytes`` together.
 
     Returns:
         How much was looked at.

@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What measures durations and waits. Whatever only measures takes a ``Callable[[], float]``: `monotonic`."""
+    """Measures durations and waits. Code that only measures takes a ``Callable[[], float]``: `monotonic`."""
 
     def monotonic(self) -> float:
         """Seconds since some instant in the past; never goes back."""

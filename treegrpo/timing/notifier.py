@@ -1,4 +1,4 @@
-"""A notifier: tasks of one event loop wait for the next change of something."""
+"""A notifier: tasks of one event loop wait for the next change of a state."""
 
 from __future__ import annotations
 

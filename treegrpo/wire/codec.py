@@ -48,13 +48,13 @@ _REASON_OF = {v: k for k, v in _REASON.items()}
 
 def _ids(data: bytes, field: str, where: str) -> TokenIds:
     if len(data) % IDS.itemsize:
-        raise TreeError(f"{where}: {field} is {len(data)} bytes long, which is no whole number of uint32 ids.", field)
+        raise TreeError(f"{where}: {field} is {len(data)} bytes long, not a multiple of uint32 ids.", field)
     return np.frombuffer(data, IDS)
 
 
 def _logprobs(data: bytes, where: str) -> Logprobs:
     if len(data) % LOGPROBS.itemsize:
-        raise TreeError(f"{where}: logprobs is {len(data)} bytes long, which is no whole number of float32 values.", "logprobs")
+        raise TreeError(f"{where}: logprobs is {len(data)} bytes long, not a multiple of float32 values.", "logprobs")
     return np.frombuffer(data, LOGPROBS)
 
 
@@ -97,7 +97,7 @@ def step_to_pb(step: Step) -> tree_pb2.Step:
 
 
 def step_from_pb(pb: tree_pb2.Step, tree: str) -> Step:
-    """The step as it was sent, of the ``tree`` that a refusal names. Raises TreeError."""
+    """Decode a step of ``tree``, which an error names. Raises TreeError."""
     where = f"{tree}, node {pb.node}"
     status = _STATUS_OF.get(pb.status)
     if status is None:
@@ -123,7 +123,7 @@ def subtree_to_pb(subtree: Subtree) -> tree_pb2.Subtree:
 
 
 def subtree_from_pb(pb: tree_pb2.Subtree, group: str = "") -> Subtree:
-    """The subtree as it was sent; `Tree.append_subtree` validates it. Raises TreeError, which names ``group`` if given."""
+    """Decode a subtree; `Tree.append_subtree` validates it. Raises TreeError, which names ``group`` if given."""
     where = tree_label(pb.lease, pb.tree, group)
     return Subtree(
         lease=pb.lease,
@@ -137,7 +137,7 @@ def subtree_from_pb(pb: tree_pb2.Subtree, group: str = "") -> Subtree:
 
 
 def subtree_to_bytes(subtree: Subtree) -> bytes:
-    """Its message as the journal and snapshots keep it and the trainer gets it."""
+    """Encode a subtree as journal, snapshots and trainer get it."""
     return subtree_to_pb(subtree).SerializeToString()
 
 

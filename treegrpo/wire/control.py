@@ -7,7 +7,7 @@
 
 A broker with users lets each do what its role needs: the learner all of it, the operator the state, and a sampler its own
 presence alone: ROLE is its user, CLIENT its MQTT client id. Samplers read state, weights, owner and their own presence. The
-learner removes the presence of who left, and what nobody should have retained.
+learner removes the presence of members that have left, and retained messages that do not belong there.
 
 Every message is a state, not an event: a late subscriber gets the present one, and a duplicate changes nothing. State
 and version are plain text so that a person can set the state with any MQTT client:
@@ -47,7 +47,7 @@ LEAVE_SECONDS = 1.0
 """To publish that we leave; otherwise the broker publishes our last will."""
 CANCEL_AGAIN_SECONDS = 0.1
 NAME_CHARACTERS = 256
-"""The longest name, address or topic of a member that is believed, and what the log repeats of a stranger's words."""
+"""The longest accepted name, address or topic of a member, and the longest quote of a message in the log."""
 ROLES = {role.value for role in Role}
 """A sampler is not called like one of them."""
 UNCLAIMED_TOPICS = ("state", "weights")
@@ -84,7 +84,7 @@ INCARNATIONS = 8
 
 
 class _TooManyMembersError(ValueError):
-    """There is no room for another member, which may be a good one."""
+    """A presence was refused since the number of members is at its limit."""
 
 
 class ControlPlane:
@@ -120,7 +120,7 @@ class ControlPlane:
         """The broker's address and since when (time.monotonic) there is no connection to it; None while there is one."""
 
     async def set_state(self, state: RunState) -> None:
-        """Publish the run state, retained. It counts for this process at once, connected or not."""
+        """Publish the run state, retained. It takes effect in this process at once, connected or not."""
         self.state = state
         self._changed.notify()
         await self._publish("state", state.value.encode())
@@ -153,12 +153,12 @@ class ControlPlane:
         return (self._claim.member if self._claim else self._member).payload()
 
     def _topics(self) -> list[str]:
-        """The topics to subscribe to; a sampler does not read the presence of others."""
+        """The topics to subscribe to; a sampler does not read the presence of other members."""
         own = ("state", "weights", "owner", self._member.topic)
         return [f"{self._prefix}/{topic}" for topic in (own if self._member.role == Role.SAMPLER.value else ("#",))]
 
     async def _session(self, connected: asyncio.Event) -> None:
-        """One connection: publish our presence, claim the run's name, publish again what we had retained, then listen."""
+        """One connection: publish our presence, claim the run's name, publish our retained messages again, then listen."""
         presence_topic = f"{self._prefix}/{self._member.topic}"
         leave_payload = replace(self._member, alive=False).payload()
         will = aiomqtt.Will(presence_topic, leave_payload, qos=1, retain=True)
@@ -256,7 +256,7 @@ class ControlPlane:
         self._changed.notify()
 
     def _update_member(self, topic: str, payload: bytes, *, retained: bool) -> None:
-        """Take in a presence. Raises ValueError unless the topic is its own, and _TooManyMembersError if there is no room."""
+        """Add or update a member. Raises ValueError unless the topic is its own, and _TooManyMembersError at the limit."""
         ours = topic == self._member.topic
         if not payload:
             if self._claim is not None:
@@ -267,7 +267,7 @@ class ControlPlane:
             return
         member = parse_dataclass(Member, msgpack.unpackb(payload))
         if not 0 <= member.incarnation < 1 << 64 or max(map(len, (member.id, member.metrics, member.run))) > NAME_CHARACTERS:
-            raise ValueError("its incarnation, name, run or address is none")
+            raise ValueError("its incarnation, name, run or address is invalid")
         if member.topic != topic or (member.id in ROLES and member.id != member.role):
             raise ValueError(f"{member.role} {member.id!r} speaks for another")
         if member.client not in self.members:
@@ -281,9 +281,9 @@ class ControlPlane:
         self._republish_presence = self._republish_presence or (ours and not member.alive)
 
     def _evict_member(self, member: Member) -> None:
-        """Make room for another member: remove the oldest of a name with INCARNATIONS, else the first that has left.
+        """Remove a member so that another can be added: the oldest of a name with INCARNATIONS, else the first that has left.
 
-        Raises _TooManyMembersError if nobody has left.
+        Raises _TooManyMembersError if none has left.
         """
         of_name = [client for client, one in self.members.items() if (one.role, one.id) == (member.role, member.id)]
         gone = of_name[0] if len(of_name) >= INCARNATIONS else None
@@ -339,12 +339,12 @@ class ControlPlane:
             broken = task.exception() if task.done() and not task.cancelled() else None
             await _end_task(ready)
             await _end_task(task, 2 * LEAVE_SECONDS)
-            if broken is not None:  # what nobody foresaw ends the process: deaf to a pause it must not go on
+            if broken is not None:  # an unexpected error ends the process, which could not be paused without the control plane
                 raise broken
 
 
 async def _ends_before(first: asyncio.Task[None], second: Coroutine[Any, Any, None]) -> bool:
-    """Await ``second`` unless ``first`` ends before it; returns whether that was so. Raises what either raises."""
+    """Await ``second`` unless ``first`` ends before it; returns whether it did. Raises the exception of either."""
     task = asyncio.create_task(second, name="control-plane-claim")
     try:
         await asyncio.wait({first, task}, return_when=asyncio.FIRST_COMPLETED)
@@ -380,7 +380,7 @@ async def publish_state(address: str, run: str, state: RunState, access: Credent
 
 
 class _Client(aiomqtt.Client):
-    """aiomqtt's client, of which a cancelled connection may end: 2.5.1 logs a traceback then."""
+    """aiomqtt's client without the traceback that 2.5.1 logs when a connection is cancelled."""
 
     def _on_disconnect(self, *args: Any, **more: Any) -> None:
         if not self._connected.cancelled():
@@ -388,7 +388,7 @@ class _Client(aiomqtt.Client):
 
 
 def open_client(address: str, access: Credentials, timeout: float = CONNECT_SECONDS, **more: Any) -> aiomqtt.Client:
-    """A client for the broker at ``address`` with what ``access`` has to show; ``more`` is aiomqtt's. Raises ConfigError."""
+    """An MQTT client for the broker at ``address`` with the credentials ``access``; ``more``: for aiomqtt. Raises ConfigError."""
     access.check_reach("broker.address", address)
     host, port = split_address(reachable_address(address), "broker.address")
     return _Client(
@@ -404,7 +404,7 @@ def open_client(address: str, access: Credentials, timeout: float = CONNECT_SECO
 
 
 def broker_unavailable_error(address: str, access: Credentials, error: aiomqtt.MqttError, remedy: str) -> UnavailableError:
-    """The sentence for a broker that does not let us in, with the likely reason."""
+    """The error for a failed connection to the broker, with the likely reason."""
     said, likely = f"{error} {error.__cause__ or ''}".strip(), ""
     if "CERTIFICATE_VERIFY_FAILED" in said:
         likely = ", likely because its certificate is for another name, out of date, or not of an authority in our ca.pem"

@@ -1,6 +1,6 @@
 """Ownership of run.name on a broker: one learner owns a name, another run with the same name is refused.
 
-    candidate ─► hears everybody who is there ─► no other learner ─────────────────────► owner
+    candidate ─► hears all members' presence ──► no other learner ─────────────────────► owner
                                               └► another one ─► it answers ────────────► refused
                                                               └► its last will, silence ► owner
 
@@ -47,12 +47,12 @@ class Member:
 
     @property
     def client(self) -> str:
-        """Its MQTT client id: no two processes share one, whatever runs the broker serves."""
+        """Its MQTT client id, unique among all runs of a broker."""
         return f"{self.id}@{self.incarnation:016x}"
 
     @property
     def topic(self) -> str:
-        """Where its presence is, below treegrpo/RUN/."""
+        """The topic of its presence, below treegrpo/RUN/."""
         return f"members/{self.role}/{self.client}"
 
     def payload(self) -> bytes:
@@ -60,7 +60,7 @@ class Member:
 
 
 class RunNameClaim:
-    """A learner's claim to its run's name: from the members it is told of follows how long to wait and whom to answer."""
+    """A learner's claim to its run's name: from presences it follows how long to wait, and which learners to answer."""
 
     def __init__(self, member: Member, will_seconds: float = WILL_SECONDS) -> None:
         """``will_seconds``: how long to wait for the last will of another run's learner."""
@@ -79,7 +79,7 @@ class RunNameClaim:
         return self.member.owner
 
     def begin_candidacy(self) -> None:
-        """Be a candidate again, after a new connection: no other member is known."""
+        """Become a candidate again after a new connection: no other member is known."""
         self.member = replace(self.member, owner=False)
         self.previous_owner = None
         self._rivals = {}
@@ -95,7 +95,7 @@ class RunNameClaim:
         return bool(self._rivals)
 
     def note_member(self, other: Member, *, live: bool) -> bool:
-        """Note a presence of another member, ``live`` or retained; returns whether to publish ours again for it."""
+        """Handle the presence of another member, ``live`` or retained; returns whether to publish ours again for it."""
         if other.role != self.member.role or other.topic == self.member.topic:
             return False
         if not other.alive:
@@ -113,7 +113,7 @@ class RunNameClaim:
         self._rivals.pop(topic, None)
 
     def wait_until(self) -> float:
-        """Until when (time.monotonic) somebody may still refuse us; now at the earliest."""
+        """When (time.monotonic) no owner can refuse the claim any more; now at the earliest."""
         if not self._rivals:
             return self._waiting_since
         ours = all(rival.run == self.member.run for rival in self._rivals.values())
@@ -136,5 +136,5 @@ class RunNameClaim:
 
     @property
     def retained_is_stale(self) -> bool:
-        """Whether what the broker has retained of state and weights is another run's."""
+        """Whether the broker's retained run state and version are another run's."""
         return self.previous_owner not in {None, self.member.run}

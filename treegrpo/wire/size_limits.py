@@ -35,7 +35,7 @@ def message_bytes(plan: Plan) -> int:
 
 
 def check_size(subtree: Subtree, above: tuple[int, int], plan: Plan, where: str) -> None:
-    """A subtree is no larger than its plan allows; ``above`` it are so many steps and so many tokens. Raises TreeError."""
+    """Check that a subtree is no larger than its plan allows; ``above``: steps and tokens on the path to it. Raises TreeError."""
     _check_paths(subtree, above, plan, f"{where}: subtree {subtree.index}")
     for step in subtree.steps:
         _check_step(step, plan, f"{where}, node {step.node}")
@@ -44,7 +44,7 @@ def check_size(subtree: Subtree, above: tuple[int, int], plan: Plan, where: str)
 
 
 def check_count(steps: int, leaves: int, plan: Plan, here: str) -> None:
-    """A subtree has no more of both than a whole group of its ``plan``: known before it is decoded. Raises TreeError."""
+    """Check, before decoding, that a subtree has no more steps and leaves than a group of its ``plan``. Raises TreeError."""
     if leaves > plan.leaves or steps > plan.leaves * (plan.max_turns + 1):
         raise TreeError(f"{here} has more leaves or steps than all {plan.leaves} episodes of its group may have.", "steps")
 
@@ -87,13 +87,13 @@ def _check_leaf(leaf: Leaf, here: str) -> None:
 
 
 def check_end(end: LeaseEnd, plan: Plan) -> None:
-    """What a lease cost beside its steps is something it can have cost. Raises ContractError."""
+    """Check that the additional cost in a lease end is possible. Raises ContractError."""
     if not is_cost(end.unaccounted, plan, steps=plan.leaves * (plan.max_turns + 1)):
         raise ContractError(f"Lease {end.lease} ends at a cost of {end.unaccounted}, which its plan cannot cost.")
 
 
 def is_cost(cost: Cost, plan: Plan, steps: int) -> bool:
-    """Whether so many steps of a plan can have cost so much."""
+    """Whether a number of steps of a plan can have had this cost."""
     most = TIMES * steps * plan.max_context
     counts = max(cost.prefilled, cost.cached, cost.decoded)
     return counts <= most and cost.tool_calls <= TIMES * steps and 0.0 <= cost.seconds <= SECONDS

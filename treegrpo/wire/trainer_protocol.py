@@ -118,12 +118,12 @@ Answer = TypeVar("Answer", Taken, Evaluation, Done)
 
 
 def pack_group(group: Group, subtrees: list[Subtree]) -> bytes:
-    """A closed group as it crosses the socket: its question and its subtrees in the order they were accepted."""
+    """Encode a closed group: its question and its subtrees in the order they were accepted."""
     return pack_encoded_group(group, [subtree_to_bytes(subtree) for subtree in subtrees])
 
 
 def pack_encoded_group(group: Group, subtrees: list[bytes]) -> bytes:
-    """The same, of subtrees that have kept their messages."""
+    """`pack_group` for subtrees that are encoded already."""
     question = question_to_pb(group.question).SerializeToString()
     return cast("bytes", msgpack.packb({"id": group.id, "question": question, "subtrees": subtrees}))
 
@@ -148,12 +148,12 @@ def unpack_group(data: bytes) -> Group:
 
 
 def check_step_report(values: dict[str, Any]) -> None:
-    """The record can stand in a line of JSON, under a name. Raises ContractError."""
+    """Check that a step's record can be written as a line of JSON. Raises ContractError."""
     wrong = [key for key in ("kind", "step", "version", "position") if not isinstance(values.get(key), int | str | None)]
     try:
         json.dumps(values)
     except (TypeError, ValueError) as error:
-        raise ContractError(f"The record of a step is no JSON ({describe(error)[:100]}).") from error
+        raise ContractError(f"The record of a step is not JSON ({describe(error)[:100]}).") from error
     if wrong:
         raise ContractError(f"The record of a step has a {wrong[0]} that names nothing.")
 
@@ -172,7 +172,7 @@ def decode_message(body: bytes) -> Message:
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
         said = describe(error)[:100]
         raise ContractError(
-            f"The local socket carried what is no message of ours ({said}); trainer and intake must be of one version."
+            f"The local socket carried an invalid message ({said}); trainer and intake must be of one version."
         ) from error
 
 
@@ -192,7 +192,7 @@ class IntakeConnection:
     """The trainer's side: blocking, one request at a time."""
 
     def __init__(self, path: str, deadline: float = 60.0) -> None:
-        """Connect. Raises UnavailableError when nobody listens at ``path`` (a Unix socket)."""
+        """Connect. Raises UnavailableError when no process listens at ``path`` (a Unix socket)."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(deadline)
         try:
@@ -213,7 +213,7 @@ class IntakeConnection:
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
             reply = decode_message(self._read(length))
         except OSError as error:
-            raise UnavailableError("The intake went away or did not answer in time; see its log.") from error
+            raise UnavailableError("The intake disconnected or did not answer in time; see its log.") from error
         if isinstance(reply, Refused):
             raise ContractError(reply.reason)
         if not isinstance(reply, answer):

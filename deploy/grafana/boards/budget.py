@@ -1,4 +1,4 @@
-"""Where the rollout budget goes."""
+"""Board: use of the rollout budget."""
 
 from deploy.grafana.model import Dashboard, Panel, PanelRow, stat_panel
 

@@ -1,4 +1,4 @@
-"""What the steps do to the policy."""
+"""Board: effects of optimiser steps on the policy."""
 
 from deploy.grafana.model import Dashboard, Panel, PanelRow
 

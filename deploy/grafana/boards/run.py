@@ -1,4 +1,4 @@
-"""Is the run healthy, at a glance?"""
+"""Board: health of the run."""
 
 from deploy.grafana.model import Dashboard, Panel, PanelRow, stat_panel
 

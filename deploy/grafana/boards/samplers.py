@@ -1,4 +1,4 @@
-"""Each replica."""
+"""Board: each sampler."""
 
 from deploy.grafana.model import Dashboard, Panel, PanelRow
 
@@ -117,7 +117,7 @@ SAMPLERS = Dashboard(
                     "Share of the time spent waiting for something unavailable.",
                 ),
                 Panel(
-                    "Nothing goes on",
+                    "No progress",
                     "s",
                     {"{{instance}} {{part}}": "treegrpo_sampler_stalled_seconds{@s} or on () vector(0)"},
                     "Seconds without progress, by the part that is missing; the sampler's log has the details.",

@@ -1,14 +1,14 @@
-"""What carries the run."""
+"""Board: intake, disk, broker and retriever."""
 
 from deploy.grafana.model import Dashboard, Panel, PanelRow
 
 SERVICES = Dashboard(
     "services",
     "Services",
-    "gRPC, journal, weights, control plane, retriever, and whether everybody serves.",
+    "gRPC, journal, weights, control plane, retriever, and which processes serve.",
     [
         PanelRow(
-            "Who serves",
+            "Serving processes",
             [
                 Panel("Serving", "none", {"{{job}} {{instance}}": "treegrpo_serving{@}"}, "1: /health says so."),
                 Panel("Scraped", "none", {"{{job}}": "sum by (job) (up{@})"}, "Addresses that answered Prometheus, by job."),

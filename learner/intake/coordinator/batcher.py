@@ -18,7 +18,7 @@ class Batcher:
         self._staleness = staleness
 
     def take_batch(self, position: int, count: int) -> list[RolloutGroup]:
-        """``count`` groups from ``position`` on, or none while they are not ready.
+        """Return ``count`` groups from ``position`` on, or none while they are not ready.
 
         Raises ContractError as `TrainQueue.groups_from`.
         """
@@ -28,7 +28,7 @@ class Batcher:
         return groups if len(groups) == count else []
 
     def _assign_next(self, count: int) -> bool:
-        """Give the next positions to the ``count`` oldest ready groups; False if it is too early."""
+        """Give the next positions to the ``count`` oldest ready groups; False if they may not be trained yet."""
         queue = self._table.train_queue
         if queue.ready_count < count:
             return False

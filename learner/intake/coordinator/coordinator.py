@@ -99,7 +99,7 @@ class Coordinator:
         return self.sessions.open_sessions
 
     def join_sampler(self, hello: pb.Hello) -> SamplerSession:
-        """A stream opened. Older incarnations of the same sampler have lost their leases."""
+        """Register a sampler whose stream opened; older incarnations of it lose their leases."""
         session = SamplerSession(hello.sampler, hello.incarnation, hello.engine, hello.capacity, self._max_queued)
         self.sessions.open_session(session)
         self.breaker.sampler_joined(session.id)
@@ -128,18 +128,18 @@ class Coordinator:
 
     @property
     def _max_queued(self) -> int:
-        """Messages for one sampler: each lease there may be, an ack of each of its subtrees and the request to stop."""
+        """The most messages queued for one sampler: each possible lease, the acks of its subtrees and its stop request."""
         return (self.lease_table.max_groups_in_flight + self._heldout) * (self._plan.leaves + 2) + 16
 
     def leave_sampler(self, session: SamplerSession) -> None:
-        """A stream closed: its sampler keeps its leases until it was silent for too long."""
+        """Unregister a sampler whose stream closed; it keeps its leases until it has been silent for too long."""
         if self.sessions.close_session(session):
             log.info("sampler %s left", session.id)
             self.breaker.sampler_left(session.id)
             self._record_samplers()
 
     def lose_holder(self, holder: str) -> None:
-        """A sampler is gone: its leases are lost, and others continue its groups."""
+        """End the leases of a lost sampler; others continue its groups."""
         reason = self.sessions.expire_holder(holder)
         if (name := sampler_of(holder)) not in self.open_sessions:
             self.breaker.sampler_left(name)
@@ -152,17 +152,17 @@ class Coordinator:
         self.recorder.record_samplers(len(self.open_sessions), self.breaker.count_put_aside())
 
     def set_demand(self, session: SamplerSession, leases: int) -> None:
-        """A sampler asks to hold so many leases at once."""
+        """Set how many leases a sampler wants to hold at once."""
         session.demand = leases
         self.dispatcher.wake_dispatcher(session.id)
 
     @property
     def is_behind(self) -> bool:
-        """Whether so much waits for the disk that samplers have to wait too."""
+        """Whether so many records wait for the disk that streams have to wait."""
         return self._journal.backlog_bytes > BACKLOG_BYTES
 
     async def wait_for_journal(self) -> None:
-        """Return when the disk is no longer behind."""
+        """Return when few enough records wait for the disk."""
         await self._journal.wait_for_capacity()
 
     # ---- subtrees
@@ -209,7 +209,7 @@ class Coordinator:
     # ---- lease ends
 
     def end_lease(self, session: SamplerSession, end: LeaseEnd) -> None:
-        """A sampler ends its lease. Another continues what it stopped by itself. Raises ContractError: the cost is impossible."""
+        """End a lease on its sampler's message; another one continues unfinished work. Raises ContractError: impossible cost."""
         group = self.lease_table.open_leases.get(end.lease)
         if group is None or not end.reason.from_sampler or group.holder != session.holder:
             self._rejections.log_refusal(session.id, "end", f"the end of lease {end.lease!r}, which is not open, or not its own")
@@ -237,11 +237,11 @@ class Coordinator:
         self.changed.notify()
 
     def _update_breaker(self, name: str, outcome: LeaseOutcome, error: str) -> None:
-        """Put a sampler aside that only fails, and give up a run in which all do."""
+        """Put a sampler aside whose leases all fail, and end the run if no sampler makes progress."""
         before = self.breaker.is_put_aside(name)
         if seconds := self.breaker.record_outcome(name, outcome, error):
             words = self.breaker.quote_last_error(name) or "it names no error"
-            log.warning("sampler %s is put aside for %.0f s, its last leases came to nothing; %s", name, seconds, words)
+            log.warning("sampler %s is put aside for %.0f s, since its last leases failed; %s", name, seconds, words)
             asyncio.get_running_loop().call_later(seconds, self.dispatcher.wake_dispatcher, name)
         if self.breaker.is_put_aside(name) is not before:
             self._record_samplers()
@@ -257,12 +257,12 @@ class Coordinator:
     # ---- tasks
 
     def _may_grant(self) -> bool:
-        """Whether neither the run nor the disk stands still."""
+        """Whether leases may be granted: the run is not paused, and the disk accepts writes."""
         journal = self._journal
         return self.control.state is RunState.RUNNING and not journal.blocked and journal.low_space_since is None
 
     async def coordinate_forever(self) -> None:
-        """Grant leases, follow the run state, and notice samplers that are gone or silent."""
+        """Grant leases, follow the run state, and expire lost and silent samplers."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.dispatcher.dispatch_forever(), name="dispatch")
             tasks.create_task(self._follow_control_plane(), name="run-state")

@@ -69,7 +69,7 @@ class JournaledLeases:
     def reject_subtree(
         self, group: RolloutGroup, key: tuple[int, int], cost: Cost, reason: str, why: str
     ) -> asyncio.Future[int] | None:
-        """Leave a subtree of an open lease out; done when that is durable, None if nothing changes."""
+        """Reject a subtree of an open lease; the future is done when that is durable, None if nothing changes."""
         record = encode_record(lease_events.rejection_event(group.lease.id, key, cost, reason, why))
         if not group.reject_subtree(key, cost, reason, why):
             return None
@@ -91,7 +91,7 @@ class JournaledLeases:
         self._recorder.record_group_close(group, "overdue")
 
     def assign_positions(self, draws: Sequence[int], stale: Sequence[int]) -> None:
-        """Give the trainer ``draws`` at the next positions, and those that are ``stale`` never."""
+        """Give the groups of ``draws`` the next positions, and set the ``stale`` ones aside."""
         record = encode_record(lease_events.positions_event(draws, stale))
         set_aside = self._table.assign_positions(draws, stale)
         self.positions_durable = self._journal.append_record(record)

@@ -56,7 +56,7 @@ class LeaseDispatcher:
         self._wake.set()
 
     async def dispatch_forever(self) -> None:
-        """Dispatch whenever the task is woken and leases may be granted. What raises here ends the intake."""
+        """Dispatch whenever the task is woken and leases may be granted. An exception here ends the intake."""
         while True:
             self._wake.clear()
             if self._may_grant():
@@ -65,7 +65,7 @@ class LeaseDispatcher:
             await self._wake.wait()
 
     def dispatch_leases(self) -> None:
-        """Grant leases while there are both work within the bound and samplers that want it."""
+        """Grant leases while there are work within the bound and samplers that want more."""
         if not self._table.has_grantable_work:
             return
         line = [(self._count_held(name), name, free) for name in self._candidates if (free := self._count_free(name)) > 0]
@@ -82,7 +82,7 @@ class LeaseDispatcher:
                 self._candidates.discard(name)
 
     def _count_free(self, name: str) -> int:
-        """Leases that a sampler wants and does not hold."""
+        """How many more leases a sampler wants than it holds."""
         session, quota = self._sessions.get(name), self._quota(name)
         if session is None:
             return 0

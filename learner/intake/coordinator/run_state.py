@@ -25,7 +25,7 @@ async def restore_run_state(control: ControlPlane, run_dir: Path) -> None:
 
 
 async def persist_pause_forever(control: ControlPlane, run_dir: Path) -> None:
-    """Record each pause and its end in the run's directory."""
+    """Record the beginning and end of each pause in the run's directory."""
     while True:
         try:
             match control.announced_state:

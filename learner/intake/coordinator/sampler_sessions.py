@@ -1,4 +1,4 @@
-"""Sessions of samplers: which have an open stream, which have lost theirs a moment ago, and which are gone.
+"""Sessions of samplers: with an open stream, disconnected a moment ago, or expired.
 
     stream opens ─► open session ─► stream breaks ─► waits for its sampler ─► expired: its leases are lost
                          │                                 │                      ▲
@@ -63,7 +63,7 @@ class SamplerSession:
             self.disconnect(f"Sampler {self.id} leaves {self.max_queued} messages unread; it has to join again.")
 
     def close_outbox(self) -> None:
-        """Drop the messages that wait; the one that is being written is the last."""
+        """Drop the queued messages; the one that is being written is the last."""
         while not self.outbox.empty():
             self.outbox.get_nowait()
         self.outbox.put_nowait(None)
@@ -89,7 +89,7 @@ class SamplerSessions:
         self._timings = timings or CoordinatorTimings()
         self._expire = expire
         self._interrupted = set(absent)
-        """Holders that have not come back since the intake itself was away."""
+        """Holders that have not reconnected since the intake restarted."""
         self._disconnected = dict.fromkeys(absent, time.monotonic() + self._timings.silence_seconds)
         """Holders without a stream, and when (time.monotonic) they expire."""
 

@@ -54,7 +54,7 @@ class TrainerApi:
         self._state_since = time.monotonic()
 
     async def handle_take(self, position: int, count: int) -> Taken:
-        """``count`` closed groups from ``position`` on, as soon as there are that many; none after a few seconds."""
+        """Return ``count`` closed groups from ``position`` on when they are ready; none after a few seconds."""
         deadline = time.monotonic() + self._long_poll_seconds
         while True:
             state = self._control.state
@@ -69,14 +69,14 @@ class TrainerApi:
             await self._changed.wait(min(deadline, self._staleness.next_deadline))
 
     async def handle_publish(self, version: PolicyVersion, path: Path, position: int) -> None:
-        """A version is written to ``path``; the groups before ``position`` made it. Raises ContractError."""
+        """Publish the version in ``path``, which was trained on the groups before ``position``. Raises ContractError."""
         await self._versions.publish_version(version, path, position)
         self._reported_damage = None
         self._clock.record_progress()
         self._dispatcher.wake_dispatcher()
 
     def handle_covered(self, position: int) -> None:
-        """A checkpoint covers the groups before ``position``."""
+        """Drop the groups before ``position``, which a checkpoint covers."""
         self._table.forget_covered(position)
         self._on_checkpoint()
 
@@ -103,17 +103,17 @@ class TrainerApi:
         return evaluation
 
     def handle_step_report(self, values: dict[str, object]) -> None:
-        """A line for the run's progress file."""
+        """Write a step's record to the run's progress file."""
         self._recorder.record_step(values, self._table)
 
     @property
     def _has_news(self) -> bool:
-        """Whether the trainer is to hear at once that the run drains, or that it has to write a version again."""
+        """Whether a waiting request returns at once: the run drains, or a version has to be written again."""
         is_new_damage = self._versions.damaged not in (None, self._reported_damage)
         return is_new_damage or self._control.state is RunState.DRAINING
 
     def _report_damage(self) -> str:
-        """The version that the trainer has to write again, empty if there is none; the trainer knows from now on."""
+        """The damaged version that the trainer has to write again, empty if there is none; note that it was reported."""
         self._reported_damage = self._versions.damaged
         return str(self._reported_damage or "")
 
@@ -121,7 +121,7 @@ class TrainerApi:
 
     @contextlib.contextmanager
     def track_connection(self) -> Generator[None]:
-        """A trainer is connected for the time of the block."""
+        """Count a connected trainer for the time of the block."""
         self._connections += 1
         self._has_connected, self._state_since = True, time.monotonic()
         try:
@@ -132,7 +132,7 @@ class TrainerApi:
 
     @contextlib.contextmanager
     def track_request(self) -> Generator[None]:
-        """The trainer waits for an answer for the time of the block."""
+        """Note that the trainer waits for a response for the time of the block."""
         self._requests += 1
         try:
             yield

@@ -69,7 +69,7 @@ class Ledger:
         return Budget(sum(left.tokens for left in lefts), sum(left.tool_calls for left in lefts))
 
     def imbalance(self, kind: LeaseKind) -> Budget:
-        """Granted minus everything it became: zero, or there is a bug."""
+        """Granted minus spent, refunded, forfeited and outstanding: 0 unless there is a bug."""
         account = self.accounts[kind]
         return account.granted - account.spent - account.refunded - account.forfeited - self.outstanding(kind)
 

@@ -1,4 +1,4 @@
-"""Circuit breakers: stop leasing to samplers whose leases come to nothing; when all circuits stay open, end the run. Pure.
+"""Circuit breakers: no leases for samplers whose leases fail; when all circuits stay open, the run ends. Pure.
 
     closed ── FAILURES leases in a row without a leaf ──► open ── 1 s, then 2, 4 … 30 ──► half open ── a leaf ──► closed
                                                            ▲                                  │
@@ -46,7 +46,7 @@ class BreakerLimits:
 
 
 class LeaseOutcome(Enum):
-    """What a lease came to."""
+    """The outcome of a lease, as the circuit breaker counts it."""
 
     PROGRESS = "progress"
     """A leaf of its own."""
@@ -55,7 +55,7 @@ class LeaseOutcome(Enum):
     IDLE = "idle"
     """It was returned or lost without work: no sign of a bad task, but of a bad sampler."""
     NEUTRAL = "neutral"
-    """Its sampler was asked to stop, or the learner itself was away."""
+    """Its sampler was asked to stop, or the learner restarted."""
 
     @classmethod
     def classify(cls, group: RolloutGroup, end: LeaseEnd) -> LeaseOutcome:
@@ -75,7 +75,7 @@ class LeaseOutcome(Enum):
 
 @dataclass(slots=True)
 class SamplerCircuit:
-    """The circuit of one sampler. Times are the clock's."""
+    """The circuit of one sampler. Times are those of the clock."""
 
     failures: int = 0
     """Since its last leaf, or since its last trial began."""
@@ -92,7 +92,7 @@ class SamplerCircuit:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether it has failed for long enough."""
+        """Whether it has failed often enough in a row for the run to be given up."""
         return self.openings >= OPENINGS and self.failed >= OPENINGS * FAILURES
 
 
@@ -106,11 +106,11 @@ class NoProgressBreaker:
         self._circuits: dict[str, SamplerCircuit] = {}
 
     def sampler_joined(self, name: str) -> None:
-        """A sampler has a stream. If it was put aside, in any incarnation, it still is."""
+        """Note that a sampler has a stream. If any incarnation of it was put aside, it still is."""
         self._circuits.setdefault(name, SamplerCircuit()).left_at = None
 
     def sampler_left(self, name: str) -> None:
-        """It has none any more. A sampler that was never put aside is forgotten after a while."""
+        """Note that a sampler has no stream. One that was never put aside is forgotten after a while."""
         if (circuit := self._circuits.get(name)) is not None and circuit.left_at is None:
             circuit.left_at = self._clock()
         gone = [name for name, one in self._circuits.items() if not one.openings and self._is_gone(one)]
@@ -118,7 +118,7 @@ class NoProgressBreaker:
             del self._circuits[other]
 
     def record_outcome(self, name: str, outcome: LeaseOutcome, error: str = "") -> float:
-        """A lease ended. Returns the seconds for which its sampler is put aside from now on, 0.0 if it is not."""
+        """Count the outcome of a lease. Returns the seconds for which its sampler is put aside from now on, 0.0 if it is not."""
         circuit = self._circuits.setdefault(name, SamplerCircuit(left_at=self._clock()))
         if outcome is LeaseOutcome.PROGRESS:
             circuit.failures = circuit.openings = circuit.failed = 0
@@ -151,7 +151,7 @@ class NoProgressBreaker:
         return sum(bool(circuit.openings) and circuit.left_at is None for circuit in self._circuits.values())
 
     def quote_last_error(self, name: str) -> str:
-        """The last error of a sampler, as its own words; empty if it named none."""
+        """The last error of a sampler, as a quotation; empty if it sent none."""
         circuit = self._circuits.get(name)
         words = " ".join(circuit.error.split()) if circuit else ""
         return f"sampler {name} says: “{words[:MAX_ERROR_LETTERS]}”" if words else ""
@@ -169,13 +169,13 @@ class NoProgressBreaker:
         words = "; ".join(said[:MAX_NAMES]) or "none of them named an error"
         prompts = "" if trained else ", and do the prompts fit rollout.max_context"
         return RunError(
-            f"The last {leases} leases, of {_list_samplers(counted)}, led to no finished episode; {words}. Does the retriever "
+            f"The last {leases} leases, of {_list_samplers(counted)}, finished no episode; {words}. Does the retriever "
             f"answer{prompts}? The samplers' logs say more."
         )
 
     @property
     def _is_new(self) -> bool:
-        """Whether samplers may not have come yet."""
+        """Whether the run is so young that samplers may not have connected yet."""
         return self._clock() - self._started_at < self.limits.absent_seconds
 
     def _is_open(self, circuit: SamplerCircuit) -> bool:

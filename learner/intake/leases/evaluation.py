@@ -20,7 +20,7 @@ class EvaluationAnswers:
         """By question id; None where the episode failed."""
 
     def record_answer(self, group: RolloutGroup) -> None:
-        """Count a closed evaluation group; one of an older version is late and counts no more."""
+        """Count a closed evaluation group; one of an older version is ignored."""
         version = group.lease.min_version
         if self.version is None or version > self.version:
             self.version, self.leaves = version, {}
@@ -48,7 +48,7 @@ class EvaluationRound:
 
     @property
     def _leaves(self) -> dict[str, Leaf | None]:
-        """Of this round's version and questions."""
+        """The answers to this round's questions by its version."""
         if self.answers.version != self.version:
             return {}
         return {q.id: self.answers.leaves[q.id] for q in self.questions if q.id in self.answers.leaves}

@@ -87,7 +87,7 @@ class LeaseTable:
         self.unfinished_groups: dict[int, RolloutGroup] = {}
         """Training groups with leaves that await another lease, by draw."""
         self.set_aside_counts: Counter[str] = Counter()
-        """Training draws that were given up without a leaf, by why."""
+        """Training draws that were set aside, by reason."""
         self.train_queue = TrainQueue()
         self.ledger = Ledger()
         self.evaluation_answers = EvaluationAnswers()
@@ -101,7 +101,7 @@ class LeaseTable:
 
     @property
     def max_groups_in_flight(self) -> int:
-        """Training groups that may be on their way at once."""
+        """The most training groups that may be in flight."""
         return (self.max_lag + 1) * self.batch
 
     @property
@@ -126,7 +126,7 @@ class LeaseTable:
 
     @property
     def base_policy_step(self) -> int:
-        """The policy step that the next groups to be taken are trained from."""
+        """The policy step from which the next groups are trained."""
         return (self.version.step if self.version else 0) + self.train_queue.in_training_count // self.batch
 
     def find_group(self, lease: str) -> RolloutGroup | None:
@@ -195,7 +195,7 @@ class LeaseTable:
         return group
 
     def _earlier_attempts(self, lease: Lease, draw: int) -> int:
-        """Attempts that the question of a new group has behind it; it is no longer in line."""
+        """Take the number of earlier attempts of a new group's question."""
         if lease.kind is LeaseKind.TRAIN:
             return self._requeued_attempts.pop(draw, 0)
         if self._evaluation_queue and self._evaluation_queue[0][0].id == lease.question.id:
@@ -225,7 +225,7 @@ class LeaseTable:
             self.ledger.record_late_spend(group.lease.kind, Budget.for_cost(subtree.cost))
 
     def end_lease(self, end: LeaseEnd, *, excused: bool = False) -> RolloutGroup:
-        """Close a lease; the state of its group says what becomes of it. ``excused``: no attempt is counted.
+        """Close a lease and move its group to its next state. ``excused``: no attempt is counted.
 
         Raises:
             ContractError: the lease is not open.
@@ -269,11 +269,11 @@ class LeaseTable:
         if group.lease.kind is LeaseKind.TRAIN:
             self._requeued_attempts[group.draw] = group.attempts
             self._question_queue.requeue_draw(group.draw)
-        elif group.lease.min_version == self.version:  # else another evaluation has begun, which asks for itself
+        elif group.lease.min_version == self.version:  # else a newer evaluation has begun, with leases of its own
             self._evaluation_queue.append((group.lease.question, group.attempts))
 
     def queue_evaluation(self, version: PolicyVersion, questions: list[Question]) -> None:
-        """Queue ``version``'s evaluation leases but those that are open; what is queued of an earlier one is dropped."""
+        """Queue the evaluation leases of ``version`` that are not open; those of an earlier version are dropped."""
         leases = (group.lease for group in self.open_leases.values())
         out = {lease.question.id for lease in leases if lease.kind is LeaseKind.EVAL and lease.min_version == version}
         self._evaluation_queue = deque((question, 0) for question in questions if question.id not in out)
@@ -297,7 +297,7 @@ class LeaseTable:
         return group
 
     def assign_positions(self, draws: Sequence[int], stale: Sequence[int]) -> list[RolloutGroup]:
-        """Give the next positions to these ready groups, and never to the stale ones, which are set aside and returned.
+        """Give the next positions to the groups of ``draws``; set the stale ones aside and return them.
 
         Raises ContractError: one is not ready.
         """

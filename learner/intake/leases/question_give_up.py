@@ -17,17 +17,17 @@ MAX_ATTEMPTS = 3
 
 
 def used_all_attempts(group: RolloutGroup) -> bool:
-    """Whether so many leases were without a result that the group is not leased again."""
+    """Whether a group has used all its attempts and is not leased again."""
     return group.attempts >= MAX_ATTEMPTS
 
 
 def was_given_up(group: RolloutGroup) -> bool:
-    """Whether it was leased often enough, or closed too late."""
+    """Whether a group was given up: it used all its attempts, or was closed too late."""
     return group.state is GroupState.SET_ASIDE or (group.state is GroupState.READY and used_all_attempts(group))
 
 
 class QuestionAttempts:
-    """Counts which samplers have failed at which question: where there are several, one alone does not set a question aside."""
+    """Counts which samplers failed at which question, so that one sampler of several cannot set a question aside alone."""
 
     def __init__(self, breaker: NoProgressBreaker) -> None:
         self._breaker = breaker
@@ -35,7 +35,7 @@ class QuestionAttempts:
         """By draw and question: how often each sampler has."""
 
     def is_excused(self, group: RolloutGroup, name: str, connected: Iterable[str]) -> bool:
-        """Whether a lease that came to nothing does not count against its question.
+        """Whether a failed lease does not count against its question.
 
         Its sampler is put aside, or has failed at it before, and another of those that are ``connected`` has not. If no other is,
         one may still come: then up to ``lone_repeats`` of its failures at one question do not count.
@@ -49,5 +49,5 @@ class QuestionAttempts:
         return excused
 
     def forget_question(self, group: RolloutGroup) -> None:
-        """Forget the failures at a question that is done."""
+        """Drop the failures of a finished question."""
         self._failed.pop((group.draw, group.lease.question.id), None)

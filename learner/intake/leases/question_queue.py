@@ -30,7 +30,7 @@ class QuestionQueue:
         return self._requeued[0] if self._requeued else self._next
 
     def requeue_draw(self, draw: int) -> None:
-        """Put a draw that came to nothing before all new ones."""
+        """Put a draw whose leases had no result before all new ones."""
         insort(self._requeued, draw)
 
     def mark_drawn(self, draw: int) -> None:

@@ -110,7 +110,7 @@ class RolloutGroup:
         self.state = state
 
     def lease_again(self, lease: Lease, holder: str, now: float | None) -> None:
-        """Continue under another lease. Raises ContractError: it does not await one."""
+        """Continue under another lease. Raises ContractError: the group does not await one."""
         self.move_to(GroupState.LEASED)
         self.lease, self.holder, self.granted_at = lease, holder, now
         self.min_policy_step = min(self.min_policy_step, lease.min_version.step)
@@ -119,7 +119,7 @@ class RolloutGroup:
         self.rejected, self.last_rejection, self.rejection_reasons = {}, "", set()
 
     def split_off_lease(self) -> RolloutGroup:
-        """What stays in the open leases when this group closes before its lease ends: the lease, to be settled."""
+        """The group that stays in the open leases when this one closes before its lease ends: it settles the lease's cost."""
         rest = RolloutGroup(self.lease, self.draw, self.holder, self.granted_at, state=GroupState.SETTLING)
         rest.stop_requested_at, rest.rejected = self.stop_requested_at, self.rejected
         return rest
@@ -159,7 +159,7 @@ class RolloutGroup:
         return True
 
     def reject_subtree(self, key: tuple[int, int], cost: Cost, reason: str, why: str) -> bool:
-        """Leave a subtree out for ``reason``, a word, and ``why``, a sentence.
+        """Reject a subtree with ``reason``, a label, and ``why``, a sentence.
 
         False if it was rejected before, or more were than its plan has.
         """
@@ -177,22 +177,22 @@ class RolloutGroup:
 
     @property
     def has_leaves(self) -> bool:
-        """Whether any episode came to its end."""
+        """Whether any episode has a leaf."""
         return any(subtree.leaves for subtree in self.subtrees)
 
     @property
     def has_new_leaves(self) -> bool:
-        """Whether its newest lease has brought any."""
+        """Whether its newest lease has added a leaf."""
         return any(subtree.leaves for subtree in self.subtrees[self.inherited :])
 
     @property
     def missing(self) -> int:
-        """Chains and expansions that the plan asks for and no sampler has sent."""
+        """Chains and expansions of the plan that no sampler has sent."""
         return self.lease.plan.leaves - len({(subtree.tree, subtree.index) for subtree in self.subtrees})
 
     @property
     def forgone(self) -> int:
-        """Expansions that the plan asks for and no sampler has sent."""
+        """Expansions of the plan that no sampler has sent."""
         plan = self.lease.plan
         return plan.leaves - plan.trees - sum(subtree.index > 0 for subtree in self.subtrees)
 
@@ -211,7 +211,7 @@ class RolloutGroup:
         return not end.reason.unfinished and worked_on and not self.has_leaves
 
     def with_rejected_cost(self, end: LeaseEnd) -> LeaseEnd:
-        """``end`` with what rejected subtrees cost; a lease of which nothing else came has failed.
+        """``end`` with the cost of rejected subtrees; a lease with rejected subtrees and no leaf has failed.
 
         One whose subtrees are rejected for their age alone has not: the trainer went back to a checkpoint, and its samplers
         with it.
@@ -220,7 +220,7 @@ class RolloutGroup:
         if not self.rejected or self.has_leaves or self.state is GroupState.SETTLING:
             return end
         reason = LeaseEndReason.RETURNED if self.rejection_reasons == {"age"} else LeaseEndReason.FAILED
-        return replace(end, reason=reason, error=f"{len(self.rejected)} subtrees refused, the last so: {self.last_rejection}")
+        return replace(end, reason=reason, error=f"{len(self.rejected)} subtrees refused; the last: {self.last_rejection}")
 
     # ---- snapshots
 

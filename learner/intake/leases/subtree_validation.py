@@ -1,4 +1,4 @@
-"""Validation of subtrees: of the sampler that holds the lease, and within its plan. `Tree.append_subtree` checks the tree."""
+"""Validation of subtrees: sent by the holder of the lease, and within its plan. `Tree.append_subtree` checks the tree."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def check_lease_holder(group: RolloutGroup | None, lease: str, holder: str) -> R
     if group is None:
         raise lease_not_open(lease)
     if group.holder != holder:
-        raise ContractError(f"Lease {lease} is not held by sampler {holder}; its own sampler speaks for it.")
+        raise ContractError(f"Lease {lease} is not held by sampler {holder}; only its own sampler may send for it.")
     return group
 
 
 def lease_not_open(lease: str) -> ContractError:
-    """The error of work on a lease that takes none any more."""
-    return ContractError(f"Lease {lease} is not open; its work is no longer wanted.")
+    """The error for a message about a lease that is not open."""
+    return ContractError(f"Lease {lease} is not open; its subtrees are refused.")
 
 
 def rejection_reason(group: RolloutGroup | None, holder: str, error: ContractError) -> str:
-    """Why a subtree is rejected, in a word; ``group`` is that of its lease, if it is open."""
+    """The metric's label for a rejected subtree; ``group`` is that of its lease, if it is open."""
     if group is None:
         return "lease"
     if group.holder != holder:
@@ -54,7 +54,7 @@ def rejection_reason(group: RolloutGroup | None, holder: str, error: ContractErr
 
 
 def claimed_cost(sent: tree_pb2.Subtree, plan: Plan) -> Cost:
-    """The cost that a rejected subtree claims, as far as it is possible."""
+    """The cost that a rejected subtree reports, if it is possible."""
     costs = [cost_from_pb(step.cost) for step in islice(sent.steps, plan.leaves * (plan.max_turns + 1))]
     return sum((cost for cost in costs if is_cost(cost, plan, steps=1)), Cost())
 
@@ -69,7 +69,7 @@ def _parent_path(group: RolloutGroup, subtree: Subtree) -> tuple[int, int]:
 
 
 def _check_policy_step(group: RolloutGroup, subtree: Subtree, where: str) -> None:
-    """Check the age of a subtree: after the trainer has gone back to a checkpoint, samplers sample with an older policy."""
+    """Check the age of a subtree: after the trainer has resumed from a checkpoint, samplers have an older policy."""
     limit = group.min_policy_step
     oldest = min((span.version.step for step in subtree.steps for span in step.spans), default=limit)
     if group.lease.kind is LeaseKind.TRAIN and oldest < limit:

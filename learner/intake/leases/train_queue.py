@@ -60,13 +60,13 @@ class TrainQueue:
 
     @property
     def ready_groups(self) -> list[RolloutGroup]:
-        """Those without a position, oldest policy first."""
+        """Groups without a position, oldest policy first."""
         return [self._ready[draw] for _, draw in self._ready_order]
 
     # ---- events
 
     def add_ready(self, group: RolloutGroup) -> None:
-        """A group was closed. Raises ContractError: its state does not allow it."""
+        """Add a closed group. Raises ContractError: its state does not allow it."""
         group.move_to(GroupState.READY)
         self._insert_ready(group)
 
@@ -79,7 +79,7 @@ class TrainQueue:
             self._positioned.append(group)
 
     def set_aside_ready(self, draw: int) -> RolloutGroup:
-        """Give up a ready group. Raises ContractError if it is not ready."""
+        """Set a ready group aside. Raises ContractError if it is not ready."""
         group = self._remove_ready(draw)
         group.move_to(GroupState.SET_ASIDE)
         return group
@@ -107,11 +107,11 @@ class TrainQueue:
         return list(islice(self._positioned, first, first + count))
 
     def mark_trained(self, position: int) -> None:
-        """A step has trained everything before ``position``; a trainer that crashes may still ask for it again."""
+        """Note that a step has trained everything before ``position``; after a crash the trainer may request it again."""
         self._trained_position = position
 
     def mark_covered(self, position: int) -> None:
-        """A checkpoint covers everything before ``position``: what the one before it covered is forgotten.
+        """Note that a checkpoint covers everything before ``position``: drop what the checkpoint before it covered.
 
         A trainer that went back names a smaller position than before, and needs everything from there on.
         """
@@ -134,7 +134,7 @@ class TrainQueue:
     # ---- snapshots
 
     def kept_groups(self) -> list[RolloutGroup]:
-        """The groups that may be asked for: those with a position in its order, then those that are ready."""
+        """The groups that may be requested: those with a position, in order, then those that are ready."""
         return [*self._positioned, *self._ready.values()]
 
     def snapshot_positions(self) -> dict[str, Any]:

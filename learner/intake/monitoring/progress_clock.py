@@ -1,4 +1,4 @@
-"""Measures how long the run has made no progress, and what pause is usual for it."""
+"""Measures how long the run has made no progress, and how long its usual pauses are."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MAX_BUFFERED_LINES = 1000
 
 class ProgressLog:
     def __init__(self, path: Path) -> None:
-        """Append to the file at ``path``, if there is one; a line that a crash has torn is cut off. Raises RunFileError."""
+        """Append to the file at ``path``, if there is one; a torn last line is cut off. Raises RunFileError."""
         self._path = path
         self._buffered: deque[str] = deque(maxlen=MAX_BUFFERED_LINES)
         self._recorded: set[Hashable] = set()
@@ -35,7 +35,7 @@ class ProgressLog:
             try:
                 self._recorded.add(_record_key(row))
             except TypeError:  # a list where a value should be
-                lines.skip_line("its name is none")
+                lines.skip_line("it has no valid name")
         if lines.skipped_summary:
             log.warning("%s", lines.skipped_summary)
         with contextlib.suppress(FileNotFoundError):

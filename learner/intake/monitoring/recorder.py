@@ -67,7 +67,7 @@ class RunRecorder:
         self._labelled: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
 
     def export_lease_table(self, table: LeaseTable) -> None:
-        """Bring the metrics of ledger and leases up to date at each scrape."""
+        """Update the metrics of ledger and leases at each scrape."""
         self.metrics.refresh = lambda: self._refresh(table)
 
     def export_journal(self, journal: Journal) -> None:
@@ -91,7 +91,7 @@ class RunRecorder:
         self.metrics.put_aside.set(aside)
 
     def record_rejection(self, reason: str, leaves: int) -> None:
-        """A subtree was rejected. ``reason``: "lease" or "overdue" if it came too late, else the field that is wrong."""
+        """Count a rejected subtree. ``reason``: "lease" or "overdue" if it came too late, else the invalid field."""
         self.metrics.refused.labels(reason).inc()
         if reason in TOO_LATE_REASONS:
             self.metrics.dropped.labels(reason).inc(leaves)
@@ -100,7 +100,7 @@ class RunRecorder:
         self.metrics.duplicates.inc()
 
     def record_subtree(self, group: RolloutGroup, subtree: Subtree) -> None:
-        """A subtree was accepted."""
+        """Count an accepted subtree."""
         kind, cost = group.lease.kind.value, subtree.cost
         for how, tokens in (("prefilled", cost.prefilled), ("cached", cost.cached), ("decoded", cost.decoded)):
             self._labels(self.metrics.tokens, kind, how).inc(tokens)
@@ -124,7 +124,7 @@ class RunRecorder:
             self._labels(self.metrics.prefix, str(at), "prefilled").inc(prefilled)
 
     def record_lease_end(self, group: RolloutGroup, end: LeaseEnd) -> None:
-        """A lease ended; the yield of its group is counted when the group is closed."""
+        """Count an ended lease; the yield of its group is counted when the group is closed."""
         kind = group.lease.kind
         self._labels(self.metrics.ended, kind.value, end.reason.value).inc()
         self._spent[kind] += Budget.for_cost(end.unaccounted)
@@ -132,7 +132,7 @@ class RunRecorder:
             self.record_group_close(group, end.reason.value, end.error)
 
     def record_group_close(self, group: RolloutGroup, why: str, error: str = "") -> None:
-        """Count the yield of a group, if it is closed; list it if it is set aside. ``why``: the metric's label."""
+        """Count the yield of a closed group; list one that is set aside. ``why``: the metric's label."""
         kind = group.lease.kind
         if was_given_up(group):
             self.metrics.set_aside.labels(kind.value, why).inc()

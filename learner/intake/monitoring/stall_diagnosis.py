@@ -1,4 +1,4 @@
-"""Diagnoses a stall: the state of the run in, one cause and its sentence out. Pure.
+"""Diagnoses a stall: finds its cause in the state of the run. Pure.
 
 The deepest cause comes first, since it explains those behind it:
 
@@ -19,7 +19,7 @@ MAX_NAMES = 3
 
 
 class StalledPart(Enum):
-    """The metric's label: the part of the system that the run waits for."""
+    """The part of the system that the run waits for; a metric's label."""
 
     OPERATOR = "operator"
     DISK = "disk"
@@ -106,10 +106,10 @@ def diagnose_stall(status: RunStatus) -> StallCause:
         return StallCause(StalledPart.OPERATOR, (), f"the operator: the run has been paused for {paused}")
     if status.blocked_seconds is not None:
         blocked = f"has refused the journal {status.journal_folder} for {_format_seconds(status.blocked_seconds)}"
-        return StallCause(StalledPart.DISK, (), f"the disk, which {blocked}; make room, or mend it")
+        return StallCause(StalledPart.DISK, (), f"the disk, which {blocked}; free space on it, or repair it")
     if status.low_space_seconds is not None and not status.open_leases:
         short = f"has had no room to spare for {_format_seconds(status.low_space_seconds)}"
-        return StallCause(StalledPart.DISK, (), f"the disk of {status.journal_folder}, which {short}; make room")
+        return StallCause(StalledPart.DISK, (), f"the disk of {status.journal_folder}, which {short}; free space on it")
     if (found := _trainer_cause(status)) is not None:
         return found
     if not status.samplers:
@@ -120,7 +120,7 @@ def diagnose_stall(status: RunStatus) -> StallCause:
 
 
 def _trainer_cause(status: RunStatus) -> StallCause | None:
-    """The trainer, if nothing more can be rolled out before its next step, or it is not connected."""
+    """The trainer, if the staleness bound allows no lease before its next step, or it is not connected."""
     trainer, since = status.trainer, _format_seconds(status.trainer.seconds)
     if not trainer.has_connected:
         return StallCause(
@@ -135,7 +135,7 @@ def _trainer_cause(status: RunStatus) -> StallCause | None:
 
 
 def _tool_cause(status: RunStatus) -> StallCause | None:
-    """What most of the waiting samplers wait for, if all samplers with work wait."""
+    """The tool or engine that most samplers wait for, if all samplers with leases wait."""
     waiting = [sampler for sampler in status.samplers if sampler.waiting_for]
     if not waiting or len(waiting) < sum(sampler.lease_seconds is not None or sampler.demand > 0 for sampler in status.samplers):
         return None
@@ -186,7 +186,7 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def _format_seconds(seconds: float) -> str:
-    """A duration in words, rounded.
+    """A duration as text, rounded.
 
     Example:
         >>> _format_seconds(75), _format_seconds(3700)

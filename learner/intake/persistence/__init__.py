@@ -1,1 +1,1 @@
-"""What survives a restart: lease events, snapshots, compaction, recovery, and the lock of a run."""
+"""Persistent state of the intake: lease events, snapshots, compaction, recovery, and the lock of a run."""

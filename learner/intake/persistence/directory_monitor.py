@@ -1,4 +1,4 @@
-"""Monitors the run's directory for files that another program removes: the directory, the journal's folder, a segment.
+"""Detects that another program has removed the run's directory, the journal's folder or a segment.
 
 the run's directory or the journal's folder is gone   ─► the run ends: what is written from then on is in no file
 a segment that a restart would need is gone           ─► a snapshot of the state in memory takes its place
@@ -30,7 +30,7 @@ class DirectoryMonitor:
         self._reported: set[int] = set()
 
     async def monitor_forever(self, request_snapshot: Callable[[], None]) -> None:
-        """Check every few seconds. Raises RunError: what the run writes is in no file any more."""
+        """Check every few seconds. Raises RunError: the run's files are gone."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             self.check_directories(request_snapshot)

@@ -23,25 +23,25 @@ from treegrpo.wire.codec import lease_end_from_pb, lease_end_to_pb, lease_from_p
 
 
 def grant_event(lease: Lease, draw: int, holder: str) -> Record:
-    """Without what its group had accepted before, which the journal has."""
+    """The event of a grant, without the group's accepted subtrees, which are in the journal already."""
     message = lease_to_pb(replace(lease, accepted=()))
     return {"event": "granted", "lease": message.SerializeToString(), "draw": draw, "holder": holder}
 
 
 def subtree_event(subtree: bytes) -> Record:
-    """``subtree``: its message."""
+    """The event of an accepted subtree; ``subtree``: its message."""
     return {"event": "accepted", "subtree": subtree}
 
 
 def rejection_event(lease: str, key: tuple[int, int], cost: Cost, reason: str, why: str) -> Record:
-    """Of an open lease: what it cost is settled when the lease ends."""
+    """The event of a rejected subtree of an open lease, whose cost is settled when the lease ends."""
     tree, index = key
     of = {"lease": lease, "tree": tree, "index": index}
     return {"event": "refused", **of, "cost": list(astuple(cost)), "reason": reason, "why": why}
 
 
 def lease_end_event(end: LeaseEnd, *, excused: bool = False) -> Record:
-    """``excused``: it does not count against its question."""
+    """The event of a lease end; ``excused``: it does not count against its question."""
     record: Record = {"event": "ended", "end": lease_end_to_pb(end).SerializeToString()}
     return {**record, "excused": True} if excused else record
 
@@ -55,7 +55,7 @@ def positions_event(draws: Sequence[int], stale: Sequence[int]) -> Record:
 
 
 def replay_event(table: LeaseTable, recorder: RunRecorder, event: Record) -> None:
-    """Put an event of the journal through the table. Raises ContractError if it contradicts what came before."""
+    """Apply an event of the journal to the table. Raises ContractError if it contradicts earlier events."""
     match event["event"]:
         case "granted":
             lease = lease_from_pb(rollout_pb2.Lease.FromString(event["lease"]))

@@ -1,4 +1,4 @@
-"""Snapshots of the intake's state, so that the journal before them need not be kept.
+"""Snapshots of the intake's state, which replace the journal before them.
 
     snapshots/00000007/state    everything that happened before segment 7 of the journal; frames of
 
@@ -50,7 +50,7 @@ class StateCapture:
 
     @property
     def size_bytes(self) -> int:
-        """The size on the disk, without the small records."""
+        """The approximate size on the disk, without the small records."""
         return sum(len(subtree) for _, _, subtrees in self._groups for subtree in subtrees)
 
     def iter_records(self) -> Iterator[Record]:
@@ -99,9 +99,7 @@ class SnapshotStore:
         try:
             names = self._disk.list_names(self._folder)
         except OSError as error:
-            raise JournalError(
-                f"{self._folder} cannot be read ({error.strerror or error}); move away what is in the way."
-            ) from error
+            raise JournalError(f"{self._folder} cannot be read ({error.strerror or error}); move that file away.") from error
         return [int(name) for name in reversed(names) if _WHOLE.fullmatch(name)]
 
     def snapshot_path(self, number: int) -> Path:

@@ -1,4 +1,4 @@
-"""Archives a run that has trained nothing yet, so that it may begin again under another configuration.
+"""Archives the files of a run that has not trained yet, so that it can begin again with another configuration.
 
 Open leases, answers and positions are valid only for the configuration that the run began with
 (`treegrpo/config/fingerprint.py`). Until the first step nothing else depends on them. They are moved into `untrained` in
@@ -39,7 +39,7 @@ def is_untrained(run_dir: Path) -> bool:
 def check_resumable(config: Config) -> str:
     """Check that the run in ``run.dir`` may continue with this configuration.
 
-    Returns the fields that differ from before if nothing was trained yet, in words; else an empty string.
+    Returns a text with the changed fields if nothing was trained yet; else an empty string.
 
     Raises ConfigError and DataError as `check_fingerprint`.
     """

@@ -1,4 +1,4 @@
-"""The interceptor of the intake's gRPC server: which role may call what.
+"""gRPC interceptor of the intake: checks the client's role for each call.
 
     RolloutService, WeightsService   samplers
     Health                           every role
@@ -31,10 +31,10 @@ Handler = Callable[..., Any]
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls that the client's role may not make, and has `SlowClientTimeouts` end those of a slow client."""
+    """Refuses calls that the client's role may not make, and applies `SlowClientTimeouts` to the others."""
 
     def __init__(self, refused_calls: RefusedCalls, *, check_roles: bool, call_limits: CallLimits | None = None) -> None:
-        """``check_roles``: clients have certificates, and may do only what their role may do."""
+        """``check_roles``: clients have certificates, and calls are limited by role."""
         self._refused_calls = refused_calls
         self._check_roles = check_roles
         self._limits = call_limits or CallLimits()
@@ -68,7 +68,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _counted_call(self, name: str, context: Context) -> AsyncGenerator[None]:
-        """A call of ``name`` is open for the time of the block; many samplers may share a certificate without a name."""
+        """Count an open call of ``name`` for the time of the block; several samplers may share a certificate without a name."""
         if not name:
             yield
             return
@@ -88,8 +88,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         allowed = ALLOWED_ROLES.get(method.strip("/").partition("/")[0], set[Role]())
         if identity is None or identity[0] not in allowed:
             who = f"The role {identity[0].value}" if identity else "A certificate without a role"
-            whose = ", ".join(sorted(role.value for role in allowed)) or "nobody"
-            sentence = f"{who} may not call {method}; that is for {whose}."
+            whose = ", ".join(sorted(role.value for role in allowed)) or "no role"
+            sentence = f"{who} may not call {method}; it is allowed for {whose}."
             await self._refused_calls.abort_call(context, "role", grpc.StatusCode.PERMISSION_DENIED, sentence)
 
 

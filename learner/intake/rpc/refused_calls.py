@@ -38,7 +38,7 @@ class RefusedCalls:
         raise AssertionError  # it never returns
 
     def record_handshake(self) -> None:
-        """A TLS handshake begins."""
+        """Count the beginning of a TLS handshake."""
         self._metrics.handshakes.inc()
         self._unmatched_handshakes += 1
         if self._unmatched_handshakes >= self._warning_count:
@@ -50,7 +50,7 @@ class RefusedCalls:
             self._warning_count *= 2
 
     def record_call(self, peer: str) -> None:
-        """A call came: the handshake of its connection succeeded."""
+        """Count a call, whose connection's handshake has succeeded."""
         if peer in self._callers:
             return
         self._metrics.connections.inc()

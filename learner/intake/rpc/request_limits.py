@@ -1,4 +1,4 @@
-"""Parses a sampler's message, and refuses one that would cost too much memory before it is parsed.
+"""Parses a sampler's message; refuses one that would take too much memory before parsing it.
 
 An empty submessage has two bytes on the wire and a hundred when it is parsed: 32 MiB of them would be gigabytes.
 """
@@ -23,13 +23,13 @@ FIXED_SIZE_BYTES = {1: 8, 5: 4}
 
 
 def read_request(data: bytes) -> pb.RolloutRequest:
-    """Raises ContractError: it is no request, has more than MAX_FIELDS fields, or a lease id that is too long."""
+    """Parse a request. Raises ContractError: it is invalid, has more than MAX_FIELDS fields or too long a lease id."""
     if len(data) > 2 * MAX_FIELDS:  # a field has two bytes at least
         _count_fields(memoryview(data), pb.RolloutRequest.DESCRIPTOR, MAX_FIELDS)
     try:
         request = pb.RolloutRequest.FromString(data)
     except DecodeError as error:
-        raise ContractError("A sampler sent what is no request; it must be of this version.") from error
+        raise ContractError("A sampler sent an invalid request; it must have this version.") from error
     if len(data) > 2 * MAX_FIELDS:
         request.DiscardUnknownFields()  # they would pass the limits into the journal
     match request.WhichOneof("kind"):
@@ -62,7 +62,7 @@ def _count_fields(data: memoryview, kind: Any, left: int) -> int:
         tag, position = _read_varint(data, position)
         wire = tag & 7
         if wire not in (0, 2) and wire not in FIXED_SIZE_BYTES:
-            raise ContractError("A sampler sent what is no request; it must be of this version.")  # a group, or nothing
+            raise ContractError("A sampler sent an invalid request; it must have this version.")  # a group, or nothing
         value, position = (0, position + FIXED_SIZE_BYTES[wire]) if wire in FIXED_SIZE_BYTES else _read_varint(data, position)
         if wire == 2:
             field = kind.fields_by_number.get(tag >> 3)

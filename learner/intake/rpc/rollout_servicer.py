@@ -35,7 +35,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         refused_calls: RefusedCalls,
         handshake_seconds: float = HANDSHAKE_SECONDS,
     ) -> None:
-        """``handshake_seconds``: a stream's first message comes within this time."""
+        """``handshake_seconds``: time limit for a stream's first message."""
         self._coordinator = coordinator
         self._admission = admission
         self._refused_calls = refused_calls
@@ -92,7 +92,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             session.stream = None  # it may be disconnected while its last message is written
 
     async def _write_outbox(self, session: SamplerSession, context: Context) -> None:
-        """Write whole messages only: a client never sees the end of a stream behind half a message."""
+        """Write the outbox to the stream; it ends between messages, never within one."""
         try:
             while (message := await session.outbox.get()) is not None:
                 await context.write(message)

@@ -1,4 +1,4 @@
-"""Ends the calls of a slow client: its request has to come, and its responses have to be read, within a time limit.
+"""Ends the calls of a slow client: sending the request and reading each response have a time limit.
 
 gRPC waits without a limit for the one message of a unary call, and for a client that does not read a stream. So every call
 is served as one that streams its request, which looks the same on the wire, and its message is read here.
@@ -35,7 +35,7 @@ class CallLimits:
 
 
 class SlowClientTimeouts:
-    """Serves calls that take one request, each message within its time."""
+    """Wraps handlers of calls with one request in time limits for each message."""
 
     def __init__(self, refused_calls: RefusedCalls, limits: CallLimits) -> None:
         self._refused_calls = refused_calls

@@ -86,6 +86,6 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             await self._abort_as_damaged(published, f"{path} has another SHA-256 than when it was published", context)
 
     async def _abort_as_damaged(self, published: PublishedVersion, reason: str, context: Context) -> NoReturn:
-        """End the call, and have the trainer write the version again."""
+        """Abort the call, and have the trainer write the version again."""
         self._versions.mark_damaged(published.version, reason)
         await context.abort(grpc.StatusCode.DATA_LOSS, f"Version {published.version} is damaged; a whole one will be published.")

@@ -1,4 +1,4 @@
-"""The disk reserve: room that is kept for the journal, so that a full disk still takes what is under way.
+"""The disk reserve: preallocated space for the journal, so that current leases can finish on a full disk.
 
     room  ─► reserved ─► the disk is full ─► released to the journal: subtrees come in, and groups get their positions,
       ▲                                      but nothing is granted
@@ -28,7 +28,7 @@ NAME = "reserve"
 
 class DiskReserve:
     def __init__(self, disk: FileSystem, journal: Journal, check_seconds: float = CHECK_SECONDS) -> None:
-        """``check_seconds``: from one attempt to get a released reserve back to the next."""
+        """``check_seconds``: between attempts to allocate a released reserve again."""
         self._disk = disk
         self._journal = journal
         self._check_seconds = check_seconds
@@ -37,7 +37,7 @@ class DiskReserve:
         journal.on_disk_full = self.release_reserve
 
     async def maintain_forever(self) -> None:
-        """Hold the reserve, and get it back when it was released."""
+        """Allocate the reserve, and allocate it again after it was released."""
         try:
             while True:
                 if not self._held:
@@ -49,7 +49,7 @@ class DiskReserve:
                 self._remove_file()
 
     def _try_preallocate(self) -> bool:
-        """Twice as much has to be free: a disk that has just this is full again in a moment."""
+        """Allocate the reserve if twice its size is free: otherwise the disk would be full again at once."""
         with contextlib.suppress(OSError):
             names = self._disk.list_names(self._path.parent)
             if NAME in names or self._disk.free_bytes(self._path.parent) >= 2 * RESERVE_BYTES:
@@ -58,7 +58,7 @@ class DiskReserve:
         return False
 
     def release_reserve(self) -> bool:
-        """Free the room; False if that was done already."""
+        """Free the reserve; False if it is free already."""
         if not self._held:
             return False
         self._remove_file()
@@ -71,7 +71,7 @@ class DiskReserve:
             self._disk.remove_path(self._path)
 
     def _report_space(self) -> None:
-        """Log a change, and tell the journal whether leases may be granted."""
+        """Log a change, and set in the journal whether leases may be granted."""
         since = self._journal.low_space_since
         if self._held and since is not None:
             log.info("there is room on the disk again, after %.0f s", time.monotonic() - since)
@@ -79,7 +79,7 @@ class DiskReserve:
         elif not self._held and since is None:
             log.error(
                 "The disk of %s has no %d MiB to spare: results of open leases are kept, but nothing is granted until it has; "
-                "make room.",
+                "free space on it.",
                 *(self._path.parent, 2 * RESERVE_BYTES >> 20),
             )
             self._journal.set_low_space(time.monotonic())

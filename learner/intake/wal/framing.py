@@ -37,7 +37,7 @@ Record = dict[str, Any]
 
 
 class BrokenFrameError(Exception):
-    """There is no whole frame where one should begin. Never leaves this package."""
+    """A frame is incomplete or damaged. Never leaves this package."""
 
     def __init__(self, end: int | None = None) -> None:
         """``end``: where the frame ends, if its head is intact."""

@@ -1,4 +1,4 @@
-"""The write-ahead log: every grant, accepted subtree and lease end, in the order they happened; the queue to the trainer.
+"""The write-ahead log: every grant, accepted subtree and lease end, in order.
 
 Records are appended in memory. One task writes them, and makes all that have come since its last commit durable with one
 fsync (group commit); `append_record` returns a future that is done when its record is on the disk.
@@ -41,7 +41,7 @@ BACKLOG_BYTES = 2 * MAX_RECORD_BYTES
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingRecord:
-    """An encoded record that waits to be written, or the request for a new segment."""
+    """A queued record, encoded, or a request for a new segment."""
 
     data: bytes | None
     """None: a new segment begins here."""
@@ -57,7 +57,7 @@ async def wait_until_durable(done: asyncio.Future[int], deadline: float) -> bool
 
 class Journal:
     def __init__(self, disk: FileSystem, folder: Path, end: JournalEnd, backoff: Backoff = BACKOFF) -> None:
-        """Append after ``end``. ``backoff``: between attempts while the disk refuses."""
+        """Append after ``end``. ``backoff``: between attempts while writes fail."""
         self._disk = disk
         self.folder = folder
         self._number, self._durable_bytes = end.number - 1, end.after
@@ -85,7 +85,7 @@ class Journal:
     # ---- appending
 
     def append_record(self, record: Record | bytes) -> asyncio.Future[int]:
-        """Queue a record, or one that is encoded already; the future is done when it is durable."""
+        """Queue a record, which may be encoded already; the future is done when it is durable."""
         data = record if isinstance(record, bytes) else encode_record(record)
         self.backlog_bytes += len(data)
         return self._enqueue(data)
@@ -112,7 +112,7 @@ class Journal:
     # ---- committing
 
     async def commit_forever(self) -> None:
-        """The task that commits; it retries with back-off while the disk refuses."""
+        """Commit queued records; retry with back-off while writes fail."""
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -136,8 +136,8 @@ class Journal:
     def _log_blocked(self, error: OSError) -> None:
         if not self.blocked:
             log.error(
-                "The disk refuses the journal %s (%s): nothing is acknowledged or granted until it takes it; "
-                "make room, or mend it.",
+                "The disk refuses the journal %s (%s): nothing is acknowledged or granted meanwhile; "
+                "free space on it, or repair it.",
                 *(self.folder, error.strerror or error),
             )
             self._set_blocked(time.monotonic())
@@ -149,7 +149,7 @@ class Journal:
 
     @property
     def segment_number(self) -> int:
-        """Of the segment that is written to, or was last."""
+        """The number of the current or last segment."""
         return self._number
 
     @property
@@ -161,7 +161,7 @@ class Journal:
         self.on_availability_change()
 
     def set_low_space(self, since: float | None) -> None:
-        """The disk has no room to spare since then; None: it has some again."""
+        """Set since when the disk is low on space; None: it no longer is."""
         self.low_space_since = since
         self.on_availability_change()
 
@@ -231,7 +231,7 @@ class Journal:
         self._durable_bytes += len(data)
 
     def _truncate_or_leave(self, file: WritableFile) -> None:
-        """Remove what a failed write has left, or leave the segment if that fails too."""
+        """Truncate the segment after a failed write, or begin a new one if that fails too."""
         try:
             file.truncate_to(self._durable_bytes)
             file.flush_to_disk()
@@ -239,7 +239,7 @@ class Journal:
             self._leave_segment(file)
 
     def _leave_segment(self, file: WritableFile) -> None:
-        """Write to this segment no more: the next commit begins a new one."""
+        """Stop writing to this segment: the next commit begins a new one."""
         self._file = None
         with contextlib.suppress(OSError):  # only to give back room: the next segment says what counts of this one
             file.truncate_to(self._durable_bytes)
@@ -250,7 +250,7 @@ class Journal:
     @classmethod
     @contextlib.contextmanager
     def open_journal(cls, disk: FileSystem, folder: Path, end: JournalEnd, backoff: Backoff = BACKOFF) -> Generator[Journal]:
-        """Append after ``end`` for the time of the block; what still waits at its end is written then.
+        """Open the journal after ``end`` for the time of the block; pending records are written at its end.
 
         `commit_forever` must run as a task meanwhile.
         """

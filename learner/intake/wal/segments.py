@@ -82,7 +82,7 @@ class SegmentReader:
             raise
         except OSError as error:
             reason = error.strerror or error
-            raise JournalError(f"The journal {self._folder} cannot be read ({reason}); mend that and start again.") from error
+            raise JournalError(f"The journal {self._folder} cannot be read ({reason}); fix that and start again.") from error
 
     def _sync_last_segment(self) -> None:
         """Flush the last segment: its writer may have been killed between write and fsync.

@@ -54,7 +54,7 @@ class EstimatorOptions:
 
     @classmethod
     def from_config(cls, train: TrainConfig) -> EstimatorOptions:
-        """Those of a run."""
+        """The options of a run."""
         return cls(train.estimator, train.singleton, train.std_floor, train.inter_weight, train.intra_weight)
 
 
@@ -135,7 +135,7 @@ def treerl(trees: Sequence[TreeArrays], _: EstimatorOptions) -> list[Advantage]:
 def sibling_loo(trees: Sequence[TreeArrays], _: EstimatorOptions) -> list[Advantage]:
     """V − mean V of the siblings. The leave-one-out baseline of 2402.14740 in the step groups of TreeRPO, 2506.05183.
 
-    An only child goes on with what its parent decided: it gets its parent's advantage, 0 below the root. So the steps
+    An only child has no alternative to compare with: it gets its parent's advantage, 0 below the root. So the steps
     between two forks carry one advantage, and on chains, which fork at the root only, this is `rloo`.
     """
     whole = join_trees(trees)

@@ -18,7 +18,7 @@ from treegrpo.wire.trainer_protocol import unpack_group
 
 
 def unpack_groups(packed: Sequence[bytes], vocabulary: int) -> tuple[list[Group], list[str]]:
-    """The valid groups of a `Taken`, for a model of ``vocabulary`` ids, and why each of the others is left out."""
+    """The valid groups of a `Taken`, for a model of ``vocabulary`` ids, and the errors of the invalid ones."""
     groups, refused = list[Group](), list[str]()
     for data in packed:
         try:

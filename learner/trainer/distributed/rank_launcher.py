@@ -31,7 +31,7 @@ def run(work: Callable[[Config, Ranks], None], module: str) -> int:
     """Run ``work``, the main function of ``python -m module``, with the command line's configuration; returns the exit code.
 
     A process that torchrun started is one of its ranks. Any other is the only rank, or starts `train.processes` of them,
-    whatever another launcher has left in the environment.
+    and ignores variables of another launcher in the environment.
     """
     arguments, ranks = sys.argv[1:], SINGLE_RANK
     try:
@@ -58,7 +58,7 @@ def run(work: Callable[[Config, Ranks], None], module: str) -> int:
 
 
 def start(module: str, processes: int, arguments: Sequence[str]) -> int:
-    """Run ``processes`` ranks of ``module`` on this machine, which alone can reach them; returns the exit code.
+    """Run ``processes`` ranks of ``module`` on this machine, on loopback addresses; returns the exit code.
 
     This is torchrun, with its logs: when one rank fails the others are ended. A signal is passed on, the ranks drain, and
     the code is that of the signal, unless a rank reports that it failed.
@@ -85,7 +85,7 @@ def start(module: str, processes: int, arguments: Sequence[str]) -> int:
 
 
 def _killed(rank: int, number: int) -> ExitReport:
-    memory = "; if nobody sent it, memory ran out" if number == signal.SIGKILL else ""
+    memory = "; unless a user sent it, memory ran out" if number == signal.SIGKILL else ""
     return ExitReport(-number, f"Rank {rank} of the trainer was killed by signal {number}{memory}.", number == signal.SIGTERM)
 
 

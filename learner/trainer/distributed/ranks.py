@@ -39,7 +39,7 @@ STORE_SECONDS = 30.0
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Timeout of collectives: the longest that one rank may let the others wait, for a checkpoint or an expensive pack. The
 intake is polled every few seconds and each answer is broadcast, so a run that is paused for days stays below it. A rank
-that dies is noticed at once: its connections close."""
+that ends is noticed at once: its connections close."""
 RANK_0_FAILED = "Rank 0 of the trainer failed, and with it all others; its traceback in the log has why."
 T = TypeVar("T")
 

@@ -48,7 +48,7 @@ class Policy(nn.Module):
 
 
 def load_model(folder: Path, device: torch.device, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """Read a model directory, weights in float32 whatever the file holds: an optimiser needs them so.
+    """Read a model directory; weights become float32 for the optimiser.
 
     Args:
         folder: a Hugging Face directory.
@@ -125,7 +125,7 @@ def _check_tree_logits(model: PreTrainedModel, folder: Path) -> None:
             ids_T, position_T = (torch.from_numpy(of_T).to(device) for of_T in (layout.ids_T, layout.position_T))
             hidden_TH = _hidden(model, ids_T, position_T, layout)
             together_TV = cast("nn.Module", model.get_output_embeddings())(hidden_TH)
-        except Exception as error:  # whatever a model does that has no place for a layout
+        except Exception as error:  # a model may fail in any way if it does not pass the layout on
             raise ModelError(
                 f"The model in {folder} cannot be trained on trees ({type(error).__name__}: {describe(error)}); "
                 "choose another kind."

@@ -12,9 +12,9 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def unsupported_feature(config: Any) -> str:
-    """The feature of a model's configuration that does not work on trees; empty if there is none. It shows on long paths only.
+    """The feature of a model's configuration that does not work on trees; empty if there is none. It fails on long paths only.
 
-    A list of layers, where there is one, decides which of them see a window, whatever width is configured.
+    A list of layers, if there is one, decides which of them use a window, not the configured width.
     """
     layers = getattr(config, "layer_types", None)
     if others := {kind for kind in layers or () if kind != "full_attention"}:

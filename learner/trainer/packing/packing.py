@@ -1,6 +1,6 @@
 """Packing, from trees to tensors: the distinct tokens of many paths in one row without padding.
 
-Paths in lexicographic order share their beginnings with their neighbours, whatever they share: the steps of one tree,
+Paths in lexicographic order share prefixes with their neighbours: the steps of one tree,
 the prompt of one question, the instructions of all. A pack is a stretch of that order within a budget of tokens. Where a
 tree does not fit, its paths go to several packs, and each repeats the prefix it needs.
 
@@ -111,7 +111,7 @@ def pack(
 
 
 def empty_pack() -> Pack:
-    """A pack of one token that nothing is learned from: for a rank that has to take part in a step and has nothing to do."""
+    """A pack of one token without a loss: for a rank without packs, which has to take part in a step."""
     layout, _ = lay_out([np.zeros(1, np.uint32)], [0])
     return Pack(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), layout, *_targets([], {}, set(), None), 0)
 
@@ -151,7 +151,7 @@ def _cuts(new: Indices, prefixes: Indices, limit: int) -> Iterator[tuple[int, in
 
     Args:
         new: tokens of each path that the one before does not have.
-        prefixes: its other tokens, which the first path of a stretch brings along.
+        prefixes: the other tokens of the first path of a stretch.
         limit: tokens.
     """
     ends = np.cumsum(new)
@@ -182,7 +182,7 @@ def _make_pack(
 def _targets(
     paths: Sequence[tuple[_CreditedPath, Indices]], signs: Mapping[Key, int], counted: set[Key], now: PolicyVersion | None
 ) -> tuple[Tensor, Targets]:
-    """predictor_A, and the rest of what the loss takes; enters in ``counted`` whatever this pack is the first to have."""
+    """predictor_A and the loss's targets; adds to ``counted`` the tokens that this pack is the first to contain."""
     begins: dict[Key, int] = {}
     steps: list[tuple[Step, Indices, Key]] = []
     token: list[Indices] = []

@@ -128,7 +128,7 @@ class ArtifactStore:
                 raise
             self._count_failure("checkpoint", error)
             if not self.checkpoint_overdue:
-                log.error("%s Training goes on, and the checkpoint is tried again after each step.", error)  # noqa: TRY400 - one sentence is enough
+                log.error("%s Training continues, and the checkpoint is tried again after each step.", error)  # noqa: TRY400 - one sentence is enough
             self.checkpoint_overdue = True
             return False
         self._checkpoint_step, self.checkpoint_overdue = progress.step, False
@@ -144,7 +144,7 @@ class ArtifactStore:
         except DiskError as error:
             self._count_failure("checkpoint", error)
             log.warning("%s", error)
-        except RunFileError as error:  # the run goes on without it
+        except RunFileError as error:  # the run continues without it
             log.warning("%s", error)
 
     def _write_with_retries(self, what: str, write: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had not stopped, with as many ranks as before or others.
+"""Checkpoints: the state from which a run continues as if it had not stopped, also with another number of ranks.
 
     checkpoints/step-000020/   a Hugging Face directory in float32
         state/                 moments of the optimiser and random states, by torch.distributed.checkpoint
@@ -60,7 +60,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class TrainingProgress:
-    """Where a run stands."""
+    """The progress of training that a checkpoint records."""
 
     lineage: int = 0
     step: int = 0
@@ -236,7 +236,7 @@ def _rename_damaged(folder: Path) -> Path:
 
 
 def _remove_old_checkpoints(root: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` and the best evaluated one, and what crashes have left behind."""
+    """Remove all checkpoints but the newest ``keep`` and the best evaluated one, and partial ones."""
     folders = _folders(root)
     evaluated = [(em, folder) for folder in folders if (em := _em(folder)) is not None]
     best = max(evaluated, default=(0.0, None))[1]

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from treegrpo.errors import DiskError, RunFileError
 
 TRANSIENT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
-"""Errors after which the same write may succeed later: the disk or a quota is full, it failed, a network drive was away.
+"""Errors after which a write may succeed later: the disk or a quota is full, it failed, a network drive was unavailable.
 Anything else, like a directory without write permission, is permanent and not retried."""
 _FROM_RUST = re.compile(r"\(os error (\d+)\)")
 """safetensors reports system errors as text."""
@@ -39,14 +39,12 @@ def translate_disk_errors(target: Path) -> Generator[None]:
         named = target.with_name(target.name.removeprefix(".").removesuffix(".partial"))
         if cause.errno not in TRANSIENT:
             reason = cause.strerror or cause
-            raise RunFileError(
-                f"{named} could not be written ({reason}); see what is in the way, and who may write there."
-            ) from error
-        raise DiskError(cause.errno, f"{named} could not be written ({cause.strerror}); make room on its disk.") from error
+            raise RunFileError(f"{named} could not be written ({reason}); check the path and its permissions.") from error
+        raise DiskError(cause.errno, f"{named} could not be written ({cause.strerror}); free space on its disk.") from error
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """The system error behind ``error``, whichever library has wrapped it or put it into its own words."""
+    """The OSError behind ``error``, which a library may have wrapped or turned into text."""
     if isinstance(error, CheckpointException):  # of any rank; the same on all of them
         found = (_system_error(failure) for failure, _ in error.failures.values())
         return next((cause for cause in found if cause is not None), None)

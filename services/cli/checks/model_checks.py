@@ -83,7 +83,7 @@ def check_prompts(model: Path, questions: Sequence[Question], key: str, context:
     if report.all_identical:
         raise ModelError(
             f"{model}: the chat template renders all {report.count} prompts of {key} that were tried alike, so no question is in "
-            "its prompt; mend it."
+            "its prompt; fix it."
         )
     if len(report.unfit) == len(report.lengths):
         raise DataError(
@@ -92,14 +92,14 @@ def check_prompts(model: Path, questions: Sequence[Question], key: str, context:
         )
     if lost := (*report.failed, *report.unfit):
         return CheckWarning(
-            f"{len(lost)} of {report.count} prompts of {key} cannot be used, and each such question is given up after some "
+            f"{len(lost)} of {report.count} prompts of {key} cannot be used, and each such question is set aside after some "
             f"tries: {lost[0]}"
         )
     return f"{report.count} prompts of {key}, {min(report.lengths)} to {max(report.lengths)} tokens of {context}"
 
 
 def check_memory(config: Config, samplers: int, *, trains: bool) -> str:
-    """Weights, keys and values fit in this machine's memory together, as far as they are on the CPU.
+    """Check that weights, keys and values on the CPU fit in this machine's memory together.
 
     Args:
         config: resolved.
@@ -129,7 +129,7 @@ def check_memory(config: Config, samplers: int, *, trains: bool) -> str:
 
 
 def check_disk(config: Config) -> str:
-    """The disk has room for a policy version and a checkpoint, and preferably for all that are kept. Raises ConfigError."""
+    """Check the disk space for a policy version and a checkpoint; warn if it is too little for all. Raises ConfigError."""
     parameters, run_dir = count_parameters(config.model.path), config.run.dir
     free = shutil.disk_usage(check_writable(run_dir, "run.dir")).free
     version = parameters * (WEIGHT_BYTES if config.model.dtype == "float32" else WEIGHT_BYTES // 2)
@@ -138,11 +138,11 @@ def check_disk(config: Config) -> str:
     if free < least:
         raise ConfigError(
             f"run.dir = {run_dir} has {free / GIB:.2f} GiB free, and one policy version and one checkpoint need "
-            f"{least / GIB:.2f} GiB; make room there, or choose another directory."
+            f"{least / GIB:.2f} GiB; free space there, or choose another directory."
         )
     found = f"{free / GIB:.1f} GiB free, up to {most / GIB:.2f} GiB needed for policy versions and checkpoints"
     if free < most and not run_dir.exists():
-        return CheckWarning(f"{found}: make room in {run_dir}, or lower train.keep_checkpoints")
+        return CheckWarning(f"{found}: free space in {run_dir}, or lower train.keep_checkpoints")
     return found
 
 

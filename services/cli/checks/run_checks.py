@@ -26,7 +26,7 @@ from treegrpo.storage.run_files import check_run_files
 
 
 class ListenAddress(NamedTuple):
-    """An address a process of ours will listen on, and the key that says so."""
+    """An address that a process of ours will listen on, and its configuration key."""
 
     key: str
     value: str
@@ -52,7 +52,7 @@ def check_run_dir(config: Config) -> str:
         return f"{path} (fresh)"
     if changed := check_resumable(config):
         return f"{path} (nothing was trained yet; it begins anew: {changed})"
-    return f"{path} (goes on after step {done})"
+    return f"{path} (continues after step {done})"
 
 
 def learner_addresses(config: Config) -> list[ListenAddress]:
@@ -188,7 +188,7 @@ def check_limits(config: Config) -> str:
     ):
         if value >= rollout.max_context:
             return CheckWarning(
-                f"{key} = {value} is no less than rollout.max_context = {rollout.max_context}: one can fill an episode alone, "
+                f"{key} = {value} is not less than rollout.max_context = {rollout.max_context}: one can fill an episode alone, "
                 "which then ends as truncated; lower the one or raise the other"
             )
     if config.retriever.url and "corpus" in config.retriever.model_fields_set:
@@ -199,7 +199,7 @@ def check_limits(config: Config) -> str:
 
 
 def check_plan(config: Config) -> str:
-    """Groups of this plan give a learning signal under this estimator. Raises ConfigError."""
+    """Check that groups of this plan give a learning signal with this estimator. Raises ConfigError."""
     check_signal(config)
     return f"{config.rollout.plan.leaves} leaves a question"
 

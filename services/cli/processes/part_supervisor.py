@@ -29,7 +29,7 @@ def has_no_end() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SupervisedPart:
-    """A part of a run: its program, its readiness probe, and how it is known that its work is done."""
+    """A part of a run: its program, its readiness probe, and the test whether its work is done."""
 
     program: Program
     probe: Probe | None = None

@@ -4,7 +4,7 @@
 
 Each is restarted when it dies (`part_supervisor.py`). Samplers are replaceable: one that is given up leaves the work to the
 others. When any other part is given up, or the last sampler, the run fails. It also fails when a part has ended with a
-permanent error, in whatever order the parts end.
+permanent error, in any order of the parts' ends.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ProcessGroup:
         """By part, in the order in which they were started."""
         self._samplers: list[str] = []
         self._sampler_failures: list[BaseException] = []
-        """Why each sampler that was given up was."""
+        """The reason for each sampler that was given up."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Raises when the run cannot continue."""
@@ -71,7 +71,7 @@ class ProcessGroup:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         if not self._failed.cancel():
-            self._failed.exception()  # which nobody may have waited for
+            self._failed.exception()  # which may have no waiter
         await asyncio.gather(*map(self._stop_part, self._samplers))
         for part in reversed(self._supervisors):
             await self._stop_part(part)
@@ -102,7 +102,7 @@ class ProcessGroup:
             self._failed.result()
 
     async def wait_for_end_of_part(self, part: str) -> None:
-        """Return when ``part`` is no longer supervised, however it ended and whatever happens to the others."""
+        """Return when ``part`` is no longer supervised, for any reason and independently of other parts."""
         await asyncio.wait({self._tasks[part]})
 
     async def wait_for_samplers(self, seconds: float) -> None:
@@ -150,7 +150,7 @@ class ProcessGroup:
         """A part is no longer supervised: decide whether the run can continue without it."""
         if task.cancelled() or (error := task.exception()) is None or self._failed.done():
             return
-        if self.draining.is_set() and isinstance(error, DeadlineError):  # nobody waits for it to be ready any more
+        if self.draining.is_set() and isinstance(error, DeadlineError):  # no one waits any more for it to be ready
             return
         samplers = [self._tasks[name] for name in self._samplers]
         if task not in samplers:

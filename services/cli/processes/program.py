@@ -60,8 +60,8 @@ class PartProcess(ChildProcess):
         return f"The {self.name} {how}{why} (log: {self.log})"
 
     def _log_ending(self) -> str:
-        """What stands in for a reason that the process did not report."""
-        memory = "if nobody sent it, memory ran out; " if self.code == -signal.SIGKILL else ""
+        """A hint for a process that has reported no reason."""
+        memory = "unless a user sent it, memory ran out; " if self.code == -signal.SIGKILL else ""
         lines = self.read_last_lines()
         return f"{memory}its log ends with {lines[-1]!r}" if lines else f"{memory}its log is empty"
 

@@ -47,11 +47,11 @@ async def probe_retriever(config: Config, access: Credentials = OPEN) -> None:
             await retriever.search(PROBE_QUERY, config.environment.topk)
     except ToolAwayError as error:
         raise UnavailableError(
-            f"No retriever answers: {error}; start one with `treegrpo retriever`, or mend retriever.url."
+            f"No retriever answers: {error}; start one with `treegrpo retriever`, or correct retriever.url."
         ) from error
     except ToolError as error:
         raise ConfigError(
-            f"The retriever cannot be used: {str(error).rstrip('.')}; mend retriever.url or environment.topk."
+            f"The retriever cannot be used: {str(error).rstrip('.')}; correct retriever.url or environment.topk."
         ) from error
 
 

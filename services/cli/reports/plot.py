@@ -53,7 +53,7 @@ def plot_progress(progress: RunProgress, path: Path, title: str) -> None:
         try:
             figure.savefig(path, dpi=110, format="png")
         except OSError as error:
-            raise DiskError(error.errno or 0, f"{path} cannot be written ({error.strerror}); make room there.") from error
+            raise DiskError(error.errno or 0, f"{path} cannot be written ({error.strerror}); free space there.") from error
 
 
 def _reward(axes: Axes, progress: RunProgress) -> None:

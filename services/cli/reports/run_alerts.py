@@ -49,7 +49,7 @@ class RunAlerts:
         for folder in self._damaged_checkpoints():
             if folder not in self._reported:
                 self._reported.add(folder)
-                self._print_line(f"A damaged checkpoint is set aside as {folder}; the run goes on from the one before.")
+                self._print_line(f"A damaged checkpoint was renamed to {folder}; the run continues from the one before.")
         for name, limit, begins, over in self._sentences():
             active = samples[name] > limit if name in samples else name in self._active
             if active != (name in self._active):
@@ -65,19 +65,19 @@ class RunAlerts:
             (
                 JOURNAL_SHORT,
                 0,
-                f"{disk} is full: what is under way comes in, but nothing new is granted; make room.",
+                f"{disk} is full: current leases finish, but no lease is granted; free space on it.",
                 f"{disk} has room again: leases are granted.",
             ),
             (
                 JOURNAL_BLOCKED,
                 0,
-                f"{disk} refuses the journal: nothing is acknowledged or granted until it takes it; make room, or mend it.",
+                f"{disk} refuses the journal: nothing is acknowledged or granted meanwhile; free space on it, or repair it.",
                 f"{disk} takes the journal again.",
             ),
             (
                 TRAINER_BLOCKED,
                 0,
-                f"{disk} refuses what the trainer has to write: it waits; make room, or mend it.",
+                f"{disk} refuses the trainer's writes: the trainer waits; free space on it, or repair it.",
                 f"{disk} has taken what the trainer had to write.",
             ),
             (

@@ -50,7 +50,7 @@ def describe_start(config: Config) -> str:
 
 
 def describe_finished_run(config: Config) -> str:
-    """The sentence for a run that is trained and evaluated, empty for any other. Raises DataError."""
+    """A sentence about a run that is trained and evaluated; empty for any other run. Raises DataError."""
     if not is_trained(config):
         return ""
     done, evals = checkpoints(config.run.dir)[-1][0], read_progress(config.run.dir).evals
@@ -58,5 +58,5 @@ def describe_finished_run(config: Config) -> str:
         return ""
     return (
         f"The run in {config.run.dir} is finished: step {done} of {config.train.steps} is done, and its model is in "
-        f"{newest_checkpoint(config.run.dir)}. Raise train.steps to go on with it, or choose another run.dir to begin anew."
+        f"{newest_checkpoint(config.run.dir)}. Raise train.steps to continue it, or choose another run.dir for a new run."
     )

@@ -63,7 +63,7 @@ def summary_lines(run_dir: Path, steps: int, toml: Path | None, again: Sequence[
     """
     progress = read_progress(run_dir)
     if not progress.steps:
-        return [f"No step was made; the logs are in {run_dir / 'logs'}.", f"go on: {command_line(*again)}"]
+        return [f"No step was made; the logs are in {run_dir / 'logs'}.", f"continue: {command_line(*again)}"]
     picture = run_dir / FILE_NAME
     try:
         plot_progress(progress, picture, str(run_dir))
@@ -75,7 +75,7 @@ def summary_lines(run_dir: Path, steps: int, toml: Path | None, again: Sequence[
     if model is not None:
         lines.append(f"checkpoint: {model} (Hugging Face format)")
     if progress.steps[-1].step < steps:
-        lines.append(f"go on: {command_line(*again)}")
+        lines.append(f"continue: {command_line(*again)}")
     elif model is not None:
         lines.append(f"next: {command_line('eval', *([str(toml)] if toml else []), '--model.path', str(model))}")
     return lines

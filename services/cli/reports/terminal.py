@@ -2,7 +2,7 @@
 
 `Terminal` prints; `table`, `panel` and `cell` make what it prints of strings. Nothing else in the command line touches rich's
 Console, Table, Panel or Text, and nothing in `services`, `learner` or `treegrpo` calls `print` but for help texts and files
-that somebody pipes on (ruff: T201, TID251).
+that may be piped to another program (ruff: T201, TID251).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Terminal:
         self._console.print(cell(line), soft_wrap=True)
 
     def print_renderable(self, what: Table | Panel) -> None:
-        """Print what `table` or `panel` has made."""
+        """Print a result of `table` or `panel`."""
         self._console.print(what)
 
     def live_display(self) -> Live:

@@ -119,7 +119,7 @@ class ManagedEngine(Engine, Protocol):
 
     @property
     def counters(self) -> EngineCounters:
-        """What the engine has done and holds now."""
+        """The counters and gauges now."""
         ...
 
     @property

@@ -40,11 +40,11 @@ class CallTimings:
     probe_backoff: Backoff = PROBE_BACKOFF
     """Between probes; the jitter keeps many samplers from probing at the same moment."""
     probe_timeout: float = 60.0
-    """The longest a probe may take, whatever its own time-outs."""
+    """The longest a probe may take, independent of its own time-outs."""
     retry_backoff: Backoff = RETRY_BACKOFF
     """Between attempts of a call that failed."""
     attempt_timeout: float = 600.0
-    """The longest one attempt of an engine or environment call may take, whatever its own time-outs."""
+    """The longest one attempt of an engine or environment call may take, independent of its own time-outs."""
 
     @property
     def outage_backoff(self) -> Backoff:

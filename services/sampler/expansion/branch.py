@@ -21,7 +21,7 @@ def first_node(index: int, plan: Plan) -> int:
 
 
 def action_seed(lease_seed: int, tree: int, node: int) -> int:
-    """The sampling seed of an action: a function of lease seed and place in the tree, whoever samples it and when."""
+    """The sampling seed of an action: a function of lease seed and place in the tree only."""
     return zlib.crc32(f"{lease_seed}/{tree}/{node}".encode())
 
 

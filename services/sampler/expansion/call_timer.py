@@ -1,4 +1,4 @@
-"""Times calls of engine and environment, and tells which are in flight and when one last finished."""
+"""Times calls of engine and environment, and records which are in flight and when one last finished."""
 
 from __future__ import annotations
 

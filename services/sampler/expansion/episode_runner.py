@@ -81,7 +81,7 @@ class EpisodeRunner:
         return min(plan.max_context, self._engine.context)
 
     def first_step_limit(self, branch: Branch) -> Budget:
-        """The most that the first step of ``branch`` can cost."""
+        """The largest possible cost of the first step of ``branch``."""
         plan, length = branch.lease.plan, len(branch.prefix)
         tools = len(branch.tree.path(branch.parent)) < plan.max_turns
         return Budget(length + self._max_tokens(plan, length), int(tools))
@@ -144,7 +144,7 @@ class EpisodeRunner:
         if outcome.observation is not None and length < self.context_limit(turn.branch.lease.plan):
             turn.branch.states.store_state(turn.node, outcome.state)
             return _TurnResult(_step(turn, completion, StepStatus.OK, outcome, observation), None, text)
-        # An observation after which nobody could act is left out: the episode ends with the action that asked for it.
+        # An observation that leaves no room for an action is dropped: the episode ends with the action before it.
         truncated = truncated or outcome.observation is not None
         leaf = self._environment_runner.score_episode(turn.node, outcome.state)
         return _TurnResult(_step(turn, completion, StepStatus.TRUNCATED if truncated else StepStatus.OK, outcome), leaf, text)

@@ -179,7 +179,7 @@ class LeaseRun:
             if tree.indices.issuperset(range(first, first + plan.expansions)):
                 continue
             await self._control.wait_until_running()
-            # The nodes of the rounds before, whatever of this round and later ones another sampler has made.
+            # The nodes of earlier rounds only: another sampler may have made some of this and later rounds.
             nodes = [node for node in tree.expandable() if node < first_node(first, plan)]
             async with asyncio.TaskGroup() as branches:
                 for n, parent in enumerate(draw_nodes(nodes, plan.expansions, (self._lease.seed, index, number)), first):

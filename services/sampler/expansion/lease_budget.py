@@ -1,4 +1,4 @@
-"""Cost accounting of a lease: what its trees may spend, what they have spent, and what the learner has been told."""
+"""Cost accounting of a lease: the budgets of its trees, their spending, and its report to the learner."""
 
 from __future__ import annotations
 

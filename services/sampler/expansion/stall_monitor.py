@@ -1,6 +1,6 @@
-"""Stall detection: names what a sampler waits for when it makes no progress.
+"""Stall detection: reports what a sampler waits for when it makes no progress.
 
-Each part tells what it waits for when it is asked. The reason goes to the learner with the heartbeats, to the log
+Each part reports what it waits for on request. The reason goes to the learner with the heartbeats, to the log
 whenever it changes, and to a gauge.
 """
 
@@ -21,7 +21,7 @@ STALL_SECONDS = HEARTBEAT_SECONDS
 
 @dataclass(frozen=True, slots=True)
 class WaitReason:
-    """Something that is waited for."""
+    """The reason for a wait."""
 
     part: str
     """One word for the metric."""
@@ -32,7 +32,7 @@ class WaitReason:
 
 
 class StallMonitor:
-    """Asks the parts what they wait for, and reports the first reason that holds up the sampler."""
+    """Collects the wait reasons of all parts, and reports the first one that blocks the sampler."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class StallMonitor:
         return None
 
     def report_stall(self) -> None:
-        """Bring the gauge up to now, and log when a stall begins, changes or ends."""
+        """Update the gauge, and log when a stall begins, changes or ends."""
         reason = self.current_stall()
         self._metrics.stalled.clear()
         if reason is not None:

@@ -27,7 +27,7 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_reconnect_backoff_ms", 5_000),
-    ("grpc.enable_http_proxy", 0),  # parts talk to each other directly, whatever the environment says
+    ("grpc.enable_http_proxy", 0),  # parts connect directly, even if the environment names a proxy
 )
 REASONS = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not from an authority in our ca.pem, or out of date",

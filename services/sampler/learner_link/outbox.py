@@ -37,14 +37,14 @@ class Outbox:
         return iter(list(self._unacked.values()))
 
     def set_capacity(self, leases: int, plan: Plan) -> None:
-        """Be full when so many leases of a plan could fill it."""
+        """Set the capacity to what a number of leases of a plan can send."""
         self._max_subtrees = leases * plan.leaves
         self._max_bytes = leases * plan.grant.tokens * TOKEN_BYTES
         self._message_bytes = message_bytes(plan)
 
     @property
     def full(self) -> bool:
-        """Whether nothing more should be put in. A single subtree always finds room."""
+        """Whether the outbox is at its capacity. A single subtree always fits."""
         return self.subtrees > 0 and (self.subtrees >= self._max_subtrees or self.bytes >= self._max_bytes)
 
     @property
@@ -80,5 +80,5 @@ class Outbox:
         self.bytes -= self._unacked.pop(key).ByteSize()
 
     def remove_lease_end(self, lease: str) -> None:
-        """Remove the end of a void lease: it is no longer ours to end. Its subtrees may still be of use, and stay."""
+        """Remove the end of a void lease, which this sampler no longer holds. Its subtrees stay: the learner may accept them."""
         self._unacked.pop(lease, None)

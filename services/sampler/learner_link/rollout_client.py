@@ -52,7 +52,7 @@ class LeaseHandler(Protocol):
     def build_heartbeat(self) -> rollout_pb2.Heartbeat: ...
 
     def handle_welcome(self, welcome: rollout_pb2.Welcome) -> None:
-        """A stream is open. Work on the leases that it calls void ends."""
+        """Handle the opening of a stream; stop work on the leases that the learner calls void."""
         ...
 
     def handle_lease(self, lease: rollout_pb2.Lease) -> None: ...
@@ -92,7 +92,7 @@ class RolloutClient:
 
     @property
     def wait_reason(self) -> WaitReason | None:
-        """What is waited for of the learner: a stream, or acks."""
+        """What the client waits for: a stream, or acks."""
         if self._queue is None:
             return WaitReason("learner", f"the learner at {self._address}", self._last_answer)
         if self._outbox.full:
@@ -106,7 +106,7 @@ class RolloutClient:
         return self._outbox.leases
 
     def limit_unacked(self, leases: int, plan: Plan) -> None:
-        """Keep no more unacked than so many leases of a plan can bring."""
+        """Limit unacked subtrees to those of a number of leases of a plan."""
         self._outbox.set_capacity(leases, plan)
 
     async def send_subtree(self, subtree: Subtree) -> None:

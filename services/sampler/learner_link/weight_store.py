@@ -140,12 +140,12 @@ def _write_chunk(data: bytes, out: Any, digest: Any) -> None:
 
 def _path_inside(directory: Path, name: str) -> Path:
     if not name or name != Path(name).name or name.startswith("."):
-        raise WeightsError(f"The learner names a weight file {name!r}, which is no plain file name.")
+        raise WeightsError(f"The learner names a weight file {name!r}, which is not a plain file name.")
     return directory / name
 
 
 def _is_permanent(error: Exception) -> bool:
-    """Whether this version's file can never be had: it is served no more, or the learner has found it damaged."""
+    """Whether retrying is useless: the version is no longer served, or the learner has found it damaged."""
     permanent = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.DATA_LOSS)
     return isinstance(error, grpc.aio.AioRpcError) and error.code() in permanent
 

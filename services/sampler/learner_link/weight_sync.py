@@ -45,7 +45,7 @@ class SyncTimings:
 
 
 class WeightSync:
-    """Loads the newest version that it hears of into the engine."""
+    """Loads the newest announced version into the engine."""
 
     def __init__(self, store: WeightStore, engine: Engine, metrics: SamplerMetrics, timings: SyncTimings | None = None) -> None:
         self._store = store
@@ -66,7 +66,7 @@ class WeightSync:
         metrics.version.set(engine.version.step)
 
     def announce_version(self, version: PolicyVersion | None) -> None:
-        """Note that ``version`` is said to be the newest. Announcing it twice changes nothing."""
+        """Note an announcement of ``version``. Announcing it twice changes nothing."""
         if version is not None and version != self._newest:
             self._newest = version
             self._announced.notify()
@@ -110,7 +110,7 @@ class WeightSync:
                 await asyncio.sleep(delay)
 
     async def update_engine(self) -> None:
-        """Load the learner's newest version. Announcements tell when to ask, the learner tells which it is."""
+        """Load the learner's newest version. An announcement is only a hint to ask the learner which it is."""
         asked = self._newest
         described = await self._store.describe_newest()
         version = version_from_pb(described.version)

@@ -1,6 +1,6 @@
 """Encodes text such that only chosen parts of it can produce control tokens.
 
-A tokenizer's added tokens (``<|im_end|>``, ``[INST]``, ``<tool_call>``) are matched in any text, whoever wrote it. Here each
+A tokenizer's added tokens (``<|im_end|>``, ``[INST]``, ``<tool_call>``) are matched in any text, also in foreign one. Here each
 control string has a secret name, new in every process, and the library matches that name instead:
 
     rendered   <|user|>What does <|end|> mean?<|end|>          the first <|end|> is a message's, the second the template's
@@ -71,7 +71,7 @@ class ControlTokens:
         return ids if self._ids is None else self._ids[ids]
 
     def find(self, text: str) -> list[tuple[int, int]]:
-        """Start and end of each control string, whatever its case: a template may change it."""
+        """Start and end of each control string, in any case, since a template may change it."""
         return _found(self._fold, text.translate(_LOWER))
 
     def may_extend(self, text: str) -> bool:

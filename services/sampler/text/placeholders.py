@@ -58,7 +58,7 @@ class Placeholders:
         return self._guard_ends("".join([*parts, content[done:]]))
 
     def pieces(self, rendered: str) -> Pieces:
-        """The rendered text, with what the placeholders stand for in their places again."""
+        """The rendered text with the placeholders replaced by their control strings."""
         parts = re.split(f"{self._key}([0-9]{{{_WIDTH}}})", rendered)
         return [(self.texts[int(part)], False) if position % 2 else (part, True) for position, part in enumerate(parts)]
 

@@ -68,7 +68,7 @@ class RadixTree:
     def insert(self, ids: TokenIds) -> tuple[int, Slots]:
         """Store ``ids``; returns (start, slots): the caller fills slots with the tokens from ``start`` on.
 
-        What is stored already keeps its slots. When even eviction cannot make room, only the part that fits is stored.
+        Stored tokens keep their slots. If eviction does not free enough slots, only the part that fits is stored.
         """
         node, into, stored = self._walk(ids)
         start = len(stored)

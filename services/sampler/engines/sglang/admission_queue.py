@@ -59,7 +59,7 @@ class AdmissionQueue:
                 future.set_result(server)
 
     def fail_waiting(self, make_error: Callable[[], EngineError]) -> None:
-        """Fail every waiting request with an error of its own, since whoever raises one adds to its traceback."""
+        """Fail every waiting request with an error of its own, since raising an exception extends its traceback."""
         for _, future in self._queue:
             if not future.done():
                 future.set_exception(make_error())

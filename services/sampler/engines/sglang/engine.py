@@ -231,7 +231,7 @@ class SGLangEngine:
         self._totals.decoded += len(response.ids)
 
     async def _swap_servers(self, new: StagedVersion) -> None:
-        """Swap ``new`` into every server that is up. One that refuses what another takes is left out until it takes it.
+        """Swap ``new`` into every server that is up. One that alone refuses it is left out until it accepts it.
 
         The error that is raised is for the caller to count.
         """
@@ -261,7 +261,7 @@ class SGLangEngine:
             raise UnavailableError(f"No server took version {new.version}: {raised}") from raised
 
     def _supervisions(self) -> list[Callable[[], Awaitable[str]]]:
-        """The endless work that keeps servers up."""
+        """The endless tasks that keep servers up."""
         callbacks = EngineCallbacks(lambda: self._served, self._on_state_change, self._count_error)
         if self.supervisor:
             return [partial(self.supervisor.supervise_child, callbacks)]
@@ -284,7 +284,7 @@ class SGLangEngine:
         return [server for server in self.servers if server.up]
 
     def _unavailable_error(self) -> EngineError:
-        """Why nothing can be generated, when no server is up."""
+        """The error of a request while no server is up."""
         if self._failure:
             return EngineError(self._failure)
         urls = ", ".join(server.client.url for server in self.servers)

@@ -153,7 +153,7 @@ async def _wait_for_first_server(
         if len(errors) < len(clients):
             return
         if not await retries.sleep():
-            raise UnavailableError(f"{errors[0]} Start it, or mend engine.urls.") from errors[0]
+            raise UnavailableError(f"{errors[0]} Start it, or correct engine.urls.") from errors[0]
 
 
 async def _check_server(requirements: EngineRequirements, client: SGLangClient) -> None:

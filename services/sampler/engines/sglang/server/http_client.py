@@ -110,7 +110,7 @@ class SGLangClient:
             return _parse_metrics(page.text)
         except (ValueError, IndexError) as error:  # the parser has no error of its own
             raise ContractError(
-                f"The response of the server at {self.url} to /metrics is no page of metrics: {describe(error)}."
+                f"The response of the server at {self.url} to /metrics is not a metrics page: {describe(error)}."
             ) from error
 
     async def get_server_info(self) -> ServerInfo:

@@ -138,7 +138,7 @@ def check_listen_address(listen: str, *, insecure_network: bool) -> None:
     """Raise ConfigError if others could reach the server: they could replace its weights."""
     if not (insecure_network or is_local(listen)):
         raise ConfigError(
-            f"engine.listen = {listen} lets everybody who reaches it change the weights, since SGLang has no authentication; "
+            f"engine.listen = {listen} lets everybody who can connect change the weights, since SGLang has no authentication; "
             "listen on 127.0.0.1, or accept that with security.insecure_network = true."
         )
 

@@ -2,7 +2,7 @@
 
 The server's stop strings are a hint. It looks for them in a window of tokens that its own tokenizer thinks long
 enough, so it may see one late, and its text of a token may differ from ours. Where a completion ends is decided here,
-from the ids: what the server sampled beyond is cut off, and where it stopped too early another request goes on.
+from the ids: tokens beyond the stop are cut off, and after a premature stop another request continues.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class PrefillDedup:
         self._computed.clear()
 
     def _remember(self, keys: list[int]) -> None:
-        """That the server may evict some of these blocks costs a computation, no more."""
+        """Store block keys. If the server evicts a block, it is only computed again."""
         if len(self._computed) + len(keys) > MAX_BLOCKS:
             self._computed.clear()
         self._computed.update(keys)

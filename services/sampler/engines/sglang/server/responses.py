@@ -115,10 +115,10 @@ def parse_generate_response(body: Any, max_tokens: int) -> GenerateResponse:
         raise ContractError(f"it says that versions {meta.weight_versions} sampled {len(triples)} tokens")
     if len(triples) > max_tokens or any(not (math.isfinite(logprob) and 0 <= token < MAX_IDS) for logprob, token, _ in triples):
         raise ContractError(
-            f"its {len(triples)} tokens, {max_tokens} at most, have ids that are none or log-probabilities that are not finite"
+            f"its {len(triples)} tokens, {max_tokens} at most, have invalid ids or log-probabilities that are not finite"
         )
     if meta.cached_tokens > meta.prompt_tokens:
-        raise ContractError(f"{meta.cached_tokens} of {meta.prompt_tokens} prompt tokens were cached, it says")
+        raise ContractError(f"{meta.cached_tokens} of {meta.prompt_tokens} prompt tokens are reported as cached")
     return GenerateResponse(
         ids=[token for _, token, _ in triples],
         logprobs=[logprob for logprob, _, _ in triples],
@@ -135,7 +135,7 @@ def _version(text: str) -> PolicyVersion:
     try:
         return PolicyVersion.parse(text)
     except ContractError as error:
-        raise ForeignVersionError(f"it sampled with version {text[:64]!r}, which is none of ours") from error
+        raise ForeignVersionError(f"it sampled with version {text[:64]!r}, which this sampler did not send") from error
 
 
 def parse_load(body: Any) -> ServerLoad:

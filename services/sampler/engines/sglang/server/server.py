@@ -112,7 +112,7 @@ class SGLangServer:
         for version, _ in response.versions:
             if version not in self.sent_versions:
                 raise ForeignVersionError(
-                    f"The SGLang server at {self.client.url} sampled with version {version}, which is none of ours; "
+                    f"The SGLang server at {self.client.url} sampled with version {version}, which this sampler did not send; "
                     "a server belongs to one sampler."
                 )
         return response
@@ -178,7 +178,7 @@ class SGLangServer:
 
 
 async def bring_up_server(server: SGLangServer, served: StagedVersion) -> None:
-    """Have a server that answers serve ``served``. Raises a TreeGrpoError if it cannot be used."""
+    """Make a server that answers serve ``served``. Raises a TreeGrpoError if it cannot be used."""
     # A sampler that died in the middle of an update may have left it paused, or with other weights of the same name.
     await server.client.resume_generation()
     await server.client.check_health()

@@ -73,7 +73,7 @@ class WeightStaging:
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
             raise WeightsError(
-                f"{weights} cannot be copied to {path} ({error.strerror}); make room there, or set engine.weights_dir."
+                f"{weights} cannot be copied to {path} ({error.strerror}); free space there, or set engine.weights_dir."
             ) from error
         if self._base is None:
             self._base = path
