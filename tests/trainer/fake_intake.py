@@ -103,15 +103,14 @@ class FakeIntake:
     async def _serve(self, ready: threading.Event) -> None:
         torch.set_num_threads(1)
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        self._talks: set[asyncio.Task[Any] | None] = set()
         server = await asyncio.start_unix_server(self._talk, self.path)
         ready.set()
         await self._end.wait()
         server.close()
-        await asyncio.gather(*filter(None, self._talks))
+        while connections := asyncio.all_tasks() - {asyncio.current_task()}:  # those being accepted among them
+            await asyncio.gather(*connections)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._talks.add(asyncio.current_task())
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):  # a trainer that was killed
             while (request := await receive_message(reader)) is not None and self.answers(request):
                 self.asked.append(request)
