@@ -68,7 +68,7 @@ async def test_a_learner_that_is_not_there(small_run: SmallRun) -> None:
 
 
 def test_a_state_that_does_not_exist(small_run: SmallRun) -> None:
-    refused(treegrpo("state", "asleep", *small_run.flags()), "'asleep' is no run state", "paused")
+    refused(treegrpo("state", "asleep", *small_run.flags()), "'asleep' is not a run state", "paused")
     refused(treegrpo("state"), "running|paused|draining is missing")
 
 

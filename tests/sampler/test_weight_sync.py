@@ -115,7 +115,7 @@ async def test_a_file_name_that_leads_elsewhere_is_refused(tmp_path: Path, name:
     learner = FakeLearner()
     learner.versions[V1] = {name: b"x"}
     async with store_of(learner, tmp_path / ".") as store:
-        with pytest.raises(WeightsError, match="no plain file name"):
+        with pytest.raises(WeightsError, match="not a plain file name"):
             await store.fetch_version(await store.describe_newest())
     assert learner.fetched == []
 

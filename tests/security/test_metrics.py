@@ -81,5 +81,5 @@ async def test_one_scraper_too_many_is_hung_up_on() -> None:
 
 def test_beyond_this_machine_metrics_want_a_token(made: Path) -> None:
     who = replace(access(made, Role.LEARNER), metrics_token=OPEN.metrics_token)
-    with pytest.raises(ConfigError, match=r"learner\.metrics = 0\.0\.0\.0:0 would tell everybody"):
+    with pytest.raises(ConfigError, match=r"learner\.metrics = 0\.0\.0\.0:0 would show the metrics to everybody"):
         served.serve_metrics(RetrieverMetrics(), "0.0.0.0:0", "learner.metrics", who)

@@ -169,7 +169,7 @@ def test_an_intake_that_vanishes_costs_no_step(config: Config) -> None:
     def until_step_three(request: Message) -> bool:
         return not (isinstance(request, Take) and request.position == 4)
 
-    with intake_for(config, answers=until_step_three), pytest.raises(UnavailableError, match="The intake went away"):
+    with intake_for(config, answers=until_step_three), pytest.raises(UnavailableError, match="The intake disconnected"):
         train(config)
     assert (config.run.dir / "checkpoints" / "step-000002" / "progress.json").is_file()
 
