@@ -63,7 +63,7 @@ def main() -> int:
 def distribute_secrets(secrets: Path, names: list[str], renew_days: int = RENEW_DAYS) -> None:
     """Make or renew what is missing or expires soon, and copy to each volume what belongs there. Raises ConfigError."""
     authority = secrets / "authority"
-    remove_partial_files(authority)
+    remove_partial_files(authority, ["*"])
     if not is_valid_for(authority, names, renew_days):
         for line in make_certificates(authority, names, []):
             log.info("%s", line)

@@ -175,7 +175,7 @@ class IntakeClient:
             self._refused_again = False
             self.on_version_damaged()
 
-    def announce_version(self, version: PolicyVersion, folder: Path, position: int) -> None:
+    def request_publish(self, version: PolicyVersion, folder: Path, position: int) -> None:
         """Have the intake serve ``folder`` as ``version``; it is trained on the groups before ``position``."""
         self._announced = Publish(str(version), str(folder.absolute()), position)
         self._request(self._announced, Done)

@@ -178,7 +178,7 @@ class Trainer:
         for again in reversed(range(WRITE_ATTEMPTS)):
             folder = self._store.store_version(self._updater.model, progress)
             try:
-                self._intake.announce_version(progress.version, folder, progress.position)
+                self._intake.request_publish(progress.version, folder, progress.position)
                 break
             except ContractError as error:  # its files were damaged as soon as they were written
                 if not again:

@@ -31,6 +31,8 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 SERVERS = (Role.LEARNER, Role.BROKER, Role.RETRIEVER)
 """Roles whose certificates carry host names. Samplers serve /metrics only: clients ask for `host_of(Role.SAMPLER)`."""
 TOKENS = ("metrics.token", "retriever.token")
+WRITTEN = ("ca.*", "sampler-*.*", "mosquitto.passwd", *TOKENS, *(f"{role.value}.*" for role in Role))
+"""Patterns of all files that `make_certificates` writes."""
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 SECRET_BYTES = 32
 PBKDF2_ROUNDS = 10_000
@@ -56,10 +58,10 @@ def make_certificates(
     if wrong := [name for name in (*names, *samplers) if not NAME.fullmatch(name)]:
         raise ConfigError(f"{wrong[0]!r} is not a name; write letters, digits and .-_: with commas between names.")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    remove_partial_files(directory)  # which may hold a private key
     if new_ca or drop_old_ca:
         return [_add_authority(directory) if new_ca else _drop_authority(directory)]
     authority, lines = _authority(directory)
+    remove_partial_files(directory, WRITTEN)  # which may hold a private key
     for role in Role:
         hosts = _host_names(directory / f"{role.value}.pem", names) if role in SERVERS else []
         lines.append(_issue_role(directory, authority, role, role.value, hosts))

@@ -94,7 +94,7 @@ class LeaseWorker:
                 log.info("lease %s is void: the learner gave it to another sampler; its unfinished branches are cancelled", lease)
                 self._leases[lease][1].cancel()
         if welcome.HasField("version"):
-            self._weight_sync.announce_version(version_from_pb(welcome.version))
+            self._weight_sync.note_announcement(version_from_pb(welcome.version))
         plan = plan_from_pb(welcome.plan)
         self._full_demand = math.ceil(self._identity.capacity / plan.width) + 1
         self._client.limit_unacked(self._full_demand, plan)

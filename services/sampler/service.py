@@ -174,7 +174,7 @@ class Sampler:
     async def _follow_control(self, worker: LeaseWorker) -> None:
         """Follow the run state and the announced version."""
         while True:
-            self._weight_sync.announce_version(self._control.version)
+            self._weight_sync.note_announcement(self._control.version)
             match self._control.state:
                 case RunState.RUNNING:
                     worker.resume()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learner.intake.coordinator.coordinator import Coordinator
-from learner.intake.coordinator.timings import LONG_POLL_SECONDS, CoordinatorTimings
-from learner.intake.coordinator.trainer_api import TrainerApi
+from learner.intake.coordinator.timings import CoordinatorTimings
+from learner.intake.coordinator.trainer_api import LONG_POLL_SECONDS, TrainerApi
 from learner.intake.coordinator.version_publisher import VersionPublisher
 from learner.intake.leases.circuit_breaker import BreakerLimits
 from learner.intake.leases.lease_table import LeaseTable
@@ -49,13 +49,12 @@ def no_versions() -> VersionPublisher:
     return VersionPublisher(make_table(), offline_control())
 
 
-def short_timings(silence: float = 0.4, *, long_poll_seconds: float = LONG_POLL_SECONDS) -> CoordinatorTimings:
+def short_timings(silence: float = 0.4) -> CoordinatorTimings:
     return CoordinatorTimings(
         silence_seconds=silence,
         will_grace_seconds=silence / 4,
         silence_check_seconds=silence / 20,
         finishing_seconds=silence,
-        long_poll_seconds=long_poll_seconds,
     )
 
 
@@ -90,6 +89,7 @@ async def serve_intake(
     timings: CoordinatorTimings | None = None,
     call_limits: CallLimits | None = None,
     breaker_limits: BreakerLimits | None = None,
+    long_poll_seconds: float = LONG_POLL_SECONDS,
 ) -> AsyncGenerator[IntakeFixture]:
     """Serve ``table`` after what the journal in ``folder`` has, at policy step 0."""
     metrics, disk = IntakeMetrics(), LocalFileSystem()
@@ -102,7 +102,7 @@ async def serve_intake(
         coordinator = Coordinator(
             table, journal, control, recorder, run="test", plan=PLAN, heldout=1, timings=timings, breaker_limits=breaker_limits
         )
-        trainer = TrainerApi(coordinator, versions, [question(90)], lambda: None, long_poll_seconds=timings.long_poll_seconds)
+        trainer = TrainerApi(coordinator, versions, [question(90)], lambda: None, long_poll_seconds=long_poll_seconds)
         refused_calls, address = RefusedCalls(metrics), free_address()
         server = create_server(address, OPEN, refused_calls, MESSAGE_BYTES, call_limits=call_limits)
         rollout = RolloutServicer(coordinator, StreamAdmission(refused_calls, limits.samplers(MESSAGE_BYTES)), refused_calls)

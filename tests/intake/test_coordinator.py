@@ -66,7 +66,7 @@ async def test_a_sampler_is_welcomed_before_it_is_asked_to_stop(tmp_path: Path) 
     control.state, table.version = RunState.PAUSED, PolicyVersion(1, 2)  # the batch that is ready waits for the other two
     hello.leases.append(heard)
     back = coordinator.join_sampler(hello)
-    coordinator.staleness.request_stops()
+    coordinator.staleness.enforce_bound()
     said = [cast("pb.RolloutResponse", back.outbox.get_nowait()) for _ in range(back.outbox.qsize())]
     kinds = [message.WhichOneof("kind") for message in said]
     assert kinds == ["welcome", "stop_expanding"]

@@ -204,9 +204,8 @@ async def test_a_sampler_that_is_gone_after_a_restart_costs_no_attempt(tmp_path:
 
 async def test_a_batch_waits_a_while_for_a_group_that_may_not_be_overtaken(tmp_path: Path) -> None:
     """It is told to stop, trains on what it has when it does not answer, and its cost is known in the end all the same."""
-    timings = short_timings(long_poll_seconds=2.0)
     async with (
-        serve_intake(make_table(batch=1, max_lag=1), tmp_path, timings) as intake,
+        serve_intake(make_table(batch=1, max_lag=1), tmp_path, short_timings(), long_poll_seconds=2.0) as intake,
         SamplerPeer.join(intake.address) as sampler,
     ):
         beating = asyncio.create_task(beat(sampler))

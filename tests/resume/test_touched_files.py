@@ -111,7 +111,7 @@ class Alone:
     def nothing(self, *_: object) -> None:
         pass
 
-    announce_version = report_step = take_groups = await_evaluation = nothing
+    request_publish = report_step = take_groups = await_evaluation = nothing
 
 
 def start_trainer(config: Config) -> Trainer:

@@ -134,7 +134,7 @@ async def test_the_engine_loads_what_is_announced(tmp_path: Path) -> None:
     learner = FakeLearner()
     learner.versions[V1] = files(1)
     async with following(learner, tmp_path) as (weight_sync, engine, metrics):
-        weight_sync.announce_version(V1)
+        weight_sync.note_announcement(V1)
         await weight_sync.wait_for_version(V1)
         assert engine.loaded == [(V1, files(1))]
         assert metrics.registry.get_sample_value("treegrpo_engine_version_step") == 1
@@ -145,7 +145,7 @@ async def test_a_corrupt_version_is_counted_and_tried_again(tmp_path: Path) -> N
     learner.versions[V1] = files(1)
     learner.corrupt = ["model.safetensors"] * 2
     async with following(learner, tmp_path) as (weight_sync, engine, metrics):
-        weight_sync.announce_version(V1)
+        weight_sync.note_announcement(V1)
         await weight_sync.wait_for_version(V1)
         assert engine.loaded == [(V1, files(1))]
         for name in ("treegrpo_sampler_errors_total", "treegrpo_weights_updates_failed_total"):
@@ -164,11 +164,11 @@ async def test_versions_that_are_overtaken_are_skipped(tmp_path: Path) -> None:
             await load(version, path)
 
         engine.load_weights = slowly
-        weight_sync.announce_version(V1)
+        weight_sync.note_announcement(V1)
         await loading.wait()
         for version in (V2, V3, V4, V5):
             learner.versions[version] = files(version.step)
-            weight_sync.announce_version(version)
+            weight_sync.note_announcement(version)
         go_on.set()
         await weight_sync.wait_for_version(V5)
         assert [version for version, _ in engine.loaded] == [V1, V5]
@@ -187,7 +187,7 @@ async def test_an_engine_that_refuses_a_version_gets_the_next(tmp_path: Path) ->
             await load(version, path)
 
         engine.load_weights = noticed
-        weight_sync.announce_version(V1)
+        weight_sync.note_announcement(V1)
         await refused.wait()
         learner.versions[V2] = files(2)
         await weight_sync.wait_for_version(V2)
@@ -207,10 +207,10 @@ async def test_a_refused_version_is_not_offered_again_until_there_is_another(tmp
             await load(version, path)
 
         engine.load_weights = noted
-        weight_sync.announce_version(V2)
+        weight_sync.note_announcement(V2)
         for _ in range(2):  # it is refused between the two
             await learner.described.get()
-        weight_sync.announce_version(V1)
+        weight_sync.note_announcement(V1)
         await learner.described.get()
         learner.versions[V3] = files(3)
         await weight_sync.wait_for_version(V3)
@@ -241,10 +241,10 @@ async def test_an_announcement_left_over_from_another_run_loads_nothing(tmp_path
     learner = FakeLearner()
     learner.versions[PolicyVersion(1, 0)] = files(0)
     async with following(learner, tmp_path) as (weight_sync, engine, _):
-        weight_sync.announce_version(PolicyVersion(1, 50))
+        weight_sync.note_announcement(PolicyVersion(1, 50))
         await learner.described.get()
         learner.versions[V1] = files(1)
-        weight_sync.announce_version(V1)
+        weight_sync.note_announcement(V1)
         await weight_sync.wait_for_version(V1)
         assert [version for version, _ in engine.loaded] == [V1]
         assert {version for version, _, _ in learner.fetched} == {V1}
@@ -257,7 +257,7 @@ async def test_a_learner_that_went_back_to_another_lineage_is_followed(tmp_path:
     learner.versions[back] = files(3)
     async with following(learner, tmp_path) as (weight_sync, engine, _):
         engine.version = PolicyVersion(1, 9)
-        weight_sync.announce_version(back)
+        weight_sync.note_announcement(back)
         await weight_sync.wait_for_version(back)
         assert engine.version == back
 

@@ -36,12 +36,12 @@ def test_a_failed_write_leaves_no_partial_file(tmp_path: Path) -> None:
 
 
 def test_files_that_crashes_have_left_are_removed(tmp_path: Path) -> None:
-    kept = [tmp_path / "role.key", tmp_path / ".hidden", partial_path(tmp_path / "folder")]
-    kept[0].touch()
-    kept[1].touch()
-    kept[2].mkdir()
+    kept = [tmp_path / "role.key", tmp_path / ".hidden", partial_path(tmp_path / "thesis.key"), partial_path(tmp_path / "role.d")]
+    for path in kept[:3]:
+        path.touch()
+    kept[3].mkdir()
     partial_path(kept[0]).write_text("half a key")
-    remove_partial_files(tmp_path)
+    remove_partial_files(tmp_path, ["role.*", "other"])
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 

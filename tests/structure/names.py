@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import io
 import re
-import tokenize
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -65,21 +63,25 @@ def bare_verbs(checkout: Checkout) -> dict[str, list[str]]:
     return {verb: sorted(set(owners[verb])) for verb in sorted(BARE_VERBS, key=lambda verb: -len(owners.get(verb, ())))}
 
 
-def retired_words(modules: Iterable[Module], retired: Mapping[str, str]) -> Iterator[str]:
-    """Where a retired identifier is used, as ``path:line: old is now called new``."""
+def retired_words(modules: Iterable[Module], retired: Mapping[str, str], parts: Iterable[str] = ()) -> Iterator[str]:
+    """Where a retired identifier is used, or a name with one of ``parts`` in it, as ``path:line: name is retired: new name``."""
+    words = dict.fromkeys(parts, "a plain term")
     for module in modules:
         stem = module.path.rpartition("/")[2].removesuffix(".py")
-        if stem in retired:
-            yield f"{module.path}: {stem} is now called {retired[stem]}"
-        for token in tokenize.generate_tokens(io.StringIO(module.text).readline):
-            if token.type == tokenize.NAME and token.string in retired:
-                yield f"{module.path}:{token.start[0]}: {token.string} is now called {retired[token.string]}"
+        for line, name in [(1, stem), *module.identifiers()]:
+            plain = retired.get(name.strip("_")) or next((words[part] for part in _parts(name) if part in words), None)
+            if plain:
+                yield f"{module.path}:{line}: {name} is retired: {plain}"
+
+
+def _parts(name: str) -> list[str]:
+    """The words of an identifier in snake case or camel case, in lower case."""
+    return [part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
 
 
 def missing_replacements(modules: Iterable[Module], retired: Mapping[str, str]) -> Iterator[str]:
     """Retired identifiers whose replacement is an identifier of no module, as ``old: new is in no module``."""
-    tokens = (token for module in modules for token in tokenize.generate_tokens(io.StringIO(module.text).readline))
-    used = {token.string for token in tokens if token.type == tokenize.NAME}
+    used = {name for module in modules for _, name in module.identifiers()}
     for old, new in retired.items():
         if new not in used:
             yield f"{old}: {new} is in no module"

@@ -50,6 +50,23 @@ class Module:
     def classes(self) -> Iterator[ast.ClassDef]:
         return (node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef))
 
+    def identifiers(self) -> Iterator[tuple[int, str]]:
+        """Line and text of each identifier, those of f-strings among them."""
+        for node in ast.walk(self.tree):
+            match node:
+                case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
+                    yield node.lineno, name
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                    yield node.lineno, name
+                case ast.alias(name=name, asname=other):
+                    yield from ((node.lineno, part) for part in (*name.split("."), other) if part)
+                case ast.ImportFrom(module=str(name)):
+                    yield from ((node.lineno, part) for part in name.split("."))
+                case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                    yield node.lineno, name
+                case _:
+                    pass
+
     def imports(self) -> Iterator[str]:
         """Dotted names that may be modules: of ``from a import b`` both a and a.b. Relative imports are not used here."""
         for node in ast.walk(self.tree):

@@ -5,7 +5,8 @@
                                  └─ yes, but they are not ───► what was loaded last, until the files change again
 
 Half of a renewal changes again when its other half is written. Some causes pass without a change, such as a certificate that
-is not valid yet; hence files that could not be used are tried again after RETRY_SECONDS.
+is not valid yet; hence files that could not be used are tried again after RETRY_SECONDS; the log has
+each change once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 sslproto.SSLProtocol.max_size = 32 << 10
 """Bytes of asyncio's receive buffer, which it allocates for each accepted connection, also without a certificate. Its default of
 256 Ki is a gigabyte for four thousand connections. A TLS record has 16 Ki at most."""
-RETRY_SECONDS = 60.0
+RETRY_SECONDS = 1.0
 """From one attempt to load unusable files to the next, if they do not change."""
 FileStamp = tuple[tuple[int, ...], ...]
 Loaded = TypeVar("Loaded")

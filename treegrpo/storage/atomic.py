@@ -1,17 +1,18 @@
 """Atomic writes: a file or directory is there completely or not at all, also after a crash of the machine.
 
     write_atomically    .NAME.partial ─► fsync ─► rename ─► fsync of the directory
-    replace_directory   the same for a directory and every file in it; the one before stays until then
+    replace_directory   the same for a directory and every file in it
 
-A failed write leaves nothing. What a crash leaves behind has a name that begins with a dot, is never read, and is removed by
-the next write of the same name, or by `remove_partial_files`.
+A directory cannot be renamed over another: between two renames the one before is .NAME.old, and a crash at that moment leaves
+no NAME. A failed write leaves nothing. What a crash leaves behind has a name that begins with a dot, is never read, and is
+removed by the next write of the same name, or by `remove_partial_files`.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,14 +54,15 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     sync_path(path.parent)
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Remove the files in ``folder`` that crashes during `write_atomically` have left; no process may be writing there.
+def remove_partial_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove what crashes during `write_atomically` have left of files in ``folder``.
 
-    Raises OSError.
+    ``names`` are the names of the files, or glob patterns. No process may be writing there. Raises OSError.
     """
-    for partial in folder.glob(partial_path(Path("*")).name):
-        if partial.is_file():
-            partial.unlink(missing_ok=True)
+    for name in names:
+        for partial in folder.glob(partial_path(Path(name)).name):
+            if partial.is_file():
+                partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -232,7 +232,7 @@ class Coordinator:
         if group.is_done:
             self._attempts.forget_question(group)
         self._update_breaker(name, outcome, end.error)
-        self.staleness.request_stops()  # also while the run is paused: the end of a lease may leave a batch waiting for another
+        self.staleness.enforce_bound()  # also while the run is paused: the end of a lease may leave a batch waiting for another
         self.dispatcher.wake_dispatcher(name)
         self.changed.notify()
 

@@ -1,6 +1,6 @@
 """The lease dispatcher: one task that grants leases, each to the sampler that wants more than it holds and holds fewest.
 
-    demand, lease end, new version, evaluation, run state, disk ─► wake ─► asks overdue groups to stop ─► grants leases
+    demand, lease end, new version, evaluation, run state, disk ─► wake ─► enforces the staleness bound ─► grants leases
 
 A sampler that wants very many leaves the others as many as it gets itself.
 """
@@ -34,7 +34,7 @@ class LeaseDispatcher:
         Args:
             table: says which lease is next.
             leases: grants it.
-            staleness: asked to stop groups before anything is granted.
+            staleness: enforces the bound before anything is granted.
             sessions: the samplers that have a stream, by name.
             quota: leases that a sampler may hold, None if it says itself.
             may_grant: whether leases may be granted now.
@@ -60,7 +60,7 @@ class LeaseDispatcher:
         while True:
             self._wake.clear()
             if self._may_grant():
-                self._staleness.request_stops()
+                self._staleness.enforce_bound()
                 self.dispatch_leases()
             await self._wake.wait()
 

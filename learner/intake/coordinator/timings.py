@@ -8,7 +8,6 @@ from learner.intake.leases.staleness import FINISHING_SECONDS
 from treegrpo.core.lease import HEARTBEAT_SECONDS, SILENCE_SECONDS
 
 WILL_GRACE_SECONDS = 2 * HEARTBEAT_SECONDS
-LONG_POLL_SECONDS = 5.0
 SILENCE_CHECK_SECONDS = 1.0
 
 
@@ -22,5 +21,3 @@ class CoordinatorTimings:
     """From one check for silent samplers to the next."""
     finishing_seconds: float = FINISHING_SECONDS
     """A sampler may finish the branches that it has begun for so long while a whole batch waits for them."""
-    long_poll_seconds: float = LONG_POLL_SECONDS
-    """The trainer's request is answered after so long at the latest, with nothing if there is nothing."""

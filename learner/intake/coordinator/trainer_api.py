@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from learner.intake.coordinator.coordinator import Coordinator
-from learner.intake.coordinator.timings import LONG_POLL_SECONDS
 from learner.intake.coordinator.version_publisher import VersionPublisher
 from learner.intake.leases.evaluation import EvaluationRound
 from learner.intake.monitoring.stall_diagnosis import TrainerStatus
@@ -24,6 +23,8 @@ from treegrpo.wire.control import RunState
 from treegrpo.wire.trainer_protocol import Evaluation, Taken, pack_encoded_group
 
 log = logging.getLogger(__name__)
+LONG_POLL_SECONDS = 5.0
+"""The longest that a request of the trainer waits for something to answer with."""
 
 
 class TrainerApi:

@@ -86,7 +86,7 @@ class StalenessBound:
         base, max_lag = self._table.base_policy_step, self._table.max_lag
         return [group.draw for group in self._table.train_queue.ready_groups if base - group.min_policy_step > max_lag]
 
-    def request_stops(self) -> None:
+    def enforce_bound(self) -> None:
         """Ask samplers to stop groups that a whole batch waits for, and close those without an open lease."""
         for group in self.overdue_groups():
             if group.state is GroupState.AWAITING_LEASE:
@@ -98,7 +98,7 @@ class StalenessBound:
 
     def close_overdue_groups(self, count: int) -> bool:
         """Close what has to close before ``count`` ready groups may be trained; False while they may not be yet."""
-        self.request_stops()
+        self.enforce_bound()
         while self._table.train_queue.ready_count >= count:
             groups = self.groups_to_close(count)
             if not groups:

@@ -65,7 +65,7 @@ class WeightSync:
         """Of each lease that needs a later version, the oldest first."""
         metrics.version.set(engine.version.step)
 
-    def announce_version(self, version: PolicyVersion | None) -> None:
+    def note_announcement(self, version: PolicyVersion | None) -> None:
         """Note an announcement of ``version``. Announcing it twice changes nothing."""
         if version is not None and version != self._newest:
             self._newest = version
@@ -79,7 +79,7 @@ class WeightSync:
     async def wait_for_version(self, version: PolicyVersion) -> None:
         """Return once the engine serves ``version`` or a later one. Raises DeadlineError after `SyncTimings.version_wait`."""
         if self._engine.version < version:
-            self.announce_version(version)
+            self.note_announcement(version)
         began, lease, limit = time.monotonic(), object(), self._timings.version_wait
         self._waiting[lease] = WaitReason("weights", f"policy version {version} from the learner", began)
         try:
