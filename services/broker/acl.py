@@ -29,7 +29,7 @@ from treegrpo.observability.rate_limited_log import RateLimitedLog
 from treegrpo.security.server_role import role_of_uris
 
 log = logging.getLogger(__name__)
-LOGGED_TOPIC_LETTERS = 128
+LOGGED_TOPIC_CHARACTERS = 128
 PUBLISH_TOPICS: dict[str, set[str]] = {"learner": {"state", "weights", "owner"}, "operator": {"state"}, "sampler": set()}
 SAMPLER_SUBSCRIPTIONS = {"state", "weights", "owner"}
 """No presence of others: who knows another's client id can disconnect it by connecting with the same."""
@@ -78,7 +78,7 @@ class PasswordAuthPlugin(BaseAuthPlugin):
             return self._refused(session, "certificate", "its certificate is not of that role, or for another client id")
         will = session.will_topic if session.will_flag else None
         if will is not None and not may_publish(user, session.client_id or "", will):
-            return self._refused(session, "will", f"it may not leave a will on {will[:LOGGED_TOPIC_LETTERS]!r}")
+            return self._refused(session, "will", f"it may not leave a will on {will[:LOGGED_TOPIC_CHARACTERS]!r}")
         return True
 
     def _refused(self, session: Session, reason: str, sentence: str) -> bool:
@@ -103,7 +103,9 @@ class TopicAclPlugin(BaseTopicPlugin):
             return may_subscribe(user, client, topic)
         allowed = may_publish(user, client, topic)
         if not allowed:
-            self._refusals.log_refusal(describe_peer(session), "topic", f"it may not publish to {topic[:LOGGED_TOPIC_LETTERS]!r}")
+            self._refusals.log_refusal(
+                describe_peer(session), "topic", f"it may not publish to {topic[:LOGGED_TOPIC_CHARACTERS]!r}"
+            )
         return allowed
 
 

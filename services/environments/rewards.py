@@ -44,7 +44,7 @@ class _AnswerCharTable(dict[int, str]):
 
 _DROPPED = frozenset(("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Cf"))
 _ANSWER_CHARS = _AnswerCharTable()
-_COMPOSED_LETTERS = 4096
+_COMPOSED_CHARACTERS = 4096
 """A longer text is compared as it is written: composing many marks on one character takes quadratic time."""
 
 
@@ -62,7 +62,7 @@ def normalise(text: str) -> str:
         '?'
     """
     lower = text.lower()
-    if not lower.isascii() and len(lower) <= _COMPOSED_LETTERS:
+    if not lower.isascii() and len(lower) <= _COMPOSED_CHARACTERS:
         lower = unicodedata.normalize("NFC", lower)
     plain = lower.translate(_ANSWER_CHARS)
     return " ".join(_ARTICLES.sub(" ", plain).split() or plain.split() or lower.split())

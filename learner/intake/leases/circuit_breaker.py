@@ -27,7 +27,7 @@ FAILURES = 16
 """Leases in a row that open a circuit, and leases of one half-open trial."""
 OPENINGS = 4
 """In a row, of every sampler, before the run is given up."""
-MAX_ERROR_LETTERS = 300
+MAX_ERROR_CHARACTERS = 300
 """Of a sampler's error, in an error or a log line."""
 MAX_NAMES = 3
 """Samplers that the error which ends a run names."""
@@ -154,7 +154,7 @@ class NoProgressBreaker:
         """The last error of a sampler, as a quotation; empty if it sent none."""
         circuit = self._circuits.get(name)
         words = " ".join(circuit.error.split()) if circuit else ""
-        return f"sampler {name} says: “{words[:MAX_ERROR_LETTERS]}”" if words else ""
+        return f"sampler {name} says: “{words[:MAX_ERROR_CHARACTERS]}”" if words else ""
 
     def reason_to_give_up(self, *, trained: bool) -> RunError | None:
         """The error that ends a run without progress, or None.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILE_NAME = "progress.png"
-TITLE_LETTERS = 160
+TITLE_CHARACTERS = 160
 COLOURS = {
     "reward": "#4c72b0",
     "train": "#8da0cb",
@@ -49,7 +49,7 @@ def plot_progress(progress: RunProgress, path: Path, title: str) -> None:
             place.set_xlabel("step")
             place.grid(alpha=0.3)
             place.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(printable(clipped(title, TITLE_LETTERS)), parse_math=False)
+        figure.suptitle(printable(clipped(title, TITLE_CHARACTERS)), parse_math=False)
         try:
             figure.savefig(path, dpi=110, format="png")
         except OSError as error:
