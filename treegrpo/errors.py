@@ -20,7 +20,7 @@
     │   └── EngineAwayError                  the engine is not there; it is waited for
     ├── ToolError         (RuntimeError)     a tool failed; the node is retried, then excluded
     │   └── ToolAwayError                    a tool is not there; it is waited for
-    ├── AwayError                            either of these two: no fault of what was asked
+    ├── AwayError                            base of the two above; the request itself is not the cause
     └── EnvironmentFaultError (RuntimeError) an environment did what none may do; the node is excluded
 
 The message of each is one sentence that names the file, key or address and says what to do. A process that ends with

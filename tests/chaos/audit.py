@@ -1,6 +1,6 @@
 """Audits the records of a run: every leased group is trained exactly once or accounted for, and the ledger balances.
 
-journal ──► Books: every draw, its subtrees, its position      progress.jsonl ──► chain: the steps that count
+journal ──► LedgerReplay: every draw, its subtrees, its position      progress.jsonl ──► chain: the steps that count
             └────────────────────┬──────────────────────────────────────┘
                  step s trained positions p−B … p−1, and those are exactly the groups it says
 """

@@ -115,7 +115,7 @@ async def test_a_part_that_was_killed_is_started_again_and_the_others_go_on(tmp_
         await started(tmp_path, "intake", times=2)
         assert (group.newest_process("trainer"), trainer.code) == (trainer, None)
         assert group.newest_process("intake") is not intake
-    how = "was killed by signal 9 (SIGKILL); unless a user sent it, memory ran out; its log ends with 'waiting'"
+    how = "was killed by signal 9 (SIGKILL); probably out of memory; its log ends with 'waiting'"
     assert lines == [f"The intake {how} (log: {tmp_path / 'intake.log'}); starting it again in 0 s."]
 
 

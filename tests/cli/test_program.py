@@ -66,7 +66,7 @@ async def test_what_an_earlier_process_said_is_not_repeated(tmp_path: Path) -> N
     await started(child)
     os.kill(child.pid, signal.SIGKILL)
     await child.ended
-    how = "was killed by signal 9 (SIGKILL); unless a user sent it, memory ran out; its log ends with 'waiting'"
+    how = "was killed by signal 9 (SIGKILL); probably out of memory; its log ends with 'waiting'"
     assert child.describe_exit() == f"The service {how} (log: {child.log})"
 
 

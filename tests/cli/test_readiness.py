@@ -56,7 +56,7 @@ async def test_the_probe_waits_as_long_as_a_search_may_take() -> None:
         (response("200 OK", b"<html>Welcome</html>", "Content-Type: text/html"), ConfigError, "text/html: <html>Welcome</html>"),
         (response("401 Who", b"Show the token"), ConfigError, "status 401: no type: Show the token"),
         (response("503 Later", b"loading"), UnavailableError, "status 503: no type: loading"),
-        (response("307 Moved", b"", "Location: https://127.0.0.1/"), ConfigError, "sends on to https://127.0.0.1/"),
+        (response("307 Moved", b"", "Location: https://127.0.0.1/"), ConfigError, "redirects to https://127.0.0.1/"),
         (b"", UnavailableError, r"does not answer \(.+\)"),
     ],
 )

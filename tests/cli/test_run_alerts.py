@@ -63,7 +63,7 @@ async def test_a_newly_damaged_checkpoint_is_reported_once(tmp_path: Path) -> No
     new.mkdir()
     alerts.update_alerts({})
     alerts.update_alerts({})
-    assert said == [f"A damaged checkpoint was renamed to {new}; the run continues from the one before."]
+    assert said == [f"A damaged checkpoint was renamed to {new}."]
 
 
 async def test_it_is_read_from_the_pages_of_intake_and_trainer(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_progress_lines_on_a_full_disk_are_buffered(tmp_path: Path, caplog: pyte
     table, recorder = make_table(), make_recorder(tmp_path)
     (tmp_path / "progress.jsonl").mkdir()
     recorder.record_step({"step": 1}, table)
-    assert "takes no line" in caplog.text
+    assert "no line can be appended" in caplog.text
     (tmp_path / "progress.jsonl").rmdir()
     recorder.record_step({"step": 2}, table)
     lines = (tmp_path / "progress.jsonl").read_text(encoding="utf-8").splitlines()

@@ -142,8 +142,8 @@ async def test_a_redirect_within_the_server_is_followed_with_the_body() -> None:
 
 @pytest.mark.parametrize(
     ("status", "there", "said"),
-    [("307", "http://user:word@127.0.0.2:1/x?token=1", "sends on to http://127.0.0.2:1/x, which is not followed; set that URL"),
-     ("308", "/again", "more than 3 times"), ("302", "/again", "sends on to http://127.0.0.1:[0-9]+/again, which is not")],
+    [("307", "http://user:word@127.0.0.2:1/x?token=1", "redirects to http://127.0.0.2:1/x, which is not followed; set that URL"),
+     ("308", "/again", "more than 3 times"), ("302", "/again", "redirects to http://127.0.0.1:[0-9]+/again, which is not")],
 )  # fmt: skip
 async def test_other_redirects_are_refused_with_where_they_lead(status: str, there: str, said: str) -> None:
     async with answering(response(f"{status} Moved", b"", f"Location: {there}")) as url, HttpClient() as client:

@@ -88,7 +88,7 @@ class EnvironmentConfig(Section):
     @classmethod
     def _shape_uses_it(cls, penalty: float, info: ValidationInfo) -> float:
         if info.data.get("reward_shape") == "tree_grpo" and penalty != cls.model_fields["format_penalty"].default:
-            raise PydanticCustomError("shape", "environment.reward_shape = tree_grpo has no use for it; leave it out")
+            raise PydanticCustomError("shape", "it is not used with environment.reward_shape = tree_grpo; remove it")
         return penalty
 
 

@@ -130,7 +130,7 @@ class TrainConfig(Section):
     @classmethod
     def _bound_fits(cls, bound: float) -> float:
         if 0 < bound <= 1:
-            raise PydanticCustomError("bound", "a bound of a ratio is above 1, like 3 or 20; 0 does without")
+            raise PydanticCustomError("bound", "it must be above 1, for example 3; 0 disables it")
         return bound
 
     @field_validator("clip_low", "clip_high")
@@ -139,7 +139,7 @@ class TrainConfig(Section):
         if info.data.get("loss") == "gspo" and clip > GSPO_CLIP_MAX:
             raise PydanticCustomError(
                 "clip",
-                "train.loss = gspo clips the mean ratio of a whole leaf, which so wide a clip never holds; "
+                "train.loss = gspo clips the mean ratio of a whole leaf, on which a clip this wide has no effect; "
                 "leave it out for the clip of gspo, or take at most {most}",
                 {"most": GSPO_CLIP_MAX},
             )

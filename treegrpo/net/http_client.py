@@ -253,10 +253,10 @@ class HttpClient:
                 return response
             if _origin(following.url) != origin or following.method != method:
                 where = public_url(str(following.url))
-                raise ContractError(f"The {server} sends on to {where}, which is not followed; set that URL.")
+                raise ContractError(f"The {server} redirects to {where}, which is not followed; set that URL.")
             await response.aclose()  # its connection is one of those that the client may have
             request = following
-        raise ContractError(f"The {server} sends on from one URL to the next more than {REDIRECTS} times.")
+        raise ContractError(f"The {server} redirects more than {REDIRECTS} times; set the final URL.")
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ checked there. These are the limits on the memory that an unauthenticated peer m
 from __future__ import annotations
 
 GROUP_LEAVES = 4096
-"""Episodes of one question: beyond this it is not a plan but a slip of the pen."""
+"""Episodes of one question; a larger value is assumed to be a typing error."""
 TURNS = 4096
 """Turns of one episode."""
 MESSAGE_BYTES = 32 << 20

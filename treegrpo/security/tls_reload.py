@@ -70,7 +70,8 @@ class CertificateReload(Generic[Loaded]):
             self._retry_at = self._clock() + RETRY_SECONDS
             if stamp != self._failed_stamp:
                 self._failed_stamp = stamp
-                log.warning("the renewed %s cannot be used, so the one before stays in use: %s", self._files[1], describe(error))
+                why = describe(error)
+                log.warning("the renewed %s cannot be used, so the previous certificate stays in use: %s", self._files[1], why)
             return False
         self._loaded_stamp = self._failed_stamp = stamp
         log.info("%s was renewed and is in use now", self._files[1])

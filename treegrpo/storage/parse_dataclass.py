@@ -12,15 +12,20 @@ def parse_dataclass(kind: type[Kind], row: object) -> Kind:
     """``kind(**row)``. Raises ValueError and TypeError with short messages, since ``row`` is untrusted.
 
     Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Covered:
+        ...     position: int
         >>> parse_dataclass(Covered, {"position": "3"})
-        ValueError: position is no int
+        Traceback (most recent call last):
+        ValueError: position is not of type int
     """
     if not isinstance(row, dict):
         raise TypeError(f"it is not a mapping but {type(row).__name__}")
     made = kind(**cast("dict[str, Any]", row))
     for name, hint in _hints(kind).items():
         if not _is(getattr(made, name), hint):
-            raise ValueError(f"{name} is no {getattr(hint, '__name__', hint)}")
+            raise ValueError(f"{name} is not of type {getattr(hint, '__name__', hint)}")
     return made
 
 

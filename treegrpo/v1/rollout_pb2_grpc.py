@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RolloutServiceStub:
-    """The learner's door for samplers.
+    """The service of the learner that samplers connect to.
     """
 
     def __init__(self, channel):
@@ -43,7 +43,7 @@ class RolloutServiceStub:
 
 
 class RolloutServiceServicer:
-    """The learner's door for samplers.
+    """The service of the learner that samplers connect to.
     """
 
     def Rollout(self, request_iterator, context):
@@ -71,7 +71,7 @@ def add_RolloutServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RolloutService:
-    """The learner's door for samplers.
+    """The service of the learner that samplers connect to.
     """
 
     @staticmethod

@@ -189,7 +189,7 @@ def _format_number(value: float | Decimal, where: str) -> str:
     if isinstance(value, int):  # it may be more than a float can be
         return str(value)
     if not math.isfinite(value):
-        raise DataError(f"{where} is not usable (it is {value}, which nobody can answer); give a text or a finite number.")
+        raise DataError(f"{where} is not usable (it is {value}, which is not a finite number); give a text or a finite number.")
     if value == int(value):
         return str(int(value))
     return format(Decimal(str(value)).normalize(), "f")

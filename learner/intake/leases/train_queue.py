@@ -95,12 +95,12 @@ class TrainQueue:
         """
         if position < self._first_position:
             raise ContractError(
-                f"Position {position} is gone: a checkpoint covers everything before {self._first_position}. Resume from that."
+                f"Position {position} is no longer kept; resume from the checkpoint at position {self._first_position} or later."
             )
         if position > self.end_position:
             raise ContractError(
-                f"The trainer is at position {position}, but the journal ends at {self.end_position}: its newest part is "
-                "missing. Restore it, or begin a new run from the last checkpoint (model.path)."
+                f"The trainer is at position {position}, but the journal ends at {self.end_position}: restore its "
+                "newest part, or begin a new run from the last checkpoint (model.path)."
             )
         self._trained_position = position
         first = position - self._first_position

@@ -71,7 +71,8 @@ class ProgressLog:
             with contextlib.suppress(OSError):
                 if size is not None:
                     os.truncate(self._path, size)
-            log.warning("%s takes no line (%s); %d lines are buffered", self._path, error.strerror, len(self._buffered))
+            why, lines = error.strerror, len(self._buffered)
+            log.warning("no line can be appended to %s (%s); %d lines are buffered", self._path, why, lines)
         else:
             self._is_begun = True
             self._buffered.clear()

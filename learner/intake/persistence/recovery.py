@@ -73,7 +73,7 @@ def _newest_whole(snapshots: SnapshotStore) -> int:
             snapshots.verify_snapshot(number)
         except JournalError as damaged:
             aside = snapshots.quarantine_snapshot(number)
-            log.error("%s It was renamed to %s; the one before is read.", damaged, aside)  # noqa: TRY400 - one sentence is enough
+            log.error("%s It was renamed to %s.", damaged, aside)  # noqa: TRY400 - one sentence is enough
         else:
             return number
     return 0

@@ -48,7 +48,7 @@ def read_request(data: bytes) -> pb.RolloutRequest:
         case _:
             names = []
     if (longest := max(map(len, names), default=0)) > NAME_BYTES:
-        raise ContractError(f"The id of a lease has {longest} letters; ours have {NAME_BYTES} at most.")
+        raise ContractError(f"The id of a lease has {longest} characters; the limit is {NAME_BYTES}.")
     return request
 
 

@@ -128,7 +128,7 @@ class Journal:
                     failures += 1
                     continue
                 if self.blocked_since is not None:
-                    log.info("the disk takes the journal again, after %.1f s", time.monotonic() - self.blocked_since)
+                    log.info("writes to the journal succeed again after %.1f s", time.monotonic() - self.blocked_since)
                     self._set_blocked(None)
                 self.resolve_records(committed)
                 await asyncio.sleep(GROUP_COMMIT_SECONDS)

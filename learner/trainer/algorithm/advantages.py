@@ -8,9 +8,9 @@ so the parent of a tree's first step is the same node in all of them and V(root)
 deviations are unbiased (n − 1). `ESTIMATORS` is the list; docs/estimators.md is the table and says how to add one.
 
 Example:
-    >>> def fork(*rewards: float) -> Branches:  # the root, one step, and two leaves below it
-    ...     return Branches(np.array([-1, 0, 1, 1]), np.array([2, 3]), np.array(rewards), np.zeros(4))
-    >>> [a.leaf_L.round(4).tolist() for a in advantages([fork(1, 0), fork(0, 0)], Options("tree"))]
+    >>> def fork(*rewards: float) -> TreeArrays:  # the root, one step, and two leaves below it
+    ...     return TreeArrays(np.array([-1, 0, 1, 1]), np.array([2, 3]), np.array(rewards), np.zeros(4))
+    >>> [a.leaf_L.round(4).tolist() for a in advantages([fork(1, 0), fork(0, 0)], EstimatorOptions("tree"))]
     [[2.2071, -1.2071], [-0.5, -0.5]]
 """
 

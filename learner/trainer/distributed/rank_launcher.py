@@ -85,7 +85,7 @@ def start(module: str, processes: int, arguments: Sequence[str]) -> int:
 
 
 def _killed(rank: int, number: int) -> ExitReport:
-    memory = "; unless a user sent it, memory ran out" if number == signal.SIGKILL else ""
+    memory = "; probably out of memory" if number == signal.SIGKILL else ""
     return ExitReport(-number, f"Rank {rank} of the trainer was killed by signal {number}{memory}.", number == signal.SIGTERM)
 
 

@@ -61,7 +61,7 @@ class PartProcess(ChildProcess):
 
     def _log_ending(self) -> str:
         """A hint for a process that has reported no reason."""
-        memory = "unless a user sent it, memory ran out; " if self.code == -signal.SIGKILL else ""
+        memory = "probably out of memory; " if self.code == -signal.SIGKILL else ""
         lines = self.read_last_lines()
         return f"{memory}its log ends with {lines[-1]!r}" if lines else f"{memory}its log is empty"
 

@@ -78,7 +78,7 @@ def _budget(axes: Axes, progress: RunProgress) -> None:
     trees = [chain * (1 - step.saving) for chain, step in zip(chains, progress.steps, strict=True)]
     axes.plot(_steps(progress), chains, color=COLOURS["chains"], label="chains would need")
     axes.plot(_steps(progress), trees, color=COLOURS["spent"], label="trees need")
-    axes.plot(_steps(progress), spent, color=COLOURS["spent"], linestyle=":", label="spent, old work under new weights included")
+    axes.plot(_steps(progress), spent, color=COLOURS["spent"], linestyle=":", label="spent, recomputation included")
     axes.set_ylim(bottom=0)
     axes.set_title("rollout budget, million tokens")
     axes.legend(loc="upper left", frameon=False)

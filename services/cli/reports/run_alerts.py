@@ -49,7 +49,7 @@ class RunAlerts:
         for folder in self._damaged_checkpoints():
             if folder not in self._reported:
                 self._reported.add(folder)
-                self._print_line(f"A damaged checkpoint was renamed to {folder}; the run continues from the one before.")
+                self._print_line(f"A damaged checkpoint was renamed to {folder}.")
         for name, limit, begins, over in self._sentences():
             active = samples[name] > limit if name in samples else name in self._active
             if active != (name in self._active):

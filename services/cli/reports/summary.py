@@ -27,9 +27,9 @@ def budget_summary(progress: RunProgress) -> str:
     last = progress.steps[-1]
     calls = last.ledger.get("train", {}).get("tool_calls", LedgerTotals()).spent
     return (
-        f"rollout budget: {short_number(last.training.spent)} tokens, {percent(last.recomputed)} of them again under new "
-        f"weights, and {short_number(calls)} tool calls; against chains to the same leaves trees save {percent(last.saving)} of "
-        f"the tokens and {percent(last.saving_tool_calls)} of the calls"
+        f"rollout budget: {short_number(last.training.spent)} tokens, {percent(last.recomputed)} of them recomputed after "
+        f"weight updates, and {short_number(calls)} tool calls; against chains to the same leaves trees save "
+        f"{percent(last.saving)} of the tokens and {percent(last.saving_tool_calls)} of the calls"
     )
 
 
