@@ -110,8 +110,8 @@ async def test_a_lease_that_ended_takes_nothing_more(tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
-    "a long id": (lambda _: {"subtree": subtree_to_pb(chain("x" * 100))}, "id of a lease has 100 letters"),
-    "a long id that ends": (lambda _: {"lease_end": lease_end_to_pb(complete("x" * 100))}, "id of a lease has 100 letters"),
+    "a long id": (lambda _: {"subtree": subtree_to_pb(chain("x" * 100))}, "id of a lease has 100 characters"),
+    "a long id that ends": (lambda _: {"lease_end": lease_end_to_pb(complete("x" * 100))}, "id of a lease has 100 characters"),
     "a second hello": (lambda _: {"hello": pb.Hello(sampler="s1", engine="fake")}, "sent hello in the middle"),
     "no reason": (lambda lease: {"lease_end": pb.LeaseEnd(lease=lease, reason=cast("Any", 99))}, "ended for reason 99"),
     "no cost": (
