@@ -1,7 +1,8 @@
-"""For all tests: examples without a deadline, signals, the order for pytest-xdist, and the guard of pure tests."""
+"""For all tests: examples without a deadline, signals, gRPC's late events, the order for pytest-xdist, the guard of purity."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -20,6 +21,22 @@ def stay(_number: int, _frame: object) -> None:
 
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup, which what the tests start would take over
     signal.signal(signal.SIGHUP, stay)
+
+
+def is_of_this_test(record: logging.LogRecord) -> bool:
+    """False for an event of gRPC that is delivered in a later test, after the loop that waited for it was closed.
+
+    All loops of a process share one completion queue of grpc.aio, and any of them may be handed another's event.
+    """
+    failed = record.exc_info[1] if record.exc_info else None
+    return not (
+        isinstance(failed, RuntimeError)
+        and str(failed) == "Event loop is closed"
+        and "PollerCompletionQueue" in record.getMessage()
+    )
+
+
+logging.getLogger("asyncio").addFilter(is_of_this_test)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,20 @@ class FakeText:
 
     def render(self, messages: Sequence[Message]) -> TokenIds:
         return self.encode("\n".join(message.content for message in messages))
+
+
+class HeldScript:
+    """A script that answers only once it is released."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Semaphore(0)
+        """Released once for each answer that was asked for."""
+        self.release = asyncio.Event()
+
+    async def __call__(self, _prefix: str) -> str:
+        self.asked.release()
+        await self.release.wait()
+        return "a!"
 
 
 class FakeEngine:

@@ -20,6 +20,9 @@ from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script
 from treegrpo.observability.metrics import SamplerMetrics
 from treegrpo.wire.control import ControlPlane, Member, RunState
 
+ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", "--rollout.max_turns", "2")
+"""Flags of a run with short episodes."""
+
 
 @dataclass
 class SamplerFixture:

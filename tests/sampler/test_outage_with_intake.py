@@ -7,8 +7,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import pytest
-
 from services.sampler.expansion.availability import CallTimings
 from services.sampler.expansion.expander import Expander
 from services.sampler.learner_link.channel import connect_learner
@@ -16,11 +14,10 @@ from services.sampler.learner_link.rollout_client import RolloutClient
 from services.sampler.learner_link.weight_store import WeightStore
 from services.sampler.lease_worker import SamplerIdentity
 from services.sampler.service import Sampler
-from tests.control.broker_processes import embedded
 from tests.engines.builders import save_model
 from tests.intake.process_harness import IntakeProcess
-from tests.ports import free_address
 from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, deep
+from tests.sampler.sampler_harness import ROLLOUT
 from treegrpo.errors import ToolAwayError
 from treegrpo.observability.metrics import SamplerMetrics
 from treegrpo.security.credentials import OPEN
@@ -29,17 +26,6 @@ from treegrpo.wire.control import ControlPlane, Member
 from treegrpo.wire.trainer_protocol import Done, Publish, Take, Taken, unpack_group
 
 IMPATIENT = CallTimings(wait_limit=0.01, probe_backoff=Backoff((0.005,), jitter=0.5))
-ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", "--rollout.max_turns", "2")
-
-
-@pytest.fixture
-async def intake(tmp_path: Path) -> AsyncGenerator[IntakeProcess]:
-    broker = embedded(free_address())
-    await broker.start()
-    try:
-        yield IntakeProcess(tmp_path, broker.address)
-    finally:
-        await broker.stop()
 
 
 @asynccontextmanager

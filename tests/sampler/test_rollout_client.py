@@ -21,7 +21,7 @@ from services.sampler.learner_link.weight_store import WeightStore
 from services.sampler.learner_link.weight_sync import WeightSync
 from services.sampler.lease_worker import LeaseWorker, SamplerIdentity
 from tests.sampler.fake_learner import FakeLearner, serving
-from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, Script, deep, lease, plan, turns
+from tests.sampler.fakes import FakeEngine, FakeEnvironment, FakeText, HeldScript, Script, deep, lease, plan, turns
 from treegrpo.core.lease import LeaseEnd, LeaseEndReason
 from treegrpo.core.step import PolicyVersion, Step, Subtree
 from treegrpo.errors import ContractError, UnavailableError
@@ -204,19 +204,13 @@ async def test_a_learner_that_does_not_ack_is_waited_for() -> None:
 
 
 async def test_work_goes_on_while_the_learner_is_away() -> None:
-    arrived, go_on = asyncio.Event(), asyncio.Event()
-
-    async def script(_prefix: str) -> str:
-        arrived.set()
-        await go_on.wait()
-        return "a!"
-
+    script = HeldScript()
     async with streaming_worker(script) as fixture:
         await fixture.learner.next("demand")
         await fixture.learner.grant(lease(plan(1, 0, 0)))
-        await arrived.wait()
+        await script.asked.acquire()
         fixture.learner.break_stream()
-        go_on.set()
+        script.release.set()
         await fixture.worker.wait_drained(SECONDS)
         await fixture.learner.next("demand")
         assert (await fixture.learner.next("subtree")).subtree.leaves
@@ -224,23 +218,17 @@ async def test_work_goes_on_while_the_learner_is_away() -> None:
 
 
 async def test_stop_expanding_reaches_its_lease_only() -> None:
-    first, go_on = asyncio.Semaphore(0), asyncio.Event()
-
-    async def script(_prefix: str) -> str:
-        first.release()
-        await go_on.wait()
-        return "a!"
-
+    script = HeldScript()
     async with streaming_worker(script) as fixture:
         await fixture.learner.next("demand")
         for name in ("stopped", "other"):
             await fixture.learner.grant(lease(plan(1, 1, 1), name=name))
-            await first.acquire()
+            await script.asked.acquire()
         await fixture.learner.say(stop_expanding=rollout_pb2.StopExpanding(lease="stopped"))
         await fixture.learner.say(stop_expanding=rollout_pb2.StopExpanding(lease="unknown"))
         await fixture.learner.grant(lease(plan(1, 0, 0), name="probe"))
-        await first.acquire()  # the stream is in order: what was said before has been heard
-        go_on.set()
+        await script.asked.acquire()  # the stream is in order: what was said before has been heard
+        script.release.set()
         ends: dict[str, LeaseEnd] = {}
         while len(ends) < 3:
             request = await fixture.learner.requests.get()
@@ -251,20 +239,14 @@ async def test_stop_expanding_reaches_its_lease_only() -> None:
 
 
 async def test_draining_delivers_everything_and_closes_the_stream() -> None:
-    arrived, go_on = asyncio.Event(), asyncio.Event()
-
-    async def script(_prefix: str) -> str:
-        arrived.set()
-        await go_on.wait()
-        return "a!"
-
+    script = HeldScript()
     async with streaming_worker(script) as fixture:
         await fixture.learner.next("demand")
         await fixture.learner.grant(lease(plan(1, 1, 2)))
-        await arrived.wait()
+        await script.asked.acquire()
         await fixture.learner.say(drain=rollout_pb2.Drain())
         assert (await fixture.learner.next("demand")).demand.leases == 0
-        go_on.set()
+        script.release.set()
         request = await fixture.learner.next("subtree")
         end = await fixture.learner.next("lease_end")
         assert (end.lease_end.reason, end.lease_end.forgone) == (rollout_pb2.LEASE_END_REASON_STOPPED, 2)

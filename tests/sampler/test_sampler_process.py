@@ -11,27 +11,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.control.broker_processes import embedded
 from tests.engines.builders import save_model
 from tests.intake.process_harness import IntakeProcess
 from tests.ports import free_address
+from tests.sampler.sampler_harness import ROLLOUT
 from treegrpo.core.step import StepStatus
 from treegrpo.core.tree import Group
 from treegrpo.runtime.entrypoint import TRANSIENT
 from treegrpo.wire.control import RunState, publish_state
 from treegrpo.wire.trainer_protocol import Done, Evaluate, Evaluation, IntakeConnection, Publish, Take, Taken, unpack_group
-
-ROLLOUT = ("--rollout.max_action_tokens", "12", "--rollout.max_context", "256", "--rollout.max_turns", "2")
-
-
-@pytest.fixture
-async def intake(tmp_path: Path) -> AsyncGenerator[IntakeProcess]:
-    broker = embedded(free_address())
-    await broker.start()
-    try:
-        yield IntakeProcess(tmp_path, broker.address)
-    finally:
-        await broker.stop()
 
 
 @contextlib.asynccontextmanager

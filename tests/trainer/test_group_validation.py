@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
-import torch
 
 from learner.trainer.algorithm.group_validation import check_group, unpack_groups
 from learner.trainer.intake_client import IntakeClient
@@ -103,14 +101,6 @@ def test_a_chain_of_ten_thousand_steps_takes_linear_time_and_no_recursion() -> N
     round_trip = made(*steps[1:], step(1, depth))
     with pytest.raises(TreeError, match="a cycle"):
         check_group(round_trip, VOCABULARY)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,7 @@ from treegrpo.observability.metrics import TrainerMetrics
 from treegrpo.timing.backoff import Backoff
 from treegrpo.wire.trainer_protocol import Covered, Evaluate, Evaluation, Message, Publish, Refused, StepReport, Take, Taken
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

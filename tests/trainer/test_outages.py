@@ -23,18 +23,12 @@ from treegrpo.observability.metrics import TrainerMetrics
 from treegrpo.storage.manifest import DAMAGED
 from treegrpo.wire.trainer_protocol import Covered, Evaluate, Message, Publish, StepReport, Take
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = 20_000
 """Bytes: no weights fit."""
 MIDDLE = 120_000
 """Weights fit, the optimiser's moments do not."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """TLS client contexts that check the role in the server's certificate, before anything is sent.
 
-The name or address in the certificate is not enough: all parts on one machine have the same.
- gRPC clients ask for the learner's own host name instead (`treegrpo.config.security.host_of`).
+The name or address in the certificate is not enough: all parts on one machine have the same. gRPC
+clients ask for the learner's own host name instead (`treegrpo.config.security.host_of`).
 """
 
 from __future__ import annotations

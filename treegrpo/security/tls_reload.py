@@ -5,8 +5,7 @@
                                  └─ yes, but they are not ───► what was loaded last, until the files change again
 
 Half of a renewal changes again when its other half is written. Some causes pass without a change, such as a certificate that
-is not valid yet; hence files that could not be used are tried again after RETRY_SECONDS; the log has
-each change once.
+is not valid yet, so unusable files are loaded again after RETRY_SECONDS. Each change is logged once.
 """
 
 from __future__ import annotations

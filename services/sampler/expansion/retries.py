@@ -23,9 +23,9 @@ class CallRetrier:
 
     def __init__(self, retries: int, metrics: SamplerMetrics, timings: CallTimings | None = None) -> None:
         """``retries``: after the first attempt."""
-        self._max_retries = retries
         self._metrics = metrics
         self._timings = timings or CallTimings()
+        self._retry_backoff = replace(self._timings.retry_backoff, retries=retries)
 
     async def call_with_retries(
         self, attempt: Callable[[], Awaitable[Result]], availability: AvailabilityMonitor, control: LeaseControl
@@ -36,7 +36,7 @@ class CallRetrier:
             DeadlineError: the part was unavailable for longer than the wait limit, or the lease was stopped meanwhile.
             EngineError, ToolError: the last attempt's.
         """
-        retries = replace(self._timings.retry_backoff, retries=self._max_retries).schedule()
+        retries = self._retry_backoff.schedule()
         outage_retries = self._timings.outage_backoff.schedule()
         first_outage = 0.0
         while True:
